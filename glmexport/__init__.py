@@ -1,0 +1,20 @@
+"""From a full-precision GLM checkpoint to a validated ONNX bundle.
+
+The folders are the stages, in the order in which a build passes through them. A stage imports only stages
+above it, and the shared vocabulary in errors, definition, recipe, target, resources and progress.
+
+    checkpoint      files on disk, read lazily and checked before they are mapped
+    architecture    what the files describe: one declaration a family, no numbers
+    calibration     text, packed sequences, and the Hessian of every tap
+    quantization    pure functions on arrays, and the walk that applies them one decoder block at a time
+    graph           the decoder as an ONNX graph of our own operators, built from the declaration
+    lowering        one pass a file: our operators become what the target can run
+    bundle          the directory that is deployed, and its manifest
+    validation      the bundle's answers against the original's
+    report          results rendered; computes nothing
+    cli             one file a verb; the only place that prints and catches errors
+
+``compile`` runs the stages; it is the only module that knows them all.
+"""
+
+__version__ = "0.1.0"

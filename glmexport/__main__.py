@@ -1,0 +1,5 @@
+"""``python -m glmexport``."""
+
+from glmexport.cli.main import main
+
+main()

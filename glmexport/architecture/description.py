@@ -1,0 +1,233 @@
+"""Architecture: what a checkpoint's model consists of, as a description without numbers.
+
+Every weight is named by its checkpoint key. A Linear also names its ``tap``: the input it reads, which it shares
+with the other linears of its layer that read the same one, so that one Hessian serves all of them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from glmexport.checkpoint import Checkpoint
+from glmexport.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Linear:
+    """y = x W^T + b, with W of shape [out_features, in_features] stored at ``key`` + ``.weight``."""
+
+    key: str
+    in_features: int
+    out_features: int
+    bias: bool
+    #: Name of the shared input, unique within the layer.
+    tap: str
+    #: What the linear does, one word for reports and recipes: qkv, o, gate_up, down, lm_head.
+    part: str
+
+    @property
+    def weight(self) -> str:
+        """Checkpoint key of W."""
+        return f"{self.key}.weight"
+
+    @property
+    def bias_key(self) -> str | None:
+        """Checkpoint key of b [out_features], if there is one."""
+        return f"{self.key}.bias" if self.bias else None
+
+
+@dataclass(frozen=True)
+class Norm:
+    """RMSNorm over the last axis: x / sqrt(mean(x^2) + epsilon) * weight[size]."""
+
+    key: str
+    size: int
+    epsilon: float
+
+    @property
+    def weight(self) -> str:
+        """Checkpoint key of the gain."""
+        return f"{self.key}.weight"
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Rotary position embedding of the first ``dimensions`` of every head.
+
+    ``interleaved`` rotates pairs (2i, 2i+1); otherwise pairs (i, i + dimensions / 2).
+    """
+
+    dimensions: int
+    interleaved: bool
+
+
+@dataclass(frozen=True)
+class GroupedQueryAttention:
+    """Causal softmax attention with ``heads`` query heads sharing ``kv_heads`` key and value heads."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rotary: Rotary
+    query: Linear
+    key: Linear
+    value: Linear
+    output: Linear
+
+    @property
+    def scale(self) -> float:
+        """Factor of the scores before the softmax."""
+        return self.head_dim**-0.5
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """In the order in which data passes them."""
+        return (self.query, self.key, self.value, self.output)
+
+
+@dataclass(frozen=True)
+class GatedMlp:
+    """down(up * silu(gate)), with gate and up stacked along the rows of one matrix, gate first."""
+
+    intermediate_size: int
+    gate_up: Linear
+    down: Linear
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """In the order in which data passes them."""
+        return (self.gate_up, self.down)
+
+
+@dataclass(frozen=True)
+class DecoderLayer:
+    """One residual block. The two output norms exist in families with sandwich norms only."""
+
+    index: int
+    prefix: str
+    attention_norm: Norm
+    attention: GroupedQueryAttention
+    attention_output_norm: Norm | None
+    mlp_norm: Norm
+    mlp: GatedMlp
+    mlp_output_norm: Norm | None
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """In the order in which data passes them."""
+        return (*self.attention.linears, *self.mlp.linears)
+
+    @property
+    def taps(self) -> dict[str, tuple[Linear, ...]]:
+        """The linears that share each input, taps in the order in which data passes them."""
+        return {
+            tap: tuple(linear for linear in self.linears if linear.tap == tap)
+            for tap in dict.fromkeys(linear.tap for linear in self.linears)
+        }
+
+    @property
+    def norms(self) -> tuple[Norm, ...]:
+        """Those that exist, in order."""
+        every = (self.attention_norm, self.attention_output_norm, self.mlp_norm, self.mlp_output_norm)
+        return tuple(norm for norm in every if norm is not None)
+
+
+@dataclass(frozen=True)
+class Unused:
+    """Checkpoint tensors that the description leaves out on purpose: a regular expression and the reason."""
+
+    pattern: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A decoder-only language model: embedding, layers, final norm and lm_head."""
+
+    family: str
+    hidden_size: int
+    vocabulary_size: int
+    context_length: int
+    #: Checkpoint key of the embedding [vocabulary_size, hidden_size].
+    embedding: str
+    layers: tuple[DecoderLayer, ...]
+    final_norm: Norm
+    lm_head: Linear
+    #: The lm_head is the embedding matrix.
+    tied: bool
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int
+    unused: tuple[Unused, ...] = ()
+
+    @property
+    def linears(self) -> Iterator[tuple[int | None, Linear]]:
+        """Every linear with the index of its layer; None for the lm_head."""
+        for layer in self.layers:
+            for linear in layer.linears:
+                yield layer.index, linear
+        yield None, self.lm_head
+
+    @property
+    def kv_values_per_token(self) -> int:
+        """Cached numbers per token of context over all layers."""
+        return sum(2 * layer.attention.kv_heads * layer.attention.head_dim for layer in self.layers)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Checkpoint key and shape of every tensor that the model consists of."""
+        shapes: dict[str, tuple[int, ...]] = {self.embedding: (self.vocabulary_size, self.hidden_size)}
+        for _, linear in self.linears:
+            shapes[linear.weight] = (linear.out_features, linear.in_features)
+            if linear.bias_key:
+                shapes[linear.bias_key] = (linear.out_features,)
+        for norm in (*(norm for layer in self.layers for norm in layer.norms), self.final_norm):
+            shapes[norm.weight] = (norm.size,)
+        return shapes
+
+    def account(self, checkpoint: Checkpoint) -> list[tuple[str, str]]:
+        """Check that every tensor of the checkpoint is used once or unused for a stated reason.
+
+        Returns:
+            (key, reason) of the unused tensors.
+
+        Raises:
+            CheckpointError: a tensor is missing, has another shape, or is not part of the description.
+        """
+        wanted = self.shapes()
+        _check_shapes(checkpoint, wanted)
+        unused, unknown = [], []
+        for key in sorted(set(checkpoint.tensors) - set(wanted)):
+            reasons = [rule.reason for rule in self.unused if re.fullmatch(rule.pattern, key)]
+            if reasons:
+                unused.append((key, reasons[0]))
+            else:
+                unknown.append(key)
+        if unknown:
+            raise CheckpointError(
+                f"{checkpoint.name} has {_listed(unknown)} that the family {self.family!r} does not know.",
+                next_step="Remove them from the checkpoint, or extend the family's declaration.",
+            )
+        return unused
+
+
+def _check_shapes(checkpoint: Checkpoint, wanted: dict[str, tuple[int, ...]]) -> None:
+    missing = [key for key in wanted if key not in checkpoint.tensors]
+    if missing:
+        raise CheckpointError(
+            f"{checkpoint.name} lacks {_listed(missing)}.",
+            next_step="Download the checkpoint again, or correct config.json if it describes another model.",
+        )
+    for key, shape in wanted.items():
+        found = checkpoint.tensors[key].shape
+        if found != shape:
+            raise CheckpointError(
+                f"{checkpoint.name}: tensor {key} has shape {list(found)}, but config.json implies {list(shape)}.",
+                next_step="Use the config.json that belongs to these weights.",
+            )
+
+
+def _listed(keys: Sequence[str], most: int = 3) -> str:
+    more = f" and {len(keys) - most} more" if len(keys) > most else ""
+    return f"tensor{'s' if len(keys) > 1 else ''} {', '.join(keys[:most])}{more}"

@@ -1,0 +1,132 @@
+"""The original model, computed by transformers' own decoder layers, one block in memory at a time.
+
+Nothing of the reference arithmetic is ours: the layer classes are transformers', created without storage on the
+meta device and filled from the checkpoint when their turn comes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from glmexport.architecture.description import Architecture, DecoderLayer
+from glmexport.checkpoint import Checkpoint
+
+#: Replaces a weight while a block is filled: (checkpoint key) -> tensor, or None to read the checkpoint.
+Substitute = Callable[[str], Tensor | None]
+
+#: Rows of the embedding or lm_head held in fp32 at a time.
+_SLAB_ROWS = 16384
+
+
+class Reference:
+    """transformers' model of ``checkpoint`` without its weights; blocks are filled on demand, in fp32."""
+
+    def __init__(self, checkpoint: Checkpoint, architecture: Architecture) -> None:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        self.checkpoint = checkpoint
+        self.architecture = architecture
+        config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+        self._decoder: Any = skeleton.model.eval().requires_grad_(False)
+        # The rotary tables are computed, not stored, so this module cannot stay on the meta device.
+        self._rotary: nn.Module = type(self._decoder.rotary_emb)(self._decoder.config)
+
+    def block(self, layer: DecoderLayer, substitute: Substitute | None = None) -> Block:
+        """Decoder layer ``layer`` with its weights in fp32."""
+        module = copy.deepcopy(self._decoder.layers[layer.index])
+        weights = {}
+        for name in module.state_dict():
+            key = f"{layer.prefix}.{name}"
+            replaced = substitute(key) if substitute else None
+            weights[name] = self.checkpoint.read(key) if replaced is None else replaced
+        module.load_state_dict(weights, assign=True, strict=True)
+        return Block(layer, module.eval().requires_grad_(False))
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Embeddings [..., hidden] fp32 of token ``ids``; reads the table in slabs."""
+        wanted, position = torch.unique(ids, return_inverse=True)
+        key = self.architecture.embedding
+        rows = torch.empty(len(wanted), self.architecture.hidden_size)
+        for start in range(0, self.architecture.vocabulary_size, _SLAB_ROWS):
+            stop = min(start + _SLAB_ROWS, self.architecture.vocabulary_size)
+            inside = (wanted >= start) & (wanted < stop)
+            if bool(inside.any()):
+                rows[inside] = self.checkpoint.rows(key, start, stop)[wanted[inside] - start]
+        return rows[position]
+
+    def logits(self, normed: Tensor) -> Tensor:
+        """lm_head of [..., hidden] fp32, as [..., vocabulary] fp32; reads the matrix in slabs."""
+        vocabulary = self.architecture.vocabulary_size
+        logits = torch.empty(*normed.shape[:-1], vocabulary)
+        for start in range(0, vocabulary, _SLAB_ROWS):
+            stop = min(start + _SLAB_ROWS, vocabulary)
+            logits[..., start:stop] = normed @ self.checkpoint.rows(self.architecture.lm_head.weight, start, stop).T
+        return logits
+
+    def rotary_tables(self, length: int) -> tuple[Tensor, Tensor]:
+        """cos and sin [length, rotary dimensions / 2] fp32 of positions 0 to length - 1, one column a pair."""
+        cos, sin = self._rotary(torch.zeros(1), torch.arange(length)[None])
+        half = self.architecture.layers[0].attention.rotary.dimensions // 2
+        return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
+
+    def position_embeddings(self, length: int) -> tuple[Tensor, Tensor]:
+        """What transformers' decoder layers take for positions 0 to length - 1."""
+        cos, sin = self._rotary(torch.zeros(1), torch.arange(length)[None])
+        return cos, sin
+
+    def final_norm(self, hidden: Tensor) -> Tensor:
+        """RMSNorm before the lm_head, [..., hidden] fp32."""
+        module = copy.deepcopy(self._decoder.norm)
+        module.load_state_dict(
+            {"weight": self.checkpoint.read(self.architecture.final_norm.weight)}, assign=True, strict=True
+        )
+        with torch.inference_mode():
+            normed: Tensor = module(hidden)
+        return normed
+
+
+class _TapReached(Exception):
+    """Ends a forward pass once the tap that was asked for has been read."""
+
+
+class Block:
+    """One decoder layer of transformers, filled."""
+
+    def __init__(self, layer: DecoderLayer, module: nn.Module) -> None:
+        self.layer = layer
+        self.module = module
+
+    def forward(self, hidden: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
+        """The block's output for ``hidden`` [batch, length, hidden]; causal, no padding, no cache."""
+        with torch.inference_mode():
+            output = self.module(
+                hidden, attention_mask=None, position_embeddings=positions, past_key_values=None, use_cache=False
+            )
+        result: Tensor = output[0] if isinstance(output, tuple) else output
+        return result
+
+    def tap(self, name: str, hidden: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
+        """The input [batch, length, in_features] that the linears of tap ``name`` read; computes no further."""
+        read: list[Tensor] = []
+
+        def keep(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            read.append(arguments[0])
+            raise _TapReached
+
+        first = self.layer.taps[name][0]
+        module = self.module.get_submodule(first.key.removeprefix(f"{self.layer.prefix}."))
+        handle = module.register_forward_pre_hook(keep)
+        try:
+            self.forward(hidden, positions)
+        except _TapReached:
+            pass
+        finally:
+            handle.remove()
+        return read[0]

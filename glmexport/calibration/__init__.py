@@ -1,0 +1,26 @@
+"""What to calibrate on: text by language and split, packed sequences, and the Hessian of every tap."""
+
+from glmexport.calibration.corpus import (
+    USER,
+    Document,
+    TextOverlap,
+    overlap,
+    shipped_documents,
+    shipped_languages,
+    user_documents,
+)
+from glmexport.calibration.hessian import Hessian
+from glmexport.calibration.sequences import CalibrationSet, pack
+
+__all__ = [
+    "USER",
+    "CalibrationSet",
+    "Document",
+    "Hessian",
+    "TextOverlap",
+    "overlap",
+    "pack",
+    "shipped_documents",
+    "shipped_languages",
+    "user_documents",
+]

@@ -1,0 +1,144 @@
+"""Text: the shipped corpora, split by document into calibration and evaluation, and text of the user's."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from glmexport.checkpoint import Tokenizer
+from glmexport.definition import Definition, read_toml
+from glmexport.errors import DefinitionError, InputError
+from glmexport.resources import shipped
+
+#: Language under which text given with --calibration counts.
+USER = "user"
+Split = Literal["calibration", "evaluation"]
+
+#: Lines shorter than this recur in any two texts of a kind (headings, list markers) and show no leakage.
+_SHORTEST_TELLING_LINE = 20
+
+
+class CorpusFile(Definition):
+    """One file of documents in one language."""
+
+    language: str
+    split: Split
+    file: str
+    licence: str
+    source: str
+    documents: int
+    characters: int
+    sha256: str
+
+
+class _Corpora(Definition):
+    corpus: tuple[CorpusFile, ...]
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text that is never divided between calibration and evaluation."""
+
+    id: str
+    language: str
+    text: str
+
+
+def shipped_documents(split: Split, languages: Iterable[str] | None = None) -> list[Document]:
+    """Documents of the shipped corpora, in the order of ``corpora.toml``; all languages or the named ones.
+
+    Raises:
+        DefinitionError: a file does not have the digest that ``corpora.toml`` states.
+    """
+    folder = shipped("calibration") / "corpora"
+    wanted = None if languages is None else set(languages)
+    documents = []
+    for entry in read_toml(folder / "corpora.toml", _Corpora).corpus:
+        if entry.split == split and (wanted is None or entry.language in wanted):
+            content = (folder / entry.file).read_bytes()
+            if hashlib.sha256(content).hexdigest() != entry.sha256:
+                raise DefinitionError(
+                    f"{folder / entry.file} is not the file that corpora.toml describes (its sha256 differs).",
+                    next_step="Install glmexport again, or update corpora.toml if the change is yours.",
+                )
+            for line in content.decode("utf-8").splitlines():
+                record = json.loads(line)
+                documents.append(Document(record["id"], entry.language, record["text"]))
+    return documents
+
+
+def shipped_languages() -> list[str]:
+    """Languages of the shipped evaluation text."""
+    folder = shipped("calibration") / "corpora"
+    entries = read_toml(folder / "corpora.toml", _Corpora).corpus
+    return sorted({entry.language for entry in entries if entry.split == "evaluation"})
+
+
+def user_documents(paths: Sequence[Path], tokenizer: Tokenizer) -> list[Document]:
+    """Text of the user's: ``.txt`` files, and ``.jsonl`` with ``text`` or chat ``messages`` on each line.
+
+    Raises:
+        InputError: no such file, another file type, not UTF-8, or a line that is neither.
+    """
+    documents = []
+    for path in paths:
+        try:
+            content = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(
+                f"Calibration text {path} cannot be read: {error}.", next_step="Give a readable UTF-8 file."
+            ) from error
+        if path.suffix == ".txt":
+            documents.append(Document(path.name, USER, content))
+        elif path.suffix == ".jsonl":
+            for number, line in enumerate(content.splitlines(), start=1):
+                if line.strip():
+                    documents.append(Document(f"{path.name}:{number}", USER, _record_text(path, number, line, tokenizer)))
+        else:
+            raise InputError(
+                f"Calibration text {path} is neither .txt nor .jsonl.", next_step="Convert it to one of the two."
+            )
+    return documents
+
+
+def _record_text(path: Path, number: int, line: str, tokenizer: Tokenizer) -> str:
+    problem = InputError(
+        f"{path}, line {number}: not a JSON object with 'text' or 'messages'.",
+        next_step='Write {"text": "..."} or {"messages": [{"role": "user", "content": "..."}, ...]}.',
+    )
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise problem from error
+    if isinstance(record, dict) and isinstance(record.get("text"), str):
+        return str(record["text"])
+    if isinstance(record, dict) and isinstance(record.get("messages"), list):
+        return tokenizer.render(record["messages"])
+    raise problem
+
+
+@dataclass(frozen=True)
+class TextOverlap:
+    """What two sets of documents have in common; zero everywhere is what is wanted."""
+
+    shared_documents: int
+    shared_lines: int
+
+
+def overlap(calibration: Sequence[Document], evaluation: Sequence[Document]) -> TextOverlap:
+    """Count identical documents and identical lines of at least 20 characters, white space and case folded."""
+    documents = {_folded(document.text) for document in calibration} & {_folded(d.text) for d in evaluation}
+    return TextOverlap(len(documents), len(_lines(calibration) & _lines(evaluation)))
+
+
+def _folded(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
+def _lines(documents: Sequence[Document]) -> set[str]:
+    lines = (_folded(line) for document in documents for line in document.text.splitlines())
+    return {line for line in lines if len(line) >= _SHORTEST_TELLING_LINE}

@@ -1,0 +1,63 @@
+"""Everything that can go wrong, and the exit code each kind ends with.
+
+    GlmexportError
+    ├── InputError          the user's: a file, a name or a value is not usable            64
+    │   ├── CheckpointError     the checkpoint on disk
+    │   ├── DefinitionError     a recipe, target or corpora file
+    │   └── BundleError         a bundle on disk
+    └── MachineError        the environment's: disk, memory, permissions, network         69
+
+Any other exception is a bug of ours and ends with 70 and a traceback. Verdicts end with 0 (PASS or WARN),
+1 (BLOCK) and 2 (INCONCLUSIVE); Ctrl-C with 130. The numbers from 64 are those of BSD's sysexits.h, so that
+they can never be mistaken for a verdict.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+EXIT_PASS = 0
+EXIT_BLOCK = 1
+EXIT_INCONCLUSIVE = 2
+EXIT_INPUT = 64
+EXIT_MACHINE = 69
+EXIT_BUG = 70
+EXIT_INTERRUPTED = 130
+
+
+class GlmexportError(Exception):
+    """What happened and to which file or tensor, and in ``next_step`` what to do about it."""
+
+    exit_code: ClassVar[int] = EXIT_BUG
+
+    def __init__(self, message: str, *, next_step: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.next_step = next_step
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.next_step}"
+
+
+class InputError(GlmexportError):
+    """The user's: a file, a name or a value cannot be used as it is."""
+
+    exit_code = EXIT_INPUT
+
+
+class CheckpointError(InputError):
+    """A checkpoint that is incomplete, damaged, unsafe, or of a family without a declaration."""
+
+
+class DefinitionError(InputError):
+    """A recipe, target or corpora file that is unknown or does not follow its schema."""
+
+
+class BundleError(InputError):
+    """A bundle that is incomplete, changed since it was written, or of an unknown version."""
+
+
+class MachineError(GlmexportError):
+    """The environment's: no space, no permission, not enough memory, no network."""
+
+    exit_code = EXIT_MACHINE

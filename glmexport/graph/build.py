@@ -1,0 +1,155 @@
+"""The decoder as a graph of our own operators, built from the declaration. Never traced, and without weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import onnx_ir as ir
+
+from glmexport.architecture import Architecture, DecoderLayer, Linear, Norm
+from glmexport.graph.operators import BLOCK, DOMAIN
+from glmexport.target import GraphLimits
+
+#: Names that onnxruntime-genai and optimum agree on.
+INPUT_IDS, ATTENTION_MASK, LOGITS = "input_ids", "attention_mask", "logits"
+PAST = "past_key_values.{layer}.{kind}"
+PRESENT = "present.{layer}.{kind}"
+
+
+def build_graph(architecture: Architecture, limits: GraphLimits, *, every_position: bool) -> ir.Model:
+    """The graph of ``architecture``: token ids and cache in, logits and grown cache out.
+
+    Args:
+        architecture: what to build.
+        limits: opset and IR version.
+        every_position: logits [B, S, V] of all new positions instead of [B, 1, V] of the last one.
+    """
+    return _Builder(architecture).model(limits, every_position)
+
+
+class _Builder:
+    def __init__(self, architecture: Architecture) -> None:
+        self.architecture = architecture
+        self.nodes: list[ir.Node] = []
+        self.block = ""
+        self.input_ids = _value(INPUT_IDS, ir.DataType.INT64, ["batch", "sequence"])
+        self.mask = _value(ATTENTION_MASK, ir.DataType.INT64, ["batch", "total_sequence"])
+        self.inputs = [self.input_ids, self.mask]
+        self.outputs: list[ir.Value] = []
+
+    def model(self, limits: GraphLimits, every_position: bool) -> ir.Model:
+        architecture = self.architecture
+        self.block = "embedding"
+        hidden = self.op("Embedding", [self.input_ids], weight=architecture.embedding)
+        for layer in architecture.layers:
+            self.block = f"block_{layer.index:03d}"
+            hidden = self.layer(layer, hidden)
+        self.block = "head"
+        if not every_position:
+            hidden = self.op("LastPosition", [hidden, self.mask])
+        logits = self.linears(self.norm(architecture.final_norm, hidden), [architecture.lm_head])
+        logits.name = LOGITS
+        logits.dtype = ir.DataType.FLOAT
+        logits.shape = ir.Shape(
+            ["batch", "sequence" if every_position else 1, architecture.vocabulary_size]
+        )
+        graph = ir.Graph(
+            self.inputs,
+            [logits, *self.outputs],
+            nodes=self.nodes,
+            opset_imports={"": limits.opset, DOMAIN: 1},
+            name=architecture.family,
+        )
+        return ir.Model(graph, ir_version=limits.ir_version, producer_name="glmexport")
+
+    def layer(self, layer: DecoderLayer, hidden: ir.Value) -> ir.Value:
+        attended = self.attention(layer, self.norm(layer.attention_norm, hidden))
+        if layer.attention_output_norm:
+            attended = self.norm(layer.attention_output_norm, attended)
+        hidden = self.add(attended, hidden)
+        gate_up = self.linears(self.norm(layer.mlp_norm, hidden), [layer.mlp.gate_up])
+        gated = self.op("GatedActivation", [gate_up], intermediate_size=layer.mlp.intermediate_size)
+        output = self.linears(gated, [layer.mlp.down])
+        if layer.mlp_output_norm:
+            output = self.norm(layer.mlp_output_norm, output)
+        return self.add(output, hidden)
+
+    def attention(self, layer: DecoderLayer, normed: ir.Value) -> ir.Value:
+        attention = layer.attention
+        projected = [self.linears(normed, [part]) for part in (attention.query, attention.key, attention.value)]
+        shape = ["batch", attention.kv_heads, None, attention.head_dim]
+        past, present = [], []
+        for kind in ("key", "value"):
+            shape[2] = "past_sequence"
+            past.append(_value(PAST.format(layer=layer.index, kind=kind), ir.DataType.FLOAT, shape))
+            shape[2] = "total_sequence"
+            present.append(_value(PRESENT.format(layer=layer.index, kind=kind), ir.DataType.FLOAT, shape))
+        self.inputs += past
+        self.outputs += present
+        attended = ir.Value()
+        self.node(
+            "Attention",
+            [*projected, *past, self.mask],
+            [attended, *present],
+            heads=attention.heads,
+            kv_heads=attention.kv_heads,
+            head_dim=attention.head_dim,
+            scale=attention.scale,
+            rotary_dimensions=attention.rotary.dimensions,
+            interleaved=int(attention.rotary.interleaved),
+        )
+        return self.linears(attended, [attention.output])
+
+    def norm(self, norm: Norm, x: ir.Value) -> ir.Value:
+        return self.op("RmsNorm", [x], weight=norm.weight, epsilon=norm.epsilon)
+
+    def linears(self, x: ir.Value, parts: Sequence[Linear]) -> ir.Value:
+        biases = [part.bias_key for part in parts if part.bias_key]
+        attributes: dict[str, Any] = {"biases": biases} if biases else {}
+        return self.op(
+            "Linear",
+            [x],
+            weights=[part.weight for part in parts],
+            in_features=parts[0].in_features,
+            out_features=sum(part.out_features for part in parts),
+            **attributes,
+        )
+
+    def add(self, a: ir.Value, b: ir.Value) -> ir.Value:
+        total = ir.Value()
+        self.node("Add", [a, b], [total], domain="")
+        return total
+
+    def op(self, operator: str, inputs: Sequence[ir.Value], **attributes: Any) -> ir.Value:
+        output = ir.Value()
+        self.node(operator, inputs, [output], **attributes)
+        return output
+
+    def node(
+        self,
+        operator: str,
+        inputs: Sequence[ir.Value],
+        outputs: Sequence[ir.Value],
+        domain: str = DOMAIN,
+        **attributes: Any,
+    ) -> None:
+        # Names follow from the position in the graph, so that the same declaration gives the same bytes.
+        name = f"{self.block}/{operator}_{len(self.nodes)}"
+        for index, output in enumerate(outputs):
+            output.name = output.name or f"{name}.{index}"
+        self.nodes.append(
+            ir.Node(
+                domain,
+                operator,
+                inputs,
+                ir.convenience.convert_attributes(attributes),
+                outputs=outputs,
+                name=name,
+                metadata_props={BLOCK: self.block},
+            )
+        )
+
+
+def _value(name: str, dtype: ir.DataType, shape: Sequence[str | int | None]) -> ir.Value:
+    return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(list(shape)))

@@ -1,0 +1,70 @@
+"""The operators that a graph is made of before it is lowered, and the rules that such a graph keeps.
+
+Domain ``glmexport``. Shapes: B sequences, S new positions, P cached positions, T = P + S, D hidden size.
+
+    Embedding(input_ids [B, S] int64) -> [B, S, D]                       weight
+    RmsNorm(x [..., D]) -> [..., D]                                      weight, epsilon
+    Linear(x [..., K]) -> [..., N]                                       weights, biases, in_features, out_features
+        rows of several checkpoint matrices, stacked; ``biases`` is empty or names one vector a matrix
+    Attention(qkv..., past_key, past_value, attention_mask [B, T] int64) -> out [B, S, heads * head_dim],
+        present_key [B, kv_heads, T, head_dim], present_value            heads, kv_heads, head_dim, scale,
+                                                                         rotary_dimensions, interleaved
+        qkv is one packed value, or query, key and value
+    GatedActivation(x [..., 2 I]) -> silu(first half) * second half      intermediate_size
+    LastPosition(x [B, S, D], attention_mask) -> [B, 1, D]               the last position that is not padding
+
+Residual additions are the standard ``Add``. Every node carries the name of the block it belongs to, which decides
+the file that its weights are stored in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import onnx_ir as ir
+
+DOMAIN = "glmexport"
+BLOCK = "glmexport.block"
+
+OPERATORS = frozenset({"Embedding", "RmsNorm", "Linear", "Attention", "GatedActivation", "LastPosition"})
+
+
+def nodes_of(model: ir.Model, operator: str) -> Iterator[ir.Node]:
+    """The graph's nodes of one of our operators, in order; the graph may be changed while iterating."""
+    return iter([node for node in model.graph if node.domain == DOMAIN and node.op_type == operator])
+
+
+def violations(model: ir.Model) -> list[str]:
+    """What breaks the rules above: foreign operators, nodes without a block, weights before their time."""
+    found = []
+    for node in model.graph:
+        if node.domain == DOMAIN:
+            if node.op_type not in OPERATORS:
+                found.append(f"{node.name}: {node.op_type} is not an operator of ours")
+        elif (node.domain, node.op_type) != ("", "Add"):
+            found.append(f"{node.name}: {node.domain}::{node.op_type} before lowering")
+        if BLOCK not in node.metadata_props:
+            found.append(f"{node.name}: belongs to no block")
+    if model.graph.initializers:
+        found.append("weights appear before lowering")
+    return found
+
+
+def text(node: ir.Node, name: str) -> str:
+    """A string attribute."""
+    return str(node.attributes[name].as_string())
+
+
+def texts(node: ir.Node, name: str) -> list[str]:
+    """A list of strings; empty where the attribute is absent (ONNX cannot type an empty list)."""
+    return list(node.attributes[name].as_strings()) if name in node.attributes else []
+
+
+def integer(node: ir.Node, name: str) -> int:
+    """An integer attribute."""
+    return int(node.attributes[name].as_int())
+
+
+def number(node: ir.Node, name: str) -> float:
+    """A float attribute."""
+    return float(node.attributes[name].as_float())

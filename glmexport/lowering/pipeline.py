@@ -1,0 +1,54 @@
+"""Our operators become what the target can run. Each pass asks what the target can do, never what it is called."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+import torch
+
+from glmexport.graph import DOMAIN, violations
+from glmexport.lowering.attention import LowerAttentionPass
+from glmexport.lowering.embedding import LowerEmbeddingPass
+from glmexport.lowering.last_position import LowerLastPositionPass
+from glmexport.lowering.linear import LowerLinearPass
+from glmexport.lowering.mlp import LowerGatedActivationPass
+from glmexport.lowering.norm import LowerNormPass
+from glmexport.lowering.pack_qkv import PackQkvPass
+from glmexport.lowering.rewrite import MICROSOFT
+from glmexport.quantization.weights import Weights
+from glmexport.target import Target
+
+
+def lower(
+    model: ir.Model, target: Target, weights: Weights, rotary_tables: tuple[torch.Tensor, torch.Tensor]
+) -> ir.Model:
+    """Lower ``model`` in place for ``target`` and check that only operators it lists are left.
+
+    Args:
+        model: as ``build_graph`` returns it.
+        target: what the hardware can do.
+        weights: formats now, numbers when the graph is written.
+        rotary_tables: cos and sin [context_length, rotary dimensions / 2] fp32.
+    """
+    broken = violations(model)
+    assert not broken, broken
+    passes: list[ir.passes.PassBase] = [PackQkvPass(weights)] if target.graph.packed_qkv else []
+    passes += [
+        LowerEmbeddingPass(weights),
+        LowerNormPass(weights, target),
+        LowerAttentionPass(rotary_tables),
+        LowerLastPositionPass(),
+        LowerGatedActivationPass(),
+        LowerLinearPass(weights, target),
+    ]
+    ir.passes.Sequential(*passes)(model)
+    model.graph.opset_imports.pop(DOMAIN)
+    model.graph.opset_imports[MICROSOFT] = 1
+    foreign = unsupported(model, target)
+    assert not foreign, foreign
+    return model
+
+
+def unsupported(model: ir.Model, target: Target) -> list[str]:
+    """Operators of ``model`` that neither the standard opset nor the target's list contains."""
+    used = {(node.domain, node.op_type) for node in model.graph}
+    return sorted(f"{domain}::{name}" for domain, name in used if domain and not target.can(f"{domain}::{name}"))

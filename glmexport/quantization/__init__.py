@@ -1,0 +1,29 @@
+"""Matrices into codes, scales and zero points: pure functions on arrays, and the walk that applies them."""
+
+from glmexport.quantization.linear import QuantizedLinear
+from glmexport.quantization.memory import MemoryPlan, plan_memory
+from glmexport.quantization.packing import pack_codes, pack_zero_points, unpack
+from glmexport.quantization.solve import Problem, Solution, gptq, round_to_nearest
+from glmexport.quantization.store import WorkDirectory, sha256, write_atomically
+from glmexport.quantization.walk import EMBEDDING, HEAD, LinearRecord, Walk, block_step
+
+__all__ = [
+    "EMBEDDING",
+    "HEAD",
+    "LinearRecord",
+    "MemoryPlan",
+    "Problem",
+    "QuantizedLinear",
+    "Solution",
+    "Walk",
+    "WorkDirectory",
+    "block_step",
+    "gptq",
+    "pack_codes",
+    "pack_zero_points",
+    "plan_memory",
+    "round_to_nearest",
+    "sha256",
+    "unpack",
+    "write_atomically",
+]

@@ -1,0 +1,77 @@
+"""Factor H = (U + I) D (U + I)^T, with U strictly upper triangular and D diagonal, in the order of the sweep.
+
+With it GPTQ needs no inverse: rounding column k to Q(w_k + sum_{i<k} (w_i - q_i) U_ik) leaves the error
+sum_k D_k (rounding error of column k)^2 (Chee et al., QuIP, arXiv 2307.13304, theorem 1; equal to GPTQ).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from glmexport.quantization.order import ColumnOrder
+
+#: The damping is multiplied by this until the factorisation succeeds, and given up above the limit.
+_DAMPING_STEP, _DAMPING_LIMIT = 10.0, 10.0
+
+
+@dataclass(frozen=True)
+class Factor:
+    """The factorisation of a damped Hessian.
+
+    ``hessian`` [K, K] and ``lower`` [K, K] (its Cholesky factor) are held in *reversed* sweep order: the Cholesky
+    factor of the reversed matrix, read backwards, is the upper triangular factor that the sweep needs.
+    """
+
+    hessian: Tensor
+    lower: Tensor
+    #: What was added to each diagonal element, in sweep order [K].
+    added: Tensor
+    #: Damping used, as a fraction of the mean diagonal.
+    damping: float
+    #: Columns whose input was always zero.
+    dead_columns: int
+
+    def columns(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """U [stop, stop - start] and D [stop - start] of the sweep's columns ``start`` to ``stop``."""
+        size = self.lower.shape[0]
+        upper = self.lower[size - stop :, size - stop : size - start].flip(0, 1)
+        diagonal = upper[start:].diagonal()
+        return upper / diagonal, diagonal.square()
+
+    def hessian_rows(self, start: int, stop: int) -> Tensor:
+        """Rows ``start`` to ``stop`` of the damped Hessian in sweep order, [stop - start, K]."""
+        size = self.hessian.shape[0]
+        return self.hessian[size - stop : size - start].flip(0, 1)
+
+
+def factorize(hessian: Tensor, order: ColumnOrder, damping: float) -> Factor | None:
+    """Damp and factor ``hessian`` [K, K] fp32 (symmetric, positive semidefinite).
+
+    A dead column (zero diagonal) gets the mean diagonal: it then neither receives nor spreads error, and its
+    weights are rounded to nearest, so that text which does reach it still finds a weight there.
+
+    Returns:
+        None if no damping up to ten times the mean diagonal makes the factorisation succeed.
+    """
+    reverse = order.columns.flip(0)
+    # Copied in slabs: indexing both axes at once would need a second K x K temporary.
+    permuted = torch.empty_like(hessian)
+    for start in range(0, len(reverse), 1024):
+        rows = reverse[start : start + 1024]
+        permuted[start : start + 1024] = hessian[rows].index_select(1, reverse)
+    diagonal = permuted.diagonal().clone()
+    dead = diagonal <= 0
+    alive = diagonal[~dead]
+    mean = float(alive.mean()) if alive.numel() else 1.0
+    fill = torch.where(dead, mean, 0.0)
+    while damping <= _DAMPING_LIMIT:
+        added = fill + damping * mean
+        permuted.diagonal().copy_(diagonal + added)
+        lower, info = torch.linalg.cholesky_ex(permuted)
+        if not int(info) and bool(torch.isfinite(lower.diagonal()).all()):
+            return Factor(permuted, lower, added.flip(0), damping, int(dead.sum()))
+        damping *= _DAMPING_STEP
+    return None

@@ -1,0 +1,68 @@
+"""QuantizedLinear: codes, scales and zero points of one matrix, and what they cost to store."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from glmexport.recipe import Format
+
+
+@dataclass(frozen=True)
+class QuantizedLinear:
+    """W [N, K] ~ (codes - zero_points) * scales, with scale and zero point shared by ``group_size`` inputs.
+
+    ``codes`` [N, K] uint8; ``scales`` [N, G] fp16; ``zero_points`` [N, G] uint8, None for a symmetric format
+    (2^(bits - 1)); G = ceil(K / group_size).
+    """
+
+    form: Format
+    codes: Tensor
+    scales: Tensor
+    zero_points: Tensor | None
+
+    @property
+    def groups(self) -> int:
+        """Scales a row."""
+        return self.scales.shape[1]
+
+    def dequantize(self) -> Tensor:
+        """The matrix that the runtime computes with, [N, K] fp32."""
+        return self.rows(0, self.codes.shape[0])
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows ``start`` to ``stop`` of the dequantized matrix, fp32."""
+        size = self.codes.shape[1]
+        span = self.form.group_size
+
+        def spread(per_group: Tensor) -> Tensor:
+            return per_group[start:stop].float().repeat_interleave(span, 1)[:, :size]
+
+        zero = float(2 ** (self.form.bits - 1)) if self.zero_points is None else spread(self.zero_points)
+        return (self.codes[start:stop].float() - zero) * spread(self.scales)
+
+    @property
+    def stored_bits(self) -> int:
+        """Bits of codes, scales and zero points in the types they are stored in, padding of groups included."""
+        rows, groups = self.scales.shape
+        codes = rows * groups * self.form.group_size * self.form.bits
+        zero_points = 0 if self.zero_points is None else rows * 8 * -(-groups * self.form.bits // 8)
+        return codes + self.scales.numel() * 16 + zero_points
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits divided by the number of weights."""
+        return self.stored_bits / self.codes.numel()
+
+    @staticmethod
+    def concatenate(parts: list[QuantizedLinear]) -> QuantizedLinear:
+        """One matrix of the rows of several of the same format and width, in order."""
+        zero_points = [part.zero_points for part in parts if part.zero_points is not None]
+        return QuantizedLinear(
+            parts[0].form,
+            torch.cat([part.codes for part in parts]),
+            torch.cat([part.scales for part in parts]),
+            torch.cat(zero_points) if zero_points else None,
+        )

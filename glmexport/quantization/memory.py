@@ -1,0 +1,63 @@
+"""How much memory a walk needs, and how large its batches may be under a limit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from glmexport.architecture import Architecture
+from glmexport.errors import MachineError
+from glmexport.recipe import Recipe
+
+#: Interpreter, torch, transformers and their allocators, measured before any weight is read.
+BASE_BYTES = 700 << 20
+_FP32 = 4
+#: Copies of a chunk of rows that the solver holds at its peak: weights, error, its projection, temporaries.
+_SOLVER_COPIES = 7
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Batch sizes of a walk and the peak they lead to."""
+
+    #: Tokens whose activations are computed together.
+    batch_tokens: int
+    #: Weights of one matrix that are solved together.
+    chunk_weights: int
+    #: Expected peak resident memory, bytes.
+    peak_bytes: int
+
+
+def plan_memory(architecture: Architecture, recipe: Recipe, limit_bytes: int | None = None) -> MemoryPlan:
+    """The largest batches that keep the walk within ``limit_bytes``; the preferred ones if there is no limit.
+
+    Raises:
+        MachineError: even the smallest batches do not fit.
+    """
+    batch, chunk = 4096, 1 << 26
+    while True:
+        peak = _peak(architecture, recipe, batch, chunk)
+        if limit_bytes is None or peak <= limit_bytes:
+            return MemoryPlan(batch, chunk, peak)
+        if batch <= 512 and chunk <= 1 << 22:
+            raise MachineError(
+                f"Quantizing {architecture.family} needs at least {peak / 2**30:.1f} GiB of memory, and the limit is "
+                f"{limit_bytes / 2**30:.1f} GiB.",
+                next_step="Raise --max-memory, or take a recipe without calibration (rtn-w4g32).",
+            )
+        batch, chunk = max(512, batch // 2), max(1 << 22, chunk // 2)
+
+
+def _peak(architecture: Architecture, recipe: Recipe, batch: int, chunk: int) -> int:
+    # Round-to-nearest holds one chunk at a time, but needs a whole codes matrix.
+    widest = max(linear.in_features * linear.out_features for _, linear in architecture.linears)
+    solving = widest + chunk * _FP32 * _SOLVER_COPIES
+    if not recipe.needs_calibration:
+        return BASE_BYTES + solving
+    layer = architecture.layers[0]
+    weights = sum(linear.in_features * linear.out_features for linear in layer.linears)
+    hessian = max(linear.in_features for linear in layer.linears) ** 2 * _FP32
+    width = max(linear.out_features for linear in layer.linears)
+    # Codes of the matrices already solved, one byte a weight, wait for the commit.
+    measuring = weights * _FP32 + weights + hessian + 3 * batch * width * _FP32
+    factoring = weights + 2 * hessian + chunk * _FP32 * _SOLVER_COPIES
+    return BASE_BYTES + max(measuring, factoring, solving)

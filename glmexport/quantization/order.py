@@ -1,0 +1,50 @@
+"""The order in which GPTQ visits columns. Groups stay whole, so the stored matrix needs no column index."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ColumnOrder:
+    """``columns`` [K] int64: the stored column visited at each step. ``bounds``: step range of every group.
+
+    ``groups``: the stored index of the group that each range holds. All columns of a group are visited in one
+    range, whatever the order.
+    """
+
+    columns: Tensor
+    bounds: tuple[tuple[int, int], ...]
+    groups: tuple[int, ...]
+
+
+def column_order(diagonal: Tensor, group_size: int, order: Literal["group", "stored"]) -> ColumnOrder:
+    """Order of the K columns of a matrix.
+
+    ``group`` (group-aware reordering, GAR): groups by falling mean of the Hessian's ``diagonal``, and inside each
+    group columns by falling diagonal, so that the most important weights are rounded while most columns that can
+    compensate are still free. ``stored`` keeps the checkpoint's order.
+
+    Args:
+        diagonal: [K] fp32.
+        group_size: weights sharing a scale; the last group may be shorter.
+        order: which.
+    """
+    size = diagonal.shape[0]
+    starts = range(0, size, group_size)
+    members = [torch.arange(start, min(start + group_size, size)) for start in starts]
+    indices = list(range(len(members)))
+    if order == "group":
+        means = torch.stack([diagonal[columns].mean() for columns in members])
+        indices = torch.argsort(means, descending=True, stable=True).tolist()
+        members = [
+            columns[torch.argsort(diagonal[columns], descending=True, stable=True)] for columns in members
+        ]
+    visited = [members[index] for index in indices]
+    ends = torch.tensor([len(columns) for columns in visited]).cumsum(0).tolist()
+    bounds = tuple((end - len(columns), end) for end, columns in zip(ends, visited, strict=True))
+    return ColumnOrder(torch.cat(visited), bounds, tuple(indices))

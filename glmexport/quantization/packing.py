@@ -1,0 +1,52 @@
+"""Bits into bytes, in the layout of ONNX Runtime's MatMulNBits: the first of two 4-bit codes in the low half."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from glmexport.quantization.linear import QuantizedLinear
+from glmexport.recipe import Format
+
+
+def pack_codes(linear: QuantizedLinear) -> Tensor:
+    """Codes as [N, G, group_size * bits / 8] uint8; columns that pad the last group hold the zero point."""
+    rows, size = linear.codes.shape
+    span = linear.form.group_size
+    codes = linear.codes
+    short = linear.groups * span - size
+    if short:
+        if linear.zero_points is None:
+            codes = nn.functional.pad(codes, (0, short), value=2 ** (linear.form.bits - 1))
+        else:
+            codes = torch.cat([codes, linear.zero_points[:, -1:].expand(rows, short)], dim=1)
+    return _pack(codes.reshape(rows, linear.groups, span), linear.form.bits)
+
+
+def pack_zero_points(linear: QuantizedLinear) -> Tensor | None:
+    """Zero points as [N, ceil(G * bits / 8)] uint8; None for a symmetric format."""
+    if linear.zero_points is None:
+        return None
+    padding = linear.groups % 2 if linear.form.bits == 4 else 0
+    return _pack(nn.functional.pad(linear.zero_points, (0, padding)), linear.form.bits)
+
+
+def unpack(
+    form: Format, in_features: int, codes: Tensor, scales: Tensor, zero_points: Tensor | None
+) -> QuantizedLinear:
+    """The inverse of packing. ``codes`` [N, G, bytes] uint8, ``scales`` [N, G] fp16, ``zero_points`` [N, bytes]."""
+    rows, groups = scales.shape
+    return QuantizedLinear(
+        form,
+        _unpack(codes, form.bits).reshape(rows, -1)[:, :in_features].contiguous(),
+        scales,
+        None if zero_points is None else _unpack(zero_points, form.bits)[:, :groups].contiguous(),
+    )
+
+
+def _pack(codes: Tensor, bits: int) -> Tensor:
+    return codes.contiguous() if bits == 8 else codes[..., 0::2] | (codes[..., 1::2] << 4)
+
+
+def _unpack(packed: Tensor, bits: int) -> Tensor:
+    return packed if bits == 8 else torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)

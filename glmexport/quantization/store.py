@@ -1,0 +1,187 @@
+"""The work directory of a walk: quantized matrices and activations, committed block by block.
+
+A step (the embedding, a block, the head) is committed by its record, which is written last and names the size and
+SHA-256 of every file of the step. Whatever a killed walk leaves behind without a record does not exist.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from glmexport.quantization.linear import QuantizedLinear
+from glmexport.quantization.packing import pack_codes, pack_zero_points, unpack
+from glmexport.recipe import Format
+
+_CHUNK = 1 << 22
+
+
+class Activations:
+    """A file of hidden states [sequences, length, hidden] fp32, read and written a few sequences at a time.
+
+    Plain reads and writes, not a mapping: pages of a mapping count as resident memory, and here every page is
+    touched exactly once per block.
+    """
+
+    def __init__(self, path: Path, shape: tuple[int, int, int]) -> None:
+        self.path = path
+        self.shape = shape
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Sequences ``start`` to ``stop``."""
+        _, length, hidden = self.shape
+        states = torch.empty(stop - start, length, hidden)
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(start * length * hidden * 4)
+            view = memoryview(states.numpy()).cast("B")
+            done = 0
+            while done < len(view):
+                count = file.readinto(view[done:])
+                if not count:
+                    raise EOFError(f"{self.path} ends early")
+                done += count
+        return states
+
+
+class WorkDirectory:
+    """Where a walk keeps what it has finished. ``job`` is everything the result depends on."""
+
+    def __init__(self, path: Path, job: Mapping[str, Any]) -> None:
+        self.path = path
+        self.job = dict(job)
+        path.mkdir(parents=True, exist_ok=True)
+
+    def holds_this_job(self) -> bool:
+        """Whether the directory belongs to the same job; an empty directory belongs to any."""
+        record = self.path / "job.json"
+        return not record.is_file() or json.loads(record.read_text(encoding="utf-8")) == self.job
+
+    def claim(self) -> None:
+        """Write down which job this is."""
+        write_atomically(self.path / "job.json", json.dumps(self.job, indent=2, sort_keys=True).encode())
+
+    def clear(self) -> None:
+        """Remove whatever is there."""
+        for file in self.path.iterdir():
+            file.unlink()
+
+    def record(self, step: str) -> dict[str, Any] | None:
+        """What was noted when ``step`` was committed; None if it was not, or a file of it has changed since."""
+        path = self.path / f"{step}.json"
+        if not path.is_file():
+            return None
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        for name, expected in record["files"].items():
+            file = self.path / name
+            # Activations of a step are removed once the next step is committed.
+            if name.endswith(".activations") and not file.is_file():
+                continue
+            if not file.is_file() or file.stat().st_size != expected["size"] or sha256(file) != expected["sha256"]:
+                return None
+        return record
+
+    def commit(
+        self,
+        step: str,
+        linears: Mapping[str, QuantizedLinear],
+        note: Mapping[str, Any],
+        activations: Iterator[Tensor] | None = None,
+    ) -> None:
+        """Write the matrices and the activations that the next step reads, flush them, then the record."""
+        weights = self.path / f"{step}.safetensors"
+        partial = weights.with_suffix(".partial")
+        save_file(_tensors(linears), partial)
+        _flush(partial)
+        partial.replace(weights)
+        files = [weights]
+        if activations is not None:
+            files.append(self.path / f"{step}.activations")
+            _write_stream(files[-1], activations)
+        record = {
+            "files": {file.name: {"size": file.stat().st_size, "sha256": sha256(file)} for file in files},
+            "formats": {key: linear.form.model_dump() for key, linear in linears.items()},
+            "in_features": {key: linear.codes.shape[1] for key, linear in linears.items()},
+            "note": dict(note),
+        }
+        write_atomically(self.path / f"{step}.json", json.dumps(record, sort_keys=True).encode())
+
+    def packed(self, step: str, key: str, what: str) -> Tensor:
+        """``codes``, ``scales`` or ``zero_points`` of a committed matrix, as packed."""
+        with safe_open(self.path / f"{step}.safetensors", framework="pt") as file:
+            packed: Tensor = file.get_tensor(f"{key}.{what}").clone()
+            return packed
+
+    def linear(self, step: str, key: str) -> QuantizedLinear:
+        """A committed matrix, unpacked."""
+        record = json.loads((self.path / f"{step}.json").read_text(encoding="utf-8"))
+        form = Format.model_validate(record["formats"][key])
+        zero_points = None if form.symmetric else self.packed(step, key, "zero_points")
+        codes, scales = self.packed(step, key, "codes"), self.packed(step, key, "scales")
+        return unpack(form, record["in_features"][key], codes, scales, zero_points)
+
+    def formats(self, step: str) -> dict[str, Format]:
+        """Format of every matrix of a committed step."""
+        record = json.loads((self.path / f"{step}.json").read_text(encoding="utf-8"))
+        return {key: Format.model_validate(form) for key, form in record["formats"].items()}
+
+    def activations(self, step: str, shape: tuple[int, int, int]) -> Activations:
+        """The activations that were committed with ``step``."""
+        return Activations(self.path / f"{step}.activations", shape)
+
+    def drop_activations(self, step: str) -> None:
+        """Free the space of activations that no later step reads."""
+        (self.path / f"{step}.activations").unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace ``path`` by ``content``: a reader, or a crash, sees the old file or the new one."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _tensors(linears: Mapping[str, QuantizedLinear]) -> dict[str, Tensor]:
+    tensors = {}
+    for key, linear in linears.items():
+        tensors[f"{key}.codes"] = pack_codes(linear)
+        tensors[f"{key}.scales"] = linear.scales.contiguous()
+        zero_points = pack_zero_points(linear)
+        if zero_points is not None:
+            tensors[f"{key}.zero_points"] = zero_points.contiguous()
+    return tensors
+
+
+def _write_stream(path: Path, chunks: Iterator[Tensor]) -> None:
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        for chunk in chunks:
+            file.write(memoryview(chunk.contiguous().numpy()).cast("B"))
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,51 @@
+"""The weights of a model as its recipe leaves them: quantized where the walk committed them, else full precision."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from glmexport.architecture import Architecture
+from glmexport.checkpoint import Checkpoint
+from glmexport.quantization.linear import QuantizedLinear
+from glmexport.quantization.store import WorkDirectory
+from glmexport.recipe import Format
+
+
+class Weights:
+    """Read on demand, nothing cached. ``steps`` are the committed steps of the walk that produced ``work``."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, architecture: Architecture, work: WorkDirectory | None, steps: list[str]
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.architecture = architecture
+        self._work = work
+        self._forms: dict[str, tuple[str, Format]] = {}
+        if work is not None:
+            for step in steps:
+                self._forms |= {key: (step, form) for key, form in work.formats(step).items()}
+
+    def form(self, key: str) -> Format | None:
+        """Format of the matrix with that checkpoint key; None if it stays in full precision."""
+        entry = self._forms.get(key)
+        return None if entry is None else entry[1]
+
+    def quantized(self, key: str) -> QuantizedLinear:
+        """A quantized matrix, unpacked."""
+        step, _ = self._forms[key]
+        assert self._work is not None
+        return self._work.linear(step, key)
+
+    def packed(self, keys: list[str], what: str) -> Tensor:
+        """``codes``, ``scales`` or ``zero_points`` of quantized matrices, packed and stacked along their rows."""
+        assert self._work is not None
+        return torch.cat([self._work.packed(self._forms[key][0], key, what) for key in keys])
+
+    def tensor(self, key: str) -> Tensor:
+        """The checkpoint's tensor, fp32."""
+        return self.checkpoint.read(key)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Shape of the checkpoint's tensor."""
+        return self.checkpoint.shape(key)

@@ -1,0 +1,90 @@
+"""Recipe: how to quantize. One TOML file under ``calibration/recipes``, or a file of the user's."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from glmexport.definition import Definition, locate, read_toml
+
+RECIPES = "calibration/recipes"
+
+
+class Format(Definition):
+    """How one matrix is stored: ``bits`` per code, and one scale (and zero point) per ``group_size`` inputs.
+
+    Asymmetric groups store a zero point of ``bits`` bits. Symmetric ones use the fixed zero point
+    ``2 ** (bits - 1)`` and a signed scale, so that the full range of codes is in use.
+    """
+
+    bits: Literal[4, 8]
+    group_size: Literal[16, 32, 64, 128, 256]
+    symmetric: bool = False
+
+    @property
+    def label(self) -> str:
+        """Short name, for example ``w4g32`` or ``w4g128-sym``."""
+        return f"w{self.bits}g{self.group_size}{'-sym' if self.symmetric else ''}"
+
+
+class Solver(Definition):
+    """How codes and scales are found."""
+
+    method: Literal["gptq", "round-to-nearest"] = "gptq"
+    #: Fraction of the Hessian's mean diagonal that is added to its diagonal before factorising.
+    damping: float = Field(default=0.01, gt=0, le=1)
+    #: ``group``: whole groups by importance, then columns inside each (GAR); ``stored``: as in the checkpoint.
+    order: Literal["group", "stored"] = "group"
+    #: Search scale and zero point of every group against the Hessian-weighted error; false takes min-max.
+    scale_search: bool = True
+    #: Rounds of coordinate descent over the codes followed by a closed-form refit of the scales.
+    polish_rounds: int = Field(default=2, ge=0, le=16)
+
+
+class CalibrationPlan(Definition):
+    """How much text of each language the Hessians are measured on."""
+
+    tokens: int = Field(ge=1024)
+    sequence_length: int = Field(ge=64)
+    #: Share of the tokens per language (BCP-47); shares are normalised to one. User text is the language ``user``.
+    quota: dict[str, float]
+
+    @field_validator("quota")
+    @classmethod
+    def _positive(cls, quota: dict[str, float]) -> dict[str, float]:
+        if not quota or any(share <= 0 for share in quota.values()):
+            raise ValueError("every share must be above 0")
+        return quota
+
+
+class Recipe(Definition):
+    """How to quantize: formats of the parts, the solver, and what to calibrate on. None keeps full precision."""
+
+    name: str
+    summary: str
+    linears: Format | None = None
+    lm_head: Format | None = None
+    embedding: Format | None = None
+    solver: Solver = Solver()
+    calibration: CalibrationPlan | None = None
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether any matrix is solved against a Hessian."""
+        return self.solver.method == "gptq" and (self.linears is not None or self.lm_head is not None)
+
+    def digest(self) -> str:
+        """SHA-256 of the recipe's values, so that two spellings of the same recipe are the same."""
+        return "sha256:" + hashlib.sha256(self.model_dump_json(exclude={"summary"}).encode()).hexdigest()
+
+
+def open_recipe(name_or_path: str) -> Recipe:
+    """The shipped recipe of that name, or the one in that ``.toml`` file.
+
+    Raises:
+        DefinitionError: unknown name, unknown key, or a value out of range.
+    """
+    path = locate("recipe", RECIPES, name_or_path)
+    return read_toml(path, Recipe, {"name": path.stem})

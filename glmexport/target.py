@@ -1,0 +1,142 @@
+"""Target: what a class of hardware can do. One TOML file under ``targets``, or a file of the user's."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from glmexport.definition import Definition, locate, names, read_toml
+from glmexport.errors import DefinitionError
+
+TARGETS = "targets"
+HOST = "host"
+
+
+class Provider(Definition):
+    """ONNX Runtime execution provider and its options."""
+
+    name: str
+    options: dict[str, str] = {}
+
+
+class Probe(Definition):
+    """How a host is recognised; of the targets that match, the one with the highest rank is the host's."""
+
+    machine: tuple[str, ...]
+    cpu_flags: tuple[str, ...] = ()
+    rank: int
+
+
+class GraphLimits(Definition):
+    """What a graph for this target may consist of."""
+
+    opset: int
+    ir_version: int
+    #: Operators beyond the standard opset's that the provider runs, as ``domain::Operator``.
+    contrib_operators: tuple[str, ...]
+    activations: Literal["float32"] = "float32"
+    #: Query, key and value projections as one matrix product.
+    packed_qkv: bool
+
+
+class WeightFormats(Definition):
+    """Weight formats with fast kernels, and the arithmetic they run in."""
+
+    bits: tuple[Literal[4, 8], ...]
+    group_sizes: tuple[int, ...]
+    default_recipe: str
+    #: MatMulNBits accuracy_level: 0 keeps fp32 activations, 4 quantizes them to int8 block by block.
+    accuracy_level: Literal[0, 1, 2, 3, 4]
+
+
+class Gates(Definition):
+    """Limits that a bundle must keep on this target, applied to the worst language."""
+
+    #: Mean KL divergence from the original, nats per token.
+    kl_mean_nats: float = Field(gt=0)
+    #: ln of (perplexity of the bundle / perplexity of the original).
+    ln_perplexity_ratio: float = Field(gt=0)
+    #: Share of positions where bundle and original agree on the most likely token.
+    top1_agreement: float = Field(gt=0, le=1)
+    #: Positions of evaluation text below which a language is not judged.
+    minimum_positions: int = Field(ge=1)
+
+
+class Provenance(Definition):
+    """Where the figures come from."""
+
+    measured_on: str
+    date: str
+    notes: str = ""
+
+
+class Target(Definition):
+    """A class of hardware: provider, probes, legal graphs, fast formats, gates, and the evidence for them."""
+
+    name: str
+    summary: str
+    provider: Provider
+    probe: Probe
+    graph: GraphLimits
+    weights: WeightFormats
+    gates: Gates
+    provenance: Provenance
+
+    def can(self, operator: str) -> bool:
+        """Whether ``domain::Operator`` runs on this target's provider."""
+        return operator in self.graph.contrib_operators
+
+
+def open_target(name_or_path: str) -> Target:
+    """The shipped target of that name, the one in that ``.toml`` file, or for ``host`` this machine's.
+
+    Raises:
+        DefinitionError: unknown name, unknown key, or no shipped target matches this host.
+    """
+    if name_or_path == HOST:
+        return host_target(platform.machine().lower(), cpu_flags())
+    path = locate("target", TARGETS, name_or_path)
+    return read_toml(path, Target, {"name": path.stem})
+
+
+def shipped_targets() -> list[Target]:
+    """Every shipped target, by name."""
+    return [open_target(name) for name in names(TARGETS)]
+
+
+def host_target(machine: str, flags: Iterable[str]) -> Target:
+    """The highest-ranked shipped target whose probe matches ``machine`` and CPU ``flags``.
+
+    Raises:
+        DefinitionError: none matches.
+    """
+    present = set(flags)
+    matching = [
+        target
+        for target in shipped_targets()
+        if machine in target.probe.machine and present.issuperset(target.probe.cpu_flags)
+    ]
+    if not matching:
+        raise DefinitionError(
+            f"No shipped target matches this host ({machine}).",
+            next_step="Name one with --target, or write a .toml file for it (README, 'Add a target').",
+        )
+    return max(matching, key=lambda target: target.probe.rank)
+
+
+@cache
+def cpu_flags() -> frozenset[str]:
+    """Instruction set flags of this processor in Linux's spelling; empty where they cannot be read."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.is_file():
+        return frozenset()
+    for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in ("flags", "Features"):
+            return frozenset(value.split())
+    return frozenset()

@@ -1,0 +1,68 @@
+"""Small checkpoints with random weights, for tests that need a model and not a trained one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM
+
+TEMPLATE = (
+    "[gMASK]<sop>{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+SPECIAL = ["<|endoftext|>", "[gMASK]", "<sop>", "<|user|>", "<|assistant|>", "<|observation|>"]
+
+
+def write_tokenizer(directory: Path) -> int:
+    """A byte-level tokenizer with GLM's special tokens; returns its size."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(SPECIAL)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "pad_token": "<|endoftext|>",
+        "eos_token": "<|endoftext|>",
+        "additional_special_tokens": SPECIAL[1:],
+        "chat_template": TEMPLATE,
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    (directory / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+    return tokenizer.get_vocab_size()
+
+
+def write_checkpoint(directory: Path, model_type: str = "glm4", seed: int = 0, **changes: Any) -> Any:
+    """A checkpoint of ``model_type`` with random bf16 weights; returns the transformers model in fp32."""
+    directory.mkdir(parents=True, exist_ok=True)
+    vocabulary = write_tokenizer(directory)
+    settings = {
+        "vocab_size": -(-vocabulary // 8) * 8,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 256,
+        "attention_bias": True,
+        "pad_token_id": vocabulary - len(SPECIAL),
+        "eos_token_id": [vocabulary - len(SPECIAL), vocabulary - 3],
+        "rms_norm_eps": 1e-5,
+    } | changes
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            spread = 0.2 if "norm" in name else 0.05
+            parameter.copy_((torch.randn_like(parameter) * spread + ("norm" in name)).bfloat16().float())
+            if name.endswith("bias"):
+                parameter.copy_((torch.randn_like(parameter) * 0.3).bfloat16().float())
+    # Loaded anew in fp32: casting the model back would leave its rotary frequencies rounded to bf16.
+    model.bfloat16().save_pretrained(directory)
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
