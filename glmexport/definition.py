@@ -43,7 +43,8 @@ def locate(kind: str, folder: str, name_or_path: str) -> Path:
         path = Path(name_or_path)
         if not path.is_file():
             raise DefinitionError(
-                f"There is no {kind} file {name_or_path}.", next_step=f"Give a .toml file or one of: {', '.join(names(folder))}."
+                f"There is no {kind} file {name_or_path}.",
+                next_step=f"Give a .toml file or one of: {', '.join(names(folder))}.",
             )
         return path
     path = shipped_folder(folder) / f"{name_or_path}.toml"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 
@@ -17,19 +17,12 @@ class Track(Protocol):
 class Progress(Protocol):
     """Where a stage reports its work and its remarks."""
 
-    def track(self, label: str, total: int) -> "TrackContext":
+    def track(self, label: str, total: int) -> AbstractContextManager[Track]:
         """A context manager around ``total`` steps of work called ``label``."""
         ...
 
     def remark(self, text: str) -> None:
         """A line that a person should see, such as a fallback that was taken."""
-
-
-class TrackContext(Protocol):
-    """Context manager that yields the Track."""
-
-    def __enter__(self) -> Track: ...
-    def __exit__(self, *error: object) -> None: ...
 
 
 class _SilentTrack:
@@ -45,7 +38,9 @@ class Silent:
 
     @contextmanager
     def track(self, label: str, total: int) -> Iterator[Track]:
+        """Steps that nobody counts."""
         yield _SilentTrack()
 
     def remark(self, text: str) -> None:
+        """Keep it."""
         self.remarks.append(text)

@@ -21,7 +21,7 @@ class Provider(Definition):
     """ONNX Runtime execution provider and its options."""
 
     name: str
-    options: dict[str, str] = {}
+    options: dict[str, str] = Field(default_factory=dict)
 
 
 class Probe(Definition):

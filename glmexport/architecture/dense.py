@@ -163,11 +163,14 @@ def _layer(sizes: DenseSizes, index: int, sandwich_norms: bool) -> DecoderLayer:
         mlp=GatedMlp(
             intermediate_size=sizes.intermediate,
             gate_up=Linear(
-                f"{prefix}.mlp.gate_up_proj", sizes.hidden, 2 * sizes.intermediate, False, "mlp_input", "gate_up"
+                f"{prefix}.mlp.gate_up_proj",
+                sizes.hidden,
+                2 * sizes.intermediate,
+                False,
+                "mlp_input",
+                "gate_up",
             ),
-            down=Linear(
-                f"{prefix}.mlp.down_proj", sizes.intermediate, sizes.hidden, False, "mlp_hidden", "down"
-            ),
+            down=Linear(f"{prefix}.mlp.down_proj", sizes.intermediate, sizes.hidden, False, "mlp_hidden", "down"),
         ),
         mlp_output_norm=norm("post_mlp_layernorm") if sandwich_norms else None,
     )

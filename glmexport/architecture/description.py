@@ -6,6 +6,7 @@ with the other linears of its layer that read the same one, so that one Hessian 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -79,7 +80,7 @@ class GroupedQueryAttention:
     @property
     def scale(self) -> float:
         """Factor of the scores before the softmax."""
-        return self.head_dim**-0.5
+        return 1 / math.sqrt(self.head_dim)
 
     @property
     def linears(self) -> tuple[Linear, ...]:

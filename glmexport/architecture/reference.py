@@ -71,7 +71,7 @@ class Reference:
         return logits
 
     def rotary_tables(self, length: int) -> tuple[Tensor, Tensor]:
-        """cos and sin [length, rotary dimensions / 2] fp32 of positions 0 to length - 1, one column a pair."""
+        """Cos and sin [length, rotary dimensions / 2] fp32 of positions 0 to length - 1, one column a pair."""
         cos, sin = self._rotary(torch.zeros(1), torch.arange(length)[None])
         half = self.architecture.layers[0].attention.rotary.dimensions // 2
         return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
@@ -107,7 +107,11 @@ class Block:
         """The block's output for ``hidden`` [batch, length, hidden]; causal, no padding, no cache."""
         with torch.inference_mode():
             output = self.module(
-                hidden, attention_mask=None, position_embeddings=positions, past_key_values=None, use_cache=False
+                hidden,
+                attention_mask=None,
+                position_embeddings=positions,
+                past_key_values=None,
+                use_cache=False,
             )
         result: Tensor = output[0] if isinstance(output, tuple) else output
         return result

@@ -97,10 +97,13 @@ def user_documents(paths: Sequence[Path], tokenizer: Tokenizer) -> list[Document
         elif path.suffix == ".jsonl":
             for number, line in enumerate(content.splitlines(), start=1):
                 if line.strip():
-                    documents.append(Document(f"{path.name}:{number}", USER, _record_text(path, number, line, tokenizer)))
+                    documents.append(
+                        Document(f"{path.name}:{number}", USER, _record_text(path, number, line, tokenizer))
+                    )
         else:
             raise InputError(
-                f"Calibration text {path} is neither .txt nor .jsonl.", next_step="Convert it to one of the two."
+                f"Calibration text {path} is neither .txt nor .jsonl.",
+                next_step="Convert it to one of the two.",
             )
     return documents
 

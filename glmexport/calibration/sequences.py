@@ -34,9 +34,7 @@ class CalibrationSet:
     def tokens_per_language(self) -> dict[str, int]:
         """Positions that Hessians count, by language in order of first appearance."""
         counted = self.ids.shape[1] - self.prefix
-        return {
-            language: self.languages.count(language) * counted for language in dict.fromkeys(self.languages)
-        }
+        return {language: self.languages.count(language) * counted for language in dict.fromkeys(self.languages)}
 
     @property
     def tokens(self) -> int:

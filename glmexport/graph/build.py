@@ -51,9 +51,7 @@ class _Builder:
         logits = self.linears(self.norm(architecture.final_norm, hidden), [architecture.lm_head])
         logits.name = LOGITS
         logits.dtype = ir.DataType.FLOAT
-        logits.shape = ir.Shape(
-            ["batch", "sequence" if every_position else 1, architecture.vocabulary_size]
-        )
+        logits.shape = ir.Shape(["batch", "sequence" if every_position else 1, architecture.vocabulary_size])
         graph = ir.Graph(
             self.inputs,
             [logits, *self.outputs],
@@ -78,13 +76,13 @@ class _Builder:
     def attention(self, layer: DecoderLayer, normed: ir.Value) -> ir.Value:
         attention = layer.attention
         projected = [self.linears(normed, [part]) for part in (attention.query, attention.key, attention.value)]
-        shape = ["batch", attention.kv_heads, None, attention.head_dim]
-        past, present = [], []
-        for kind in ("key", "value"):
-            shape[2] = "past_sequence"
-            past.append(_value(PAST.format(layer=layer.index, kind=kind), ir.DataType.FLOAT, shape))
-            shape[2] = "total_sequence"
-            present.append(_value(PRESENT.format(layer=layer.index, kind=kind), ir.DataType.FLOAT, shape))
+
+        def cache(name: str, kind: str, length: str) -> ir.Value:
+            shape: list[str | int | None] = ["batch", attention.kv_heads, length, attention.head_dim]
+            return _value(name.format(layer=layer.index, kind=kind), ir.DataType.FLOAT, shape)
+
+        past = [cache(PAST, kind, "past_sequence") for kind in ("key", "value")]
+        present = [cache(PRESENT, kind, "total_sequence") for kind in ("key", "value")]
         self.inputs += past
         self.outputs += present
         attended = ir.Value()

@@ -45,7 +45,7 @@ class LowerAttentionPass(ir.passes.InPlacePass):
                 name,
                 ir.DataType.FLOAT,
                 tuple(table.shape),
-                lambda table=table: table.numpy(),
+                table.numpy,
                 SHARED_BLOCK,
             )
             for name, table in zip(("cos_cache", "sin_cache"), self.rotary_tables, strict=True)

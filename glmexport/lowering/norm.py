@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from glmexport.graph.operators import nodes_of, number, text
 from glmexport.lowering.rewrite import MICROSOFT, Rewrite
@@ -32,9 +36,7 @@ class LowerNormPass(ir.passes.InPlacePass):
             modified = True
             rewrite = Rewrite(model, node)
             key = text(node, "weight")
-            gain = rewrite.weight(
-                key, ir.DataType.FLOAT, self.weights.shape(key), lambda key=key: self.weights.tensor(key).numpy()
-            )
+            gain = rewrite.weight(key, ir.DataType.FLOAT, self.weights.shape(key), partial(self._gain, key))
             source = node.inputs[0]
             assert source is not None
             producer = source.producer()
@@ -44,6 +46,9 @@ class LowerNormPass(ir.passes.InPlacePass):
                 attributes = {"axis": -1, "epsilon": number(node, "epsilon"), "stash_type": 1}
                 rewrite.finish(*rewrite.op("SimplifiedLayerNormalization", [source, gain], attributes))
         return ir.passes.PassResult(model, modified)
+
+    def _gain(self, key: str) -> NDArray[Any]:
+        return self.weights.tensor(key).numpy()
 
     @staticmethod
     def _fused(rewrite: Rewrite, addition: ir.Node, gain: ir.Value) -> None:

@@ -111,7 +111,7 @@ def weight(
     if name in graph.initializers:
         return graph.initializers[name]
 
-    def tensor() -> ir.Tensor:
+    def tensor() -> ir.TensorProtocol:
         return ir.Tensor(np.ascontiguousarray(produce()), dtype=dtype, name=name)
 
     value = ir.Value(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -46,10 +47,7 @@ class QuantizedLinear:
     @property
     def stored_bits(self) -> int:
         """Bits of codes, scales and zero points in the types they are stored in, padding of groups included."""
-        rows, groups = self.scales.shape
-        codes = rows * groups * self.form.group_size * self.form.bits
-        zero_points = 0 if self.zero_points is None else rows * 8 * -(-groups * self.form.bits // 8)
-        return codes + self.scales.numel() * 16 + zero_points
+        return stored_bits(tuple(self.codes.shape), self.form)
 
     @property
     def bits_per_weight(self) -> float:
@@ -66,3 +64,13 @@ class QuantizedLinear:
             torch.cat([part.scales for part in parts]),
             torch.cat(zero_points) if zero_points else None,
         )
+
+
+def stored_bits(shape: tuple[int, ...], form: Format | None) -> int:
+    """Bits that a tensor of ``shape`` takes: codes, fp16 scales, packed zero points; fp32 where ``form`` is None."""
+    if form is None:
+        return math.prod(shape) * 32
+    rows, size = shape
+    groups = -(-size // form.group_size)
+    zero_points = 0 if form.symmetric else rows * 8 * -(-groups * form.bits // 8)
+    return rows * groups * (form.group_size * form.bits + 16) + zero_points

@@ -41,9 +41,7 @@ def column_order(diagonal: Tensor, group_size: int, order: Literal["group", "sto
     if order == "group":
         means = torch.stack([diagonal[columns].mean() for columns in members])
         indices = torch.argsort(means, descending=True, stable=True).tolist()
-        members = [
-            columns[torch.argsort(diagonal[columns], descending=True, stable=True)] for columns in members
-        ]
+        members = [columns[torch.argsort(diagonal[columns], descending=True, stable=True)] for columns in members]
     visited = [members[index] for index in indices]
     ends = torch.tensor([len(columns) for columns in visited]).cumsum(0).tolist()
     bounds = tuple((end - len(columns), end) for end, columns in zip(ends, visited, strict=True))

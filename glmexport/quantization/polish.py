@@ -43,9 +43,7 @@ def polish(
             projected.addmm_(rows.T, rounded.error[start:stop] - before)
 
 
-def _descend(
-    rounded: Rounded, gradient: Tensor, inner: Tensor, group: int, bounds: tuple[int, int], bits: int
-) -> None:
+def _descend(rounded: Rounded, gradient: Tensor, inner: Tensor, group: int, bounds: tuple[int, int], bits: int) -> None:
     """Each column of the group to the code that is best with all other columns as they are.
 
     Args:

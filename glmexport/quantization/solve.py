@@ -166,9 +166,7 @@ def _stored(sweep: Sweep, order: ColumnOrder, form: Format) -> QuantizedLinear:
 
 
 def _quantized(form: Format, codes: Tensor, scales: Tensor, zero_points: Tensor) -> QuantizedLinear:
-    return QuantizedLinear(
-        form, codes, scales.half(), None if form.symmetric else zero_points.to(torch.uint8)
-    )
+    return QuantizedLinear(form, codes, scales.half(), None if form.symmetric else zero_points.to(torch.uint8))
 
 
 def _project(factor: Factor, columns: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ class Activations:
         states = torch.empty(stop - start, length, hidden)
         with self.path.open("rb", buffering=0) as file:
             file.seek(start * length * hidden * 4)
-            view = memoryview(states.numpy()).cast("B")
+            view = states.numpy().data.cast("B")
             done = 0
             while done < len(view):
                 count = file.readinto(view[done:])
@@ -59,20 +59,13 @@ class WorkDirectory:
         self.path = path
         self.job = dict(job)
         path.mkdir(parents=True, exist_ok=True)
+        write_atomically(path / "job.json", json.dumps(self.job, indent=2, sort_keys=True).encode())
 
-    def holds_this_job(self) -> bool:
-        """Whether the directory belongs to the same job; an empty directory belongs to any."""
-        record = self.path / "job.json"
-        return not record.is_file() or json.loads(record.read_text(encoding="utf-8")) == self.job
-
-    def claim(self) -> None:
-        """Write down which job this is."""
-        write_atomically(self.path / "job.json", json.dumps(self.job, indent=2, sort_keys=True).encode())
-
-    def clear(self) -> None:
-        """Remove whatever is there."""
-        for file in self.path.iterdir():
-            file.unlink()
+    @classmethod
+    def for_job(cls, parent: Path, job: Mapping[str, Any]) -> WorkDirectory:
+        """The directory under ``parent`` whose name is the digest of ``job``, so that no two jobs ever share one."""
+        digest = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()
+        return cls(parent / f".glmexport-work-{digest[:16]}", job)
 
     def record(self, step: str) -> dict[str, Any] | None:
         """What was noted when ``step`` was committed; None if it was not, or a file of it has changed since."""
@@ -176,7 +169,7 @@ def _write_stream(path: Path, chunks: Iterator[Tensor]) -> None:
     partial = path.with_name(path.name + ".partial")
     with partial.open("wb") as file:
         for chunk in chunks:
-            file.write(memoryview(chunk.contiguous().numpy()).cast("B"))
+            file.write(chunk.contiguous().numpy().data.cast("B"))
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)

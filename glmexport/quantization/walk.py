@@ -130,14 +130,8 @@ class Walk:
         form = self.recipe.embedding
         if form is None:
             return {}
-        key, size = self.architecture.embedding, self.architecture.hidden_size
-        searched = self.recipe.solver.scale_search
-        importance = torch.ones(size) if searched else None
-        parts = [
-            round_to_nearest(rows, form, importance)
-            for rows in self._chunks(key, self.architecture.vocabulary_size, size)
-        ]
-        linear = QuantizedLinear.concatenate(parts)
+        key = self.architecture.embedding
+        linear = self._nearest(key, self.architecture.vocabulary_size, self.architecture.hidden_size, form)
         records.append(_unmeasured(key, None, "embedding", linear))
         return {key: linear}
 
@@ -149,7 +143,7 @@ class Walk:
         for tap, linears in layer.taps.items():
             if self.calibration is None:
                 for linear in linears:
-                    solved[linear.weight] = self._nearest(linear, form)
+                    solved[linear.weight] = self._nearest(linear.weight, linear.out_features, linear.in_features, form)
                     records.append(_unmeasured(linear.weight, layer.index, linear.part, solved[linear.weight]))
                 continue
             hessian = self._measure(layer, tap, solved)
@@ -167,7 +161,7 @@ class Walk:
             # A tied head is the embedding, whose codes are fixed before any activation exists.
             return {}
         if self.calibration is None or self.reference is None:
-            linear = self._nearest(head, form)
+            linear = self._nearest(head.weight, head.out_features, head.in_features, form)
             records.append(_unmeasured(head.weight, None, head.part, linear))
             return {head.weight: linear}
         hessian = Hessian(head.in_features)
@@ -203,7 +197,7 @@ class Walk:
     def _embedded(self, solved: dict[str, QuantizedLinear]) -> Iterator[Tensor]:
         assert self.reference is not None and self.calibration is not None
         table = solved.get(self.architecture.embedding)
-        for ids in self.calibration.ids.split(self._batch()):
+        for ids in torch.split(self.calibration.ids, self._batch()):
             if table is None:
                 yield self.reference.embed(ids)
             else:
@@ -232,10 +226,12 @@ class Walk:
             self.progress.remark(f"{linear.key}: {solution.fallback}.")
         return solution
 
-    def _nearest(self, linear: Linear, form: Format) -> QuantizedLinear:
-        importance = torch.ones(linear.in_features) if self.recipe.solver.scale_search else None
-        chunks = self._chunks(linear.weight, linear.out_features, linear.in_features)
-        return QuantizedLinear.concatenate([round_to_nearest(rows, form, importance) for rows in chunks])
+    def _nearest(self, key: str, rows: int, columns: int, form: Format) -> QuantizedLinear:
+        # Without a Hessian every column counts the same; at 8 bits the search finds nothing to gain.
+        searched = self.recipe.solver.scale_search and form.bits < 8
+        importance = torch.ones(columns) if searched else None
+        chunks = self._chunks(key, rows, columns)
+        return QuantizedLinear.concatenate([round_to_nearest(chunk, form, importance) for chunk in chunks])
 
     def _chunks(self, key: str, rows: int, columns: int) -> Iterator[Tensor]:
         count = max(64, self.memory.chunk_weights // columns)

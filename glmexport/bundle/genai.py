@@ -1,0 +1,62 @@
+"""genai_config.json: what onnxruntime-genai reads to run the bundle's model.onnx."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from glmexport.architecture import Architecture
+from glmexport.graph import ATTENTION_MASK, INPUT_IDS, LOGITS, PAST, PRESENT
+from glmexport.target import Target
+
+MODEL = "model.onnx"
+
+
+def genai_config(architecture: Architecture, target: Target) -> dict[str, Any]:
+    """Configuration for model type ``decoder``, onnxruntime-genai's generic decoder-only loop."""
+    attention = architecture.layers[0].attention
+    provider = target.provider
+    options = [] if provider.name == "CPUExecutionProvider" else [{provider.name: dict(provider.options)}]
+    return {
+        "model": {
+            "type": "decoder",
+            "context_length": architecture.context_length,
+            "vocab_size": architecture.vocabulary_size,
+            "bos_token_id": architecture.bos_token_id
+            if architecture.bos_token_id is not None
+            else architecture.pad_token_id,
+            "eos_token_id": list(architecture.eos_token_ids),
+            "pad_token_id": architecture.pad_token_id,
+            "decoder": {
+                "filename": MODEL,
+                "session_options": {"log_id": "glmexport", "provider_options": options},
+                "hidden_size": architecture.hidden_size,
+                "head_size": attention.head_dim,
+                "num_attention_heads": attention.heads,
+                "num_key_value_heads": attention.kv_heads,
+                "num_hidden_layers": len(architecture.layers),
+                "inputs": {
+                    "input_ids": INPUT_IDS,
+                    "attention_mask": ATTENTION_MASK,
+                    "past_key_names": PAST.format(layer="%d", kind="key"),
+                    "past_value_names": PAST.format(layer="%d", kind="value"),
+                },
+                "outputs": {
+                    "logits": LOGITS,
+                    "present_key_names": PRESENT.format(layer="%d", kind="key"),
+                    "present_value_names": PRESENT.format(layer="%d", kind="value"),
+                },
+            },
+        },
+        "search": {
+            "do_sample": False,
+            "max_length": architecture.context_length,
+            "min_length": 0,
+            "num_beams": 1,
+            "num_return_sequences": 1,
+            "past_present_share_buffer": True,
+            "repetition_penalty": 1.0,
+            "temperature": 1.0,
+            "top_k": 1,
+            "top_p": 1.0,
+        },
+    }

@@ -1,0 +1,161 @@
+"""bundle.json: what a bundle is, where it comes from, and the size and SHA-256 of every file that it consists of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import ValidationError
+
+from glmexport.definition import Definition
+from glmexport.errors import BundleError
+from glmexport.quantization import LinearRecord, sha256
+from glmexport.recipe import Recipe
+from glmexport.target import Target
+
+MANIFEST = "bundle.json"
+#: Evidence about a bundle, written after it and therefore not part of what its digest covers.
+EVIDENCE = frozenset({"report.json", "report.html"})
+
+
+class FileEntry(Definition):
+    """One file, its path relative to the bundle."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+class Source(Definition):
+    """The checkpoint that a bundle was made from."""
+
+    name: str
+    digest: str
+    model_type: str
+    parameters: int
+    bytes: int
+    #: Tensors that are not part of the model, and why.
+    unused: dict[str, str]
+
+
+class CalibrationSource(Definition):
+    """What the Hessians were measured on."""
+
+    digest: str
+    tokens: int
+    sequences: int
+    tokens_per_language: dict[str, int]
+    documents: int
+    shared_documents: int
+    shared_lines: int
+    evaluation_documents: int
+
+
+class QuantizedMatrix(Definition):
+    """How one matrix was quantized; errors are relative to the matrix's output on the calibration inputs."""
+
+    key: str
+    layer: int | None
+    part: str
+    bits: int
+    group_size: int
+    symmetric: bool
+    bits_per_weight: float
+    relative_error: float | None
+    round_to_nearest_error: float | None
+    damping: float | None
+    dead_columns: int
+    effective_tokens_per_column: float | None
+    fallback: str | None
+
+    @classmethod
+    def of(cls, record: LinearRecord) -> QuantizedMatrix:
+        """From the walk's record."""
+        values = dict(vars(record))
+        return cls(**values.pop("form"), **values)
+
+
+class Precision(Definition):
+    """Bits per weight, scales and zero points in the types they are stored in."""
+
+    bits_per_weight: float
+    bits_per_weight_linears: float
+    weight_bytes: int
+    #: Bytes that one decoded token reads: every weight but the embedding's other rows.
+    bytes_per_decoded_token: int
+
+
+class Manifest(Definition):
+    """The content of bundle.json."""
+
+    format: Literal["glmexport-bundle"] = "glmexport-bundle"
+    version: Literal[1] = 1
+    glmexport: str
+    family: str
+    context_length: int
+    source: Source
+    recipe: Recipe
+    target: Target
+    calibration: CalibrationSource | None
+    precision: Precision
+    matrices: tuple[QuantizedMatrix, ...]
+    files: tuple[FileEntry, ...]
+
+    def digest(self) -> str:
+        """SHA-256 over the manifest's values, and so over every file it lists."""
+        import hashlib
+
+        return "sha256:" + hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+
+def list_files(directory: Path) -> tuple[FileEntry, ...]:
+    """Entries of every file under ``directory`` but the manifest and the evidence, by path."""
+    return tuple(
+        FileEntry(path=path.relative_to(directory).as_posix(), size=path.stat().st_size, sha256=sha256(path))
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path.name not in EVIDENCE | {MANIFEST}
+    )
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of the bundle in ``directory``.
+
+    Raises:
+        BundleError: no bundle, or a manifest of another version.
+    """
+    path = directory / MANIFEST
+    if not path.is_file():
+        raise BundleError(
+            f"{directory} is not a bundle: it has no {MANIFEST}.",
+            next_step="Give a directory that glmexport build wrote.",
+        )
+    try:
+        return Manifest.model_validate_json(path.read_text(encoding="utf-8"))
+    except (ValidationError, UnicodeDecodeError) as error:
+        raise BundleError(
+            f"{path} does not describe a bundle of a version that this glmexport knows: {str(error).splitlines()[0]}.",
+            next_step="Use the glmexport that wrote it, or build it again.",
+        ) from error
+
+
+def verify_files(directory: Path, manifest: Manifest) -> None:
+    """Check that the bundle's files are those that its manifest lists, byte for byte, and no others.
+
+    Raises:
+        BundleError: names the first file that is missing, changed, linked or additional.
+    """
+    listed = {entry.path: entry for entry in manifest.files}
+    present = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if not path.is_dir()}
+    additional = sorted(present - set(listed) - EVIDENCE - {MANIFEST})
+    if additional:
+        raise BundleError(
+            f"{directory} has a file that its manifest does not list: {additional[0]}.",
+            next_step="Remove it.",
+        )
+    for name, entry in listed.items():
+        path = directory / name
+        again = "Copy the bundle again, or build it again."
+        if path.is_symlink() or not path.is_file() or not path.resolve().is_relative_to(directory.resolve()):
+            raise BundleError(f"{path} is missing or not a real file.", next_step=again)
+        if path.stat().st_size != entry.size or sha256(path) != entry.sha256:
+            raise BundleError(f"{path} is not the file that the manifest lists (its sha256 differs).", next_step=again)

@@ -1,0 +1,75 @@
+"""The quantized matrices of a bundle, by checkpoint key: what was shipped, not what was meant."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from glmexport.architecture import Architecture
+from glmexport.bundle.write import SCORING
+from glmexport.quantization import QuantizedLinear, unpack
+from glmexport.recipe import Format
+
+
+class BundleWeights:
+    """Codes, scales and zero points of scoring.onnx, read from its external data on demand."""
+
+    def __init__(self, directory: Path, architecture: Architecture) -> None:
+        self._initializers = ir.load(directory / SCORING).graph.initializers
+        self._nodes: dict[str, tuple[ir.Node, int, int]] = {}
+        sizes = {linear.weight: linear.out_features for _, linear in architecture.linears}
+        for node in ir.load(directory / SCORING).graph:
+            if node.op_type == "MatMulNBits":
+                start = 0
+                for key in _keys(_name(node, 1).removesuffix(".q")):
+                    self._nodes[key] = (node, start, start + sizes[key])
+                    start += sizes[key]
+            elif node.op_type == "GatherBlockQuantized":
+                key = _name(node, 0).removesuffix(".codes")
+                self._nodes.setdefault(key, (node, 0, architecture.vocabulary_size))
+
+    def quantized(self, key: str) -> QuantizedLinear | None:
+        """The matrix with that checkpoint key; None if it is stored in full precision."""
+        if key not in self._nodes:
+            return None
+        node, start, stop = self._nodes[key]
+        gather = node.op_type == "GatherBlockQuantized"
+        name = _name(node, 0).removesuffix(".codes") if gather else _name(node, 1).removesuffix(".q")
+        bits = node.attributes["bits"].as_int()
+        group_size = node.attributes["block_size"].as_int()
+        scales = self._tensor(f"{name}.scales")[start:stop]
+        codes = self._tensor(_name(node, 0 if gather else 1))[start:stop].reshape(
+            stop - start, scales.shape[1], group_size * bits // 8
+        )
+        has_zero_points = f"{name}.zero_points" in self._initializers
+        zero_points = self._tensor(f"{name}.zero_points")[start:stop] if has_zero_points else None
+        form = Format.model_validate({"bits": bits, "group_size": group_size, "symmetric": zero_points is None})
+        # The width of the last group is padding where the matrix does not fill it.
+        width = node.attributes["K"].as_int() if not gather else scales.shape[1] * group_size
+        return unpack(form, width, codes, scales, zero_points)
+
+    def dequantized(self, key: str) -> Tensor | None:
+        """The matrix that the runtime computes with, fp32; None if it is stored in full precision."""
+        linear = self.quantized(key)
+        return None if linear is None else linear.dequantize()
+
+    def _tensor(self, name: str) -> Tensor:
+        value = self._initializers[name].const_value
+        assert value is not None
+        return torch.from_numpy(value.numpy().copy())
+
+
+def _name(node: ir.Node, index: int) -> str:
+    value = node.inputs[index]
+    assert value is not None and value.name is not None
+    return value.name
+
+
+def _keys(name: str) -> list[str]:
+    """The inverse of the name of stacked tensors."""
+    path, _, kind = name.rpartition(".")
+    prefix, dot, stacked = path.rpartition(".")
+    return [f"{prefix}{dot}{part}.{kind}" for part in stacked.split("+")]

@@ -1,0 +1,105 @@
+"""A bundle on disk: graphs, weights, tokenizer, configuration and manifest, in a directory of its own."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from glmexport import __version__
+from glmexport.architecture import Architecture
+from glmexport.bundle.external import write_graphs
+from glmexport.bundle.genai import MODEL, genai_config
+from glmexport.bundle.manifest import (
+    MANIFEST,
+    CalibrationSource,
+    Manifest,
+    Precision,
+    QuantizedMatrix,
+    Source,
+    list_files,
+)
+from glmexport.graph import build_graph
+from glmexport.lowering import lower
+from glmexport.progress import Progress
+from glmexport.quantization import LinearRecord, write_atomically
+from glmexport.quantization.linear import stored_bits
+from glmexport.quantization.weights import Weights
+from glmexport.recipe import Recipe
+from glmexport.target import Target
+
+SCORING = "scoring.onnx"
+
+
+def write_bundle(
+    directory: Path,
+    architecture: Architecture,
+    weights: Weights,
+    rotary_tables: tuple[torch.Tensor, torch.Tensor],
+    *,
+    recipe: Recipe,
+    target: Target,
+    source: Source,
+    calibration: CalibrationSource | None,
+    records: Iterable[LinearRecord],
+    tokenizer_files: Iterable[Path],
+    progress: Progress,
+) -> Manifest:
+    """Write the bundle into ``directory``, which must not exist; the same arguments give the same bytes.
+
+    The manifest is written last, so a directory without one is not a bundle. Returns it.
+    """
+    directory.mkdir(parents=True)
+    graphs = {
+        name: lower(build_graph(architecture, target.graph, every_position=every), target, weights, rotary_tables)
+        for name, every in ((MODEL, False), (SCORING, True))
+    }
+    write_graphs(graphs, directory, progress)
+    config = json.dumps(genai_config(architecture, target), indent=2) + "\n"
+    (directory / "genai_config.json").write_text(config, encoding="utf-8")
+    for file in tokenizer_files:
+        # Copied, not linked: runtimes refuse links that leave the directory.
+        shutil.copyfile(file, directory / file.name)
+    for path in sorted(directory.rglob("*")):
+        if path.is_file():
+            _flush(path)
+    manifest = Manifest(
+        glmexport=__version__,
+        family=architecture.family,
+        context_length=architecture.context_length,
+        source=source,
+        recipe=recipe,
+        target=target,
+        calibration=calibration,
+        precision=_precision(architecture, weights),
+        matrices=tuple(QuantizedMatrix.of(record) for record in records),
+        files=list_files(directory),
+    )
+    write_atomically(directory / MANIFEST, (manifest.model_dump_json(indent=2) + "\n").encode())
+    return manifest
+
+
+def _precision(architecture: Architecture, weights: Weights) -> Precision:
+    """Bits of every weight, whatever it is stored as; the rotary tables are computed and do not count."""
+    shapes = architecture.shapes()
+    bits = {key: stored_bits(shape, weights.form(key)) for key, shape in shapes.items()}
+    linears = {linear.weight for _, linear in architecture.linears} - {architecture.lm_head.weight}
+    embedding = bits[architecture.embedding]
+    other = sum(bits.values()) - (0 if architecture.tied else embedding)
+    row = embedding // architecture.vocabulary_size
+    return Precision(
+        bits_per_weight=sum(bits.values()) / sum(math.prod(shape) for shape in shapes.values()),
+        bits_per_weight_linears=sum(bits[key] for key in linears) / sum(math.prod(shapes[key]) for key in linears),
+        weight_bytes=sum(bits.values()) // 8,
+        bytes_per_decoded_token=(other + row) // 8,
+    )
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())

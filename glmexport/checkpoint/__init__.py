@@ -1,0 +1,23 @@
+"""First stage: a checkpoint's files, checked before they are mapped and read one tensor at a time.
+
+A checkpoint is a directory as transformers writes it, from the disk or the hub: ``config.json``,
+safetensors and the tokenizer's files. Nothing in it is trusted: no code is run, no pickle is opened, no link
+out of it is followed, and every header, offset, index and value is checked where it is read. This stage
+knows no family; what a tensor or a key means is the business of the architecture.
+
+    files        contained paths, and JSON that can be read in one way only
+    header       the safetensors header, strictly
+    index        which tensor is in which shard
+    config       typed reads of config.json
+    source       demo, directory or hub id to a directory; refusal of code and pickles
+    tokenizer    text and conversations to token ids
+    checkpoint   all of it, opened
+"""
+
+from glmexport.checkpoint.checkpoint import Checkpoint
+from glmexport.checkpoint.config import ConfigReader
+from glmexport.checkpoint.header import TensorEntry
+from glmexport.checkpoint.source import resolve
+from glmexport.checkpoint.tokenizer import Tokenizer
+
+__all__ = ["Checkpoint", "ConfigReader", "TensorEntry", "Tokenizer", "resolve"]

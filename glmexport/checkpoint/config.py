@@ -1,0 +1,142 @@
+"""Typed reading of a checkpoint's configuration: a key that is absent or of another type is an error."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import cast
+
+from glmexport.checkpoint.files import read_json
+from glmexport.errors import CheckpointError
+
+_SHOWN_CHARACTERS = 80
+
+
+class ConfigReader:
+    """One table of a configuration, and where it is, for the messages.
+
+    A key that is read without a default must be present. A default stands in only for an absent key: ``null``
+    is a value, which ``optional_integer`` and ``has`` understand and the others refuse. Every method raises
+    CheckpointError with the file, the key, what was found and what is accepted.
+
+    Args:
+        values: The table.
+        where: The file, and inside it the path of the table.
+    """
+
+    def __init__(self, values: Mapping[str, object], where: str) -> None:
+        self._values = MappingProxyType(dict(values))
+        self.where = where
+
+    @classmethod
+    def open(cls, path: Path) -> ConfigReader:
+        """Read ``path``, a JSON object.
+
+        Raises:
+            CheckpointError: absent or not a JSON object.
+            MachineError: the machine does not let us read the file.
+        """
+        return cls(read_json(path), str(path))
+
+    @property
+    def values(self) -> Mapping[str, object]:
+        """The table as it is in the file, read-only."""
+        return self._values
+
+    def has(self, key: str) -> bool:
+        """Whether ``key`` is present with a value other than ``null``."""
+        return self._values.get(key) is not None
+
+    def integer(self, key: str, default: int | None = None, minimum: int | None = None) -> int:
+        """A whole number, at least ``minimum`` where one is given; 3.0 and true are none."""
+        value = self._found(key, default, accepted := _integers_accepted("an integer", minimum))
+        if not _is_integer(value, minimum):
+            raise self._refused(key, value, accepted)
+        return cast(int, value)
+
+    def optional_integer(self, key: str, minimum: int | None = None) -> int | None:
+        """A whole number, or None where the key is absent or ``null``."""
+        return self.integer(key, minimum=minimum) if self.has(key) else None
+
+    def integers(self, key: str, default: tuple[int, ...] | None = None, minimum: int | None = None) -> tuple[int, ...]:
+        """Whole numbers: a list of them, or a single one, which is taken as a list of one."""
+        accepted = _integers_accepted("an integer or a list of integers", minimum)
+        value = self._found(key, default, accepted)
+        items = list(value) if isinstance(value, list | tuple) else [value]
+        if not all(_is_integer(item, minimum) for item in items):
+            raise self._refused(key, value, accepted)
+        return tuple(cast(list[int], items))
+
+    def number(self, key: str, default: float | None = None, minimum: float | None = None) -> float:
+        """A finite number, at least ``minimum`` where one is given."""
+        accepted = "a finite number" + ("" if minimum is None else f" of at least {minimum:g}")
+        value = self._found(key, default, accepted)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self._refused(key, value, accepted)
+        try:
+            number = float(value)
+        except OverflowError as error:
+            raise self._refused(key, value, accepted) from error
+        if not math.isfinite(number) or (minimum is not None and number < minimum):
+            raise self._refused(key, value, accepted)
+        return number
+
+    def text(self, key: str, default: str | None = None) -> str:
+        """A text."""
+        value = self._found(key, default, "a text")
+        if not isinstance(value, str):
+            raise self._refused(key, value, "a text")
+        return value
+
+    def flag(self, key: str, default: bool | None = None) -> bool:
+        """True or false; 0 and 1 are neither."""
+        value = self._found(key, default, "true or false")
+        if not isinstance(value, bool):
+            raise self._refused(key, value, "true or false")
+        return value
+
+    def choice(self, key: str, supported: Iterable[str], default: str | None = None) -> str:
+        """One of the ``supported`` texts."""
+        known = tuple(supported)
+        accepted = f"one of {', '.join(known)}"
+        value = self._found(key, default, accepted)
+        if not isinstance(value, str) or value not in known:
+            raise self._refused(key, value, accepted)
+        return value
+
+    def section(self, key: str) -> ConfigReader:
+        """The table under ``key``."""
+        value = self._found(key, None, "a table")
+        if not isinstance(value, dict):
+            raise self._refused(key, value, "a table")
+        return ConfigReader(value, f"{self.where}: {key}")
+
+    def _found(self, key: str, default: object, accepted: str) -> object:
+        if key in self._values:
+            return self._values[key]
+        if default is None:
+            raise CheckpointError(
+                f"{self.where}: {key} is missing, and {accepted} is needed there.",
+                next_step="Download the file again, or use a checkpoint of a supported family.",
+            )
+        return default
+
+    def _refused(self, key: str, value: object, accepted: str) -> CheckpointError:
+        found = json.dumps(value, ensure_ascii=False, default=str)
+        if len(found) > _SHOWN_CHARACTERS:
+            found = f"{found[:_SHOWN_CHARACTERS]}..."
+        return CheckpointError(
+            f"{self.where}: {key} is {found}, and accepted is {accepted}.",
+            next_step="Correct the file, or use a checkpoint of a supported family.",
+        )
+
+
+def _is_integer(value: object, minimum: int | None) -> bool:
+    return type(value) is int and (minimum is None or value >= minimum)
+
+
+def _integers_accepted(what: str, minimum: int | None) -> str:
+    return what if minimum is None else f"{what} of at least {minimum}"

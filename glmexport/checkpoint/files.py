@@ -1,0 +1,162 @@
+"""The files of a checkpoint directory: readable, contained in it, and JSON that reads in one way only."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from glmexport.errors import CheckpointError, GlmexportError, MachineError
+
+# A config is kilobytes, and the largest tokenizer_config and shard index are a few megabytes.
+JSON_LIMIT_BYTES = 64 * 2**20
+
+_ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
+
+
+def unreadable(path: Path, error: OSError) -> GlmexportError:
+    """The error to raise for ``error`` met at ``path``.
+
+    Returns:
+        CheckpointError if the path names no readable kind of file, MachineError if the machine refuses it.
+    """
+    reason = error.strerror or type(error).__name__
+    if error.errno in _ABSENT:
+        return CheckpointError(
+            f"{path} cannot be read: {reason}.",
+            next_step="Download the checkpoint again, or correct the path.",
+        )
+    return MachineError(
+        f"{path} cannot be read: {reason}.",
+        next_step="Check its permissions and the disk it lies on, then run the command again.",
+    )
+
+
+def contained(directory: Path, name: str, named_by: str) -> Path:
+    """The existing regular file ``name`` below ``directory``.
+
+    A symbolic link is followed as long as it ends in ``directory`` or, for a snapshot in the hub's cache, in
+    that repository's folder or in the blob store its cache shares between repositories.
+
+    Args:
+        directory: The checkpoint.
+        name: Relative POSIX path, as written in a file of the checkpoint.
+        named_by: What gave the name, for the message.
+
+    Raises:
+        CheckpointError: the name leaves the directory, or names no regular file.
+    """
+    refuse_escape(directory, name, named_by)
+    path = directory / name
+    try:
+        target = path.resolve()
+        root = directory.resolve()
+        present = path.is_file()
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except RuntimeError as error:  # What Python 3.11 makes of a loop of links.
+        raise CheckpointError(
+            f"{path} cannot be followed: {error}.", next_step="Replace the link with the file it stands for."
+        ) from error
+    if not any(target.is_relative_to(allowed) for allowed in _roots(root)):
+        raise CheckpointError(
+            f"{path} is a link to {target}, outside of the checkpoint.",
+            next_step="Copy the file into the directory in place of the link.",
+        )
+    if not present:
+        what = "is a link to a file that does not exist" if path.is_symlink() else "is not an existing file"
+        raise CheckpointError(f"{path}, named by {named_by}, {what}.", next_step="Download the checkpoint again.")
+    return path
+
+
+def optional(directory: Path, name: str, named_by: str) -> Path | None:
+    """As ``contained``, or None where nothing of that name is in the directory, not even a broken link."""
+    path = directory / name
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise unreadable(path, error) from error
+    return contained(directory, name, named_by)
+
+
+def refuse_escape(directory: Path, name: str, named_by: str) -> None:
+    """Check the text of a relative path, without looking at the disk.
+
+    Raises:
+        CheckpointError: absolute, upwards, of another operating system, or not printable.
+    """
+    pure = PurePosixPath(name)
+    foreign = "\\" in name or PureWindowsPath(name).drive
+    if not name or not name.isprintable() or foreign or pure.is_absolute() or ".." in pure.parts:
+        raise CheckpointError(
+            f"{named_by} names {name!r}, which is not a relative path inside {directory}.",
+            next_step="Do not use this checkpoint unless you trust where it came from; download it again.",
+        )
+
+
+def _roots(root: Path) -> list[Path]:
+    repository = cache_repository(root)
+    return [root] if repository is None else [root, repository, repository.parent / "blobs"]
+
+
+def cache_repository(directory: Path) -> Path | None:
+    """The ``models--owner--name`` folder of a snapshot in the hub's cache; None for any other directory."""
+    repository = directory.parent.parent
+    in_cache = directory.parent.name == "snapshots" and repository.name.startswith("models--")
+    return repository if in_cache else None
+
+
+def json_object(data: bytes) -> dict[str, object]:
+    """Parse UTF-8 JSON whose top level is an object.
+
+    Raises:
+        ValueError: not UTF-8, not JSON, not an object, nested beyond reason, or a key given twice; its text
+            completes the sentence "FILE is not usable: ...".
+    """
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
+    except RecursionError:
+        raise ValueError("its JSON is nested too deeply") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"byte {error.start} is not UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"no JSON at line {error.lineno}, column {error.colno} ({error.msg})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"its JSON is a {type(value).__name__}, not an object")
+    return value
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    table: dict[str, object] = {}
+    for key, value in pairs:
+        if key in table:
+            raise ValueError(f"key {key!r} is given twice")
+        table[key] = value
+    return table
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """The JSON object in ``path``.
+
+    Raises:
+        CheckpointError: absent, too large, or not one JSON object; names the file and the place.
+        MachineError: present but the machine does not let us read it.
+    """
+    try:
+        size = path.stat().st_size
+        if size > JSON_LIMIT_BYTES:
+            raise CheckpointError(
+                f"{path} has {size:,} bytes; at most {JSON_LIMIT_BYTES:,} are accepted of a JSON file.",
+                next_step="Download the file again.",
+            )
+        data = path.read_bytes()
+    except OSError as error:
+        raise unreadable(path, error) from error
+    try:
+        return json_object(data)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path} is not usable: {error}.", next_step="Correct the file, or download it again."
+        ) from error

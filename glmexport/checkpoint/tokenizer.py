@@ -1,0 +1,274 @@
+"""The checkpoint's tokenizer and chat template: text to token ids exactly as transformers does it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from glmexport.checkpoint.files import optional, read_json, unreadable
+from glmexport.errors import CheckpointError, InputError
+
+if TYPE_CHECKING:
+    import tokenizers
+
+VOCABULARY = "tokenizer.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+
+_CONFIG = "tokenizer_config.json"
+_LEGACY_SPECIAL_TOKENS = "special_tokens_map.json"
+_FILES = (
+    VOCABULARY,
+    _CONFIG,
+    _LEGACY_SPECIAL_TOKENS,
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    CHAT_TEMPLATE,
+)
+_MORE_TEMPLATES = "additional_chat_templates"
+
+GLM_PREFIX = ("[gMASK]", "<sop>")
+"""What every sequence of a GLM model begins with."""
+
+
+def tokenizer_files(directory: Path) -> list[Path]:
+    """The tokenizer's files and chat templates that are present in ``directory``.
+
+    Raises:
+        CheckpointError: one of them is a link that leaves the directory.
+        MachineError: the machine does not let us look.
+    """
+    more = sorted(path.name for path in (directory / _MORE_TEMPLATES).glob("*.jinja"))
+    names = [*_FILES, *(f"{_MORE_TEMPLATES}/{name}" for name in more)]
+    return [path for name in names if (path := optional(directory, name, "the tokenizer")) is not None]
+
+
+class Tokenizer:
+    """Encodes text and conversations; adds no token that is not asked for.
+
+    A special token that is written out in a text becomes its id, in ``encode`` as well, as in transformers.
+
+    Attributes:
+        files: What a bundle must carry to tokenize the same way.
+        prefix: Ids that begin every sequence: ``[gMASK]`` and ``<sop>`` where the vocabulary has both, else
+            the bos token where one is named, else none.
+        special_tokens: Special tokens and their ids.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        tokenizer: tokenizers.Tokenizer,
+        named_tokens: Mapping[str, str],
+        templates: Mapping[str, tuple[str, str]],
+    ) -> None:
+        self._directory = directory
+        self._tokenizer = tokenizer
+        self._named_tokens = dict(named_tokens)
+        self._templates = dict(templates)
+        added = tokenizer.get_added_tokens_decoder()
+        self.special_tokens = {token.content: id_ for id_, token in sorted(added.items()) if token.special}
+        self.files = tokenizer_files(directory)
+        self.prefix = self._prefix()
+
+    @classmethod
+    def open(cls, directory: Path) -> Tokenizer:
+        """Read the tokenizer of a checkpoint or bundle.
+
+        Raises:
+            CheckpointError: no ``tokenizer.json``, one without a vocabulary, or a file that is not usable.
+            MachineError: the machine does not let us read a file.
+        """
+        import tokenizers
+
+        path = optional(directory, VOCABULARY, "every tokenizer")
+        if path is None:
+            raise CheckpointError(
+                f"{directory} has a tokenizer without vocabulary: {VOCABULARY} is not in it.",
+                next_step="Download the checkpoint again; if its tokenizer is of an older kind, save it once "
+                "with AutoTokenizer.save_pretrained.",
+            )
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise unreadable(path, error) from error
+        except UnicodeDecodeError as error:
+            raise _unusable(path, error) from error
+        try:
+            tokenizer = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:
+            # The library raises bare Exception for whatever it cannot parse.
+            raise _unusable(path, error) from error
+        if tokenizer.get_vocab_size(with_added_tokens=False) == 0:
+            raise CheckpointError(
+                f"{path} is a tokenizer without vocabulary.", next_step="Download the checkpoint again."
+            )
+        # Both can be stored in the file, and both would change ids silently.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        config = _optional_json(directory, _CONFIG)
+        _check_added_tokens(directory / _CONFIG, config, tokenizer)
+        return cls(directory, tokenizer, _named_tokens(directory, config), _templates(directory, config))
+
+    @cached_property
+    def vocabulary_size(self) -> int:
+        """The highest token id plus one: what a row of logits must have at least."""
+        return max(self._tokenizer.get_vocab().values()) + 1
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether conversations can be rendered."""
+        return "default" in self._templates
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of ``text`` alone, without a prefix."""
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """The text of ``ids``; special tokens are left out unless ``skip_special`` is false."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special)
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        *,
+        add_generation_prompt: bool = False,
+        **kwargs: object,
+    ) -> str:
+        """The conversation as text, by the checkpoint's chat template in jinja2's immutable sandbox.
+
+        Args:
+            messages: Tables with at least ``role`` and ``content``; a value of None counts as absent.
+            add_generation_prompt: Whether to open the assistant's next turn.
+            kwargs: Variables of the template, such as ``tools``, ``documents`` or ``enable_thinking``.
+
+        Raises:
+            CheckpointError: there is no chat template, or it fails; carries the template's own message.
+            InputError: the conversation is empty.
+        """
+        # Its sandbox, filters and aliases are the reference, and they change from version to version.
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        if not messages:
+            raise InputError("The conversation is empty.", next_step="Give at least one message.")
+        where, template = self._template(with_tools=kwargs.get("tools") is not None)
+        present = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        try:
+            rendered, _ = render_jinja_template(
+                conversations=[present],
+                chat_template=template,
+                add_generation_prompt=add_generation_prompt,
+                **{**self._named_tokens, **kwargs},
+            )
+        except Exception as error:
+            # The template is a program of the checkpoint's: it can raise anything.
+            raise CheckpointError(
+                f"The chat template of {where} failed: {type(error).__name__}: {error}.",
+                next_step="Check the roles and the order of the messages, and the template's variables.",
+            ) from error
+        return cast(str, rendered[0])
+
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        *,
+        add_generation_prompt: bool = False,
+        **kwargs: object,
+    ) -> list[int]:
+        """Token ids of the rendered conversation; takes and raises what ``render`` does.
+
+        The template writes the prefix itself, so none is added.
+        """
+        return self.encode(self.render(messages, add_generation_prompt=add_generation_prompt, **kwargs))
+
+    def _template(self, *, with_tools: bool) -> tuple[str, str]:
+        if with_tools and "tool_use" in self._templates:
+            return self._templates["tool_use"]
+        if "default" not in self._templates:
+            raise CheckpointError(
+                f"{self._directory} has no chat template.",
+                next_step=f"Use a chat model's checkpoint, or put its {CHAT_TEMPLATE} into the directory.",
+            )
+        return self._templates["default"]
+
+    def _prefix(self) -> list[int]:
+        ids = [self._tokenizer.token_to_id(token) for token in GLM_PREFIX]
+        if None not in ids:
+            return cast(list[int], ids)
+        bos = self._named_tokens.get("bos_token")
+        if bos is None:
+            return []
+        bos_id = self._tokenizer.token_to_id(bos)
+        if bos_id is None:
+            raise CheckpointError(
+                f"{self._directory / _CONFIG}: bos_token is {bos!r}, which {VOCABULARY} does not have.",
+                next_step="Download the tokenizer's files again, all from one revision.",
+            )
+        return [bos_id]
+
+
+def _unusable(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{path} is not a tokenizer: {error}.", next_step="Download the file again.")
+
+
+def _optional_json(directory: Path, name: str) -> dict[str, object]:
+    path = optional(directory, name, "the tokenizer")
+    return {} if path is None else read_json(path)
+
+
+def _check_added_tokens(path: Path, config: Mapping[str, object], tokenizer: tokenizers.Tokenizer) -> None:
+    """Tokens that only the configuration has would get ids from transformers and none from us."""
+    added = config.get("added_tokens_decoder", {})
+    for id_, fields in added.items() if isinstance(added, dict) else ():
+        content = fields.get("content") if isinstance(fields, dict) else None
+        if not isinstance(content, str) or str(tokenizer.token_to_id(content)) != id_:
+            raise CheckpointError(
+                f"{path}: added_tokens_decoder gives {content!r} the id {id_}, and {VOCABULARY} does not.",
+                next_step="Download the tokenizer's files again, all from one revision.",
+            )
+
+
+def _named_tokens(directory: Path, config: Mapping[str, object]) -> dict[str, str]:
+    """``bos_token`` and its like, which templates may use; where both files are, the older one prevails."""
+    older = {} if "added_tokens_decoder" in config else _optional_json(directory, _LEGACY_SPECIAL_TOKENS)
+    named = {}
+    for key, value in {**config, **older}.items():
+        content = value.get("content") if isinstance(value, dict) else value
+        if key.endswith("_token") and isinstance(content, str):
+            named[key] = content
+    return named
+
+
+def _templates(directory: Path, config: Mapping[str, object]) -> dict[str, tuple[str, str]]:
+    """Where each template is from, and its text, by name; files replace all that the configuration has."""
+    templates = {}
+    for path in tokenizer_files(directory):
+        if path.suffix != ".jinja":
+            continue
+        name = path.stem if path.parent.name == _MORE_TEMPLATES else "default"
+        try:
+            templates[name] = (str(path), path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise unreadable(path, error) from error
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{path} is not UTF-8: {error}.", next_step="Download it again.") from error
+    return templates or _configured_templates(str(directory / _CONFIG), config.get("chat_template"))
+
+
+def _configured_templates(where: str, value: object) -> dict[str, tuple[str, str]]:
+    """``value`` is one template, a list of tables with name and template, or a table of templates by name."""
+    if value is None:
+        return {}
+    named = {"default": value} if isinstance(value, str) else value
+    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
+        named = {item.get("name"): item.get("template") for item in value}
+    if not isinstance(named, dict) or not all(isinstance(text, str) for pair in named.items() for text in pair):
+        raise CheckpointError(
+            f"{where}: chat_template is neither a text nor texts by name.",
+            next_step="Download the file again.",
+        )
+    return {name: (where, template) for name, template in named.items()}

@@ -1,0 +1,93 @@
+"""``glmexport build``: a checkpoint becomes a validated bundle for each target."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from glmexport.cli.console import Terminal, duration, emit, gibibytes
+from glmexport.cli.options import checkpoint_argument, json_option, memory_option, threads_option
+
+
+@click.command()
+@checkpoint_argument
+@click.option(
+    "--target", "target_names", multiple=True, default=("host",), show_default=True,
+    help="What the bundle is for: a name from 'glmexport targets list', a .toml file, or host. May be repeated.",
+)  # fmt: skip
+@click.option("--recipe", help="How to quantize: a name or a .toml file. Default: the target's.")
+@click.option(
+    "--calibration", "calibration", multiple=True, type=click.Path(path_type=Path),
+    help="Text of your own to calibrate on as well (.txt, or .jsonl with 'text' or 'messages'). May be repeated.",
+)  # fmt: skip
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Where the bundle goes. Default: bundles/NAME.")
+@memory_option
+@threads_option
+@click.option("--force", is_flag=True, help="Replace a bundle that exists.")
+@json_option
+def build(
+    checkpoint: str,
+    target_names: tuple[str, ...],
+    recipe: str | None,
+    calibration: tuple[Path, ...],
+    output: Path | None,
+    max_memory: int | None,
+    threads: int,
+    force: bool,
+    as_json: bool,
+) -> int:
+    """Quantize CHECKPOINT, export it for each target, and validate it against the original.
+
+    CHECKPOINT is a directory, a hub id (owner/name), or demo. Finished decoder blocks are kept until the build is done:
+    after an interruption the same command goes on where it stopped.
+    """
+    from glmexport.cli.verdict import exit_code, show
+    from glmexport.compile import BuildOptions, Original, command_line, jobs_of
+    from glmexport.compile import build as compile_bundles
+    from glmexport.estimate import estimate, measured_flops
+    from glmexport.target import open_target
+
+    terminal = Terminal()
+    targets = [open_target(name) for name in dict.fromkeys(target_names)]
+    original = Original.open(checkpoint, terminal)
+    jobs = jobs_of(original, targets, recipe, output)
+    flops = measured_flops()
+    for job in jobs:
+        expected = estimate(original.architecture, job.recipe, flops, max_memory)
+        terminal.facts(
+            "Build",
+            {
+                "checkpoint": f"{original.checkpoint.name} ({original.checkpoint.path})",
+                "digest": original.checkpoint.digest(terminal),
+                "family": f"{original.architecture.family}, {original.checkpoint.parameters / 1e6:,.1f} M parameters, "
+                f"{gibibytes(original.checkpoint.bytes)}",
+                "target": f"{job.target.name}: {job.target.summary}",
+                "recipe": f"{job.recipe.name}: {job.recipe.summary}",
+                "calibration": ", ".join(str(path) for path in calibration) or "shipped corpora",
+                "output": str(job.directory),
+                "threads": str(threads),
+                "memory": f"about {gibibytes(expected.peak_memory_bytes)} at the peak"
+                + (f", limit {gibibytes(max_memory)}" if max_memory else ""),
+                "bundle": f"about {gibibytes(expected.bundle_bytes)}, {expected.bits_per_weight:.2f} bits per weight",
+                "time": f"about {duration(expected.seconds)} of arithmetic",
+            },
+        )
+    for key, reason in original.unused.items():
+        terminal.remark(f"{key} is not used: {reason}.")
+    options = BuildOptions(threads, max_memory, calibration, force, command_line())
+    built = compile_bundles(original, jobs, options, terminal)
+    for bundle in built:
+        show(terminal.console, bundle.report, bundle.directory)
+    if as_json:
+        documents = [
+            {
+                "bundle": str(bundle.directory),
+                "digest": bundle.manifest.digest(),
+                "report": bundle.report.model_dump(mode="json"),
+            }
+            for bundle in built
+        ]
+        emit(json.dumps({"bundles": documents}, indent=2, ensure_ascii=False))
+    return exit_code([bundle.report.verdict for bundle in built])

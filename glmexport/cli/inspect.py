@@ -1,0 +1,156 @@
+"""``glmexport inspect``: what a checkpoint is and what building it would take, without reading its weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.table import Table
+
+from glmexport.cli.console import Terminal, duration, emit, gibibytes
+from glmexport.cli.options import checkpoint_argument, json_option, memory_option, threads_option
+
+
+@click.command()
+@checkpoint_argument
+@click.option("--recipe", help="Estimate for this recipe instead of each target's default.")
+@memory_option
+@threads_option
+@json_option
+def inspect(checkpoint: str, recipe: str | None, max_memory: int | None, threads: int, as_json: bool) -> None:
+    """Family, parameters by part, context and tokenizer of CHECKPOINT, and an estimate for every target."""
+    import torch
+
+    from glmexport.compile import Original
+
+    terminal = Terminal()
+    torch.set_num_threads(threads)
+    original = Original.open(checkpoint, terminal)
+    document = {
+        **_description(original),
+        "tokenizer": _tokenizer(original),
+        "estimates": _estimates(original, recipe, max_memory),
+    }
+    if as_json:
+        emit(json.dumps(document, indent=2, ensure_ascii=False))
+        return
+    tokenizer = document["tokenizer"]
+    terminal.facts(
+        original.checkpoint.name,
+        {
+            "path": document["path"],
+            "family": document["family"],
+            "layers": str(document["layers"]),
+            "context": f"{document['context_length']:,} tokens",
+            "stored": f"{gibibytes(document['bytes'])} of {', '.join(document['dtypes'])}",
+            "KV cache": f"{document['kv_bytes_per_token']:,} bytes a token in fp32",
+            "vocabulary": f"{tokenizer['vocabulary']:,} tokens",
+            "chat template": "yes" if tokenizer["chat_template"] else "no",
+            "prefix": " ".join(tokenizer["prefix"]) or "none",
+            "special tokens": " ".join(tokenizer["special_tokens"]),
+            "tokens a character": ", ".join(
+                f"{name} {value:.2f}" for name, value in tokenizer["tokens_per_character"].items()
+            ),
+            **{f"unused {key}": reason for key, reason in original.unused.items()},
+        },
+    )
+    terminal.console.print(_parts_table(document["parameters"]))
+    terminal.console.print(_estimates_table(document["estimates"]))
+
+
+def _description(original: Any) -> dict[str, Any]:
+    checkpoint, architecture = original.checkpoint, original.architecture
+    parts: dict[str, int] = {"embedding": architecture.vocabulary_size * architecture.hidden_size}
+    for _, linear in architecture.linears:
+        if not (linear is architecture.lm_head and architecture.tied):
+            parts[linear.part] = parts.get(linear.part, 0) + linear.in_features * linear.out_features
+    parts["norms and biases"] = checkpoint.parameters - sum(parts.values()) - _unused_elements(original)
+    return {
+        "name": checkpoint.name,
+        "path": str(Path(checkpoint.path)),
+        "family": architecture.family,
+        "layers": len(architecture.layers),
+        "context_length": architecture.context_length,
+        "parameters": {**parts, "all": checkpoint.parameters},
+        "bytes": checkpoint.bytes,
+        "dtypes": sorted({entry.dtype for entry in checkpoint.tensors.values()}),
+        "kv_bytes_per_token": architecture.kv_values_per_token * 4,
+        "unused": original.unused,
+    }
+
+
+def _unused_elements(original: Any) -> int:
+    return sum(original.checkpoint.tensors[key].elements for key in original.unused)
+
+
+def _tokenizer(original: Any) -> dict[str, Any]:
+    """What the tokenizer knows, and how many tokens a character of each language of the corpora costs it."""
+    from glmexport.calibration import shipped_documents
+
+    tokenizer = original.tokenizer
+    names = {token: name for name, token in tokenizer.special_tokens.items()}
+    texts: dict[str, str] = {}
+    for document in shipped_documents("evaluation"):
+        texts.setdefault(document.language, document.text)
+    return {
+        "vocabulary": tokenizer.vocabulary_size,
+        "chat_template": tokenizer.has_chat_template,
+        "prefix": [names.get(token, str(token)) for token in tokenizer.prefix],
+        "special_tokens": list(tokenizer.special_tokens),
+        "tokens_per_character": {language: len(tokenizer.encode(text)) / len(text) for language, text in texts.items()},
+    }
+
+
+def _estimates(original: Any, recipe: str | None, max_memory: int | None) -> list[dict[str, Any]]:
+    from glmexport.estimate import estimate, measured_flops
+    from glmexport.recipe import open_recipe
+    from glmexport.target import shipped_targets
+
+    flops = measured_flops()
+    rows = []
+    for target in shipped_targets():
+        chosen = open_recipe(recipe or target.weights.default_recipe)
+        expected = estimate(original.architecture, chosen, flops, max_memory)
+        rows.append({"target": target.name, "recipe": chosen.name, **vars(expected)})
+    return rows
+
+
+def _parts_table(parts: dict[str, int]) -> Table:
+    table = Table(
+        title="Parameters",
+        title_justify="left",
+        title_style="bold",
+        box=None,
+        pad_edge=False,
+        header_style="dim",
+    )
+    for column in ("part", "parameters", "share"):
+        table.add_column(column, justify="left" if column == "part" else "right")
+    for name, count in parts.items():
+        table.add_row(name, f"{count:,}", f"{count / parts['all']:.1%}")
+    return table
+
+
+def _estimates_table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(
+        title="\nEstimates for this machine",
+        title_justify="left",
+        title_style="bold",
+        box=None,
+        pad_edge=False,
+        header_style="dim",
+    )
+    for column in ("target", "recipe", "bundle", "bits per weight", "peak memory", "time"):
+        table.add_column(column, justify="left" if column in ("target", "recipe") else "right")
+    for row in rows:
+        table.add_row(
+            row["target"],
+            row["recipe"],
+            gibibytes(row["bundle_bytes"]),
+            f"{row['bits_per_weight']:.2f}",
+            gibibytes(row["peak_memory_bytes"]),
+            duration(row["seconds"]),
+        )
+    return table

@@ -1,0 +1,83 @@
+"""``glmexport``: the verbs, and the one place where an error becomes a message and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+
+# Before any of these libraries is imported: no telemetry, no network but where a hub id asks for it.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("DO_NOT_TRACK", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import click
+
+from glmexport import __version__
+from glmexport.cli.build import build
+from glmexport.cli.inspect import inspect
+from glmexport.cli.run import run
+from glmexport.cli.targets import targets
+from glmexport.cli.validate import validate
+from glmexport.errors import (
+    EXIT_BUG,
+    EXIT_INPUT,
+    EXIT_INTERRUPTED,
+    EXIT_MACHINE,
+    GlmexportError,
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="glmexport")
+def cli() -> None:
+    """Open-weight GLM checkpoints to validated ONNX bundles on hardware of your own.
+
+    Exit codes: 0 PASS or WARN, 1 BLOCK, 2 INCONCLUSIVE, 64 unusable input, 69 the machine (disk, memory, network),
+    70 a bug, 130 interrupted.
+    """
+
+
+for command in (build, inspect, targets, run, validate):
+    cli.add_command(command)
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    sys.exit(_run())
+
+
+def _run() -> int:
+    try:
+        code = cli.main(standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except click.ClickException as error:
+        error.show()
+        return EXIT_INPUT
+    except GlmexportError as error:
+        return _say(error.message, error.next_step, error.exit_code)
+    except (click.exceptions.Abort, KeyboardInterrupt, MemoryError, OSError) as error:
+        return _say(*_from_outside(error))
+    except Exception:
+        traceback.print_exc()
+        return _say("This is a bug in glmexport.", "Please report it with the lines above.", EXIT_BUG)
+
+
+def _from_outside(error: BaseException) -> tuple[str, str, int]:
+    """What the user or the system did to us: message, next step, exit code."""
+    if isinstance(error, MemoryError):
+        return "There is not enough memory.", "Set a lower --max-memory, or free some.", EXIT_MACHINE
+    if isinstance(error, OSError):
+        where = f" ({error.filename})" if error.filename else ""
+        message = f"The system refused: {error.strerror or error}{where}."
+        return message, "Check free space and permissions; then run the same command again.", EXIT_MACHINE
+    step = "Finished blocks are kept: run the same command again to go on after the last one."
+    return "Interrupted.", step, EXIT_INTERRUPTED
+
+
+def _say(message: str, next_step: str, code: int) -> int:
+    label = click.style("ERROR" if code != EXIT_INTERRUPTED else "STOP", fg="red", bold=True)
+    click.echo(f"{label} {message}", err=True)
+    click.echo(f"      {next_step}", err=True)
+    return code

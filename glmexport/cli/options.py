@@ -1,0 +1,41 @@
+"""Options that several verbs share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from glmexport.cli.console import Bytes
+from glmexport.validation.machine import cores
+
+Command = Callable[..., Any]
+
+
+def checkpoint_argument(command: Command) -> Command:
+    """CHECKPOINT."""
+    return click.argument("checkpoint", metavar="CHECKPOINT")(command)
+
+
+def threads_option(command: Command) -> Command:
+    """--threads."""
+    return click.option(
+        "--threads",
+        type=click.IntRange(min=1),
+        default=cores,
+        show_default="physical cores",
+        help="Threads of the build, of the bundle and of the original.",
+    )(command)
+
+
+def memory_option(command: Command) -> Command:
+    """--max-memory."""
+    return click.option("--max-memory", type=Bytes(), help="Keep the build below this much memory, for example 8GiB.")(
+        command
+    )
+
+
+def json_option(command: Command) -> Command:
+    """--json."""
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")(command)

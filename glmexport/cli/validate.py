@@ -1,0 +1,42 @@
+"""``glmexport validate``: a bundle against its original, on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from glmexport.cli.console import Terminal, emit
+from glmexport.cli.options import json_option, threads_option
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--against", "checkpoint", required=True, help="The checkpoint that the bundle was built from.")
+@threads_option
+@json_option
+def validate(bundle: Path, checkpoint: str, threads: int, as_json: bool) -> int:
+    """Measure how close BUNDLE is to its original and how fast, and write report.json and report.html into it."""
+    from glmexport.bundle import read_manifest
+    from glmexport.cli.verdict import exit_code, show
+    from glmexport.compile import BuildOptions, Original, command_line, validate_bundle
+
+    terminal = Terminal()
+    manifest = read_manifest(bundle)
+    original = Original.open(checkpoint, terminal)
+    terminal.facts(
+        "Validate",
+        {
+            "bundle": str(bundle),
+            "digest": manifest.digest(),
+            "against": f"{original.checkpoint.name} ({original.checkpoint.path})",
+            "target": manifest.target.name,
+            "recipe": manifest.recipe.name,
+            "threads": str(threads),
+        },
+    )
+    built = validate_bundle(bundle, original, BuildOptions(threads, command=command_line()), terminal)
+    show(terminal.console, built.report, bundle)
+    if as_json:
+        emit(built.report.model_dump_json(indent=2))
+    return exit_code([built.report.verdict])

@@ -1,0 +1,140 @@
+"""The verdict table that build and validate end with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from glmexport.cli.console import gibibytes
+from glmexport.errors import EXIT_BLOCK, EXIT_INCONCLUSIVE, EXIT_PASS
+from glmexport.report.document import HTML_NAME, Report
+from glmexport.validation.results import LanguageFidelity, Verdict
+
+_EXIT = {
+    Verdict.PASS: EXIT_PASS,
+    Verdict.WARN: EXIT_PASS,
+    Verdict.INCONCLUSIVE: EXIT_INCONCLUSIVE,
+    Verdict.BLOCK: EXIT_BLOCK,
+}
+_STYLE = {
+    Verdict.PASS: "bold green",
+    Verdict.WARN: "bold yellow",
+    Verdict.INCONCLUSIVE: "bold yellow",
+    Verdict.BLOCK: "bold red",
+}
+
+
+def exit_code(verdicts: list[Verdict]) -> int:
+    """That of the gravest verdict."""
+    gravest = max(verdicts, key=lambda verdict: verdict.severity)
+    return _EXIT[gravest]
+
+
+def show(console: Console, report: Report, directory: Path) -> None:
+    """Fidelity per language, size and speed beside the original, gates, and where to read more."""
+    console.print(_fidelity(report))
+    console.print(_shares(report))
+    console.print(_cost(report))
+    console.print(_conditions(report), style="dim")
+    console.print(_gates(report))
+    console.print(f"verdict  [{_STYLE[report.verdict]}]{report.verdict}[/]")
+    console.print(f"bundle   {directory}", soft_wrap=True)
+    console.print(f"report   {directory / HTML_NAME}", soft_wrap=True)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right")
+    return table
+
+
+def _fidelity(report: Report) -> Table:
+    table = _table(
+        f"\nFidelity: {report.fidelity.arithmetic}",
+        "language", "positions", "perplexity original", "bundle", "KL mean (nats)", "KL p99 (nats)", "top-1 agreement",
+    )  # fmt: skip
+    for row in report.fidelity.languages:
+        mark = " worst" if row.language == report.fidelity.worst_language else ""
+        table.add_row(row.language + mark, *_figures(row), style="yellow" if mark else "")
+    table.add_section()
+    table.add_row("all", *_figures(report.fidelity.overall), style="bold")
+    return table
+
+
+def _figures(row: LanguageFidelity) -> tuple[str, ...]:
+    return (
+        str(row.positions),
+        f"{row.perplexity_original:.2f}",
+        f"{row.perplexity_bundle:.2f}",
+        f"{row.kl_mean_nats:.4f}",
+        f"{row.kl_p99_nats:.3f}",
+        f"{row.top1_agreement:.1%}",
+    )
+
+
+def _shares(report: Report) -> Table | str:
+    if not report.shares:
+        return ""
+    table = _table("\nWhere the divergence comes from", "part", "KL mean added (nats)", "")
+    for share in report.shares:
+        table.add_row(share.name, f"{share.kl_mean_nats:+.4f}", share.note)
+    return table
+
+
+def _cost(report: Report) -> Table:
+    table = _table("\nSize and speed", "", "original", "bundle", "ratio")
+    size, speed = report.size, report.performance
+    original = speed.original
+
+    def add(name: str, before: str, after: str, ratio: float | None) -> None:
+        table.add_row(name, before, after, "" if ratio is None else f"{ratio:.2f}x")
+
+    add(
+        "size",
+        gibibytes(size.original_bytes),
+        gibibytes(size.bundle_bytes),
+        size.bundle_bytes / size.original_bytes,
+    )
+    before = size.original_bytes * 8 / size.parameters
+    add("bits per weight", f"{before:.2f}", f"{size.bits_per_weight:.2f}", size.bits_per_weight / before)
+
+    def compared(name: str, figure: str, scale: float, form: str) -> None:
+        ours = getattr(speed.bundle, figure)
+        theirs = None if original is None else getattr(original, figure)
+        shown = "-" if theirs is None else f"{theirs * scale:{form}}"
+        add(name, shown, f"{ours * scale:{form}}", None if theirs is None else ours / theirs)
+
+    compared("TTFT (ms)", "ttft_s", 1e3, ".1f")
+    compared("prefill (tokens/s)", "prefill_tokens_per_s", 1, ".0f")
+    compared("decode (tokens/s)", "decode_tokens_per_s", 1, ".0f")
+    compared("peak memory (MiB)", "peak_memory_bytes", 1 / 2**20, ".0f")
+    return table
+
+
+def _conditions(report: Report) -> str:
+    speed, original = report.performance, report.performance.original
+    runtimes = speed.bundle.runtime + (
+        f" against {original.runtime}" if original else f"; {speed.original_absent_because}"
+    )
+    return (
+        f"{runtimes}, {speed.bundle.threads} threads; {speed.prompt_tokens} prompt and {speed.generated_tokens} "
+        f"generated tokens, median of {speed.repetitions}; memory bandwidth bounds decoding at "
+        f"{speed.roofline_decode_tokens_per_s:.0f} tokens/s"
+    )
+
+
+def _gates(report: Report) -> Table:
+    table = _table("\nGates", "gate", "language", "measured", "", "limit", "verdict")
+    for gate in report.gates:
+        table.add_row(
+            gate.name,
+            gate.language or "-",
+            f"{gate.value:.4g}",
+            gate.direction,
+            f"{gate.limit:g}",
+            f"[{_STYLE[gate.verdict]}]{gate.verdict}[/]",
+        )
+    return table

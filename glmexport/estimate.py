@@ -1,0 +1,76 @@
+"""What a build will take, from the description alone: bundle bytes, peak memory, time. No weight is read."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+
+from glmexport.architecture import Architecture
+from glmexport.quantization import plan_memory
+from glmexport.quantization.linear import stored_bits
+from glmexport.recipe import Format, Recipe
+
+#: Tokens of evaluation text that a default validation runs, times the passes it makes over them.
+_VALIDATION_TOKEN_PASSES = 21 * (2 * 2048 + 4 * 512)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Expected figures of one build."""
+
+    bundle_bytes: int
+    bits_per_weight: float
+    peak_memory_bytes: int
+    seconds: float
+
+
+def estimate(architecture: Architecture, recipe: Recipe, flops_per_s: float, limit_bytes: int | None) -> Estimate:
+    """Figures for building ``architecture`` by ``recipe`` on a machine of that speed under that memory limit."""
+    shapes = architecture.shapes()
+    bits = sum(stored_bits(shape, _form(architecture, recipe, key)) for key, shape in shapes.items())
+    rotary = architecture.layers[0].attention.rotary.dimensions * architecture.context_length * 4
+    return Estimate(
+        bundle_bytes=bits // 8 + rotary,
+        bits_per_weight=bits / sum(math.prod(shape) for shape in shapes.values()),
+        peak_memory_bytes=plan_memory(architecture, recipe, limit_bytes).peak_bytes,
+        seconds=_flops(architecture, recipe) / flops_per_s,
+    )
+
+
+def measured_flops() -> float:
+    """fp32 operations per second of a matrix product on this machine, with torch's present number of threads."""
+    size = 1024
+    matrix = torch.ones(size, size)
+    matrix @ matrix
+    started = time.perf_counter()
+    for _ in range(3):
+        matrix @ matrix
+    return 3 * 2 * size**3 / (time.perf_counter() - started)
+
+
+def _form(architecture: Architecture, recipe: Recipe, key: str) -> Format | None:
+    if key == architecture.embedding:
+        return recipe.embedding
+    if key == architecture.lm_head.weight:
+        return recipe.lm_head
+    return recipe.linears if any(linear.weight == key for _, linear in architecture.linears) else None
+
+
+def _flops(architecture: Architecture, recipe: Recipe) -> float:
+    """Multiply-adds count twice. Forward passes to each tap, Hessians, factorisations, sweeps, rounds, validation."""
+    weights = [(linear.out_features, linear.in_features) for _, linear in architecture.linears]
+    forward = 2.0 * sum(rows * columns for rows, columns in weights)
+    total = forward * _VALIDATION_TOKEN_PASSES
+    if recipe.needs_calibration and recipe.calibration:
+        tokens = recipe.calibration.tokens
+        # Four partial passes to the taps of a layer and a whole one cost about three whole ones.
+        total += 3 * forward * tokens
+        taps = {(layer, linear.tap): linear.in_features for layer, linear in architecture.linears}
+        total += sum(2.0 * tokens * size**2 + size**3 / 3 for size in taps.values())
+        # Sweep (half a product), three projections for the errors, and each round's projection.
+        products = 3.5 + recipe.solver.polish_rounds
+        total += sum(products * 2.0 * rows * columns**2 for rows, columns in weights)
+    return total

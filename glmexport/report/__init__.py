@@ -1,0 +1,12 @@
+"""Results rendered: one document as JSON for programs and as HTML for people.
+
+    document    the schema, reading and writing
+    assemble    a document from a manifest and a validation
+    html        the document as one self-contained page
+    allocation  the quantized matrices by part and by decoder block
+    charts      inline SVG from numbers
+    svg         its elements, escaped
+    text        numbers and foreign text as a reader can trust them
+
+Nothing here measures or decides; what is not in the document is not on the page.
+"""

@@ -1,0 +1,142 @@
+"""A Report from the manifest of a bundle and what its validation measured."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from glmexport import __version__
+from glmexport.bundle import MANIFEST, Manifest, QuantizedMatrix
+from glmexport.report.document import (
+    CalibrationSummary,
+    LinearResult,
+    Machine,
+    QuantizationSummary,
+    Report,
+    Size,
+    Subject,
+)
+from glmexport.validation import machine
+from glmexport.validation.results import Overlap
+from glmexport.validation.run import Validation
+
+
+@dataclass(frozen=True)
+class BuildCost:
+    """What quantizing took: wall seconds over all attempts, and the peak resident memory of this process, bytes."""
+
+    seconds: float
+    peak_memory_bytes: int
+
+
+def assemble(
+    manifest: Manifest, validation: Validation, *, name: str, directory: Path, command: str, build: BuildCost | None
+) -> Report:
+    """Everything known about the bundle in ``directory`` on this machine.
+
+    ``build`` is None where the bundle was built some other time.
+    """
+    return Report(
+        schema_version=1,
+        glmexport_version=__version__,
+        verdict=validation.verdict,
+        gates=validation.gates,
+        subject=Subject(
+            bundle=name,
+            bundle_digest=manifest.digest(),
+            target=manifest.target.name,
+            recipe=manifest.recipe.name,
+            family=manifest.family,
+            checkpoint=manifest.source.name,
+            checkpoint_digest=manifest.source.digest,
+            languages=tuple(row.language for row in validation.fidelity.languages),
+        ),
+        size=Size(
+            parameters=manifest.source.parameters,
+            original_bytes=manifest.source.bytes,
+            bundle_bytes=sum(entry.size for entry in manifest.files) + (directory / MANIFEST).stat().st_size,
+            weight_bytes=manifest.precision.weight_bytes,
+            bits_per_weight=manifest.precision.bits_per_weight,
+            bits_per_weight_linears=manifest.precision.bits_per_weight_linears,
+        ),
+        fidelity=validation.fidelity,
+        shares=validation.shares,
+        performance=validation.performance,
+        quantization=_quantization(manifest, build),
+        calibration=_calibration(manifest),
+        machine=Machine(
+            system=machine.system_name(),
+            processor=machine.processor_name(),
+            cores=machine.cores(),
+            memory_bytes=machine.memory_bytes(),
+            instruction_sets=machine.instruction_sets(),
+        ),
+        versions=machine.library_versions(),
+        command=command,
+        limits=_limits(validation),
+    )
+
+
+def _quantization(manifest: Manifest, build: BuildCost | None) -> QuantizationSummary | None:
+    if not manifest.matrices:
+        return None
+    return QuantizationSummary(
+        linears=tuple(_linear(matrix) for matrix in manifest.matrices),
+        fallbacks=tuple(f"{matrix.key}: {matrix.fallback}" for matrix in manifest.matrices if matrix.fallback),
+        seconds=build.seconds if build else math.nan,
+        peak_memory_bytes=build.peak_memory_bytes if build else 0,
+    )
+
+
+def _linear(matrix: QuantizedMatrix) -> LinearResult:
+    def measured(value: float | None) -> float:
+        return math.nan if value is None else value
+
+    return LinearResult(
+        name=matrix.key,
+        layer=matrix.layer,
+        part=matrix.part,
+        bits=matrix.bits,
+        group_size=matrix.group_size,
+        symmetric=matrix.symmetric,
+        bits_per_weight=matrix.bits_per_weight,
+        relative_error=measured(matrix.relative_error),
+        round_to_nearest_error=measured(matrix.round_to_nearest_error),
+        damping=measured(matrix.damping),
+        dead_columns=matrix.dead_columns,
+        effective_tokens_per_column=matrix.effective_tokens_per_column,
+    )
+
+
+def _calibration(manifest: Manifest) -> CalibrationSummary | None:
+    source = manifest.calibration
+    if source is None:
+        return None
+    return CalibrationSummary(
+        tokens=source.tokens,
+        sequences=source.sequences,
+        tokens_per_language=source.tokens_per_language,
+        digest=source.digest,
+        overlap=Overlap(
+            calibration_documents=source.documents,
+            evaluation_documents=source.evaluation_documents,
+            shared_documents=source.shared_documents,
+            shared_lines=source.shared_lines,
+        ),
+    )
+
+
+def _limits(validation: Validation) -> tuple[str, ...]:
+    rows = validation.fidelity.languages
+    least = min(rows, key=lambda row: row.positions)
+    return (
+        "Fidelity is measured on next-token distributions over written text of a few kinds (documentation, and a legal "
+        "text); it does not show how tasks, dialogues or tool calls of your own turn out.",
+        f"Languages other than the {len(rows)} listed are not covered; the one with the least text, {least.language}, "
+        f"rests on {least.positions} positions of {least.documents} documents.",
+        f"Texts are at most a few hundred tokens long, and speed is measured with a prompt of "
+        f"{validation.performance.prompt_tokens} tokens; long contexts are not covered.",
+        "Speed is that of this machine, with one sequence at a time, at the time of the measurement.",
+        "Figures are points, without intervals; gates compare them with their limits as they are.",
+    )

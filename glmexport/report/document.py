@@ -1,0 +1,224 @@
+"""The report of one validation: its schema, and the two files it is written to."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, Field, ValidationError, model_validator
+
+from glmexport.errors import BundleError, MachineError
+from glmexport.report.html import render_html
+from glmexport.validation.results import (
+    Count,
+    Fidelity,
+    Gate,
+    Number,
+    Overlap,
+    Performance,
+    Record,
+    Share,
+    Verdict,
+    worst,
+)
+
+JSON_NAME = "report.json"
+HTML_NAME = "report.html"
+
+
+def _sorted(table: dict[str, Any]) -> dict[str, Any]:
+    return dict(sorted(table.items()))
+
+
+class Subject(Record):
+    """What was validated, and against what."""
+
+    bundle: str
+    bundle_digest: str
+    target: str
+    recipe: str
+    family: str
+    checkpoint: str
+    """The original: hub id or directory name."""
+    checkpoint_digest: str
+    languages: tuple[str, ...]
+    """BCP-47 tags the bundle was validated for."""
+
+
+class Size(Record):
+    """What the bundle takes on disk, and what a weight takes in it."""
+
+    parameters: Count
+    original_bytes: Count
+    bundle_bytes: Count
+    """Every file of the bundle."""
+    weight_bytes: Count
+    """Of these, the weights with their scales and zero points."""
+    bits_per_weight: Number
+    """Over all weights, scales and zero points included, as stored."""
+    bits_per_weight_linears: Number
+    """The same over the linears of the decoder blocks."""
+
+
+class LinearResult(Record):
+    """One quantized matrix and how well it kept its outputs on the calibration inputs."""
+
+    name: str
+    layer: int | None
+    """Decoder block, from 0; none for the embedding and the language-model head."""
+    part: str
+    """qkv, o, gate_up, down, lm_head or embedding."""
+    bits: Annotated[int, Field(ge=1, le=32)]
+    group_size: int
+    """Weights that share one scale."""
+    symmetric: bool
+    bits_per_weight: Number
+    relative_error: Number
+    """||W X - Wq X||^2 / ||W X||^2 on the calibration inputs X."""
+    round_to_nearest_error: Number
+    """The same if every weight were rounded to its nearest code instead."""
+    damping: Number
+    """What was added to the Hessian's diagonal, as a fraction of its mean."""
+    dead_columns: Count
+    """Input columns that are zero on all calibration inputs."""
+    effective_tokens_per_column: Number | None
+    """Calibration tokens that an input column effectively rests on; none if not measured."""
+
+
+class QuantizationSummary(Record):
+    """The build's own account of quantization."""
+
+    linears: tuple[LinearResult, ...]
+    fallbacks: tuple[str, ...]
+    """Each departure from the recipe, in a sentence; empty if there was none."""
+    seconds: Number
+    peak_memory_bytes: Count
+
+
+class CalibrationSummary(Record):
+    """The text that the Hessians were measured on."""
+
+    tokens: Count
+    sequences: Count
+    tokens_per_language: Annotated[dict[str, Count], AfterValidator(_sorted)]
+    digest: str
+    overlap: Overlap
+
+
+class Machine(Record):
+    """The machine that validated, and so the one that the speeds are true of."""
+
+    system: str
+    processor: str
+    cores: Annotated[int, Field(ge=1)]
+    """Physical cores."""
+    memory_bytes: Count
+    instruction_sets: tuple[str, ...]
+
+
+class Report(Record):
+    """Everything known about one bundle on one machine; the only source of every rendering."""
+
+    schema_version: Literal[1]
+    glmexport_version: str
+    verdict: Verdict
+    gates: tuple[Gate, ...]
+    subject: Subject
+    size: Size
+    fidelity: Fidelity
+    shares: tuple[Share, ...]
+    performance: Performance
+    quantization: QuantizationSummary | None
+    """None for a recipe that quantizes nothing, or if the build's record is not at hand."""
+    calibration: CalibrationSummary | None
+    machine: Machine
+    versions: Annotated[dict[str, str], AfterValidator(_sorted)]
+    command: str
+    limits: tuple[str, ...]
+    """What this report does not show, one sentence each."""
+
+    @model_validator(mode="after")
+    def _verdict_is_no_better_than_the_gates(self) -> Self:
+        bound = worst(gate.verdict for gate in self.gates)
+        if self.verdict.severity < bound.severity:
+            raise ValueError(f"verdict {self.verdict} is better than its gates allow ({bound})")
+        return self
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of ``report.json``; every description carries its unit."""
+    schema = Report.model_json_schema(mode="serialization")
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def read_report(path: Path) -> Report:
+    """Read and check a ``report.json``.
+
+    Raises:
+        BundleError: no such file, not JSON, or not of the schema; names the file and the first wrong key.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise BundleError(
+            f"There is no readable report {path}: {error.strerror}.",
+            next_step="Give the report.json that validate wrote.",
+        ) from error
+    try:
+        return Report.model_validate_json(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in first["loc"]) or "(top level)"
+        raise BundleError(
+            f"{path}: {key}: {first['msg']}.",
+            next_step=f"Run validate again with this version ({error.error_count()} keys are wrong).",
+        ) from error
+
+
+def write_report(report: Report, directory: Path) -> None:
+    """Write ``report.json`` and ``report.html``; a reader never sees half of either.
+
+    Both are rendered and stored before either replaces its predecessor.
+
+    Raises:
+        MachineError: the directory or a file cannot be written.
+    """
+    contents = {
+        HTML_NAME: render_html(report),
+        JSON_NAME: report.model_dump_json(indent=2) + "\n",
+    }
+    stored: dict[Path, Path] = {}
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, content in contents.items():
+            stored[directory / name] = _store(content, directory)
+        for path, temporary in stored.items():
+            temporary.replace(path)
+    except OSError as error:
+        raise MachineError(
+            f"The report cannot be written to {directory}: {error.strerror}.",
+            next_step="Free space or correct the permissions, then validate again.",
+        ) from error
+    finally:
+        for temporary in stored.values():
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+def _store(content: str, directory: Path) -> Path:
+    """``content`` in a new file of ``directory``, on the disk, readable like any other file."""
+    descriptor, name = tempfile.mkstemp(prefix=".report-", suffix=".tmp", dir=directory)
+    temporary = Path(name)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    return temporary

@@ -1,0 +1,241 @@
+"""The report as one page: no network, no script, nothing beside it needed to read or print it."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from glmexport.report import charts, text
+from glmexport.report.allocation import summarize
+from glmexport.validation.results import Gate, LanguageFidelity, Speed, Verdict
+
+if TYPE_CHECKING:
+    from glmexport.report.document import Report
+
+_MARKS = {Verdict.PASS: "✓", Verdict.WARN: "!", Verdict.BLOCK: "✕", Verdict.INCONCLUSIVE: "?"}
+_MEANINGS = {
+    Verdict.PASS: "Every limit set for this bundle holds on what was measured here.",
+    Verdict.WARN: "No limit is broken, but a measurement asks for a decision by a person before deployment.",
+    Verdict.BLOCK: "A limit is broken. Do not deploy this bundle on this target.",
+    Verdict.INCONCLUSIVE: "What was measured does not suffice to decide. This is not a pass.",
+}
+
+
+@dataclass(frozen=True)
+class SpeedRow:
+    """One quantity of the speed table, with the original beside the bundle."""
+
+    name: str
+    original: str
+    bundle: str
+    comparison: str
+
+
+def render_html(report: Report) -> str:
+    """``report`` as a self-contained HTML document; the same report gives the same text."""
+    gates = sorted(report.gates, key=lambda gate: -gate.verdict.severity)
+    return (
+        _environment()
+        .get_template("report.html")
+        .render(
+            report=report,
+            mark=_MARKS[report.verdict],
+            marks=_MARKS,
+            meaning=_MEANINGS[report.verdict],
+            tally=_tally(report.gates),
+            gates=gates,
+            languages=_by_divergence(report.fidelity.languages),
+            divergence_chart=_divergence_chart(report),
+            perplexity_chart=_perplexity_chart(report),
+            share_chart=_share_chart(report),
+            share_sum=sum(share.kl_mean_nats for share in report.shares),
+            histogram=_histogram(report),
+            speed_rows=_speed_rows(report.performance.original, report.performance.bundle),
+            decode_chart=_decode_chart(report),
+            allocation=summarize(report.quantization.linears) if report.quantization else None,
+            margin_text=_margin_text,
+        )
+    )
+
+
+@functools.cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.globals.update(
+        margin=charts.margin,
+        part_of=_part_of,
+        quotient=_quotient,
+        value_and_limit=text.value_and_limit,
+    )
+    environment.filters.update(
+        bandwidth=text.bandwidth,
+        bytes=text.size,
+        count=text.count,
+        duration=text.duration,
+        foreign=_foreign,
+        language=text.language_name,
+        number=text.number,
+        percent=text.percent,
+        ratio=text.ratio,
+        token=_token,
+        visible=text.visible,
+    )
+    return environment
+
+
+def _foreign(words: str) -> Markup:
+    """Text that is not ours: nothing hidden in it, and its direction kept to itself."""
+    return Markup('<bdi dir="auto">{}</bdi>').format(text.visible(words))
+
+
+def _token(words: str, language: str) -> Markup:
+    return Markup('<bdi dir="auto" lang="{}" class="token">{}</bdi>').format(language, text.token(words))
+
+
+def _part_of(part: float, whole: float) -> str:
+    return text.percent(part / whole) if whole and math.isfinite(part / whole) else "–"
+
+
+def _quotient(value: float, base: float) -> str:
+    """A ratio near 1, to the digits that tell it from 1."""
+    return text.number(value / base, 4) if base and math.isfinite(value / base) else "–"
+
+
+def _tally(gates: tuple[Gate, ...]) -> str:
+    """How many gates ended how, the worst first."""
+    counts = [(verdict, sum(gate.verdict is verdict for gate in gates)) for verdict in Verdict]
+    counts.sort(key=lambda item: -item[0].severity)
+    parts = [f"{number} {verdict}" for verdict, number in counts if number]
+    noun = "gate" if len(gates) == 1 else "gates"
+    return f"{len(gates)} {noun}: {', '.join(parts)}" if parts else "No gate was evaluated"
+
+
+def _margin_text(gate: Gate) -> str:
+    room = text.headroom(gate.value, gate.limit, gate.direction)
+    if room is None:
+        if gate.value == gate.limit:
+            return "at the limit"
+        return "within the limit" if gate.holds else "beyond the limit"
+    if room == 0:
+        return "at the limit"
+    if room > 0:
+        return f"{text.percent(room, 2)} to spare"
+    return f"{text.percent(-room, 2)} {'too much' if gate.direction == 'at most' else 'short'}"
+
+
+def _by_divergence(languages: tuple[LanguageFidelity, ...]) -> list[LanguageFidelity]:
+    def key(row: LanguageFidelity) -> float:
+        return -math.inf if math.isnan(row.kl_mean_nats) else -row.kl_mean_nats
+
+    return sorted(languages, key=lambda row: (key(row), row.language))
+
+
+def _divergence_chart(report: Report) -> Markup:
+    fidelity = report.fidelity
+    rows = []
+    for language in _by_divergence(fidelity.languages):
+        worst = language.language == fidelity.worst_language
+        words = text.number(language.kl_mean_nats)
+        rows.append(
+            charts.Bar(
+                text.language_name(language.language),
+                ((0.0, language.kl_mean_nats),),
+                f"{words} worst" if worst else words,
+                "worst" if worst else "",
+            )
+        )
+    return charts.bars("divergence", "Divergence by language", "mean KL divergence, nats per token", rows)
+
+
+def _perplexity_chart(report: Report) -> Markup:
+    rows = [
+        charts.Bar(
+            text.language_name(row.language),
+            ((0.0, row.perplexity_original), (0.0, row.perplexity_bundle)),
+            f"{text.number(row.perplexity_original)} → {text.number(row.perplexity_bundle)}",
+        )
+        for row in _by_divergence(report.fidelity.languages)
+    ]
+    return charts.bars("perplexity", "Perplexity by language", "perplexity, lower is better", rows)
+
+
+def _share_chart(report: Report) -> Markup:
+    rows, total = [], 0.0
+    for index, share in enumerate(report.shares, 1):
+        rows.append(
+            charts.Bar(
+                f"Cause {index}",
+                ((total, total + share.kl_mean_nats),),
+                text.number(share.kl_mean_nats),
+            )
+        )
+        total += share.kl_mean_nats
+    measured = report.fidelity.overall.kl_mean_nats
+    rows.append(charts.Bar("Measured", ((0.0, measured),), text.number(measured), "total"))
+    return charts.bars("shares", "Where the divergence comes from", "mean KL divergence, nats per token", rows)
+
+
+def _histogram(report: Report) -> Markup:
+    fidelity = report.fidelity
+    return charts.histogram(
+        "distribution",
+        "Positions by divergence",
+        "KL divergence, nats",
+        fidelity.kl_histogram_edges_nats,
+        fidelity.kl_histogram_counts,
+        (
+            charts.Marker("99th percentile", fidelity.overall.kl_p99_nats),
+            charts.Marker("mean", fidelity.overall.kl_mean_nats),
+            charts.Marker("median", fidelity.overall.kl_p50_nats),
+        ),
+    )
+
+
+def _speed_rows(original: Speed | None, bundle: Speed) -> list[SpeedRow]:
+    def row(name: str, field: str, unit: str, faster: str, slower: str, *, more_is_better: bool) -> SpeedRow:
+        after = float(getattr(bundle, field))
+        before = float(getattr(original, field)) if original is not None else math.nan
+        comparison = "–"
+        if all(math.isfinite(value) and value > 0 for value in (before, after)):
+            gain = after / before if more_is_better else before / after
+            comparison = f"{text.ratio(max(gain, 1 / gain))} {faster if gain >= 1 else slower}"
+        return SpeedRow(
+            name,
+            text.quantity(before, unit) if original is not None else "not measured",
+            text.quantity(after, unit),
+            comparison,
+        )
+
+    return [
+        row("Loading", "load_s", "s", "faster", "slower", more_is_better=False),
+        row("Time to first token", "ttft_s", "s", "faster", "slower", more_is_better=False),
+        row("Reading the prompt", "prefill_tokens_per_s", "tokens/s", "faster", "slower", more_is_better=True),
+        row("Generating", "decode_tokens_per_s", "tokens/s", "faster", "slower", more_is_better=True),
+        row("Peak memory", "peak_memory_bytes", "bytes", "less", "more", more_is_better=False),
+    ]
+
+
+def _decode_chart(report: Report) -> Markup:
+    performance = report.performance
+    speeds = [("Bundle", performance.bundle)]
+    if performance.original is not None:
+        speeds.insert(0, ("Original", performance.original))
+    rows = [
+        charts.Bar(name, ((0.0, speed.decode_tokens_per_s),), text.number(speed.decode_tokens_per_s), name.lower())
+        for name, speed in speeds
+    ]
+    roofline = charts.Marker("bandwidth bound of the bundle", performance.roofline_decode_tokens_per_s)
+    return charts.bars("decode", "Generation speed", "tokens per second, one sequence", rows, limit=roofline)

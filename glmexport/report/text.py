@@ -1,0 +1,193 @@
+"""Numbers and foreign text as a reader can trust them: units, few digits, and nothing invisible."""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from typing import Literal
+
+THIN = "\u202f"
+"""Narrow no-break space, between thousands and before the percent sign."""
+FIXED = "\u00a0"
+"""No-break space, between a number and its unit."""
+
+_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+_MOST_DIGITS = 12
+_JOINERS = "\u200c\u200d"
+_LANGUAGES = {
+    "all": "All languages",
+    "am": "Amharic",
+    "ar": "Arabic",
+    "bn": "Bengali",
+    "cs": "Czech",
+    "de": "German",
+    "el": "Greek",
+    "en": "English",
+    "es": "Spanish",
+    "fa": "Persian",
+    "fr": "French",
+    "he": "Hebrew",
+    "hi": "Hindi",
+    "id": "Indonesian",
+    "it": "Italian",
+    "ja": "Japanese",
+    "ka": "Georgian",
+    "km": "Khmer",
+    "ko": "Korean",
+    "nl": "Dutch",
+    "pl": "Polish",
+    "pt": "Portuguese",
+    "ro": "Romanian",
+    "ru": "Russian",
+    "sv": "Swedish",
+    "sw": "Swahili",
+    "ta": "Tamil",
+    "th": "Thai",
+    "tr": "Turkish",
+    "uk": "Ukrainian",
+    "ur": "Urdu",
+    "vi": "Vietnamese",
+    "yo": "Yoruba",
+    "zh": "Chinese",
+    "zu": "Zulu",
+}
+
+
+def language_name(tag: str) -> str:
+    """English name of a BCP-47 tag, by its first subtag; the tag itself if it is not a common one."""
+    return _LANGUAGES.get(tag.split("-", maxsplit=1)[0].lower(), tag)
+
+
+def visible(text: str) -> str:
+    """``text`` with every control and formatting character spelled out, so that none can hide or reorder.
+
+    The joiners that Persian and the Indic scripts are written with stay.
+    """
+    return "".join(_visible(character) for character in text)
+
+
+def token(text: str) -> str:
+    """``visible``, and the spaces at either end as open boxes: "␣the" is another token than "the"."""
+    if not text:
+        return "(empty)"
+    inner = text.strip(" ")
+    left = len(text) - len(text.lstrip(" "))
+    right = len(text) - left - len(inner)
+    return "␣" * left + visible(inner) + "␣" * right
+
+
+def _visible(character: str) -> str:
+    if character == "\n":
+        return "↵"
+    if character == "\t":
+        return "⇥"
+    if unicodedata.category(character) in ("Cc", "Cf", "Zl", "Zp") and character not in _JOINERS:
+        return f"‹U+{ord(character):04X}›"
+    return character
+
+
+def number(value: float, digits: int = 3) -> str:
+    """``value`` to ``digits`` significant digits; integers of up to 15 digits in full, thousands apart."""
+    if not math.isfinite(value):
+        return "not a number" if math.isnan(value) else "−∞" if value < 0 else "∞"
+    if float(value).is_integer() and abs(value) < 1e15:
+        return f"{int(value):,}".replace(",", THIN).replace("-", "−")
+    exponent = math.floor(math.log10(abs(value)))
+    if exponent < -4 or exponent >= 15:
+        mantissa, _, power = f"{value:.{digits - 1}e}".partition("e")
+        return f"{mantissa}{THIN}×{THIN}10{str(int(power)).translate(_SUPERSCRIPT)}".replace("-", "−")
+    # Rounding can carry into the next decade: 0.9999 is 1.00, not 1.000.
+    exponent = int(f"{value:.{digits - 1}e}".partition("e")[2])
+    return f"{value:,.{max(0, digits - 1 - exponent)}f}".replace(",", THIN).replace("-", "−")
+
+
+def ratio(value: float, digits: int = 3) -> str:
+    """A factor: "3.14×"."""
+    return f"{_measured(value, digits)}×"
+
+
+def percent(fraction: float, digits: int = 3) -> str:
+    """``fraction`` (0 to 1) in percent; 100 % only if it is exactly all."""
+    text = _measured(100 * fraction, digits)
+    while text.startswith("100") and fraction < 1 and digits < _MOST_DIGITS:
+        digits += 1
+        text = _measured(100 * fraction, digits)
+    return f"{text}{THIN}%"
+
+
+def size(count: float, digits: int = 3) -> str:
+    """Bytes in the largest binary unit that leaves at least 1."""
+    return _scaled(count, 1024, ("bytes", "KiB", "MiB", "GiB", "TiB"), digits)
+
+
+def bandwidth(bytes_per_s: float, digits: int = 3) -> str:
+    """Bytes a second in decimal units, as memory is specified."""
+    return _scaled(bytes_per_s, 1000, ("bytes/s", "kB/s", "MB/s", "GB/s", "TB/s"), digits)
+
+
+def count(value: float, digits: int = 3) -> str:
+    """A large count in words: "9.40 billion"; below a million in full."""
+    if value < 1e6:
+        return number(value)
+    return _scaled(value, 1000, ("", "thousand", "million", "billion", "trillion"), digits)
+
+
+def duration(seconds: float, digits: int = 3) -> str:
+    """Seconds as µs, ms, s, min or h."""
+    if not math.isfinite(seconds):
+        return number(seconds)
+    magnitude = abs(seconds)
+    for bound, factor, unit in ((1e-3, 1e6, "µs"), (1, 1e3, "ms"), (120, 1, "s"), (7200, 1 / 60, "min")):
+        if magnitude < bound and magnitude > 0:
+            return f"{_measured(seconds * factor, digits)}{FIXED}{unit}"
+    return f"{_measured(seconds / 3600, digits)}{FIXED}h" if magnitude else f"0{FIXED}s"
+
+
+def quantity(value: float, unit: str, digits: int = 3) -> str:
+    """``value`` with its unit, in the multiple of it that reads best."""
+    if unit == "bytes":
+        return size(value, digits)
+    if unit == "s":
+        return duration(value, digits)
+    if unit in ("fraction", "share"):
+        return percent(value, digits)
+    if unit == "ratio":
+        return ratio(value, digits)
+    return f"{number(value, digits)}{FIXED}{unit}" if unit else number(value, digits)
+
+
+def value_and_limit(value: float, limit: float, unit: str) -> tuple[str, str]:
+    """Both with so many digits that they only read the same if they are the same."""
+    for digits in range(3, _MOST_DIGITS + 1):
+        texts = quantity(value, unit, digits), quantity(limit, unit, digits)
+        if texts[0] != texts[1] or value == limit:
+            break
+    return texts
+
+
+def headroom(value: float, limit: float, direction: Literal["at most", "at least"]) -> float | None:
+    """Distance to the limit as a fraction of it, positive on the allowed side; none if there is no scale."""
+    if not (math.isfinite(value) and math.isfinite(limit)) or limit == 0:
+        return None
+    distance = limit - value if direction == "at most" else value - limit
+    return distance / abs(limit)
+
+
+def _scaled(value: float, step: int, units: tuple[str, ...], digits: int) -> str:
+    if not math.isfinite(value):
+        return number(value)
+    power = 0
+    while abs(value) >= step and power < len(units) - 1:
+        value /= step
+        power += 1
+    text = number(value) if power == 0 else _measured(value, digits)
+    return f"{text}{FIXED}{units[power]}".rstrip(FIXED)
+
+
+def _measured(value: float, digits: int) -> str:
+    """``number``, but with trailing zeros where ``value`` happens to be an integer: 3.00, not 3."""
+    if math.isfinite(value) and value != 0 and float(value).is_integer() and abs(value) < 10 ** (digits - 1):
+        return f"{value:.{digits - 1 - math.floor(math.log10(abs(value)))}f}".replace("-", "−")
+    if math.isfinite(value) and abs(value) >= 10**digits and digits == 3:
+        return f"{value:,.0f}".replace(",", THIN).replace("-", "−")
+    return number(value, digits)

@@ -1,0 +1,116 @@
+"""Original against bundle on evaluation text: per language, over all, and the tokens where they differ most."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from glmexport.architecture import Reference
+from glmexport.checkpoint import Tokenizer
+from glmexport.progress import Progress
+from glmexport.validation.divergence import Divergence, divergence
+from glmexport.validation.reference import ReferenceStates
+from glmexport.validation.results import Fidelity, LanguageFidelity, WorstToken
+from glmexport.validation.texts import EvaluationText
+
+#: Positions whose logits are held at a time.
+_POSITIONS = 128
+_WORST_TOKENS = 12
+_CONTEXT_TOKENS = 24
+#: Edges of the histogram of KL, nats: half decades.
+_EDGES = (0.0, *(10 ** (exponent / 2) for exponent in range(-10, 4)))
+
+#: Logits [positions, vocabulary] of one text's judged positions.
+Answers = Callable[[int], Tensor]
+
+
+def compare(
+    states: ReferenceStates, reference: Reference, answers: Answers, progress: Progress, label: str
+) -> list[Divergence]:
+    """The divergence of every text; ``answers(index)`` gives the bundle's logits of text ``index``."""
+    divergences = []
+    with progress.track(label, len(states.texts)) as track:
+        for index, text in enumerate(states.texts):
+            given, original = answers(index), states.states(index)
+            parts = [
+                divergence(
+                    reference.logits(original[start : start + _POSITIONS]),
+                    given[start : start + _POSITIONS],
+                    text.targets[start : start + _POSITIONS],
+                )
+                for start in range(0, text.positions, _POSITIONS)
+            ]
+            divergences.append(Divergence.concatenate(parts))
+            track.advance(1, text.language)
+    return divergences
+
+
+def summarize(
+    texts: Sequence[EvaluationText], divergences: Sequence[Divergence], tokenizer: Tokenizer, arithmetic: str
+) -> Fidelity:
+    """Statistics per language and over all positions."""
+    languages = list(dict.fromkeys(text.language for text in texts))
+    rows = tuple(_language(language, texts, divergences) for language in languages)
+    everything = torch.cat([part.kl for part in divergences])
+    counts, _ = np.histogram(everything.clamp(max=_EDGES[-1]).numpy(), bins=np.array(_EDGES))
+    return Fidelity(
+        languages=rows,
+        overall=_statistics("all", len(texts), Divergence.concatenate(list(divergences))),
+        worst_language=max(rows, key=lambda row: row.kl_mean_nats).language,
+        kl_histogram_edges_nats=_EDGES,
+        kl_histogram_counts=tuple(int(count) for count in counts),
+        worst_tokens=_worst_tokens(texts, divergences, tokenizer),
+        arithmetic=arithmetic,
+    )
+
+
+def _language(language: str, texts: Sequence[EvaluationText], divergences: Sequence[Divergence]) -> LanguageFidelity:
+    parts = [part for text, part in zip(texts, divergences, strict=True) if text.language == language]
+    return _statistics(language, len(parts), Divergence.concatenate(parts))
+
+
+def _statistics(language: str, documents: int, of: Divergence) -> LanguageFidelity:
+    kl = of.kl.double()
+    return LanguageFidelity(
+        language=language,
+        documents=documents,
+        positions=len(kl),
+        perplexity_original=math.exp(float(of.nll_original.double().mean())),
+        perplexity_bundle=math.exp(float(of.nll_bundle.double().mean())),
+        kl_mean_nats=float(kl.mean()),
+        kl_p50_nats=float(kl.quantile(0.5)),
+        kl_p99_nats=float(kl.quantile(0.99)),
+        kl_max_nats=float(kl.max()),
+        top1_agreement=float((of.top_original == of.top_bundle).double().mean()),
+    )
+
+
+def _worst_tokens(
+    texts: Sequence[EvaluationText], divergences: Sequence[Divergence], tokenizer: Tokenizer
+) -> tuple[WorstToken, ...]:
+    """The positions of highest KL where the most likely token changed, at most one a document."""
+    worst = []
+    for text, of in zip(texts, divergences, strict=True):
+        changed = torch.where(of.top_original != of.top_bundle, of.kl, -1.0)
+        position = int(changed.argmax())
+        if float(changed[position]) < 0:
+            continue
+        end = text.prefix + position
+        worst.append(
+            WorstToken(
+                language=text.language,
+                document=text.document,
+                position=position,
+                context=tokenizer.decode(text.ids[max(text.prefix, end - _CONTEXT_TOKENS) : end].tolist()),
+                expected=tokenizer.decode([int(of.top_original[position])], skip_special=False),
+                given=tokenizer.decode([int(of.top_bundle[position])], skip_special=False),
+                kl_nats=float(of.kl[position]),
+                probability_original=float(of.p_original[position]),
+                probability_bundle=float(of.p_bundle[position]),
+            )
+        )
+    return tuple(sorted(worst, key=lambda token: -token.kl_nats)[:_WORST_TOKENS])

@@ -1,0 +1,250 @@
+"""A bundle against its original, on this machine: fidelity, where the divergence comes from, speed, and the gates."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+
+from glmexport.architecture import Architecture, Reference
+from glmexport.bundle import Manifest
+from glmexport.bundle.read import BundleWeights
+from glmexport.calibration import Document
+from glmexport.checkpoint import Checkpoint, Tokenizer
+from glmexport.errors import InputError
+from glmexport.progress import Progress
+from glmexport.validation.fidelity import compare, summarize
+from glmexport.validation.gates import apply_gates, fallback_gate, verdict_of
+from glmexport.validation.machine import memory_bandwidth
+from glmexport.validation.reference import reference_states
+from glmexport.validation.results import Fidelity, Gate, Performance, Share, Speed, Verdict
+from glmexport.validation.session import ScoringSession
+from glmexport.validation.speed import SpeedRequest, measure_speed
+from glmexport.validation.texts import EvaluationText, evaluation_texts
+
+
+@dataclass(frozen=True)
+class ValidationPlan:
+    """How much is measured."""
+
+    positions_per_language: int = 2048
+    longest_text: int = 512
+    #: Texts a language for the shares of the divergence, each of which costs another pass of the original.
+    share_texts: int = 1
+    prompt_tokens: int = 128
+    generated_tokens: int = 64
+    repetitions: int = 5
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Everything that was measured, and the verdict."""
+
+    fidelity: Fidelity
+    shares: tuple[Share, ...]
+    performance: Performance
+    gates: tuple[Gate, ...]
+    verdict: Verdict
+
+
+def validate(
+    directory: Path,
+    manifest: Manifest,
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    tokenizer: Tokenizer,
+    documents: Sequence[Document],
+    *,
+    plan: ValidationPlan,
+    threads: int,
+    scratch: Path,
+    progress: Progress,
+) -> Validation:
+    """Run the exported graph and the original over ``documents`` and compare them.
+
+    Args:
+        directory: the bundle.
+        manifest: its manifest.
+        checkpoint: the original.
+        architecture: of both.
+        tokenizer: of both.
+        documents: evaluation text, disjoint from what the bundle was calibrated on.
+        plan: how much to measure.
+        threads: of the bundle and of the original.
+        scratch: where the original's hidden states are kept meanwhile.
+        progress: who watches.
+    """
+    texts = evaluation_texts(
+        documents,
+        tokenizer,
+        positions_per_language=plan.positions_per_language,
+        longest=min(plan.longest_text, architecture.context_length),
+    )
+    if not texts:
+        raise InputError("There is no evaluation text.", next_step="Give languages that the corpora have.")
+    torch.set_num_threads(threads)
+    reference = Reference(checkpoint, architecture)
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        session = ScoringSession(directory, manifest, threads)
+        states = reference_states(reference, texts, Path(folder), progress)
+        divergences = compare(
+            states, reference, partial(_bundle_answer, session, texts), progress, "Bundle in ONNX Runtime"
+        )
+        fidelity = summarize(texts, divergences, tokenizer, arithmetic(manifest))
+        shares = _shares(directory, manifest, reference, texts, plan, session, Path(folder), progress)
+    performance = _performance(directory, manifest, checkpoint, texts, plan, threads, progress)
+    fallbacks = sum(matrix.fallback is not None for matrix in manifest.matrices)
+    gates = (
+        *apply_gates(fidelity, manifest.target.gates),
+        *((fallback_gate(fallbacks, len(manifest.matrices)),) if manifest.matrices else ()),
+    )
+    return Validation(fidelity, shares, performance, gates, verdict_of(gates))
+
+
+def arithmetic(manifest: Manifest) -> str:
+    """What the bundle computes with, in words."""
+    recipe = manifest.recipe
+    if recipe.linears is None:
+        return "fp32 weights and activations"
+    level = manifest.target.weights.accuracy_level
+    activations = "int8 activations" if level == 4 else "fp32 activations"
+    head = f", {recipe.lm_head.bits}-bit lm_head" if recipe.lm_head else ""
+    return f"{recipe.linears.bits}-bit weights{head}, {activations} (accuracy_level {level})"
+
+
+def _bundle_answer(session: ScoringSession, texts: Sequence[EvaluationText], index: int) -> Tensor:
+    text = texts[index]
+    return session.logits(text.ids)[text.prefix - 1 : -1]
+
+
+def _shares(
+    directory: Path,
+    manifest: Manifest,
+    reference: Reference,
+    texts: Sequence[EvaluationText],
+    plan: ValidationPlan,
+    session: ScoringSession,
+    scratch: Path,
+    progress: Progress,
+) -> tuple[Share, ...]:
+    """What the linears, the head and embedding, and the runtime's arithmetic each add to the mean KL.
+
+    The bundle's own weights are run in the reference's fp32 arithmetic: first only the linears of the blocks in the
+    original's place, then the embedding and lm_head too; the exported graph itself is the last step.
+    """
+    recipe = manifest.recipe
+    if recipe.linears is None or not plan.share_texts:
+        return ()
+    sample = _first_texts(texts, plan.share_texts)
+    weights = BundleWeights(directory, reference.architecture)
+    original = reference_states(reference, sample, scratch, progress, label="Shares: original")
+
+    def mean(answers: list[Tensor]) -> float:
+        parts = compare(original, reference, lambda index: answers[index], progress, "Shares: comparing")
+        return float(torch.cat([part.kl for part in parts]).double().mean())
+
+    linears = reference_states(
+        reference, sample, scratch, progress, label="Shares: linears", substitute=weights.dequantized
+    )
+    only_linears = mean([reference.logits(linears.states(index)) for index in range(len(sample))])
+    architecture = reference.architecture
+    table, head = (
+        weights.dequantized(architecture.embedding),
+        weights.dequantized(architecture.lm_head.weight),
+    )
+    whole = reference_states(
+        reference,
+        sample,
+        scratch,
+        progress,
+        label="Shares: all weights",
+        substitute=weights.dequantized,
+        embed=None if table is None else lambda ids: table[ids],
+    )
+    logits = [
+        reference.logits(whole.states(index)) if head is None else whole.states(index) @ head.T
+        for index in range(len(sample))
+    ]
+    all_weights = mean(logits)
+    shipped = mean([_bundle_answer(session, sample, index) for index in range(len(sample))])
+    note = f"{sum(text.positions for text in sample)} positions"
+    return (
+        Share(
+            name=f"{recipe.linears.label} linears of the blocks",
+            kl_mean_nats=only_linears,
+            note=f"fp32 arithmetic, {note}",
+        ),
+        Share(
+            name="Embedding and lm_head",
+            kl_mean_nats=all_weights - only_linears,
+            note="in their formats, fp32 arithmetic",
+        ),
+        Share(
+            name="Runtime arithmetic",
+            kl_mean_nats=shipped - all_weights,
+            note=f"the exported graph at accuracy_level {manifest.target.weights.accuracy_level}",
+        ),
+    )
+
+
+def _first_texts(texts: Sequence[EvaluationText], each: int) -> list[EvaluationText]:
+    chosen: dict[str, list[EvaluationText]] = {}
+    for text in texts:
+        if len(chosen.setdefault(text.language, [])) < each:
+            chosen[text.language].append(text)
+    return [text for group in chosen.values() for text in group]
+
+
+def _performance(
+    directory: Path,
+    manifest: Manifest,
+    checkpoint: Checkpoint,
+    texts: Sequence[EvaluationText],
+    plan: ValidationPlan,
+    threads: int,
+    progress: Progress,
+) -> Performance:
+    prompt = tuple(torch.cat([text.ids for text in texts])[: plan.prompt_tokens].tolist())
+    bandwidth = memory_bandwidth(threads)
+    needed = manifest.source.parameters * 4
+    absent = None
+    if needed > psutil.virtual_memory().available * 0.8:
+        absent = f"The original needs about {needed / 2**30:.0f} GiB in fp32, more than this machine has free."
+
+    def speed(runtime: str, where: Path) -> Speed:
+        return measure_speed(
+            SpeedRequest.model_validate(
+                {
+                    "runtime": runtime,
+                    "directory": str(where),
+                    "prompt": prompt,
+                    "generated_tokens": plan.generated_tokens,
+                    "repetitions": plan.repetitions,
+                    "threads": threads,
+                }
+            )
+        )
+
+    with progress.track("Speed", 1 if absent else 2) as track:
+        bundle = speed("onnxruntime-genai", directory)
+        track.advance(1, "bundle")
+        original = None if absent else speed("transformers", checkpoint.path)
+        track.advance(0 if absent else 1, "original")
+    per_token = manifest.precision.bytes_per_decoded_token
+    return Performance(
+        prompt_tokens=len(prompt),
+        generated_tokens=plan.generated_tokens,
+        repetitions=plan.repetitions,
+        original=original,
+        original_absent_because=absent,
+        bundle=bundle,
+        memory_bandwidth_bytes_per_s=bandwidth,
+        bytes_read_per_token=per_token,
+        roofline_decode_tokens_per_s=bandwidth / per_token,
+    )

@@ -1,0 +1,57 @@
+"""The exported graph in ONNX Runtime, as it is deployed: its provider, its arithmetic."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import torch
+from torch import Tensor
+
+from glmexport.bundle import SCORING, Manifest
+from glmexport.errors import BundleError, MachineError
+from glmexport.graph import ATTENTION_MASK, INPUT_IDS, LOGITS
+
+
+class ScoringSession:
+    """scoring.onnx of a bundle, for logits of every position.
+
+    Raises:
+        MachineError: this ONNX Runtime has no execution provider of the target's name.
+        BundleError: ONNX Runtime refuses the graph.
+    """
+
+    def __init__(self, directory: Path, manifest: Manifest, threads: int) -> None:
+        provider = manifest.target.provider
+        available = onnxruntime.get_available_providers()
+        if provider.name not in available:
+            raise MachineError(
+                f"The target {manifest.target.name} runs on {provider.name}, which this ONNX Runtime does not have.",
+                next_step=f"It has {', '.join(available)}. Validate on a machine of the target's class.",
+            )
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        try:
+            self._session = onnxruntime.InferenceSession(
+                directory / SCORING, options, providers=[(provider.name, dict(provider.options))]
+            )
+        except Exception as error:  # onnxruntime has no common base class of its own
+            raise BundleError(
+                f"ONNX Runtime cannot load {directory / SCORING}: {str(error).splitlines()[0]}.",
+                next_step="Build the bundle again with this version of glmexport.",
+            ) from error
+        self._caches = {
+            value.name: (value.shape[1], value.shape[3])
+            for value in self._session.get_inputs()
+            if value.name not in (INPUT_IDS, ATTENTION_MASK)
+        }
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """Logits [length, vocabulary] fp32 after each of ``ids`` [length] int64, from an empty cache."""
+        feeds = {INPUT_IDS: ids[None].numpy(), ATTENTION_MASK: np.ones((1, len(ids)), np.int64)}
+        for name, (heads, size) in self._caches.items():
+            feeds[name] = np.zeros((1, heads, 0, size), np.float32)
+        (logits,) = self._session.run([LOGITS], feeds)
+        return torch.from_numpy(logits[0])

@@ -1,0 +1,51 @@
+"""What a bundle is judged on: documents that no calibration saw, as token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from glmexport.calibration import Document
+from glmexport.checkpoint import Tokenizer
+
+
+@dataclass(frozen=True)
+class EvaluationText:
+    """One document, led in by the tokenizer's prefix: ``ids`` [length] int64.
+
+    The first ``prefix`` tokens are given; every later one is predicted from those before it.
+    """
+
+    document: str
+    language: str
+    ids: Tensor
+    prefix: int
+
+    @property
+    def positions(self) -> int:
+        """Predictions that are judged."""
+        return len(self.ids) - self.prefix
+
+    @property
+    def targets(self) -> Tensor:
+        """The tokens that are predicted, [positions]."""
+        return self.ids[self.prefix :]
+
+
+def evaluation_texts(
+    documents: Sequence[Document], tokenizer: Tokenizer, *, positions_per_language: int, longest: int
+) -> list[EvaluationText]:
+    """Documents in order until each language has its positions; each cut to ``longest`` tokens, none padded."""
+    prefix = tokenizer.prefix or [0]
+    used: dict[str, int] = {}
+    texts = []
+    for document in documents:
+        room = positions_per_language - used.get(document.language, 0)
+        ids = tokenizer.encode(document.text)[: min(longest - len(prefix), room)]
+        if ids:
+            texts.append(EvaluationText(document.id, document.language, torch.tensor(prefix + ids), len(prefix)))
+            used[document.language] = used.get(document.language, 0) + len(ids)
+    return texts

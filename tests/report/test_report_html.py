@@ -1,0 +1,230 @@
+import html
+import math
+import re
+from html.parser import HTMLParser
+
+import pytest
+from sample_report import ATTACK, language, make_report
+
+from glmexport.report import text
+from glmexport.report.document import CalibrationSummary, Report
+from glmexport.report.html import render_html
+from glmexport.validation.results import Gate, Overlap, Verdict
+
+VOID = {"meta", "link", "br"}
+
+
+class Outline(HTMLParser):
+    """Every start tag with its attributes, the text, and whether the tags nest."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.words, self.open = [], [], []
+        self.feed(page)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if not self.open or self.open[-1] != "style":
+            self.words.append(data)
+
+    def text(self):
+        joined = "".join(self.words).replace(text.THIN, " ").replace(text.FIXED, " ")
+        return re.sub(r"\s+", " ", joined)
+
+
+def read(report):
+    return Outline(render_html(report)).text()
+
+
+def test_the_page_loads_and_runs_nothing(report):
+    page = render_html(report)
+    outline = Outline(page)
+    names = {tag for tag, _ in outline.tags}
+    assert not names & {"script", "img", "iframe", "object", "embed", "form", "base", "image", "use"}
+    for _, attributes in outline.tags:
+        assert not [key for key in attributes if key.startswith("on")]
+        for key in ("src", "href", "xlink:href", "srcset", "action"):
+            assert attributes.get(key, "#").startswith(("#", "data:,"))
+    assert "<script" not in page
+    assert not re.search(r"https?:|url\(|@import", page)
+    policy = next(attributes for tag, attributes in outline.tags if "http-equiv" in attributes)
+    assert policy["content"].startswith("default-src 'none'; style-src 'unsafe-inline'; img-src data:")
+
+
+def test_ids_are_unique_and_every_reference_has_one(report):
+    outline = Outline(render_html(report))
+    ids = [attributes["id"] for _, attributes in outline.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    for _, attributes in outline.tags:
+        if attributes.get("href", "").startswith("#"):
+            assert attributes["href"][1:] in ids
+        assert set(attributes.get("aria-labelledby", "").split()) <= set(ids)
+
+
+def test_hostile_text_is_shown_as_text(report):
+    page = render_html(report)
+    assert ATTACK not in page
+    assert html.escape(ATTACK) in page
+    assert "\u202e" not in page
+    assert "\u0000" not in page
+    assert "‹U+202E›" in page
+
+
+@pytest.mark.parametrize("key", ["bundle", "target", "recipe", "family", "checkpoint", "bundle_digest"])
+def test_hostile_names_are_shown_as_text(report, changed, key):
+    subject = report.subject.model_copy(update={key: f'"><img src=x onerror=alert(1)>{ATTACK}'})
+    page = render_html(changed(subject=subject, command=ATTACK, versions={ATTACK: ATTACK}, limits=(ATTACK,)))
+    assert "<img" not in page
+    assert "<script" not in page
+    Outline(page)
+
+
+def test_foreign_text_keeps_its_direction_to_itself(report):
+    outline = Outline(render_html(report))
+    tokens = [attributes for tag, attributes in outline.tags if tag == "bdi"]
+    assert tokens
+    assert {attributes["dir"] for attributes in tokens} == {"auto"}
+    assert any(attributes.get("lang") == "ar" for attributes in tokens)
+
+
+def test_the_verdict_and_every_gate_come_before_the_first_section_heading(report):
+    page = read(report)
+    first = page[: page.index("At every position")]
+    assert "✕ BLOCK" in first
+    assert "8 gates: 1 BLOCK, 1 INCONCLUSIVE, 1 WARN, 5 PASS." in first
+    for gate in report.gates:
+        assert gate.name in first
+        assert gate.sample in first
+    assert first.index("Arabic") < first.index("Swahili") < first.index("English")
+    assert "at most 0.0400 nats" in first
+    assert "3.0 % too much" in first
+    assert "128 % to spare" in first
+
+
+def test_every_language_is_there_and_the_worst_is_named(report):
+    page = read(report)
+    for row in report.fidelity.languages:
+        assert f"{text.language_name(row.language)} {row.language}" in page
+    assert "Arabic ar worst" in page
+    assert "0.0412 worst" in page
+
+
+def test_causes_and_their_sum(report):
+    page = read(report)
+    assert "Together they add 0.0226 nats; the whole bundle was measured at 0.0228 nats." in page
+    for share in report.shares:
+        assert share.name in page
+
+
+def test_speed_is_set_against_the_original_and_the_memory(report):
+    page = read(report)
+    assert "2.89× faster" in page
+    assert "2.84× less" in page
+    assert "It reaches 69.1 % of that." in page
+
+
+def test_an_original_that_was_not_measured(report, changed):
+    performance = report.performance.model_copy(
+        update={"original": None, "original_absent_because": f"It needs 17.5 GiB. {ATTACK}"}
+    )
+    page = render_html(changed(performance=performance))
+    assert "The original was not measured" in page
+    assert "It needs 17.5 GiB." in page
+    assert ATTACK not in page
+    assert "× faster" not in Outline(page).text()
+
+
+def test_a_slower_bundle_is_called_slower(report, changed):
+    slow = report.performance.bundle.model_copy(update={"decode_tokens_per_s": 1.97})
+    performance = report.performance.model_copy(update={"bundle": slow})
+    assert "2.00× slower" in read(changed(performance=performance))
+
+
+def test_without_a_build_record(changed):
+    page = read(changed(quantization=None, calibration=None))
+    assert "There is no build record with this bundle" in page
+    assert "Whether evaluation repeats calibration text was therefore not checked." in page
+    assert "Fallbacks None" not in page
+
+
+def test_fallbacks_are_named_and_so_is_their_absence(report, changed):
+    assert "None. Every matrix was quantized as the recipe says." in read(report)
+    quantization = report.quantization.model_copy(update={"fallbacks": (f"layer 3: singular {ATTACK}",)})
+    page = read(changed(quantization=quantization))
+    assert "departed from its recipe 1 time:" in page
+    assert "layer 3: singular" in page
+
+
+def test_overlap_is_stated_either_way(report, changed):
+    assert "No overlap. None of the 216 evaluation documents" in read(report)
+    overlap = Overlap(calibration_documents=9, evaluation_documents=216, shared_documents=2, shared_lines=31)
+    calibration = CalibrationSummary.model_validate({**dict(report.calibration), "overlap": overlap})
+    page = read(changed(calibration=calibration))
+    assert "2 of the 216 evaluation documents and 31 distinct lines also occur" in page
+    assert "No overlap" not in page
+
+
+def test_the_heat_map_shows_every_layer_with_error_and_bits():
+    page = render_html(make_report(layers=23))
+    for layer in range(23):
+        assert f'<th scope="col">{layer}</th>' in page
+    assert page.count('class="heat"') == 3  # blocks 0 to 19, 20 to 22, and what lies outside them
+    assert "8 bit" in page
+
+
+def test_experts_of_one_block_are_represented_by_the_worst(report, changed):
+    first = next(linear for linear in report.quantization.linears if linear.part == "down")
+    experts = tuple(
+        first.model_copy(update={"name": f"expert {index}", "relative_error": error, "bits": 4})
+        for index, error in enumerate((0.01, 0.051, 0.02))
+    )
+    quantization = report.quantization.model_copy(update={"linears": experts})
+    assert re.search(r"5\.1<small>4 bit, worst of 3</small>", render_html(changed(quantization=quantization)))
+
+
+def test_limits_and_their_absence(report, changed):
+    page = read(report)
+    for limit in report.limits:
+        assert limit in page
+    assert "Read that as an omission" in read(changed(limits=()))
+
+
+def test_provenance(report):
+    page = read(report)
+    assert report.subject.bundle_digest in page
+    assert report.subject.checkpoint_digest in page
+    assert report.command in page
+    assert "onnxruntime 1.32.0" in page
+    assert "avx512_vnni" in page
+
+
+def test_a_bundle_that_answers_nan_still_has_a_report(report, changed):
+    broken = language("ar", math.nan, 0.0).model_copy(update={"kl_mean_nats": math.nan})
+    infinite = language("en", 9.0, 0.01).model_copy(
+        update={"kl_mean_nats": math.inf, "perplexity_bundle": math.inf}
+    )
+    fidelity = report.fidelity.model_copy(update={"languages": (broken, infinite)})
+    fidelity = fidelity.model_copy(update={"overall": broken})
+    gate = Gate(
+        name="Mean divergence", language="ar", value=math.nan, limit=0.05, unit="nats", direction="at most",
+        sample="1 document", verdict=Verdict.BLOCK,
+    )  # fmt: skip
+    page = read(changed(fidelity=fidelity, gates=(gate,)))
+    assert "not a number" in page
+    assert "beyond the limit" in page
+
+
+def test_rendering_is_deterministic(report):
+    page = render_html(report)
+    assert render_html(Report.model_validate_json(report.model_dump_json())) == page
+    shuffled = report.model_copy(update={"versions": dict(reversed(report.versions.items()))})
+    assert render_html(Report.model_validate(shuffled.model_dump())) == page

@@ -1,0 +1,97 @@
+import math
+
+import pytest
+
+from glmexport.report import text
+
+
+def plain(words: str) -> str:
+    return words.replace(text.THIN, " ").replace(text.FIXED, " ")
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (0, "0"),
+        (1234567, "1 234 567"),
+        (0.04123, "0.0412"),
+        (0.9999, "1.00"),
+        (-2.5, "−2.50"),
+        (12345.6, "12 346"),
+        (3.2e-6, "3.20 × 10⁻⁶"),
+        (math.inf, "∞"),
+        (math.nan, "not a number"),
+    ],
+)
+def test_number(value, expected):
+    assert plain(text.number(value)) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "expected"),
+    [
+        (512, "bytes", "512 bytes"),
+        (3 * 1024**3, "bytes", "3.00 GiB"),
+        (0.0215, "s", "21.5 ms"),
+        (0, "s", "0 s"),
+        (90, "s", "90.0 s"),
+        (5820, "s", "97.0 min"),
+        (86400, "s", "24.0 h"),
+        (0.5, "fraction", "50.0 %"),
+        (1, "fraction", "100 %"),
+        (2.8934, "ratio", "2.89×"),
+        (11.42, "tokens/s", "11.4 tokens/s"),
+        (7, "", "7"),
+    ],
+)
+def test_quantity(value, unit, expected):
+    assert plain(text.quantity(value, unit)) == expected
+
+
+def test_counts_and_bandwidth():
+    assert plain(text.count(9_400_279_040)) == "9.40 billion"
+    assert plain(text.count(65_000)) == "65 000"
+    assert plain(text.bandwidth(92.4e9)) == "92.4 GB/s"
+
+
+def test_a_share_just_below_one_is_never_written_as_all():
+    assert plain(text.percent(0.99996)) == "99.996 %"
+
+
+def test_value_and_limit_read_the_same_only_if_they_are():
+    assert text.value_and_limit(0.0500049, 0.05, "") == ("0.050005", "0.050000")
+    first, second = text.value_and_limit(0.05, 0.05, "")
+    assert first == second == "0.0500"
+
+
+@pytest.mark.parametrize(
+    ("value", "limit", "direction", "expected"),
+    [
+        (0.03, 0.04, "at most", 0.25),
+        (0.05, 0.04, "at most", -0.25),
+        (10, 5, "at least", 1.0),
+        (4, 5, "at least", -0.2),
+        (0, 0, "at most", None),
+        (math.nan, 1, "at most", None),
+    ],
+)
+def test_headroom(value, limit, direction, expected):
+    assert text.headroom(value, limit, direction) == (None if expected is None else pytest.approx(expected))
+
+
+def test_nothing_stays_invisible_or_reorders():
+    assert text.visible("a\u202eb\u0000c\n\t") == "a‹U+202E›b‹U+0000›c↵⇥"
+    assert text.visible("a\u2069b") == "a‹U+2069›b"
+    assert text.visible("می\u200cخواهم") == "می\u200cخواهم"
+
+
+def test_spaces_at_the_edge_of_a_token_show():
+    assert text.token(" the ") == "␣the␣"
+    assert text.token("  ") == "␣␣"
+    assert text.token("") == "(empty)"
+
+
+def test_language_names():
+    assert text.language_name("ar") == "Arabic"
+    assert text.language_name("zh-Hant") == "Chinese"
+    assert text.language_name("xx") == "xx"
