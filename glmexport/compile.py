@@ -184,15 +184,8 @@ def _finish(
         reference.rotary_tables(architecture.context_length),
         recipe=job.recipe,
         target=job.target,
-        source=Source(
-            name=original.checkpoint.name,
-            digest=original.checkpoint.digest(progress),
-            model_type=original.checkpoint.model_type,
-            parameters=original.checkpoint.parameters,
-            bytes=original.checkpoint.bytes,
-            unused=original.unused,
-        ),
-        calibration=_calibration_source(calibration, documents),
+        source=source_of(original, progress),
+        calibration=calibration_source(calibration, documents),
         records=records,
         tokenizer_files=original.tokenizer.files,
         progress=progress,
@@ -247,7 +240,21 @@ def _calibration_documents(original: Original, recipe: Recipe, options: BuildOpt
     return [*shipped_documents("calibration", set(recipe.calibration.quota) - {USER}), *own]
 
 
-def _calibration_source(calibration: CalibrationSet | None, documents: Sequence[Document]) -> CalibrationSource | None:
+def source_of(original: Original, progress: Progress) -> Source:
+    """What the manifest says of the original."""
+    checkpoint = original.checkpoint
+    return Source(
+        name=checkpoint.name,
+        digest=checkpoint.digest(progress),
+        model_type=checkpoint.model_type,
+        parameters=checkpoint.parameters,
+        bytes=checkpoint.bytes,
+        unused=original.unused,
+    )
+
+
+def calibration_source(calibration: CalibrationSet | None, documents: Sequence[Document]) -> CalibrationSource | None:
+    """What the manifest says of the calibration, with its overlap with the evaluation text, measured."""
     if calibration is None:
         return None
     evaluation = shipped_documents("evaluation")

@@ -15,6 +15,7 @@ from glmexport.quantization.order import ColumnOrder
 
 #: The damping is multiplied by this until the factorisation succeeds, and given up above the limit.
 _DAMPING_STEP, _DAMPING_LIMIT = 10.0, 10.0
+_SLAB = 1024
 
 
 @dataclass(frozen=True)
@@ -47,21 +48,23 @@ class Factor:
         return self.hessian[size - stop : size - start].flip(0, 1)
 
 
-def factorize(hessian: Tensor, order: ColumnOrder, damping: float) -> Factor | None:
+def factorize(hessian: Tensor, order: ColumnOrder, damping: float, *, consume: bool = False) -> Factor | None:
     """Damp and factor ``hessian`` [K, K] fp32 (symmetric, positive semidefinite).
 
     A dead column (zero diagonal) gets the mean diagonal: it then neither receives nor spreads error, and its
     weights are rounded to nearest, so that text which does reach it still finds a weight there.
 
+    Args:
+        hessian: mean of x x^T.
+        order: of the sweep.
+        damping: first try, as a fraction of the mean diagonal.
+        consume: permute ``hessian`` itself instead of a copy; at K = 23,040 each K x K matrix takes 2 GiB.
+
     Returns:
         None if no damping up to ten times the mean diagonal makes the factorisation succeed.
     """
-    reverse = order.columns.flip(0)
-    # Copied in slabs: indexing both axes at once would need a second K x K temporary.
-    permuted = torch.empty_like(hessian)
-    for start in range(0, len(reverse), 1024):
-        rows = reverse[start : start + 1024]
-        permuted[start : start + 1024] = hessian[rows].index_select(1, reverse)
+    permuted = hessian if consume else hessian.clone()
+    _permute(permuted, order.columns.flip(0))
     diagonal = permuted.diagonal().clone()
     dead = diagonal <= 0
     alive = diagonal[~dead]
@@ -75,3 +78,19 @@ def factorize(hessian: Tensor, order: ColumnOrder, damping: float) -> Factor | N
             return Factor(permuted, lower, added.flip(0), damping, int(dead.sum()))
         damping *= _DAMPING_STEP
     return None
+
+
+def _permute(matrix: Tensor, order: Tensor) -> None:
+    """Rows and columns of a symmetric ``matrix`` [K, K] into ``order``, in place, a slab at a time.
+
+    Columns are permuted, the matrix is transposed, and columns are permuted again: by symmetry that permutes both.
+    """
+    size = len(order)
+    slabs = [slice(start, min(start + _SLAB, size)) for start in range(0, size, _SLAB)]
+    for _ in range(2):
+        for slab in slabs:
+            matrix[slab] = matrix[slab].index_select(1, order)
+        for index, rows in enumerate(slabs):
+            for columns in slabs[: index + 1]:
+                lower, upper = matrix[rows, columns].T.clone(), matrix[columns, rows].T.clone()
+                matrix[rows, columns], matrix[columns, rows] = upper, lower

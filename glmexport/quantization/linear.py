@@ -10,6 +10,8 @@ from torch import Tensor
 
 from glmexport.recipe import Format
 
+_SLAB_WEIGHTS = 1 << 24
+
 
 @dataclass(frozen=True)
 class QuantizedLinear:
@@ -30,8 +32,13 @@ class QuantizedLinear:
         return self.scales.shape[1]
 
     def dequantize(self) -> Tensor:
-        """The matrix that the runtime computes with, [N, K] fp32."""
-        return self.rows(0, self.codes.shape[0])
+        """The matrix that the runtime computes with, [N, K] fp32; a slab of rows at a time bounds the temporaries."""
+        rows, size = self.codes.shape
+        matrix = torch.empty(rows, size)
+        slab = max(1, _SLAB_WEIGHTS // size)
+        for start in range(0, rows, slab):
+            matrix[start : start + slab] = self.rows(start, min(start + slab, rows))
+        return matrix
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows ``start`` to ``stop`` of the dequantized matrix, fp32."""

@@ -12,7 +12,7 @@ from glmexport.recipe import Recipe
 BASE_BYTES = 700 << 20
 _FP32 = 4
 #: Copies of a chunk of rows that the solver holds at its peak: weights, error, its projection, temporaries.
-_SOLVER_COPIES = 7
+_SOLVER_COPIES = 12
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def plan_memory(architecture: Architecture, recipe: Recipe, limit_bytes: int | N
     Raises:
         MachineError: even the smallest batches do not fit.
     """
-    batch, chunk = 4096, 1 << 26
+    batch, chunk = 4096, 1 << 25
     while True:
         peak = _peak(architecture, recipe, batch, chunk)
         if limit_bytes is None or peak <= limit_bytes:

@@ -78,10 +78,10 @@ class Problem:
     factor: Factor | None
 
     @classmethod
-    def of(cls, hessian: Tensor, form: Format, solver: Solver) -> Problem:
-        """Order and factor ``hessian`` [K, K] fp32, the mean of x x^T; the caller may drop it afterwards."""
+    def of(cls, hessian: Tensor, form: Format, solver: Solver, *, consume: bool = False) -> Problem:
+        """Order and factor ``hessian`` [K, K] fp32, the mean of x x^T; with ``consume`` its storage is reused."""
         order = column_order(hessian.diagonal(), form.group_size, solver.order)
-        return cls(order, factorize(hessian, order, solver.damping))
+        return cls(order, factorize(hessian, order, solver.damping, consume=consume))
 
 
 def gptq(chunks: Iterable[Tensor], problem: Problem, form: Format, solver: Solver) -> Solution:

@@ -147,7 +147,7 @@ class Walk:
                     records.append(_unmeasured(linear.weight, layer.index, linear.part, solved[linear.weight]))
                 continue
             hessian = self._measure(layer, tap, solved)
-            problem, tokens = Problem.of(hessian.matrix, form, self.recipe.solver), hessian.tokens
+            problem, tokens = Problem.of(hessian.matrix, form, self.recipe.solver, consume=True), hessian.tokens
             del hessian
             for linear in linears:
                 solution = self._solve(linear, problem, form, self.recipe)
@@ -168,7 +168,7 @@ class Walk:
         prefix, weights = self.calibration.prefix, self.calibration.weights()
         for start, stop, hidden in self._stream(self.steps[-2]):
             hessian.add(self.reference.final_norm(hidden)[:, prefix:], weights[start:stop])
-        problem = Problem.of(hessian.matrix, form, self.recipe.solver)
+        problem = Problem.of(hessian.matrix, form, self.recipe.solver, consume=True)
         # At 8 bits the sweep already leaves next to nothing, and the head has the most rows of all.
         plain = replace_solver(self.recipe, polish_rounds=0) if form.bits == 8 else self.recipe
         solution = self._solve(head, problem, form, plain)

@@ -1,0 +1,151 @@
+"""Peak resident memory of a build: it must not grow with the number of layers, and a 32B block must fit 8 GiB.
+
+    python -m benchmarks.memory [layers] [block-32b] [--output FILE]
+
+``layers`` quantizes and writes synthetic checkpoints of one width with 8 and 32 layers and compares the peaks.
+``block-32b`` does the same with one decoder block of the dense 32B shape (hidden 6144, ffn 23040, 48 heads / 8 KV)
+under --max-memory 8GiB. Each runs in a process of its own, whose peak is what the kernel recorded (VmHWM).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.synthetic import write_synthetic
+from glmexport.validation import machine
+
+WIDTH = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "vocab_size": 8192,
+    "max_position_embeddings": 2048,
+}
+DENSE_32B = {
+    "hidden_size": 6144,
+    "intermediate_size": 23040,
+    "num_attention_heads": 48,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "num_hidden_layers": 1,
+    "vocab_size": 8192,
+    "max_position_embeddings": 2048,
+}
+GIB = 2**30
+
+
+def child(checkpoint: Path, tokens: int, threads: int, limit: int) -> None:
+    """Quantize and write ``checkpoint``; print peak memory and seconds."""
+    import torch
+
+    from glmexport.architecture import Reference
+    from glmexport.bundle import write_bundle
+    from glmexport.calibration import pack, shipped_documents
+    from glmexport.cli.console import Terminal
+    from glmexport.compile import Original, calibration_source, source_of
+    from glmexport.quantization import Walk, WorkDirectory, plan_memory
+    from glmexport.quantization.weights import Weights
+    from glmexport.recipe import open_recipe
+    from glmexport.target import HOST, open_target
+
+    torch.set_num_threads(threads)
+    terminal = Terminal()
+    original = Original.open(str(checkpoint), terminal)
+    recipe = open_recipe("w4g128")
+    assert recipe.calibration is not None
+    plan = recipe.calibration.model_copy(update={"tokens": tokens})
+    documents = shipped_documents("calibration")
+    calibration = pack(documents, original.tokenizer, plan, original.architecture.context_length)
+    memory = plan_memory(original.architecture, recipe, limit)
+    started = time.monotonic()
+    work = WorkDirectory.for_job(checkpoint.parent, {"checkpoint": checkpoint.name})
+    walk = Walk(original.checkpoint, original.architecture, recipe, calibration, work, memory, terminal)
+    walk.run()
+    walked = machine.peak_memory()
+    seconds = time.monotonic() - started
+    reference = Reference(original.checkpoint, original.architecture)
+    write_bundle(
+        checkpoint.parent / f"{checkpoint.name}-bundle",
+        original.architecture,
+        Weights(original.checkpoint, original.architecture, work, walk.steps),
+        reference.rotary_tables(original.architecture.context_length),
+        recipe=recipe,
+        target=open_target(HOST),
+        source=source_of(original, terminal),
+        calibration=calibration_source(calibration, documents),
+        records=walk.records()[0],
+        tokenizer_files=original.tokenizer.files,
+        progress=terminal,
+    )
+    figures = {
+        "quantize_seconds": seconds,
+        "peak_bytes": walked,
+        "peak_bytes_after_writing": machine.peak_memory(),
+        "planned_bytes": memory.peak_bytes,
+        "calibration_tokens": calibration.tokens,
+        "fallbacks": sum(record.fallback is not None for record in walk.records()[0]),
+    }
+    print(json.dumps(figures))
+
+
+def measured(config: dict[str, Any], tokens: int, threads: int, limit: int) -> dict[str, Any]:
+    """The figures of one synthetic checkpoint, in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = Path(folder) / "checkpoint"
+        write_synthetic(checkpoint, config)
+        arguments = [str(checkpoint), str(tokens), str(threads), str(limit)]
+        process = subprocess.run(
+            [sys.executable, "-m", "benchmarks.memory", "--child", *arguments],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+        return {"config": config, **json.loads(process.stdout.splitlines()[-1])}
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--child"]:
+        path, tokens, threads, limit = sys.argv[2:]
+        child(Path(path), int(tokens), int(threads), int(limit))
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", default=["layers", "block-32b"])
+    parser.add_argument("--threads", type=int, default=machine.cores())
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    document: dict[str, Any] = {
+        "command": "python -m benchmarks.memory " + " ".join(options.parts),
+        "processor": machine.processor_name(),
+        "threads": options.threads,
+        "versions": machine.library_versions(),
+    }
+    if "layers" in options.parts:
+        runs = [measured(WIDTH | {"num_hidden_layers": count}, 4096, options.threads, 4 * GIB) for count in (8, 32)]
+        growth = runs[1]["peak_bytes_after_writing"] / runs[0]["peak_bytes_after_writing"] - 1
+        document["layers"] = {"runs": runs, "growth": growth}
+        for run in runs:
+            count, peak = run["config"]["num_hidden_layers"], run["peak_bytes_after_writing"] / GIB
+            print(f"{count:3} layers: peak {peak:.3f} GiB, {run['quantize_seconds'] / count:.1f} s a layer")
+        print(f"32 layers against 8: {growth:+.1%} (at most +5 %)")
+    if "block-32b" in options.parts:
+        run = measured(DENSE_32B, 4096, options.threads, 8 * GIB)
+        document["block_32b"] = run
+        print(
+            f"dense 32B block: peak {run['peak_bytes'] / GIB:.2f} GiB (planned {run['planned_bytes'] / GIB:.2f}, "
+            f"at most 8), {run['quantize_seconds']:.0f} s with {run['calibration_tokens']} tokens"
+        )
+    if options.output:
+        options.output.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
