@@ -30,7 +30,8 @@ from glmexport.quantization import MemoryPlan, Walk, WorkDirectory, plan_memory
 from glmexport.quantization.weights import Weights
 from glmexport.recipe import Recipe, open_recipe
 from glmexport.report.assemble import BuildCost, assemble
-from glmexport.report.document import Report, write_report
+from glmexport.report.document import Report
+from glmexport.report.write import write_report
 from glmexport.target import Target
 from glmexport.validation.machine import peak_memory
 from glmexport.validation.run import ValidationPlan, validate
@@ -105,6 +106,10 @@ def jobs_of(original: Original, targets: Sequence[Target], recipe: str | None, o
                 own if output is None else output if len(targets) == 1 else output / target.name,
             )
         )
+    names = [target.name for target in targets]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InputError(f"Two targets are called {twice!r}.", next_step="Name it once, or rename one of the files.")
     return jobs
 
 
@@ -118,18 +123,22 @@ def build(original: Original, jobs: Sequence[Job], options: BuildOptions, progre
     torch.set_num_threads(options.threads)
     for job in jobs:
         _refuse_existing(job.directory, options.force)
-    built = []
-    works: list[WorkDirectory] = []
+    prepared = []
     for recipe in {job.recipe.digest(): job.recipe for job in jobs}.values():
         same = [job for job in jobs if job.recipe.digest() == recipe.digest()]
         memory = plan_memory(original.architecture, recipe, options.max_memory_bytes)
-        _require_space(original, recipe, same[0].directory.parent)
         documents = _calibration_documents(original, recipe, options)
         calibration = (
             pack(documents, original.tokenizer, recipe.calibration, original.architecture.context_length)
             if recipe.calibration
             else None
         )
+        prepared.append((recipe, same, memory, documents, calibration))
+    for recipe, same, *_ in prepared:
+        _require_space(original, recipe, same[0].directory.parent)
+    built = []
+    works: list[WorkDirectory] = []
+    for recipe, same, memory, documents, calibration in prepared:
         work = _work_directory(original, recipe, calibration, memory, options, same[0].directory.parent, progress)
         works.append(work)
         walk = Walk(original.checkpoint, original.architecture, recipe, calibration, work, memory, progress)
@@ -169,37 +178,57 @@ def _finish(
     options: BuildOptions,
     progress: Progress,
 ) -> Built:
-    """Write the bundle beside its place, validate it there, and rename it."""
-    architecture = original.architecture
-    records, seconds = walk.records()
-    cost = BuildCost(seconds, peak_memory())
+    """Write the bundle beside its place, validate it there, and rename it; whatever fails leaves nothing behind."""
     partial = job.directory.with_name(f".{job.directory.name}.partial")
     if partial.exists():
         shutil.rmtree(partial)
-    reference = Reference(original.checkpoint, architecture)
-    manifest = write_bundle(
-        partial,
+    try:
+        manifest = _write(partial, original, job, walk, calibration, documents, progress)
+        cost = BuildCost(walk.records()[1], peak_memory())
+        report = _validated(partial, job.directory, manifest, original, options, progress, cost)
+        _refuse_existing(job.directory, options.force)
+        _put_in_place(partial, job.directory)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return Built(job.directory, manifest, report)
+
+
+def _write(
+    directory: Path,
+    original: Original,
+    job: Job,
+    walk: Walk,
+    calibration: CalibrationSet | None,
+    documents: Sequence[Document],
+    progress: Progress,
+) -> Manifest:
+    architecture = original.architecture
+    return write_bundle(
+        directory,
         architecture,
         Weights(original.checkpoint, architecture, walk.work, walk.steps),
-        reference.rotary_tables(architecture.context_length),
+        Reference(original.checkpoint, architecture).rotary_tables(architecture.context_length),
         recipe=job.recipe,
         target=job.target,
         source=source_of(original, progress),
         calibration=calibration_source(calibration, documents),
-        records=records,
+        records=walk.records()[0],
         tokenizer_files=original.tokenizer.files,
         progress=progress,
     )
-    report = _validated(partial, job.directory, manifest, original, options, progress, cost)
-    _refuse_existing(job.directory, options.force)
-    if job.directory.exists():
-        retired = job.directory.with_name(f".{job.directory.name}.replaced")
-        job.directory.rename(retired)
-        partial.rename(job.directory)
-        shutil.rmtree(retired)
-    else:
-        partial.rename(job.directory)
-    return Built(job.directory, manifest, report)
+
+
+def _put_in_place(partial: Path, directory: Path) -> None:
+    """Rename; what was there before is removed only after the new bundle has its place."""
+    replaced = directory.with_name(f".{directory.name}.replaced")
+    if replaced.exists():
+        # Of a build that was killed between the renames, or while it removed the old bundle.
+        shutil.rmtree(replaced)
+    if directory.exists():
+        directory.rename(replaced)
+    partial.rename(directory)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _validated(
@@ -220,7 +249,7 @@ def _validated(
         shipped_documents("evaluation"),
         plan=options.validation,
         threads=options.threads,
-        scratch=where.parent,
+        scratch=where,
         progress=progress,
     )
     report = assemble(manifest, validation, name=final.name, directory=where, command=options.command, build=cost)
@@ -313,8 +342,11 @@ def _require_space(original: Original, recipe: Recipe, parent: Path) -> None:
     tokens = recipe.calibration.tokens if recipe.calibration else 0
     needed = 2 * estimate(architecture, recipe, 1.0, None).bundle_bytes + 2 * tokens * architecture.hidden_size * 4
     try:
-        parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(parent).free
+        # Nothing is made before it is known to fit.
+        absolute = parent.absolute()
+        free = shutil.disk_usage(next(path for path in (absolute, *absolute.parents) if path.exists())).free
+        if free >= needed:
+            parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise MachineError(
             f"{parent} cannot be written: {error.strerror}.", next_step="Choose another directory with -o."

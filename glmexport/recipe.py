@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from glmexport.definition import Definition, locate, read_toml
 
@@ -69,6 +69,14 @@ class Recipe(Definition):
     embedding: Format | None = None
     solver: Solver = Solver()
     calibration: CalibrationPlan | None = None
+
+    @model_validator(mode="after")
+    def _calibrates_if_it_solves(self) -> Self:
+        if self.needs_calibration and self.calibration is None:
+            raise ValueError("solver.method gptq needs a [calibration] table")
+        if not self.needs_calibration and self.calibration is not None:
+            raise ValueError("[calibration] is given, but nothing is solved against a Hessian")
+        return self
 
     @property
     def needs_calibration(self) -> bool:

@@ -145,7 +145,8 @@ def verify_files(directory: Path, manifest: Manifest) -> None:
         BundleError: names the first file that is missing, changed, linked or additional.
     """
     listed = {entry.path: entry for entry in manifest.files}
-    present = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if not path.is_dir()}
+    files = (path for path in directory.rglob("*") if path.is_symlink() or not path.is_dir())
+    present = {path.relative_to(directory).as_posix() for path in files}
     additional = sorted(present - set(listed) - EVIDENCE - {MANIFEST})
     if additional:
         raise BundleError(

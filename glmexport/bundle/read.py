@@ -18,10 +18,11 @@ class BundleWeights:
     """Codes, scales and zero points of scoring.onnx, read from its external data on demand."""
 
     def __init__(self, directory: Path, architecture: Architecture) -> None:
-        self._initializers = ir.load(directory / SCORING).graph.initializers
+        graph = ir.load(directory / SCORING).graph
+        self._initializers = graph.initializers
         self._nodes: dict[str, tuple[ir.Node, int, int]] = {}
         sizes = {linear.weight: linear.out_features for _, linear in architecture.linears}
-        for node in ir.load(directory / SCORING).graph:
+        for node in graph:
             if node.op_type == "MatMulNBits":
                 start = 0
                 for key in _keys(_name(node, 1).removesuffix(".q")):

@@ -62,9 +62,13 @@ def write_bundle(
     write_graphs(graphs, directory, progress)
     config = json.dumps(genai_config(architecture, target), indent=2) + "\n"
     (directory / "genai_config.json").write_text(config, encoding="utf-8")
-    for file in tokenizer_files:
-        # Copied, not linked: runtimes refuse links that leave the directory.
-        shutil.copyfile(file, directory / file.name)
+    files = list(tokenizer_files)
+    for file in files:
+        # Copied, not linked: runtimes refuse links that leave the directory. The first is tokenizer.json;
+        # further chat templates are in a folder beside it.
+        copy = directory / file.relative_to(files[0].parent)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copy)
     for path in sorted(directory.rglob("*")):
         if path.is_file():
             _flush(path)

@@ -43,6 +43,8 @@ def build(
     CHECKPOINT is a directory, a hub id (owner/name), or demo. Finished decoder blocks are kept until the build is done:
     after an interruption the same command goes on where it stopped.
     """
+    import torch
+
     from glmexport.cli.verdict import exit_code, show
     from glmexport.compile import BuildOptions, Original, command_line, jobs_of
     from glmexport.compile import build as compile_bundles
@@ -53,6 +55,7 @@ def build(
     targets = [open_target(name) for name in dict.fromkeys(target_names)]
     original = Original.open(checkpoint, terminal)
     jobs = jobs_of(original, targets, recipe, output)
+    torch.set_num_threads(threads)
     flops = measured_flops()
     for job in jobs:
         expected = estimate(original.architecture, job.recipe, flops, max_memory)

@@ -72,7 +72,7 @@ def _from_outside(error: BaseException) -> tuple[str, str, int]:
         where = f" ({error.filename})" if error.filename else ""
         message = f"The system refused: {error.strerror or error}{where}."
         return message, "Check free space and permissions; then run the same command again.", EXIT_MACHINE
-    step = "Finished blocks are kept: run the same command again to go on after the last one."
+    step = "Run the same command again; a build goes on after its last finished block."
     return "Interrupted.", step, EXIT_INTERRUPTED
 
 

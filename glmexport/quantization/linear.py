@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -39,6 +39,23 @@ class QuantizedLinear:
         for start in range(0, rows, slab):
             matrix[start : start + slab] = self.rows(start, min(start + slab, rows))
         return matrix
+
+    def lookup(self, ids: Tensor) -> Tensor:
+        """Rows ``ids`` [...] of the dequantized matrix, [..., K] fp32."""
+        flat = ids.flatten()
+        zero_points = None if self.zero_points is None else self.zero_points[flat]
+        chosen = replace(self, codes=self.codes[flat], scales=self.scales[flat], zero_points=zero_points)
+        return chosen.dequantize().reshape(*ids.shape, -1)
+
+    def apply(self, inputs: Tensor) -> Tensor:
+        """``inputs`` [..., K] fp32 times the transposed matrix, [..., N] fp32, a slab of rows at a time."""
+        rows, size = self.codes.shape
+        outputs = torch.empty(*inputs.shape[:-1], rows)
+        slab = max(1, _SLAB_WEIGHTS // size)
+        for start in range(0, rows, slab):
+            stop = min(start + slab, rows)
+            outputs[..., start:stop] = inputs @ self.rows(start, stop).T
+        return outputs
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows ``start`` to ``stop`` of the dequantized matrix, fp32."""

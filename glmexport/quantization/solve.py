@@ -107,12 +107,14 @@ def gptq(chunks: Iterable[Tensor], problem: Problem, form: Format, solver: Solve
         nearest_error += _quadratic(factor, nearest_rows, _project(factor, nearest_rows))
         parts.append(_stored(sweep, problem.order, form))
     norm = max(norm, 1e-30)
+    raised = factor.damping > solver.damping * 1.001
     return Solution(
         linear=QuantizedLinear.concatenate(parts),
         relative_error=error / norm,
         round_to_nearest_error=nearest_error / norm,
         damping=factor.damping,
         dead_columns=factor.dead_columns,
+        fallback=f"the Hessian needed damping {factor.damping:g} instead of {solver.damping:g}" if raised else None,
     )
 
 

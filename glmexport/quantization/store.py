@@ -6,6 +6,7 @@ SHA-256 of every file of the step. Whatever a killed walk leaves behind without 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -92,7 +93,7 @@ class WorkDirectory:
         """Write the matrices and the activations that the next step reads, flush them, then the record."""
         weights = self.path / f"{step}.safetensors"
         partial = weights.with_suffix(".partial")
-        save_file(_tensors(linears), partial)
+        _save(_tensors(linears), partial)
         _flush(partial)
         partial.replace(weights)
         files = [weights]
@@ -163,6 +164,14 @@ def _tensors(linears: Mapping[str, QuantizedLinear]) -> dict[str, Tensor]:
         if zero_points is not None:
             tensors[f"{key}.zero_points"] = zero_points.contiguous()
     return tensors
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        # The library wraps what the system said, for example that the disk is full.
+        raise OSError(errno.EIO, str(error), str(path)) from error
 
 
 def _write_stream(path: Path, chunks: Iterator[Tensor]) -> None:

@@ -7,9 +7,10 @@ Hessian and its factor is ever in memory, and a walk that is killed goes on afte
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
@@ -201,7 +202,7 @@ class Walk:
             if table is None:
                 yield self.reference.embed(ids)
             else:
-                yield torch.stack([_rows_of(table, sequence) for sequence in ids])
+                yield table.lookup(ids)
 
     def _stream(self, step: str) -> Iterator[tuple[int, int, Tensor]]:
         """(start, stop, hidden states [stop - start, length, hidden]) of the activations committed with ``step``."""
@@ -239,7 +240,7 @@ class Walk:
             yield self.checkpoint.rows(key, start, min(start + count, rows))
 
     def _measured(self, linear: Linear, layer: int | None, solution: Solution, tokens: int) -> LinearRecord:
-        failed = solution.fallback is not None
+        failed = math.isnan(solution.relative_error)
         return LinearRecord(
             key=linear.weight,
             layer=layer,
@@ -264,11 +265,6 @@ def _unmeasured(key: str, layer: int | None, part: str, linear: QuantizedLinear)
     return LinearRecord(
         key, layer, part, linear.form.model_dump(), linear.bits_per_weight, None, None, None, 0, None, None
     )
-
-
-def _rows_of(table: QuantizedLinear, ids: Tensor) -> Tensor:
-    zero_points = None if table.zero_points is None else table.zero_points[ids]
-    return replace(table, codes=table.codes[ids], scales=table.scales[ids], zero_points=zero_points).dequantize()
 
 
 def _dequantized(solved: dict[str, QuantizedLinear]) -> Substitute:

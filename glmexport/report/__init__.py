@@ -1,6 +1,7 @@
 """Results rendered: one document as JSON for programs and as HTML for people.
 
-    document    the schema, reading and writing
+    document    the schema, and reading it
+    write       report.json and report.html
     assemble    a document from a manifest and a validation
     html        the document as one self-contained page
     allocation  the quantized matrices by part and by decoder block

@@ -1,17 +1,13 @@
-"""The report of one validation: its schema, and the two files it is written to."""
+"""The report of one validation: its schema, and how it is read."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
-from glmexport.errors import BundleError, MachineError
-from glmexport.report.html import render_html
+from glmexport.errors import BundleError
 from glmexport.validation.results import (
     Count,
     Fidelity,
@@ -176,49 +172,3 @@ def read_report(path: Path) -> Report:
             f"{path}: {key}: {first['msg']}.",
             next_step=f"Run validate again with this version ({error.error_count()} keys are wrong).",
         ) from error
-
-
-def write_report(report: Report, directory: Path) -> None:
-    """Write ``report.json`` and ``report.html``; a reader never sees half of either.
-
-    Both are rendered and stored before either replaces its predecessor.
-
-    Raises:
-        MachineError: the directory or a file cannot be written.
-    """
-    contents = {
-        HTML_NAME: render_html(report),
-        JSON_NAME: report.model_dump_json(indent=2) + "\n",
-    }
-    stored: dict[Path, Path] = {}
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        for name, content in contents.items():
-            stored[directory / name] = _store(content, directory)
-        for path, temporary in stored.items():
-            temporary.replace(path)
-    except OSError as error:
-        raise MachineError(
-            f"The report cannot be written to {directory}: {error.strerror}.",
-            next_step="Free space or correct the permissions, then validate again.",
-        ) from error
-    finally:
-        for temporary in stored.values():
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-
-
-def _store(content: str, directory: Path) -> Path:
-    """``content`` in a new file of ``directory``, on the disk, readable like any other file."""
-    descriptor, name = tempfile.mkstemp(prefix=".report-", suffix=".tmp", dir=directory)
-    temporary = Path(name)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    return temporary

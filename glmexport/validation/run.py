@@ -19,7 +19,7 @@ from glmexport.calibration import Document
 from glmexport.checkpoint import Checkpoint, Tokenizer
 from glmexport.errors import InputError
 from glmexport.progress import Progress
-from glmexport.validation.fidelity import compare, summarize
+from glmexport.validation.fidelity import Answers, compare, summarize
 from glmexport.validation.gates import apply_gates, fallback_gate, verdict_of
 from glmexport.validation.machine import memory_bandwidth
 from glmexport.validation.reference import reference_states
@@ -145,19 +145,16 @@ def _shares(
     weights = BundleWeights(directory, reference.architecture)
     original = reference_states(reference, sample, scratch, progress, label="Shares: original")
 
-    def mean(answers: list[Tensor]) -> float:
-        parts = compare(original, reference, lambda index: answers[index], progress, "Shares: comparing")
+    def mean(answers: Answers) -> float:
+        parts = compare(original, reference, answers, progress, "Shares: comparing")
         return float(torch.cat([part.kl for part in parts]).double().mean())
 
     linears = reference_states(
         reference, sample, scratch, progress, label="Shares: linears", substitute=weights.dequantized
     )
-    only_linears = mean([reference.logits(linears.states(index)) for index in range(len(sample))])
+    only_linears = mean(lambda index: reference.logits(linears.states(index)))
     architecture = reference.architecture
-    table, head = (
-        weights.dequantized(architecture.embedding),
-        weights.dequantized(architecture.lm_head.weight),
-    )
+    table, head = weights.quantized(architecture.embedding), weights.quantized(architecture.lm_head.weight)
     whole = reference_states(
         reference,
         sample,
@@ -165,14 +162,11 @@ def _shares(
         progress,
         label="Shares: all weights",
         substitute=weights.dequantized,
-        embed=None if table is None else lambda ids: table[ids],
+        embed=table.lookup if table else None,
     )
-    logits = [
-        reference.logits(whole.states(index)) if head is None else whole.states(index) @ head.T
-        for index in range(len(sample))
-    ]
-    all_weights = mean(logits)
-    shipped = mean([_bundle_answer(session, sample, index) for index in range(len(sample))])
+    project = head.apply if head else reference.logits
+    all_weights = mean(lambda index: project(whole.states(index)))
+    shipped = mean(partial(_bundle_answer, session, sample))
     note = f"{sum(text.positions for text in sample)} positions"
     return (
         Share(

@@ -9,10 +9,12 @@ import onnxruntime
 import pytest
 import torch
 from models import write_checkpoint
+from transformers import AutoModelForCausalLM
 
 from glmexport.architecture import Reference, describe
 from glmexport.bundle.external import write_graphs
 from glmexport.checkpoint import Checkpoint
+from glmexport.demo import demo_checkpoint
 from glmexport.graph import build_graph
 from glmexport.lowering import lower
 from glmexport.progress import Silent
@@ -70,11 +72,15 @@ VARIANTS = {
 }
 
 
-@pytest.fixture(scope="module", params=VARIANTS, ids=lambda name: name.replace(" ", "-"))
+@pytest.fixture(scope="module", params=[*VARIANTS, "demo"], ids=lambda name: name.replace(" ", "-"))
 def exported(request, tmp_path_factory):
-    model_type, changes = VARIANTS[request.param]
-    path = tmp_path_factory.mktemp("checkpoint")
-    model = write_checkpoint(path, model_type, **changes)
+    if request.param == "demo":
+        path = demo_checkpoint()
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    else:
+        model_type, changes = VARIANTS[request.param]
+        path = tmp_path_factory.mktemp("checkpoint")
+        model = write_checkpoint(path, model_type, **changes)
     return model, export(path, tmp_path_factory.mktemp("bundle"))
 
 

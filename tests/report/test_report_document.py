@@ -5,8 +5,8 @@ import pytest
 from pydantic import ValidationError
 
 from glmexport.errors import BundleError, MachineError
-from glmexport.report import document
-from glmexport.report.document import json_schema, read_report, write_report
+from glmexport.report.document import json_schema, read_report
+from glmexport.report.write import write_report
 from glmexport.validation.results import Fidelity, Gate, Verdict, worst
 
 
@@ -90,7 +90,7 @@ def test_a_failed_write_leaves_the_previous_report(report, tmp_path, monkeypatch
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(document.os, "fsync", full)
+    monkeypatch.setattr("glmexport.report.write.os.fsync", full)
     with pytest.raises(MachineError, match="No space left on device"):
         write_report(report.model_copy(update={"limits": ()}), tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

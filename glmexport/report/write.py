@@ -1,0 +1,58 @@
+"""The two files that a report is written to: one for programs, one for people."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from pathlib import Path
+
+from glmexport.errors import MachineError
+from glmexport.report.document import HTML_NAME, JSON_NAME, Report
+from glmexport.report.html import render_html
+
+
+def write_report(report: Report, directory: Path) -> None:
+    """Write ``report.json`` and ``report.html``; a reader never sees half of either.
+
+    Both are rendered and stored before either replaces its predecessor.
+
+    Raises:
+        MachineError: the directory or a file cannot be written.
+    """
+    contents = {
+        HTML_NAME: render_html(report),
+        JSON_NAME: report.model_dump_json(indent=2) + "\n",
+    }
+    stored: dict[Path, Path] = {}
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, content in contents.items():
+            stored[directory / name] = _store(content, directory)
+        for path, temporary in stored.items():
+            temporary.replace(path)
+    except OSError as error:
+        raise MachineError(
+            f"The report cannot be written to {directory}: {error.strerror}.",
+            next_step="Free space or correct the permissions, then validate again.",
+        ) from error
+    finally:
+        for temporary in stored.values():
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+def _store(content: str, directory: Path) -> Path:
+    """``content`` in a new file of ``directory``, on the disk, readable like any other file."""
+    descriptor, name = tempfile.mkstemp(prefix=".report-", suffix=".tmp", dir=directory)
+    temporary = Path(name)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    return temporary

@@ -1,0 +1,97 @@
+"""The embedded demo checkpoint, end to end: what the product claims, on a model that was trained."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from glmexport.calibration import shipped_documents
+from glmexport.compile import BuildOptions, Built, Original, build, jobs_of
+from glmexport.generation import generate
+from glmexport.progress import Silent
+from glmexport.report.document import read_report
+from glmexport.target import HOST, open_target
+from glmexport.validation.results import Verdict
+from glmexport.validation.run import ValidationPlan
+
+#: Less text than a real build takes, so that four builds fit a test run.
+CALIBRATION_TOKENS = 16384
+PLAN = ValidationPlan(positions_per_language=400, prompt_tokens=16, generated_tokens=8, repetitions=1)
+
+
+@pytest.fixture(scope="module")
+def original() -> Original:
+    return Original.open("demo", Silent())
+
+
+@pytest.fixture(scope="module")
+def bundles(original: Original, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Built]:
+    folder = tmp_path_factory.mktemp("bundles")
+    built = {}
+    for name in ("w4g32", "rtn-w4g32", "w4g128", "rtn-w4g128"):
+        (job,) = jobs_of(original, [open_target(HOST)], name, folder / name)
+        if job.recipe.calibration:
+            plan = job.recipe.calibration.model_copy(update={"tokens": CALIBRATION_TOKENS})
+            job = replace(job, recipe=job.recipe.model_copy(update={"calibration": plan}))
+        (built[name],) = build(original, [job], BuildOptions(threads=2, validation=PLAN), Silent())
+    return built
+
+
+@pytest.mark.parametrize("form", ["w4g32", "w4g128"])
+def test_gptq_halves_the_divergence_of_round_to_nearest_in_every_language(bundles: dict[str, Built], form: str) -> None:
+    nearest = {row.language: row.kl_mean_nats for row in bundles[f"rtn-{form}"].report.fidelity.languages}
+    ratios = {row.language: row.kl_mean_nats / nearest[row.language] for row in bundles[form].report.fidelity.languages}
+    assert len(ratios) >= 19
+    assert max(ratios.values()) <= 0.5, ratios
+
+
+def test_the_parts_of_the_divergence_are_told_apart(bundles: dict[str, Built]) -> None:
+    report = bundles["w4g32"].report
+    linears, head, runtime = (share.kl_mean_nats for share in report.shares)
+    assert linears > 10 * abs(head)
+    assert linears > 5 * abs(runtime)
+
+
+def test_default_gates_pass_and_the_report_reads_back(bundles: dict[str, Built]) -> None:
+    built = bundles["w4g32"]
+    # The enough-text gate is about the short plan of this test, not about the bundle.
+    assert all(gate.verdict is Verdict.PASS for gate in built.report.gates if gate.unit != "positions")
+    assert read_report(built.directory / "report.json") == built.report
+    calibration = built.report.calibration
+    assert calibration is not None
+    assert (calibration.overlap.shared_documents, calibration.overlap.shared_lines) == (0, 0)
+
+
+@pytest.mark.parametrize("language", ["zh", "en", "ja", "uk", "sw"])
+def test_genai_and_onnxruntime_generate_the_same_tokens(
+    bundles: dict[str, Built], original: Original, language: str
+) -> None:
+    directory = bundles["w4g32"].directory
+    tokenizer = original.tokenizer
+    (text, *_) = (document.text for document in shipped_documents("evaluation", [language]))
+    prompt = tokenizer.prefix + tokenizer.encode(text)[:24]
+    expected = greedy(directory, prompt, 64)
+    ends = json.loads((directory / "genai_config.json").read_text())["model"]["eos_token_id"]
+    cut = next((index for index, token in enumerate(expected) if token in ends), len(expected))
+    pieces = list(generate(directory, tokenizer, prompt, max_tokens=64, threads=2))
+    assert [piece.token for piece in pieces] == expected[:cut]
+
+
+def greedy(directory: Path, prompt: list[int], steps: int) -> list[int]:
+    """A plain decode loop over model.onnx."""
+    session = onnxruntime.InferenceSession(directory / "model.onnx", providers=["CPUExecutionProvider"])
+    caches = [value for value in session.get_inputs() if value.name.startswith("past")]
+    past = [np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32) for value in caches]
+    ids, length, tokens = np.array([prompt]), len(prompt), []
+    for _ in range(steps):
+        feeds = {"input_ids": ids, "attention_mask": np.ones((1, length), np.int64)}
+        feeds |= {value.name: cache for value, cache in zip(caches, past, strict=True)}
+        logits, *past = session.run(None, feeds)
+        tokens.append(int(logits[0, -1].argmax()))
+        ids, length = np.array([[tokens[-1]]]), length + 1
+    return tokens
