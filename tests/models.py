@@ -65,4 +65,4 @@ def write_checkpoint(directory: Path, model_type: str = "glm4", seed: int = 0, *
                 parameter.copy_((torch.randn_like(parameter) * 0.3).bfloat16().float())
     # Loaded anew in fp32: casting the model back would leave its rotary frequencies rounded to bf16.
     model.bfloat16().save_pretrained(directory)
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval().requires_grad_(False)
