@@ -59,13 +59,18 @@ def shipped_documents(split: Split, languages: Iterable[str] | None = None) -> l
     documents = []
     for entry in read_toml(folder / "corpora.toml", _Corpora).corpus:
         if entry.split == split and (wanted is None or entry.language in wanted):
-            content = (folder / entry.file).read_bytes()
+            try:
+                content = (folder / entry.file).read_bytes()
+            except OSError as error:
+                raise DefinitionError(
+                    f"{folder / entry.file} cannot be read: {error.strerror}.", next_step="Install glmexport again."
+                ) from error
             if hashlib.sha256(content).hexdigest() != entry.sha256:
                 raise DefinitionError(
                     f"{folder / entry.file} is not the file that corpora.toml describes (its sha256 differs).",
                     next_step="Install glmexport again, or update corpora.toml if the change is yours.",
                 )
-            for line in content.decode("utf-8").splitlines():
+            for line in content.decode("utf-8").rstrip("\n").split("\n"):
                 record = json.loads(line)
                 documents.append(Document(record["id"], entry.language, record["text"]))
     return documents
@@ -95,7 +100,8 @@ def user_documents(paths: Sequence[Path], tokenizer: Tokenizer) -> list[Document
         if path.suffix == ".txt":
             documents.append(Document(path.name, USER, content))
         elif path.suffix == ".jsonl":
-            for number, line in enumerate(content.splitlines(), start=1):
+            # Not splitlines: strings in JSON may hold the other separators that it splits at.
+            for number, line in enumerate(content.split("\n"), start=1):
                 if line.strip():
                     documents.append(
                         Document(f"{path.name}:{number}", USER, _record_text(path, number, line, tokenizer))
@@ -119,8 +125,9 @@ def _record_text(path: Path, number: int, line: str, tokenizer: Tokenizer) -> st
         raise problem from error
     if isinstance(record, dict) and isinstance(record.get("text"), str):
         return str(record["text"])
-    if isinstance(record, dict) and isinstance(record.get("messages"), list):
-        return tokenizer.render(record["messages"])
+    messages = record.get("messages") if isinstance(record, dict) else None
+    if isinstance(messages, list) and all(isinstance(message, dict) for message in messages):
+        return tokenizer.render(messages)
     raise problem
 
 

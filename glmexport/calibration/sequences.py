@@ -91,18 +91,21 @@ def pack(
 def _pack_language(texts: Sequence[str], tokenizer: Tokenizer, length: int, wanted: int) -> list[list[int]]:
     prefix = tokenizer.prefix
     sequences: list[list[int]] = []
-    current: list[int] = []
+    current = list(prefix)
     for text in texts:
-        pending = prefix + tokenizer.encode(text)
-        while pending:
-            if not current and pending[: len(prefix)] != prefix:
-                current = list(prefix)
-            room = length - len(current)
-            current += pending[:room]
-            pending = pending[room:]
-            if len(current) == length:
-                sequences.append(current)
-                current = []
+        ids = tokenizer.encode(text)
+        # A rendered conversation brings the prefix along.
+        rest = ids[len(prefix) :] if ids[: len(prefix)] == prefix else ids
+        if rest and current != prefix:
+            current += prefix
+        while rest:
+            room = max(0, length - len(current))
+            current += rest[:room]
+            rest = rest[room:]
+            if len(current) >= length:
+                # A prefix that did not fit is cut off here and begins the next sequence whole.
+                sequences.append(current[:length])
                 if len(sequences) == wanted:
                     return sequences
+                current = list(prefix)
     return sequences

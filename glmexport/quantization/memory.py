@@ -42,7 +42,8 @@ def plan_memory(architecture: Architecture, recipe: Recipe, limit_bytes: int | N
             raise MachineError(
                 f"Quantizing {architecture.family} needs at least {peak / 2**30:.1f} GiB of memory, and the limit is "
                 f"{limit_bytes / 2**30:.1f} GiB.",
-                next_step="Raise --max-memory, or take a recipe without calibration (rtn-w4g32).",
+                next_step="Raise --max-memory."
+                + (" A recipe without calibration (rtn-w4g32) needs less." if recipe.needs_calibration else ""),
             )
         batch, chunk = max(512, batch // 2), max(1 << 22, chunk // 2)
 

@@ -77,6 +77,6 @@ def _refit(rounded: Rounded, gradient: Tensor, inner: Tensor, group: int, bounds
     candidate = stored_scale(scale + slope / curvature)
     step = candidate - scale
     # The change of the objective is step^2 curvature - 2 step slope.
-    step = torch.where(step * (step * curvature - 2 * slope) < 0, step, 0.0)
-    rounded.scales[group] = scale + step
-    rounded.error[start:stop] -= centred * step
+    better = step * (step * curvature - 2 * slope) < 0
+    rounded.scales[group] = torch.where(better, candidate, scale)
+    rounded.error[start:stop] -= centred * torch.where(better, step, 0.0)

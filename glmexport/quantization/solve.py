@@ -139,11 +139,16 @@ def _sweep(sweep: Sweep, factor: Factor, order: ColumnOrder, form: Format, solve
     """
     for group, (start, stop) in enumerate(order.bounds):
         upper, conditional = factor.columns(start, stop)
-        compensated = torch.addmm(sweep.weights[start:stop], upper[:start].T, sweep.error[:start])
+        incoming = upper[:start].T @ sweep.error[:start]
+        compensated = sweep.weights[start:stop] + incoming
+        # Moving a column moves the later ones of its group too, rounded or not: solved for all of them at once.
+        entering = sweep.weights[start:stop] + torch.linalg.solve_triangular(
+            upper[start:stop].T, incoming, upper=False, unitriangular=True
+        )
         if solver.scale_search:
-            scale, zero_point = searched_grid(compensated, conditional, form)
+            scale, zero_point = searched_grid(entering, conditional, form)
         else:
-            scale, zero_point = minmax_grid(compensated, form)
+            scale, zero_point = minmax_grid(entering, form)
         error = sweep.error[start:stop]
         for column in range(stop - start):
             goal = compensated[column]

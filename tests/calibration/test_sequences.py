@@ -1,0 +1,157 @@
+"""Packing: sequences of one length, each led in by the prefix once, every language at its quota."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from glmexport.calibration import USER, CalibrationSet, Document, pack, shipped_documents
+from glmexport.checkpoint import Tokenizer
+from glmexport.errors import InputError
+from glmexport.recipe import CalibrationPlan, open_recipe
+
+LENGTH = 64
+
+
+def plan(tokens: int = 1024, **quota: float) -> CalibrationPlan:
+    return CalibrationPlan(tokens=tokens, sequence_length=LENGTH, quota=quota or {"en": 1})
+
+
+def letters(*sizes: int, language: str = "en") -> list[Document]:
+    """Documents of so many tokens each, no letter twice in a row."""
+    alphabet = "abcdefghijklmnopqrstuvwxyz"
+    return [
+        Document(str(number), language, "".join(alphabet[(number + at) % 26] for at in range(size)))
+        for number, size in enumerate(sizes)
+    ]
+
+
+def unpacked(found: CalibrationSet, prefix: list[int]) -> list[int]:
+    """All tokens but those of prefixes, in order."""
+    return [token for token in found.ids.flatten().tolist() if token not in prefix]
+
+
+def test_the_tokenizer_has_glm_s_prefix(tokenizer: Tokenizer) -> None:
+    assert tokenizer.prefix == [tokenizer.special_tokens["[gMASK]"], tokenizer.special_tokens["<sop>"]]
+
+
+def test_sequences_by_hand(tokenizer: Tokenizer) -> None:
+    """80 tokens: 62 behind the first prefix, 18 behind the second, and 42 of the next behind a third."""
+    texts = letters(80, 3000)
+    found = pack(texts, tokenizer, plan(), 4096)
+    one, two = (tokenizer.encode(document.text) for document in texts)
+    prefix = tokenizer.prefix
+    assert found.ids[0].tolist() == prefix + one[:62]
+    assert found.ids[1].tolist() == prefix + one[62:] + prefix + two[:42]
+    assert found.ids[2].tolist() == prefix + two[42:104]
+    assert found.ids.shape == (16, LENGTH) and found.ids.dtype == torch.int64
+    assert found.prefix == 2
+    assert found.tokens == 16 * 62
+
+
+@given(sizes=st.lists(st.integers(0, 200), min_size=1, max_size=40))
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_sequences_of_any_documents(tokenizer: Tokenizer, sizes: list[int]) -> None:
+    documents = letters(*sizes, 800)
+    found = pack(documents, tokenizer, plan(), 4096)
+    prefix = tokenizer.prefix
+    assert all(sequence[: len(prefix)] == prefix for sequence in found.ids.tolist())
+    # No text is lost, repeated or padded out.
+    text = [token for document in documents for token in tokenizer.encode(document.text)]
+    packed = unpacked(found, prefix)
+    assert packed == text[: len(packed)]
+
+
+@given(sizes=st.lists(st.integers(1, 70), min_size=16, max_size=40))
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_prefix_is_never_cut_in_two(tokenizer: Tokenizer, sizes: list[int]) -> None:
+    """A second half of it at the head of a sequence would be an input that no model ever sees."""
+    found = pack(letters(*sizes, 800), tokenizer, plan(), 4096)
+    mask, sop = tokenizer.prefix
+    for sequence in found.ids.tolist():
+        assert all((one == mask) == (two == sop) for one, two in pairwise(sequence))
+
+
+def test_a_document_that_begins_with_the_last_position(tokenizer: Tokenizer) -> None:
+    """The one above in its smallest form: 61 tokens leave one position, too few for a prefix."""
+    texts = letters(61, 3000)
+    found = pack(texts, tokenizer, plan(), 4096)
+    mask, sop = tokenizer.prefix
+    assert found.ids[1].tolist()[:3] == [mask, sop, tokenizer.encode(texts[1].text)[0]]
+
+
+def test_a_rendered_conversation_is_led_in_once(tokenizer: Tokenizer) -> None:
+    """The chat template writes the prefix itself."""
+    text = tokenizer.render([{"role": "user", "content": "hello " * 400}])
+    found = pack([Document("chat", "en", text)], tokenizer, plan(), 4096)
+    assert tokenizer.encode(text)[:2] == tokenizer.prefix
+    assert found.ids[0].tolist() == tokenizer.encode(text)[:LENGTH]
+
+
+def test_a_sequence_is_no_longer_than_the_context(tokenizer: Tokenizer) -> None:
+    assert pack(letters(3000), tokenizer, plan(), 40).ids.shape == (26, 40)
+
+
+@pytest.mark.parametrize("quota", [{"zh": 1, "en": 1}, {"en": 6, "zh": 3, "fr": 1}, {"fr": 0.1, "zh": 0.2}])
+def test_every_language_has_its_share(tokenizer: Tokenizer, quota: dict[str, float]) -> None:
+    documents = shipped_documents("calibration", quota)
+    found = pack(documents, tokenizer, plan(8192, **quota), 4096)
+    assert list(found.tokens_per_language) == list(quota)
+    for language, share in quota.items():
+        wanted = 8192 * share / sum(quota.values()) / LENGTH
+        assert abs(found.languages.count(language) - wanted) <= 1
+    assert len(found.languages) == len(found.ids)
+    assert abs(len(found.ids) - 8192 / LENGTH) <= 1
+
+
+def test_shares_of_absent_languages_go_to_the_others(tokenizer: Tokenizer) -> None:
+    """Text of the user's is named in every recipe and seldom given."""
+    found = pack(letters(9000), tokenizer, plan(4096, en=1, user=3), 4096)
+    assert found.tokens_per_language == {"en": 64 * 62}
+    both = [*letters(9000), *letters(9000, language=USER)]
+    found = pack(both, tokenizer, plan(4096, en=1, user=3), 4096)
+    assert found.tokens_per_language == {"en": 16 * 62, USER: 48 * 62}
+
+
+def test_the_shipped_text_fills_a_shipped_plan(tokenizer: Tokenizer) -> None:
+    shipped_plan = open_recipe("w4g32").calibration
+    assert shipped_plan is not None
+    found = pack(shipped_documents("calibration"), tokenizer, shipped_plan, 8192)
+    assert set(found.languages) == set(shipped_plan.quota) - {USER}
+    assert found.ids.shape[1] == shipped_plan.sequence_length
+    assert found.ids.numel() > 0.9 * shipped_plan.tokens
+
+
+@pytest.mark.parametrize("sizes", [(), (10,), (200,)])
+def test_too_little_text_is_refused(tokenizer: Tokenizer, sizes: tuple[int, ...]) -> None:
+    with pytest.raises(InputError, match=r"too small: \d+ tokens in whole sequences of 64, of 1024") as refused:
+        pack(letters(*sizes), tokenizer, plan(), 4096)
+    assert "--calibration" in refused.value.next_step
+
+
+def test_a_quarter_of_the_plan_is_enough(tokenizer: Tokenizer) -> None:
+    assert len(pack(letters(4 * 62), tokenizer, plan(), 4096).ids) == 4
+
+
+def test_weights_sum_to_one_and_lift_the_languages_with_little_text(tokenizer: Tokenizer) -> None:
+    documents = [*letters(9000), *letters(9000, language="zh")]
+    found = pack(documents, tokenizer, plan(1280, en=4, zh=1), 4096)
+    weights = found.weights()
+    assert weights.shape == (20,)
+    assert float(weights.double().sum() * 62) == pytest.approx(1, rel=1e-6)
+    shares = {
+        language: float(weights[[index for index, name in enumerate(found.languages) if name == language]].sum() * 62)
+        for language in ("en", "zh")
+    }
+    # Four times the text has twice the say.
+    assert shares["en"] == pytest.approx(2 * shares["zh"], rel=1e-6)
+
+
+def test_the_digest_is_that_of_the_ids(tokenizer: Tokenizer) -> None:
+    first, same, other = (pack(letters(size, 2000), tokenizer, plan(), 4096) for size in (90, 90, 91))
+    assert first.digest() == same.digest() != other.digest()
+    assert first.digest().startswith("sha256:")

@@ -1,0 +1,365 @@
+"""The walk over a tiny model with random weights: everything committed, resumable, measured on what is quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import write_checkpoint
+from torch import Tensor
+
+from glmexport.architecture import Architecture, Reference, describe
+from glmexport.calibration import CalibrationSet, pack, shipped_documents
+from glmexport.checkpoint import Checkpoint, Tokenizer
+from glmexport.errors import MachineError
+from glmexport.progress import Silent
+from glmexport.quantization import (
+    EMBEDDING,
+    HEAD,
+    MemoryPlan,
+    Problem,
+    Walk,
+    WorkDirectory,
+    block_step,
+    plan_memory,
+    round_to_nearest,
+    sha256,
+)
+from glmexport.quantization.weights import Weights
+from glmexport.recipe import CalibrationPlan, Format, Recipe, Solver
+
+W4G32, W8G32 = Format(bits=4, group_size=32), Format(bits=8, group_size=32)
+RECIPE = Recipe(
+    name="tiny",
+    summary="",
+    linears=W4G32,
+    lm_head=W8G32,
+    embedding=W8G32,
+    solver=Solver(polish_rounds=1),
+    calibration=CalibrationPlan(tokens=2048, sequence_length=64, quota={"zh": 1, "en": 1}),
+)
+NEAREST = Recipe(
+    name="nearest",
+    summary="",
+    linears=W4G32,
+    lm_head=W8G32,
+    embedding=W8G32,
+    solver=Solver(method="round-to-nearest", scale_search=False),
+)
+#: Small batches, so that every matrix and every stream is cut into several.
+MEMORY = MemoryPlan(batch_tokens=7 * 64, chunk_weights=160 * 64, peak_bytes=0)
+TINY = {
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+
+
+class Model:
+    """A checkpoint, what it describes, and calibration sequences for it."""
+
+    def __init__(self, path: Path, **changes: Any) -> None:
+        write_checkpoint(path, **TINY, **changes)
+        self.checkpoint = Checkpoint.open(path)
+        self.architecture: Architecture = describe(self.checkpoint)
+        documents = shipped_documents("calibration", ["zh", "en"])
+        assert RECIPE.calibration is not None
+        self.calibration = pack(documents, Tokenizer.open(path), RECIPE.calibration, self.architecture.context_length)
+
+    def walk(self, directory: Path, recipe: Recipe = RECIPE, progress: Silent | None = None) -> Walk:
+        calibration: CalibrationSet | None = self.calibration if recipe.needs_calibration else None
+        work = WorkDirectory(directory, {"recipe": recipe.digest()})
+        return Walk(self.checkpoint, self.architecture, recipe, calibration, work, MEMORY, progress or Silent())
+
+    def matrices(self) -> set[str]:
+        return {self.architecture.embedding} | {linear.weight for _, linear in self.architecture.linears}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return Model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def walked(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Walk:
+    walk = model.walk(tmp_path_factory.mktemp("walked"))
+    walk.run()
+    return walk
+
+
+def digests(walk: Walk) -> dict[str, str]:
+    """Of every file that is not a note of how long it took."""
+    return {path.name: sha256(path) for path in walk.work.path.iterdir() if path.suffix != ".json"}
+
+
+def test_every_matrix_is_committed(model: Model, walked: Walk) -> None:
+    assert walked.steps == [EMBEDDING, "block_000", "block_001", HEAD]
+    assert block_step(1) == "block_001"
+    committed = {key: form for step in walked.steps for key, form in walked.work.formats(step).items()}
+    assert set(committed) == model.matrices()
+    head, embedding = model.architecture.lm_head.weight, model.architecture.embedding
+    assert all(form == (W8G32 if key in (head, embedding) else W4G32) for key, form in committed.items())
+    # No activations and nothing half-written is left once the walk is through.
+    assert sorted(digests(walked)) == sorted(f"{step}.safetensors" for step in walked.steps)
+
+
+def test_what_the_walk_says_about_each_matrix(model: Model, walked: Walk) -> None:
+    records, seconds = walked.records()
+    assert seconds > 0
+    assert [record.key for record in records] == [
+        model.architecture.embedding,
+        *(linear.weight for _, linear in model.architecture.linears),
+    ]
+    for record in records[1:]:
+        assert record.fallback is None and record.dead_columns == 0
+        assert record.damping == RECIPE.solver.damping
+        assert record.relative_error is not None and record.round_to_nearest_error is not None
+        assert 0 < record.relative_error < record.round_to_nearest_error < 0.1
+    qkv = next(record for record in records if record.part == "qkv")
+    assert qkv.effective_tokens_per_column == model.calibration.tokens / model.architecture.hidden_size
+    assert records[0].relative_error is None
+
+
+def test_committed_matrices_are_near_the_checkpoint_s(model: Model, walked: Walk) -> None:
+    weights = Weights(model.checkpoint, model.architecture, walked.work, walked.steps)
+    for key in model.matrices():
+        original, quantized = model.checkpoint.read(key), weights.quantized(key).dequantize()
+        form = weights.form(key)
+        assert form is not None
+        assert (original - quantized).norm() < (0.2 if form.bits == 4 else 0.02) * original.norm()
+
+
+def test_the_embedding_is_rounded_to_nearest(model: Model, walked: Walk) -> None:
+    key = model.architecture.embedding
+    expected = round_to_nearest(model.checkpoint.read(key), W8G32)
+    assert torch.equal(walked.work.linear(EMBEDDING, key).dequantize(), expected.dequantize())
+
+
+@pytest.mark.parametrize("killed_after", [0, 1, 2, 3, 4])
+def test_a_killed_walk_ends_where_an_uninterrupted_one_does(
+    model: Model, walked: Walk, tmp_path: Path, killed_after: int
+) -> None:
+    first = model.walk(tmp_path)
+    for index in range(killed_after):
+        first._step(index)
+    # What the kill interrupted: files of the next step that no record names.
+    for name in ("block_001.partial", "block_001.activations.partial", "head.json.partial"):
+        (tmp_path / name).write_bytes(b"half a fi")
+    progress = Silent()
+    second = model.walk(tmp_path, progress=progress)
+    again: list[int] = []
+    step = second._step
+    second._step = lambda index: (again.append(index), step(index))  # type: ignore[method-assign, assignment]
+    second.run()
+    assert again == list(range(killed_after, 4))
+    assert bool(progress.remarks) == (killed_after > 0)
+    found = {name: digest for name, digest in digests(second).items() if not name.endswith(".partial")}
+    assert found == digests(walked)
+
+
+def test_a_kill_inside_a_step(model: Model, walked: Walk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the second block's outputs are being written: its weights are there, and its record is not."""
+    walk = model.walk(tmp_path)
+    advance = walk._advance
+
+    def interrupted(*arguments: Any) -> Iterator[Tensor]:
+        outputs = advance(*arguments)
+        if arguments[0].index == 1:
+            yield next(outputs)
+            raise KeyboardInterrupt
+        yield from outputs
+
+    monkeypatch.setattr(walk, "_advance", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        walk.run()
+    assert (tmp_path / "block_001.safetensors").is_file()
+    assert walk.work.record("block_001") is None
+    second = model.walk(tmp_path)
+    second.run()
+    assert digests(second) == digests(walked)
+
+
+def test_a_kill_between_a_commit_and_the_clean_up(model: Model, walked: Walk, tmp_path: Path) -> None:
+    walk = model.walk(tmp_path)
+    walk.work.drop_activations = lambda _step: None  # type: ignore[method-assign]
+    walk._step(0)
+    walk._step(1)
+    second = model.walk(tmp_path)
+    second.run()
+    found = digests(second)
+    assert {name: digest for name, digest in found.items() if name in digests(walked)} == digests(walked)
+
+
+def test_a_damaged_block_is_done_again(model: Model, walked: Walk, tmp_path: Path) -> None:
+    """Its inputs are long gone, so the walk goes back as far as it must."""
+    walk = model.walk(tmp_path)
+    walk.run()
+    path = tmp_path / "block_001.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    second = model.walk(tmp_path)
+    second.run()
+    assert digests(second) == digests(walked)
+
+
+def test_hessians_are_measured_behind_what_is_already_quantized(
+    model: Model, walked: Walk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[Tensor] = []
+    of = Problem.of
+
+    def recorded(hessian: Tensor, *arguments: Any, **named: Any) -> Problem:
+        # A copy: what becomes of the walk's own is its business.
+        measured.append(hessian.clone())
+        return of(hessian, *arguments, **named)
+
+    monkeypatch.setattr("glmexport.quantization.walk.Problem.of", recorded)
+    model.walk(tmp_path).run()
+    monkeypatch.undo()
+
+    expected = {quantized: naive_hessians(model, walked, quantized) for quantized in (True, False)}
+    taps = [tap for layer in model.architecture.layers for tap in layer.taps]
+    assert len(measured) == len(taps) + 1
+    for index, found in enumerate(measured):
+        behind, untouched = (expected[quantized][index] for quantized in (True, False))
+        assert (found - behind).norm() < 1e-4 * behind.norm()
+        assert (found - untouched).norm() > 1e-3 * untouched.norm()
+
+
+def naive_hessians(model: Model, walked: Walk, quantized: bool) -> list[Tensor]:
+    """Of every tap and the lm_head, in double precision, all sequences at once."""
+    reference = Reference(model.checkpoint, model.architecture)
+    calibration = model.calibration
+    positions = reference.position_embeddings(calibration.ids.shape[1])
+    tables: dict[str, Tensor] = {}
+    if quantized:
+        for step in walked.steps:
+            tables |= {key: walked.work.linear(step, key).dequantize() for key in walked.work.formats(step)}
+
+    def mean(inputs: Tensor) -> Tensor:
+        counted = inputs[:, calibration.prefix :].double()
+        weighted = counted * calibration.weights().double()[:, None, None]
+        return torch.einsum("spi,spj->ij", weighted, counted)
+
+    key = model.architecture.embedding
+    hidden = tables.get(key, model.checkpoint.read(key))[calibration.ids]
+    hessians = []
+    for layer in model.architecture.layers:
+        block = reference.block(layer, tables.get)
+        hessians += [mean(block.tap(tap, hidden, positions)) for tap in layer.taps]
+        hidden = block.forward(hidden, positions)
+    return [*hessians, mean(reference.final_norm(hidden))]
+
+
+def test_the_next_block_reads_the_quantized_block_s_outputs(model: Model, tmp_path: Path) -> None:
+    walk = model.walk(tmp_path)
+    walk._step(0)
+    walk._step(1)
+    shape = (*model.calibration.ids.shape, model.architecture.hidden_size)
+    found = walk.work.activations("block_000", shape).read(0, shape[0])
+    reference = Reference(model.checkpoint, model.architecture)
+    key = model.architecture.embedding
+    hidden = walk.work.linear(EMBEDDING, key).dequantize()[model.calibration.ids]
+    tables = {key: walk.work.linear("block_000", key).dequantize() for key in walk.work.formats("block_000")}
+    layer = model.architecture.layers[0]
+    expected = reference.block(layer, tables.get).forward(hidden, reference.position_embeddings(shape[1]))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert not (tmp_path / "embedding.activations").exists()
+
+
+def test_round_to_nearest_needs_no_calibration(model: Model, tmp_path: Path) -> None:
+    assert not NEAREST.needs_calibration
+    walk = model.walk(tmp_path, NEAREST)
+    assert walk.reference is None
+    walk.run()
+    weights = Weights(model.checkpoint, model.architecture, walk.work, walk.steps)
+    for key in model.matrices():
+        form = weights.form(key)
+        assert form is not None
+        expected = round_to_nearest(model.checkpoint.read(key), form)
+        assert torch.equal(weights.quantized(key).dequantize(), expected.dequantize())
+    records, _ = walk.records()
+    assert all(record.relative_error is None and record.fallback is None for record in records)
+    assert not list(tmp_path.glob("*.activations"))
+
+
+def test_a_round_to_nearest_walk_resumes(model: Model, tmp_path: Path) -> None:
+    model.walk(tmp_path / "whole", NEAREST).run()
+    walk = model.walk(tmp_path / "killed", NEAREST)
+    walk._step(0)
+    walk._step(1)
+    second = model.walk(tmp_path / "killed", NEAREST)
+    assert second._resume_at() == 2
+    second.run()
+    assert digests(second) == digests(model.walk(tmp_path / "whole", NEAREST))
+
+
+def test_parts_without_a_format_stay_in_full_precision(model: Model, tmp_path: Path) -> None:
+    recipe = RECIPE.model_copy(update={"lm_head": None, "embedding": None})
+    walk = model.walk(tmp_path, recipe)
+    walk.run()
+    weights = Weights(model.checkpoint, model.architecture, walk.work, walk.steps)
+    assert weights.form(model.architecture.embedding) is None
+    assert weights.form(model.architecture.lm_head.weight) is None
+    assert weights.form(model.architecture.layers[1].mlp.down.weight) == W4G32
+
+
+def test_a_tied_head_is_the_embedding(tmp_path: Path) -> None:
+    model = Model(tmp_path / "model", tie_word_embeddings=True)
+    assert model.architecture.lm_head.weight == model.architecture.embedding
+    walk = model.walk(tmp_path / "walk")
+    walk.run()
+    assert walk.work.formats(HEAD) == {}
+    assert list(walk.work.formats(EMBEDDING)) == [model.architecture.embedding]
+
+
+def test_a_fallback_is_remarked_and_recorded(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    of = Problem.of
+
+    def broken(hessian: Tensor, *arguments: Any, **named: Any) -> Problem:
+        hessian[3, 3] = torch.nan
+        return of(hessian, *arguments, **named)
+
+    monkeypatch.setattr("glmexport.quantization.walk.Problem.of", broken)
+    progress = Silent()
+    walk = model.walk(tmp_path, progress=progress)
+    walk.run()
+    count = sum(1 for _ in model.architecture.linears)
+    assert len(progress.remarks) == count and "could not be factored" in progress.remarks[0]
+    records, _ = walk.records()
+    assert all(record.fallback and record.relative_error is None for record in records[1:])
+
+
+Planner = Callable[[int | None], MemoryPlan]
+
+
+@pytest.fixture(params=[RECIPE, NEAREST], ids=lambda recipe: recipe.name)
+def planner(request: pytest.FixtureRequest, model: Model) -> Planner:
+    return lambda limit: plan_memory(model.architecture, request.param, limit)
+
+
+def test_batches_shrink_to_fit_the_limit(planner: Planner) -> None:
+    plan = planner(None)
+    assert planner(plan.peak_bytes) == plan
+    smaller = planner(plan.peak_bytes - 1)
+    assert smaller.peak_bytes < plan.peak_bytes
+    assert smaller.batch_tokens < plan.batch_tokens and smaller.chunk_weights < plan.chunk_weights
+
+
+def test_a_limit_that_cannot_be_kept_is_refused_by_name(planner: Planner) -> None:
+    with pytest.raises(MachineError, match=r"the limit is 0\.2 GiB") as refused:
+        planner(200 << 20)
+    assert "--max-memory" in str(refused.value)
+    smallest = planner(None)
+    while True:
+        try:
+            smallest = planner(smallest.peak_bytes - 1)
+        except MachineError:
+            break
+    assert (smallest.batch_tokens, smallest.chunk_weights) == (512, 1 << 22)
