@@ -16,7 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from glmexport.cli.console import Terminal
-from glmexport.compile import BuildOptions, Original, build, jobs_of
+from glmexport.compile import BuildOptions, build
+from glmexport.job import Original, jobs_of
 from glmexport.recipe import Recipe
 from glmexport.report.document import Report
 from glmexport.target import HOST, open_target

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from glmexport import __version__
-from glmexport.architecture import Architecture, Reference, describe
+from glmexport.architecture import Reference
 from glmexport.bundle import CalibrationSource, Manifest, Source, read_manifest, verify_files, write_bundle
 from glmexport.calibration import (
     USER,
@@ -22,53 +22,17 @@ from glmexport.calibration import (
     shipped_documents,
     user_documents,
 )
-from glmexport.checkpoint import Checkpoint, Tokenizer
-from glmexport.errors import BundleError, InputError, MachineError
-from glmexport.estimate import estimate
+from glmexport.errors import BundleError, InputError
+from glmexport.job import Job, Original, refuse_existing, refuse_formats, require_space
 from glmexport.progress import Progress
 from glmexport.quantization import MemoryPlan, Walk, WorkDirectory, plan_memory
 from glmexport.quantization.weights import Weights
-from glmexport.recipe import Recipe, open_recipe
+from glmexport.recipe import Recipe
 from glmexport.report.assemble import BuildCost, assemble
 from glmexport.report.document import Report
 from glmexport.report.write import write_report
-from glmexport.target import Target
 from glmexport.validation.machine import peak_memory
 from glmexport.validation.run import ValidationPlan, validate
-
-
-@dataclass(frozen=True)
-class Original:
-    """An opened checkpoint, what it describes, its tokenizer, and the tensors that are left out and why."""
-
-    checkpoint: Checkpoint
-    architecture: Architecture
-    tokenizer: Tokenizer
-    unused: dict[str, str]
-
-    @classmethod
-    def open(cls, source: str, progress: Progress) -> Original:
-        """Open and check; no weight is read."""
-        checkpoint = Checkpoint.open(source, progress)
-        architecture = describe(checkpoint)
-        unused = dict(architecture.account(checkpoint))
-        tokenizer = Tokenizer.open(checkpoint.path)
-        if tokenizer.vocabulary_size > architecture.vocabulary_size:
-            raise InputError(
-                f"{checkpoint.name}: the tokenizer has {tokenizer.vocabulary_size} tokens and the model "
-                f"{architecture.vocabulary_size}.",
-                next_step="Use the tokenizer files that belong to these weights.",
-            )
-        return cls(checkpoint, architecture, tokenizer, unused)
-
-
-@dataclass(frozen=True)
-class Job:
-    """One target of a build."""
-
-    target: Target
-    recipe: Recipe
-    directory: Path
 
 
 @dataclass(frozen=True)
@@ -92,27 +56,6 @@ class Built:
     report: Report
 
 
-def jobs_of(original: Original, targets: Sequence[Target], recipe: str | None, output: Path | None) -> list[Job]:
-    """One job a target: its recipe (the target's default, if none is named) and the directory it ends in."""
-    jobs = []
-    name = original.checkpoint.name.replace("/", "--")
-    for target in targets:
-        chosen = open_recipe(recipe or target.weights.default_recipe)
-        own = Path("bundles") / f"{name}-{chosen.name}-{target.name}"
-        jobs.append(
-            Job(
-                target,
-                chosen,
-                own if output is None else output if len(targets) == 1 else output / target.name,
-            )
-        )
-    names = [target.name for target in targets]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise InputError(f"Two targets are called {twice!r}.", next_step="Name it once, or rename one of the files.")
-    return jobs
-
-
 def build(original: Original, jobs: Sequence[Job], options: BuildOptions, progress: Progress) -> list[Built]:
     """Build, validate and put in place every job's bundle. Jobs of one recipe share one quantization.
 
@@ -122,7 +65,8 @@ def build(original: Original, jobs: Sequence[Job], options: BuildOptions, progre
     """
     torch.set_num_threads(options.threads)
     for job in jobs:
-        _refuse_existing(job.directory, options.force)
+        refuse_formats(original, job)
+        refuse_existing(job.directory, options.force)
     prepared = []
     for recipe in {job.recipe.digest(): job.recipe for job in jobs}.values():
         same = [job for job in jobs if job.recipe.digest() == recipe.digest()]
@@ -135,19 +79,33 @@ def build(original: Original, jobs: Sequence[Job], options: BuildOptions, progre
         )
         prepared.append((recipe, same, memory, documents, calibration))
     for recipe, same, *_ in prepared:
-        _require_space(original, recipe, same[0].directory.parent)
-    built = []
+        require_space(original, recipe, same[0].directory.parent)
+    built: list[Built] = []
     works: list[WorkDirectory] = []
-    for recipe, same, memory, documents, calibration in prepared:
-        work = _work_directory(original, recipe, calibration, memory, options, same[0].directory.parent, progress)
-        works.append(work)
-        walk = Walk(original.checkpoint, original.architecture, recipe, calibration, work, memory, progress)
-        walk.run()
-        for job in same:
-            built.append(_finish(original, job, walk, calibration, documents, options, progress))
+    try:
+        for recipe, same, memory, documents, calibration in prepared:
+            parent = same[0].directory.parent
+            work = _work_directory(original, recipe, calibration, memory, options, parent, progress)
+            works.append(work)
+            walk = Walk(original.checkpoint, original.architecture, recipe, calibration, work, memory, progress)
+            walk.run()
+            for job in same:
+                built.append(_finish(original, job, walk, calibration, documents, options, progress))
+        for bundle in built:
+            refuse_existing(bundle.directory, options.force)
+            _put_in_place(_partial(bundle.directory), bundle.directory)
+    except BaseException:
+        for job in jobs:
+            shutil.rmtree(_partial(job.directory), ignore_errors=True)
+        raise
     for work in works:
         shutil.rmtree(work.path)
     return built
+
+
+def _partial(directory: Path) -> Path:
+    """Where a bundle is until every bundle of its build is done; a build that fails leaves nothing there."""
+    return directory.with_name(f".{directory.name}.partial")
 
 
 def validate_bundle(directory: Path, original: Original, options: BuildOptions, progress: Progress) -> Built:
@@ -178,19 +136,13 @@ def _finish(
     options: BuildOptions,
     progress: Progress,
 ) -> Built:
-    """Write the bundle beside its place, validate it there, and rename it; whatever fails leaves nothing behind."""
-    partial = job.directory.with_name(f".{job.directory.name}.partial")
+    """Write the bundle beside its place and validate it there."""
+    partial = _partial(job.directory)
     if partial.exists():
         shutil.rmtree(partial)
-    try:
-        manifest = _write(partial, original, job, walk, calibration, documents, progress)
-        cost = BuildCost(walk.records()[1], peak_memory())
-        report = _validated(partial, job.directory, manifest, original, options, progress, cost)
-        _refuse_existing(job.directory, options.force)
-        _put_in_place(partial, job.directory)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    manifest = _write(partial, original, job, walk, calibration, documents, progress)
+    cost = BuildCost(walk.records()[1], peak_memory())
+    report = _validated(partial, job.directory, manifest, original, options, progress, cost)
     return Built(job.directory, manifest, report)
 
 
@@ -266,6 +218,11 @@ def _calibration_documents(original: Original, recipe: Recipe, options: BuildOpt
             )
         return []
     own = user_documents(options.calibration, original.tokenizer)
+    if own and USER not in recipe.calibration.quota:
+        raise InputError(
+            f"The recipe {recipe.name} has no share for text of yours, but --calibration gives some.",
+            next_step=f"Add '{USER} = 40' to [calibration.quota] of the recipe.",
+        )
     return [*shipped_documents("calibration", set(recipe.calibration.quota) - {USER}), *own]
 
 
@@ -320,42 +277,6 @@ def _work_directory(
         "batch": [memory.batch_tokens, memory.chunk_weights],
     }
     return WorkDirectory.for_job(parent, job)
-
-
-def _refuse_existing(directory: Path, force: bool) -> None:
-    if directory.exists() and not force:
-        raise InputError(
-            f"{directory} exists.", next_step="Choose another directory with -o, or replace it with --force."
-        )
-    if directory.exists() and not (
-        directory.is_dir() and ((directory / "bundle.json").is_file() or not any(directory.iterdir()))
-    ):
-        raise InputError(
-            f"{directory} exists and is not a bundle, so --force does not replace it.",
-            next_step="Choose another directory with -o.",
-        )
-
-
-def _require_space(original: Original, recipe: Recipe, parent: Path) -> None:
-    """The bundle, the committed blocks, and two blocks' activations must fit beside each other."""
-    architecture = original.architecture
-    tokens = recipe.calibration.tokens if recipe.calibration else 0
-    needed = 2 * estimate(architecture, recipe, 1.0, None).bundle_bytes + 2 * tokens * architecture.hidden_size * 4
-    try:
-        # Nothing is made before it is known to fit.
-        absolute = parent.absolute()
-        free = shutil.disk_usage(next(path for path in (absolute, *absolute.parents) if path.exists())).free
-        if free >= needed:
-            parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise MachineError(
-            f"{parent} cannot be written: {error.strerror}.", next_step="Choose another directory with -o."
-        ) from error
-    if free < needed:
-        raise MachineError(
-            f"The build needs {needed / 2**30:.1f} GiB of disk in {parent}, and {free / 2**30:.1f} GiB are free.",
-            next_step="Free space, or choose another directory with -o.",
-        )
 
 
 def command_line() -> str:

@@ -11,8 +11,9 @@ import onnxruntime
 import pytest
 
 from glmexport.calibration import shipped_documents
-from glmexport.compile import BuildOptions, Built, Original, build, jobs_of
+from glmexport.compile import BuildOptions, Built, build
 from glmexport.generation import generate
+from glmexport.job import Original, jobs_of
 from glmexport.progress import Silent
 from glmexport.report.document import read_report
 from glmexport.target import HOST, open_target

@@ -126,9 +126,13 @@ def _record_text(path: Path, number: int, line: str, tokenizer: Tokenizer) -> st
     if isinstance(record, dict) and isinstance(record.get("text"), str):
         return str(record["text"])
     messages = record.get("messages") if isinstance(record, dict) else None
-    if isinstance(messages, list) and all(isinstance(message, dict) for message in messages):
+    if isinstance(messages, list) and messages and all(_is_message(message) for message in messages):
         return tokenizer.render(messages)
     raise problem
+
+
+def _is_message(value: object) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("role"), str)
 
 
 @dataclass(frozen=True)

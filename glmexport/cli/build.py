@@ -46,9 +46,10 @@ def build(
     import torch
 
     from glmexport.cli.verdict import exit_code, show
-    from glmexport.compile import BuildOptions, Original, command_line, jobs_of
+    from glmexport.compile import BuildOptions, command_line
     from glmexport.compile import build as compile_bundles
     from glmexport.estimate import estimate, measured_flops
+    from glmexport.job import Original, jobs_of
     from glmexport.target import open_target
 
     terminal = Terminal()
@@ -88,7 +89,8 @@ def build(
             {
                 "bundle": str(bundle.directory),
                 "digest": bundle.manifest.digest(),
-                "report": bundle.report.model_dump(mode="json"),
+                # Through text, which is where a number that is not finite becomes a string.
+                "report": json.loads(bundle.report.model_dump_json()),
             }
             for bundle in built
         ]

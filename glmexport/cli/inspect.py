@@ -23,7 +23,7 @@ def inspect(checkpoint: str, recipe: str | None, max_memory: int | None, threads
     """Family, parameters by part, context and tokenizer of CHECKPOINT, and an estimate for every target."""
     import torch
 
-    from glmexport.compile import Original
+    from glmexport.job import Original
 
     terminal = Terminal()
     torch.set_num_threads(threads)

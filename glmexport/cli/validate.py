@@ -19,7 +19,8 @@ def validate(bundle: Path, checkpoint: str, threads: int, as_json: bool) -> int:
     """Measure how close BUNDLE is to its original and how fast, and write report.json and report.html into it."""
     from glmexport.bundle import read_manifest
     from glmexport.cli.verdict import exit_code, show
-    from glmexport.compile import BuildOptions, Original, command_line, validate_bundle
+    from glmexport.compile import BuildOptions, command_line, validate_bundle
+    from glmexport.job import Original
 
     terminal = Terminal()
     manifest = read_manifest(bundle)

@@ -14,7 +14,7 @@ from glmexport.checkpoint import Tokenizer
 from glmexport.progress import Progress
 from glmexport.validation.divergence import Divergence, divergence
 from glmexport.validation.reference import ReferenceStates
-from glmexport.validation.results import Fidelity, LanguageFidelity, WorstToken
+from glmexport.validation.results import Fidelity, LanguageFidelity, WorstToken, badness
 from glmexport.validation.texts import EvaluationText
 
 #: Positions whose logits are held at a time.
@@ -60,7 +60,7 @@ def summarize(
     return Fidelity(
         languages=rows,
         overall=_statistics("all", len(texts), Divergence.concatenate(list(divergences))),
-        worst_language=max(rows, key=lambda row: row.kl_mean_nats).language,
+        worst_language=max(rows, key=lambda row: badness(row.kl_mean_nats)).language,
         kl_histogram_edges_nats=_EDGES,
         kl_histogram_counts=tuple(int(count) for count in counts),
         worst_tokens=_worst_tokens(texts, divergences, tokenizer),
@@ -79,14 +79,21 @@ def _statistics(language: str, documents: int, of: Divergence) -> LanguageFideli
         language=language,
         documents=documents,
         positions=len(kl),
-        perplexity_original=math.exp(float(of.nll_original.double().mean())),
-        perplexity_bundle=math.exp(float(of.nll_bundle.double().mean())),
+        perplexity_original=_perplexity(of.nll_original),
+        perplexity_bundle=_perplexity(of.nll_bundle),
         kl_mean_nats=float(kl.mean()),
         kl_p50_nats=float(kl.quantile(0.5)),
         kl_p99_nats=float(kl.quantile(0.99)),
         kl_max_nats=float(kl.max()),
         top1_agreement=float((of.top_original == of.top_bundle).double().mean()),
     )
+
+
+def _perplexity(nll: Tensor) -> float:
+    try:
+        return math.exp(float(nll.double().mean()))
+    except OverflowError:
+        return math.inf
 
 
 def _worst_tokens(

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 
 from glmexport.target import Gates
-from glmexport.validation.results import Fidelity, Gate, LanguageFidelity, Verdict, worst
+from glmexport.validation.results import Fidelity, Gate, LanguageFidelity, Verdict, badness, worst
 
 
 def apply_gates(fidelity: Fidelity, gates: Gates) -> tuple[Gate, ...]:
@@ -30,8 +30,8 @@ def apply_gates(fidelity: Fidelity, gates: Gates) -> tuple[Gate, ...]:
         if row.positions < gates.minimum_positions
     ]
     if judged:
-        kl = max(judged, key=lambda row: row.kl_mean_nats)
-        ratio = max(judged, key=_ln_ratio)
+        kl = max(judged, key=lambda row: badness(row.kl_mean_nats))
+        ratio = max(judged, key=lambda row: badness(_ln_ratio(row)))
         top1 = min(judged, key=lambda row: row.top1_agreement)
         results += [
             _at_most("Mean KL divergence", kl, kl.kl_mean_nats, gates.kl_mean_nats, "nats/token"),

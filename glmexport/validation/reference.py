@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -26,6 +27,7 @@ class ReferenceStates:
         self.texts = texts
         self.hidden_size = hidden_size
         self._file = TemporaryFile(dir=directory)  # noqa: SIM115 - lives as long as this object
+        weakref.finalize(self, self._file.close)
         self._offsets = np.cumsum([0, *(len(text.ids) * hidden_size * 4 for text in texts)]).tolist()
 
     def load(self, index: int) -> Tensor:

@@ -43,6 +43,11 @@ class Verdict(StrEnum):
         return (Verdict.PASS, Verdict.WARN, Verdict.INCONCLUSIVE, Verdict.BLOCK).index(self)
 
 
+def badness(value: float) -> float:
+    """Key that orders measurements by how bad they are: what is not a number is worse than every number."""
+    return math.inf if math.isnan(value) else value
+
+
 def worst(verdicts: Iterable[Verdict]) -> Verdict:
     """The most severe verdict; INCONCLUSIVE if there is none, because nothing was checked."""
     return max(verdicts, key=lambda verdict: verdict.severity, default=Verdict.INCONCLUSIVE)

@@ -56,7 +56,7 @@ def measure_speed(request: SpeedRequest) -> Speed:
         last = (process.stderr.strip().splitlines() or ["no message"])[-1]
         raise MachineError(
             f"Measuring the speed of {request.runtime} failed (exit {process.returncode}): {last}.",
-            next_step="Free memory, then run glmexport validate on the bundle.",
+            next_step="Free memory, then run the same command again.",
         )
     return Speed.model_validate_json(process.stdout.splitlines()[-1])
 

@@ -1,0 +1,131 @@
+"""What a build is asked for, and whether it can be done at all: checked before anything is started."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from glmexport.architecture import Architecture, describe
+from glmexport.checkpoint import Checkpoint, Tokenizer
+from glmexport.errors import InputError, MachineError
+from glmexport.estimate import estimate
+from glmexport.progress import Progress
+from glmexport.recipe import Recipe, open_recipe
+from glmexport.target import Target
+
+
+@dataclass(frozen=True)
+class Original:
+    """An opened checkpoint, what it describes, its tokenizer, and the tensors that are left out and why."""
+
+    checkpoint: Checkpoint
+    architecture: Architecture
+    tokenizer: Tokenizer
+    unused: dict[str, str]
+
+    @classmethod
+    def open(cls, source: str, progress: Progress) -> Original:
+        """Open and check; no weight is read."""
+        checkpoint = Checkpoint.open(source, progress)
+        architecture = describe(checkpoint)
+        unused = dict(architecture.account(checkpoint))
+        tokenizer = Tokenizer.open(checkpoint.path)
+        if tokenizer.vocabulary_size > architecture.vocabulary_size:
+            raise InputError(
+                f"{checkpoint.name}: the tokenizer has {tokenizer.vocabulary_size} tokens and the model "
+                f"{architecture.vocabulary_size}.",
+                next_step="Use the tokenizer files that belong to these weights.",
+            )
+        return cls(checkpoint, architecture, tokenizer, unused)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One target of a build."""
+
+    target: Target
+    recipe: Recipe
+    directory: Path
+
+
+def jobs_of(original: Original, targets: Sequence[Target], recipe: str | None, output: Path | None) -> list[Job]:
+    """One job a target: its recipe (the target's default, if none is named) and the directory it ends in."""
+    jobs = []
+    name = original.checkpoint.name.replace("/", "--")
+    for target in targets:
+        chosen = open_recipe(recipe or target.weights.default_recipe)
+        own = Path("bundles") / f"{name}-{chosen.name}-{target.name}"
+        jobs.append(
+            Job(
+                target,
+                chosen,
+                own if output is None else output if len(targets) == 1 else output / target.name,
+            )
+        )
+    names = [target.name for target in targets]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InputError(f"Two targets are called {twice!r}.", next_step="Name it once, or rename one of the files.")
+    return jobs
+
+
+def refuse_formats(original: Original, job: Job) -> None:
+    """Every format of the recipe must be one of the target's, and an embedding's rows must be whole groups."""
+    recipe, offered = job.recipe, job.target.weights
+    for form in filter(None, (recipe.linears, recipe.lm_head, recipe.embedding)):
+        if form.bits not in offered.bits or form.group_size not in offered.group_sizes:
+            raise InputError(
+                f"The recipe {recipe.name} uses {form.label}, for which the target {job.target.name} has no kernels.",
+                next_step=f"Take a recipe of {_alternatives(offered.bits)} bits in groups of "
+                f"{_alternatives(offered.group_sizes)}.",
+            )
+    size = original.architecture.hidden_size
+    if recipe.embedding and size % recipe.embedding.group_size:
+        raise InputError(
+            f"The recipe {recipe.name} has groups of {recipe.embedding.group_size} in the embedding, whose rows of "
+            f"{size} they do not divide.",
+            next_step="Take a recipe with a smaller embedding.group_size, or without [embedding].",
+        )
+
+
+def _alternatives(values: Sequence[int]) -> str:
+    return " or ".join(str(value) for value in values)
+
+
+def refuse_existing(directory: Path, force: bool) -> None:
+    """Nothing is overwritten unless asked for, and then only a bundle or an empty directory."""
+    if directory.exists() and not force:
+        raise InputError(
+            f"{directory} exists.", next_step="Choose another directory with -o, or replace it with --force."
+        )
+    if directory.exists() and not (
+        directory.is_dir() and ((directory / "bundle.json").is_file() or not any(directory.iterdir()))
+    ):
+        raise InputError(
+            f"{directory} exists and is not a bundle, so --force does not replace it.",
+            next_step="Choose another directory with -o.",
+        )
+
+
+def require_space(original: Original, recipe: Recipe, parent: Path) -> None:
+    """The bundle, the committed blocks, and two blocks' activations must fit beside each other."""
+    architecture = original.architecture
+    tokens = recipe.calibration.tokens if recipe.calibration else 0
+    needed = 2 * estimate(architecture, recipe, 1.0, None).bundle_bytes + 2 * tokens * architecture.hidden_size * 4
+    try:
+        # Nothing is made before it is known to fit.
+        absolute = parent.absolute()
+        free = shutil.disk_usage(next(path for path in (absolute, *absolute.parents) if path.exists())).free
+        if free >= needed:
+            parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MachineError(
+            f"{parent} cannot be written: {error.strerror}.", next_step="Choose another directory with -o."
+        ) from error
+    if free < needed:
+        raise MachineError(
+            f"The build needs {needed / 2**30:.1f} GiB of disk in {parent}, and {free / 2**30:.1f} GiB are free.",
+            next_step="Free space, or choose another directory with -o.",
+        )

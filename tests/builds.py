@@ -1,0 +1,204 @@
+"""One small bundle, built once a test run, and ways to build more and to call the command line in process."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import onnxruntime
+import pytest
+from models import write_checkpoint
+
+import glmexport.compile
+from glmexport.bundle.read import BundleWeights
+from glmexport.cli import main
+from glmexport.compile import BuildOptions, Built
+from glmexport.definition import shipped_folder
+from glmexport.job import Job, Original
+from glmexport.progress import Progress, Silent
+from glmexport.recipe import open_recipe
+from glmexport.report.document import HTML_NAME, JSON_NAME
+from glmexport.target import open_target
+from glmexport.validation.results import Speed
+from glmexport.validation.run import ValidationPlan
+
+TARGET = "x86-avx2"
+THREADS = 1
+#: Enough to pass through every line of the validation, and too little for a verdict.
+QUICK = ValidationPlan(
+    positions_per_language=24, longest_text=32, prompt_tokens=8, generated_tokens=4, repetitions=1
+)
+#: In place of measurements that take two processes.
+SPEED = Speed(
+    runtime="none",
+    threads=THREADS,
+    load_s=1,
+    ttft_s=1,
+    prefill_tokens_per_s=1,
+    decode_tokens_per_s=1,
+    peak_memory_bytes=1,
+)
+FORMATS = """
+[linears]
+bits = 4
+group_size = 32
+
+[lm_head]
+bits = 8
+group_size = 32
+
+[embedding]
+bits = 8
+group_size = 32
+"""
+RECIPE = f"""summary = "Small"
+{FORMATS}
+[solver]
+polish_rounds = 1
+
+[calibration]
+tokens = 2048
+sequence_length = 64
+
+[calibration.quota]
+zh = 1
+en = 1
+"""
+
+
+def write_recipe(directory: Path, text: str = RECIPE, name: str = "small") -> Path:
+    """A recipe file."""
+    path = directory / f"{name}.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def write_target(directory: Path, changes: dict[str, str], name: str) -> Path:
+    """The AVX2 target with some lines exchanged, as a file."""
+    text = (shipped_folder("targets") / f"{TARGET}.toml").read_text(encoding="utf-8")
+    for before, after in changes.items():
+        assert before in text
+        text = text.replace(before, after)
+    path = directory / f"{name}.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def small_checkpoint(directory: Path, model_type: str = "glm4", **changes: Any) -> Any:
+    """Two layers with random weights; returns the transformers model in fp32."""
+    return write_checkpoint(directory, model_type, num_hidden_layers=2, **changes)
+
+
+def build(
+    checkpoint: Path,
+    output: Path,
+    recipe: Path | str,
+    targets: tuple[str, ...] = (TARGET,),
+    progress: Progress | None = None,
+    measure: bool = False,
+    **options: Any,
+) -> list[Built]:
+    """Build with a quick validation; with several targets, each into a directory of its name below ``output``.
+
+    Speed is measured only if ``measure`` asks for it.
+    """
+    progress = progress or Silent()
+    original = Original.open(str(checkpoint), progress)
+    jobs = [
+        Job(open_target(name), open_recipe(str(recipe)), output if len(targets) == 1 else output / Path(name).stem)
+        for name in targets
+    ]
+    settings = BuildOptions(THREADS, validation=QUICK, **options)
+    with nullcontext() if measure else patch("glmexport.validation.run.measure_speed", lambda _: SPEED):
+        return glmexport.compile.build(original, jobs, settings, progress)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A checkpoint, the recipe, and the bundle that they make. Copy what a test changes."""
+
+    checkpoint: Path
+    recipe: Path
+    bundle: Path
+    built: Built
+    model: Any
+
+
+@cache
+def build_sample(base: Path) -> Sample:
+    """Built on first use; every folder of tests gets the same one."""
+    directory = base / "sample"
+    model = small_checkpoint(directory / "checkpoint")
+    recipe = write_recipe(directory)
+    (built,) = build(directory / "checkpoint", directory / "bundle", recipe, measure=True)
+    return Sample(directory / "checkpoint", recipe, built.directory, built, model)
+
+
+@pytest.fixture(scope="session")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Sample:
+    """The small glm4 bundle."""
+    return build_sample(tmp_path_factory.getbasetemp())
+
+
+def digests(bundle: Path) -> dict[str, str]:
+    """SHA-256 of every file but the report's."""
+    return {
+        path.relative_to(bundle).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(bundle.rglob("*"))
+        if path.is_file() and path.name not in (JSON_NAME, HTML_NAME)
+    }
+
+
+def session(bundle: Path, name: str) -> onnxruntime.InferenceSession:
+    """One of the bundle's graphs, on one thread."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = THREADS
+    return onnxruntime.InferenceSession(bundle / name, options, providers=["CPUExecutionProvider"])
+
+
+def bundle_weights(bundle: Path, checkpoint: Path) -> BundleWeights:
+    """What the bundle's graph holds."""
+    return BundleWeights(bundle, Original.open(str(checkpoint), Silent()).architecture)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a call of the command line came to."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def document(self) -> Any:
+        """The one JSON document on stdout; NaN and Infinity are no JSON."""
+        return json.loads(self.stdout, parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
+
+
+Run = Callable[..., Outcome]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """The command line in this process, with a quick validation that measures no speed."""
+
+    def call(*arguments: str | Path) -> Outcome:
+        monkeypatch.setattr("sys.argv", ["glmexport", *map(str, arguments)])
+        capsys.readouterr()
+        code = main._run()
+        captured = capsys.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    def options(*values: Any, **named: Any) -> BuildOptions:
+        return BuildOptions(*values, **{"validation": QUICK} | named)
+
+    monkeypatch.setattr(glmexport.compile, "BuildOptions", options)
+    monkeypatch.setattr("glmexport.validation.run.measure_speed", lambda _: SPEED)
+    return call

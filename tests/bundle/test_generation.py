@@ -1,0 +1,153 @@
+"""What onnxruntime-genai generates from a bundle is what the bundle's graph computes, token for token."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from builds import THREADS, Run, Sample, session
+
+from glmexport.checkpoint import Tokenizer
+from glmexport.errors import BundleError, InputError
+from glmexport.generation import Piece, generate
+
+PROMPTS = ["Hello", "The quick brown fox jumps over the lazy dog.", "你好，世界", "x" * 120]
+TOKENS = 32
+
+
+def greedy(bundle: Path, prompt: list[int], count: int, ends: set[int]) -> list[int]:
+    """model.onnx with a growing cache: the whole prompt first, then one token at a time."""
+    runtime = session(bundle, "model.onnx")
+    caches = [value for value in runtime.get_inputs() if value.name.startswith("past")]
+    past = [np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32) for value in caches]
+    ids, length, tokens = prompt, len(prompt), []
+    while len(tokens) < count:
+        feeds = {"input_ids": np.array([ids], np.int64), "attention_mask": np.ones((1, length), np.int64)}
+        feeds |= {value.name: content for value, content in zip(caches, past, strict=True)}
+        logits, *past = runtime.run(None, feeds)
+        token = int(logits[0, -1].argmax())
+        if token in ends:
+            break
+        tokens.append(token)
+        ids, length = [token], length + 1
+    return tokens
+
+
+@pytest.mark.parametrize("text", PROMPTS)
+def test_greedy_tokens_are_those_of_the_graph(text: str, sample: Sample) -> None:
+    tokenizer = Tokenizer.open(sample.bundle)
+    prompt = tokenizer.prefix + tokenizer.encode(text)
+    ends = set(sample.model.config.eos_token_id)
+    expected = greedy(sample.bundle, prompt, TOKENS, ends)
+    pieces = list(generate(sample.bundle, tokenizer, prompt, max_tokens=TOKENS, threads=THREADS))
+    assert [piece.token for piece in pieces] == expected
+    assert len(expected) > 4
+    shown = "".join(piece.text for piece in pieces)
+    assert tokenizer.decode(expected).startswith(shown)
+
+
+def test_generation_stops_at_the_end_of_the_context(sample: Sample) -> None:
+    tokenizer = Tokenizer.open(sample.bundle)
+    prompt = tokenizer.prefix + tokenizer.encode("y" * 249)
+    assert len(prompt) == 251
+    pieces = list(generate(sample.bundle, tokenizer, prompt, max_tokens=TOKENS, threads=THREADS))
+    assert len(pieces) <= 5
+
+
+def test_a_prompt_that_fills_the_context_is_refused(sample: Sample) -> None:
+    tokenizer = Tokenizer.open(sample.bundle)
+    with pytest.raises(InputError, match="256 tokens and the context 256"):
+        next(generate(sample.bundle, tokenizer, [0] * 256, max_tokens=1, threads=THREADS))
+
+
+def test_a_graph_that_cannot_be_loaded(sample: Sample, tmp_path: Path) -> None:
+    for name in ("genai_config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((sample.bundle / name).read_bytes())
+    (tmp_path / "model.onnx").write_bytes(b"no graph")
+    tokenizer = Tokenizer.open(tmp_path)
+    with pytest.raises(BundleError, match="cannot load"):
+        next(generate(tmp_path, tokenizer, [0], max_tokens=1, threads=THREADS))
+
+
+def test_run_prints_text_or_tokens(sample: Sample, run: Run) -> None:
+    tokenizer = Tokenizer.open(sample.bundle)
+    arguments = ["run", sample.bundle, "-p", "Hello", "--max-tokens", 12, "--threads", THREADS]
+    prompt = tokenizer.encode_chat([{"role": "user", "content": "Hello"}], add_generation_prompt=True)
+    expected = greedy(sample.bundle, prompt, 12, set(sample.model.config.eos_token_id))
+    document = run(*arguments, "--json")
+    assert document.code == 0, document.stderr
+    assert document.document["tokens"] == expected
+    assert document.document["prompt_tokens"] == len(prompt)
+    text = run(*arguments)
+    assert (text.code, text.stdout) == (0, document.document["text"] + "\n")
+
+
+def test_run_takes_a_system_message_or_plain_text(sample: Sample, run: Run) -> None:
+    tokenizer = Tokenizer.open(sample.bundle)
+    arguments = ["run", sample.bundle, "-p", "Hello", "--max-tokens", 2, "--threads", THREADS, "--json"]
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+    spoken = run(*arguments, "--system", "Be brief.")
+    assert spoken.document["prompt_tokens"] == len(tokenizer.encode_chat(messages, add_generation_prompt=True))
+    raw = run(*arguments, "--raw")
+    assert raw.document["prompt_tokens"] == len(tokenizer.prefix) + len("Hello")
+
+
+class Scripted:
+    """onnxruntime-genai as far as ``generate`` uses it, with tokens that are known before."""
+
+    def __init__(self, tokens: list[int]) -> None:
+        self.tokens = list(tokens)
+        self.Config = lambda _: SimpleNamespace(overlay=lambda _: None)
+        self.Model = lambda _: None
+        self.GeneratorParams = lambda _: SimpleNamespace(set_search_options=lambda **_: None)
+        self.Generator = lambda *_: self
+        self._next = -1
+
+    def append_tokens(self, _: Any) -> None:
+        pass
+
+    def is_done(self) -> bool:
+        return self._next + 1 >= len(self.tokens)
+
+    def generate_next_token(self) -> None:
+        self._next += 1
+
+    def get_next_tokens(self) -> list[int]:
+        return [self.tokens[self._next]]
+
+
+def stream(monkeypatch: pytest.MonkeyPatch, sample: Sample, tokens: list[int]) -> list[Piece]:
+    monkeypatch.setitem(sys.modules, "onnxruntime_genai", Scripted(tokens))  # type: ignore[arg-type]
+    tokenizer = Tokenizer.open(sample.bundle)
+    return list(generate(sample.bundle, tokenizer, [0], max_tokens=len(tokens), threads=THREADS))
+
+
+def test_a_character_comes_whole(sample: Sample, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "é你好 🎈!"
+    # One token a byte, so that every character but two is split.
+    tokens = Tokenizer.open(sample.bundle).encode(text)
+    assert len(tokens) == len(text.encode())
+    pieces = stream(monkeypatch, sample, tokens)
+    assert [piece.text for piece in pieces if piece.text] == list(text)
+    assert [piece.token for piece in pieces] == tokens
+
+
+def test_a_character_that_is_never_finished_is_not_shown(sample: Sample, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = Tokenizer.open(sample.bundle).encode("a你")[:-1]
+    assert "".join(piece.text for piece in stream(monkeypatch, sample, tokens)) == "a"
+
+
+def test_bytes_that_are_no_character_hold_nothing_back(sample: Sample, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = Tokenizer.open(sample.bundle)
+    tokens = [*tokenizer.encode("a"), tokenizer.encode("你")[0], *tokenizer.encode("bc")]
+    assert "".join(piece.text for piece in stream(monkeypatch, sample, tokens)) == "a\ufffdbc"
+
+
+def test_end_tokens_end_and_are_not_shown(sample: Sample, monkeypatch: pytest.MonkeyPatch) -> None:
+    end = sample.model.config.eos_token_id[1]
+    tokens = [*Tokenizer.open(sample.bundle).encode("ab"), end, 5]
+    assert "".join(piece.text for piece in stream(monkeypatch, sample, tokens)) == "ab"
