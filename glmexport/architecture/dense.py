@@ -95,7 +95,10 @@ def dense_architecture(checkpoint: Checkpoint, family: str, *, sandwich_norms: b
     """A dense GLM; with ``sandwich_norms``, attention and MLP outputs are normalised before they are added."""
     config = checkpoint.config
     sizes = DenseSizes.read(config)
-    eos = config.integers("eos_token_id")
+    # As in transformers: what ends a generation is generation_config.json's to say, if it does.
+    generation = checkpoint.generation_config
+    ends = generation if generation is not None and generation.has("eos_token_id") else config
+    eos = ends.integers("eos_token_id")
     return Architecture(
         family=family,
         hidden_size=sizes.hidden,

@@ -41,7 +41,7 @@ def apply_gates(fidelity: Fidelity, gates: Gates) -> tuple[Gate, ...]:
                 language=top1.language,
                 value=top1.top1_agreement,
                 limit=gates.top1_agreement,
-                unit="share of positions",
+                unit="share",
                 direction="at least",
                 sample=_sample(top1),
                 verdict=Verdict.PASS if top1.top1_agreement >= gates.top1_agreement else Verdict.BLOCK,

@@ -116,3 +116,12 @@ def test_a_tap_is_the_input_its_linears_read(tmp_path: Path) -> None:
     attended = block.forward(hidden, positions) - model.model.layers[1].post_mlp_layernorm(down)
     again = block.tap("mlp_input", hidden, positions)
     torch.testing.assert_close(model.model.layers[1].post_attention_layernorm(attended), again, atol=1e-5, rtol=1e-5)
+
+
+def test_generation_config_says_what_ends_a_generation(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    assert describe(Checkpoint.open(tmp_path)).eos_token_ids == (256, 259)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [256, 259, 261]}))
+    assert describe(Checkpoint.open(tmp_path)).eos_token_ids == (256, 259, 261)
+    (tmp_path / "generation_config.json").unlink()
+    assert describe(Checkpoint.open(tmp_path)).eos_token_ids == (256, 259)
