@@ -62,7 +62,8 @@ def test_default_gates_pass_and_the_report_reads_back(bundles: dict[str, Built])
     built = bundles["w4g32"]
     # The enough-text gate is about the short plan of this test, not about the bundle.
     assert all(gate.verdict is Verdict.PASS for gate in built.report.gates if gate.unit != "positions")
-    assert read_report(built.directory / "report.json") == built.report
+    # As text: an error that was not measured is not a number, and that equals nothing, itself included.
+    assert read_report(built.directory / "report.json").model_dump_json() == built.report.model_dump_json()
     calibration = built.report.calibration
     assert calibration is not None
     assert (calibration.overlap.shared_documents, calibration.overlap.shared_lines) == (0, 0)

@@ -64,7 +64,7 @@ def _descend(rounded: Rounded, gradient: Tensor, inner: Tensor, group: int, boun
         step = decode(best, scale, zero_point).sub_(value)
         codes.copy_(best.to(torch.uint8))
         error.sub_(step)
-        gradient[column + 1 :].sub_(torch.outer(inner[column + 1 :, column], step))
+        gradient[column + 1 :].addr_(inner[column + 1 :, column], step, alpha=-1)
 
 
 def _refit(rounded: Rounded, gradient: Tensor, inner: Tensor, group: int, bounds: tuple[int, int]) -> None:
