@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 from rich.text import Text
@@ -62,12 +62,12 @@ class Terminal:
 
 
 class _RichTrack:
-    def __init__(self, progress: RichProgress, task: object) -> None:
+    def __init__(self, progress: RichProgress, task: TaskID) -> None:
         self._progress = progress
         self._task = task
 
     def advance(self, steps: int = 1, detail: str = "") -> None:
-        self._progress.update(self._task, advance=steps, detail=detail)  # type: ignore[arg-type]
+        self._progress.update(self._task, advance=steps, detail=detail)
 
 
 class Bytes(click.ParamType[int]):
