@@ -39,6 +39,9 @@ class Solver(Definition):
     order: Literal["group", "stored"] = "group"
     #: Search scale and zero point of every group against the Hessian-weighted error; false takes min-max.
     scale_search: bool = True
+    #: Fit matrices to the original's outputs, so that each takes back part of the error of those before it; false
+    #: fits them to their own outputs on the quantized stream.
+    asymmetric: bool = True
     #: Rounds of coordinate descent over the codes followed by a closed-form refit of the scales.
     polish_rounds: int = Field(default=2, ge=0, le=16)
 

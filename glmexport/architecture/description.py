@@ -103,6 +103,18 @@ class GatedMlp:
 
 
 @dataclass(frozen=True)
+class ResidualBranch:
+    """residual + output_norm(output(...)): what one half of a layer adds to the stream that ``input_norm`` reads.
+
+    ``output_norm`` exists in families with sandwich norms only.
+    """
+
+    input_norm: Norm
+    output: Linear
+    output_norm: Norm | None
+
+
+@dataclass(frozen=True)
 class DecoderLayer:
     """One residual block. The two output norms exist in families with sandwich norms only."""
 
@@ -127,6 +139,14 @@ class DecoderLayer:
             tap: tuple(linear for linear in self.linears if linear.tap == tap)
             for tap in dict.fromkeys(linear.tap for linear in self.linears)
         }
+
+    @property
+    def branches(self) -> tuple[ResidualBranch, ResidualBranch]:
+        """Attention and MLP, as additions to the residual stream."""
+        return (
+            ResidualBranch(self.attention_norm, self.attention.output, self.attention_output_norm),
+            ResidualBranch(self.mlp_norm, self.mlp.down, self.mlp_output_norm),
+        )
 
     @property
     def norms(self) -> tuple[Norm, ...]:

@@ -82,6 +82,10 @@ class LinearResult(Record):
     """Input columns that are zero on all calibration inputs."""
     effective_tokens_per_column: Number | None
     """Calibration tokens that an input column effectively rests on; none if not measured."""
+    shrinkage: Number | None = None
+    """Mean share of the asymmetric target's correction that held-out text confirmed; none without one."""
+    unpolished_rows: Count = 0
+    """Rows whose polish made held-out text worse and was taken back."""
 
 
 class QuantizationSummary(Record):
