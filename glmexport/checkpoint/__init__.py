@@ -5,8 +5,9 @@ safetensors and the tokenizer's files. Nothing in it is trusted: no code is run,
 out of it is followed, and every header, offset, index and value is checked where it is read. This stage
 knows no family; what a tensor or a key means is the business of the architecture.
 
-    files        contained paths, and JSON that can be read in one way only
+    files        contained paths, digests, and JSON that can be read in one way only
     header       the safetensors header, strictly
+    shards       tensors and parts of tensors of safetensors files
     index        which tensor is in which shard
     config       typed reads of config.json
     source       demo, directory or hub id to a directory; refusal of code and pickles
