@@ -4,6 +4,7 @@ from glmexport.bundle.genai import MODEL
 from glmexport.bundle.manifest import (
     EVIDENCE,
     MANIFEST,
+    AdapterSource,
     CalibrationSource,
     Manifest,
     Precision,
@@ -19,6 +20,7 @@ __all__ = [
     "MANIFEST",
     "MODEL",
     "SCORING",
+    "AdapterSource",
     "CalibrationSource",
     "Manifest",
     "Precision",
