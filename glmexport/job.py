@@ -26,9 +26,9 @@ class Original:
     unused: dict[str, str]
 
     @classmethod
-    def open(cls, source: str, progress: Progress) -> Original:
-        """Open and check; no weight is read."""
-        checkpoint = Checkpoint.open(source, progress)
+    def open(cls, source: str, progress: Progress, adapter: str | None = None) -> Original:
+        """Open and check, with the adapter that is merged into it, if any; no weight is read."""
+        checkpoint = Checkpoint.open(source, progress, adapter)
         architecture = describe(checkpoint)
         unused = dict(architecture.account(checkpoint))
         tokenizer = Tokenizer.open(checkpoint.path)
@@ -53,7 +53,8 @@ class Job:
 def jobs_of(original: Original, targets: Sequence[Target], recipe: str | None, output: Path | None) -> list[Job]:
     """One job a target: its recipe (the target's default, if none is named) and the directory it ends in."""
     jobs = []
-    name = original.checkpoint.name.replace("/", "--")
+    adapter = original.checkpoint.adapter
+    name = "-".join([original.checkpoint.name, *([adapter.name] if adapter else [])]).replace("/", "--")
     for target in targets:
         chosen = open_recipe(recipe or target.weights.default_recipe)
         own = Path("bundles") / f"{name}-{chosen.name}-{target.name}"

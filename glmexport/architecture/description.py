@@ -214,7 +214,8 @@ class Architecture:
             (key, reason) of the unused tensors.
 
         Raises:
-            CheckpointError: a tensor is missing, has another shape, or is not part of the description.
+            CheckpointError: a tensor is missing, has another shape, or is not part of the description; or an adapter
+                changes a tensor that is left out, or one of two tied matrices.
         """
         wanted = self.shapes()
         _check_shapes(checkpoint, wanted)
@@ -230,7 +231,21 @@ class Architecture:
                 f"{checkpoint.name} has {_listed(unknown)} that the family {self.family!r} does not know.",
                 next_step="Remove them from the checkpoint, or extend the family's declaration.",
             )
+        self._check_adapter(checkpoint, dict(unused))
         return unused
+
+    def _check_adapter(self, checkpoint: Checkpoint, unused: dict[str, str]) -> None:
+        """Nothing that was trained may get lost, and what is trained for one use must not change another."""
+        lost = {key: unused[key] for key in sorted(checkpoint.changed & set(unused))}
+        if self.tied and self.embedding in checkpoint.changed:
+            # The adapter was trained beside an lm_head that stayed as it was, or changed by itself.
+            lost[self.embedding] = "tied to the lm_head, which would change with it"
+        for key, reason in lost.items():
+            raise CheckpointError(
+                f"The adapter changes {key}, and that is {reason}.",
+                next_step="Load the model with tie_word_embeddings=False, merge the adapter with PEFT "
+                "(merge_and_unload), save the model, and give that as the checkpoint.",
+            )
 
 
 def _check_shapes(checkpoint: Checkpoint, wanted: dict[str, tuple[int, ...]]) -> None:

@@ -4,6 +4,7 @@ from glmexport.bundle.genai import MODEL
 from glmexport.bundle.manifest import (
     EVIDENCE,
     MANIFEST,
+    AdapterSource,
     CalibrationSource,
     Manifest,
     Precision,
@@ -18,6 +19,7 @@ __all__ = [
     "MANIFEST",
     "MODEL",
     "SCORING",
+    "AdapterSource",
     "CalibrationSource",
     "Manifest",
     "Precision",

@@ -26,16 +26,30 @@ class FileEntry(Definition):
     sha256: str
 
 
+class AdapterSource(Definition):
+    """The LoRA adapter that was merged into the checkpoint."""
+
+    name: str
+    digest: str
+
+
 class Source(Definition):
     """The checkpoint that a bundle was made from."""
 
     name: str
+    #: Of the checkpoint and, where there is one, of the adapter.
     digest: str
     model_type: str
     parameters: int
     bytes: int
     #: Tensors that are not part of the model, and why.
     unused: dict[str, str]
+    adapter: AdapterSource | None = None
+
+    @property
+    def title(self) -> str:
+        """The name, and the adapter's."""
+        return self.name if self.adapter is None else f"{self.name} with the adapter {self.adapter.name}"
 
 
 class CalibrationSource(Definition):

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from glmexport.checkpoint.adapter import Adapter
+from glmexport.checkpoint.adapter_config import ADAPTER_CONFIG
 from glmexport.checkpoint.config import ConfigReader
-from glmexport.checkpoint.files import cache_repository, contained, optional, unreadable
-from glmexport.checkpoint.header import WEIGHT_DTYPES, TensorEntry
+from glmexport.checkpoint.files import contained, files_digest, optional, source_name
+from glmexport.checkpoint.header import TensorEntry
 from glmexport.checkpoint.index import read_index
+from glmexport.checkpoint.shards import Shards, is_finite
 from glmexport.checkpoint.source import DEMO, refuse_hazards, resolve
 from glmexport.checkpoint.tokenizer import tokenizer_files
-from glmexport.errors import CheckpointError, MachineError
-from glmexport.progress import Progress, Silent, Track
+from glmexport.errors import CheckpointError
+from glmexport.progress import Progress
 
 if TYPE_CHECKING:
     import torch
@@ -25,19 +27,20 @@ if TYPE_CHECKING:
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 
-_CHUNK_BYTES = 8 * 2**20
-_CHUNK_ELEMENTS = 2**24
-
 
 class Checkpoint:
     """An opened checkpoint: its files are checked, and no weight is in memory.
+
+    With an adapter it is the checkpoint that merging the two would give; nobody who reads it can tell the difference.
 
     Attributes:
         path: The directory.
         name: ``demo``, the hub id, or the name of the directory.
         config: ``config.json``.
         generation_config: ``generation_config.json``, or None where there is none.
-        tensors: Every tensor by name.
+        shards: The safetensors files of the checkpoint itself, by name.
+        tensors: Every tensor by name. Those that the adapter replaces are where the adapter has them.
+        adapter: What is merged into the tensors while they are read, or None.
     """
 
     def __init__(
@@ -47,37 +50,51 @@ class Checkpoint:
         config: ConfigReader,
         generation_config: ConfigReader | None,
         tensors: Mapping[str, TensorEntry],
+        adapter: Adapter | None = None,
     ) -> None:
         self.path = path
         self.name = name
         self.config = config
         self.generation_config = generation_config
-        self.tensors = MappingProxyType(dict(tensors))
-        # The headers were checked for these versions; reading a mapped file that shrank kills the process.
-        self._versions = {shard: _version(shard) for shard in self.shards}
+        self.adapter = adapter
+        self.shards = sorted({entry.path for entry in tensors.values()})
+        self.tensors = MappingProxyType({**tensors, **(adapter.replaced if adapter else {})})
+        self._shards = Shards({*self.shards, *(entry.path for entry in (adapter.entries if adapter else ()))})
         self._digest: str | None = None
 
     @classmethod
-    def open(cls, source: str | Path, progress: Progress | None = None) -> Checkpoint:
+    def open(
+        cls, source: str | Path, progress: Progress | None = None, adapter: str | Path | None = None
+    ) -> Checkpoint:
         """Resolve ``source`` and check everything that can be checked without reading a weight.
 
         Args:
             source: ``demo``, a directory, or a hub id; a Path is a directory and nothing else.
             progress: Receives the remarks on files that were left aside.
+            adapter: A LoRA adapter to merge into it: a directory, or a hub id; a Path is a directory.
 
         Raises:
-            CheckpointError: there is no such checkpoint, or it is incomplete, damaged or unsafe.
+            CheckpointError: there is no such checkpoint or adapter, it is incomplete, damaged or unsafe, or the
+                adapter is not one of this checkpoint or of a kind that is not merged here.
             MachineError: the hub cannot be reached, or the machine does not let us read a file.
         """
         path = resolve(source) if isinstance(source, str) else source
         if not path.is_dir():
             raise CheckpointError(f"There is no directory {path}.", next_step="Correct the path.")
         refuse_hazards(path, progress)
+        if optional(path, ADAPTER_CONFIG, "the checkpoint") and not optional(path, CONFIG, "the checkpoint"):
+            raise CheckpointError(
+                f"{path} is an adapter, not a checkpoint.",
+                next_step=f"Give the checkpoint that it was trained on, and --adapter {path}.",
+            )
         config = ConfigReader.open(contained(path, CONFIG, "every checkpoint"))
         generation_path = optional(path, GENERATION_CONFIG, "the checkpoint")
         generation_config = None if generation_path is None else ConfigReader.open(generation_path)
-        name = DEMO if source == DEMO else _name(path)
-        return cls(path, name, config, generation_config, read_index(path, progress))
+        name = DEMO if source == DEMO else source_name(path)
+        base = cls(path, name, config, generation_config, read_index(path, progress))
+        if adapter is None:
+            return base
+        return cls(path, name, config, generation_config, base.tensors, Adapter.open(adapter, base, progress))
 
     @property
     def model_type(self) -> str:
@@ -85,9 +102,9 @@ class Checkpoint:
         return self.config.text("model_type")
 
     @property
-    def shards(self) -> list[Path]:
-        """The safetensors files that hold the tensors, by name."""
-        return sorted({entry.path for entry in self.tensors.values()})
+    def changed(self) -> frozenset[str]:
+        """Names of the tensors that are not as the checkpoint's own files have them."""
+        return frozenset() if self.adapter is None else frozenset({*self.adapter.replaced, *self.adapter.updates})
 
     @property
     def parameters(self) -> int:
@@ -119,10 +136,11 @@ class Checkpoint:
 
         Raises:
             CheckpointError: there is none of that name, it is not stored as F32, F16 or BF16, a value is not
-                finite or does not fit ``dtype``, or the file changed since it was opened.
+                finite or does not fit ``dtype`` (the adapter's values and merged ones included), or the file changed
+                since it was opened.
             MachineError: the file cannot be read, or there is not enough memory.
         """
-        return self._read(self._entry(name), dtype, None)
+        return self._read(self._entry(name), name, dtype, None)
 
     def rows(self, name: str, start: int, stop: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Rows ``[start, stop)`` of the first axis, read without the others; otherwise as ``read``.
@@ -138,14 +156,15 @@ class Checkpoint:
         entry = self._entry(name)
         if not entry.shape or not 0 <= start <= stop <= entry.shape[0]:
             raise ValueError(f"rows [{start}, {stop}) of {name!r}, whose shape is {entry.shape}")
-        return self._read(entry, dtype, slice(start, stop))
+        return self._read(entry, name, dtype, slice(start, stop))
 
     def digest(self, progress: Progress | None = None) -> str:
         """``sha256:`` and the digest of what the checkpoint says, whatever directory it lies in.
 
         It is the SHA-256 of one line ``NAME\\tBYTES\\tSHA256\\n`` a file, in order of name: the shards,
         ``config.json``, ``generation_config.json``, the tokenizer's files and the chat templates. Files are
-        read once; the result is kept.
+        read once; the result is kept. With an adapter it is the SHA-256 of the line ``BASE\\tADAPTER\\n`` of the
+        digests of the two.
 
         Raises:
             CheckpointError: a file vanished.
@@ -155,14 +174,11 @@ class Checkpoint:
             files = {*self.shards, self.path / CONFIG, *tokenizer_files(self.path)}
             if self.generation_config is not None:
                 files.add(self.path / GENERATION_CONFIG)
-            named = sorted((path.relative_to(self.path).as_posix(), path) for path in files)
-            total = sum(_version(path)[0] for _, path in named)
-            lines = hashlib.sha256()
-            with (progress or Silent()).track("Digest of the checkpoint", total) as track:
-                for name, path in named:
-                    size, digest = _sha256(path, name, track)
-                    lines.update(f"{name}\t{size}\t{digest}\n".encode())
-            self._digest = f"sha256:{lines.hexdigest()}"
+            digest = files_digest(self.path, files, "Digest of the checkpoint", progress)
+            if self.adapter is not None:
+                both = f"{digest}\t{self.adapter.digest(progress)}\n"
+                digest = f"sha256:{hashlib.sha256(both.encode()).hexdigest()}"
+            self._digest = digest
         return self._digest
 
     def _entry(self, name: str) -> TensorEntry:
@@ -175,102 +191,17 @@ class Checkpoint:
             + "If the name is right, the checkpoint is incomplete: download it again.",
         )
 
-    def _read(self, entry: TensorEntry, dtype: torch.dtype | None, rows: slice | None) -> torch.Tensor:
-        import torch
-        from safetensors import SafetensorError, safe_open
-
-        if entry.dtype not in WEIGHT_DTYPES:
+    def _read(self, entry: TensorEntry, name: str, dtype: torch.dtype | None, rows: slice | None) -> torch.Tensor:
+        update = None if self.adapter is None else self.adapter.updates.get(name)
+        if update is None:
+            return self._shards.read(entry, dtype, rows)
+        start, stop = (0, entry.shape[0]) if rows is None else (rows.start, rows.stop)
+        merged = update.rows(self._shards, start, stop)
+        merged = merged if dtype is None else merged.to(dtype)
+        if not is_finite(merged):
             raise CheckpointError(
-                f"{entry.path}: tensor {entry.name!r} is stored as {entry.dtype}; "
-                f"accepted are {', '.join(WEIGHT_DTYPES)}.",
-                next_step="Use the full-precision checkpoint of this model.",
+                f"{update.a.path}: merged into {name!r}, the adapter gives values that are not finite or do not fit "
+                f"{str(merged.dtype).removeprefix('torch.')}.",
+                next_step="Download the adapter again; if it is the same, the adapter itself is broken.",
             )
-        if _version(entry.path) != self._versions[entry.path]:
-            raise CheckpointError(
-                f"{entry.path} changed since the checkpoint was opened.",
-                next_step="Wait until the download is complete, then run the command again.",
-            )
-        try:
-            # Closed after every read: pages of a file that stays mapped count as memory of this process.
-            with safe_open(entry.path, framework="pt", device="cpu") as shard:
-                stored = shard.get_tensor(entry.name) if rows is None else shard.get_slice(entry.name)[rows]
-                tensor: torch.Tensor = stored.to(
-                    dtype or torch.float32, copy=True, memory_format=torch.contiguous_format
-                )
-                if not _is_finite(tensor):
-                    raise _not_finite(entry, stored, tensor, 0 if rows is None else rows.start)
-                return tensor
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"{entry.path}: tensor {entry.name!r} cannot be read: {error}.",
-                next_step="Download the shard again.",
-            ) from error
-        except OSError as error:
-            raise unreadable(entry.path, error) from error
-        except (MemoryError, RuntimeError) as error:
-            # torch has no class of its own for a failed allocation or mapping on the CPU.
-            if isinstance(error, RuntimeError) and not re.search("memory|mmap", str(error)):
-                raise
-            raise MachineError(
-                f"Not enough memory for tensor {entry.name!r} of {entry.path} ({entry.elements:,} elements).",
-                next_step="Close other programs or use a machine with more memory.",
-            ) from error
-
-
-def _name(path: Path) -> str:
-    repository = cache_repository(path.resolve())
-    return path.resolve().name if repository is None else repository.name.removeprefix("models--").replace("--", "/", 1)
-
-
-def _version(path: Path) -> tuple[int, int]:
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise unreadable(path, error) from error
-    return status.st_size, status.st_mtime_ns
-
-
-def _sha256(path: Path, name: str, track: Track) -> tuple[int, str]:
-    digest, size = hashlib.sha256(), 0
-    try:
-        with path.open("rb") as stream:
-            while chunk := stream.read(_CHUNK_BYTES):
-                digest.update(chunk)
-                size += len(chunk)
-                track.advance(len(chunk), name)
-    except OSError as error:
-        raise unreadable(path, error) from error
-    return size, digest.hexdigest()
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    # The extremes carry every NaN and infinity with them, without the full-size masks that isfinite makes.
-    return tensor.numel() == 0 or all(bool(extreme.isfinite()) for extreme in tensor.aminmax())
-
-
-def _not_finite(entry: TensorEntry, stored: torch.Tensor, tensor: torch.Tensor, first_row: int) -> CheckpointError:
-    count, first = 0, -1
-    flat = tensor.flatten()
-    for begin in range(0, flat.numel(), _CHUNK_ELEMENTS):
-        bad = flat[begin : begin + _CHUNK_ELEMENTS].isfinite().logical_not()
-        if first < 0 and bool(bad.any()):
-            first = begin + int(bad.int().argmax())
-        count += int(bad.sum())
-    index = []
-    for size in reversed(tensor.shape):
-        first, position = divmod(first, size)
-        index.append(position)
-    index.reverse()
-    if index:
-        index[0] += first_row
-    where = f"{entry.path}: tensor {entry.name!r}"
-    if _is_finite(stored):
-        target = str(tensor.dtype).removeprefix("torch.")
-        return CheckpointError(
-            f"{where} has {count:,} values too large for {target}, the first at {index}.",
-            next_step="Read it as float32.",
-        )
-    return CheckpointError(
-        f"{where} has {count:,} values that are not finite, the first at {index}.",
-        next_step="Download the shard again; if it is the same, the checkpoint itself is broken.",
-    )
+        return merged

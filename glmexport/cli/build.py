@@ -8,11 +8,12 @@ from pathlib import Path
 import click
 
 from glmexport.cli.console import Terminal, duration, emit, gibibytes
-from glmexport.cli.options import checkpoint_argument, json_option, memory_option, threads_option
+from glmexport.cli.options import adapter_option, checkpoint_argument, json_option, memory_option, threads_option
 
 
 @click.command()
 @checkpoint_argument
+@adapter_option
 @click.option(
     "--target", "target_names", multiple=True, default=("host",), show_default=True,
     help="What the bundle is for: a name from 'glmexport targets list', a .toml file, or host. May be repeated.",
@@ -29,6 +30,7 @@ from glmexport.cli.options import checkpoint_argument, json_option, memory_optio
 @json_option
 def build(
     checkpoint: str,
+    adapter: str | None,
     target_names: tuple[str, ...],
     recipe: str | None,
     calibration: tuple[Path, ...],
@@ -54,7 +56,8 @@ def build(
 
     terminal = Terminal()
     targets = [open_target(name) for name in dict.fromkeys(target_names)]
-    original = Original.open(checkpoint, terminal)
+    original = Original.open(checkpoint, terminal, adapter)
+    merged = original.checkpoint.adapter
     jobs = jobs_of(original, targets, recipe, output)
     torch.set_num_threads(threads)
     flops = measured_flops()
@@ -64,6 +67,7 @@ def build(
             "Build",
             {
                 "checkpoint": f"{original.checkpoint.name} ({original.checkpoint.path})",
+                **({"adapter": f"{merged.name} ({merged.path}): {merged.summary}"} if merged else {}),
                 "digest": original.checkpoint.digest(terminal),
                 "family": f"{original.architecture.family}, {original.checkpoint.parameters / 1e6:,.1f} M parameters, "
                 f"{gibibytes(original.checkpoint.bytes)}",

@@ -18,6 +18,15 @@ def checkpoint_argument(command: Command) -> Command:
     return click.argument("checkpoint", metavar="CHECKPOINT")(command)
 
 
+def adapter_option(command: Command) -> Command:
+    """--adapter."""
+    return click.option(
+        "--adapter",
+        metavar="DIR",
+        help="A LoRA fine-tune of the checkpoint to merge into it: a directory as PEFT writes it, or a hub id.",
+    )(command)
+
+
 def threads_option(command: Command) -> Command:
     """--threads."""
     return click.option(

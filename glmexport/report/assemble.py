@@ -51,6 +51,8 @@ def assemble(
             family=manifest.family,
             checkpoint=manifest.source.name,
             checkpoint_digest=manifest.source.digest,
+            adapter=manifest.source.adapter.name if manifest.source.adapter else None,
+            adapter_digest=manifest.source.adapter.digest if manifest.source.adapter else None,
             languages=tuple(row.language for row in validation.fidelity.languages),
         ),
         size=Size(

@@ -40,6 +40,10 @@ class Subject(Record):
     checkpoint: str
     """The original: hub id or directory name."""
     checkpoint_digest: str
+    """Of the original; with an adapter, of the two together."""
+    adapter: str | None = None
+    """The LoRA adapter that is merged into the original: hub id or directory name."""
+    adapter_digest: str | None = None
     languages: tuple[str, ...]
     """BCP-47 tags the bundle was validated for."""
 

@@ -228,6 +228,8 @@ def _performance(
     with progress.track("Speed", 1 if absent else 2) as track:
         bundle = speed("onnxruntime-genai", directory)
         track.advance(1, "bundle")
+        # The directory is that of the base: transformers would need the whole model to merge an adapter, and a merged
+        # matrix has the same shape and so the same speed.
         original = None if absent else speed("transformers", checkpoint.path)
         track.advance(0 if absent else 1, "original")
     per_token = manifest.precision.bytes_per_decoded_token
