@@ -12,7 +12,8 @@ from glmexport.checkpoint import Checkpoint, Tokenizer
 from glmexport.errors import InputError, MachineError
 from glmexport.estimate import estimate
 from glmexport.progress import Progress
-from glmexport.recipe import Recipe, open_recipe
+from glmexport.quantization.allocation import require_fit
+from glmexport.recipe import Budget, Recipe, open_recipe
 from glmexport.target import Target
 
 
@@ -50,13 +51,49 @@ class Job:
     directory: Path
 
 
-def jobs_of(original: Original, targets: Sequence[Target], recipe: str | None, output: Path | None) -> list[Job]:
+def budget_of(bundle_bytes: int | None, bits_per_weight: float | None) -> Budget | None:
+    """The limit that a user gives, if any.
+
+    Raises:
+        InputError: both are given.
+    """
+    if bundle_bytes and bits_per_weight:
+        raise InputError("Both --size and --bpw are given.", next_step="Give the one that matters.")
+    if not bundle_bytes and not bits_per_weight:
+        return None
+    return Budget(bundle_bytes=bundle_bytes, bits_per_weight=bits_per_weight)
+
+
+def _within(recipe: Recipe, budget: Budget, target: Target) -> Recipe:
+    """``recipe`` with the limit of ``budget``, and the recipe's own candidates or those the target has kernels for."""
+    if not recipe.needs_calibration or recipe.linears is None:
+        raise InputError(
+            f"The recipe {recipe.name} does not calibrate, so no formats can be chosen for --size or --bpw.",
+            next_step="Take a recipe with solver.method gptq.",
+        )
+    offered = target.weights
+    kernels = [f for f in budget.candidates if f.bits in offered.bits and f.group_size in offered.group_sizes]
+    candidates = recipe.budget.candidates if recipe.budget else tuple(kernels)
+    limited = budget.model_copy(update={"candidates": candidates})
+    name = f"{recipe.name}-{budget.label}"
+    return recipe.model_copy(update={"budget": limited, "name": name})
+
+
+def jobs_of(
+    original: Original,
+    targets: Sequence[Target],
+    recipe: str | None,
+    output: Path | None,
+    budget: Budget | None = None,
+) -> list[Job]:
     """One job a target: its recipe (the target's default, if none is named) and the directory it ends in."""
     jobs = []
     adapter = original.checkpoint.adapter
     name = "-".join([original.checkpoint.name, *([adapter.name] if adapter else [])]).replace("/", "--")
     for target in targets:
         chosen = open_recipe(recipe or target.weights.default_recipe)
+        if budget:
+            chosen = _within(chosen, budget, target)
         own = Path("bundles") / f"{name}-{chosen.name}-{target.name}"
         jobs.append(
             Job(
@@ -75,13 +112,16 @@ def jobs_of(original: Original, targets: Sequence[Target], recipe: str | None, o
 def refuse_formats(original: Original, job: Job) -> None:
     """Every format of the recipe must be one of the target's, and an embedding's rows must be whole groups."""
     recipe, offered = job.recipe, job.target.weights
-    for form in filter(None, (recipe.linears, recipe.lm_head, recipe.embedding)):
+    candidates = recipe.budget.candidates if recipe.budget else ()
+    for form in filter(None, (recipe.linears, recipe.lm_head, recipe.embedding, *candidates)):
         if form.bits not in offered.bits or form.group_size not in offered.group_sizes:
             raise InputError(
                 f"The recipe {recipe.name} uses {form.label}, for which the target {job.target.name} has no kernels.",
                 next_step=f"Take a recipe of {_alternatives(offered.bits)} bits in groups of "
                 f"{_alternatives(offered.group_sizes)}.",
             )
+    if recipe.budget:
+        require_fit(original.architecture, recipe)
     size = original.architecture.hidden_size
     if recipe.embedding and size % recipe.embedding.group_size:
         raise InputError(
@@ -111,10 +151,10 @@ def refuse_existing(directory: Path, force: bool) -> None:
 
 
 def require_space(original: Original, recipe: Recipe, parent: Path) -> None:
-    """The bundle, the committed blocks, and two blocks' activations must fit beside each other."""
+    """The bundle, the committed blocks, and two blocks' activations, of both streams, must fit beside each other."""
     architecture = original.architecture
     tokens = recipe.calibration.tokens if recipe.calibration else 0
-    needed = 2 * estimate(architecture, recipe, 1.0, None).bundle_bytes + 2 * tokens * architecture.hidden_size * 4
+    needed = 2 * estimate(architecture, recipe, 1.0, None).bundle_bytes + 4 * tokens * architecture.hidden_size * 4
     try:
         # Nothing is made before it is known to fit.
         absolute = parent.absolute()

@@ -196,6 +196,11 @@ class Architecture:
         """Cached numbers per token of context over all layers."""
         return sum(2 * layer.attention.kv_heads * layer.attention.head_dim for layer in self.layers)
 
+    @property
+    def rotary_bytes(self) -> int:
+        """Cosines and sines of every position of the context, fp32."""
+        return self.layers[0].attention.rotary.dimensions * self.context_length * 4
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Checkpoint key and shape of every tensor that the model consists of."""
         shapes: dict[str, tuple[int, ...]] = {self.embedding: (self.vocabulary_size, self.hidden_size)}

@@ -7,7 +7,7 @@ meta device and filled from the checkpoint when their turn comes.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -112,15 +112,25 @@ class Block:
         self.layer = layer
         self.module = module
 
-    def forward(self, hidden: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
-        """The block's output for ``hidden`` [batch, length, hidden]; causal, no padding, no cache."""
+    def forward(
+        self, hidden: Tensor, positions: tuple[Tensor, Tensor], weights: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """The block's output for ``hidden`` [batch, length, hidden]; causal, no padding, no cache.
+
+        ``weights`` by checkpoint key replace the block's own for this call.
+        """
+        replaced = {key.removeprefix(f"{self.layer.prefix}."): weight for key, weight in (weights or {}).items()}
         with torch.inference_mode():
-            output = self.module(
-                hidden,
-                attention_mask=None,
-                position_embeddings=positions,
-                past_key_values=None,
-                use_cache=False,
+            output = torch.func.functional_call(
+                self.module,
+                replaced,
+                (hidden,),
+                {
+                    "attention_mask": None,
+                    "position_embeddings": positions,
+                    "past_key_values": None,
+                    "use_cache": False,
+                },
             )
         result: Tensor = output[0] if isinstance(output, tuple) else output
         return result

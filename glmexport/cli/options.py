@@ -45,6 +45,19 @@ def memory_option(command: Command) -> Command:
     )
 
 
+def budget_options(command: Command) -> Command:
+    """--bpw and --size."""
+    size = click.option(
+        "--size",
+        type=Bytes(),
+        help="Choose the format of each matrix so that the bundle loses least within this size, for example 5.2GiB.",
+    )
+    bpw = click.option(
+        "--bpw", type=click.FloatRange(min=0, min_open=True), help="As --size, in bits per weight, scales included."
+    )
+    return size(bpw(command))
+
+
 def json_option(command: Command) -> Command:
     """--json."""
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")(command)

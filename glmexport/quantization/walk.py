@@ -18,15 +18,17 @@ from glmexport.architecture.reference import Substitute
 from glmexport.calibration import CalibrationSet
 from glmexport.checkpoint import Checkpoint
 from glmexport.progress import Progress
+from glmexport.quantization.allocation import allocate, available_bits, tie_groups
 from glmexport.quantization.linear import QuantizedLinear
 from glmexport.quantization.memory import MemoryPlan
 from glmexport.quantization.record import QuantizedMatrix
+from glmexport.quantization.sensitivity import Probe, probe_ids
 from glmexport.quantization.solve import Problem, gptq, round_to_nearest
 from glmexport.quantization.store import WorkDirectory
 from glmexport.quantization.streams import Measured, Streams
 from glmexport.recipe import Format, Recipe, Solver
 
-EMBEDDING, HEAD = "embedding", "head"
+ALLOCATION, EMBEDDING, HEAD = "allocation", "embedding", "head"
 
 
 def block_step(index: int) -> str:
@@ -63,10 +65,13 @@ class Walk:
                 asymmetric=recipe.solver.asymmetric,
                 batch_tokens=memory.batch_tokens,
             )
+        self._allocated: dict[str, Format] = {}
         self.steps = [EMBEDDING, *(block_step(layer.index) for layer in architecture.layers), HEAD]
 
     def run(self) -> None:
         """Commit every step that is not committed yet."""
+        if self.recipe.budget:
+            self._allocated = self._allocation()
         first = self._resume_at()
         if first:
             self.progress.remark(f"Resuming after {self.steps[first - 1]} ({first} of {len(self.steps)} steps done).")
@@ -83,7 +88,8 @@ class Walk:
             note = (self.work.record(step) or {"note": {}})["note"]
             records += [QuantizedMatrix.model_validate(record) for record in note.get("linears", [])]
             seconds += note.get("seconds", 0.0)
-        return records, seconds
+        allocation = self.work.record(ALLOCATION)
+        return records, seconds + (allocation["note"]["seconds"] if allocation else 0.0)
 
     def _resume_at(self) -> int:
         """Index of the first step to do: the one after the last committed step whose activations are there."""
@@ -121,21 +127,45 @@ class Walk:
         if index:
             self.work.drop_activations(self.steps[index - 1])
 
+    def _allocation(self) -> dict[str, Format]:
+        """Format of every matrix under the recipe's budget: measured and chosen once, then read back."""
+        assert self.streams is not None and self.calibration is not None and self.recipe.budget is not None
+        groups = list(tie_groups(self.architecture, self.recipe))
+        if self.work.record(ALLOCATION) is None:
+            started = time.monotonic()
+            ids = probe_ids(self.calibration, self.recipe.budget.probe_tokens)
+            probe = Probe(self.streams.reference, ids, self.calibration.prefix, groups)
+            losses = probe.losses(self.work.path, self.progress)
+            bits = [[group.bits(form) for form in group.candidates] for group in groups]
+            chosen = allocate(losses, bits, available_bits(self.architecture, self.recipe))
+            note = {"chosen": chosen, "losses": losses, "seconds": time.monotonic() - started}
+            self.work.commit(ALLOCATION, {}, note)
+        record = self.work.record(ALLOCATION)
+        assert record is not None
+        return {
+            key: group.candidates[choice]
+            for group, choice in zip(groups, record["note"]["chosen"], strict=True)
+            for key in group.shapes
+        }
+
+    def _form(self, key: str, default: Format | None) -> Format | None:
+        return self._allocated.get(key, default)
+
     def _embedding(self, records: list[QuantizedMatrix]) -> dict[str, QuantizedLinear]:
-        form = self.recipe.embedding
+        key = self.architecture.embedding
+        form = self._form(key, self.recipe.embedding)
         if form is None:
             return {}
-        key = self.architecture.embedding
         linear = self._nearest(key, self.architecture.vocabulary_size, self.architecture.hidden_size, form)
         records.append(QuantizedMatrix.unmeasured(key, None, "embedding", linear))
         return {key: linear}
 
     def _block(self, layer: DecoderLayer, records: list[QuantizedMatrix]) -> dict[str, QuantizedLinear]:
-        form = self.recipe.linears
         solved: dict[str, QuantizedLinear] = {}
-        if form is None:
-            return solved
         for tap, linears in layer.taps.items():
+            form = self._form(linears[0].weight, self.recipe.linears)
+            if form is None:
+                continue
             if self.streams is None:
                 for linear in linears:
                     solved[linear.weight] = self._nearest(linear.weight, linear.out_features, linear.in_features, form)
@@ -148,7 +178,8 @@ class Walk:
         return solved
 
     def _head(self, records: list[QuantizedMatrix]) -> dict[str, QuantizedLinear]:
-        form, head = self.recipe.lm_head, self.architecture.lm_head
+        head = self.architecture.lm_head
+        form = self._form(head.weight, self.recipe.lm_head)
         if form is None or self.architecture.tied:
             # A tied head is the embedding, whose codes are fixed before any activation exists.
             return {}
