@@ -20,6 +20,7 @@ SHARED = ("torch==2.13.0", "transformers==5.23.0", "safetensors>=0.8,<0.9")
 REQUIREMENTS: dict[str, tuple[str, ...]] = {
     # optimum lets transformers load what gptqmodel saves.
     "gptqmodel": ("gptqmodel==7.6.*", "optimum>=2,<3"),
+    "auto-round": ("auto-round==0.16.*",),
 }
 
 _MARKER = ".ready"
