@@ -21,6 +21,8 @@ REQUIREMENTS: dict[str, tuple[str, ...]] = {
     # optimum lets transformers load what gptqmodel saves.
     "gptqmodel": ("gptqmodel==7.6.*", "optimum>=2,<3"),
     "auto-round": ("auto-round==0.16.*",),
+    "onnxruntime": ("onnxruntime==1.32.*", "onnx>=1.23,<1.24", "onnx-ir>=1.1,<1.2"),
+    "hqq": ("hqq==0.2.8.post1",),
 }
 
 _MARKER = ".ready"
