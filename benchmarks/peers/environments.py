@@ -2,7 +2,7 @@
 
     python -m benchmarks.peers.environments FOLDER [NAME ...]
 
-Every environment has the torch and transformers of the main one: what differs between the results is the quantizer.
+Every environment has the torch of the main one, and its transformers where the peer allows.
 """
 
 from __future__ import annotations
@@ -14,15 +14,19 @@ import sys
 from pathlib import Path
 
 #: Pinned in every environment. Unpinned, torch would resolve to a build with CUDA: gigabytes that no peer needs here.
-SHARED = ("torch==2.13.0", "transformers==5.23.0", "safetensors>=0.8,<0.9")
+SHARED = ("torch==2.13.0", "safetensors>=0.8,<0.9")
+_TRANSFORMERS = "transformers==5.23.0"
 
 #: What each environment adds, by its name.
 REQUIREMENTS: dict[str, tuple[str, ...]] = {
     # optimum lets transformers load what gptqmodel saves.
-    "gptqmodel": ("gptqmodel==7.6.*", "optimum>=2,<3"),
-    "auto-round": ("auto-round==0.16.*",),
-    "onnxruntime": ("onnxruntime==1.32.*", "onnx>=1.23,<1.24", "onnx-ir>=1.1,<1.2"),
-    "hqq": ("hqq==0.2.8.post1",),
+    "gptqmodel": (_TRANSFORMERS, "gptqmodel==7.6.*", "optimum>=2,<3"),
+    "auto-round": (_TRANSFORMERS, "auto-round==0.16.*"),
+    "onnxruntime": (_TRANSFORMERS, "onnxruntime==1.32.*", "onnx>=1.23,<1.24", "onnx-ir>=1.1,<1.2"),
+    "hqq": (_TRANSFORMERS, "hqq==0.2.8.post1"),
+    "nncf": (_TRANSFORMERS, "nncf==3.4.*"),
+    # It refuses transformers above 5.17.
+    "llm-compressor": ("transformers==5.17.0", "llmcompressor==0.14.*"),
 }
 
 _MARKER = ".ready"
