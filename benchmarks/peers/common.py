@@ -36,6 +36,8 @@ class Request:
     group_size: int
     symmetric: bool
     setting: str
+    #: Of a mix of formats, where the quantizer can choose one.
+    bits_per_weight: float | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     cpu_seconds: dict[str, float] = field(default_factory=dict)
 
@@ -107,6 +109,7 @@ def request(settings: list[str]) -> Request:
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--symmetric", action="store_true")
+    parser.add_argument("--bits-per-weight", type=float)
     parser.add_argument("--setting", choices=settings, default=settings[0])
     return Request(**vars(parser.parse_args()))
 

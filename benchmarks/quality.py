@@ -1,0 +1,234 @@
+"""How near to the original each quantizer stays: one checkpoint, the same text and the same judge for all.
+
+    python -m benchmarks.quality [CHECKPOINT] --work FOLDER [--format w4g128 ...] [--mixed 4.6 ...] [--tool NAME ...]
+
+Each tool quantizes the linears of the decoder blocks in an environment of its own (made in FOLDER on first use), on
+the same calibration tokens; embedding and lm_head stay as they are. The dequantized weights are run in transformers'
+fp32 arithmetic on the evaluation corpora. Every run is kept in FOLDER, so that an interrupted benchmark goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from benchmarks.peers import NOT_RUN, PEERS, PeerFailed, run_peer
+from benchmarks.peers.environments import EnvironmentFailed
+from glmexport.architecture import Reference
+from glmexport.calibration import pack, shipped_documents
+from glmexport.cli.console import Terminal
+from glmexport.job import Original
+from glmexport.recipe import CalibrationPlan, open_recipe
+from glmexport.validation import machine
+from glmexport.validation.divergence import Divergence
+from glmexport.validation.fidelity import compare, summarize
+from glmexport.validation.reference import ReferenceStates, reference_states
+from glmexport.validation.texts import EvaluationText, evaluation_texts
+
+FORMATS = ("w4g32", "w4g64", "w4g128", "w4g32-sym", "w4g64-sym", "w4g128-sym")
+MIXED = (3.2, 4.25, 4.6, 5.0)
+#: What is compared where nothing else is asked for: each tool as it comes, and at its best.
+TOOLS: dict[str, tuple[str, ...]] = {
+    "glmexport": ("default", "nearest", "nearest, searched"),
+    "gptqmodel": ("default", "mse", "act-order-mse"),
+    "auto-round": ("default",),
+    "onnxruntime": ("rtn", "k_quant", "gptq"),
+    "hqq": ("default",),
+    "nncf": ("awq-scale-estimation",),
+    "llm-compressor": ("default", "mse"),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One quantization: a format of all linears, or a mix within ``bits_per_weight``."""
+
+    tool: str
+    setting: str
+    bits: int = 4
+    group_size: int = 32
+    symmetric: bool = False
+    bits_per_weight: float | None = None
+
+    @property
+    def format(self) -> str:
+        """As recipes are named; mixes by their limit."""
+        if self.bits_per_weight:
+            return f"mixed {self.bits_per_weight:g}"
+        return f"w{self.bits}g{self.group_size}{'-sym' if self.symmetric else ''}"
+
+    @property
+    def slug(self) -> str:
+        """A file name."""
+        return re.sub(r"[^\w.]+", "-", f"{self.tool}-{self.setting}-{self.format}")
+
+
+@dataclass
+class Judge:
+    """The original's states on the evaluation text, and what another set of weights makes of the same text."""
+
+    reference: Reference
+    texts: list[EvaluationText]
+    original: ReferenceStates
+    tokenizer: Any
+    work: Path
+    terminal: Terminal
+
+    def judge(self, weights: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """Fidelity of the model with ``weights`` in the original's place."""
+        states = reference_states(
+            self.reference, self.texts, self.work, self.terminal, label="Judging", substitute=weights.get
+        )
+        parts = compare(
+            self.original, self.reference, lambda i: self.reference.logits(states.states(i)), self.terminal, "Comparing"
+        )
+        found = summarize(self.texts, parts, self.tokenizer, "fp32")
+        kl = Divergence.concatenate(parts).kl.double()
+        worst = max(found.languages, key=lambda row: row.kl_mean_nats)
+        return {
+            "kl_mean_nats": found.overall.kl_mean_nats,
+            "kl_p99_nats": found.overall.kl_p99_nats,
+            "kl_p999_nats": float(kl.quantile(0.999)),
+            "top1_agreement": found.overall.top1_agreement,
+            "perplexity_ratio": found.overall.perplexity_bundle / found.overall.perplexity_original,
+            "worst_language": worst.language,
+            "kl_worst_language_nats": worst.kl_mean_nats,
+            "kl_by_language_nats": {row.language: row.kl_mean_nats for row in found.languages},
+            "positions": found.overall.positions,
+        }
+
+
+def prepare(original: Original, tokens: int, path: Path) -> None:
+    """Write the calibration file that every tool reads."""
+    planned = open_recipe("w4g128").calibration
+    assert planned is not None
+    plan = CalibrationPlan(tokens=tokens, sequence_length=planned.sequence_length, quota=planned.quota)
+    found = pack(shipped_documents("calibration"), original.tokenizer, plan, original.architecture.context_length)
+    facts = {"languages": found.languages, "prefix": found.prefix}
+    save_file({"ids": found.ids, "selection": found.selection}, path, {"facts": json.dumps(facts)})
+
+
+def judge_of(original: Original, positions: int, work: Path, terminal: Terminal) -> Judge:
+    texts = evaluation_texts(
+        shipped_documents("evaluation"), original.tokenizer, positions_per_language=positions, longest=512
+    )
+    reference = Reference(original.checkpoint, original.architecture)
+    states = reference_states(reference, texts, work, terminal)
+    return Judge(reference, texts, states, original.tokenizer, work, terminal)
+
+
+def runs(formats: list[str], mixed: list[float], tools: list[str]) -> Iterator[Run]:
+    """Every combination that the tools can do; ``tools`` are names, or name:setting."""
+    chosen = [tuple(tool.split(":", 1)) if ":" in tool else (tool, "") for tool in tools]
+    for form in formats:
+        bits, group, symmetric = re.fullmatch(r"w(\d)g(\d+)(-sym)?", form).groups()  # type: ignore[union-attr]
+        for tool, only in chosen:
+            for setting in (only,) if only else TOOLS[tool]:
+                if PEERS[tool].can(setting, int(bits), bool(symmetric)):
+                    yield Run(tool, setting, int(bits), int(group), bool(symmetric))
+    for limit in mixed:
+        for tool, only in chosen:
+            if PEERS[tool].mixes and only in ("", "default"):
+                yield Run(tool, "default", bits_per_weight=limit)
+
+
+def measure(run: Run, original: Original, judge: Judge, work: Path) -> dict[str, Any]:
+    """The row of ``run``: read back if it was done before."""
+    record = work / "runs" / f"{run.slug}.json"
+    if record.is_file():
+        return dict(json.loads(record.read_text(encoding="utf-8")))
+    record.parent.mkdir(exist_ok=True)
+    weights = work / f"{run.slug}.safetensors"
+    facts = run_peer(
+        work / "environments",
+        run.tool,
+        run.setting,
+        original.checkpoint.path,
+        work / "calibration.safetensors",
+        weights,
+        run.bits,
+        run.group_size,
+        run.symmetric,
+        bits_per_weight=run.bits_per_weight,
+    )
+    row = {**asdict(run), "format": run.format, **judge.judge(load_file(weights)), **facts}
+    weights.unlink()
+    record.write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
+    return row
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as Markdown, by format and falling divergence, with the ratio to the best other tool of the format."""
+    lines = [
+        "| format | tool | bits per weight | mean KL | p99 KL | p99.9 KL | top-1 | perplexity ratio | worst language "
+        "| seconds | peak MiB |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in sorted(rows, key=lambda row: (row["format"], -row["kl_mean_nats"])):
+        lines.append(
+            f"| {row['format']} | {row['tool']}, {row['setting']} | {row['bits_per_weight']:.3f} "
+            f"| {row['kl_mean_nats']:.5f} | {row['kl_p99_nats']:.4f} | {row['kl_p999_nats']:.4f} "
+            f"| {row['top1_agreement']:.4f} | {row['perplexity_ratio']:.4f} "
+            f"| {row['worst_language']} {row['kl_worst_language_nats']:.5f} "
+            f"| {row['seconds']:.0f} | {row['peak_rss_bytes'] / 2**20:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", nargs="?", default="demo")
+    parser.add_argument("--work", type=Path, required=True, help="environments, calibration text and finished runs")
+    parser.add_argument("--format", action="append", dest="formats", help=f"default: {' '.join(FORMATS)}")
+    parser.add_argument("--mixed", action="append", type=float, metavar="BPW", help=f"default: {MIXED}")
+    parser.add_argument("--tool", action="append", dest="tools", metavar="NAME[:SETTING]", help="default: all")
+    parser.add_argument("--tokens", type=int, default=49152, help="of calibration text")
+    parser.add_argument("--positions", type=int, default=1024, help="evaluated positions a language")
+    parser.add_argument("--output", type=Path, help="write the rows there as JSON")
+    options = parser.parse_args()
+    torch.set_num_threads(machine.cores())
+    terminal = Terminal()
+    options.work.mkdir(parents=True, exist_ok=True)
+    original = Original.open(options.checkpoint, terminal)
+    calibration = options.work / "calibration.safetensors"
+    if not calibration.is_file():
+        prepare(original, options.tokens, calibration)
+    judge = judge_of(original, options.positions, options.work, terminal)
+    rows, failures = [], dict(NOT_RUN)
+    nothing_named = not (options.formats or options.mixed)
+    formats = options.formats or (list(FORMATS) if nothing_named else [])
+    mixed = options.mixed or (list(MIXED) if nothing_named else [])
+    for run in runs(formats, mixed, options.tools or list(TOOLS)):
+        try:
+            rows.append(measure(run, original, judge, options.work))
+        except (PeerFailed, EnvironmentFailed) as error:
+            failures[f"{run.tool}, {run.setting}, {run.format}"] = str(error)[-2000:]
+        else:
+            print(f"{rows[-1]['kl_mean_nats']:.6f} {run.tool}, {run.setting}, {run.format}", flush=True)
+    print(table(rows))
+    for name, reason in failures.items():
+        print(f"not run: {name}: {reason}")
+    if options.output:
+        document = {
+            "command": "python -m benchmarks.quality",
+            "checkpoint": original.checkpoint.name,
+            "checkpoint_digest": original.checkpoint.digest(),
+            "calibration_tokens": int(load_file(calibration)["ids"].numel()),
+            "processor": machine.processor_name(),
+            "threads": machine.cores(),
+            "rows": rows,
+            "not_run": failures,
+        }
+        options.output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
