@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +14,7 @@ from glmexport.checkpoint import Checkpoint, Tokenizer
 from glmexport.errors import InputError, MachineError
 from glmexport.estimate import estimate
 from glmexport.progress import Progress
-from glmexport.recipe import Recipe, open_recipe
+from glmexport.recipe import STORED, Format, Recipe, open_recipe
 from glmexport.target import Target
 
 
@@ -30,6 +32,8 @@ class Original:
         """Open and check; no weight is read."""
         checkpoint = Checkpoint.open(source, progress)
         architecture = describe(checkpoint)
+        if checkpoint.quantized:
+            checkpoint = checkpoint.stacked(architecture.stacks())
         unused = dict(architecture.account(checkpoint))
         tokenizer = Tokenizer.open(checkpoint.path)
         if tokenizer.vocabulary_size > architecture.vocabulary_size:
@@ -55,7 +59,7 @@ def jobs_of(original: Original, targets: Sequence[Target], recipe: str | None, o
     jobs = []
     name = original.checkpoint.name.replace("/", "--")
     for target in targets:
-        chosen = open_recipe(recipe or target.weights.default_recipe)
+        chosen = recipe_for(original, recipe, target)
         own = Path("bundles") / f"{name}-{chosen.name}-{target.name}"
         jobs.append(
             Job(
@@ -71,10 +75,54 @@ def jobs_of(original: Original, targets: Sequence[Target], recipe: str | None, o
     return jobs
 
 
+def recipe_for(original: Original, name: str | None, target: Target) -> Recipe:
+    """The recipe of that name, or by default the target's; for a quantized checkpoint ``stored``.
+
+    The linears of a recipe that keeps stored codes have the checkpoint's formats; ``linears`` names the one that
+    most weights have.
+
+    Raises:
+        DefinitionError: there is no such recipe.
+        InputError: it would quantize a checkpoint that is quantized already, or keep codes that there are not.
+    """
+    stored = original.checkpoint.quantized
+    recipe = open_recipe(name or (STORED if stored else target.weights.default_recipe))
+    if not stored and recipe.keeps_stored:
+        raise InputError(
+            f"The recipe {recipe.name} keeps the codes of a quantized checkpoint, and {original.checkpoint.name} is "
+            "in full precision.",
+            next_step=f"Leave --recipe out, or name another, for example {target.weights.default_recipe}.",
+        )
+    if not stored:
+        return recipe
+    if not recipe.keeps_stored:
+        raise InputError(
+            f"{original.checkpoint.name} is quantized already ({formats_of(original)}); the recipe {recipe.name} would "
+            "quantize its rounded weights again.",
+            next_step="Leave --recipe out to keep its codes, or build from the full-precision checkpoint.",
+        )
+    if original.architecture.embedding in stored:
+        raise InputError(
+            f"{original.checkpoint.name}: the embedding is stored in the GPTQ format, which bundles do not keep.",
+            next_step="Quantize the linears only, with the embedding in full precision.",
+        )
+    weights: Counter[Format] = Counter()
+    for key, form in stored.items():
+        weights[form.exact] += math.prod(original.checkpoint.shape(key))
+    return recipe.model_copy(update={"linears": weights.most_common(1)[0][0]})
+
+
+def formats_of(original: Original) -> str:
+    """The stored formats of a quantized checkpoint and how many matrices have each, for people."""
+    counts = Counter(form.label for form in original.checkpoint.quantized.values())
+    return ", ".join(f"{count} x {label}" for label, count in counts.most_common())
+
+
 def refuse_formats(original: Original, job: Job) -> None:
     """Every format of the recipe must be one of the target's, and an embedding's rows must be whole groups."""
     recipe, offered = job.recipe, job.target.weights
-    for form in filter(None, (recipe.linears, recipe.lm_head, recipe.embedding)):
+    stored = (form.exact for form in original.checkpoint.quantized.values())
+    for form in filter(None, (recipe.linears, recipe.lm_head, recipe.embedding, *stored)):
         if form.bits not in offered.bits or form.group_size not in offered.group_sizes:
             raise InputError(
                 f"The recipe {recipe.name} uses {form.label}, for which the target {job.target.name} has no kernels.",

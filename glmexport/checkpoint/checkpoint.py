@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from glmexport.checkpoint.config import ConfigReader
+from glmexport.checkpoint.derived import DerivedMatrix, packed_weights, stack
 from glmexport.checkpoint.files import cache_repository, contained, optional, unreadable
+from glmexport.checkpoint.gptq import QUANTIZE_CONFIG, GptqFormat, read_settings
 from glmexport.checkpoint.header import WEIGHT_DTYPES, TensorEntry
 from glmexport.checkpoint.index import read_index
+from glmexport.checkpoint.packed import Codes, PackedMatrix, find_matrices
+from glmexport.checkpoint.reading import reading
 from glmexport.checkpoint.source import DEMO, refuse_hazards, resolve
 from glmexport.checkpoint.tokenizer import tokenizer_files
-from glmexport.errors import CheckpointError, MachineError
+from glmexport.errors import CheckpointError
 from glmexport.progress import Progress, Silent, Track
 
 if TYPE_CHECKING:
@@ -37,7 +40,9 @@ class Checkpoint:
         name: ``demo``, the hub id, or the name of the directory.
         config: ``config.json``.
         generation_config: ``generation_config.json``, or None where there is none.
-        tensors: Every tensor by name.
+        tensors: Every tensor by name. A matrix that is stored in the GPTQ format is listed as the weight that it
+            stands for, with the dtype ``GPTQ``, and what it is packed into is not listed.
+        quantized: Stored format of every such matrix, by the name of its weight; empty for full precision.
     """
 
     def __init__(
@@ -47,12 +52,18 @@ class Checkpoint:
         config: ConfigReader,
         generation_config: ConfigReader | None,
         tensors: Mapping[str, TensorEntry],
+        derived: Mapping[str, DerivedMatrix] | None = None,
     ) -> None:
         self.path = path
         self.name = name
         self.config = config
         self.generation_config = generation_config
-        self.tensors = MappingProxyType(dict(tensors))
+        self._plain = dict(tensors)
+        self._derived = dict(derived or {})
+        self.tensors = MappingProxyType(self._plain | {name: matrix.entry for name, matrix in self._derived.items()})
+        self.quantized: Mapping[str, GptqFormat] = MappingProxyType(
+            {name: matrix.form for name, matrix in self._derived.items() if matrix.form}
+        )
         # The headers were checked for these versions; reading a mapped file that shrank kills the process.
         self._versions = {shard: _version(shard) for shard in self.shards}
         self._digest: str | None = None
@@ -77,7 +88,29 @@ class Checkpoint:
         generation_path = optional(path, GENERATION_CONFIG, "the checkpoint")
         generation_config = None if generation_path is None else ConfigReader.open(generation_path)
         name = DEMO if source == DEMO else _name(path)
-        return cls(path, name, config, generation_config, read_index(path, progress))
+        tensors = read_index(path, progress)
+        settings = read_settings(path, config)
+        matrices = {} if settings is None else find_matrices(tensors, settings)
+        packed = {entry.name for matrix in matrices.values() for entry in matrix.entries}
+        plain = {key: entry for key, entry in tensors.items() if key not in packed}
+        return cls(path, name, config, generation_config, plain, packed_weights(matrices))
+
+    def stacked(self, stacks: Mapping[str, Sequence[str]]) -> Checkpoint:
+        """The same checkpoint with matrices in place of the ones that hold their rows.
+
+        Args:
+            stacks: Name of a matrix, and the names of those whose rows are its rows, in order. Where the
+                checkpoint has the matrix itself, or lacks one of the others, it is left as it is.
+
+        Raises:
+            CheckpointError: the others differ in width or in how they are stored.
+        """
+        plain, derived = dict(self._plain), dict(self._derived)
+        for name, parts in stacks.items():
+            if name not in self.tensors and all(part in self.tensors for part in parts):
+                sources = [derived.pop(part) if part in derived else plain.pop(part) for part in parts]
+                derived[name] = stack(name, sources)
+        return Checkpoint(self.path, self.name, self.config, self.generation_config, plain, derived)
 
     @property
     def model_type(self) -> str:
@@ -87,7 +120,8 @@ class Checkpoint:
     @property
     def shards(self) -> list[Path]:
         """The safetensors files that hold the tensors, by name."""
-        return sorted({entry.path for entry in self.tensors.values()})
+        derived = (entry for matrix in self._derived.values() for entry in matrix.stored)
+        return sorted({entry.path for entry in (*self._plain.values(), *derived)})
 
     @property
     def parameters(self) -> int:
@@ -122,6 +156,8 @@ class Checkpoint:
                 finite or does not fit ``dtype``, or the file changed since it was opened.
             MachineError: the file cannot be read, or there is not enough memory.
         """
+        if name in self._derived:
+            return self._derive(self._derived[name], dtype, 0, self.shape(name)[0])
         return self._read(self._entry(name), dtype, None)
 
     def rows(self, name: str, start: int, stop: int, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -138,7 +174,25 @@ class Checkpoint:
         entry = self._entry(name)
         if not entry.shape or not 0 <= start <= stop <= entry.shape[0]:
             raise ValueError(f"rows [{start}, {stop}) of {name!r}, whose shape is {entry.shape}")
+        if name in self._derived:
+            return self._derive(self._derived[name], dtype, start, stop)
         return self._read(entry, dtype, slice(start, stop))
+
+    def codes(self, name: str, start: int, stop: int) -> Codes:
+        """Rows ``[start, stop)`` of a matrix of ``quantized``, as its format stores them.
+
+        Raises:
+            CheckpointError: the stored values cannot be used, or the file changed since it was opened.
+            MachineError: the file cannot be read, or there is not enough memory.
+        """
+        import torch
+
+        decoded = []
+        for part, begin, end in self._derived[name].slabs(start, stop):
+            assert isinstance(part, PackedMatrix)
+            self._refuse_changed(*part.entries)
+            decoded.append(part.decode(begin, end))
+        return Codes(*(torch.cat([getattr(rows, field) for rows in decoded]) for field in vars(decoded[0])))
 
     def digest(self, progress: Progress | None = None) -> str:
         """``sha256:`` and the digest of what the checkpoint says, whatever directory it lies in.
@@ -153,6 +207,8 @@ class Checkpoint:
         """
         if self._digest is None:
             files = {*self.shards, self.path / CONFIG, *tokenizer_files(self.path)}
+            if self.quantized and (self.path / QUANTIZE_CONFIG).is_file():
+                files.add(self.path / QUANTIZE_CONFIG)
             if self.generation_config is not None:
                 files.add(self.path / GENERATION_CONFIG)
             named = sorted((path.relative_to(self.path).as_posix(), path) for path in files)
@@ -175,9 +231,24 @@ class Checkpoint:
             + "If the name is right, the checkpoint is incomplete: download it again.",
         )
 
+    def _derive(self, matrix: DerivedMatrix, dtype: torch.dtype | None, start: int, stop: int) -> torch.Tensor:
+        import torch
+
+        rows = torch.empty(stop - start, matrix.entry.shape[1], dtype=dtype or torch.float32)
+        filled = 0
+        for part, begin, end in matrix.slabs(start, stop):
+            if isinstance(part, PackedMatrix):
+                self._refuse_changed(*part.entries)
+                slab = part.dequantize(begin, end)
+            else:
+                slab = self._read(part, dtype, slice(begin, end))
+            rows[filled : filled + len(slab)] = slab
+            filled += len(slab)
+        return rows
+
     def _read(self, entry: TensorEntry, dtype: torch.dtype | None, rows: slice | None) -> torch.Tensor:
         import torch
-        from safetensors import SafetensorError, safe_open
+        from safetensors import safe_open
 
         if entry.dtype not in WEIGHT_DTYPES:
             raise CheckpointError(
@@ -185,36 +256,22 @@ class Checkpoint:
                 f"accepted are {', '.join(WEIGHT_DTYPES)}.",
                 next_step="Use the full-precision checkpoint of this model.",
             )
-        if _version(entry.path) != self._versions[entry.path]:
-            raise CheckpointError(
-                f"{entry.path} changed since the checkpoint was opened.",
-                next_step="Wait until the download is complete, then run the command again.",
-            )
-        try:
-            # Closed after every read: pages of a file that stays mapped count as memory of this process.
-            with safe_open(entry.path, framework="pt", device="cpu") as shard:
-                stored = shard.get_tensor(entry.name) if rows is None else shard.get_slice(entry.name)[rows]
-                tensor: torch.Tensor = stored.to(
-                    dtype or torch.float32, copy=True, memory_format=torch.contiguous_format
+        self._refuse_changed(entry)
+        # Closed after every read: pages of a file that stays mapped count as memory of this process.
+        with reading(entry), safe_open(entry.path, framework="pt", device="cpu") as shard:
+            stored = shard.get_tensor(entry.name) if rows is None else shard.get_slice(entry.name)[rows]
+            tensor: torch.Tensor = stored.to(dtype or torch.float32, copy=True, memory_format=torch.contiguous_format)
+            if not _is_finite(tensor):
+                raise _not_finite(entry, stored, tensor, 0 if rows is None else rows.start)
+            return tensor
+
+    def _refuse_changed(self, *entries: TensorEntry) -> None:
+        for path in {entry.path for entry in entries}:
+            if _version(path) != self._versions[path]:
+                raise CheckpointError(
+                    f"{path} changed since the checkpoint was opened.",
+                    next_step="Wait until the download is complete, then run the command again.",
                 )
-                if not _is_finite(tensor):
-                    raise _not_finite(entry, stored, tensor, 0 if rows is None else rows.start)
-                return tensor
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"{entry.path}: tensor {entry.name!r} cannot be read: {error}.",
-                next_step="Download the shard again.",
-            ) from error
-        except OSError as error:
-            raise unreadable(entry.path, error) from error
-        except (MemoryError, RuntimeError) as error:
-            # torch has no class of its own for a failed allocation or mapping on the CPU.
-            if isinstance(error, RuntimeError) and not re.search("memory|mmap", str(error)):
-                raise
-            raise MachineError(
-                f"Not enough memory for tensor {entry.name!r} of {entry.path} ({entry.elements:,} elements).",
-                next_step="Close other programs or use a machine with more memory.",
-            ) from error
 
 
 def _name(path: Path) -> str:

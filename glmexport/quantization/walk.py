@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 
 import torch
@@ -24,6 +24,7 @@ from glmexport.quantization.linear import QuantizedLinear
 from glmexport.quantization.memory import MemoryPlan
 from glmexport.quantization.solve import Problem, Solution, gptq, round_to_nearest
 from glmexport.quantization.store import WorkDirectory
+from glmexport.quantization.stored import stored_linear
 from glmexport.recipe import Format, Recipe
 
 EMBEDDING, HEAD = "embedding", "head"
@@ -139,6 +140,8 @@ class Walk:
     def _block(self, layer: DecoderLayer, records: list[LinearRecord]) -> dict[str, QuantizedLinear]:
         form = self.recipe.linears
         solved: dict[str, QuantizedLinear] = {}
+        if self.recipe.keeps_stored:
+            return self._stored(layer.linears, layer.index, records)
         if form is None:
             return solved
         for tap, linears in layer.taps.items():
@@ -156,8 +159,22 @@ class Walk:
                 records.append(self._measured(linear, layer.index, solution, tokens))
         return solved
 
+    def _stored(
+        self, linears: Iterable[Linear], layer: int | None, records: list[LinearRecord]
+    ) -> dict[str, QuantizedLinear]:
+        """Those of ``linears`` that the checkpoint stores quantized."""
+        kept = {}
+        for linear in linears:
+            stored = stored_linear(self.checkpoint, linear.weight, self.memory.chunk_weights)
+            if stored is not None:
+                kept[linear.weight] = stored
+                records.append(_unmeasured(linear.weight, layer, linear.part, stored))
+        return kept
+
     def _head(self, records: list[LinearRecord]) -> dict[str, QuantizedLinear]:
         form, head = self.recipe.lm_head, self.architecture.lm_head
+        if self.recipe.keeps_stored and head.weight in self.checkpoint.quantized:
+            return self._stored([head], None, records)
         if form is None or self.architecture.tied:
             # A tied head is the embedding, whose codes are fixed before any activation exists.
             return {}
