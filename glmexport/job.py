@@ -142,17 +142,17 @@ def _alternatives(values: Sequence[int]) -> str:
     return " or ".join(str(value) for value in values)
 
 
-def refuse_existing(directory: Path, force: bool) -> None:
-    """Nothing is overwritten unless asked for, and then only a bundle or an empty directory."""
+def refuse_existing(directory: Path, force: bool, mark: str = "bundle.json", kind: str = "a bundle") -> None:
+    """Nothing is overwritten unless asked for, and then only what has the file ``mark``, or an empty directory."""
     if directory.exists() and not force:
         raise InputError(
             f"{directory} exists.", next_step="Choose another directory with -o, or replace it with --force."
         )
     if directory.exists() and not (
-        directory.is_dir() and ((directory / "bundle.json").is_file() or not any(directory.iterdir()))
+        directory.is_dir() and ((directory / mark).is_file() or not any(directory.iterdir()))
     ):
         raise InputError(
-            f"{directory} exists and is not a bundle, so --force does not replace it.",
+            f"{directory} exists and is not {kind}, so --force does not replace it.",
             next_step="Choose another directory with -o.",
         )
 
@@ -162,6 +162,15 @@ def require_space(original: Original, recipe: Recipe, parent: Path) -> None:
     architecture = original.architecture
     tokens = recipe.calibration.tokens if recipe.calibration else 0
     needed = 2 * estimate(architecture, recipe, 1.0, None).bundle_bytes + 2 * tokens * architecture.hidden_size * 4
+    require_free(parent, needed, "The build")
+
+
+def require_free(parent: Path, needed: int, what: str) -> None:
+    """Make ``parent`` if ``needed`` bytes are free where it is.
+
+    Raises:
+        MachineError: they are not, or the directory cannot be made.
+    """
     try:
         # Nothing is made before it is known to fit.
         absolute = parent.absolute()
@@ -174,6 +183,6 @@ def require_space(original: Original, recipe: Recipe, parent: Path) -> None:
         ) from error
     if free < needed:
         raise MachineError(
-            f"The build needs {needed / 2**30:.1f} GiB of disk in {parent}, and {free / 2**30:.1f} GiB are free.",
+            f"{what} needs {needed / 2**30:.1f} GiB of disk in {parent}, and {free / 2**30:.1f} GiB are free.",
             next_step="Free space, or choose another directory with -o.",
         )
