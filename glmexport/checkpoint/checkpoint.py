@@ -90,7 +90,7 @@ class Checkpoint:
         name = DEMO if source == DEMO else _name(path)
         tensors = read_index(path, progress)
         settings = read_settings(path, config)
-        matrices = {} if settings is None else find_matrices(tensors, settings)
+        matrices = find_matrices(tensors, settings, path)
         packed = {entry.name for matrix in matrices.values() for entry in matrix.entries}
         plain = {key: entry for key, entry in tensors.items() if key not in packed}
         return cls(path, name, config, generation_config, plain, packed_weights(matrices))

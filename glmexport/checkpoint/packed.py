@@ -16,9 +16,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from glmexport.checkpoint.gptq import VERSIONS, GptqFormat, GptqSettings
+from glmexport.checkpoint.gptq import QUANTIZE_CONFIG, VERSIONS, GptqFormat, GptqSettings
 from glmexport.checkpoint.header import TensorEntry
 from glmexport.checkpoint.reading import reading
 from glmexport.errors import CheckpointError
@@ -173,15 +174,30 @@ def read_entry(entry: TensorEntry, columns: slice | None = None) -> Tensor:
         return tensor
 
 
-def find_matrices(tensors: Mapping[str, TensorEntry], settings: GptqSettings) -> dict[str, PackedMatrix]:
+def find_matrices(
+    tensors: Mapping[str, TensorEntry], settings: GptqSettings | None, directory: Path
+) -> dict[str, PackedMatrix]:
     """Every quantized matrix by the name of its module, checked as far as no data of weights is needed for it.
 
+    Args:
+        tensors: all tensors of the checkpoint.
+        settings: how they are quantized, where a file says so.
+        directory: the checkpoint, for messages.
+
     Raises:
-        CheckpointError: there is none, a tensor is missing or of another shape or dtype, columns were reordered, or
-            the zero points are not stored as the configuration says.
+        CheckpointError: tensors and settings disagree on whether anything is quantized, a tensor is missing or of
+            another shape or dtype, columns were reordered, or the zero points are not stored as the settings say.
         MachineError: a shard cannot be read.
     """
     modules = [name.removesuffix(QWEIGHT) for name in tensors if name.endswith(QWEIGHT)]
+    if settings is None:
+        if not modules:
+            return {}
+        raise CheckpointError(
+            f"{directory} has {modules[0]}{QWEIGHT}, and neither config.json nor {QUANTIZE_CONFIG} says how it is "
+            "quantized.",
+            next_step=f"Put the {QUANTIZE_CONFIG} that belongs to these weights into the directory.",
+        )
     if not modules:
         raise CheckpointError(
             f"{settings.where} says that the checkpoint is quantized by gptq, and no tensor is named *{QWEIGHT}.",
