@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPTQConfig
 
 TEXT = "A sentence of calibration, long enough to be kept, and the same one every time but for its number: {}."
 
@@ -38,7 +38,8 @@ def dump(checkpoint: str, library: str, ids: list[int], to: str) -> None:
             if hasattr(module, "qweight"):
                 assert module.scales.dtype == torch.float16
                 tensors[f"{name}.dequantized"] = module.dequantize_weight().T.contiguous()
-        tensors["logits"] = logits(model.float(), ids)
+        # transformers' own float() refuses quantized models, whose scales it cannot know to be widened exactly.
+        tensors["logits"] = logits(torch.nn.Module.float(model), ids)
     save_file(tensors, to)
 
 
@@ -46,7 +47,10 @@ def load(checkpoint: str, library: str, backend: BACKEND | None) -> Any:
     if library == "gptqmodel":
         options = {} if backend is None else {"backend": backend}
         return GPTQModel.load(checkpoint, device="cpu", dtype=torch.float16, **options).model.eval()
-    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float16, device_map="cpu").eval()
+    config = GPTQConfig(bits=4, backend=None if backend is None else backend.value)
+    return AutoModelForCausalLM.from_pretrained(
+        checkpoint, dtype=torch.float16, device_map="cpu", quantization_config=config
+    ).eval()
 
 
 def logits(model: Any, ids: list[int]) -> torch.Tensor:
