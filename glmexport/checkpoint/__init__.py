@@ -8,8 +8,12 @@ knows no family; what a tensor or a key means is the business of the architectur
     files        contained paths, and JSON that can be read in one way only
     header       the safetensors header, strictly
     index        which tensor is in which shard
+    gptq         what a GPTQ checkpoint says of its quantization
+    packed       its matrices, decoded a few rows at a time
+    derived      matrices under the name of a weight, whatever tensors they are made of
     config       typed reads of config.json
     source       demo, directory or hub id to a directory; refusal of code and pickles
+    reading      errors of reading a tensor's data
     tokenizer    text and conversations to token ids
     checkpoint   all of it, opened
 """
