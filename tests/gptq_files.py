@@ -113,7 +113,8 @@ def quantize(
     tensors: dict[str, torch.Tensor] = {}
     for number, (key, tensor) in enumerate(sorted(load_file(source / WEIGHTS).items())):
         module = key.removesuffix(".weight")
-        if not module.endswith("_proj") or not key.endswith(".weight"):
+        named = any(module.endswith(end) for end in formats or {})
+        if not key.endswith(".weight") or not (named or module.endswith("_proj")):
             tensors[key] = tensor.half() if key.endswith(".bias") else tensor
             continue
         rows, columns = tensor.shape

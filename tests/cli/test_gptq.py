@@ -76,15 +76,16 @@ def check_codes(bundle: Path, written: Written) -> None:
         {"split": False, "version": "gptq_v2", "symmetric": True},
         {"split": True, "version": "gptq", "group_size": -1},
         {"split": True, "version": "gptq_v2", **EXCEPTIONS},
+        {"formats": {"lm_head": (4, 32)}},
     ],
-    ids=["split-v1", "fused-v2-sym", "whole-rows", "exceptions"],
+    ids=["split-v1", "fused-v2-sym", "whole-rows", "exceptions", "lm_head"],
 )
 def test_a_bundle_keeps_every_code(source: Path, tmp_path: Path, quick: None, options: dict[str, Any]) -> None:
     written = quantize(source, tmp_path / "gptq", **options)
     (built,) = build(written.directory, tmp_path / "bundle", "stored")
     check_codes(built.directory, written)
     assert {matrix.key for matrix in built.manifest.matrices} > set(written.matrices)
-    if "formats" in options:
+    if "dynamic" in options:
         assert O_PROJ not in written.matrices
         assert bundle_weights(built.directory, written.directory).quantized(O_PROJ) is None
 
@@ -113,6 +114,19 @@ def test_inspect_says_what_it_is_quantized_to(source: Path, tmp_path: Path, run:
     assert {row["recipe"] for row in document["estimates"]} == {"stored"}
     assert "gptq, 10 x w4g32, 1 x w8g64" in run("inspect", written.directory).stderr
     assert run("inspect", source, "--json").document["quantization"] is None
+
+
+def test_a_quantized_embedding_is_refused(source: Path, tmp_path: Path, run: Run) -> None:
+    written = quantize(source, tmp_path / "gptq", formats={"embed_tokens": (4, 32)})
+    outcome = run("build", written.directory, "--target", TARGET, "-o", tmp_path / "bundle")
+    check(outcome, EXIT_INPUT, "embedding", "Quantize the linears only")
+
+
+def test_a_quantized_head_is_not_converted(source: Path, tmp_path: Path, run: Run, quick: None) -> None:
+    written = quantize(source, tmp_path / "gptq", formats={"lm_head": (4, 32)})
+    (built,) = build(written.directory, tmp_path / "bundle", "stored")
+    outcome = run("convert", built.directory, "--against", written.directory, "--to", "gptq", "-o", tmp_path / "again")
+    check(outcome, EXIT_INPUT, "lm_head.weight is stored as GPTQ")
 
 
 @pytest.mark.parametrize("command", ["build", "inspect"])
