@@ -12,7 +12,15 @@ import torch
 
 from glmexport import __version__
 from glmexport.architecture import Reference
-from glmexport.bundle import CalibrationSource, Manifest, Source, read_manifest, verify_files, write_bundle
+from glmexport.bundle import (
+    AdapterSource,
+    CalibrationSource,
+    Manifest,
+    Source,
+    read_manifest,
+    verify_files,
+    write_bundle,
+)
 from glmexport.calibration import (
     USER,
     CalibrationSet,
@@ -130,9 +138,10 @@ def open_bundle(directory: Path, original: Original, progress: Progress) -> Mani
     digest = original.checkpoint.digest(progress)
     if digest != manifest.source.digest:
         raise BundleError(
-            f"{directory} was built from {manifest.source.name} ({manifest.source.digest[:19]}...), "
-            f"not from {original.checkpoint.name} ({digest[:19]}...).",
-            next_step="Give the checkpoint that it was built from with --against.",
+            f"{directory} was built from {manifest.source.title} ({manifest.source.digest[:19]}...), "
+            f"not from {source_of(original, progress).title} ({digest[:19]}...).",
+            next_step="Give the checkpoint that it was built from with --against"
+            + (", and its adapter with --adapter." if manifest.source.adapter else " alone."),
         )
     return manifest
 
@@ -239,6 +248,7 @@ def _calibration_documents(original: Original, recipe: Recipe, options: BuildOpt
 def source_of(original: Original, progress: Progress) -> Source:
     """What the manifest says of the original."""
     checkpoint = original.checkpoint
+    adapter = checkpoint.adapter
     return Source(
         name=checkpoint.name,
         digest=checkpoint.digest(progress),
@@ -246,6 +256,7 @@ def source_of(original: Original, progress: Progress) -> Source:
         parameters=checkpoint.parameters,
         bytes=checkpoint.bytes,
         unused=original.unused,
+        adapter=AdapterSource(name=adapter.name, digest=adapter.digest(progress)) if adapter else None,
     )
 
 

@@ -10,6 +10,7 @@ import torch
 
 from glmexport.architecture import Architecture
 from glmexport.quantization import plan_memory
+from glmexport.quantization.allocation import tie_groups, total_bits
 from glmexport.quantization.linear import stored_bits
 from glmexport.recipe import Format, Recipe
 
@@ -31,9 +32,10 @@ def estimate(architecture: Architecture, recipe: Recipe, flops_per_s: float, lim
     """Figures for building ``architecture`` by ``recipe`` on a machine of that speed under that memory limit."""
     shapes = architecture.shapes()
     bits = sum(stored_bits(shape, _form(architecture, recipe, key)) for key, shape in shapes.items())
-    rotary = architecture.layers[0].attention.rotary.dimensions * architecture.context_length * 4
+    if recipe.budget:
+        bits = total_bits(architecture, recipe.budget)
     return Estimate(
-        bundle_bytes=bits // 8 + rotary,
+        bundle_bytes=bits // 8 + architecture.rotary_bytes,
         bits_per_weight=bits / sum(math.prod(shape) for shape in shapes.values()),
         peak_memory_bytes=plan_memory(architecture, recipe, limit_bytes).peak_bytes,
         seconds=_flops(architecture, recipe) / flops_per_s,
@@ -64,13 +66,18 @@ def _flops(architecture: Architecture, recipe: Recipe) -> float:
     weights = [(linear.out_features, linear.in_features) for _, linear in architecture.linears]
     forward = 2.0 * sum(rows * columns for rows, columns in weights)
     total = forward * _VALIDATION_TOKEN_PASSES
+    if recipe.budget:
+        # Every trial goes through half of the model on average.
+        trials = sum(len(group.candidates) for group in tie_groups(architecture, recipe))
+        total += forward * recipe.budget.probe_tokens * trials / 2
     if recipe.needs_calibration and recipe.calibration:
         tokens = recipe.calibration.tokens
-        # Four partial passes to the taps of a layer and a whole one cost about three whole ones.
-        total += 3 * forward * tokens
+        # Four partial passes to the taps of a layer and a whole one cost about three whole ones, on each stream.
+        streams = 2 if recipe.solver.asymmetric else 1
+        total += 3 * streams * forward * tokens
         taps = {(layer, linear.tap): linear.in_features for layer, linear in architecture.linears}
-        total += sum(2.0 * tokens * size**2 + size**3 / 3 for size in taps.values())
-        # Sweep (half a product), three projections for the errors, and each round's projection.
-        products = 3.5 + recipe.solver.polish_rounds
+        total += sum(2.0 * streams * tokens * size**2 + size**3 / 3 for size in taps.values())
+        # Sweep (half a product), three projections for the errors, each round's projection, and the correction.
+        products = 3.5 + recipe.solver.polish_rounds + (streams - 1)
         total += sum(products * 2.0 * rows * columns**2 for rows, columns in weights)
     return total

@@ -14,7 +14,8 @@ from glmexport.checkpoint import Checkpoint, Tokenizer
 from glmexport.errors import InputError, MachineError
 from glmexport.estimate import estimate
 from glmexport.progress import Progress
-from glmexport.recipe import STORED, Format, Recipe, open_recipe
+from glmexport.quantization.allocation import require_fit
+from glmexport.recipe import STORED, Budget, Format, Recipe, open_recipe
 from glmexport.target import Target
 
 
@@ -28,9 +29,9 @@ class Original:
     unused: dict[str, str]
 
     @classmethod
-    def open(cls, source: str, progress: Progress) -> Original:
-        """Open and check; no weight is read."""
-        checkpoint = Checkpoint.open(source, progress)
+    def open(cls, source: str, progress: Progress, adapter: str | None = None) -> Original:
+        """Open and check, with the adapter that is merged into it, if any; no weight is read."""
+        checkpoint = Checkpoint.open(source, progress, adapter)
         architecture = describe(checkpoint)
         if checkpoint.quantized:
             checkpoint = checkpoint.stacked(architecture.stacks())
@@ -54,12 +55,49 @@ class Job:
     directory: Path
 
 
-def jobs_of(original: Original, targets: Sequence[Target], recipe: str | None, output: Path | None) -> list[Job]:
+def budget_of(bundle_bytes: int | None, bits_per_weight: float | None) -> Budget | None:
+    """The limit that a user gives, if any.
+
+    Raises:
+        InputError: both are given.
+    """
+    if bundle_bytes and bits_per_weight:
+        raise InputError("Both --size and --bpw are given.", next_step="Give the one that matters.")
+    if not bundle_bytes and not bits_per_weight:
+        return None
+    return Budget(bundle_bytes=bundle_bytes, bits_per_weight=bits_per_weight)
+
+
+def _within(recipe: Recipe, budget: Budget, target: Target) -> Recipe:
+    """``recipe`` with the limit of ``budget``, and the recipe's own candidates or those the target has kernels for."""
+    if not recipe.needs_calibration or recipe.linears is None:
+        raise InputError(
+            f"The recipe {recipe.name} does not calibrate, so no formats can be chosen for --size or --bpw.",
+            next_step="Take a recipe with solver.method gptq.",
+        )
+    offered = target.weights
+    kernels = [f for f in budget.candidates if f.bits in offered.bits and f.group_size in offered.group_sizes]
+    candidates = recipe.budget.candidates if recipe.budget else tuple(kernels)
+    limited = budget.model_copy(update={"candidates": candidates})
+    name = f"{recipe.name}-{budget.label}"
+    return recipe.model_copy(update={"budget": limited, "name": name})
+
+
+def jobs_of(
+    original: Original,
+    targets: Sequence[Target],
+    recipe: str | None,
+    output: Path | None,
+    budget: Budget | None = None,
+) -> list[Job]:
     """One job a target: its recipe (the target's default, if none is named) and the directory it ends in."""
     jobs = []
-    name = original.checkpoint.name.replace("/", "--")
+    adapter = original.checkpoint.adapter
+    name = "-".join([original.checkpoint.name, *([adapter.name] if adapter else [])]).replace("/", "--")
     for target in targets:
         chosen = recipe_for(original, recipe, target)
+        if budget:
+            chosen = _within(chosen, budget, target)
         own = Path("bundles") / f"{name}-{chosen.name}-{target.name}"
         jobs.append(
             Job(
@@ -121,14 +159,17 @@ def formats_of(original: Original) -> str:
 def refuse_formats(original: Original, job: Job) -> None:
     """Every format of the recipe must be one of the target's, and an embedding's rows must be whole groups."""
     recipe, offered = job.recipe, job.target.weights
+    candidates = recipe.budget.candidates if recipe.budget else ()
     stored = (form.exact for form in original.checkpoint.quantized.values())
-    for form in filter(None, (recipe.linears, recipe.lm_head, recipe.embedding, *stored)):
+    for form in filter(None, (recipe.linears, recipe.lm_head, recipe.embedding, *candidates, *stored)):
         if form.bits not in offered.bits or form.group_size not in offered.group_sizes:
             raise InputError(
                 f"The recipe {recipe.name} uses {form.label}, for which the target {job.target.name} has no kernels.",
                 next_step=f"Take a recipe of {_alternatives(offered.bits)} bits in groups of "
                 f"{_alternatives(offered.group_sizes)}.",
             )
+    if recipe.budget:
+        require_fit(original.architecture, recipe)
     size = original.architecture.hidden_size
     if recipe.embedding and size % recipe.embedding.group_size:
         raise InputError(
@@ -158,10 +199,10 @@ def refuse_existing(directory: Path, force: bool, mark: str = "bundle.json", kin
 
 
 def require_space(original: Original, recipe: Recipe, parent: Path) -> None:
-    """The bundle, the committed blocks, and two blocks' activations must fit beside each other."""
+    """The bundle, the committed blocks, and two blocks' activations, of both streams, must fit beside each other."""
     architecture = original.architecture
     tokens = recipe.calibration.tokens if recipe.calibration else 0
-    needed = 2 * estimate(architecture, recipe, 1.0, None).bundle_bytes + 2 * tokens * architecture.hidden_size * 4
+    needed = 2 * estimate(architecture, recipe, 1.0, None).bundle_bytes + 4 * tokens * architecture.hidden_size * 4
     require_free(parent, needed, "The build")
 
 

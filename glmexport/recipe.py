@@ -21,7 +21,7 @@ class Format(Definition):
     ``2 ** (bits - 1)`` and a signed scale, so that the full range of codes is in use.
     """
 
-    bits: Literal[4, 8]
+    bits: Literal[2, 4, 8]
     group_size: Literal[16, 32, 64, 128, 256]
     symmetric: bool = False
 
@@ -42,6 +42,9 @@ class Solver(Definition):
     order: Literal["group", "stored"] = "group"
     #: Search scale and zero point of every group against the Hessian-weighted error; false takes min-max.
     scale_search: bool = True
+    #: Fit matrices to the original's outputs, so that each takes back part of the error of those before it; false
+    #: fits them to their own outputs on the quantized stream.
+    asymmetric: bool = True
     #: Rounds of coordinate descent over the codes followed by a closed-form refit of the scales.
     polish_rounds: int = Field(default=2, ge=0, le=16)
 
@@ -62,6 +65,44 @@ class CalibrationPlan(Definition):
         return quota
 
 
+class Budget(Definition):
+    """How large a bundle may be, with the formats to choose among, matrix by matrix, to lose least within it.
+
+    Exactly one of ``bits_per_weight`` (over every weight, scales and zero points included) and ``bundle_bytes``
+    (weights and rotary tables) is given.
+    """
+
+    bits_per_weight: float | None = Field(default=None, gt=0)
+    bundle_bytes: int | None = Field(default=None, gt=0)
+    candidates: tuple[Format, ...] = (
+        Format(bits=2, group_size=32),
+        Format(bits=2, group_size=64),
+        Format(bits=4, group_size=128),
+        Format(bits=4, group_size=64),
+        Format(bits=4, group_size=32),
+        Format(bits=8, group_size=128),
+        Format(bits=8, group_size=32),
+    )
+    #: Held-out tokens on which every group of matrices is tried in every format.
+    probe_tokens: int = Field(default=2048, ge=64)
+
+    @property
+    def label(self) -> str:
+        """Short, for example ``4.6bpw`` or ``5.2GiB``."""
+        if self.bits_per_weight is not None:
+            return f"{self.bits_per_weight:g}bpw"
+        assert self.bundle_bytes is not None
+        return f"{self.bundle_bytes / 2**30:.4g}GiB"
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> Self:
+        if (self.bits_per_weight is None) == (self.bundle_bytes is None):
+            raise ValueError("give either bits_per_weight or bundle_bytes")
+        if len(set(self.candidates)) != len(self.candidates) or not self.candidates:
+            raise ValueError("candidates: at least one, none twice")
+        return self
+
+
 class Recipe(Definition):
     """How to quantize: formats of the parts, the solver, and what to calibrate on. None keeps full precision."""
 
@@ -72,6 +113,8 @@ class Recipe(Definition):
     embedding: Format | None = None
     solver: Solver = Solver()
     calibration: CalibrationPlan | None = None
+    #: Replaces the formats above, for the parts that have one, by what fits a budget best.
+    budget: Budget | None = None
 
     @model_validator(mode="after")
     def _calibrates_if_it_solves(self) -> Self:
@@ -79,6 +122,8 @@ class Recipe(Definition):
             raise ValueError("solver.method gptq needs a [calibration] table")
         if not self.needs_calibration and self.calibration is not None:
             raise ValueError("[calibration] is given, but nothing is solved against a Hessian")
+        if self.budget is not None and not (self.needs_calibration and self.linears):
+            raise ValueError("[budget] needs solver.method gptq and a format of the linears")
         return self
 
     @property

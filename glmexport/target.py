@@ -47,7 +47,7 @@ class GraphLimits(Definition):
 class WeightFormats(Definition):
     """Weight formats with fast kernels, and the arithmetic they run in."""
 
-    bits: tuple[Literal[4, 8], ...]
+    bits: tuple[Literal[2, 4, 8], ...]
     group_sizes: tuple[int, ...]
     default_recipe: str
     #: MatMulNBits accuracy_level: 0 keeps fp32 activations, 4 quantizes them to int8 block by block.

@@ -103,6 +103,18 @@ class GatedMlp:
 
 
 @dataclass(frozen=True)
+class ResidualBranch:
+    """residual + output_norm(output(...)): what one half of a layer adds to the stream that ``input_norm`` reads.
+
+    ``output_norm`` exists in families with sandwich norms only.
+    """
+
+    input_norm: Norm
+    output: Linear
+    output_norm: Norm | None
+
+
+@dataclass(frozen=True)
 class DecoderLayer:
     """One residual block. The two output norms exist in families with sandwich norms only."""
 
@@ -127,6 +139,14 @@ class DecoderLayer:
             tap: tuple(linear for linear in self.linears if linear.tap == tap)
             for tap in dict.fromkeys(linear.tap for linear in self.linears)
         }
+
+    @property
+    def branches(self) -> tuple[ResidualBranch, ResidualBranch]:
+        """Attention and MLP, as additions to the residual stream."""
+        return (
+            ResidualBranch(self.attention_norm, self.attention.output, self.attention_output_norm),
+            ResidualBranch(self.mlp_norm, self.mlp.down, self.mlp_output_norm),
+        )
 
     @property
     def norms(self) -> tuple[Norm, ...]:
@@ -176,6 +196,11 @@ class Architecture:
         """Cached numbers per token of context over all layers."""
         return sum(2 * layer.attention.kv_heads * layer.attention.head_dim for layer in self.layers)
 
+    @property
+    def rotary_bytes(self) -> int:
+        """Cosines and sines of every position of the context, fp32."""
+        return self.layers[0].attention.rotary.dimensions * self.context_length * 4
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Checkpoint key and shape of every tensor that the model consists of."""
         shapes: dict[str, tuple[int, ...]] = {self.embedding: (self.vocabulary_size, self.hidden_size)}
@@ -206,7 +231,8 @@ class Architecture:
             (key, reason) of the unused tensors.
 
         Raises:
-            CheckpointError: a tensor is missing, has another shape, or is not part of the description.
+            CheckpointError: a tensor is missing, has another shape, or is not part of the description; or an adapter
+                changes a tensor that is left out, or one of two tied matrices.
         """
         wanted = self.shapes()
         _check_shapes(checkpoint, wanted)
@@ -222,7 +248,21 @@ class Architecture:
                 f"{checkpoint.name} has {_listed(unknown)} that the family {self.family!r} does not know.",
                 next_step="Remove them from the checkpoint, or extend the family's declaration.",
             )
+        self._check_adapter(checkpoint, dict(unused))
         return unused
+
+    def _check_adapter(self, checkpoint: Checkpoint, unused: dict[str, str]) -> None:
+        """Nothing that was trained may get lost, and what is trained for one use must not change another."""
+        lost = {key: unused[key] for key in sorted(checkpoint.changed & set(unused))}
+        if self.tied and self.embedding in checkpoint.changed:
+            # The adapter was trained beside an lm_head that stayed as it was, or changed by itself.
+            lost[self.embedding] = "tied to the lm_head, which would change with it"
+        for key, reason in lost.items():
+            raise CheckpointError(
+                f"The adapter changes {key}, and that is {reason}.",
+                next_step="Load the model with tie_word_embeddings=False, merge the adapter with PEFT "
+                "(merge_and_unload), save the model, and give that as the checkpoint.",
+            )
 
 
 def _check_shapes(checkpoint: Checkpoint, wanted: dict[str, tuple[int, ...]]) -> None:

@@ -7,7 +7,7 @@ meta device and filled from the checkpoint when their turn comes.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,15 +38,24 @@ class Reference:
         # The rotary tables are computed, not stored, so this module cannot stay on the meta device.
         self._rotary: nn.Module = type(self._decoder.rotary_emb)(self._decoder.config)
 
-    def block(self, layer: DecoderLayer, substitute: Substitute | None = None) -> Block:
-        """Decoder layer ``layer`` with its weights in fp32."""
+    def block(self, layer: DecoderLayer, substitute: Substitute | None = None, *, before: str | None = None) -> Block:
+        """Decoder layer ``layer`` with its weights in fp32.
+
+        With ``before``, the name of a tap, the linears of that tap and of those behind it are not loaded: enough to
+        compute the tap's input.
+        """
         module = copy.deepcopy(self._decoder.layers[layer.index])
+        taps = list(layer.taps)
+        later = taps[taps.index(before) :] if before else []
+        absent = {key for tap in later for linear in layer.taps[tap] for key in (linear.weight, linear.bias_key)}
         weights = {}
         for name in module.state_dict():
             key = f"{layer.prefix}.{name}"
+            if key in absent:
+                continue
             replaced = substitute(key) if substitute else None
             weights[name] = self.checkpoint.read(key) if replaced is None else replaced
-        module.load_state_dict(weights, assign=True, strict=True)
+        module.load_state_dict(weights, assign=True, strict=not absent)
         return Block(layer, module.eval().requires_grad_(False))
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -92,8 +101,8 @@ class Reference:
         return normed
 
 
-class _TapReached(Exception):
-    """Ends a forward pass once the tap that was asked for has been read."""
+class _LastInputRead(Exception):
+    """Ends a forward pass once everything that was asked for has been read."""
 
 
 class Block:
@@ -103,34 +112,54 @@ class Block:
         self.layer = layer
         self.module = module
 
-    def forward(self, hidden: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
-        """The block's output for ``hidden`` [batch, length, hidden]; causal, no padding, no cache."""
+    def forward(
+        self, hidden: Tensor, positions: tuple[Tensor, Tensor], weights: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """The block's output for ``hidden`` [batch, length, hidden]; causal, no padding, no cache.
+
+        ``weights`` by checkpoint key replace the block's own for this call.
+        """
+        replaced = {key.removeprefix(f"{self.layer.prefix}."): weight for key, weight in (weights or {}).items()}
         with torch.inference_mode():
-            output = self.module(
-                hidden,
-                attention_mask=None,
-                position_embeddings=positions,
-                past_key_values=None,
-                use_cache=False,
+            output = torch.func.functional_call(
+                self.module,
+                replaced,
+                (hidden,),
+                {
+                    "attention_mask": None,
+                    "position_embeddings": positions,
+                    "past_key_values": None,
+                    "use_cache": False,
+                },
             )
         result: Tensor = output[0] if isinstance(output, tuple) else output
         return result
 
-    def tap(self, name: str, hidden: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
-        """The input [batch, length, in_features] that the linears of tap ``name`` read; computes no further."""
+    def inputs(self, keys: Sequence[str], hidden: Tensor, positions: tuple[Tensor, Tensor]) -> list[Tensor]:
+        """What the linears or norms at checkpoint ``keys`` read, each [batch, length, features].
+
+        ``keys`` are in the order in which data passes them; nothing behind the last of them is computed.
+        """
         read: list[Tensor] = []
 
         def keep(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             read.append(arguments[0])
-            raise _TapReached
+            if len(read) == len(keys):
+                raise _LastInputRead
 
-        first = self.layer.taps[name][0]
-        module = self.module.get_submodule(first.key.removeprefix(f"{self.layer.prefix}."))
-        handle = module.register_forward_pre_hook(keep)
+        handles = [
+            self.module.get_submodule(key.removeprefix(f"{self.layer.prefix}.")).register_forward_pre_hook(keep)
+            for key in keys
+        ]
         try:
             self.forward(hidden, positions)
-        except _TapReached:
+        except _LastInputRead:
             pass
         finally:
-            handle.remove()
-        return read[0]
+            for handle in handles:
+                handle.remove()
+        return read
+
+    def tap(self, name: str, hidden: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
+        """The input [batch, length, in_features] that the linears of tap ``name`` read."""
+        return self.inputs([self.layer.taps[name][0].key], hidden, positions)[0]

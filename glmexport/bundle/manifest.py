@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from glmexport.definition import Definition
 from glmexport.errors import BundleError
-from glmexport.quantization import LinearRecord, sha256
+from glmexport.quantization import QuantizedMatrix, sha256
 from glmexport.recipe import Recipe
 from glmexport.target import Target
 
@@ -26,16 +26,30 @@ class FileEntry(Definition):
     sha256: str
 
 
+class AdapterSource(Definition):
+    """The LoRA adapter that was merged into the checkpoint."""
+
+    name: str
+    digest: str
+
+
 class Source(Definition):
     """The checkpoint that a bundle was made from."""
 
     name: str
+    #: Of the checkpoint and, where there is one, of the adapter.
     digest: str
     model_type: str
     parameters: int
     bytes: int
     #: Tensors that are not part of the model, and why.
     unused: dict[str, str]
+    adapter: AdapterSource | None = None
+
+    @property
+    def title(self) -> str:
+        """The name, and the adapter's."""
+        return self.name if self.adapter is None else f"{self.name} with the adapter {self.adapter.name}"
 
 
 class CalibrationSource(Definition):
@@ -49,30 +63,6 @@ class CalibrationSource(Definition):
     shared_documents: int
     shared_lines: int
     evaluation_documents: int
-
-
-class QuantizedMatrix(Definition):
-    """How one matrix was quantized; errors are relative to the matrix's output on the calibration inputs."""
-
-    key: str
-    layer: int | None
-    part: str
-    bits: int
-    group_size: int
-    symmetric: bool
-    bits_per_weight: float
-    relative_error: float | None
-    round_to_nearest_error: float | None
-    damping: float | None
-    dead_columns: int
-    effective_tokens_per_column: float | None
-    fallback: str | None
-
-    @classmethod
-    def of(cls, record: LinearRecord) -> QuantizedMatrix:
-        """From the walk's record."""
-        values = dict(vars(record))
-        return cls(**values.pop("form"), **values)
 
 
 class Precision(Definition):

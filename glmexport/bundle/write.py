@@ -20,14 +20,13 @@ from glmexport.bundle.manifest import (
     CalibrationSource,
     Manifest,
     Precision,
-    QuantizedMatrix,
     Source,
     list_files,
 )
 from glmexport.graph import build_graph
 from glmexport.lowering import lower
 from glmexport.progress import Progress
-from glmexport.quantization import LinearRecord, write_atomically
+from glmexport.quantization import QuantizedMatrix, write_atomically
 from glmexport.quantization.linear import stored_bits
 from glmexport.quantization.weights import Weights
 from glmexport.recipe import Recipe
@@ -46,7 +45,7 @@ def write_bundle(
     target: Target,
     source: Source,
     calibration: CalibrationSource | None,
-    records: Iterable[LinearRecord],
+    records: Iterable[QuantizedMatrix],
     tokenizer_files: Iterable[Path],
     progress: Progress,
 ) -> Manifest:
@@ -81,7 +80,7 @@ def write_bundle(
         target=target,
         calibration=calibration,
         precision=_precision(architecture, weights),
-        matrices=tuple(QuantizedMatrix.of(record) for record in records),
+        matrices=tuple(records),
         files=list_files(directory),
     )
     write_atomically(directory / MANIFEST, (manifest.model_dump_json(indent=2) + "\n").encode())

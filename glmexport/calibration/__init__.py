@@ -9,12 +9,13 @@ from glmexport.calibration.corpus import (
     shipped_languages,
     user_documents,
 )
-from glmexport.calibration.hessian import Hessian
+from glmexport.calibration.hessian import CrossMoment, Hessian
 from glmexport.calibration.sequences import CalibrationSet, pack
 
 __all__ = [
     "USER",
     "CalibrationSet",
+    "CrossMoment",
     "Document",
     "Hessian",
     "TextOverlap",

@@ -16,6 +16,8 @@ from glmexport.recipe import CalibrationPlan
 
 #: Below this share of the planned tokens the Hessians would describe too little text to be trusted.
 _LEAST_SHARE = 0.25
+#: One sequence in so many is held out of the Hessians, to choose between solutions.
+_SELECTION_EVERY = 8
 
 
 @dataclass(frozen=True)
@@ -24,36 +26,56 @@ class CalibrationSet:
 
     The first ``prefix`` positions of each sequence are the tokenizer's ([gMASK]<sop>). They draw attention from
     everywhere and their activations dwarf all others, so Hessians leave them out.
+
+    ``selection`` [sequences] bool marks the sequences that no Hessian sees: what is fitted on the others is judged
+    on these.
     """
 
     ids: Tensor
     languages: tuple[str, ...]
     prefix: int
+    selection: Tensor
 
     @property
     def tokens_per_language(self) -> dict[str, int]:
         """Positions that Hessians count, by language in order of first appearance."""
-        counted = self.ids.shape[1] - self.prefix
-        return {language: self.languages.count(language) * counted for language in dict.fromkeys(self.languages)}
+        return self._positions(~self.selection)
 
     @property
     def tokens(self) -> int:
         """Positions that Hessians count."""
         return sum(self.tokens_per_language.values())
 
-    def weights(self) -> Tensor:
-        """Weight of every counted position of each sequence [sequences] fp32; all weights sum to one.
+    @property
+    def selection_tokens(self) -> int:
+        """Positions held out of the Hessians."""
+        return sum(self._positions(self.selection).values())
 
-        Each language has a share of the Hessian proportional to the square root of its tokens: a language with
-        little text is heard above its token count, without its few tokens owning the result.
+    def weights(self) -> Tensor:
+        """Weight of every counted position of each sequence [sequences] fp32.
+
+        The weights sum to one over the positions that Hessians count, and to one over those held out. Each language
+        has a share proportional to the square root of its tokens: a language with little text is heard above its
+        token count, without its few tokens owning the result.
         """
-        counts = self.tokens_per_language
-        total = sum(count**0.5 for count in counts.values())
-        return torch.tensor([counts[language] ** 0.5 / total / counts[language] for language in self.languages])
+        weights = torch.zeros(len(self.languages))
+        for part in (~self.selection, self.selection):
+            counts = self._positions(part)
+            total = sum(count**0.5 for count in counts.values())
+            for index, language in enumerate(self.languages):
+                if part[index]:
+                    weights[index] = counts[language] ** 0.5 / total / counts[language]
+        return weights
+
+    def _positions(self, part: Tensor) -> dict[str, int]:
+        counted = self.ids.shape[1] - self.prefix
+        members = [language for language, inside in zip(self.languages, part.tolist(), strict=True) if inside]
+        return {language: members.count(language) * counted for language in dict.fromkeys(members)}
 
     def digest(self) -> str:
-        """SHA-256 of the token ids in order."""
-        return "sha256:" + hashlib.sha256(self.ids.numpy().tobytes()).hexdigest()
+        """SHA-256 of the token ids in order, and of which sequences are held out."""
+        content = self.ids.numpy().tobytes() + self.selection.numpy().tobytes()
+        return "sha256:" + hashlib.sha256(content).hexdigest()
 
 
 def pack(
@@ -62,7 +84,8 @@ def pack(
     """Cut the documents of each language into sequences until its share of the tokens is reached.
 
     Documents of a language follow one another, each led in by the tokenizer's prefix; a sequence that would begin
-    inside a document begins with the prefix too. What does not fill a whole sequence is left out.
+    inside a document begins with the prefix too. What does not fill a whole sequence is left out. One
+    sequence in eight is held out for selection, in documents of its own where its language has enough of them.
 
     Raises:
         InputError: the text yields less than a quarter of the planned tokens.
@@ -72,12 +95,16 @@ def pack(
     quota = {language: share for language, share in plan.quota.items() if language in present}
     sequences: list[list[int]] = []
     languages: list[str] = []
+    selection: list[bool] = []
     for language, share in quota.items():
         wanted = max(1, round(plan.tokens * share / sum(quota.values()) / length))
         texts = [document.text for document in documents if document.language == language]
-        packed = _pack_language(texts, tokenizer, length, wanted)
+        # Languages with few sequences take turns, and none gives its last one away.
+        due = (len(sequences) + wanted) // _SELECTION_EVERY - sum(selection)
+        packed, held = _divide(texts, tokenizer, length, wanted, min(due, wanted - 1))
         sequences += packed
         languages += [language] * len(packed)
+        selection += [False] * (len(packed) - held) + [True] * held
     tokens = len(sequences) * length
     if tokens < plan.tokens * _LEAST_SHARE:
         raise InputError(
@@ -85,14 +112,32 @@ def pack(
             f"of {plan.tokens} that the recipe plans.",
             next_step="Give more text with --calibration, or a recipe with a smaller calibration.tokens.",
         )
-    return CalibrationSet(torch.tensor(sequences, dtype=torch.int64), tuple(languages), len(tokenizer.prefix))
+    return CalibrationSet(
+        torch.tensor(sequences, dtype=torch.int64), tuple(languages), len(tokenizer.prefix), torch.tensor(selection)
+    )
 
 
-def _pack_language(texts: Sequence[str], tokenizer: Tokenizer, length: int, wanted: int) -> list[list[int]]:
+def _divide(
+    texts: Sequence[str], tokenizer: Tokenizer, length: int, wanted: int, held: int
+) -> tuple[list[list[int]], int]:
+    """At most ``wanted`` sequences of one language, and how many of them, the last ones, are held out."""
+    fitted, used = _pack_language(texts, tokenizer, length, wanted - held)
+    apart, _ = _pack_language(texts[used:], tokenizer, length, held)
+    if len(apart) == held:
+        return fitted + apart, held
+    # Too few documents to give some away: the last sequences may share a document with the one before them.
+    packed, _ = _pack_language(texts, tokenizer, length, wanted)
+    return packed, min(held, max(0, len(packed) - 1))
+
+
+def _pack_language(texts: Sequence[str], tokenizer: Tokenizer, length: int, wanted: int) -> tuple[list[list[int]], int]:
+    """At most ``wanted`` sequences, and how many of the documents they draw on."""
     prefix = tokenizer.prefix
     sequences: list[list[int]] = []
     current = list(prefix)
-    for text in texts:
+    for used, text in enumerate(texts):
+        if len(sequences) == wanted:
+            return sequences, used
         ids = tokenizer.encode(text)
         # A rendered conversation brings the prefix along.
         rest = ids[len(prefix) :] if ids[: len(prefix)] == prefix else ids
@@ -106,6 +151,6 @@ def _pack_language(texts: Sequence[str], tokenizer: Tokenizer, length: int, want
                 # A prefix that did not fit is cut off here and begins the next sequence whole.
                 sequences.append(current[:length])
                 if len(sequences) == wanted:
-                    return sequences
+                    return sequences, used + 1
                 current = list(prefix)
-    return sequences
+    return sequences, len(texts)

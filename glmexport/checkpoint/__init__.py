@@ -5,8 +5,9 @@ safetensors and the tokenizer's files. Nothing in it is trusted: no code is run,
 out of it is followed, and every header, offset, index and value is checked where it is read. This stage
 knows no family; what a tensor or a key means is the business of the architecture.
 
-    files        contained paths, and JSON that can be read in one way only
+    files        contained paths, digests, and JSON that can be read in one way only
     header       the safetensors header, strictly
+    shards       tensors and parts of tensors of safetensors files
     index        which tensor is in which shard
     gptq         what a GPTQ checkpoint says of its quantization
     packed       its matrices, decoded a few rows at a time
@@ -15,13 +16,17 @@ knows no family; what a tensor or a key means is the business of the architectur
     source       demo, directory or hub id to a directory; refusal of code and pickles
     reading      errors of reading a tensor's data
     tokenizer    text and conversations to token ids
-    checkpoint   all of it, opened
+    adapter_config, adapter_tensors, low_rank
+                 a LoRA adapter's settings, the places of its tensors, its arithmetic
+    adapter      a LoRA adapter, opened beside its base
+    checkpoint   all of it, opened; an adapter is merged while tensors are read
 """
 
+from glmexport.checkpoint.adapter import Adapter
 from glmexport.checkpoint.checkpoint import Checkpoint
 from glmexport.checkpoint.config import ConfigReader
 from glmexport.checkpoint.header import TensorEntry
 from glmexport.checkpoint.source import resolve
 from glmexport.checkpoint.tokenizer import Tokenizer
 
-__all__ = ["Checkpoint", "ConfigReader", "TensorEntry", "Tokenizer", "resolve"]
+__all__ = ["Adapter", "Checkpoint", "ConfigReader", "TensorEntry", "Tokenizer", "resolve"]

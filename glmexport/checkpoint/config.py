@@ -25,11 +25,15 @@ class ConfigReader:
     Args:
         values: The table.
         where: The file, and inside it the path of the table.
+        otherwise: What to do about a value that is refused, if correcting the file is not the way.
     """
 
-    def __init__(self, values: Mapping[str, object], where: str) -> None:
+    def __init__(
+        self, values: Mapping[str, object], where: str, otherwise: str = "use a checkpoint of a supported family"
+    ) -> None:
         self._values = MappingProxyType(dict(values))
         self.where = where
+        self.otherwise = otherwise
 
     @classmethod
     def open(cls, path: Path) -> ConfigReader:
@@ -107,12 +111,19 @@ class ConfigReader:
             raise self._refused(key, value, accepted)
         return value
 
+    def texts(self, key: str, default: tuple[str, ...] | None = None) -> tuple[str, ...]:
+        """A list of texts."""
+        value = self._found(key, default, "a list of texts")
+        if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
+            raise self._refused(key, value, "a list of texts")
+        return tuple(value)
+
     def section(self, key: str) -> ConfigReader:
         """The table under ``key``."""
         value = self._found(key, None, "a table")
         if not isinstance(value, dict):
             raise self._refused(key, value, "a table")
-        return ConfigReader(value, f"{self.where}: {key}")
+        return ConfigReader(value, f"{self.where}: {key}", self.otherwise)
 
     def _found(self, key: str, default: object, accepted: str) -> object:
         if key in self._values:
@@ -120,7 +131,7 @@ class ConfigReader:
         if default is None:
             raise CheckpointError(
                 f"{self.where}: {key} is missing, and {accepted} is needed there.",
-                next_step="Download the file again, or use a checkpoint of a supported family.",
+                next_step=f"Download the file again, or {self.otherwise}.",
             )
         return default
 
@@ -130,7 +141,7 @@ class ConfigReader:
             found = f"{found[:_SHOWN_CHARACTERS]}..."
         return CheckpointError(
             f"{self.where}: {key} is {found}, and accepted is {accepted}.",
-            next_step="Correct the file, or use a checkpoint of a supported family.",
+            next_step=f"Correct the file, or {self.otherwise}.",
         )
 
 

@@ -1,15 +1,20 @@
-"""The files of a checkpoint directory: readable, contained in it, and JSON that reads in one way only."""
+"""The files of a checkpoint directory: readable, contained in it, digested, and JSON that reads in one way only."""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from glmexport.errors import CheckpointError, GlmexportError, MachineError
+from glmexport.progress import Progress, Silent, Track
 
 # A config is kilobytes, and the largest tokenizer_config and shard index are a few megabytes.
 JSON_LIMIT_BYTES = 64 * 2**20
+
+_CHUNK_BYTES = 8 * 2**20
 
 _ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
 
@@ -106,6 +111,63 @@ def cache_repository(directory: Path) -> Path | None:
     repository = directory.parent.parent
     in_cache = directory.parent.name == "snapshots" and repository.name.startswith("models--")
     return repository if in_cache else None
+
+
+def source_name(directory: Path) -> str:
+    """The hub id of a snapshot in the hub's cache; for any other directory its own name."""
+    repository = cache_repository(directory.resolve())
+    if repository is None:
+        return directory.resolve().name
+    return repository.name.removeprefix("models--").replace("--", "/", 1)
+
+
+def version(path: Path) -> tuple[int, int]:
+    """Size and time of the last change of a file: what tells that it was written again.
+
+    Raises:
+        CheckpointError: it vanished.
+        MachineError: the machine does not let us look.
+    """
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise unreadable(path, error) from error
+    return status.st_size, status.st_mtime_ns
+
+
+def files_digest(directory: Path, files: Iterable[Path], label: str, progress: Progress | None) -> str:
+    """``sha256:`` and the SHA-256 of one line ``NAME\\tBYTES\\tSHA256\\n`` a file, in order of name.
+
+    Args:
+        directory: What the names are relative to.
+        files: Files in it; each is read once.
+        label: What the progress is called.
+        progress: Receives every byte read.
+
+    Raises:
+        CheckpointError: a file vanished.
+        MachineError: a file cannot be read.
+    """
+    named = sorted((path.relative_to(directory).as_posix(), path) for path in files)
+    lines = hashlib.sha256()
+    with (progress or Silent()).track(label, sum(version(path)[0] for _, path in named)) as track:
+        for name, path in named:
+            size, digest = _sha256(path, name, track)
+            lines.update(f"{name}\t{size}\t{digest}\n".encode())
+    return f"sha256:{lines.hexdigest()}"
+
+
+def _sha256(path: Path, name: str, track: Track) -> tuple[int, str]:
+    digest, size = hashlib.sha256(), 0
+    try:
+        with path.open("rb") as stream:
+            while chunk := stream.read(_CHUNK_BYTES):
+                digest.update(chunk)
+                size += len(chunk)
+                track.advance(len(chunk), name)
+    except OSError as error:
+        raise unreadable(path, error) from error
+    return size, digest.hexdigest()
 
 
 def json_object(data: bytes) -> dict[str, object]:

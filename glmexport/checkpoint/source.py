@@ -146,7 +146,7 @@ def refuse_hazards(directory: Path, progress: Progress | None = None) -> None:
         raise unreadable(directory, error) from error
     code = [name for name in names if name.lower().endswith(".py")]
     if code:
-        raise _runs_code(f"{directory} contains code ({_listed(code)})")
+        raise _runs_code(f"{directory} contains code ({listed(code)})")
     for name in _CONFIGS:
         path = optional(directory, name, "the checkpoint")
         if path is not None and _has_key(read_json(path), "auto_map"):
@@ -156,11 +156,11 @@ def refuse_hazards(directory: Path, progress: Progress | None = None) -> None:
         return
     if not any(name.endswith(".safetensors") for name in names):
         raise CheckpointError(
-            f"The weights in {directory} are pickles ({_listed(pickles)}), which can run code when read.",
+            f"The weights in {directory} are pickles ({listed(pickles)}), which can run code when read.",
             next_step="Convert them to safetensors, or download the checkpoint in that format.",
         )
     if progress is not None:
-        progress.remark(f"Ignored in {directory}: {_listed(pickles)}; only safetensors are read.")
+        progress.remark(f"Ignored in {directory}: {listed(pickles)}; only safetensors are read.")
 
 
 def _runs_code(what: str) -> CheckpointError:
@@ -177,6 +177,7 @@ def _has_key(value: object, key: str) -> bool:
     return isinstance(value, list) and any(_has_key(item, key) for item in value)
 
 
-def _listed(names: list[str], shown: int = 3) -> str:
+def listed(names: list[str], shown: int = 3) -> str:
+    """The first of ``names``, and how many more there are."""
     rest = len(names) - shown
     return ", ".join(names[:shown]) + (f" and {rest} more" if rest > 0 else "")

@@ -8,16 +8,25 @@ from pathlib import Path
 import click
 
 from glmexport.cli.console import Terminal, duration, emit, gibibytes
-from glmexport.cli.options import checkpoint_argument, json_option, memory_option, threads_option
+from glmexport.cli.options import (
+    adapter_option,
+    budget_options,
+    checkpoint_argument,
+    json_option,
+    memory_option,
+    threads_option,
+)
 
 
 @click.command()
 @checkpoint_argument
+@adapter_option
 @click.option(
     "--target", "target_names", multiple=True, default=("host",), show_default=True,
     help="What the bundle is for: a name from 'glmexport targets list', a .toml file, or host. May be repeated.",
 )  # fmt: skip
 @click.option("--recipe", help="How to quantize: a name or a .toml file. Default: the target's.")
+@budget_options
 @click.option(
     "--calibration", "calibration", multiple=True, type=click.Path(path_type=Path),
     help="Text of your own to calibrate on as well (.txt, or .jsonl with 'text' or 'messages'). May be repeated.",
@@ -29,8 +38,11 @@ from glmexport.cli.options import checkpoint_argument, json_option, memory_optio
 @json_option
 def build(
     checkpoint: str,
+    adapter: str | None,
     target_names: tuple[str, ...],
     recipe: str | None,
+    size: int | None,
+    bpw: float | None,
     calibration: tuple[Path, ...],
     output: Path | None,
     max_memory: int | None,
@@ -49,13 +61,14 @@ def build(
     from glmexport.compile import BuildOptions, command_line
     from glmexport.compile import build as compile_bundles
     from glmexport.estimate import estimate, measured_flops
-    from glmexport.job import Original, formats_of, jobs_of
+    from glmexport.job import Original, budget_of, formats_of, jobs_of
     from glmexport.target import open_target
 
     terminal = Terminal()
     targets = [open_target(name) for name in dict.fromkeys(target_names)]
-    original = Original.open(checkpoint, terminal)
-    jobs = jobs_of(original, targets, recipe, output)
+    original = Original.open(checkpoint, terminal, adapter)
+    merged = original.checkpoint.adapter
+    jobs = jobs_of(original, targets, recipe, output, budget_of(size, bpw))
     torch.set_num_threads(threads)
     flops = measured_flops()
     for job in jobs:
@@ -64,6 +77,7 @@ def build(
             "Build",
             {
                 "checkpoint": f"{original.checkpoint.name} ({original.checkpoint.path})",
+                **({"adapter": f"{merged.name} ({merged.path}): {merged.summary}"} if merged else {}),
                 "digest": original.checkpoint.digest(terminal),
                 "family": f"{original.architecture.family}, {original.checkpoint.parameters / 1e6:,.1f} M parameters, "
                 f"{gibibytes(original.checkpoint.bytes)}",

@@ -9,12 +9,13 @@ from typing import get_args
 import click
 
 from glmexport.cli.console import Terminal, emit, gibibytes
-from glmexport.cli.options import json_option
+from glmexport.cli.options import adapter_option, json_option
 
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--against", "checkpoint", required=True, help="The checkpoint that the bundle was built from.")
+@adapter_option
 @click.option("--to", "to", type=click.Choice(["gptq"]), required=True, help="The format to write.")
 @click.option(
     "--layout", type=click.Choice(["gptqmodel", "transformers"]), default="gptqmodel", show_default=True,
@@ -23,7 +24,9 @@ from glmexport.cli.options import json_option
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Where the checkpoint goes.")
 @click.option("--force", is_flag=True, help="Replace a GPTQ checkpoint that exists.")
 @json_option
-def convert(bundle: Path, checkpoint: str, to: str, layout: str, output: Path, force: bool, as_json: bool) -> None:
+def convert(
+    bundle: Path, checkpoint: str, adapter: str | None, to: str, layout: str, output: Path, force: bool, as_json: bool
+) -> None:
     """Write the quantized linears of BUNDLE, code by code, into a GPTQ checkpoint.
 
     Embedding, lm_head, norms and biases are those of the original, in its own precision.
@@ -35,7 +38,7 @@ def convert(bundle: Path, checkpoint: str, to: str, layout: str, output: Path, f
 
     terminal = Terminal()
     manifest = read_manifest(bundle)
-    original = Original.open(checkpoint, terminal)
+    original = Original.open(checkpoint, terminal, adapter)
     terminal.facts(
         "Convert",
         {

@@ -11,16 +11,19 @@ import click
 from rich.table import Table
 
 from glmexport.cli.console import Terminal, duration, emit, gibibytes
-from glmexport.cli.options import checkpoint_argument, json_option, memory_option, threads_option
+from glmexport.cli.options import adapter_option, checkpoint_argument, json_option, memory_option, threads_option
 
 
 @click.command()
 @checkpoint_argument
+@adapter_option
 @click.option("--recipe", help="Estimate for this recipe instead of each target's default.")
 @memory_option
 @threads_option
 @json_option
-def inspect(checkpoint: str, recipe: str | None, max_memory: int | None, threads: int, as_json: bool) -> None:
+def inspect(
+    checkpoint: str, adapter: str | None, recipe: str | None, max_memory: int | None, threads: int, as_json: bool
+) -> None:
     """Family, parameters by part, context and tokenizer of CHECKPOINT, and an estimate for every target."""
     import torch
 
@@ -28,7 +31,7 @@ def inspect(checkpoint: str, recipe: str | None, max_memory: int | None, threads
 
     terminal = Terminal()
     torch.set_num_threads(threads)
-    original = Original.open(checkpoint, terminal)
+    original = Original.open(checkpoint, terminal, adapter)
     document = {
         **_description(original),
         "tokenizer": _tokenizer(original),
@@ -37,11 +40,12 @@ def inspect(checkpoint: str, recipe: str | None, max_memory: int | None, threads
     if as_json:
         emit(json.dumps(document, indent=2, ensure_ascii=False))
         return
-    tokenizer = document["tokenizer"]
+    tokenizer, merged = document["tokenizer"], original.checkpoint.adapter
     terminal.facts(
         original.checkpoint.name,
         {
             "path": document["path"],
+            **({"adapter": f"{merged.name} ({merged.path}): {merged.summary}"} if merged else {}),
             "family": document["family"],
             "layers": str(document["layers"]),
             "context": f"{document['context_length']:,} tokens",
@@ -72,6 +76,7 @@ def _description(original: Any) -> dict[str, Any]:
     return {
         "name": checkpoint.name,
         "path": str(Path(checkpoint.path)),
+        "adapter": _adapter(checkpoint.adapter),
         "family": architecture.family,
         "layers": len(architecture.layers),
         "context_length": architecture.context_length,
@@ -96,6 +101,20 @@ def _quantization(original: Any) -> dict[str, str]:
     from glmexport.job import formats_of
 
     return {"quantized": f"gptq, {formats_of(original)}"} if original.checkpoint.quantized else {}
+
+
+def _adapter(adapter: Any) -> dict[str, Any] | None:
+    if adapter is None:
+        return None
+    return {
+        "name": adapter.name,
+        "path": str(adapter.path),
+        "updates": {
+            key: {"rank": update.rank, "scale": update.scale, "dora": update.magnitude is not None}
+            for key, update in adapter.updates.items()
+        },
+        "replaced": sorted(adapter.replaced),
+    }
 
 
 def _unused_elements(original: Any) -> int:

@@ -18,6 +18,15 @@ def checkpoint_argument(command: Command) -> Command:
     return click.argument("checkpoint", metavar="CHECKPOINT")(command)
 
 
+def adapter_option(command: Command) -> Command:
+    """--adapter."""
+    return click.option(
+        "--adapter",
+        metavar="DIR",
+        help="A LoRA fine-tune of the checkpoint to merge into it: a directory as PEFT writes it, or a hub id.",
+    )(command)
+
+
 def threads_option(command: Command) -> Command:
     """--threads."""
     return click.option(
@@ -34,6 +43,19 @@ def memory_option(command: Command) -> Command:
     return click.option("--max-memory", type=Bytes(), help="Keep the build below this much memory, for example 8GiB.")(
         command
     )
+
+
+def budget_options(command: Command) -> Command:
+    """--bpw and --size."""
+    size = click.option(
+        "--size",
+        type=Bytes(),
+        help="Choose the format of each matrix so that the bundle loses least within this size, for example 5.2GiB.",
+    )
+    bpw = click.option(
+        "--bpw", type=click.FloatRange(min=0, min_open=True), help="As --size, in bits per weight, scales included."
+    )
+    return size(bpw(command))
 
 
 def json_option(command: Command) -> Command:

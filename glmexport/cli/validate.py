@@ -7,15 +7,16 @@ from pathlib import Path
 import click
 
 from glmexport.cli.console import Terminal, emit
-from glmexport.cli.options import json_option, threads_option
+from glmexport.cli.options import adapter_option, json_option, threads_option
 
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--against", "checkpoint", required=True, help="The checkpoint that the bundle was built from.")
+@adapter_option
 @threads_option
 @json_option
-def validate(bundle: Path, checkpoint: str, threads: int, as_json: bool) -> int:
+def validate(bundle: Path, checkpoint: str, adapter: str | None, threads: int, as_json: bool) -> int:
     """Measure how close BUNDLE is to its original and how fast, and write report.json and report.html into it."""
     from glmexport.bundle import read_manifest
     from glmexport.cli.verdict import exit_code, show
@@ -24,13 +25,15 @@ def validate(bundle: Path, checkpoint: str, threads: int, as_json: bool) -> int:
 
     terminal = Terminal()
     manifest = read_manifest(bundle)
-    original = Original.open(checkpoint, terminal)
+    original = Original.open(checkpoint, terminal, adapter)
+    merged = original.checkpoint.adapter
     terminal.facts(
         "Validate",
         {
             "bundle": str(bundle),
             "digest": manifest.digest(),
             "against": f"{original.checkpoint.name} ({original.checkpoint.path})",
+            **({"adapter": f"{merged.name} ({merged.path}): {merged.summary}"} if merged else {}),
             "target": manifest.target.name,
             "recipe": manifest.recipe.name,
             "threads": str(threads),

@@ -10,11 +10,14 @@ from glmexport.graph.operators import nodes_of, text
 from glmexport.lowering.rewrite import MICROSOFT, Rewrite
 from glmexport.quantization.weights import Weights
 
+#: A byte of zero points in the middle of the range, by bits.
+_MIDDLE = {2: 0xAA, 4: 0x88, 8: 0x80}
+
 
 class LowerEmbeddingPass(ir.passes.InPlacePass):
     """Embedding becomes GatherBlockQuantized over codes, or Gather over fp32 rows.
 
-    1. Zero points are always written out: the operator's default differs between 4 and 8 bits.
+    1. Zero points are always written out: the operator's default differs between 2, 4 and 8 bits.
     """
 
     def __init__(self, weights: Weights) -> None:
@@ -49,8 +52,7 @@ class LowerEmbeddingPass(ir.passes.InPlacePass):
 
         def zero_points() -> NDArray[np.uint8]:
             if form.symmetric:
-                middle = 0x88 if form.bits == 4 else 0x80
-                return np.full((rows, packed_groups), middle, np.uint8)
+                return np.full((rows, packed_groups), _MIDDLE[form.bits], np.uint8)
             points: NDArray[np.uint8] = self.weights.packed([key], "zero_points").numpy()
             return points
 

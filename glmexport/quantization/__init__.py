@@ -3,17 +3,18 @@
 from glmexport.quantization.linear import QuantizedLinear
 from glmexport.quantization.memory import MemoryPlan, plan_memory
 from glmexport.quantization.packing import pack_codes, pack_zero_points, unpack
+from glmexport.quantization.record import QuantizedMatrix
 from glmexport.quantization.solve import Problem, Solution, gptq, round_to_nearest
 from glmexport.quantization.store import WorkDirectory, sha256, write_atomically
-from glmexport.quantization.walk import EMBEDDING, HEAD, LinearRecord, Walk, block_step
+from glmexport.quantization.walk import EMBEDDING, HEAD, Walk, block_step
 
 __all__ = [
     "EMBEDDING",
     "HEAD",
-    "LinearRecord",
     "MemoryPlan",
     "Problem",
     "QuantizedLinear",
+    "QuantizedMatrix",
     "Solution",
     "Walk",
     "WorkDirectory",

@@ -11,8 +11,11 @@ from glmexport.recipe import Recipe
 #: Interpreter, torch, transformers and their allocators, measured before any weight is read.
 BASE_BYTES = 700 << 20
 _FP32 = 4
-#: Copies of a chunk of rows that the solver holds at its peak: weights, error, its projection, temporaries.
-_SOLVER_COPIES = 12
+#: Copies of a chunk of rows that the solver holds at its peak: weights, error, its projection, what the polish may
+#: have to go back to, temporaries.
+_SOLVER_COPIES = 14
+#: Held-out positions at a tap.
+_SAMPLE_POSITIONS = 2048
 
 
 @dataclass(frozen=True)
@@ -55,10 +58,26 @@ def _peak(architecture: Architecture, recipe: Recipe, batch: int, chunk: int) ->
     if not recipe.needs_calibration:
         return BASE_BYTES + solving
     layer = architecture.layers[0]
-    weights = sum(linear.in_features * linear.out_features for linear in layer.linears)
-    hessian = max(linear.in_features for linear in layer.linears) ** 2 * _FP32
-    width = max(linear.out_features for linear in layer.linears)
-    # Codes of the matrices already solved, one byte a weight, wait for the commit.
-    measuring = weights * _FP32 + weights + hessian + 3 * batch * width * _FP32
-    factoring = weights + 2 * hessian + chunk * _FP32 * _SOLVER_COPIES
-    return BASE_BYTES + max(measuring, factoring, solving)
+    asymmetric = recipe.solver.asymmetric
+    held = weights = 0
+    peaks = [solving]
+    for linears in layer.taps.values():
+        size = linears[0].in_features
+        hessian = size**2 * _FP32
+        width = max(linear.out_features for linear in linears)
+        ends = any(branch.output in linears for branch in layer.branches)
+        # The cross moment: of outputs where the matrix ends a branch, whose weights are then needed too.
+        cross = (2 * width if ends else size) * size * _FP32 if asymmetric else 0
+        sample = _SAMPLE_POSITIONS * (size + (width if ends else size)) * _FP32
+        # The original's block beside the quantized one, up to this tap.
+        blocks = weights * _FP32 * (2 if asymmetric else 1)
+        activations = (4 if asymmetric else 3) * batch * max(width, size) * _FP32
+        peaks.append(held + blocks + hessian + cross + sample + activations)
+        peaks.append(held + 2 * hessian + cross + sample + chunk * _FP32 * _SOLVER_COPIES)
+        inside = sum(linear.in_features * linear.out_features for linear in linears)
+        weights += inside
+        # Codes of the matrices already solved, one byte a weight, wait for the commit.
+        held += inside
+    widest_output = max(linear.out_features for linear in layer.linears)
+    peaks.append(held + weights * _FP32 + 3 * batch * widest_output * _FP32)
+    return BASE_BYTES + max(peaks)

@@ -1,4 +1,4 @@
-"""Bits into bytes, in the layout of ONNX Runtime's MatMulNBits: the first of two 4-bit codes in the low half."""
+"""Bits into bytes, in the layout of ONNX Runtime's MatMulNBits: the first code of a byte in its lowest bits."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def pack_zero_points(linear: QuantizedLinear) -> Tensor | None:
     """Zero points as [N, ceil(G * bits / 8)] uint8; None for a symmetric format."""
     if linear.zero_points is None:
         return None
-    padding = linear.groups % 2 if linear.form.bits == 4 else 0
+    padding = -linear.groups % (8 // linear.form.bits)
     return _pack(nn.functional.pad(linear.zero_points, (0, padding)), linear.form.bits)
 
 
@@ -45,8 +45,13 @@ def unpack(
 
 
 def _pack(codes: Tensor, bits: int) -> Tensor:
-    return codes.contiguous() if bits == 8 else codes[..., 0::2] | (codes[..., 1::2] << 4)
+    each = 8 // bits
+    packed = codes[..., 0::each].clone()
+    for position in range(1, each):
+        packed |= codes[..., position::each] << (bits * position)
+    return packed
 
 
 def _unpack(packed: Tensor, bits: int) -> Tensor:
-    return packed if bits == 8 else torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)
+    mask = 2**bits - 1
+    return torch.stack([(packed >> shift) & mask for shift in range(0, 8, bits)], dim=-1).flatten(-2)

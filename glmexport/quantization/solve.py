@@ -1,6 +1,7 @@
-"""GPTQ: round one matrix so that its output on the calibration inputs changes as little as possible.
+"""GPTQ: round one matrix so that its output on the calibration inputs is as near its goal as possible.
 
-The objective is tr((W - Q) H (W - Q)^T), with H the mean of x x^T over the inputs x that the matrix reads.
+The objective is tr((G - Q) H (G - Q)^T), with H the mean of x x^T over the inputs x that the matrix reads, and G the
+matrix W itself or, with an asymmetric target, what takes the output back to the original's (see ``goal``).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from glmexport.quantization.factor import Factor, factorize
+from glmexport.quantization.goal import Goal, Sample, shrinkage
 from glmexport.quantization.grid import decode, encode, minmax_grid, searched_grid
 from glmexport.quantization.linear import QuantizedLinear
 from glmexport.quantization.order import ColumnOrder, column_order
@@ -24,7 +26,7 @@ from glmexport.recipe import Format, Solver
 class Solution:
     """A quantized matrix and how it was found.
 
-    Errors are tr(E H E^T) / tr(W H W^T) on the calibration inputs, without the damping.
+    Errors are tr(E H E^T) / tr(G H G^T) on the calibration inputs, without the damping.
     """
 
     linear: QuantizedLinear
@@ -32,6 +34,10 @@ class Solution:
     round_to_nearest_error: float
     damping: float
     dead_columns: int
+    #: Mean over the rows of what held-out text left of the asymmetric target's correction; None without one.
+    shrinkage: float | None = None
+    #: Rows whose polish made held-out text worse and was taken back.
+    unpolished_rows: int = 0
     #: Why the solver could not do what the recipe asks for; None if it did.
     fallback: str | None = None
 
@@ -72,40 +78,57 @@ def round_to_nearest(weight: Tensor, form: Format, importance: Tensor | None = N
 
 @dataclass(frozen=True)
 class Problem:
-    """What the linears of one tap have in common: the order of its columns and its factored Hessian."""
+    """What the linears of one tap have in common.
+
+    The order of its columns, its factored Hessian, and held-out text whose columns are in sweep order.
+    """
 
     order: ColumnOrder
     factor: Factor | None
+    sample: Sample | None = None
 
     @classmethod
-    def of(cls, hessian: Tensor, form: Format, solver: Solver, *, consume: bool = False) -> Problem:
+    def of(
+        cls, hessian: Tensor, form: Format, solver: Solver, sample: Sample | None = None, *, consume: bool = False
+    ) -> Problem:
         """Order and factor ``hessian`` [K, K] fp32, the mean of x x^T; with ``consume`` its storage is reused."""
         order = column_order(hessian.diagonal(), form.group_size, solver.order)
-        return cls(order, factorize(hessian, order, solver.damping, consume=consume))
+        if sample is not None:
+            sample = Sample(sample.inputs[:, order.columns], sample.weights)
+        return cls(order, factorize(hessian, order, solver.damping, consume=consume), sample)
 
 
-def gptq(chunks: Iterable[Tensor], problem: Problem, form: Format, solver: Solver) -> Solution:
+def gptq(
+    chunks: Iterable[Tensor], problem: Problem, form: Format, solver: Solver, goal: Goal | None = None
+) -> Solution:
     """Quantize a matrix, given as ``chunks`` [rows, K] fp32 of its rows; rows do not depend on one another.
 
-    Where the Hessian cannot be factored at any damping, the result is rounded to nearest and says so.
+    A ``goal`` needs a problem with held-out text. Where the Hessian cannot be factored at any damping, the result is
+    rounded to nearest and says so.
     """
-    factor = problem.factor
+    factor, order, sample = problem.factor, problem.order, problem.sample
     if factor is None:
         nearest = QuantizedLinear.concatenate([round_to_nearest(chunk, form) for chunk in chunks])
         reason = "the Hessian could not be factored: rounded to nearest"
-        return Solution(nearest, math.nan, math.nan, math.nan, 0, reason)
+        return Solution(nearest, math.nan, math.nan, math.nan, 0, fallback=reason)
     parts = []
-    error = nearest_error = norm = 0.0
+    error = nearest_error = norm = kept = 0.0
+    start = unpolished = 0
     for chunk in chunks:
-        sweep = _start(chunk, problem.order)
-        _sweep(sweep, factor, problem.order, form, solver)
+        sweep = _start(chunk, order)
+        missed: Tensor | None = None
+        if goal is not None and sample is not None:
+            factors, missed = _aim(sweep, factor, order, sample, *goal.rows(chunk, start))
+            kept += float(factors.sum())
+        _sweep(sweep, factor, order, form, solver)
         projected = _project(factor, sweep.error)
-        polish(sweep, factor, problem.order, form, rounds=solver.polish_rounds, projected=projected)
+        unpolished += _polish(sweep, problem, factor, form, solver.polish_rounds, projected, missed)
         error += _quadratic(factor, sweep.error, projected)
         norm += _quadratic(factor, sweep.weights, _project(factor, sweep.weights))
-        nearest_rows = (chunk - round_to_nearest(chunk, form).dequantize()).T[problem.order.columns]
+        nearest_rows = sweep.weights - round_to_nearest(chunk, form).dequantize().T[order.columns]
         nearest_error += _quadratic(factor, nearest_rows, _project(factor, nearest_rows))
-        parts.append(_stored(sweep, problem.order, form))
+        parts.append(_stored(sweep, order, form))
+        start += chunk.shape[0]
     norm = max(norm, 1e-30)
     raised = factor.damping > solver.damping * 1.001
     return Solution(
@@ -114,6 +137,8 @@ def gptq(chunks: Iterable[Tensor], problem: Problem, form: Format, solver: Solve
         round_to_nearest_error=nearest_error / norm,
         damping=factor.damping,
         dead_columns=factor.dead_columns,
+        shrinkage=kept / start if goal is not None else None,
+        unpolished_rows=unpolished,
         fallback=f"the Hessian needed damping {factor.damping:g} instead of {solver.damping:g}" if raised else None,
     )
 
@@ -129,6 +154,62 @@ def _start(weight: Tensor, order: ColumnOrder) -> Sweep:
         torch.empty(groups, rows),
         torch.empty_like(weights),
     )
+
+
+def _aim(
+    sweep: Sweep, factor: Factor, order: ColumnOrder, sample: Sample, cross: Tensor, difference: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Move the weights [K, N] from the matrix to its goal.
+
+    Args:
+        sweep: its weights are changed in place.
+        factor: of H.
+        order: of the sweep.
+        sample: held-out text.
+        cross: C [N, K], in stored order.
+        difference: d [S, N], what held-out text should find at the output beyond what the matrix gives it.
+
+    Returns:
+        The shrinkage of every row [N], and what is left of ``difference`` [S, N].
+    """
+    correction = torch.cholesky_solve(cross.T[order.columns].flip(0), factor.lower).flip(0)
+    predicted = sample.inputs @ correction
+    factors = shrinkage(difference, predicted, sample.weights)
+    sweep.weights += correction.mul_(factors)
+    return factors, difference - predicted.mul_(factors)
+
+
+def _polish(
+    sweep: Sweep,
+    problem: Problem,
+    factor: Factor,
+    form: Format,
+    rounds: int,
+    projected: Tensor,
+    missed: Tensor | None,
+) -> int:
+    """Polish, and take back the rows that it makes worse on held-out text; how many.
+
+    ``missed`` [S, N] is the error that G itself leaves on that text; none where G is the matrix.
+    """
+    sample = problem.sample
+    if not rounds:
+        return 0
+    if sample is None:
+        polish(sweep, factor, problem.order, form, rounds=rounds, projected=projected)
+        return 0
+
+    def held_out() -> Tensor:
+        outputs = sample.inputs @ sweep.error
+        return sample.errors(outputs if missed is None else outputs.add_(missed))
+
+    before, fields = held_out(), (sweep.codes, sweep.scales, sweep.error, projected)
+    copies = [field.clone() for field in fields]
+    polish(sweep, factor, problem.order, form, rounds=rounds, projected=projected)
+    worse = held_out() > before
+    for field, copy in zip(fields, copies, strict=True):
+        torch.where(worse, copy, field, out=field)
+    return int(worse.sum())
 
 
 def _sweep(sweep: Sweep, factor: Factor, order: ColumnOrder, form: Format, solver: Solver) -> None:

@@ -88,18 +88,18 @@ class WorkDirectory:
         step: str,
         linears: Mapping[str, QuantizedLinear],
         note: Mapping[str, Any],
-        activations: Iterator[Tensor] | None = None,
+        activations: Mapping[str, Iterator[Tensor]] | None = None,
     ) -> None:
-        """Write the matrices and the activations that the next step reads, flush them, then the record."""
+        """Write the matrices and the streams of activations that the next step reads, flush them, then the record."""
         weights = self.path / f"{step}.safetensors"
         partial = weights.with_suffix(".partial")
         _save(_tensors(linears), partial)
         _flush(partial)
         partial.replace(weights)
         files = [weights]
-        if activations is not None:
-            files.append(self.path / f"{step}.activations")
-            _write_stream(files[-1], activations)
+        for name, stream in (activations or {}).items():
+            files.append(self._activations(step, name))
+            _write_stream(files[-1], stream)
         record = {
             "files": {file.name: {"size": file.stat().st_size, "sha256": sha256(file)} for file in files},
             "formats": {key: linear.form.model_dump() for key, linear in linears.items()},
@@ -127,13 +127,21 @@ class WorkDirectory:
         record = json.loads((self.path / f"{step}.json").read_text(encoding="utf-8"))
         return {key: Format.model_validate(form) for key, form in record["formats"].items()}
 
-    def activations(self, step: str, shape: tuple[int, int, int]) -> Activations:
-        """The activations that were committed with ``step``."""
-        return Activations(self.path / f"{step}.activations", shape)
+    def activations(self, step: str, name: str, shape: tuple[int, int, int]) -> Activations:
+        """The stream ``name`` of activations that was committed with ``step``."""
+        return Activations(self._activations(step, name), shape)
+
+    def has_activations(self, step: str, name: str) -> bool:
+        """Whether they are still there."""
+        return self._activations(step, name).is_file()
 
     def drop_activations(self, step: str) -> None:
         """Free the space of activations that no later step reads."""
-        (self.path / f"{step}.activations").unlink(missing_ok=True)
+        for path in self.path.glob(f"{step}.*.activations"):
+            path.unlink()
+
+    def _activations(self, step: str, name: str) -> Path:
+        return self.path / f"{step}.{name}.activations"
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from glmexport import __version__
-from glmexport.bundle import MANIFEST, Manifest, QuantizedMatrix
+from glmexport.bundle import MANIFEST, Manifest
+from glmexport.quantization import QuantizedMatrix
 from glmexport.report.document import (
     CalibrationSummary,
     LinearResult,
@@ -50,6 +51,8 @@ def assemble(
             family=manifest.family,
             checkpoint=manifest.source.name,
             checkpoint_digest=manifest.source.digest,
+            adapter=manifest.source.adapter.name if manifest.source.adapter else None,
+            adapter_digest=manifest.source.adapter.digest if manifest.source.adapter else None,
             languages=tuple(row.language for row in validation.fidelity.languages),
         ),
         size=Size(
@@ -106,6 +109,8 @@ def _linear(matrix: QuantizedMatrix) -> LinearResult:
         damping=measured(matrix.damping),
         dead_columns=matrix.dead_columns,
         effective_tokens_per_column=matrix.effective_tokens_per_column,
+        shrinkage=matrix.shrinkage,
+        unpolished_rows=matrix.unpolished_rows,
     )
 
 

@@ -40,6 +40,10 @@ class Subject(Record):
     checkpoint: str
     """The original: hub id or directory name."""
     checkpoint_digest: str
+    """Of the original; with an adapter, of the two together."""
+    adapter: str | None = None
+    """The LoRA adapter that is merged into the original: hub id or directory name."""
+    adapter_digest: str | None = None
     languages: tuple[str, ...]
     """BCP-47 tags the bundle was validated for."""
 
@@ -82,6 +86,10 @@ class LinearResult(Record):
     """Input columns that are zero on all calibration inputs."""
     effective_tokens_per_column: Number | None
     """Calibration tokens that an input column effectively rests on; none if not measured."""
+    shrinkage: Number | None = None
+    """Mean share of the asymmetric target's correction that held-out text confirmed; none without one."""
+    unpolished_rows: Count = 0
+    """Rows whose polish made held-out text worse and was taken back."""
 
 
 class QuantizationSummary(Record):

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from glmexport.divergence import kl_divergence
+
 
 @dataclass(frozen=True)
 class Divergence:
@@ -34,12 +36,11 @@ class Divergence:
 def divergence(original: Tensor, bundle: Tensor, targets: Tensor) -> Divergence:
     """Compare logits [positions, vocabulary] fp32 of the same positions; ``targets`` [positions] int64.
 
-    KL(P || Q) = sum_v P(v) (ln P(v) - ln Q(v)) over the whole vocabulary, summed in fp64: differences of nearly
-    equal logarithms cancel, and a mean of a thousandth of a nat must not be rounding noise.
+    Over the whole vocabulary, in fp64.
     """
     log_p = original.double().log_softmax(-1)
     log_q = bundle.double().log_softmax(-1)
-    kl = (log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0)
+    kl = kl_divergence(log_p, log_q)
     top = log_p.argmax(-1)
 
     def of(log_probabilities: Tensor, tokens: Tensor) -> Tensor:

@@ -114,8 +114,11 @@ def arithmetic(manifest: Manifest) -> str:
         return "fp32 weights and activations"
     level = manifest.target.weights.accuracy_level
     activations = "int8 activations" if level == 4 else "fp32 activations"
-    head = f", {recipe.lm_head.bits}-bit lm_head" if recipe.lm_head else ""
-    return f"{recipe.linears.bits}-bit weights{head}, {activations} (accuracy_level {level})"
+    heads = [matrix.bits for matrix in manifest.matrices if matrix.part == "lm_head"]
+    head = f", {heads[0]}-bit lm_head" if heads else ""
+    kinds = sorted({matrix.bits for matrix in manifest.matrices if matrix.layer is not None})
+    weights = f"{'/'.join(str(bits) for bits in kinds)}-bit weights"
+    return f"{weights}{head}, {activations} (accuracy_level {level})"
 
 
 def _bundle_answer(session: ScoringSession, texts: Sequence[EvaluationText], index: int) -> Tensor:
@@ -170,7 +173,7 @@ def _shares(
     note = f"{sum(text.positions for text in sample)} positions"
     return (
         Share(
-            name=f"{recipe.linears.label} linears of the blocks",
+            name=f"{'mixed' if recipe.budget else recipe.linears.label} linears of the blocks",
             kl_mean_nats=only_linears,
             note=f"fp32 arithmetic, {note}",
         ),
@@ -230,6 +233,8 @@ def _performance(
     with progress.track("Speed", 1 if absent else 2) as track:
         bundle = speed("onnxruntime-genai", directory)
         track.advance(1, "bundle")
+        # The directory is that of the base: transformers would need the whole model to merge an adapter, and a merged
+        # matrix has the same shape and so the same speed.
         original = None if absent else speed("transformers", checkpoint.path)
         track.advance(0 if absent else 1, "original")
     per_token = manifest.precision.bytes_per_decoded_token

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from adapters import PREFIX, factors, write_adapter
 from models import write_checkpoint
 from safetensors.torch import load_file, save_file
 
@@ -43,6 +45,37 @@ def test_a_tied_head_is_the_embedding_and_a_stored_copy_is_left_out_with_its_rea
     architecture = describe(checkpoint)
     assert architecture.lm_head.weight == architecture.embedding
     assert architecture.account(checkpoint) == [("lm_head.weight", "tied to the embedding")]
+
+
+EMBED = "model.embed_tokens"
+WHOLE = {f"{PREFIX}{EMBED}.weight": torch.ones(264, 128), f"{PREFIX}lm_head.weight": torch.ones(264, 128)}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "tied", "message"),
+    [
+        (factors(EMBED, 264, 128), True, "changes model.embed_tokens.weight, and that is tied to the lm_head"),
+        (WHOLE, True, "changes lm_head.weight, and that is tied to the embedding"),
+        (factors("lm_head", 264, 128), True, "changes lm_head.weight, and that is tied to the embedding"),
+        (factors(EMBED, 264, 128) | factors("lm_head", 264, 128), False, None),
+        (WHOLE, False, None),
+    ],
+    ids=["embedding", "both whole", "head", "both, not tied", "both whole, not tied"],
+)
+def test_an_adapter_must_not_change_tied_matrices(
+    tensors: dict[str, torch.Tensor], tied: bool, message: str | None, tmp_path: Path
+) -> None:
+    write_checkpoint(tmp_path / "base", vocab_size=264, tie_word_embeddings=tied)
+    stored = load_file(tmp_path / "base" / "model.safetensors")
+    stored.setdefault("lm_head.weight", stored["model.embed_tokens.weight"].clone())
+    save_file(stored, tmp_path / "base" / "model.safetensors")
+    checkpoint = Checkpoint.open(tmp_path / "base", adapter=write_adapter(tmp_path / "adapter", tensors))
+    if message is None:
+        assert describe(checkpoint).account(checkpoint) == []
+        return
+    with pytest.raises(CheckpointError, match=re.escape(message)) as refusal:
+        describe(checkpoint).account(checkpoint)
+    assert "tie_word_embeddings=False" in refusal.value.next_step
 
 
 def test_a_tensor_nobody_knows_is_an_error(tmp_path: Path) -> None:

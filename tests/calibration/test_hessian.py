@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from glmexport.calibration import Hessian
+from glmexport.calibration import CrossMoment, Hessian
 
 
 def test_the_hessian_is_the_naive_sum() -> None:
@@ -23,7 +24,23 @@ def test_the_hessian_is_the_naive_sum() -> None:
         torch.testing.assert_close(hessian.matrix.double(), expected, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(hessian.matrix, hessian.matrix.T, rtol=1e-6, atol=1e-6)
         assert hessian.matrix.dtype == torch.float32
-        assert hessian.tokens == 35
+        assert hessian.effective_tokens == pytest.approx(float(1 / (5 * weights.double().square().sum())), rel=1e-6)
+
+
+def test_the_cross_moment_is_the_naive_sum() -> None:
+    random = torch.Generator().manual_seed(2)
+    inputs = torch.randn(7, 5, 24, generator=random)
+    differences = torch.randn(7, 5, 9, generator=random)
+    weights = torch.rand(7, generator=random)
+    expected = torch.zeros(9, 24, dtype=torch.float64)
+    for sequence in range(7):
+        for x, d in zip(inputs[sequence].double(), differences[sequence].double(), strict=True):
+            expected += weights[sequence].double() * torch.outer(d, x)
+    cross = CrossMoment(9, 24)
+    for start in (0, 4):
+        stop = min(start + 4, 7)
+        cross.add(differences[start:stop], inputs[start:stop], weights[start:stop])
+    torch.testing.assert_close(cross.matrix.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_inputs_are_left_as_they_were() -> None:
@@ -39,4 +56,4 @@ def test_inputs_that_are_slices() -> None:
     hessian.add(inputs[:, 2:], torch.ones(3))
     copied.add(inputs[:, 2:].clone(), torch.ones(3))
     assert torch.equal(hessian.matrix, copied.matrix)
-    assert hessian.tokens == 12
+    assert hessian.effective_tokens == 12

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import pytest
 import torch
@@ -50,7 +50,9 @@ def test_sequences_by_hand(tokenizer: Tokenizer) -> None:
     assert found.ids[2].tolist() == prefix + two[42:104]
     assert found.ids.shape == (16, LENGTH) and found.ids.dtype == torch.int64
     assert found.prefix == 2
-    assert found.tokens == 16 * 62
+    # The last two of sixteen are held out: the one document that they could have to themselves does not exist.
+    assert found.selection.tolist() == [False] * 14 + [True] * 2
+    assert found.tokens == 14 * 62 and found.selection_tokens == 2 * 62
 
 
 @given(sizes=st.lists(st.integers(0, 200), min_size=1, max_size=40))
@@ -62,8 +64,12 @@ def test_sequences_of_any_documents(tokenizer: Tokenizer, sizes: list[int]) -> N
     assert all(sequence[: len(prefix)] == prefix for sequence in found.ids.tolist())
     # No text is lost, repeated or padded out.
     text = [token for document in documents for token in tokenizer.encode(document.text)]
-    packed = unpacked(found, prefix)
+    held = found.ids[found.selection]
+    packed = [token for token in found.ids[~found.selection].flatten().tolist() if token not in prefix]
     assert packed == text[: len(packed)]
+    apart = [token for token in held.flatten().tolist() if token not in prefix]
+    begins = [len(packed), *accumulate(len(tokenizer.encode(document.text)) for document in documents)]
+    assert any(text[begin : begin + len(apart)] == apart for begin in begins if begin >= len(packed))
 
 
 @given(sizes=st.lists(st.integers(1, 70), min_size=16, max_size=40))
@@ -111,10 +117,10 @@ def test_every_language_has_its_share(tokenizer: Tokenizer, quota: dict[str, flo
 def test_shares_of_absent_languages_go_to_the_others(tokenizer: Tokenizer) -> None:
     """Text of the user's is named in every recipe and seldom given."""
     found = pack(letters(9000), tokenizer, plan(4096, en=1, user=3), 4096)
-    assert found.tokens_per_language == {"en": 64 * 62}
+    assert found.tokens_per_language == {"en": 56 * 62}
     both = [*letters(9000), *letters(9000, language=USER)]
     found = pack(both, tokenizer, plan(4096, en=1, user=3), 4096)
-    assert found.tokens_per_language == {"en": 16 * 62, USER: 48 * 62}
+    assert found.tokens_per_language == {"en": 14 * 62, USER: 42 * 62}
 
 
 def test_the_shipped_text_fills_a_shipped_plan(tokenizer: Tokenizer) -> None:
@@ -142,13 +148,40 @@ def test_weights_sum_to_one_and_lift_the_languages_with_little_text(tokenizer: T
     found = pack(documents, tokenizer, plan(1280, en=4, zh=1), 4096)
     weights = found.weights()
     assert weights.shape == (20,)
-    assert float(weights.double().sum() * 62) == pytest.approx(1, rel=1e-6)
+    for part in (found.selection, ~found.selection):
+        assert float(weights[part].double().sum() * 62) == pytest.approx(1, rel=1e-6)
     shares = {
-        language: float(weights[[index for index, name in enumerate(found.languages) if name == language]].sum() * 62)
+        language: sum(
+            float(weights[index] * 62)
+            for index, name in enumerate(found.languages)
+            if name == language and not found.selection[index]
+        )
         for language in ("en", "zh")
     }
-    # Four times the text has twice the say.
-    assert shares["en"] == pytest.approx(2 * shares["zh"], rel=1e-6)
+    # The say grows with the square root of the text.
+    counts = found.tokens_per_language
+    assert shares["en"] == pytest.approx((counts["en"] / counts["zh"]) ** 0.5 * shares["zh"], rel=1e-6)
+
+
+def test_selection_is_an_eighth_and_leaves_every_language_some(tokenizer: Tokenizer) -> None:
+    names = ["en", "zh", "ja", "ko", "fr"]
+    documents = [document for name in names for document in letters(*[90] * 40, language=name)]
+    found = pack(documents, tokenizer, plan(64 * 24, en=9, zh=6, ja=5, ko=3, fr=1), 4096)
+    # Not 24 // 8: the turn of the last language comes, but it has a single sequence.
+    assert len(found.ids) == 24 and int(found.selection.sum()) == 2
+    assert set(found.tokens_per_language) == set(names)
+
+
+def test_selection_shares_no_document_where_there_are_enough(tokenizer: Tokenizer) -> None:
+    """Letters of one document follow each other in the alphabet; a held-out sequence begins with one of its own."""
+    documents = letters(*[100] * 60)
+    found = pack(documents, tokenizer, plan(), 4096)
+    fitted = found.ids[~found.selection]
+    begun = int((fitted == tokenizer.prefix[0]).sum())
+    held = found.ids[found.selection][0, 2:40].tolist()
+    starts = [index for index, document in enumerate(documents) if tokenizer.encode(document.text)[:38] == held]
+    assert starts and min(abs(start - begun) for start in starts) <= len(fitted)
+    assert int(found.selection.sum()) == 2
 
 
 def test_the_digest_is_that_of_the_ids(tokenizer: Tokenizer) -> None:

@@ -237,6 +237,12 @@ class TestTwoFiles:
             Checkpoint.open(directory)
 
 
+def test_an_adapter_is_not_merged_into_codes(tmp_path: Path) -> None:
+    write(tmp_path / "c", Matrix.random(16, 64, 4, 32, False), settings(checkpoint_format="gptq"))
+    with refused("is quantized", "cannot take up the adapter", "full-precision checkpoint"):
+        Checkpoint.open(tmp_path / "c", adapter=tmp_path / "adapter")
+
+
 def test_a_scale_that_is_not_finite_is_refused(tmp_path: Path) -> None:
     matrix = Matrix.random(16, 64, 4, 32, False)
     matrix.scales[3, 1] = float("inf")

@@ -227,7 +227,7 @@ OPTIONS: dict[str, tuple[dict[str, str | Callable[[Path], Path]], int, tuple[str
     ),
     "a format that the target has no kernels for": (
         {
-            "target": lambda directory: write_target(directory, {"bits = [4, 8]": "bits = [8]"}, "eight"),
+            "target": lambda directory: write_target(directory, {"bits = [2, 4, 8]": "bits = [8]"}, "eight"),
             "recipe": "rtn-w4g32",
         },
         EXIT_INPUT,
@@ -238,6 +238,9 @@ OPTIONS: dict[str, tuple[dict[str, str | Callable[[Path], Path]], int, tuple[str
         EXIT_INPUT,
         ("wide", "256", "128", "embedding.group_size"),
     ),
+    "two limits": ({"size": "1GiB", "bpw": "4.5"}, EXIT_INPUT, ("--size", "--bpw")),
+    "a limit that no format fits": ({"bpw": "1.5"}, EXIT_INPUT, ("MiB", "--bpw", "candidates")),
+    "a limit without calibration": ({"bpw": "4.5", "recipe": "rtn-w4g32"}, EXIT_INPUT, ("rtn-w4g32", "--bpw")),
     "too little memory": ({"max_memory": "1MiB"}, EXIT_MACHINE, ("GiB", "--max-memory")),
     "no threads": ({"threads": "0"}, EXIT_INPUT, ("--threads",)),
 }

@@ -299,6 +299,8 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
         {"tie_word_embeddings": True},
     ),
     "8 bits": (RECIPE.replace("bits = 4", "bits = 8"), {}),
+    "2 bits": (RECIPE.replace("bits = 4", "bits = 2", 1), {}),
+    "mixed": (RECIPE + "\n[budget]\nbits_per_weight = 6.5\nprobe_tokens = 128\n", {}),
     "4 bits everywhere": (RECIPE.replace("bits = 8", "bits = 4"), {}),
     "groups of 128, glm": (RECIPE.replace("group_size = 32", "group_size = 128"), {"model_type": "glm"}),
     "a width that does not fill its last group": (
@@ -319,7 +321,7 @@ def test_scoring_computes_with_the_shipped_weights(name: str, tmp_path: Path) ->
     expected = logits_of_the_bundle_s_weights(built.directory, tmp_path / "checkpoint", ids.tolist(), tmp_path)
     (logits, *_) = score(built.directory, ids[None])
     assert np.abs(logits[0] - expected).max() <= 1e-3
-    # And those weights are near the original's: the same as rounding them would be.
+    # And those weights are near the original's: but for rounding, what takes back the errors of those before them.
     checkpoint = Original.open(str(tmp_path / "checkpoint"), Silent()).checkpoint
     for matrix in built.manifest.matrices:
         ours, theirs = bundle_weights(built.directory, tmp_path / "checkpoint").dequantized(matrix.key), matrix.key
@@ -327,7 +329,7 @@ def test_scoring_computes_with_the_shipped_weights(name: str, tmp_path: Path) ->
         original = checkpoint.read(theirs)
         assert ours.shape == original.shape
         error = float((ours - original).pow(2).sum() / original.pow(2).sum())
-        assert error < (0.05 if matrix.bits == 4 else 1e-4)
+        assert error < {2: 0.6, 4: 0.05, 8: 0.03}[matrix.bits]
 
 
 def test_a_tied_head_shares_the_embedding_s_bytes(glm: Path) -> None:

@@ -75,6 +75,8 @@ def place(gptqmodel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     }  # fmt: skip
     process = subprocess.run(
         [gptqmodel, DRIVER, place / "jobs.json"],
+        # It writes its logs there.
+        cwd=place,
         env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | settings,
         capture_output=True,
         text=True,

@@ -10,7 +10,7 @@ from glmexport.recipe import Format
 
 EVERY_FORM = [
     Format(bits=bits, group_size=size, symmetric=symmetric)
-    for bits in (4, 8)
+    for bits in (2, 4, 8)
     for size in (16, 32, 64, 128, 256)
     for symmetric in (False, True)
 ]

@@ -109,8 +109,8 @@ def test_gather_block_quantized_reads_the_dequantized_rows(form: Format) -> None
     linear = random_linear(20, 512 + 256, form)
     zero_points = pack_zero_points(linear)
     if zero_points is None:
-        middle = 0x88 if form.bits == 4 else 0x80
-        zero_points = torch.full((20, linear.groups * form.bits // 8 + linear.groups * form.bits % 8 // 4), middle)
+        middle = {2: 0xAA, 4: 0x88, 8: 0x80}[form.bits]
+        zero_points = torch.full((20, -(-linear.groups * form.bits // 8)), middle)
     weights = {
         "codes": pack_codes(linear).flatten(1).numpy(),
         "scales": linear.scales.float().numpy(),

@@ -32,7 +32,9 @@ def pieces(whole: Tensor) -> Iterator[Tensor]:
 
 
 def commit(work: WorkDirectory) -> None:
-    work.commit("block_000", LINEARS, {"seconds": 1.5}, pieces(states()))
+    work.commit(
+        "block_000", LINEARS, {"seconds": 1.5}, {"quantized": pieces(states()), "original": iter([2 * states()])}
+    )
 
 
 def test_a_committed_step_comes_back(work: WorkDirectory) -> None:
@@ -40,7 +42,11 @@ def test_a_committed_step_comes_back(work: WorkDirectory) -> None:
     commit(work)
     record = work.record("block_000")
     assert record is not None and record["note"] == {"seconds": 1.5}
-    assert set(record["files"]) == {"block_000.safetensors", "block_000.activations"}
+    assert set(record["files"]) == {
+        "block_000.safetensors",
+        "block_000.quantized.activations",
+        "block_000.original.activations",
+    }
     assert work.formats("block_000") == {key: linear.form for key, linear in LINEARS.items()}
     for key, linear in LINEARS.items():
         found = work.linear("block_000", key)
@@ -61,14 +67,15 @@ def test_a_step_may_be_empty(work: WorkDirectory) -> None:
 
 def test_activations_are_read_by_slices(work: WorkDirectory) -> None:
     commit(work)
-    activations = work.activations("block_000", (10, 4, 8))
+    activations = work.activations("block_000", "quantized", (10, 4, 8))
     for start, stop in ((0, 10), (0, 1), (3, 7), (9, 10)):
         assert torch.equal(activations.read(start, stop), states()[start:stop])
+    assert torch.equal(work.activations("block_000", "original", (10, 4, 8)).read(2, 5), 2 * states()[2:5])
     with pytest.raises(EOFError, match="ends early"):
         activations.read(8, 11)
 
 
-@pytest.mark.parametrize("name", ["block_000.safetensors", "block_000.activations"])
+@pytest.mark.parametrize("name", ["block_000.safetensors", "block_000.original.activations"])
 @pytest.mark.parametrize("damage", ["one bit", "truncated", "longer"])
 def test_a_file_that_changed_undoes_the_commit(work: WorkDirectory, name: str, damage: str) -> None:
     commit(work)
@@ -96,17 +103,18 @@ def test_dropped_activations_do_not(work: WorkDirectory) -> None:
     commit(work)
     work.drop_activations("block_000")
     work.drop_activations("block_000")
-    assert not (work.path / "block_000.activations").exists()
+    assert not any(work.has_activations("block_000", name) for name in ("quantized", "original"))
+    assert not list(work.path.glob("*.activations"))
     assert work.record("block_000") is not None
 
 
 def test_what_a_killed_walk_leaves_behind_does_not_exist(work: WorkDirectory) -> None:
-    for name in ("partial", "safetensors", "activations.partial", "json.partial"):
+    for name in ("partial", "safetensors", "quantized.activations.partial", "json.partial"):
         (work.path / f"block_000.{name}").write_bytes(b"half a fi")
     assert work.record("block_000") is None
     commit(work)
     assert work.record("block_000") is not None
-    assert torch.equal(work.activations("block_000", (10, 4, 8)).read(0, 10), states())
+    assert torch.equal(work.activations("block_000", "quantized", (10, 4, 8)).read(0, 10), states())
 
 
 def test_a_commit_that_fails_leaves_no_record(work: WorkDirectory) -> None:
@@ -115,7 +123,7 @@ def test_a_commit_that_fails_leaves_no_record(work: WorkDirectory) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        work.commit("block_000", LINEARS, {}, broken())
+        work.commit("block_000", LINEARS, {}, {"quantized": broken()})
     assert work.record("block_000") is None
 
 
@@ -128,7 +136,7 @@ def test_a_failed_second_commit_does_not_pass_for_the_first(work: WorkDirectory)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        work.commit("block_000", {"w4g16": LINEARS["w8g16"]}, {}, broken())
+        work.commit("block_000", {"w4g16": LINEARS["w8g16"]}, {}, {"quantized": broken()})
     assert work.record("block_000") is None
 
 

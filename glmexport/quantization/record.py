@@ -1,0 +1,66 @@
+"""How each matrix was quantized: written down by the walk, kept in the bundle's manifest, shown in the report."""
+
+from __future__ import annotations
+
+import math
+
+from glmexport.architecture import Linear
+from glmexport.definition import Definition
+from glmexport.quantization.linear import QuantizedLinear
+from glmexport.quantization.solve import Solution
+
+
+class QuantizedMatrix(Definition):
+    """How one matrix was quantized. None: not measured.
+
+    Errors are relative to the matrix's output on the calibration inputs. ``shrinkage`` is the mean share of the
+    asymmetric target's correction that held-out text confirmed, ``unpolished_rows`` the rows whose polish it did not.
+    """
+
+    key: str
+    #: None for the embedding and the lm_head.
+    layer: int | None
+    part: str
+    bits: int
+    group_size: int
+    symmetric: bool
+    bits_per_weight: float
+    relative_error: float | None = None
+    round_to_nearest_error: float | None = None
+    damping: float | None = None
+    dead_columns: int = 0
+    effective_tokens_per_column: float | None = None
+    shrinkage: float | None = None
+    unpolished_rows: int = 0
+    #: Why the solver could not do what the recipe asks for; None if it did.
+    fallback: str | None = None
+
+    @classmethod
+    def unmeasured(cls, key: str, layer: int | None, part: str, linear: QuantizedLinear) -> QuantizedMatrix:
+        """Of a matrix that no text was run through."""
+        form = linear.form
+        return cls(
+            key=key,
+            layer=layer,
+            part=part,
+            bits=form.bits,
+            group_size=form.group_size,
+            symmetric=form.symmetric,
+            bits_per_weight=linear.bits_per_weight,
+        )
+
+    @classmethod
+    def solved(cls, linear: Linear, layer: int | None, solution: Solution, effective_tokens: float) -> QuantizedMatrix:
+        """Of a matrix solved against a Hessian of so many effective tokens."""
+        failed = math.isnan(solution.relative_error)
+        measured = {
+            "relative_error": None if failed else solution.relative_error,
+            "round_to_nearest_error": None if failed else solution.round_to_nearest_error,
+            "damping": None if failed else solution.damping,
+            "dead_columns": solution.dead_columns,
+            "effective_tokens_per_column": effective_tokens / linear.in_features,
+            "shrinkage": solution.shrinkage,
+            "unpolished_rows": solution.unpolished_rows,
+            "fallback": solution.fallback,
+        }
+        return cls.unmeasured(linear.weight, layer, linear.part, solution.linear).model_copy(update=measured)

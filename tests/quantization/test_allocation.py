@@ -1,0 +1,142 @@
+"""Formats under a budget: exact against every possibility, never over the limit, and refused when nothing fits."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_walk import RECIPE, Model
+
+from glmexport.architecture import Reference
+from glmexport.errors import InputError
+from glmexport.progress import Silent
+from glmexport.quantization import round_to_nearest
+from glmexport.quantization.allocation import allocate, available_bits, require_fit, tie_groups
+from glmexport.quantization.linear import stored_bits
+from glmexport.quantization.sensitivity import Probe, probe_ids
+from glmexport.quantization.walk import ALLOCATION
+from glmexport.quantization.weights import Weights
+from glmexport.recipe import Budget, Format, Recipe
+
+CANDIDATES = (
+    Format(bits=2, group_size=32),
+    Format(bits=4, group_size=64),
+    Format(bits=4, group_size=32),
+    Format(bits=8, group_size=32),
+)
+
+
+def mixed(bits_per_weight: float) -> Recipe:
+    budget = Budget(bits_per_weight=bits_per_weight, candidates=CANDIDATES, probe_tokens=256)
+    return RECIPE.model_copy(update={"budget": budget})
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return Model(tmp_path_factory.mktemp("model"))
+
+
+def test_allocation_by_hand() -> None:
+    """The second group loses more at 2 bits than the first, and one of them can have 4."""
+    assert allocate([[5.0, 1.0], [9.0, 1.0]], [[20, 40], [20, 40]], 60) == [0, 1]
+    assert allocate([[5.0, 1.0], [9.0, 1.0]], [[20, 40], [20, 40]], 80) == [1, 1]
+    assert allocate([[5.0, 1.0], [9.0, 1.0]], [[20, 40], [20, 40]], 59) == [0, 0]
+
+
+@given(st.data())
+@settings(deadline=None, max_examples=60)
+def test_allocation_against_every_possibility(data: st.DataObject) -> None:
+    groups = data.draw(st.integers(1, 5))
+    count = data.draw(st.integers(1, 4))
+    losses = [[data.draw(st.integers(0, 1000)) / 1e5 for _ in range(count)] for _ in range(groups)]
+    bits = [[data.draw(st.integers(1, 60)) * 1000 for _ in range(count)] for _ in range(groups)]
+    available = data.draw(st.integers(sum(map(min, bits)), sum(map(max, bits))))
+
+    def sums(choice: tuple[int, ...] | list[int]) -> tuple[int, float]:
+        return (
+            sum(row[at] for row, at in zip(bits, choice, strict=True)),
+            sum(row[at] for row, at in zip(losses, choice, strict=True)),
+        )
+
+    fitting = [sums(choice)[1] for choice in product(range(count), repeat=groups) if sums(choice)[0] <= available]
+    size, loss = sums(allocate(losses, bits, available))
+    assert size <= available
+    assert loss == pytest.approx(min(fitting), abs=1e-9)
+
+
+def test_a_budget_that_nothing_fits_is_refused(model: Model) -> None:
+    with pytest.raises(ValueError, match="no choice of candidates"):
+        allocate([[1.0, 0.0]], [[16, 32]], 15)
+    require_fit(model.architecture, mixed(4.5))
+    with pytest.raises(InputError, match="smallest formats need") as refused:
+        require_fit(model.architecture, mixed(2.0))
+    assert "--bpw" in refused.value.next_step
+
+
+def test_groups_are_what_the_runtime_stores_together(model: Model) -> None:
+    groups = list(tie_groups(model.architecture, mixed(4.5)))
+    assert [group.name for group in groups][:3] == ["embedding", "block 0 qkv", "block 0 o"]
+    assert len(groups) == 2 + 4 * len(model.architecture.layers)
+    assert {key for group in groups for key in group.shapes} == model.matrices()
+
+
+def test_a_loss_is_the_kl_of_that_group_alone(model: Model, tmp_path: Path) -> None:
+    """Against the whole model with one group replaced, block after block."""
+    groups = list(tie_groups(model.architecture, mixed(4.5)))
+    reference = Reference(model.checkpoint, model.architecture)
+    ids = probe_ids(model.calibration, 256)
+    prefix = model.calibration.prefix
+    losses = Probe(reference, ids, prefix, groups).losses(tmp_path, Silent())
+    assert not list(tmp_path.iterdir())
+    positions = reference.position_embeddings(ids.shape[1])
+
+    def log_probabilities(replaced: dict[str, torch.Tensor]) -> torch.Tensor:
+        key, head = model.architecture.embedding, model.architecture.lm_head.weight
+        hidden = replaced.get(key, model.checkpoint.read(key))[ids]
+        for layer in model.architecture.layers:
+            hidden = reference.block(layer, replaced.get).forward(hidden, positions)
+        logits = reference.final_norm(hidden) @ replaced.get(head, model.checkpoint.read(head)).T
+        return logits[:, prefix:].double().log_softmax(-1)
+
+    original = log_probabilities({})
+    for group, row in zip(groups, losses, strict=True):
+        # At 8 bits every column counts the same, which makes the rounding plain.
+        candidate = [form.bits for form in group.candidates].index(8)
+        form = group.candidates[candidate]
+        plain = {key: round_to_nearest(model.checkpoint.read(key), form).dequantize() for key in group.shapes}
+        other = log_probabilities(plain)
+        expected = float((original.exp() * (original - other)).sum(-1).mean())
+        if group.tap != "embedding":
+            assert row[candidate] == pytest.approx(expected, rel=0.02), group.name
+        assert all(worse > row[candidate] for at, worse in enumerate(row) if at != candidate), group.name
+
+
+def test_a_mixed_walk_keeps_within_its_budget_and_resumes(model: Model, tmp_path: Path) -> None:
+    recipe = mixed(7.0)
+    shapes = model.architecture.shapes()
+    whole = model.walk(tmp_path / "whole", recipe)
+    whole.run()
+    weights = Weights(model.checkpoint, model.architecture, whole.work, whole.steps)
+    bits = {key: stored_bits(shape, weights.form(key)) for key, shape in shapes.items()}
+    quantized = sum(bits[key] for key in model.matrices())
+    available = available_bits(model.architecture, recipe)
+    assert 0.9 * available < quantized <= available
+    assert sum(bits.values()) / sum(int(torch.tensor(shape).prod()) for shape in shapes.values()) <= 7.0
+    for layer in model.architecture.layers:
+        for linears in layer.taps.values():
+            assert len({weights.form(linear.weight) for linear in linears}) == 1
+    killed = model.walk(tmp_path / "killed", recipe)
+    killed._allocated = killed._allocation()
+    killed._step(0)
+    chosen = killed.work.record(ALLOCATION)
+    second = model.walk(tmp_path / "killed", recipe)
+    second.run()
+    assert second.work.record(ALLOCATION) == chosen
+    for step in whole.steps:
+        assert second.work.formats(step) == whole.work.formats(step)
+        for key in whole.work.formats(step):
+            assert torch.equal(second.work.packed(step, key, "codes"), whole.work.packed(step, key, "codes"))

@@ -1,0 +1,150 @@
+"""The asymmetric target: least squares by hand, its shrinkage on text it has not seen, and what it buys."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from matrices import generator
+from torch import Tensor
+
+from glmexport.quantization import Problem, gptq
+from glmexport.quantization.goal import Goal, Sample, shrinkage, stream_difference
+from glmexport.recipe import Format, Solver
+
+K, N = 48, 20
+W4G16 = Format(bits=4, group_size=16)
+
+
+class Tap:
+    """Inputs of the original and, with errors that depend on them, of the quantized stream."""
+
+    def __init__(self, tokens: int, seed: int = 0, *, learnable: bool = True) -> None:
+        random = generator(seed)
+        mix = torch.randn(K, K, generator=generator(99)) / K**0.5
+        self.original = torch.randn(tokens, K, generator=random) @ mix
+        bend = 0.2 * torch.randn(K, K, generator=generator(98)) / K**0.5
+        noise = 0.05 * torch.randn(tokens, K, generator=random)
+        self.quantized = self.original + (self.original @ bend if learnable else 0) + noise
+        self.weight = torch.randn(N, K, generator=generator(97))
+
+    @property
+    def difference(self) -> Tensor:
+        return (self.original - self.quantized) @ self.weight.T
+
+    @property
+    def hessian(self) -> Tensor:
+        return self.quantized.T @ self.quantized / len(self.quantized)
+
+    def goal(self, held: Tap) -> Goal:
+        return Goal(self.difference.T @ self.quantized / len(self.quantized), held.difference, of_inputs=False)
+
+    def goal_of_inputs(self, held: Tap) -> Goal:
+        cross = (self.original - self.quantized).T @ self.quantized / len(self.quantized)
+        return Goal(cross, held.original - held.quantized, of_inputs=True)
+
+    def sample(self) -> Sample:
+        return Sample(self.quantized, torch.full((len(self.quantized),), 1 / len(self.quantized)))
+
+    def error(self, weight: Tensor) -> float:
+        """Of ``weight`` on the quantized stream, against the original's output, relative."""
+        wanted = self.original @ self.weight.T
+        return float((self.quantized @ weight.T - wanted).square().sum() / wanted.square().sum())
+
+
+def solve(tap: Tap, held: Tap | None, goal: Goal | None, **solver: object) -> tuple[Tensor, float | None]:
+    settings = Solver.model_validate(solver)
+    problem = Problem.of(tap.hessian, W4G16, settings, held.sample() if held else None)
+    solution = gptq([tap.weight[:7], tap.weight[7:]], problem, W4G16, settings, goal)
+    return solution.linear.dequantize(), solution.shrinkage
+
+
+def test_shrinkage_by_hand() -> None:
+    predicted = torch.tensor([[1.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.0, 0.0]])
+    difference = torch.tensor([[0.5, 3.0, -1.0, 1.0], [0.5, 3.0, -2.0, 1.0]])
+    factors = shrinkage(difference, predicted, torch.tensor([0.5, 0.5]))
+    assert factors.tolist() == [0.5, 1.0, 0.0, 0.0]
+    # Weights decide between texts that disagree: (3 * 1 + 1 * 0) / 4.
+    disagreeing = torch.tensor([[1.0], [0.0]])
+    assert float(shrinkage(disagreeing, torch.ones(2, 1), torch.tensor([3.0, 1.0]))) == pytest.approx(0.75)
+
+
+def test_the_difference_of_the_stream_without_a_norm() -> None:
+    ours, theirs = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.5, -1.0]])
+    assert stream_difference(torch.zeros(1, 2), ours, theirs, None, 0.0).tolist() == [[0.5, -3.0]]
+
+
+def test_the_difference_of_the_stream_in_front_of_a_norm() -> None:
+    """ours + norm(y + d) is theirs + norm(y), up to what d does to the rms itself."""
+    random = generator(3)
+    branch = torch.randn(4, 512, generator=random)
+    gain = torch.rand(512, generator=random) + 0.5
+    ours = torch.randn(4, 512, generator=random)
+    theirs = ours + 0.01 * torch.randn(4, 512, generator=random)
+
+    def norm(y: Tensor) -> Tensor:
+        return y / (y.square().mean(-1, keepdim=True) + 1e-5).sqrt() * gain
+
+    moved = branch + stream_difference(branch, ours, theirs, gain, 1e-5)
+    left = (ours + norm(moved) - theirs - norm(branch)).norm() / (theirs - ours).norm()
+    assert left < 0.1
+    # A channel that the norm mutes could only be moved by a huge output.
+    gain[7] = 0.0
+    assert bool((stream_difference(branch, ours, theirs, gain, 1e-5)[:, 7] == 0).all())
+
+
+@pytest.mark.parametrize("of_inputs", [False, True])
+def test_the_goal_is_the_least_squares_fit_to_the_original_s_output(of_inputs: bool) -> None:
+    """At 8 bits what is left of the error is what no matrix could take back."""
+    tap, held = Tap(4000), Tap(4000, 1)
+    goal = tap.goal_of_inputs(held) if of_inputs else tap.goal(held)
+    form, solver = Format(bits=8, group_size=16), Solver(damping=1e-6)
+    problem = Problem.of(tap.hessian, form, solver, held.sample())
+    found = gptq([tap.weight[:7], tap.weight[7:]], problem, form, solver, goal)
+    best = torch.linalg.lstsq(tap.quantized.double(), (tap.original @ tap.weight.T).double()).solution.T
+    assert found.shrinkage == pytest.approx(1, abs=0.02)
+    assert tap.error(found.linear.dequantize()) == pytest.approx(tap.error(best.float()), rel=0.02)
+    assert tap.error(best.float()) < 0.3 * tap.error(tap.weight)
+
+
+def test_both_forms_of_the_goal_give_the_same_matrix() -> None:
+    tap, held = Tap(2000), Tap(500, 1)
+    ours, theirs = (solve(tap, held, goal)[0] for goal in (tap.goal(held), tap.goal_of_inputs(held)))
+    assert (ours - theirs).norm() < 1e-2 * theirs.norm()
+
+
+def test_gptq_with_the_goal_beats_gptq_without_on_new_text() -> None:
+    tap, held, new = Tap(4000), Tap(1000, 1), Tap(4000, 2)
+    own, none = solve(tap, held, None)
+    aimed, kept = solve(tap, held, tap.goal(held))
+    assert none is None and kept is not None and kept > 0.9
+    assert new.error(aimed) < 0.4 * new.error(own)
+
+
+def test_a_correction_that_is_chance_is_not_taken() -> None:
+    """As many tokens as columns, and errors that do not depend on the input: the fit is nothing but chance."""
+    tap, held, new = Tap(60, learnable=False), Tap(3000, 1, learnable=False), Tap(3000, 2, learnable=False)
+    own, _ = solve(tap, held, None)
+    aimed, kept = solve(tap, held, tap.goal(held))
+    assert kept is not None and kept < 0.3
+    assert new.error(aimed) < 1.05 * new.error(own)
+
+
+def test_polish_that_makes_held_out_text_worse_is_taken_back() -> None:
+    """Fitted to fewer tokens than columns, coordinate descent follows them where no other text goes."""
+    tap, held = Tap(24), Tap(3000, 1)
+    solver, plain = Solver(damping=0.001, polish_rounds=4), Solver(damping=0.001, polish_rounds=0)
+    sample = held.sample()
+    guarded = gptq([tap.weight], Problem.of(tap.hessian, W4G16, solver, sample), W4G16, solver)
+    free = gptq([tap.weight], Problem.of(tap.hessian, W4G16, solver), W4G16, solver)
+    swept = gptq([tap.weight], Problem.of(tap.hessian, W4G16, plain), W4G16, plain)
+
+    def errors(matrix: Tensor) -> Tensor:
+        return sample.errors(sample.inputs @ (tap.weight - matrix).T)
+
+    rows = {
+        name: errors(found.linear.dequantize())
+        for name, found in (("guarded", guarded), ("free", free), ("swept", swept))
+    }
+    taken_back = rows["free"] > rows["swept"]
+    assert guarded.unpolished_rows == int(taken_back.sum()) > 0
+    torch.testing.assert_close(rows["guarded"], torch.minimum(rows["free"], rows["swept"]), rtol=1e-4, atol=0)
