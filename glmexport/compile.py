@@ -101,23 +101,34 @@ def build(original: Original, jobs: Sequence[Job], options: BuildOptions, progre
                 built.append(_finish(original, job, walk, calibration, documents, options, progress))
         for bundle in built:
             refuse_existing(bundle.directory, options.force)
-            _put_in_place(_partial(bundle.directory), bundle.directory)
+            put_in_place(partial_of(bundle.directory), bundle.directory)
     except BaseException:
         for job in jobs:
-            shutil.rmtree(_partial(job.directory), ignore_errors=True)
+            shutil.rmtree(partial_of(job.directory), ignore_errors=True)
         raise
     for work in works:
         shutil.rmtree(work.path)
     return built
 
 
-def _partial(directory: Path) -> Path:
-    """Where a bundle is until every bundle of its build is done; a build that fails leaves nothing there."""
+def partial_of(directory: Path) -> Path:
+    """Where an output is until all outputs of its command are done; a command that fails leaves nothing there."""
     return directory.with_name(f".{directory.name}.partial")
 
 
 def validate_bundle(directory: Path, original: Original, options: BuildOptions, progress: Progress) -> Built:
     """Validate a bundle against ``original`` on this machine, and write the report into it.
+
+    Raises:
+        BundleError: the bundle was made from another checkpoint, or its files are not those of its manifest.
+    """
+    manifest = open_bundle(directory, original, progress)
+    report = _validated(directory, directory, manifest, original, options, progress, None)
+    return Built(directory, manifest, report)
+
+
+def open_bundle(directory: Path, original: Original, progress: Progress) -> Manifest:
+    """The manifest of a bundle, after its files and its original have been checked against it.
 
     Raises:
         BundleError: the bundle was made from another checkpoint, or its files are not those of its manifest.
@@ -132,8 +143,7 @@ def validate_bundle(directory: Path, original: Original, options: BuildOptions, 
             next_step="Give the checkpoint that it was built from with --against"
             + (", and its adapter with --adapter." if manifest.source.adapter else " alone."),
         )
-    report = _validated(directory, directory, manifest, original, options, progress, None)
-    return Built(directory, manifest, report)
+    return manifest
 
 
 def _finish(
@@ -146,7 +156,7 @@ def _finish(
     progress: Progress,
 ) -> Built:
     """Write the bundle beside its place and validate it there."""
-    partial = _partial(job.directory)
+    partial = partial_of(job.directory)
     if partial.exists():
         shutil.rmtree(partial)
     manifest = _write(partial, original, job, walk, calibration, documents, progress)
@@ -180,8 +190,8 @@ def _write(
     )
 
 
-def _put_in_place(partial: Path, directory: Path) -> None:
-    """Rename; what was there before is removed only after the new bundle has its place."""
+def put_in_place(partial: Path, directory: Path) -> None:
+    """Rename; what was there before is removed only after the new output has its place."""
     replaced = directory.with_name(f".{directory.name}.replaced")
     if replaced.exists():
         # Of a build that was killed between the renames, or while it removed the old bundle.

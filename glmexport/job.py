@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,7 @@ from glmexport.errors import InputError, MachineError
 from glmexport.estimate import estimate
 from glmexport.progress import Progress
 from glmexport.quantization.allocation import require_fit
-from glmexport.recipe import Budget, Recipe, open_recipe
+from glmexport.recipe import STORED, Budget, Format, Recipe, open_recipe
 from glmexport.target import Target
 
 
@@ -31,6 +33,8 @@ class Original:
         """Open and check, with the adapter that is merged into it, if any; no weight is read."""
         checkpoint = Checkpoint.open(source, progress, adapter)
         architecture = describe(checkpoint)
+        if checkpoint.quantized:
+            checkpoint = checkpoint.stacked(architecture.stacks())
         unused = dict(architecture.account(checkpoint))
         tokenizer = Tokenizer.open(checkpoint.path)
         if tokenizer.vocabulary_size > architecture.vocabulary_size:
@@ -91,7 +95,7 @@ def jobs_of(
     adapter = original.checkpoint.adapter
     name = "-".join([original.checkpoint.name, *([adapter.name] if adapter else [])]).replace("/", "--")
     for target in targets:
-        chosen = open_recipe(recipe or target.weights.default_recipe)
+        chosen = recipe_for(original, recipe, target)
         if budget:
             chosen = _within(chosen, budget, target)
         own = Path("bundles") / f"{name}-{chosen.name}-{target.name}"
@@ -109,11 +113,55 @@ def jobs_of(
     return jobs
 
 
+def recipe_for(original: Original, name: str | None, target: Target) -> Recipe:
+    """The recipe of that name, or by default the target's; for a quantized checkpoint ``stored``.
+
+    The linears of a recipe that keeps stored codes have the checkpoint's formats; ``linears`` names the one that
+    most weights have.
+
+    Raises:
+        DefinitionError: there is no such recipe.
+        InputError: it would quantize a checkpoint that is quantized already, or keep codes that there are not.
+    """
+    stored = original.checkpoint.quantized
+    recipe = open_recipe(name or (STORED if stored else target.weights.default_recipe))
+    if not stored and recipe.keeps_stored:
+        raise InputError(
+            f"The recipe {recipe.name} keeps the codes of a quantized checkpoint, and {original.checkpoint.name} is "
+            "in full precision.",
+            next_step=f"Leave --recipe out, or name another, for example {target.weights.default_recipe}.",
+        )
+    if not stored:
+        return recipe
+    if not recipe.keeps_stored:
+        raise InputError(
+            f"{original.checkpoint.name} is quantized already ({formats_of(original)}); the recipe {recipe.name} would "
+            "quantize its rounded weights again.",
+            next_step="Leave --recipe out to keep its codes, or build from the full-precision checkpoint.",
+        )
+    if original.architecture.embedding in stored:
+        raise InputError(
+            f"{original.checkpoint.name}: the embedding is stored in the GPTQ format, which bundles do not keep.",
+            next_step="Quantize the linears only, with the embedding in full precision.",
+        )
+    weights: Counter[Format] = Counter()
+    for key, form in stored.items():
+        weights[form.exact] += math.prod(original.checkpoint.shape(key))
+    return recipe.model_copy(update={"linears": weights.most_common(1)[0][0]})
+
+
+def formats_of(original: Original) -> str:
+    """The stored formats of a quantized checkpoint and how many matrices have each, for people."""
+    counts = Counter(form.label for form in original.checkpoint.quantized.values())
+    return ", ".join(f"{count} x {label}" for label, count in counts.most_common())
+
+
 def refuse_formats(original: Original, job: Job) -> None:
     """Every format of the recipe must be one of the target's, and an embedding's rows must be whole groups."""
     recipe, offered = job.recipe, job.target.weights
     candidates = recipe.budget.candidates if recipe.budget else ()
-    for form in filter(None, (recipe.linears, recipe.lm_head, recipe.embedding, *candidates)):
+    stored = (form.exact for form in original.checkpoint.quantized.values())
+    for form in filter(None, (recipe.linears, recipe.lm_head, recipe.embedding, *candidates, *stored)):
         if form.bits not in offered.bits or form.group_size not in offered.group_sizes:
             raise InputError(
                 f"The recipe {recipe.name} uses {form.label}, for which the target {job.target.name} has no kernels.",
@@ -135,17 +183,17 @@ def _alternatives(values: Sequence[int]) -> str:
     return " or ".join(str(value) for value in values)
 
 
-def refuse_existing(directory: Path, force: bool) -> None:
-    """Nothing is overwritten unless asked for, and then only a bundle or an empty directory."""
+def refuse_existing(directory: Path, force: bool, mark: str = "bundle.json", kind: str = "a bundle") -> None:
+    """Nothing is overwritten unless asked for, and then only what has the file ``mark``, or an empty directory."""
     if directory.exists() and not force:
         raise InputError(
             f"{directory} exists.", next_step="Choose another directory with -o, or replace it with --force."
         )
     if directory.exists() and not (
-        directory.is_dir() and ((directory / "bundle.json").is_file() or not any(directory.iterdir()))
+        directory.is_dir() and ((directory / mark).is_file() or not any(directory.iterdir()))
     ):
         raise InputError(
-            f"{directory} exists and is not a bundle, so --force does not replace it.",
+            f"{directory} exists and is not {kind}, so --force does not replace it.",
             next_step="Choose another directory with -o.",
         )
 
@@ -155,6 +203,15 @@ def require_space(original: Original, recipe: Recipe, parent: Path) -> None:
     architecture = original.architecture
     tokens = recipe.calibration.tokens if recipe.calibration else 0
     needed = 2 * estimate(architecture, recipe, 1.0, None).bundle_bytes + 4 * tokens * architecture.hidden_size * 4
+    require_free(parent, needed, "The build")
+
+
+def require_free(parent: Path, needed: int, what: str) -> None:
+    """Make ``parent`` if ``needed`` bytes are free where it is.
+
+    Raises:
+        MachineError: they are not, or the directory cannot be made.
+    """
     try:
         # Nothing is made before it is known to fit.
         absolute = parent.absolute()
@@ -167,6 +224,6 @@ def require_space(original: Original, recipe: Recipe, parent: Path) -> None:
         ) from error
     if free < needed:
         raise MachineError(
-            f"The build needs {needed / 2**30:.1f} GiB of disk in {parent}, and {free / 2**30:.1f} GiB are free.",
+            f"{what} needs {needed / 2**30:.1f} GiB of disk in {parent}, and {free / 2**30:.1f} GiB are free.",
             next_step="Free space, or choose another directory with -o.",
         )

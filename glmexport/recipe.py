@@ -10,6 +10,8 @@ from pydantic import Field, field_validator, model_validator
 from glmexport.definition import Definition, locate, read_toml
 
 RECIPES = "calibration/recipes"
+#: The recipe of a checkpoint that is quantized already.
+STORED = "stored"
 
 
 class Format(Definition):
@@ -32,7 +34,8 @@ class Format(Definition):
 class Solver(Definition):
     """How codes and scales are found."""
 
-    method: Literal["gptq", "round-to-nearest"] = "gptq"
+    #: ``stored`` keeps the codes of a quantized checkpoint's linears; what it has in full precision stays so.
+    method: Literal["gptq", "round-to-nearest", "stored"] = "gptq"
     #: Fraction of the Hessian's mean diagonal that is added to its diagonal before factorising.
     damping: float = Field(default=0.01, gt=0, le=1)
     #: ``group``: whole groups by importance, then columns inside each (GAR); ``stored``: as in the checkpoint.
@@ -122,6 +125,11 @@ class Recipe(Definition):
         if self.budget is not None and not (self.needs_calibration and self.linears):
             raise ValueError("[budget] needs solver.method gptq and a format of the linears")
         return self
+
+    @property
+    def keeps_stored(self) -> bool:
+        """Whether the linears are taken as a quantized checkpoint stores them."""
+        return self.solver.method == "stored"
 
     @property
     def needs_calibration(self) -> bool:

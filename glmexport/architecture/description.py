@@ -212,6 +212,18 @@ class Architecture:
             shapes[norm.weight] = (norm.size,)
         return shapes
 
+    def stacks(self) -> dict[str, tuple[str, str]]:
+        """Checkpoint key of every stacked matrix, and the keys of its halves in checkpoints that hold them apart.
+
+        GPTQModel quantizes gate and up as two matrices, gate_proj and up_proj, and stores them so.
+        """
+        stacks = {}
+        for layer in self.layers:
+            key = layer.mlp.gate_up.key
+            parent = key.rpartition(".")[0]
+            stacks[layer.mlp.gate_up.weight] = (f"{parent}.gate_proj.weight", f"{parent}.up_proj.weight")
+        return stacks
+
     def account(self, checkpoint: Checkpoint) -> list[tuple[str, str]]:
         """Check that every tensor of the checkpoint is used once or unused for a stated reason.
 

@@ -32,6 +32,20 @@ class BundleWeights:
                 key = _name(node, 0).removesuffix(".codes")
                 self._nodes.setdefault(key, (node, 0, architecture.vocabulary_size))
 
+    def form(self, key: str) -> Format | None:
+        """Format of the matrix with that checkpoint key; None if it is stored in full precision."""
+        if key not in self._nodes:
+            return None
+        node = self._nodes[key][0]
+        gather = node.op_type == "GatherBlockQuantized"
+        name = _name(node, 0).removesuffix(".codes") if gather else _name(node, 1).removesuffix(".q")
+        values = {
+            "bits": node.attributes["bits"].as_int(),
+            "group_size": node.attributes["block_size"].as_int(),
+            "symmetric": f"{name}.zero_points" not in self._initializers,
+        }
+        return Format.model_validate(values)
+
     def quantized(self, key: str) -> QuantizedLinear | None:
         """The matrix with that checkpoint key; None if it is stored in full precision."""
         if key not in self._nodes:
@@ -39,15 +53,14 @@ class BundleWeights:
         node, start, stop = self._nodes[key]
         gather = node.op_type == "GatherBlockQuantized"
         name = _name(node, 0).removesuffix(".codes") if gather else _name(node, 1).removesuffix(".q")
-        bits = node.attributes["bits"].as_int()
-        group_size = node.attributes["block_size"].as_int()
+        form = self.form(key)
+        assert form is not None
+        bits, group_size = form.bits, form.group_size
         scales = self._tensor(f"{name}.scales")[start:stop]
         codes = self._tensor(_name(node, 0 if gather else 1))[start:stop].reshape(
             stop - start, scales.shape[1], group_size * bits // 8
         )
-        has_zero_points = f"{name}.zero_points" in self._initializers
-        zero_points = self._tensor(f"{name}.zero_points")[start:stop] if has_zero_points else None
-        form = Format.model_validate({"bits": bits, "group_size": group_size, "symmetric": zero_points is None})
+        zero_points = None if form.symmetric else self._tensor(f"{name}.zero_points")[start:stop]
         # The width of the last group is padding where the matrix does not fill it.
         width = node.attributes["K"].as_int() if not gather else scales.shape[1] * group_size
         return unpack(form, width, codes, scales, zero_points)

@@ -9,8 +9,12 @@ knows no family; what a tensor or a key means is the business of the architectur
     header       the safetensors header, strictly
     shards       tensors and parts of tensors of safetensors files
     index        which tensor is in which shard
+    gptq         what a GPTQ checkpoint says of its quantization
+    packed       its matrices, decoded a few rows at a time
+    derived      matrices under the name of a weight, whatever tensors they are made of
     config       typed reads of config.json
     source       demo, directory or hub id to a directory; refusal of code and pickles
+    reading      errors of reading a tensor's data
     tokenizer    text and conversations to token ids
     adapter_config, adapter_tensors, low_rank
                  a LoRA adapter's settings, the places of its tensors, its arithmetic

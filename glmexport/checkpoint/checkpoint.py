@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING
 from glmexport.checkpoint.adapter import Adapter
 from glmexport.checkpoint.adapter_config import ADAPTER_CONFIG
 from glmexport.checkpoint.config import ConfigReader
+from glmexport.checkpoint.derived import DerivedMatrix, packed_weights, stack
 from glmexport.checkpoint.files import contained, files_digest, optional, source_name
+from glmexport.checkpoint.gptq import QUANTIZE_CONFIG, GptqFormat, read_settings
 from glmexport.checkpoint.header import TensorEntry
 from glmexport.checkpoint.index import read_index
+from glmexport.checkpoint.packed import Codes, PackedMatrix, find_matrices
 from glmexport.checkpoint.shards import Shards, is_finite
 from glmexport.checkpoint.source import DEMO, refuse_hazards, resolve
 from glmexport.checkpoint.tokenizer import tokenizer_files
@@ -39,7 +42,10 @@ class Checkpoint:
         config: ``config.json``.
         generation_config: ``generation_config.json``, or None where there is none.
         shards: The safetensors files of the checkpoint itself, by name.
-        tensors: Every tensor by name. Those that the adapter replaces are where the adapter has them.
+        tensors: Every tensor by name. Those that the adapter replaces are where the adapter has them. A matrix that
+            is stored in the GPTQ format is listed as the weight that it stands for, with the dtype ``GPTQ``, and what
+            it is packed into is not listed.
+        quantized: Stored format of every such matrix, by the name of its weight; empty for full precision.
         adapter: What is merged into the tensors while they are read, or None.
     """
 
@@ -51,14 +57,22 @@ class Checkpoint:
         generation_config: ConfigReader | None,
         tensors: Mapping[str, TensorEntry],
         adapter: Adapter | None = None,
+        derived: Mapping[str, DerivedMatrix] | None = None,
     ) -> None:
         self.path = path
         self.name = name
         self.config = config
         self.generation_config = generation_config
         self.adapter = adapter
-        self.shards = sorted({entry.path for entry in tensors.values()})
-        self.tensors = MappingProxyType({**tensors, **(adapter.replaced if adapter else {})})
+        self._plain = dict(tensors)
+        self._derived = dict(derived or {})
+        stored = (entry for matrix in self._derived.values() for entry in matrix.stored)
+        self.shards = sorted({entry.path for entry in (*self._plain.values(), *stored)})
+        listed = {name: matrix.entry for name, matrix in self._derived.items()}
+        self.tensors = MappingProxyType({**self._plain, **listed, **(adapter.replaced if adapter else {})})
+        self.quantized: Mapping[str, GptqFormat] = MappingProxyType(
+            {name: matrix.form for name, matrix in self._derived.items() if matrix.form}
+        )
         self._shards = Shards({*self.shards, *(entry.path for entry in (adapter.entries if adapter else ()))})
         self._digest: str | None = None
 
@@ -91,10 +105,36 @@ class Checkpoint:
         generation_path = optional(path, GENERATION_CONFIG, "the checkpoint")
         generation_config = None if generation_path is None else ConfigReader.open(generation_path)
         name = DEMO if source == DEMO else source_name(path)
-        base = cls(path, name, config, generation_config, read_index(path, progress))
+        tensors = read_index(path, progress)
+        matrices = find_matrices(tensors, read_settings(path, config), path)
+        packed = {entry.name for matrix in matrices.values() for entry in matrix.entries}
+        plain = {key: entry for key, entry in tensors.items() if key not in packed}
+        base = cls(path, name, config, generation_config, plain, derived=packed_weights(matrices))
         if adapter is None:
             return base
+        if base.quantized:
+            raise CheckpointError(
+                f"{name} is quantized, and codes cannot take up the adapter {adapter}.",
+                next_step="Give the full-precision checkpoint that the adapter was trained on.",
+            )
         return cls(path, name, config, generation_config, base.tensors, Adapter.open(adapter, base, progress))
+
+    def stacked(self, stacks: Mapping[str, Sequence[str]]) -> Checkpoint:
+        """The same quantized checkpoint with matrices in place of the ones that hold their rows.
+
+        Args:
+            stacks: Name of a matrix, and the names of those whose rows are its rows, in order. Where the
+                checkpoint has the matrix itself, or lacks one of the others, it is left as it is.
+
+        Raises:
+            CheckpointError: the others differ in width or in how they are stored.
+        """
+        plain, derived = dict(self._plain), dict(self._derived)
+        for name, parts in stacks.items():
+            if name not in self.tensors and all(part in self.tensors for part in parts):
+                sources = [derived.pop(part) if part in derived else plain.pop(part) for part in parts]
+                derived[name] = stack(name, sources)
+        return Checkpoint(self.path, self.name, self.config, self.generation_config, plain, self.adapter, derived)
 
     @property
     def model_type(self) -> str:
@@ -140,6 +180,8 @@ class Checkpoint:
                 since it was opened.
             MachineError: the file cannot be read, or there is not enough memory.
         """
+        if name in self._derived:
+            return self._derive(self._derived[name], dtype, 0, self.shape(name)[0])
         return self._read(self._entry(name), name, dtype, None)
 
     def rows(self, name: str, start: int, stop: int, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -156,7 +198,25 @@ class Checkpoint:
         entry = self._entry(name)
         if not entry.shape or not 0 <= start <= stop <= entry.shape[0]:
             raise ValueError(f"rows [{start}, {stop}) of {name!r}, whose shape is {entry.shape}")
+        if name in self._derived:
+            return self._derive(self._derived[name], dtype, start, stop)
         return self._read(entry, name, dtype, slice(start, stop))
+
+    def codes(self, name: str, start: int, stop: int) -> Codes:
+        """Rows ``[start, stop)`` of a matrix of ``quantized``, as its format stores them.
+
+        Raises:
+            CheckpointError: the stored values cannot be used, or the file changed since it was opened.
+            MachineError: the file cannot be read, or there is not enough memory.
+        """
+        import torch
+
+        decoded = []
+        for part, begin, end in self._derived[name].slabs(start, stop):
+            assert isinstance(part, PackedMatrix)
+            self._shards.refuse_changed(*part.entries)
+            decoded.append(part.decode(begin, end))
+        return Codes(*(torch.cat([getattr(rows, field) for rows in decoded]) for field in vars(decoded[0])))
 
     def digest(self, progress: Progress | None = None) -> str:
         """``sha256:`` and the digest of what the checkpoint says, whatever directory it lies in.
@@ -174,6 +234,8 @@ class Checkpoint:
             files = {*self.shards, self.path / CONFIG, *tokenizer_files(self.path)}
             if self.generation_config is not None:
                 files.add(self.path / GENERATION_CONFIG)
+            if self.quantized and (self.path / QUANTIZE_CONFIG).is_file():
+                files.add(self.path / QUANTIZE_CONFIG)
             digest = files_digest(self.path, files, "Digest of the checkpoint", progress)
             if self.adapter is not None:
                 both = f"{digest}\t{self.adapter.digest(progress)}\n"
@@ -190,6 +252,21 @@ class Checkpoint:
             next_step=(f"Did you mean {nearest[0]!r}? " if nearest else "")
             + "If the name is right, the checkpoint is incomplete: download it again.",
         )
+
+    def _derive(self, matrix: DerivedMatrix, dtype: torch.dtype | None, start: int, stop: int) -> torch.Tensor:
+        import torch
+
+        rows = torch.empty(stop - start, matrix.entry.shape[1], dtype=dtype or torch.float32)
+        filled = 0
+        for part, begin, end in matrix.slabs(start, stop):
+            if isinstance(part, PackedMatrix):
+                self._shards.refuse_changed(*part.entries)
+                slab = part.dequantize(begin, end)
+            else:
+                slab = self._read(part, part.name, dtype, slice(begin, end))
+            rows[filled : filled + len(slab)] = slab
+            filled += len(slab)
+        return rows
 
     def _read(self, entry: TensorEntry, name: str, dtype: torch.dtype | None, rows: slice | None) -> torch.Tensor:
         update = None if self.adapter is None else self.adapter.updates.get(name)

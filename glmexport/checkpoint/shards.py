@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from glmexport.checkpoint.files import unreadable, version
+from glmexport.checkpoint.files import version
 from glmexport.checkpoint.header import WEIGHT_DTYPES, TensorEntry
-from glmexport.errors import CheckpointError, MachineError
+from glmexport.checkpoint.reading import reading
+from glmexport.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +49,7 @@ class Shards:
             MachineError: the file cannot be read, or there is not enough memory.
         """
         import torch
-        from safetensors import SafetensorError, safe_open
+        from safetensors import safe_open
 
         if entry.dtype not in WEIGHT_DTYPES:
             raise CheckpointError(
@@ -57,37 +57,29 @@ class Shards:
                 f"accepted are {', '.join(WEIGHT_DTYPES)}.",
                 next_step="Use the full-precision checkpoint of this model.",
             )
-        if version(entry.path) != self._versions[entry.path]:
-            raise CheckpointError(
-                f"{entry.path} changed since the checkpoint was opened.",
-                next_step="Wait until the download is complete, then run the command again.",
-            )
+        self.refuse_changed(entry)
         part = None if rows is None and columns is None else (rows or _ALL, *([] if columns is None else [columns]))
-        try:
-            # Closed after every read: pages of a file that stays mapped count as memory of this process.
-            with safe_open(entry.path, framework="pt", device="cpu") as shard:
-                stored = shard.get_tensor(entry.name) if part is None else shard.get_slice(entry.name)[part]
-                tensor: torch.Tensor = stored.to(
-                    dtype or torch.float32, copy=True, memory_format=torch.contiguous_format
+        # Closed after every read: pages of a file that stays mapped count as memory of this process.
+        with reading(entry), safe_open(entry.path, framework="pt", device="cpu") as shard:
+            stored = shard.get_tensor(entry.name) if part is None else shard.get_slice(entry.name)[part]
+            tensor: torch.Tensor = stored.to(dtype or torch.float32, copy=True, memory_format=torch.contiguous_format)
+            if not is_finite(tensor):
+                raise _not_finite(entry, stored, tensor, [] if part is None else [axis.start for axis in part])
+            return tensor
+
+    def refuse_changed(self, *entries: TensorEntry) -> None:
+        """Check that the files of ``entries`` are as they were.
+
+        Raises:
+            CheckpointError: one of them changed.
+            MachineError: the machine does not let us look.
+        """
+        for path in {entry.path for entry in entries}:
+            if version(path) != self._versions[path]:
+                raise CheckpointError(
+                    f"{path} changed since the checkpoint was opened.",
+                    next_step="Wait until the download is complete, then run the command again.",
                 )
-                if not is_finite(tensor):
-                    raise _not_finite(entry, stored, tensor, [] if part is None else [axis.start for axis in part])
-                return tensor
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"{entry.path}: tensor {entry.name!r} cannot be read: {error}.",
-                next_step="Download the shard again.",
-            ) from error
-        except OSError as error:
-            raise unreadable(entry.path, error) from error
-        except (MemoryError, RuntimeError) as error:
-            # torch has no class of its own for a failed allocation or mapping on the CPU.
-            if isinstance(error, RuntimeError) and not re.search("memory|mmap", str(error)):
-                raise
-            raise MachineError(
-                f"Not enough memory for tensor {entry.name!r} of {entry.path} ({entry.elements:,} elements).",
-                next_step="Close other programs or use a machine with more memory.",
-            ) from error
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

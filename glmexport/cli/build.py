@@ -61,7 +61,7 @@ def build(
     from glmexport.compile import BuildOptions, command_line
     from glmexport.compile import build as compile_bundles
     from glmexport.estimate import estimate, measured_flops
-    from glmexport.job import Original, budget_of, jobs_of
+    from glmexport.job import Original, budget_of, formats_of, jobs_of
     from glmexport.target import open_target
 
     terminal = Terminal()
@@ -81,6 +81,7 @@ def build(
                 "digest": original.checkpoint.digest(terminal),
                 "family": f"{original.architecture.family}, {original.checkpoint.parameters / 1e6:,.1f} M parameters, "
                 f"{gibibytes(original.checkpoint.bytes)}",
+                **({"quantized": f"gptq, {formats_of(original)}"} if original.checkpoint.quantized else {}),
                 "target": f"{job.target.name}: {job.target.summary}",
                 "recipe": f"{job.recipe.name}: {job.recipe.summary}",
                 "calibration": ", ".join(str(path) for path in calibration) or "shipped corpora",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ def inspect(
             "family": document["family"],
             "layers": str(document["layers"]),
             "context": f"{document['context_length']:,} tokens",
+            **_quantization(original),
             "stored": f"{gibibytes(document['bytes'])} of {', '.join(document['dtypes'])}",
             "KV cache": f"{document['kv_bytes_per_token']:,} bytes a token in fp32",
             "vocabulary": f"{tokenizer['vocabulary']:,} tokens",
@@ -80,10 +82,25 @@ def _description(original: Any) -> dict[str, Any]:
         "context_length": architecture.context_length,
         "parameters": {**parts, "all": checkpoint.parameters},
         "bytes": checkpoint.bytes,
+        "quantization": _formats(checkpoint),
         "dtypes": sorted({entry.dtype for entry in checkpoint.tensors.values()}),
         "kv_bytes_per_token": architecture.kv_values_per_token * 4,
         "unused": original.unused,
     }
+
+
+def _formats(checkpoint: Any) -> dict[str, Any] | None:
+    """Method, and number of matrices by format; None for a checkpoint in full precision."""
+    if not checkpoint.quantized:
+        return None
+    counts = Counter(form.label for form in checkpoint.quantized.values())
+    return {"method": "gptq", "matrices": dict(counts.most_common())}
+
+
+def _quantization(original: Any) -> dict[str, str]:
+    from glmexport.job import formats_of
+
+    return {"quantized": f"gptq, {formats_of(original)}"} if original.checkpoint.quantized else {}
 
 
 def _adapter(adapter: Any) -> dict[str, Any] | None:
@@ -124,13 +141,13 @@ def _tokenizer(original: Any) -> dict[str, Any]:
 
 def _estimates(original: Any, recipe: str | None, max_memory: int | None) -> list[dict[str, Any]]:
     from glmexport.estimate import estimate, measured_flops
-    from glmexport.recipe import open_recipe
+    from glmexport.job import recipe_for
     from glmexport.target import shipped_targets
 
     flops = measured_flops()
     rows = []
     for target in shipped_targets():
-        chosen = open_recipe(recipe or target.weights.default_recipe)
+        chosen = recipe_for(original, recipe, target)
         expected = estimate(original.architecture, chosen, flops, max_memory)
         rows.append({"target": target.name, "recipe": chosen.name, **vars(expected)})
     return rows

@@ -16,6 +16,7 @@ import click
 
 from glmexport import __version__
 from glmexport.cli.build import build
+from glmexport.cli.convert import convert
 from glmexport.cli.inspect import inspect
 from glmexport.cli.run import run
 from glmexport.cli.targets import targets
@@ -39,7 +40,7 @@ def cli() -> None:
     """
 
 
-for command in (build, inspect, targets, run, validate):
+for command in (build, convert, inspect, targets, run, validate):
     cli.add_command(command)
 
 

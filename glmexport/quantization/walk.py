@@ -8,7 +8,7 @@ walk that is killed goes on after its last committed block.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from glmexport.quantization.record import QuantizedMatrix
 from glmexport.quantization.sensitivity import Probe, probe_ids
 from glmexport.quantization.solve import Problem, gptq, round_to_nearest
 from glmexport.quantization.store import WorkDirectory
+from glmexport.quantization.stored import stored_linear
 from glmexport.quantization.streams import Measured, Streams
 from glmexport.recipe import Format, Recipe, Solver
 
@@ -162,6 +163,8 @@ class Walk:
 
     def _block(self, layer: DecoderLayer, records: list[QuantizedMatrix]) -> dict[str, QuantizedLinear]:
         solved: dict[str, QuantizedLinear] = {}
+        if self.recipe.keeps_stored:
+            return self._stored(layer.linears, layer.index, records)
         for tap, linears in layer.taps.items():
             form = self._form(linears[0].weight, self.recipe.linears)
             if form is None:
@@ -177,8 +180,22 @@ class Walk:
             solved |= self._solve(linears, layer.index, measured, form, self.recipe.solver, records)
         return solved
 
+    def _stored(
+        self, linears: Iterable[Linear], layer: int | None, records: list[QuantizedMatrix]
+    ) -> dict[str, QuantizedLinear]:
+        """Those of ``linears`` that the checkpoint stores quantized."""
+        kept = {}
+        for linear in linears:
+            stored = stored_linear(self.checkpoint, linear.weight, self.memory.chunk_weights)
+            if stored is not None:
+                kept[linear.weight] = stored
+                records.append(QuantizedMatrix.unmeasured(linear.weight, layer, linear.part, stored))
+        return kept
+
     def _head(self, records: list[QuantizedMatrix]) -> dict[str, QuantizedLinear]:
         head = self.architecture.lm_head
+        if self.recipe.keeps_stored and head.weight in self.checkpoint.quantized:
+            return self._stored([head], None, records)
         form = self._form(head.weight, self.recipe.lm_head)
         if form is None or self.architecture.tied:
             # A tied head is the embedding, whose codes are fixed before any activation exists.

@@ -211,7 +211,9 @@ def _performance(
     bandwidth = memory_bandwidth(threads)
     needed = manifest.source.parameters * 4
     absent = None
-    if needed > psutil.virtual_memory().available * 0.8:
+    if checkpoint.quantized:
+        absent = "The original is a GPTQ checkpoint, whose speed is that of the kernels it would be loaded with."
+    elif needed > psutil.virtual_memory().available * 0.8:
         absent = f"The original needs about {needed / 2**30:.0f} GiB in fp32, more than this machine has free."
 
     def speed(runtime: str, where: Path) -> Speed:

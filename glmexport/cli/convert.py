@@ -1,0 +1,67 @@
+"""``glmexport convert``: a bundle as a checkpoint of another format."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import get_args
+
+import click
+
+from glmexport.cli.console import Terminal, emit, gibibytes
+from glmexport.cli.options import adapter_option, json_option
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--against", "checkpoint", required=True, help="The checkpoint that the bundle was built from.")
+@adapter_option
+@click.option("--to", "to", type=click.Choice(["gptq"]), required=True, help="The format to write.")
+@click.option(
+    "--layout", type=click.Choice(["gptqmodel", "transformers"]), default="gptqmodel", show_default=True,
+    help="Who reads it: GPTQModel holds gate and up of every MLP as two matrices, transformers (with optimum) as one.",
+)  # fmt: skip
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Where the checkpoint goes.")
+@click.option("--force", is_flag=True, help="Replace a GPTQ checkpoint that exists.")
+@json_option
+def convert(
+    bundle: Path, checkpoint: str, adapter: str | None, to: str, layout: str, output: Path, force: bool, as_json: bool
+) -> None:
+    """Write the quantized linears of BUNDLE, code by code, into a GPTQ checkpoint.
+
+    Embedding, lm_head, norms and biases are those of the original, in its own precision.
+    """
+    from glmexport.bundle import read_manifest
+    from glmexport.bundle.gptq import Layout
+    from glmexport.convert import convert_to_gptq
+    from glmexport.job import Original
+
+    terminal = Terminal()
+    manifest = read_manifest(bundle)
+    original = Original.open(checkpoint, terminal, adapter)
+    terminal.facts(
+        "Convert",
+        {
+            "bundle": str(bundle),
+            "digest": manifest.digest(),
+            "against": f"{original.checkpoint.name} ({original.checkpoint.path})",
+            "recipe": manifest.recipe.name,
+            "to": f"{to}, as {layout} reads it",
+            "output": str(output),
+        },
+    )
+    chosen: Layout = next(known for known in get_args(Layout) if known == layout)
+    written = convert_to_gptq(bundle, original, output, layout=chosen, force=force, progress=terminal)
+    settings = written.settings
+    terminal.facts(
+        "Written",
+        {
+            "checkpoint": str(output),
+            "format": f"{settings['checkpoint_format']}, {settings['bits']} bits, group_size "
+            f"{settings['group_size']}, {'symmetric' if settings['sym'] else 'asymmetric'}",
+            "size": gibibytes(written.bytes),
+        },
+    )
+    if as_json:
+        document = {"checkpoint": str(output), "bytes": written.bytes, "quantization_config": settings}
+        emit(json.dumps(document, indent=2, ensure_ascii=False))

@@ -1,0 +1,54 @@
+"""A finished bundle as a checkpoint of another format, for runtimes that do not read ONNX."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from glmexport.bundle.gptq import QUANTIZE_CONFIG, GptqCheckpoint, Layout
+from glmexport.bundle.read import BundleWeights
+from glmexport.checkpoint.checkpoint import GENERATION_CONFIG
+from glmexport.compile import open_bundle, partial_of, put_in_place
+from glmexport.job import Original, refuse_existing, require_free
+from glmexport.progress import Progress
+
+_KIND = "a GPTQ checkpoint"
+
+
+def convert_to_gptq(
+    bundle: Path, original: Original, output: Path, *, layout: Layout, force: bool, progress: Progress
+) -> GptqCheckpoint:
+    """Write the linears of ``bundle`` in the GPTQ format, with everything else as ``original`` has it.
+
+    Args:
+        bundle: a bundle that was built from ``original``.
+        original: its checkpoint.
+        output: the directory that the checkpoint ends in; it is complete when it appears there.
+        layout: whose names and shapes to write.
+        force: replace a GPTQ checkpoint that exists there.
+        progress: who watches.
+
+    Raises:
+        BundleError: the bundle was made from another checkpoint, or its files are not those of its manifest.
+        InputError: ``output`` exists and may not be replaced, or the format cannot hold the bundle's matrices.
+        MachineError: the disk has too little space, or a file cannot be read or written.
+    """
+    refuse_existing(output, force, QUANTIZE_CONFIG, _KIND)
+    open_bundle(bundle, original, progress)
+    weights = BundleWeights(bundle, original.architecture)
+    checkpoint = GptqCheckpoint(weights, original.checkpoint, original.architecture, layout)
+    require_free(output.parent, checkpoint.bytes, "The checkpoint")
+    files = list(original.tokenizer.files)
+    if original.checkpoint.generation_config is not None:
+        files.append(original.checkpoint.path / GENERATION_CONFIG)
+    partial = partial_of(output)
+    if partial.exists():
+        shutil.rmtree(partial)
+    try:
+        checkpoint.write(partial, files, progress)
+        refuse_existing(output, force, QUANTIZE_CONFIG, _KIND)
+        put_in_place(partial, output)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return checkpoint
