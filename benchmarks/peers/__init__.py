@@ -1,0 +1,158 @@
+"""Other quantizers on our calibration tokens: what each can do, and a way to run it in an environment of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.peers.environments import create, interpreter
+
+_SECONDS = 4 * 3600
+#: Of what a peer prints, its warnings are kept, so that a fallback does not pass unseen.
+_TELLING = re.compile(r"\bwarn|fallback|fall back|fail|mock|not supported|error", re.IGNORECASE)
+_KEPT_LINES = 40
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A quantizer, the settings of its script, and which formats they have."""
+
+    name: str
+    settings: tuple[str, ...]
+    #: Settings without a symmetric format.
+    asymmetric_only: tuple[str, ...] = ()
+    #: Settings that read the calibration tokens; all others see the weights alone.
+    calibrated: tuple[str, ...] = ()
+
+    def can(self, setting: str, bits: int, symmetric: bool) -> bool:
+        """Whether the setting exists in this format; every group size that divides the columns does."""
+        return setting in self.settings and bits == 4 and not (symmetric and setting in self.asymmetric_only)
+
+
+_GPTQMODEL = ("default", "mse", "mse-2.4", "act-order", "act-order-mse", "no-order")
+PEERS: dict[str, Peer] = {
+    peer.name: peer
+    for peer in (
+        Peer("gptqmodel", _GPTQMODEL, calibrated=_GPTQMODEL),
+        Peer(
+            "auto-round",
+            ("default", "light", "best", "algorithm-extension", "rtn"),
+            calibrated=("default", "light", "best", "algorithm-extension", "rtn"),
+        ),
+        Peer(
+            "onnxruntime",
+            ("default", "rtn", "k_quant", "hqq", "gptq", "gptq-act-order-mse"),
+            asymmetric_only=("k_quant", "hqq"),
+            calibrated=("gptq", "gptq-act-order-mse"),
+        ),
+        Peer("hqq", ("default", "axis-0"), asymmetric_only=("default", "axis-0")),
+        Peer("llm-compressor", ("default", "mse"), calibrated=("default", "mse")),
+        Peer(
+            "nncf",
+            ("default", "scale-estimation", "awq", "awq-scale-estimation"),
+            calibrated=("scale-estimation", "awq", "awq-scale-estimation"),
+        ),
+    )
+}
+
+#: Peers that were looked at and do not run here, and why.
+NOT_RUN: dict[str, str] = {
+    "llama.cpp Q4_K_M": (
+        "Q4_K has super-blocks of 256 columns, and 30 of the 36 linears of the demo have 384; llama.cpp would store "
+        "those in other types of 5 bits and more. Its quantizer is on PyPI only as source to compile."
+    ),
+    "nncf GPTQ": "NNCF 3.4 refuses gptq for torch models; it is for OpenVINO models only.",
+    "onnxruntime nvidia_awq": "needs nvidia-modelopt, which calibrates on text of its own, not on given tokens.",
+}
+
+
+class PeerFailed(RuntimeError):
+    """A peer's script failed or took too long; the message ends with the last that it printed."""
+
+
+def run_peer(
+    environments: Path,
+    name: str,
+    setting: str,
+    checkpoint: Path,
+    calibration: Path,
+    out: Path,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    *,
+    seconds: int = _SECONDS,
+) -> dict[str, Any]:
+    """Quantize with a peer, leave the dequantized weights at ``out``, and return what is known about the run.
+
+    The environment is made if it is missing. The metadata of ``out`` are returned with ``warnings``: lines of the
+    peer's output that tell of warnings or fallbacks.
+
+    Raises:
+        ValueError: the peer has no such setting in this format.
+        PeerFailed: the script failed, or ran longer than ``seconds``.
+        EnvironmentFailed: the environment could not be made.
+    """
+    if not PEERS[name].can(setting, bits, symmetric):
+        raise ValueError(f"{name} has no {setting} for {bits} bits {'symmetric' if symmetric else 'asymmetric'}")
+    create(environments, name)
+    script = Path(__file__).with_name(f"by_{name.replace('-', '_')}.py").resolve()
+    command = [interpreter(environments, name).absolute(), script, checkpoint.resolve(), calibration.resolve()]
+    command += [out.resolve(), "--bits", bits, "--group-size", group_size, "--setting", setting]
+    command += ["--symmetric"] if symmetric else []
+    out.unlink(missing_ok=True)
+    # Neither our packages nor the hub: a peer that misses a file should say so and not fetch another.
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
+    environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "NO_COLOR": "1"}
+    # Peers leave logs and working folders where they run; progress bars go to a file, not to memory.
+    with tempfile.TemporaryDirectory() as folder, (Path(folder) / "output").open("w+b") as output:
+        try:
+            code = subprocess.run(
+                [str(part) for part in command],
+                cwd=folder,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                check=False,
+                timeout=seconds,
+            ).returncode
+        except subprocess.TimeoutExpired as error:
+            raise PeerFailed(f"{name} {setting}: longer than {seconds} s\n{_tail(output)}") from error
+        if code:
+            raise PeerFailed(f"{name} {setting}: exit status {code}\n{_tail(output)}")
+        return metadata(out) | {"warnings": list(_telling(Path(output.name)))}
+
+
+def metadata(path: Path) -> dict[str, Any]:
+    """What a peer's script wrote about its run."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return {key: json.loads(value) for key, value in file.metadata().items()}
+
+
+def _tail(output: Any, length: int = 4000) -> str:
+    size = output.seek(0, os.SEEK_END)
+    output.seek(max(0, size - length))
+    return str(output.read().decode("utf-8", "replace"))
+
+
+def _telling(path: Path) -> Iterator[str]:
+    seen: set[str] = set()
+    with path.open(encoding="utf-8", errors="replace", newline="\n") as lines:
+        for line in lines:
+            # What a progress bar overwrote ends in a carriage return.
+            text = line.rstrip().rsplit("\r", 1)[-1][:300]
+            if _TELLING.search(text) and text not in seen:
+                seen.add(text)
+                yield text
+                if len(seen) == _KEPT_LINES:
+                    return
