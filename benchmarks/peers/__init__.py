@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers.environments import create, interpreter
-
 _SECONDS = 4 * 3600
 #: Of what a peer prints, its warnings are kept, so that a fallback does not pass unseen.
 _TELLING = re.compile(r"\bwarn|fallback|fall back|fail|mock|not supported|error", re.IGNORECASE)
@@ -26,6 +24,8 @@ class Peer:
 
     name: str
     settings: tuple[str, ...]
+    #: Lowest KL on the demo among the settings that were tried.
+    best: str = "default"
     #: Settings without a symmetric format.
     asymmetric_only: tuple[str, ...] = ()
     #: Settings that read the calibration tokens; all others see the weights alone.
@@ -40,7 +40,7 @@ _GPTQMODEL = ("default", "mse", "mse-2.4", "act-order", "act-order-mse", "no-ord
 PEERS: dict[str, Peer] = {
     peer.name: peer
     for peer in (
-        Peer("gptqmodel", _GPTQMODEL, calibrated=_GPTQMODEL),
+        Peer("gptqmodel", _GPTQMODEL, best="act-order-mse", calibrated=_GPTQMODEL),
         Peer(
             "auto-round",
             ("default", "light", "best", "algorithm-extension", "rtn"),
@@ -49,6 +49,7 @@ PEERS: dict[str, Peer] = {
         Peer(
             "onnxruntime",
             ("default", "rtn", "k_quant", "hqq", "gptq", "gptq-act-order-mse"),
+            best="hqq",
             asymmetric_only=("k_quant", "hqq"),
             calibrated=("gptq", "gptq-act-order-mse"),
         ),
@@ -57,6 +58,7 @@ PEERS: dict[str, Peer] = {
         Peer(
             "nncf",
             ("default", "scale-estimation", "awq", "awq-scale-estimation"),
+            best="awq-scale-estimation",
             calibrated=("scale-estimation", "awq", "awq-scale-estimation"),
         ),
     )
@@ -100,6 +102,9 @@ def run_peer(
         PeerFailed: the script failed, or ran longer than ``seconds``.
         EnvironmentFailed: the environment could not be made.
     """
+    # Here, so that the module can be run without having been imported before.
+    from benchmarks.peers.environments import create, interpreter
+
     if not PEERS[name].can(setting, bits, symmetric):
         raise ValueError(f"{name} has no {setting} for {bits} bits {'symmetric' if symmetric else 'asymmetric'}")
     create(environments, name)
