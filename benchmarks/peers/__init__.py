@@ -109,7 +109,12 @@ def run_peer(
         raise ValueError(f"{name} has no {setting} for {bits} bits {'symmetric' if symmetric else 'asymmetric'}")
     create(environments, name)
     script = Path(__file__).with_name(f"by_{name.replace('-', '_')}.py").resolve()
-    command = [interpreter(environments, name).absolute(), script, checkpoint.resolve(), calibration.resolve()]
+    command: list[object] = [
+        interpreter(environments, name).absolute(),
+        script,
+        checkpoint.resolve(),
+        calibration.resolve(),
+    ]
     command += [out.resolve(), "--bits", bits, "--group-size", group_size, "--setting", setting]
     command += ["--symmetric"] if symmetric else []
     out.unlink(missing_ok=True)
