@@ -16,6 +16,8 @@ _SECONDS = 4 * 3600
 #: Of what a peer prints, its warnings are kept, so that a fallback does not pass unseen.
 _TELLING = re.compile(r"\bwarn|fallback|fall back|fail|mock|not supported|error", re.IGNORECASE)
 _KEPT_LINES = 40
+#: Colours, and folders of this machine: neither belongs in a record.
+_NOISE = re.compile(r"\x1b\[[\d;]*m|(?<![\w.])/[\w.+-]+(?:/[\w.+-]+)+/")
 
 
 @dataclass(frozen=True)
@@ -160,8 +162,9 @@ def _telling(path: Path) -> Iterator[str]:
     with path.open(encoding="utf-8", errors="replace", newline="\n") as lines:
         for line in lines:
             # What a progress bar overwrote ends in a carriage return.
-            text = line.rstrip().rsplit("\r", 1)[-1][:300]
-            if _TELLING.search(text) and text not in seen:
+            text = _NOISE.sub("", line.strip().rsplit("\r", 1)[-1])[:300]
+            # Lines that begin with a quotation mark are settings, printed as JSON.
+            if not text.startswith('"') and _TELLING.search(text) and text not in seen:
                 seen.add(text)
                 yield text
                 if len(seen) == _KEPT_LINES:
