@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers.environments import create, interpreter
-
 _SECONDS = 4 * 3600
 #: Of what a peer prints, its warnings are kept, so that a fallback does not pass unseen.
 _TELLING = re.compile(r"\bwarn|fallback|fall back|fail|mock|not supported|error", re.IGNORECASE)
 _KEPT_LINES = 40
+#: Colours, and folders of this machine: neither belongs in a record.
+_NOISE = re.compile(r"\x1b\[[\d;]*m|(?<![\w.])/[\w.+-]+(?:/[\w.+-]+)+/")
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,12 @@ class Peer:
 
     name: str
     settings: tuple[str, ...]
+    #: Lowest KL on the demo among the settings that were tried.
+    best: str = "default"
     #: Settings without a symmetric format.
     asymmetric_only: tuple[str, ...] = ()
     #: Settings that read the calibration tokens; all others see the weights alone.
     calibrated: tuple[str, ...] = ()
-
     #: Can mix formats within a number of bits per weight.
     mixes: bool = False
 
@@ -57,7 +58,7 @@ PEERS: dict[str, Peer] = {
     for peer in (
         # The one under test, in the benchmark's own environment.
         Peer("glmexport", _GLMEXPORT, calibrated=_GLMEXPORT[:-2], mixes=True),
-        Peer("gptqmodel", _GPTQMODEL, calibrated=_GPTQMODEL),
+        Peer("gptqmodel", _GPTQMODEL, best="act-order-mse", calibrated=_GPTQMODEL),
         Peer(
             "auto-round",
             ("default", "light", "best", "algorithm-extension", "rtn"),
@@ -66,6 +67,7 @@ PEERS: dict[str, Peer] = {
         Peer(
             "onnxruntime",
             ("default", "rtn", "k_quant", "hqq", "gptq", "gptq-act-order-mse"),
+            best="hqq",
             asymmetric_only=("k_quant", "hqq"),
             calibrated=("gptq", "gptq-act-order-mse"),
         ),
@@ -74,6 +76,7 @@ PEERS: dict[str, Peer] = {
         Peer(
             "nncf",
             ("default", "scale-estimation", "awq", "awq-scale-estimation"),
+            best="awq-scale-estimation",
             calibrated=("scale-estimation", "awq", "awq-scale-estimation"),
         ),
     )
@@ -118,6 +121,9 @@ def run_peer(
         PeerFailed: the script failed, or ran longer than ``seconds``.
         EnvironmentFailed: the environment could not be made.
     """
+    # Here, so that the module can be run without having been imported before.
+    from benchmarks.peers.environments import create, interpreter
+
     if not PEERS[name].can(setting, bits, symmetric):
         raise ValueError(f"{name} has no {setting} for {bits} bits {'symmetric' if symmetric else 'asymmetric'}")
     if name == "glmexport":
@@ -126,7 +132,12 @@ def run_peer(
         create(environments, name)
         python = interpreter(environments, name).absolute()
     script = Path(__file__).with_name(f"by_{name.replace('-', '_')}.py").resolve()
-    command = [python, script, checkpoint.resolve(), calibration.resolve()]
+    command: list[object] = [
+        python,
+        script,
+        checkpoint.resolve(),
+        calibration.resolve(),
+    ]
     command += [out.resolve(), "--bits", bits, "--group-size", group_size, "--setting", setting]
     command += ["--symmetric"] if symmetric else []
     command += ["--bits-per-weight", bits_per_weight] if bits_per_weight else []
@@ -173,8 +184,9 @@ def _telling(path: Path) -> Iterator[str]:
     with path.open(encoding="utf-8", errors="replace", newline="\n") as lines:
         for line in lines:
             # What a progress bar overwrote ends in a carriage return.
-            text = line.rstrip().rsplit("\r", 1)[-1][:300]
-            if _TELLING.search(text) and text not in seen:
+            text = _NOISE.sub("", line.strip().rsplit("\r", 1)[-1])[:300]
+            # Lines that begin with a quotation mark are settings, printed as JSON.
+            if not text.startswith('"') and _TELLING.search(text) and text not in seen:
                 seen.add(text)
                 yield text
                 if len(seen) == _KEPT_LINES:

@@ -18,7 +18,7 @@ SETTINGS = {
 }
 
 
-def stored(name: str, module: torch.nn.Linear, bits: int, symmetric: bool) -> tuple[Tensor, int]:
+def stored(name: str, module: torch.nn.Linear, bits: int) -> tuple[Tensor, int]:
     """(weight as its files would hold it, bits that codes, scales and zero points occupy there).
 
     Its files store scales in fp16; in memory they are sometimes fp32 (symmetric without iterations).
@@ -32,8 +32,8 @@ def stored(name: str, module: torch.nn.Linear, bits: int, symmetric: bool) -> tu
     codes = exact.round()
     if (exact - codes).abs().max() > 1e-2 or codes.min() < 0 or codes.max() > 2**bits - 1:
         raise ValueError(f"{name}: its weights are not on the grid of its scales and zero points")
-    # Symmetric: one zero point for all, which no file needs to hold for each group.
-    occupied = codes.numel() * bits + scale.numel() * (16 if symmetric else 16 + bits)
+    # Its packed linears hold a zero point a group even where all are the same.
+    occupied = codes.numel() * bits + scale.numel() * (16 + bits)
     return ((codes - zero) * scale.half().float()).reshape(module.weight.shape), occupied
 
 
@@ -63,7 +63,7 @@ def main() -> None:
     with asked.clock("quantizing"):
         model, _ = rounder.quantize()
     found = {
-        f"{name}.weight": stored(name, module, asked.bits, asked.symmetric)
+        f"{name}.weight": stored(name, module, asked.bits)
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and hasattr(module, "scale")
     }

@@ -67,10 +67,13 @@ def main() -> None:
         version = 2 if model.quantize_config.format == "gptq_v2" else 1
         unpacked = {name: unpack(tensors, name, asked.bits, version) for name in names}
         difference = check(folder, {name: weight for name, (weight, _) in unpacked.items()})
+    settings = config.to_dict()
+    # A folder of this run.
+    settings["meta"].pop("offload_to_disk_path", None)
     asked.write(
         {f"{name}.weight": weight for name, (weight, _) in unpacked.items()},
         sum(stored for _, stored in unpacked.values()),
-        config.to_dict(),
+        settings,
         ["gptqmodel"],
         log=log,
         tokens=asked.ids().numel(),
