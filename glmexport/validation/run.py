@@ -20,7 +20,7 @@ from glmexport.checkpoint import Checkpoint, Tokenizer
 from glmexport.errors import InputError
 from glmexport.progress import Progress
 from glmexport.validation.fidelity import Answers, compare, summarize
-from glmexport.validation.gates import apply_gates, fallback_gate, verdict_of
+from glmexport.validation.gates import apply_gates, build_gates, verdict_of
 from glmexport.validation.machine import memory_bandwidth
 from glmexport.validation.reference import reference_states
 from glmexport.validation.results import Fidelity, Gate, Performance, Share, Speed, Verdict
@@ -99,11 +99,12 @@ def validate(
         fidelity = summarize(texts, divergences, tokenizer, arithmetic(manifest))
         shares = _shares(directory, manifest, reference, texts, plan, session, Path(folder), progress)
     performance = _performance(directory, manifest, checkpoint, texts, plan, threads, progress)
-    fallbacks = sum(matrix.fallback is not None for matrix in manifest.matrices)
-    gates = (
-        *apply_gates(fidelity, manifest.target.gates),
-        *((fallback_gate(fallbacks, len(manifest.matrices)),) if manifest.matrices else ()),
-    )
+    gates = apply_gates(fidelity, manifest.target.gates)
+    if manifest.matrices:
+        fallbacks = sum(matrix.fallback is not None for matrix in manifest.matrices)
+        tokens = [matrix.effective_tokens_per_column for matrix in manifest.matrices]
+        fewest = min((count for count in tokens if count is not None), default=None)
+        gates += build_gates(fallbacks, fewest, len(manifest.matrices))
     return Validation(fidelity, shares, performance, gates, verdict_of(gates))
 
 

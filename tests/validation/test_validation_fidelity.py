@@ -13,7 +13,7 @@ from glmexport.checkpoint import Tokenizer
 from glmexport.target import Gates
 from glmexport.validation.divergence import Divergence, divergence
 from glmexport.validation.fidelity import summarize
-from glmexport.validation.gates import apply_gates, fallback_gate, verdict_of
+from glmexport.validation.gates import apply_gates, build_gates, verdict_of
 from glmexport.validation.results import Fidelity, Gate, LanguageFidelity, Verdict
 from glmexport.validation.texts import EvaluationText
 
@@ -188,10 +188,18 @@ def test_nothing_judged_is_no_pass() -> None:
 
 
 def test_fallbacks_warn() -> None:
-    assert fallback_gate(0, 40).verdict is Verdict.PASS
-    warned = fallback_gate(2, 40)
+    (passed,) = build_gates(0, None, 40)
+    assert passed.verdict is Verdict.PASS
+    (warned,) = build_gates(2, None, 40)
     assert (warned.verdict, warned.value) == (Verdict.WARN, 2)
     assert verdict_of([warned]) is Verdict.WARN
+
+
+@pytest.mark.parametrize("tokens,verdict", [(2.0, Verdict.PASS), (1.9, Verdict.WARN), (0.0, Verdict.WARN)])
+def test_too_little_text_behind_a_hessian_warns(tokens: float, verdict: Verdict) -> None:
+    gate = build_gates(0, tokens, 40)[1]
+    assert (gate.name, gate.value, gate.limit) == ("Effective tokens per column", tokens, 2.0)
+    assert gate.verdict is verdict
 
 
 @pytest.mark.parametrize("logits", [math.nan, math.inf, "opposite"])
