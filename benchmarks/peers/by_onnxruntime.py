@@ -43,7 +43,7 @@ class Reader(CalibrationDataReader):
         return next(self.batches, None)
 
     def __deepcopy__(self, memo: object) -> Reader:
-        # The quantizer copies its reader, and a generator's items with it.
+        # The quantizer copies its reader, and with it all inputs.
         return self
 
 
@@ -96,15 +96,16 @@ def unpack(model: onnx.ModelProto, bits: int) -> tuple[np.ndarray, np.ndarray, n
 
 def algorithm(asked: Request, batches: list[Tensor]) -> nbits.WeightOnlyQuantConfig | None:
     """The configuration that names the algorithm; None is the default."""
-    if asked.setting == "rtn":
-        return nbits.RTNWeightOnlyQuantConfig()
-    if asked.setting == "k_quant":
-        return nbits.KQuantWeightOnlyQuantConfig()
-    if asked.setting == "hqq":
-        return nbits.HQQWeightOnlyQuantConfig(block_size=asked.group_size, bits=asked.bits)
-    if asked.setting.startswith("gptq"):
-        return nbits.GPTQWeightOnlyQuantConfig(Reader(batches), **SETTINGS[asked.setting])
-    return None
+    match asked.setting:
+        case "rtn":
+            return nbits.RTNWeightOnlyQuantConfig()
+        case "k_quant":
+            return nbits.KQuantWeightOnlyQuantConfig()
+        case "hqq":
+            return nbits.HQQWeightOnlyQuantConfig(block_size=asked.group_size, bits=asked.bits)
+        case "default":
+            return None
+    return nbits.GPTQWeightOnlyQuantConfig(Reader(batches), **SETTINGS[asked.setting])
 
 
 def main() -> None:
@@ -136,12 +137,9 @@ def main() -> None:
             weight = module.weight.detach()
             captured.clear()
             with asked.clock("quantizing"):
+                config = algorithm(asked, seen.get(module, []))
                 quantizer = nbits.MatMulNBitsQuantizer(
-                    matmul(weight),
-                    asked.bits,
-                    asked.group_size,
-                    asked.symmetric,
-                    algo_config=algorithm(asked, seen.get(module, [])),
+                    matmul(weight), asked.bits, asked.group_size, asked.symmetric, algo_config=config
                 )
                 quantizer.process()
             codes, scales, zeros = captured[0] if captured else unpack(quantizer.model.model, asked.bits)
