@@ -26,7 +26,7 @@ from glmexport.architecture import Reference
 from glmexport.calibration import pack, shipped_documents
 from glmexport.cli.console import Terminal
 from glmexport.job import Original
-from glmexport.recipe import CalibrationPlan, open_recipe
+from glmexport.recipe import CalibrationPlan, Format, open_recipe
 from glmexport.validation import machine
 from glmexport.validation.divergence import Divergence
 from glmexport.validation.fidelity import compare, summarize
@@ -125,15 +125,23 @@ def judge_of(original: Original, positions: int, work: Path, terminal: Terminal)
     return Judge(reference, texts, states, original.tokenizer, work, terminal)
 
 
-def runs(formats: list[str], mixed: list[float], tools: list[str]) -> Iterator[Run]:
+def uniform(text: str) -> Format:
+    """The format that recipes call so, for argparse."""
+    found = re.fullmatch(r"w(\d)g(\d+)(-sym)?", text)
+    if found is None:
+        raise ValueError(text)
+    bits, group_size, symmetric = found.groups()
+    return Format.model_validate({"bits": int(bits), "group_size": int(group_size), "symmetric": symmetric is not None})
+
+
+def runs(formats: list[Format], mixed: list[float], tools: list[str]) -> Iterator[Run]:
     """Every combination that the tools can do; ``tools`` are names, or name:setting."""
-    chosen = [tuple(tool.split(":", 1)) if ":" in tool else (tool, "") for tool in tools]
+    chosen = [(tool.partition(":")[0], tool.partition(":")[2]) for tool in tools]
     for form in formats:
-        bits, group, symmetric = re.fullmatch(r"w(\d)g(\d+)(-sym)?", form).groups()  # type: ignore[union-attr]
         for tool, only in chosen:
             for setting in (only,) if only else TOOLS[tool]:
-                if PEERS[tool].can(setting, int(bits), bool(symmetric)):
-                    yield Run(tool, setting, int(bits), int(group), bool(symmetric))
+                if PEERS[tool].can(setting, form.bits, form.symmetric):
+                    yield Run(tool, setting, form.bits, form.group_size, form.symmetric)
     for limit in mixed:
         for tool, only in chosen:
             if PEERS[tool].mixes and only in ("", "default"):
@@ -187,7 +195,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", nargs="?", default="demo")
     parser.add_argument("--work", type=Path, required=True, help="environments, calibration text and finished runs")
-    parser.add_argument("--format", action="append", dest="formats", help=f"default: {' '.join(FORMATS)}")
+    parser.add_argument("--format", action="append", type=uniform, dest="formats", help=f"default: {' '.join(FORMATS)}")
     parser.add_argument("--mixed", action="append", type=float, metavar="BPW", help=f"default: {MIXED}")
     parser.add_argument("--tool", action="append", dest="tools", metavar="NAME[:SETTING]", help="default: all")
     parser.add_argument("--tokens", type=int, default=49152, help="of calibration text")
@@ -204,7 +212,7 @@ def main() -> None:
     judge = judge_of(original, options.positions, options.work, terminal)
     rows, failures = [], dict(NOT_RUN)
     nothing_named = not (options.formats or options.mixed)
-    formats = options.formats or (list(FORMATS) if nothing_named else [])
+    formats = options.formats or ([uniform(name) for name in FORMATS] if nothing_named else [])
     mixed = options.mixed or (list(MIXED) if nothing_named else [])
     for run in runs(formats, mixed, options.tools or list(TOOLS)):
         try:

@@ -11,19 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from builds import FORMATS
 
 #: Less text than the shipped recipe takes; everything else is as shipped.
-RECIPE = """
+RECIPE = f"""
 summary = "w4g32 on a little text"
-[linears]
-bits = 4
-group_size = 32
-[lm_head]
-bits = 8
-group_size = 32
-[embedding]
-bits = 8
-group_size = 32
+{FORMATS}
 [calibration]
 tokens = 8192
 sequence_length = 256
