@@ -121,7 +121,7 @@ class Scripted:
 
 
 def stream(monkeypatch: pytest.MonkeyPatch, sample: Sample, tokens: list[int]) -> list[Piece]:
-    monkeypatch.setitem(sys.modules, "onnxruntime_genai", Scripted(tokens))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "onnxruntime_genai", Scripted(tokens))
     tokenizer = Tokenizer.open(sample.bundle)
     return list(generate(sample.bundle, tokenizer, [0], max_tokens=len(tokens), threads=THREADS))
 

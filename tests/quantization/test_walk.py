@@ -147,7 +147,7 @@ def test_the_embedding_is_rounded_to_nearest(model: Model, walked: Walk) -> None
 
 @pytest.mark.parametrize("killed_after", [0, 1, 2, 3, 4])
 def test_a_killed_walk_ends_where_an_uninterrupted_one_does(
-    model: Model, walked: Walk, tmp_path: Path, killed_after: int
+    model: Model, walked: Walk, tmp_path: Path, killed_after: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = model.walk(tmp_path)
     for index in range(killed_after):
@@ -159,7 +159,12 @@ def test_a_killed_walk_ends_where_an_uninterrupted_one_does(
     second = model.walk(tmp_path, progress=progress)
     again: list[int] = []
     step = second._step
-    second._step = lambda index: (again.append(index), step(index))  # type: ignore[method-assign, assignment]
+
+    def noted(index: int) -> None:
+        again.append(index)
+        step(index)
+
+    monkeypatch.setattr(second, "_step", noted)
     second.run()
     assert again == list(range(killed_after, 4))
     assert bool(progress.remarks) == (killed_after > 0)
@@ -191,9 +196,11 @@ def test_a_kill_inside_a_step(model: Model, walked: Walk, tmp_path: Path, monkey
     assert digests(second) == digests(walked)
 
 
-def test_a_kill_between_a_commit_and_the_clean_up(model: Model, walked: Walk, tmp_path: Path) -> None:
+def test_a_kill_between_a_commit_and_the_clean_up(
+    model: Model, walked: Walk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     walk = model.walk(tmp_path)
-    walk.work.drop_activations = lambda _step: None  # type: ignore[method-assign]
+    monkeypatch.setattr(walk.work, "drop_activations", lambda step: None)
     walk._step(0)
     walk._step(1)
     second = model.walk(tmp_path)
