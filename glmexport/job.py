@@ -199,10 +199,13 @@ def refuse_existing(directory: Path, force: bool, mark: str = "bundle.json", kin
 
 
 def require_space(original: Original, recipe: Recipe, parent: Path) -> None:
-    """The bundle, the committed blocks, and two blocks' activations, of both streams, must fit beside each other."""
+    """The bundle, the committed blocks and the activations must fit beside each other."""
     architecture = original.architecture
     tokens = recipe.calibration.tokens if recipe.calibration else 0
-    needed = 2 * estimate(architecture, recipe, 1.0, None).bundle_bytes + 4 * tokens * architecture.hidden_size * 4
+    # Both streams, before a block, between its branches and behind it; and what one of its linears reads.
+    widest = max(linear.in_features for _, linear in architecture.linears)
+    activations = tokens * (7 * architecture.hidden_size + widest) * 4
+    needed = 2 * estimate(architecture, recipe, 1.0, None).bundle_bytes + activations
     require_free(parent, needed, "The build")
 
 

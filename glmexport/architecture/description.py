@@ -113,6 +113,11 @@ class ResidualBranch:
     output: Linear
     output_norm: Norm | None
 
+    @property
+    def module(self) -> str:
+        """Key prefix of the branch's linears."""
+        return self.output.key.rpartition(".")[0]
+
 
 @dataclass(frozen=True)
 class DecoderLayer:
@@ -147,6 +152,11 @@ class DecoderLayer:
             ResidualBranch(self.attention_norm, self.attention.output, self.attention_output_norm),
             ResidualBranch(self.mlp_norm, self.mlp.down, self.mlp_output_norm),
         )
+
+    def branch(self, tap: str) -> ResidualBranch:
+        """The branch that a tap is inside of."""
+        key = self.taps[tap][0].key
+        return next(branch for branch in self.branches if key.startswith(f"{branch.module}."))
 
     @property
     def norms(self) -> tuple[Norm, ...]:

@@ -7,13 +7,13 @@ meta device and filled from the checkpoint when their turn comes.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from glmexport.architecture.description import Architecture, DecoderLayer
+from glmexport.architecture.description import Architecture, DecoderLayer, ResidualBranch
 from glmexport.checkpoint import Checkpoint
 
 #: Replaces a weight while a block is filled: (checkpoint key) -> tensor, or None to read the checkpoint.
@@ -38,16 +38,13 @@ class Reference:
         # The rotary tables are computed, not stored, so this module cannot stay on the meta device.
         self._rotary: nn.Module = type(self._decoder.rotary_emb)(self._decoder.config)
 
-    def block(self, layer: DecoderLayer, substitute: Substitute | None = None, *, before: str | None = None) -> Block:
-        """Decoder layer ``layer`` with its weights in fp32.
-
-        With ``before``, the name of a tap, the linears of that tap and of those behind it are not loaded: enough to
-        compute the tap's input.
-        """
+    def block(
+        self, layer: DecoderLayer, substitute: Substitute | None = None, *, only: Collection[str] | None = None
+    ) -> Block:
+        """Decoder layer ``layer`` with its weights in fp32; of the linears those of the taps ``only``, if given."""
         module = copy.deepcopy(self._decoder.layers[layer.index])
-        taps = list(layer.taps)
-        later = taps[taps.index(before) :] if before else []
-        absent = {key for tap in later for linear in layer.taps[tap] for key in (linear.weight, linear.bias_key)}
+        left_out = [linear for linear in layer.linears if only is not None and linear.tap not in only]
+        absent = {key for linear in left_out for key in (linear.weight, linear.bias_key)}
         weights = {}
         for name in module.state_dict():
             key = f"{layer.prefix}.{name}"
@@ -101,8 +98,8 @@ class Reference:
         return normed
 
 
-class _LastInputRead(Exception):
-    """Ends a forward pass once everything that was asked for has been read."""
+class _Reached(Exception):
+    """Ends a computation once the input that was asked for has been read."""
 
 
 class Block:
@@ -119,47 +116,63 @@ class Block:
 
         ``weights`` by checkpoint key replace the block's own for this call.
         """
-        replaced = {key.removeprefix(f"{self.layer.prefix}."): weight for key, weight in (weights or {}).items()}
+        replaced = {self._name(key): weight for key, weight in (weights or {}).items()}
         with torch.inference_mode():
-            output = torch.func.functional_call(
-                self.module,
-                replaced,
-                (hidden,),
-                {
-                    "attention_mask": None,
-                    "position_embeddings": positions,
-                    "past_key_values": None,
-                    "use_cache": False,
-                },
-            )
+            output = torch.func.functional_call(self.module, replaced, (hidden,), _arguments(positions))
         result: Tensor = output[0] if isinstance(output, tuple) else output
         return result
 
-    def inputs(self, keys: Sequence[str], hidden: Tensor, positions: tuple[Tensor, Tensor]) -> list[Tensor]:
-        """What the linears or norms at checkpoint ``keys`` read, each [batch, length, features].
+    def tap(self, name: str, hidden: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
+        """The input [batch, length, in_features] that the linears of tap ``name`` read."""
+        return self._reaching(name, lambda: self.forward(hidden, positions))
 
-        ``keys`` are in the order in which data passes them; nothing behind the last of them is computed.
-        """
+    def branch_tap(self, name: str, stream: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
+        """The same as ``tap``, from the residual ``stream`` [batch, length, hidden] that the tap's branch adds to."""
+        branch = self.layer.branch(name)
+        inside = self._submodule(branch.module)
+        arguments = _arguments(positions) if branch.module == self.layer.branches[0].module else {}
+
+        def run() -> None:
+            with torch.inference_mode():
+                inside(self._submodule(branch.input_norm.key)(stream), **arguments)
+
+        return self._reaching(name, run)
+
+    def output(self, branch: ResidualBranch, inner: Tensor) -> Tensor:
+        """What the branch's last linear makes of its input ``inner`` [batch, length, in_features]."""
+        with torch.inference_mode():
+            result: Tensor = self._submodule(branch.output.key)(inner)
+        return result
+
+    def add(self, branch: ResidualBranch, stream: Tensor, output: Tensor) -> Tensor:
+        """The residual stream behind the branch: ``stream`` and ``output`` [batch, length, hidden], normed if it is."""
+        norm = branch.output_norm
+        with torch.inference_mode():
+            return stream + (output if norm is None else self._submodule(norm.key)(output))
+
+    def _reaching(self, tap: str, run: Callable[[], object]) -> Tensor:
         read: list[Tensor] = []
 
         def keep(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             read.append(arguments[0])
-            if len(read) == len(keys):
-                raise _LastInputRead
+            raise _Reached
 
-        handles = [
-            self.module.get_submodule(key.removeprefix(f"{self.layer.prefix}.")).register_forward_pre_hook(keep)
-            for key in keys
-        ]
+        handle = self._submodule(self.layer.taps[tap][0].key).register_forward_pre_hook(keep)
         try:
-            self.forward(hidden, positions)
-        except _LastInputRead:
+            run()
+        except _Reached:
             pass
         finally:
-            for handle in handles:
-                handle.remove()
-        return read
+            handle.remove()
+        return read[0]
 
-    def tap(self, name: str, hidden: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
-        """The input [batch, length, in_features] that the linears of tap ``name`` read."""
-        return self.inputs([self.layer.taps[name][0].key], hidden, positions)[0]
+    def _submodule(self, key: str) -> nn.Module:
+        return self.module.get_submodule(self._name(key))
+
+    def _name(self, key: str) -> str:
+        return key.removeprefix(f"{self.layer.prefix}.")
+
+
+def _arguments(positions: tuple[Tensor, Tensor]) -> dict[str, Any]:
+    """Of a decoder layer, and of its attention."""
+    return {"attention_mask": None, "position_embeddings": positions, "past_key_values": None, "use_cache": False}

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from glmexport.architecture import Architecture
 from glmexport.errors import MachineError
+from glmexport.quantization.moments import SAMPLE_POSITIONS
 from glmexport.recipe import Recipe
 
 #: Interpreter, torch, transformers and their allocators, measured before any weight is read.
@@ -14,8 +15,6 @@ _FP32 = 4
 #: Copies of a chunk of rows that the solver holds at its peak: weights, error, its projection, what the polish may
 #: have to go back to, temporaries.
 _SOLVER_COPIES = 14
-#: Held-out positions at a tap.
-_SAMPLE_POSITIONS = 2048
 
 
 @dataclass(frozen=True)
@@ -59,25 +58,29 @@ def _peak(architecture: Architecture, recipe: Recipe, batch: int, chunk: int) ->
         return BASE_BYTES + solving
     layer = architecture.layers[0]
     asymmetric = recipe.solver.asymmetric
-    held = weights = 0
+    streams = 2 if asymmetric else 1
+    held = 0
+    before: dict[str, int] = {}
     peaks = [solving]
-    for linears in layer.taps.values():
+    for tap, linears in layer.taps.items():
+        branch = layer.branch(tap)
         size = linears[0].in_features
         hessian = size**2 * _FP32
         width = max(linear.out_features for linear in linears)
-        ends = any(branch.output in linears for branch in layer.branches)
-        # The cross moment: of outputs where the matrix ends a branch, whose weights are then needed too.
-        cross = (2 * width if ends else size) * size * _FP32 if asymmetric else 0
-        sample = _SAMPLE_POSITIONS * (size + (width if ends else size)) * _FP32
-        # The original's block beside the quantized one, up to this tap.
-        blocks = weights * _FP32 * (2 if asymmetric else 1)
+        ends = branch.output in linears
+        inside = sum(linear.in_features * linear.out_features for linear in linears)
+        # The branch's weights up to this tap, in both models; the original's own where its output is compared.
+        blocks = (before.get(branch.module, 0) * streams + (inside if ends and asymmetric else 0)) * _FP32
+        # The cross moment: of outputs where the matrix ends a branch.
+        cross = (width if ends else size) * size * _FP32 if asymmetric else 0
+        sample = SAMPLE_POSITIONS * (size + (width if ends else size)) * _FP32
         activations = (4 if asymmetric else 3) * batch * max(width, size) * _FP32
         peaks.append(held + blocks + hessian + cross + sample + activations)
         peaks.append(held + 2 * hessian + cross + sample + chunk * _FP32 * _SOLVER_COPIES)
-        inside = sum(linear.in_features * linear.out_features for linear in linears)
-        weights += inside
+        before[branch.module] = before.get(branch.module, 0) + inside
         # Codes of the matrices already solved, one byte a weight, wait for the commit.
         held += inside
-    widest_output = max(linear.out_features for linear in layer.linears)
-    peaks.append(held + weights * _FP32 + 3 * batch * widest_output * _FP32)
+        if ends:
+            # What the branch adds, from its dequantized matrix.
+            peaks.append(held + inside * _FP32 + 3 * batch * max(width, size) * _FP32)
     return BASE_BYTES + max(peaks)

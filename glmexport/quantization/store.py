@@ -24,6 +24,7 @@ from glmexport.quantization.packing import pack_codes, pack_zero_points, unpack
 from glmexport.recipe import Format
 
 _CHUNK = 1 << 22
+_SCRATCH = "scratch"
 
 
 class Activations:
@@ -51,6 +52,13 @@ class Activations:
                     raise EOFError(f"{self.path} ends early")
                 done += count
         return states
+
+    def write(self, start: int, states: Tensor) -> None:
+        """Sequences from ``start`` on become ``states``; made on first use."""
+        _, length, hidden = self.shape
+        with self.path.open("r+b" if self.path.exists() else "wb") as file:
+            file.seek(start * length * hidden * 4)
+            file.write(states.contiguous().numpy().data.cast("B"))
 
 
 class WorkDirectory:
@@ -139,6 +147,14 @@ class WorkDirectory:
         """Free the space of activations that no later step reads."""
         for path in self.path.glob(f"{step}.*.activations"):
             path.unlink()
+
+    def scratch(self, name: str, shape: tuple[int, int, int]) -> Activations:
+        """Activations that belong to no step: for the step under way, gone with ``drop_scratch``."""
+        return Activations(self._activations(_SCRATCH, name), shape)
+
+    def drop_scratch(self) -> None:
+        """Free the space of every scratch file, also of those that a killed walk left."""
+        self.drop_activations(_SCRATCH)
 
     def _activations(self, step: str, name: str) -> Path:
         return self.path / f"{step}.{name}.activations"

@@ -7,43 +7,19 @@ original stream says what their outputs ought to be. Both are kept in files and 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from glmexport.architecture import DecoderLayer, Linear, Reference
 from glmexport.architecture.description import ResidualBranch
-from glmexport.architecture.reference import Substitute
-from glmexport.calibration import CalibrationSet, CrossMoment, Hessian
-from glmexport.quantization.goal import Goal, Sample, stream_difference
+from glmexport.architecture.reference import Block, Substitute
+from glmexport.calibration import CalibrationSet
+from glmexport.quantization.goal import stream_difference
 from glmexport.quantization.linear import QuantizedLinear
-from glmexport.quantization.store import WorkDirectory
+from glmexport.quantization.moments import Measured, Moments
+from glmexport.quantization.store import Activations, WorkDirectory
 
 QUANTIZED, ORIGINAL = "quantized", "original"
-#: Held-out positions that solutions are judged on; every further one would cost a product a matrix.
-_SAMPLE_POSITIONS = 2048
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What the linears of a tap are solved from: ``goals`` by weight key, without an asymmetric target empty."""
-
-    hessian: Hessian
-    sample: Sample | None
-    goals: dict[str, Goal]
-
-
-@dataclass
-class _Accumulator:
-    """Moments over the calibration sequences and values at the held-out positions."""
-
-    hessian: Hessian
-    cross: CrossMoment | None
-    of_inputs: bool
-    inputs: list[Tensor] = field(default_factory=list)
-    differences: list[Tensor] = field(default_factory=list)
-    weights: list[Tensor] = field(default_factory=list)
 
 
 class Streams:
@@ -62,9 +38,8 @@ class Streams:
         self.calibration = calibration
         self.work = work
         self.names = (QUANTIZED, ORIGINAL) if asymmetric and bool(calibration.selection.any()) else (QUANTIZED,)
+        self.positions = reference.position_embeddings(calibration.ids.shape[1])
         self._batch = max(1, batch_tokens // calibration.ids.shape[1])
-        self._positions = reference.position_embeddings(calibration.ids.shape[1])
-        self._weights = calibration.weights()
 
     @property
     def asymmetric(self) -> bool:
@@ -75,106 +50,149 @@ class Streams:
         """What the first block reads."""
 
         def rows(lookup: QuantizedLinear | None) -> Iterator[Tensor]:
-            for ids in torch.split(self.calibration.ids, self._batch):
+            for start, stop in self.batches():
+                ids = self.calibration.ids[start:stop]
                 yield self.reference.embed(ids) if lookup is None else lookup.lookup(ids)
 
         return {name: rows(table if name == QUANTIZED else None) for name in self.names}
 
-    def advance(self, before: str, layer: DecoderLayer, substitute: Substitute) -> dict[str, Iterator[Tensor]]:
-        """What the next block reads, from the activations committed with step ``before``."""
-
-        def outputs(name: str) -> Iterator[Tensor]:
-            block = self.reference.block(layer, substitute if name == QUANTIZED else None)
-            for start, stop in self._batches():
-                yield block.forward(self._read(before, name, start, stop), self._positions)
-
-        return {name: outputs(name) for name in self.names}
-
-    def measure(self, before: str, layer: DecoderLayer, tap: str, substitute: Substitute) -> Measured:
-        """Measure ``tap`` of the block that reads the activations committed with ``before``."""
-        linears = layer.taps[tap]
-        branch = next((branch for branch in layer.branches if branch.output in linears), None)
-        keys = [linears[0].key] if branch is None else [branch.input_norm.key, linears[0].key]
-        blocks = {
-            QUANTIZED: self.reference.block(layer, substitute, before=tap),
-            **({ORIGINAL: self.reference.block(layer, before=tap)} if self.asymmetric else {}),
-        }
-
-        def read(name: str, start: int, stop: int) -> list[Tensor]:
-            return blocks[name].inputs(keys, self._read(before, name, start, stop), self._positions)
-
-        into = self._accumulator(linears[0], of_inputs=branch is None)
-        compare = None if branch is None or not self.asymmetric else _Comparison(self.reference, branch)
-        for start, stop in self._batches():
-            ours = read(QUANTIZED, start, stop)
-            difference = None
-            if self.asymmetric:
-                theirs = read(ORIGINAL, start, stop)
-                difference = theirs[-1] - ours[-1] if compare is None else compare(ours, theirs)
-            self._add(into, start, stop, ours[-1], difference)
-        return self._measured(into, linears)
+    def enter(self, before: str, layer: DecoderLayer) -> Passage:
+        """Begin with the block that reads the activations committed with step ``before``."""
+        return Passage(self, before, layer)
 
     def measure_head(self, before: str, head: Linear) -> Measured:
         """Measure the input of the lm_head, behind the final norm."""
-        into = self._accumulator(head, of_inputs=True)
-        for start, stop in self._batches():
-            ours = self.reference.final_norm(self._read(before, QUANTIZED, start, stop))
+        into = Moments(self.calibration, (head,), asymmetric=self.asymmetric, of_inputs=True)
+        streams = {name: self.committed(before, name) for name in self.names}
+        for start, stop in self.batches():
+            ours = self.reference.final_norm(streams[QUANTIZED].read(start, stop))
             difference = None
             if self.asymmetric:
-                difference = self.reference.final_norm(self._read(before, ORIGINAL, start, stop)) - ours
-            self._add(into, start, stop, ours, difference)
-        return self._measured(into, (head,))
+                difference = self.reference.final_norm(streams[ORIGINAL].read(start, stop)) - ours
+            into.add(start, ours, difference)
+        return into.result()
 
-    def _accumulator(self, linear: Linear, *, of_inputs: bool) -> _Accumulator:
-        size = linear.in_features
-        differences = size if of_inputs else linear.out_features
-        return _Accumulator(Hessian(size), CrossMoment(differences, size) if self.asymmetric else None, of_inputs)
-
-    def _add(self, into: _Accumulator, start: int, stop: int, inputs: Tensor, difference: Tensor | None) -> None:
-        prefix = self.calibration.prefix
-        held = self.calibration.selection[start:stop]
-        weights = self._weights[start:stop]
-        inputs = inputs[:, prefix:]
-        into.hessian.add(inputs[~held], weights[~held])
-        stride = -(-self.calibration.selection_tokens // _SAMPLE_POSITIONS) or 1
-        chosen = inputs[held][:, ::stride]
-        into.inputs.append(chosen.flatten(0, 1))
-        into.weights.append(weights[held, None].expand(chosen.shape[:2]).flatten())
-        if difference is not None and into.cross is not None:
-            difference = difference[:, prefix:]
-            into.cross.add(difference[~held], inputs[~held], weights[~held])
-            into.differences.append(difference[held][:, ::stride].flatten(0, 1))
-
-    def _measured(self, into: _Accumulator, linears: tuple[Linear, ...]) -> Measured:
-        sample = None
-        if bool(self.calibration.selection.any()):
-            sample = Sample(torch.cat(into.inputs), torch.cat(into.weights))
-        if into.cross is None:
-            return Measured(into.hessian, sample, {})
-        goal = Goal(into.cross.matrix, torch.cat(into.differences), into.of_inputs)
-        return Measured(into.hessian, sample, {linear.weight: goal for linear in linears})
-
-    def _batches(self) -> Iterator[tuple[int, int]]:
+    def batches(self) -> Iterator[tuple[int, int]]:
+        """First and last sequence of every batch."""
         count = len(self.calibration.languages)
         for start in range(0, count, self._batch):
             yield start, min(start + self._batch, count)
 
-    def _read(self, step: str, name: str, start: int, stop: int) -> Tensor:
-        shape = (*self.calibration.ids.shape, self.reference.architecture.hidden_size)
-        return self.work.activations(step, name, shape).read(start, stop)
+    def committed(self, step: str, name: str) -> Activations:
+        """The stream ``name`` behind ``step``."""
+        return self.work.activations(step, name, self.shape(self.reference.architecture.hidden_size))
+
+    def shape(self, features: int) -> tuple[int, int, int]:
+        """Of activations with so many features."""
+        sequences, length = self.calibration.ids.shape
+        return sequences, length, features
+
+
+class Passage:
+    """The streams inside one block, whose linears are quantized tap after tap; nothing is computed twice.
+
+    A branch of the block waits with what its last linear reads (``_inner``) until that is quantized; then what it
+    adds moves the residual stream on. The original's stream need not wait.
+    """
+
+    def __init__(self, streams: Streams, before: str, layer: DecoderLayer) -> None:
+        self.streams = streams
+        self.layer = layer
+        self.residual = {name: streams.committed(before, name) for name in streams.names}
+        self._inner: tuple[ResidualBranch, Activations] | None = None
+
+    def measure(self, tap: str, substitute: Substitute) -> Measured:
+        """Measure ``tap``; taps are measured in the order in which data passes them."""
+        branch, linears = self.layer.branch(tap), self.layer.taps[tap]
+        if self._inner is not None and branch != self._inner[0]:
+            moved = self.stream_file(QUANTIZED, self._inner[0])
+            for (start, _), states in zip(self.streams.batches(), self._joined(substitute), strict=True):
+                moved.write(start, states)
+            self.residual[QUANTIZED], self._inner = moved, None
+        ends = branch.output in linears
+        into = Moments(self.streams.calibration, linears, asymmetric=self.streams.asymmetric, of_inputs=not ends)
+        inner = self._inner_file(linears[0]) if ends else None
+        block = self.block(tap, substitute)
+        compare = _Comparison(self, tap) if self.streams.asymmetric else None
+        for start, stop in self.streams.batches():
+            stream = self.residual[QUANTIZED].read(start, stop)
+            ours = block.branch_tap(tap, stream, self.streams.positions)
+            into.add(start, ours, compare(start, stop, stream, ours) if compare else None)
+            if inner is not None:
+                inner.write(start, ours)
+        if inner is not None:
+            self._inner = branch, inner
+            if compare:
+                self.residual[ORIGINAL] = compare.moved
+        return into.result()
+
+    def outputs(self, substitute: Substitute) -> dict[str, Iterator[Tensor]]:
+        """What the next block reads. A block of which nothing was measured is computed whole."""
+        if self._inner is None:
+            return {name: self._whole(name) for name in self.streams.names}
+
+        def original() -> Iterator[Tensor]:
+            for start, stop in self.streams.batches():
+                yield self.residual[ORIGINAL].read(start, stop)
+
+        joined = {QUANTIZED: self._joined(substitute)}
+        return {**joined, ORIGINAL: original()} if self.streams.asymmetric else joined
+
+    def _whole(self, name: str) -> Iterator[Tensor]:
+        """Through a block that keeps its weights."""
+        block = self.streams.reference.block(self.layer)
+        for start, stop in self.streams.batches():
+            yield block.forward(self.residual[name].read(start, stop), self.streams.positions)
+
+    def _joined(self, substitute: Substitute) -> Iterator[Tensor]:
+        """The quantized stream behind the branch that waits."""
+        assert self._inner is not None
+        branch, inner = self._inner
+        block = self.streams.reference.block(self.layer, substitute, only={branch.output.tap})
+        for start, stop in self.streams.batches():
+            output = block.output(branch, inner.read(start, stop))
+            yield block.add(branch, self.residual[QUANTIZED].read(start, stop), output)
+
+    def block(self, tap: str, substitute: Substitute | None, *, with_tap: bool = False) -> Block:
+        """With the linears between the residual stream and ``tap``, and if asked for those of the tap itself."""
+        inside = [name for name in self.layer.taps if self.layer.branch(name) == self.layer.branch(tap)]
+        stop = inside.index(tap) + with_tap
+        return self.streams.reference.block(self.layer, substitute, only=inside[:stop])
+
+    def _inner_file(self, output: Linear) -> Activations:
+        # One for all branches: the one before has moved the stream on by then.
+        return self.streams.work.scratch("inner", self.streams.shape(output.in_features))
+
+    def stream_file(self, name: str, branch: ResidualBranch) -> Activations:
+        """Where the stream ``name`` is kept behind ``branch``."""
+        shape = self.streams.shape(self.streams.reference.architecture.hidden_size)
+        return self.streams.work.scratch(f"{branch.module}.{name}", shape)
 
 
 class _Comparison:
-    """How far the output of a branch's last linear, still unquantized, is from where the original has the stream."""
+    """How far a tap, or the output of a branch's last linear, still unquantized, is from the original's."""
 
-    def __init__(self, reference: Reference, branch: ResidualBranch) -> None:
-        self._weight = reference.checkpoint.read(branch.output.weight)
-        norm = branch.output_norm
-        self._gain = None if norm is None else reference.checkpoint.read(norm.weight)
+    def __init__(self, passage: Passage, tap: str) -> None:
+        self._streams = passage.streams
+        self._residual = passage.residual[ORIGINAL]
+        self._tap = tap
+        self._branch = passage.layer.branch(tap)
+        self._ends = self._branch.output.tap == tap
+        self._block = passage.block(tap, None, with_tap=self._ends)
+        norm = self._branch.output_norm
+        self._gain = None if norm is None else self._streams.reference.checkpoint.read(norm.weight)
         self._epsilon = 0.0 if norm is None else norm.epsilon
+        if self._ends:
+            #: The original's stream behind the branch.
+            self.moved = passage.stream_file(ORIGINAL, self._branch)
 
-    def __call__(self, ours: list[Tensor], theirs: list[Tensor]) -> Tensor:
-        """``ours`` and ``theirs``: the stream that the branch adds to, and the input of its last linear."""
-        branch = theirs[1] @ self._weight.T
-        difference = branch - ours[1] @ self._weight.T
-        return difference.add_(stream_difference(branch, ours[0], theirs[0], self._gain, self._epsilon))
+    def __call__(self, start: int, stop: int, stream: Tensor, ours: Tensor) -> Tensor:
+        """For sequences ``start`` to ``stop`` of the quantized model: ``stream`` at the branch, ``ours`` at the tap."""
+        original = self._residual.read(start, stop)
+        theirs = self._block.branch_tap(self._tap, original, self._streams.positions)
+        if not self._ends:
+            return theirs - ours
+        output = self._block.output(self._branch, theirs)
+        self.moved.write(start, self._block.add(self._branch, original, output))
+        difference = output - self._block.output(self._branch, ours)
+        return difference.add_(stream_difference(output, stream, original, self._gain, self._epsilon))

@@ -21,12 +21,13 @@ from glmexport.progress import Progress
 from glmexport.quantization.allocation import allocate, available_bits, tie_groups
 from glmexport.quantization.linear import QuantizedLinear
 from glmexport.quantization.memory import MemoryPlan
+from glmexport.quantization.moments import Measured
 from glmexport.quantization.record import QuantizedMatrix
 from glmexport.quantization.sensitivity import Probe, probe_ids
 from glmexport.quantization.solve import Problem, gptq, round_to_nearest
 from glmexport.quantization.store import WorkDirectory
 from glmexport.quantization.stored import stored_linear
-from glmexport.quantization.streams import Measured, Streams
+from glmexport.quantization.streams import Passage, Streams
 from glmexport.recipe import Format, Recipe, Solver
 
 ALLOCATION, EMBEDDING, HEAD = "allocation", "embedding", "head"
@@ -120,11 +121,13 @@ class Walk:
             solved = self._head(records)
         else:
             layer = self.architecture.layers[index - 1]
-            solved = self._block(layer, records)
-            if self.streams:
-                activations = self.streams.advance(self.steps[index - 1], layer, _dequantized(solved))
+            passage = self.streams.enter(self.steps[index - 1], layer) if self.streams else None
+            solved = self._block(layer, passage, records)
+            if passage:
+                activations = passage.outputs(_dequantized(solved))
         note = {"linears": [record.model_dump() for record in records], "seconds": time.monotonic() - started}
         self.work.commit(step, solved, note, activations)
+        self.work.drop_scratch()
         if index:
             self.work.drop_activations(self.steps[index - 1])
 
@@ -161,7 +164,9 @@ class Walk:
         records.append(QuantizedMatrix.unmeasured(key, None, "embedding", linear))
         return {key: linear}
 
-    def _block(self, layer: DecoderLayer, records: list[QuantizedMatrix]) -> dict[str, QuantizedLinear]:
+    def _block(
+        self, layer: DecoderLayer, passage: Passage | None, records: list[QuantizedMatrix]
+    ) -> dict[str, QuantizedLinear]:
         solved: dict[str, QuantizedLinear] = {}
         if self.recipe.keeps_stored:
             return self._stored(layer.linears, layer.index, records)
@@ -169,14 +174,14 @@ class Walk:
             form = self._form(linears[0].weight, self.recipe.linears)
             if form is None:
                 continue
-            if self.streams is None:
+            if passage is None:
                 for linear in linears:
                     solved[linear.weight] = self._nearest(linear.weight, linear.out_features, linear.in_features, form)
                     records.append(
                         QuantizedMatrix.unmeasured(linear.weight, layer.index, linear.part, solved[linear.weight])
                     )
                 continue
-            measured = self.streams.measure(self.steps[layer.index], layer, tap, _dequantized(solved))
+            measured = passage.measure(tap, _dequantized(solved))
             solved |= self._solve(linears, layer.index, measured, form, self.recipe.solver, records)
         return solved
 

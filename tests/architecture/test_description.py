@@ -151,6 +151,32 @@ def test_a_tap_is_the_input_its_linears_read(tmp_path: Path) -> None:
     torch.testing.assert_close(model.model.layers[1].post_attention_layernorm(attended), again, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["glm", "glm4"])
+def test_branch_after_branch_is_the_block(tmp_path: Path, family: str) -> None:
+    write_checkpoint(tmp_path, family)
+    checkpoint = Checkpoint.open(tmp_path)
+    architecture = describe(checkpoint)
+    reference = Reference(checkpoint, architecture)
+    hidden = torch.randn(2, 9, architecture.hidden_size, generator=torch.Generator().manual_seed(0))
+    positions = reference.position_embeddings(9)
+    layer = architecture.layers[1]
+    whole = reference.block(layer)
+    stream = hidden
+    loaded: list[str] = []
+    for tap, linears in layer.taps.items():
+        branch = layer.branch(tap)
+        # Only what lies between the stream and the tap is there.
+        block = reference.block(layer, only=loaded)
+        read = block.branch_tap(tap, stream, positions)
+        torch.testing.assert_close(read, whole.tap(tap, hidden, positions), atol=1e-6, rtol=1e-6)
+        loaded.append(tap)
+        if branch.output in linears:
+            block = reference.block(layer, only={tap})
+            stream = block.add(branch, stream, block.output(branch, read))
+            loaded.clear()
+    torch.testing.assert_close(stream, whole.forward(hidden, positions), atol=1e-6, rtol=1e-6)
+
+
 def test_generation_config_says_what_ends_a_generation(tmp_path: Path) -> None:
     write_checkpoint(tmp_path)
     assert describe(Checkpoint.open(tmp_path)).eos_token_ids == (256, 259)

@@ -28,6 +28,7 @@ from glmexport.quantization import (
     round_to_nearest,
     sha256,
 )
+from glmexport.quantization.streams import Passage
 from glmexport.quantization.weights import Weights
 from glmexport.recipe import CalibrationPlan, Format, Recipe, Solver
 
@@ -176,21 +177,23 @@ def test_a_kill_inside_a_step(model: Model, walked: Walk, tmp_path: Path, monkey
     """While the second block's outputs are being written: its weights are there, and its record is not."""
     walk = model.walk(tmp_path)
     assert walk.streams is not None
-    advance = walk.streams.advance
+    outputs = Passage.outputs
 
-    def interrupted(*arguments: Any) -> dict[str, Iterator[Tensor]]:
-        streams = advance(*arguments)
-        return {**streams, "original": cut(streams["original"])} if arguments[1].index == 1 else streams
+    def interrupted(passage: Passage, *arguments: Any) -> dict[str, Iterator[Tensor]]:
+        streams = outputs(passage, *arguments)
+        return {**streams, "original": cut(streams["original"])} if passage.layer.index == 1 else streams
 
     def cut(outputs: Iterator[Tensor]) -> Iterator[Tensor]:
         yield next(outputs)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(walk.streams, "advance", interrupted)
+    monkeypatch.setattr(Passage, "outputs", interrupted)
     with pytest.raises(KeyboardInterrupt):
         walk.run()
+    monkeypatch.undo()
     assert (tmp_path / "block_001.safetensors").is_file()
     assert walk.work.record("block_001") is None
+    assert list(tmp_path.glob("scratch.*.activations"))
     second = model.walk(tmp_path)
     second.run()
     assert digests(second) == digests(walked)
