@@ -78,7 +78,7 @@ def child(checkpoint: Path, tokens: int, threads: int, limit: int) -> None:
     write_bundle(
         checkpoint.parent / f"{checkpoint.name}-bundle",
         original.architecture,
-        Weights(original.checkpoint, original.architecture, work, walk.steps),
+        Weights(walk.checkpoint, original.architecture, work, walk.steps),
         reference.rotary_tables(original.architecture.context_length),
         recipe=recipe,
         target=open_target(HOST),

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from glmexport.bundle.gptq import QUANTIZE_CONFIG, GptqCheckpoint, Layout
-from glmexport.bundle.read import BundleWeights
+from glmexport.bundle.read import BundleWeights, bundle_folds
 from glmexport.checkpoint.checkpoint import GENERATION_CONFIG
 from glmexport.compile import open_bundle, partial_of, put_in_place
 from glmexport.job import Original, refuse_existing, require_free
@@ -36,7 +36,8 @@ def convert_to_gptq(
     refuse_existing(output, force, QUANTIZE_CONFIG, _KIND)
     open_bundle(bundle, original, progress)
     weights = BundleWeights(bundle, original.architecture)
-    checkpoint = GptqCheckpoint(weights, original.checkpoint, original.architecture, layout)
+    folded = original.checkpoint.folded(bundle_folds(bundle))
+    checkpoint = GptqCheckpoint(weights, folded, original.architecture, layout)
     require_free(output.parent, checkpoint.bytes, "The checkpoint")
     files = list(original.tokenizer.files)
     if original.checkpoint.generation_config is not None:

@@ -42,6 +42,8 @@ class Solver(Definition):
     order: Literal["group", "stored"] = "group"
     #: Search scale and zero point of every group against the Hessian-weighted error; false takes min-max.
     scale_search: bool = True
+    #: Move powers of two from the columns of linears into what writes their input, where rounding then costs less.
+    fold_scales: bool = True
     #: Fit matrices to the original's outputs, so that each takes back part of the error of those before it; false
     #: fits them to their own outputs on the quantized stream.
     asymmetric: bool = True

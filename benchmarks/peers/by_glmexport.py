@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from glmexport.architecture import describe
 from glmexport.calibration import CalibrationSet
-from glmexport.checkpoint import Checkpoint
+from glmexport.checkpoint import Checkpoint, Fold
 from glmexport.progress import Silent
 from glmexport.quantization import Walk, WorkDirectory, plan_memory
 from glmexport.quantization.linear import stored_bits
@@ -30,11 +30,18 @@ NEAREST: dict[str, Any] = {"method": "round-to-nearest"}
 SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},
     "without asymmetric target": {"asymmetric": False},
+    "without folds": {"fold_scales": False},
     "without polish": {"polish_rounds": 0},
     "4 rounds of polish": {"polish_rounds": 4},
     "without scale search": {"scale_search": False},
     "in stored order": {"order": "stored"},
-    "GPTQ alone": {"asymmetric": False, "polish_rounds": 0, "scale_search": False, "order": "stored"},
+    "GPTQ alone": {
+        "fold_scales": False,
+        "asymmetric": False,
+        "polish_rounds": 0,
+        "scale_search": False,
+        "order": "stored",
+    },
     "nearest, searched": NEAREST,
     "nearest": {**NEAREST, "scale_search": False},
 }
@@ -81,10 +88,12 @@ def main() -> None:
         walk = Walk(checkpoint, architecture, chosen, text, WorkDirectory(Path(folder), {}), memory, Silent())
         walk.run()
         records, _ = walk.records()
-        stored = Weights(checkpoint, architecture, walk.work, walk.steps)
+        folds = walk.checkpoint.folds
+        stored = Weights(walk.checkpoint, architecture, walk.work, walk.steps)
         quantized = {record.key: stored.quantized(record.key) for record in records}
     asked.write(
-        {key: linear.dequantize() for key, linear in quantized.items()},
+        # In the original's place, next to norms that nothing was folded into.
+        {key: folds.get(key, Fold()).undo(linear.dequantize()) for key, linear in quantized.items()},
         sum(linear.stored_bits for linear in quantized.values()),
         chosen.solver.model_dump(),
         [],

@@ -120,6 +120,18 @@ class ResidualBranch:
 
 
 @dataclass(frozen=True)
+class Writer:
+    """What computes the input of a tap, channel by channel: channel c is element or row ``rows[c]`` of ``source``.
+
+    The tap's linears read nothing else and nothing else reads it, so that scaling a row and unscaling the columns that
+    read it changes nothing.
+    """
+
+    source: Norm | Linear
+    rows: Sequence[int]
+
+
+@dataclass(frozen=True)
 class DecoderLayer:
     """One residual block. The two output norms exist in families with sandwich norms only."""
 
@@ -152,6 +164,21 @@ class DecoderLayer:
             ResidualBranch(self.attention_norm, self.attention.output, self.attention_output_norm),
             ResidualBranch(self.mlp_norm, self.mlp.down, self.mlp_output_norm),
         )
+
+    @property
+    def writers(self) -> dict[str, Writer]:
+        """By tap, where there is one."""
+        attention, mlp = self.attention, self.mlp
+        value, size, width = attention.value, attention.head_dim, mlp.intermediate_size
+        shared = attention.heads // attention.kv_heads
+        values = [head // shared * size + row for head in range(attention.heads) for row in range(size)]
+        return {
+            value.tap: Writer(self.attention_norm, range(value.in_features)),
+            attention.output.tap: Writer(value, values),
+            mlp.gate_up.tap: Writer(self.mlp_norm, range(mlp.gate_up.in_features)),
+            # The gate is behind a function that is not linear; up is not.
+            mlp.down.tap: Writer(mlp.gate_up, range(width, 2 * width)),
+        }
 
     def branch(self, tap: str) -> ResidualBranch:
         """The branch that a tap is inside of."""

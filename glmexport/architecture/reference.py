@@ -138,6 +138,10 @@ class Block:
 
         return self._reaching(name, run)
 
+    def weight(self, key: str) -> Tensor:
+        """The tensor with that checkpoint key, fp32."""
+        return self.module.get_parameter(self._name(key))
+
     def output(self, branch: ResidualBranch, inner: Tensor) -> Tensor:
         """What the branch's last linear makes of its input ``inner`` [batch, length, in_features]."""
         with torch.inference_mode():

@@ -6,12 +6,21 @@ from pathlib import Path
 
 import onnx_ir as ir
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from glmexport.architecture import Architecture
-from glmexport.bundle.write import SCORING
+from glmexport.bundle.write import FOLDS, SCORING
+from glmexport.checkpoint import Fold
+from glmexport.checkpoint.fold import from_tensors
 from glmexport.quantization import QuantizedLinear, unpack
 from glmexport.recipe import Format
+
+
+def bundle_folds(directory: Path) -> dict[str, Fold]:
+    """What has to be folded into the original's tensors to be the bundle's."""
+    path = directory / FOLDS
+    return from_tensors(load_file(path)) if path.is_file() else {}
 
 
 class BundleWeights:

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from glmexport import __version__
 from glmexport.architecture import Architecture
@@ -23,6 +24,7 @@ from glmexport.bundle.manifest import (
     Source,
     list_files,
 )
+from glmexport.checkpoint.fold import as_tensors
 from glmexport.graph import build_graph
 from glmexport.lowering import lower
 from glmexport.progress import Progress
@@ -33,6 +35,8 @@ from glmexport.recipe import Recipe
 from glmexport.target import Target
 
 SCORING = "scoring.onnx"
+#: Which powers of two were moved between tensors: what is needed to make a checkpoint of the bundle.
+FOLDS = "folds.safetensors"
 
 
 def write_bundle(
@@ -59,6 +63,8 @@ def write_bundle(
         for name, every in ((MODEL, False), (SCORING, True))
     }
     write_graphs(graphs, directory, progress)
+    if weights.checkpoint.folds:
+        save_file(as_tensors(weights.checkpoint.folds), directory / FOLDS)
     config = json.dumps(genai_config(architecture, target), indent=2) + "\n"
     (directory / "genai_config.json").write_text(config, encoding="utf-8")
     files = list(tokenizer_files)

@@ -19,14 +19,16 @@ knows no family; what a tensor or a key means is the business of the architectur
     adapter_config, adapter_tensors, low_rank
                  a LoRA adapter's settings, the places of its tensors, its arithmetic
     adapter      a LoRA adapter, opened beside its base
+    fold         powers of two moved from one tensor into another
     checkpoint   all of it, opened; an adapter is merged while tensors are read
 """
 
 from glmexport.checkpoint.adapter import Adapter
 from glmexport.checkpoint.checkpoint import Checkpoint
 from glmexport.checkpoint.config import ConfigReader
+from glmexport.checkpoint.fold import Fold
 from glmexport.checkpoint.header import TensorEntry
 from glmexport.checkpoint.source import resolve
 from glmexport.checkpoint.tokenizer import Tokenizer
 
-__all__ = ["Adapter", "Checkpoint", "ConfigReader", "TensorEntry", "Tokenizer", "resolve"]
+__all__ = ["Adapter", "Checkpoint", "ConfigReader", "Fold", "TensorEntry", "Tokenizer", "resolve"]

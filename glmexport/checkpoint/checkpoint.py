@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from glmexport.checkpoint.adapter_config import ADAPTER_CONFIG
 from glmexport.checkpoint.config import ConfigReader
 from glmexport.checkpoint.derived import DerivedMatrix, packed_weights, stack
 from glmexport.checkpoint.files import contained, files_digest, optional, source_name
+from glmexport.checkpoint.fold import Fold
 from glmexport.checkpoint.gptq import QUANTIZE_CONFIG, GptqFormat, read_settings
 from glmexport.checkpoint.header import TensorEntry
 from glmexport.checkpoint.index import read_index
@@ -47,6 +49,7 @@ class Checkpoint:
             it is packed into is not listed.
         quantized: Stored format of every such matrix, by the name of its weight; empty for full precision.
         adapter: What is merged into the tensors while they are read, or None.
+        folds: Scales that are moved between tensors while they are read, by the name of the tensor.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class Checkpoint:
         )
         self._shards = Shards({*self.shards, *(entry.path for entry in (adapter.entries if adapter else ()))})
         self._digest: str | None = None
+        self.folds: Mapping[str, Fold] = MappingProxyType({})
 
     @classmethod
     def open(
@@ -136,6 +140,12 @@ class Checkpoint:
                 derived[name] = stack(name, sources)
         return Checkpoint(self.path, self.name, self.config, self.generation_config, plain, self.adapter, derived)
 
+    def folded(self, folds: Mapping[str, Fold]) -> Checkpoint:
+        """The same checkpoint with scales moved between its tensors, by name; its digest stays that of the files."""
+        changed = copy.copy(self)
+        changed.folds = MappingProxyType(dict(folds))
+        return changed
+
     @property
     def model_type(self) -> str:
         """The family, as ``config.json`` names it."""
@@ -180,9 +190,10 @@ class Checkpoint:
                 since it was opened.
             MachineError: the file cannot be read, or there is not enough memory.
         """
+        entry = self._entry(name)
         if name in self._derived:
-            return self._derive(self._derived[name], dtype, 0, self.shape(name)[0])
-        return self._read(self._entry(name), name, dtype, None)
+            return self._folded(name, self._derive(self._derived[name], dtype, 0, entry.shape[0]))
+        return self._folded(name, self._read(entry, name, dtype, None))
 
     def rows(self, name: str, start: int, stop: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Rows ``[start, stop)`` of the first axis, read without the others; otherwise as ``read``.
@@ -199,8 +210,8 @@ class Checkpoint:
         if not entry.shape or not 0 <= start <= stop <= entry.shape[0]:
             raise ValueError(f"rows [{start}, {stop}) of {name!r}, whose shape is {entry.shape}")
         if name in self._derived:
-            return self._derive(self._derived[name], dtype, start, stop)
-        return self._read(entry, name, dtype, slice(start, stop))
+            return self._folded(name, self._derive(self._derived[name], dtype, start, stop), start)
+        return self._folded(name, self._read(entry, name, dtype, slice(start, stop)), start)
 
     def codes(self, name: str, start: int, stop: int) -> Codes:
         """Rows ``[start, stop)`` of a matrix of ``quantized``, as its format stores them.
@@ -252,6 +263,10 @@ class Checkpoint:
             next_step=(f"Did you mean {nearest[0]!r}? " if nearest else "")
             + "If the name is right, the checkpoint is incomplete: download it again.",
         )
+
+    def _folded(self, name: str, values: torch.Tensor, start: int = 0) -> torch.Tensor:
+        fold = self.folds.get(name)
+        return values if fold is None else fold.apply(values, start)
 
     def _derive(self, matrix: DerivedMatrix, dtype: torch.dtype | None, start: int, stop: int) -> torch.Tensor:
         import torch

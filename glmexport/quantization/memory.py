@@ -61,7 +61,10 @@ def _peak(architecture: Architecture, recipe: Recipe, batch: int, chunk: int) ->
     streams = 2 if asymmetric else 1
     held = 0
     before: dict[str, int] = {}
-    peaks = [solving]
+    # A whole block of the original, while scales are folded.
+    whole = sum(linear.in_features * linear.out_features for linear in layer.linears)
+    widest_output = max(linear.out_features for linear in layer.linears)
+    peaks = [solving, (whole + 3 * batch * widest_output) * _FP32]
     for tap, linears in layer.taps.items():
         branch = layer.branch(tap)
         size = linears[0].in_features

@@ -32,6 +32,8 @@ class QuantizedMatrix(Definition):
     effective_tokens_per_column: float | None = None
     shrinkage: float | None = None
     unpolished_rows: int = 0
+    #: Powers of two were moved between its columns and what writes its input.
+    folded: bool = False
     #: Why the solver could not do what the recipe asks for; None if it did.
     fallback: str | None = None
 
@@ -50,7 +52,9 @@ class QuantizedMatrix(Definition):
         )
 
     @classmethod
-    def solved(cls, linear: Linear, layer: int | None, solution: Solution, effective_tokens: float) -> QuantizedMatrix:
+    def solved(
+        cls, linear: Linear, layer: int | None, solution: Solution, effective_tokens: float, *, folded: bool
+    ) -> QuantizedMatrix:
         """Of a matrix solved against a Hessian of so many effective tokens."""
         failed = math.isnan(solution.relative_error)
         measured = {
@@ -61,6 +65,7 @@ class QuantizedMatrix(Definition):
             "effective_tokens_per_column": effective_tokens / linear.in_features,
             "shrinkage": solution.shrinkage,
             "unpolished_rows": solution.unpolished_rows,
+            "folded": folded,
             "fallback": solution.fallback,
         }
         return cls.unmeasured(linear.weight, layer, linear.part, solution.linear).model_copy(update=measured)

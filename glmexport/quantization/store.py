@@ -97,11 +97,12 @@ class WorkDirectory:
         linears: Mapping[str, QuantizedLinear],
         note: Mapping[str, Any],
         activations: Mapping[str, Iterator[Tensor]] | None = None,
+        tensors: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Write the matrices and the streams of activations that the next step reads, flush them, then the record."""
+        """Write matrices, other tensors, and the streams that the next step reads; flush them; then the record."""
         weights = self.path / f"{step}.safetensors"
         partial = weights.with_suffix(".partial")
-        _save(_tensors(linears), partial)
+        _save({**_tensors(linears), **(tensors or {})}, partial)
         _flush(partial)
         partial.replace(weights)
         files = [weights]
@@ -121,6 +122,11 @@ class WorkDirectory:
         with safe_open(self.path / f"{step}.safetensors", framework="pt") as file:
             packed: Tensor = file.get_tensor(f"{key}.{what}").clone()
             return packed
+
+    def tensors(self, step: str) -> dict[str, Tensor]:
+        """Everything that a committed step holds, by name, as stored."""
+        with safe_open(self.path / f"{step}.safetensors", framework="pt") as file:
+            return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a mapping
 
     def linear(self, step: str, key: str) -> QuantizedLinear:
         """A committed matrix, unpacked."""

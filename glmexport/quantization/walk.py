@@ -8,7 +8,7 @@ walk that is killed goes on after its last committed block.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -16,9 +16,11 @@ from torch import Tensor
 from glmexport.architecture import Architecture, DecoderLayer, Linear, Reference
 from glmexport.architecture.reference import Substitute
 from glmexport.calibration import CalibrationSet
-from glmexport.checkpoint import Checkpoint
+from glmexport.checkpoint import Checkpoint, Fold
+from glmexport.checkpoint.fold import as_tensors, from_tensors
 from glmexport.progress import Progress
 from glmexport.quantization.allocation import allocate, available_bits, tie_groups
+from glmexport.quantization.folding import choose_folds
 from glmexport.quantization.linear import QuantizedLinear
 from glmexport.quantization.memory import MemoryPlan
 from glmexport.quantization.moments import Measured
@@ -30,7 +32,9 @@ from glmexport.quantization.stored import stored_linear
 from glmexport.quantization.streams import Passage, Streams
 from glmexport.recipe import Format, Recipe, Solver
 
-ALLOCATION, EMBEDDING, HEAD = "allocation", "embedding", "head"
+FOLDS, ALLOCATION, EMBEDDING, HEAD = "folds", "allocation", "embedding", "head"
+#: Held-out tokens on which the channels of every tap are measured before scales are folded.
+_FOLD_TOKENS = 4096
 
 
 def block_step(index: int) -> str:
@@ -58,22 +62,13 @@ class Walk:
         self.work = work
         self.memory = memory
         self.progress = progress
-        self.streams: Streams | None = None
-        if calibration is not None:
-            self.streams = Streams(
-                Reference(checkpoint, architecture),
-                calibration,
-                work,
-                asymmetric=recipe.solver.asymmetric,
-                batch_tokens=memory.batch_tokens,
-            )
+        self.streams = self._streams()
         self._allocated: dict[str, Format] = {}
         self.steps = [EMBEDDING, *(block_step(layer.index) for layer in architecture.layers), HEAD]
 
     def run(self) -> None:
         """Commit every step that is not committed yet."""
-        if self.recipe.budget:
-            self._allocated = self._allocation()
+        self.prepare()
         first = self._resume_at()
         if first:
             self.progress.remark(f"Resuming after {self.steps[first - 1]} ({first} of {len(self.steps)} steps done).")
@@ -83,6 +78,14 @@ class Walk:
                 self._step(index)
                 track.advance(1, self.steps[index])
 
+    def prepare(self) -> None:
+        """Decide what holds for all steps: which scales are folded, and under a budget every matrix's format."""
+        if self.streams and self.recipe.linears and self.recipe.solver.fold_scales:
+            self.checkpoint = self.checkpoint.folded(self._folds(self.streams, self.recipe.linears))
+            self.streams = self._streams()
+        if self.recipe.budget:
+            self._allocated = self._allocation()
+
     def records(self) -> tuple[list[QuantizedMatrix], float]:
         """How every matrix was quantized, in the order of the walk, and the seconds it took in all."""
         records, seconds = [], 0.0
@@ -90,8 +93,8 @@ class Walk:
             note = (self.work.record(step) or {"note": {}})["note"]
             records += [QuantizedMatrix.model_validate(record) for record in note.get("linears", [])]
             seconds += note.get("seconds", 0.0)
-        allocation = self.work.record(ALLOCATION)
-        return records, seconds + (allocation["note"]["seconds"] if allocation else 0.0)
+        before = [self.work.record(step) for step in (FOLDS, ALLOCATION)]
+        return records, seconds + sum(record["note"]["seconds"] for record in before if record)
 
     def _resume_at(self) -> int:
         """Index of the first step to do: the one after the last committed step whose activations are there."""
@@ -130,6 +133,31 @@ class Walk:
         self.work.drop_scratch()
         if index:
             self.work.drop_activations(self.steps[index - 1])
+
+    def _streams(self) -> Streams | None:
+        if self.calibration is None:
+            return None
+        return Streams(
+            Reference(self.checkpoint, self.architecture),
+            self.calibration,
+            self.work,
+            asymmetric=self.recipe.solver.asymmetric,
+            batch_tokens=self.memory.batch_tokens,
+        )
+
+    def _folds(self, streams: Streams, form: Format) -> dict[str, Fold]:
+        """Scales to move between tensors: measured and chosen once, then read back."""
+        if self.work.record(FOLDS) is None:
+            started = time.monotonic()
+            ids = probe_ids(streams.calibration, _FOLD_TOKENS)
+            batch = self.memory.batch_tokens
+            folds = choose_folds(streams.reference, ids, streams.calibration.prefix, form, batch, self.progress)
+            self.work.commit(FOLDS, {}, {"seconds": time.monotonic() - started}, tensors=as_tensors(folds))
+        folds = from_tensors(self.work.tensors(FOLDS))
+        folded = sum(1 for _, linear in self.architecture.linears if _columns(folds, linear.weight))
+        if folded:
+            self.progress.remark(f"Scales are folded into the input channels of {folded} linears.")
+        return folds
 
     def _allocation(self) -> dict[str, Format]:
         """Format of every matrix under the recipe's budget: measured and chosen once, then read back."""
@@ -233,7 +261,8 @@ class Walk:
             if solution.fallback:
                 self.progress.remark(f"{linear.key}: {solution.fallback}.")
             solved[linear.weight] = solution.linear
-            records.append(QuantizedMatrix.solved(linear, layer, solution, tokens))
+            folded = _columns(self.checkpoint.folds, linear.weight)
+            records.append(QuantizedMatrix.solved(linear, layer, solution, tokens, folded=folded))
         return solved
 
     def _nearest(self, key: str, rows: int, columns: int, form: Format) -> QuantizedLinear:
@@ -247,6 +276,10 @@ class Walk:
         count = max(64, self.memory.chunk_weights // columns)
         for start in range(0, rows, count):
             yield self.checkpoint.rows(key, start, min(start + count, rows))
+
+
+def _columns(folds: Mapping[str, Fold], key: str) -> bool:
+    return key in folds and folds[key].columns is not None
 
 
 def _dequantized(solved: dict[str, QuantizedLinear]) -> Substitute:

@@ -130,7 +130,7 @@ def test_a_mixed_walk_keeps_within_its_budget_and_resumes(model: Model, tmp_path
         for linears in layer.taps.values():
             assert len({weights.form(linear.weight) for linear in linears}) == 1
     killed = model.walk(tmp_path / "killed", recipe)
-    killed._allocated = killed._allocation()
+    killed.prepare()
     killed._step(0)
     chosen = killed.work.record(ALLOCATION)
     second = model.walk(tmp_path / "killed", recipe)

@@ -106,7 +106,7 @@ def test_every_matrix_is_committed(model: Model, walked: Walk) -> None:
     head, embedding = model.architecture.lm_head.weight, model.architecture.embedding
     assert all(form == (W8G32 if key in (head, embedding) else W4G32) for key, form in committed.items())
     # No activations and nothing half-written is left once the walk is through.
-    assert sorted(digests(walked)) == sorted(f"{step}.safetensors" for step in walked.steps)
+    assert sorted(digests(walked)) == sorted(f"{step}.safetensors" for step in ("folds", *walked.steps))
 
 
 def test_what_the_walk_says_about_each_matrix(model: Model, walked: Walk) -> None:
@@ -131,10 +131,10 @@ def test_what_the_walk_says_about_each_matrix(model: Model, walked: Walk) -> Non
 
 
 def test_committed_matrices_are_near_the_checkpoint_s(model: Model, walked: Walk) -> None:
-    weights = Weights(model.checkpoint, model.architecture, walked.work, walked.steps)
+    weights = Weights(walked.checkpoint, model.architecture, walked.work, walked.steps)
     # The lm_head is fitted to the original's logits on a stream with 4-bit errors, not to itself.
     for key in model.matrices() - {model.architecture.lm_head.weight}:
-        original, quantized = model.checkpoint.read(key), weights.quantized(key).dequantize()
+        original, quantized = walked.checkpoint.read(key), weights.quantized(key).dequantize()
         form = weights.form(key)
         assert form is not None
         assert (original - quantized).norm() < (0.2 if form.bits == 4 else 0.02) * original.norm()
@@ -151,6 +151,7 @@ def test_a_killed_walk_ends_where_an_uninterrupted_one_does(
     model: Model, walked: Walk, tmp_path: Path, killed_after: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = model.walk(tmp_path)
+    first.prepare()
     for index in range(killed_after):
         first._step(index)
     # What the kill interrupted: files of the next step that no record names.
@@ -168,7 +169,7 @@ def test_a_killed_walk_ends_where_an_uninterrupted_one_does(
     monkeypatch.setattr(second, "_step", noted)
     second.run()
     assert again == list(range(killed_after, 4))
-    assert bool(progress.remarks) == (killed_after > 0)
+    assert any("Resuming" in remark for remark in progress.remarks) == (killed_after > 0)
     found = {name: digest for name, digest in digests(second).items() if not name.endswith(".partial")}
     assert found == digests(walked)
 
@@ -204,6 +205,7 @@ def test_a_kill_between_a_commit_and_the_clean_up(
 ) -> None:
     walk = model.walk(tmp_path)
     monkeypatch.setattr(walk.work, "drop_activations", lambda step: None)
+    walk.prepare()
     walk._step(0)
     walk._step(1)
     second = model.walk(tmp_path)
@@ -251,7 +253,7 @@ def test_hessians_are_measured_behind_what_is_already_quantized(
 
 def naive_hessians(model: Model, walked: Walk, quantized: bool) -> list[Tensor]:
     """Of every tap and the lm_head, in double precision, all sequences at once."""
-    reference = Reference(model.checkpoint, model.architecture)
+    reference = Reference(walked.checkpoint, model.architecture)
     calibration = model.calibration
     positions = reference.position_embeddings(calibration.ids.shape[1])
     tables: dict[str, Tensor] = {}
@@ -276,11 +278,12 @@ def naive_hessians(model: Model, walked: Walk, quantized: bool) -> list[Tensor]:
 
 def test_the_next_block_reads_the_quantized_block_s_outputs(model: Model, tmp_path: Path) -> None:
     walk = model.walk(tmp_path)
+    walk.prepare()
     walk._step(0)
     walk._step(1)
     shape = (*model.calibration.ids.shape, model.architecture.hidden_size)
     found = walk.work.activations("block_000", "quantized", shape).read(0, shape[0])
-    reference = Reference(model.checkpoint, model.architecture)
+    reference = Reference(walk.checkpoint, model.architecture)
     key = model.architecture.embedding
     hidden = walk.work.linear(EMBEDDING, key).dequantize()[model.calibration.ids]
     tables = {key: walk.work.linear("block_000", key).dequantize() for key in walk.work.formats("block_000")}
@@ -309,6 +312,7 @@ def test_round_to_nearest_needs_no_calibration(model: Model, tmp_path: Path) -> 
 def test_a_round_to_nearest_walk_resumes(model: Model, tmp_path: Path) -> None:
     model.walk(tmp_path / "whole", NEAREST).run()
     walk = model.walk(tmp_path / "killed", NEAREST)
+    walk.prepare()
     walk._step(0)
     walk._step(1)
     second = model.walk(tmp_path / "killed", NEAREST)
@@ -348,7 +352,7 @@ def test_a_fallback_is_remarked_and_recorded(model: Model, tmp_path: Path, monke
     walk = model.walk(tmp_path, progress=progress)
     walk.run()
     count = sum(1 for _ in model.architecture.linears)
-    assert len(progress.remarks) == count and "could not be factored" in progress.remarks[0]
+    assert sum(1 for remark in progress.remarks if "could not be factored" in remark) == count
     records, _ = walk.records()
     assert all(record.fallback and record.relative_error is None for record in records[1:])
 
