@@ -14,7 +14,7 @@ from torch import Tensor
 
 from glmexport.architecture import Architecture, Reference
 from glmexport.bundle import Manifest
-from glmexport.bundle.read import BundleWeights
+from glmexport.bundle.read import BundleWeights, bundle_folds
 from glmexport.calibration import Document
 from glmexport.checkpoint import Checkpoint, Tokenizer
 from glmexport.errors import InputError
@@ -147,6 +147,7 @@ def _shares(
         return ()
     sample = _first_texts(texts, plan.share_texts)
     weights = BundleWeights(directory, reference.architecture)
+    folded = Reference(reference.checkpoint.folded(bundle_folds(directory)), reference.architecture)
     original = reference_states(reference, sample, scratch, progress, label="Shares: original")
 
     def mean(answers: Answers) -> float:
@@ -154,13 +155,13 @@ def _shares(
         return float(torch.cat([part.kl for part in parts]).double().mean())
 
     linears = reference_states(
-        reference, sample, scratch, progress, label="Shares: linears", substitute=weights.dequantized
+        folded, sample, scratch, progress, label="Shares: linears", substitute=weights.dequantized
     )
     only_linears = mean(lambda index: reference.logits(linears.states(index)))
     architecture = reference.architecture
     table, head = weights.quantized(architecture.embedding), weights.quantized(architecture.lm_head.weight)
     whole = reference_states(
-        reference,
+        folded,
         sample,
         scratch,
         progress,

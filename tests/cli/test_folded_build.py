@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 import torch
 from builds import RECIPE, Run, build, write_recipe, write_target
 from models import write_uneven
 from torch import Tensor
 
-import glmexport.compile
 from glmexport.architecture import Reference, describe
 from glmexport.bundle import read_manifest
 from glmexport.bundle.write import FOLDS
@@ -29,8 +27,7 @@ def logits(checkpoint: Checkpoint, ids: Tensor) -> Tensor:
     return reference.logits(reference.final_norm(hidden))[0]
 
 
-def test_the_bundle_and_a_checkpoint_of_it(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(glmexport.compile, "_validated", lambda *_: None)
+def test_the_bundle_and_a_checkpoint_of_it(tmp_path: Path, run: Run) -> None:
     checkpoint = write_uneven(tmp_path / "checkpoint", num_hidden_layers=2)
     target = write_target(tmp_path, {"accuracy_level = 4": "accuracy_level = 0"}, "exact")
     (built,) = build(tmp_path / "checkpoint", tmp_path / "bundle", write_recipe(tmp_path, RECIPE), (str(target),))
@@ -45,6 +42,8 @@ def test_the_bundle_and_a_checkpoint_of_it(tmp_path: Path, run: Run, monkeypatch
     bundle = ScoringSession(built.directory, manifest, 1).logits(ids)
     # Without the norms' part of the folds this would be above 1.
     assert (bundle - original).norm() < 0.2 * original.norm()
+    linears, _, runtime = built.report.shares
+    assert linears.kl_mean_nats < 0.05 and abs(runtime.kl_mean_nats) < 1e-6
 
     converted = tmp_path / "gptq"
     outcome = run("convert", built.directory, "--against", tmp_path / "checkpoint", "--to", "gptq", "-o", converted)
