@@ -13,8 +13,10 @@ from glmexport.quantization.solve import Solution
 class QuantizedMatrix(Definition):
     """How one matrix was quantized. None: not measured.
 
-    Errors are relative to the matrix's output on the calibration inputs. ``shrinkage`` is the mean share of the
-    asymmetric target's correction that held-out text confirmed, ``unpolished_rows`` the rows whose polish it did not.
+    Errors are relative to the matrix's output on the calibration inputs; that of round-to-nearest is with the recipe's
+    search for scales. ``shrinkage`` is the mean share of the asymmetric target's correction that held-out text
+    confirmed, ``unpolished_rows`` the rows whose polish it did not, ``nearest_rows`` those that are rounded to nearest
+    because that serves it better.
     """
 
     key: str
@@ -32,6 +34,7 @@ class QuantizedMatrix(Definition):
     effective_tokens_per_column: float | None = None
     shrinkage: float | None = None
     unpolished_rows: int = 0
+    nearest_rows: int = 0
     #: Why the solver could not do what the recipe asks for; None if it did.
     fallback: str | None = None
 
@@ -61,6 +64,7 @@ class QuantizedMatrix(Definition):
             "effective_tokens_per_column": effective_tokens / linear.in_features,
             "shrinkage": solution.shrinkage,
             "unpolished_rows": solution.unpolished_rows,
+            "nearest_rows": solution.nearest_rows,
             "fallback": solution.fallback,
         }
         return cls.unmeasured(linear.weight, layer, linear.part, solution.linear).model_copy(update=measured)

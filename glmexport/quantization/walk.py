@@ -21,9 +21,11 @@ from glmexport.progress import Progress
 from glmexport.quantization.allocation import allocate, available_bits, tie_groups
 from glmexport.quantization.linear import QuantizedLinear
 from glmexport.quantization.memory import MemoryPlan
+from glmexport.quantization.nearest import round_to_nearest
+from glmexport.quantization.problem import Problem
 from glmexport.quantization.record import QuantizedMatrix
 from glmexport.quantization.sensitivity import Probe, probe_ids
-from glmexport.quantization.solve import Problem, gptq, round_to_nearest
+from glmexport.quantization.solve import gptq
 from glmexport.quantization.store import WorkDirectory
 from glmexport.quantization.stored import stored_linear
 from glmexport.quantization.streams import Measured, Streams

@@ -111,6 +111,7 @@ def _linear(matrix: QuantizedMatrix) -> LinearResult:
         effective_tokens_per_column=matrix.effective_tokens_per_column,
         shrinkage=matrix.shrinkage,
         unpolished_rows=matrix.unpolished_rows,
+        nearest_rows=matrix.nearest_rows,
     )
 
 

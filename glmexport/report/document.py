@@ -79,7 +79,8 @@ class LinearResult(Record):
     relative_error: Number
     """||W X - Wq X||^2 / ||W X||^2 on the calibration inputs X."""
     round_to_nearest_error: Number
-    """The same if every weight were rounded to its nearest code instead."""
+    """The same if every weight were rounded to its nearest code instead, with the recipe's search for scales: each
+    weighted by the mean square of its column's input."""
     damping: Number
     """What was added to the Hessian's diagonal, as a fraction of its mean."""
     dead_columns: Count
@@ -90,6 +91,8 @@ class LinearResult(Record):
     """Mean share of the asymmetric target's correction that held-out text confirmed; none without one."""
     unpolished_rows: Count = 0
     """Rows whose polish made held-out text worse and was taken back."""
+    nearest_rows: Count = 0
+    """Rows that round-to-nearest with the same search serves better, and that are rounded so."""
 
 
 class QuantizationSummary(Record):
