@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from glmexport.architecture import Architecture
 from glmexport.errors import MachineError
+from glmexport.quantization.factor import DOUBLE_LIMIT
 from glmexport.recipe import Recipe
 
 #: Interpreter, torch, transformers and their allocators, measured before any weight is read.
@@ -74,6 +75,8 @@ def _peak(architecture: Architecture, recipe: Recipe, batch: int, chunk: int) ->
         activations = (4 if asymmetric else 3) * batch * max(width, size) * _FP32
         peaks.append(held + blocks + hessian + cross + sample + activations)
         peaks.append(held + 2 * hessian + cross + sample + chunk * _FP32 * _SOLVER_COPIES)
+        # While it is factored in fp64, before a chunk is read: the Hessian and two matrices twice its size.
+        peaks.append(held + (5 if size <= DOUBLE_LIMIT else 2) * hessian + cross + sample)
         inside = sum(linear.in_features * linear.out_features for linear in linears)
         weights += inside
         # Codes of the matrices already solved, one byte a weight, wait for the commit.

@@ -31,6 +31,8 @@ class QuantizedMatrix(Definition):
     round_to_nearest_error: float | None = None
     damping: float | None = None
     dead_columns: int = 0
+    #: Whether fp32 was not precise enough to factor the Hessian, and fp64 did it; nothing is lost by that.
+    double: bool = False
     effective_tokens_per_column: float | None = None
     shrinkage: float | None = None
     unpolished_rows: int = 0
@@ -61,6 +63,7 @@ class QuantizedMatrix(Definition):
             "round_to_nearest_error": None if failed else solution.round_to_nearest_error,
             "damping": None if failed else solution.damping,
             "dead_columns": solution.dead_columns,
+            "double": solution.double,
             "effective_tokens_per_column": effective_tokens / linear.in_features,
             "shrinkage": solution.shrinkage,
             "unpolished_rows": solution.unpolished_rows,

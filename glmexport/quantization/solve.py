@@ -38,6 +38,8 @@ class Solution:
     round_to_nearest_error: float
     damping: float
     dead_columns: int
+    #: Whether the Hessian had to be factored in fp64.
+    double: bool = False
     #: Mean over the rows of what held-out text left of the asymmetric target's correction; None without one.
     shrinkage: float | None = None
     #: Rows whose polish made held-out text worse and was taken back.
@@ -109,6 +111,7 @@ def gptq(
         round_to_nearest_error=nearest_error / norm,
         damping=factor.damping,
         dead_columns=factor.dead_columns,
+        double=factor.double,
         shrinkage=kept / start if goal is not None else None,
         unpolished_rows=unpolished,
         nearest_rows=replaced,

@@ -85,6 +85,8 @@ class LinearResult(Record):
     """What was added to the Hessian's diagonal, as a fraction of its mean."""
     dead_columns: Count
     """Input columns that are zero on all calibration inputs."""
+    double: bool = False
+    """Whether the Hessian had to be factored in fp64; nothing is lost by that."""
     effective_tokens_per_column: Number | None
     """Calibration tokens that an input column effectively rests on; none if not measured."""
     shrinkage: Number | None = None

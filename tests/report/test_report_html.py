@@ -166,9 +166,11 @@ def test_fallbacks_are_named_and_so_is_their_absence(report, changed):
 
 def test_rows_that_were_not_left_to_the_solver_are_counted(report, changed):
     linears = tuple(x.model_copy(update={"nearest_rows": 2, "unpolished_rows": 7}) for x in report.quantization.linears)
+    linears = (linears[0].model_copy(update={"double": True}), *linears[1:])
     page = read(changed(quantization=report.quantization.model_copy(update={"linears": linears})))
     assert f"Rows that this serves better: {2 * len(linears)}; they are rounded so." in page
     assert f"made held-out text worse: {7 * len(linears):,}".replace(",", "\u2009") + "; it was taken back." in page
+    assert "fp64 factored: 1." in page
     assert "serves better" not in read(changed(calibration=None))
 
 
