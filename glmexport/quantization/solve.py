@@ -69,15 +69,14 @@ def gptq(
 
     No row ends worse than rounded to nearest, as far as held-out text can tell: where that costs less
     (``Problem.surely_less``), it is what the row gets. A ``goal`` needs a problem with held-out text. Where the
-    Hessian cannot be factored at any damping, the whole matrix is rounded to nearest and says so.
+    Hessian cannot be factored or rests on next to no text, the whole matrix is rounded to nearest and says so.
     """
     factor, order, sample = problem.factor, problem.order, problem.sample
     importance = problem.importance if solver.scale_search else None
     if factor is None:
         nearest = QuantizedLinear.concatenate([round_to_nearest(chunk, form, importance) for chunk in chunks])
-        reason = "the Hessian could not be factored: rounded to nearest"
         rows = nearest.codes.shape[0]
-        return Solution(nearest, math.nan, math.nan, math.nan, 0, nearest_rows=rows, fallback=reason)
+        return Solution(nearest, math.nan, math.nan, math.nan, 0, nearest_rows=rows, fallback=problem.refusal)
     parts = []
     error = nearest_error = norm = kept = 0.0
     start = unpolished = replaced = 0

@@ -221,8 +221,9 @@ class Walk:
         records: list[QuantizedMatrix],
     ) -> dict[str, QuantizedLinear]:
         """Quantize the ``linears`` of one tap, whose Hessian is used up."""
-        problem = Problem.of(measured.hessian.matrix, form, solver, measured.sample, consume=True)
-        tokens = measured.hessian.effective_tokens
+        assert self.calibration is not None
+        tokens = self.calibration.effective_tokens
+        problem = Problem.of(measured.hessian.matrix, form, solver, measured.sample, tokens=tokens, consume=True)
         solved = {}
         for linear in linears:
             chunks = self._chunks(linear.weight, linear.out_features, linear.in_features)

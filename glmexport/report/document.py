@@ -88,7 +88,7 @@ class LinearResult(Record):
     double: bool = False
     """Whether the Hessian had to be factored in fp64; nothing is lost by that."""
     effective_tokens_per_column: Number | None
-    """Calibration tokens that an input column effectively rests on; none if not measured."""
+    """Calibration tokens that an input column effectively rests on, repeated text once; none if not measured."""
     shrinkage: Number | None = None
     """Mean share of the asymmetric target's correction that held-out text confirmed; none without one."""
     unpolished_rows: Count = 0
