@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from glmexport.quantization.factor import Factor, factorize
@@ -55,22 +56,18 @@ class Problem:
         size = len(hessian)
         diagonal = hessian.diagonal().clone()
         order = column_order(diagonal, form.group_size, solver.order)
-        importance = column_importance(diagonal)
         if tokens < LEAST_TOKENS * size:
-            return cls(
-                order,
-                None,
-                importance,
-                refusal=(
-                    f"the calibration text is worth only {tokens:,.0f} different tokens for {size:,} columns: "
-                    "rounded to nearest; calibrate on more varied text"
-                ),
+            # Text that nothing is fitted to does not weigh the columns either.
+            poor = (
+                f"the calibration text is worth only {tokens:,.0f} different tokens for {size:,} columns: "
+                "rounded to nearest; calibrate on more varied text"
             )
+            return cls(order, None, torch.ones(size), refusal=poor)
         if sample is not None:
             sample = Sample(sample.inputs[:, order.columns], sample.weights)
         factor = factorize(hessian, order, solver.damping, consume=consume)
         refusal = "the Hessian could not be factored: rounded to nearest" if factor is None else None
-        return cls(order, factor, importance, sample, refusal)
+        return cls(order, factor, column_importance(diagonal), sample, refusal)
 
     def cost(self, error: Tensor, projected: Tensor, missed: Tensor | None) -> Tensor:
         """What ``error`` [K, N] = G - Q costs each row, [N]: on held-out text, and without any by tr(E H E^T).
