@@ -16,7 +16,7 @@ class QuantizedMatrix(Definition):
     Errors are relative to the matrix's output on the calibration inputs; that of round-to-nearest is with the recipe's
     search for scales. ``shrinkage`` is the mean share of the asymmetric target's correction that held-out text
     confirmed, ``unpolished_rows`` the rows whose polish it did not, ``nearest_rows`` those that are rounded to nearest
-    because that serves it better.
+    because that serves it better, or because the whole matrix fell back to it.
     """
 
     key: str

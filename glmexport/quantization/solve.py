@@ -44,7 +44,7 @@ class Solution:
     shrinkage: float | None = None
     #: Rows whose polish made held-out text worse and was taken back.
     unpolished_rows: int = 0
-    #: Rows that round-to-nearest serves better, and that are rounded so.
+    #: Rows that are rounded to nearest because that serves them better; all of them after such a fallback.
     nearest_rows: int = 0
     #: Why the solver could not do what the recipe asks for; None if it did.
     fallback: str | None = None

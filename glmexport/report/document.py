@@ -94,7 +94,7 @@ class LinearResult(Record):
     unpolished_rows: Count = 0
     """Rows whose polish made held-out text worse and was taken back."""
     nearest_rows: Count = 0
-    """Rows that round-to-nearest with the same search serves better, and that are rounded so."""
+    """Rows rounded to nearest with the same search, as that serves them better or the whole matrix fell back."""
 
 
 class QuantizationSummary(Record):
