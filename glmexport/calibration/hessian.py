@@ -14,21 +14,11 @@ class Hessian:
 
     def __init__(self, size: int) -> None:
         self.matrix = zeros(size, size)
-        self._weights = 0.0
-        self._squares = 0.0
 
     def add(self, inputs: Tensor, weights: Tensor) -> None:
         """Add ``inputs`` [sequences, positions, K] fp32, with one weight [sequences] for all of its positions."""
         rows = (inputs * weights.sqrt()[:, None, None]).flatten(0, 1)
         self.matrix.addmm_(rows.T, rows)
-        positions = inputs.shape[1]
-        self._weights += positions * float(weights.double().sum())
-        self._squares += positions * float(weights.double().square().sum())
-
-    @property
-    def effective_tokens(self) -> float:
-        """(sum w)^2 / sum w^2 over the inputs: how many equally weighted ones would be as precise (Kish 1965)."""
-        return self._weights**2 / self._squares if self._squares else 0.0
 
 
 class CrossMoment:

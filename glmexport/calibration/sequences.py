@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from glmexport.calibration.corpus import Document
 from glmexport.checkpoint import Tokenizer
@@ -18,6 +20,8 @@ from glmexport.recipe import CalibrationPlan
 _LEAST_SHARE = 0.25
 #: One sequence in so many is held out of the Hessians, to choose between solutions.
 _SELECTION_EVERY = 8
+#: Positions that agree in so many last tokens, their own included, give a matrix almost the same input.
+_CONTEXT = 4
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,21 @@ class CalibrationSet:
                 if part[index]:
                     weights[index] = counts[language] ** 0.5 / total / counts[language]
         return weights
+
+    @cached_property
+    def effective_tokens(self) -> float:
+        """(sum w)^2 / sum w^2: how many equally weighted positions would be as precise as those counted (Kish 1965).
+
+        Positions with the same last four tokens count once, with their mean weight: the same text again tells a
+        Hessian nothing new.
+        """
+        fitted = ~self.selection
+        contexts = pad(self.ids[fitted], (_CONTEXT - 1, 0), value=-1).unfold(1, _CONTEXT, 1)[:, self.prefix :]
+        weights = self.weights()[fitted, None].expand(contexts.shape[:2]).flatten().double()
+        flat = contexts.flatten(0, 1)
+        _, context, count = torch.unique(flat, dim=0, return_inverse=True, return_counts=True)
+        once = torch.zeros(len(count), dtype=torch.float64).index_add_(0, context, weights) / count
+        return float(once.sum() ** 2 / once.square().sum())
 
     def _positions(self, part: Tensor) -> dict[str, int]:
         counted = self.ids.shape[1] - self.prefix

@@ -2,9 +2,11 @@
 
 from glmexport.quantization.linear import QuantizedLinear
 from glmexport.quantization.memory import MemoryPlan, plan_memory
+from glmexport.quantization.nearest import round_to_nearest
 from glmexport.quantization.packing import pack_codes, pack_zero_points, unpack
+from glmexport.quantization.problem import Problem
 from glmexport.quantization.record import QuantizedMatrix
-from glmexport.quantization.solve import Problem, Solution, gptq, round_to_nearest
+from glmexport.quantization.solve import Solution, gptq
 from glmexport.quantization.store import WorkDirectory, sha256, write_atomically
 from glmexport.quantization.walk import EMBEDDING, HEAD, Walk, block_step
 

@@ -16,6 +16,9 @@ from glmexport.quantization.order import ColumnOrder
 #: The damping is multiplied by this until the factorisation succeeds, and given up above the limit.
 _DAMPING_STEP, _DAMPING_LIMIT = 10.0, 10.0
 _SLAB = 1024
+#: Up to this size a factorisation that fails in fp32 is tried in fp64, whose two matrices then take at most 1 GiB; at
+#: K = 23,040 they would take 8.
+DOUBLE_LIMIT = 8192
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class Factor:
     damping: float
     #: Columns whose input was always zero.
     dead_columns: int
+    #: Whether fp32 was not precise enough for this damping, and ``lower`` was computed in fp64.
+    double: bool = False
 
     def columns(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """U [stop, stop - start] and D [stop - start] of the sweep's columns ``start`` to ``stop``."""
@@ -54,6 +59,8 @@ def factorize(hessian: Tensor, order: ColumnOrder, damping: float, *, consume: b
     A dead column (zero diagonal) gets the mean diagonal: it then neither receives nor spreads error, and its
     weights are rounded to nearest, so that text which does reach it still finds a weight there.
 
+    Where fp32 fails, fp64 is tried before the damping is raised: what the recipe asks for is then still done.
+
     Args:
         hessian: mean of x x^T.
         order: of the sweep.
@@ -63,6 +70,7 @@ def factorize(hessian: Tensor, order: ColumnOrder, damping: float, *, consume: b
     Returns:
         None if no damping up to ten times the mean diagonal makes the factorisation succeed.
     """
+    size = len(hessian)
     permuted = hessian if consume else hessian.clone()
     _permute(permuted, order.columns.flip(0))
     diagonal = permuted.diagonal().clone()
@@ -73,11 +81,23 @@ def factorize(hessian: Tensor, order: ColumnOrder, damping: float, *, consume: b
     while damping <= _DAMPING_LIMIT:
         added = fill + damping * mean
         permuted.diagonal().copy_(diagonal + added)
-        lower, info = torch.linalg.cholesky_ex(permuted)
-        if not int(info) and bool(torch.isfinite(lower.diagonal()).all()):
-            return Factor(permuted, lower, added.flip(0), damping, int(dead.sum()))
+        lower = _cholesky(permuted)
+        double = lower is None and size <= DOUBLE_LIMIT
+        if double:
+            wide = permuted.double()
+            # In fp32 the sum may have lost what little was added.
+            wide.diagonal().copy_(diagonal.double() + added.double())
+            lower = _cholesky(wide)
+        if lower is not None:
+            return Factor(permuted, lower.float(), added.flip(0), damping, int(dead.sum()), double)
         damping *= _DAMPING_STEP
     return None
+
+
+def _cholesky(matrix: Tensor) -> Tensor | None:
+    """Its lower factor, in its precision; None where ``matrix`` is not positive definite in that precision."""
+    lower, info = torch.linalg.cholesky_ex(matrix)
+    return lower if not int(info) and bool(torch.isfinite(lower.diagonal()).all()) else None
 
 
 def _permute(matrix: Tensor, order: Tensor) -> None:

@@ -68,6 +68,19 @@ class QuantizedLinear:
         zero = float(2 ** (self.form.bits - 1)) if self.zero_points is None else spread(self.zero_points)
         return (self.codes[start:stop].float() - zero) * spread(self.scales)
 
+    def with_rows(self, chosen: Tensor, other: QuantizedLinear) -> QuantizedLinear:
+        """The rows ``chosen`` [N] bool of ``other``, which has the same format and shape, and the rest of this one."""
+
+        def either(theirs: Tensor, ours: Tensor) -> Tensor:
+            return torch.where(chosen[:, None], theirs, ours)
+
+        zero_points = None
+        if self.zero_points is not None and other.zero_points is not None:
+            zero_points = either(other.zero_points, self.zero_points)
+        return QuantizedLinear(
+            self.form, either(other.codes, self.codes), either(other.scales, self.scales), zero_points
+        )
+
     @property
     def stored_bits(self) -> int:
         """Bits of codes, scales and zero points in the types they are stored in, padding of groups included."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from glmexport.architecture import Architecture
 from glmexport.errors import MachineError
+from glmexport.quantization.factor import DOUBLE_LIMIT
 from glmexport.quantization.moments import SAMPLE_POSITIONS
 from glmexport.recipe import Recipe
 
@@ -80,6 +81,8 @@ def _peak(architecture: Architecture, recipe: Recipe, batch: int, chunk: int) ->
         activations = (4 if asymmetric else 3) * batch * max(width, size) * _FP32
         peaks.append(held + blocks + hessian + cross + sample + activations)
         peaks.append(held + 2 * hessian + cross + sample + chunk * _FP32 * _SOLVER_COPIES)
+        # While it is factored in fp64, before a chunk is read: the Hessian and two matrices twice its size.
+        peaks.append(held + (5 if size <= DOUBLE_LIMIT else 2) * hessian + cross + sample)
         before[branch.module] = before.get(branch.module, 0) + inside
         # Codes of the matrices already solved, one byte a weight, wait for the commit.
         held += inside

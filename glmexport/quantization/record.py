@@ -13,8 +13,10 @@ from glmexport.quantization.solve import Solution
 class QuantizedMatrix(Definition):
     """How one matrix was quantized. None: not measured.
 
-    Errors are relative to the matrix's output on the calibration inputs. ``shrinkage`` is the mean share of the
-    asymmetric target's correction that held-out text confirmed, ``unpolished_rows`` the rows whose polish it did not.
+    Errors are relative to the matrix's output on the calibration inputs; that of round-to-nearest is with the recipe's
+    search for scales. ``shrinkage`` is the mean share of the asymmetric target's correction that held-out text
+    confirmed, ``unpolished_rows`` the rows whose polish it did not, ``nearest_rows`` those that are rounded to nearest
+    because that serves it better, or because the whole matrix fell back to it.
     """
 
     key: str
@@ -29,11 +31,14 @@ class QuantizedMatrix(Definition):
     round_to_nearest_error: float | None = None
     damping: float | None = None
     dead_columns: int = 0
+    #: Whether fp32 was not precise enough to factor the Hessian, and fp64 did it; nothing is lost by that.
+    double: bool = False
     effective_tokens_per_column: float | None = None
     shrinkage: float | None = None
     unpolished_rows: int = 0
     #: Powers of two were moved between its columns and what writes its input.
     folded: bool = False
+    nearest_rows: int = 0
     #: Why the solver could not do what the recipe asks for; None if it did.
     fallback: str | None = None
 
@@ -62,10 +67,12 @@ class QuantizedMatrix(Definition):
             "round_to_nearest_error": None if failed else solution.round_to_nearest_error,
             "damping": None if failed else solution.damping,
             "dead_columns": solution.dead_columns,
+            "double": solution.double,
             "effective_tokens_per_column": effective_tokens / linear.in_features,
             "shrinkage": solution.shrinkage,
             "unpolished_rows": solution.unpolished_rows,
             "folded": folded,
+            "nearest_rows": solution.nearest_rows,
             "fallback": solution.fallback,
         }
         return cls.unmeasured(linear.weight, layer, linear.part, solution.linear).model_copy(update=measured)

@@ -21,7 +21,7 @@ from glmexport.divergence import kl_divergence
 from glmexport.progress import Progress
 from glmexport.quantization.allocation import EMBEDDING_TAP, HEAD_TAP, TieGroup
 from glmexport.quantization.linear import QuantizedLinear
-from glmexport.quantization.solve import round_to_nearest
+from glmexport.quantization.nearest import round_to_nearest
 from glmexport.recipe import Format
 
 #: Positions whose logits are compared at a time, and tokens of a probe sequence.

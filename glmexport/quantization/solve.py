@@ -13,12 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from glmexport.quantization.factor import Factor, factorize
+from glmexport.quantization.factor import Factor
 from glmexport.quantization.goal import Goal, Sample, shrinkage
 from glmexport.quantization.grid import decode, encode, minmax_grid, searched_grid
 from glmexport.quantization.linear import QuantizedLinear
-from glmexport.quantization.order import ColumnOrder, column_order
+from glmexport.quantization.nearest import round_to_nearest, stored
+from glmexport.quantization.order import ColumnOrder
 from glmexport.quantization.polish import polish
+from glmexport.quantization.problem import Problem
 from glmexport.recipe import Format, Solver
 
 
@@ -26,7 +28,9 @@ from glmexport.recipe import Format, Solver
 class Solution:
     """A quantized matrix and how it was found.
 
-    Errors are tr(E H E^T) / tr(G H G^T) on the calibration inputs, without the damping.
+    Errors are tr(E H E^T) / tr(G H G^T) on the calibration inputs, without the damping. That of round-to-nearest is
+    with the recipe's search for scales, weighted by the mean square of each column's input: the best that can be done
+    without compensation, and a harder comparison than plain round-to-nearest.
     """
 
     linear: QuantizedLinear
@@ -34,10 +38,14 @@ class Solution:
     round_to_nearest_error: float
     damping: float
     dead_columns: int
+    #: Whether the Hessian had to be factored in fp64.
+    double: bool = False
     #: Mean over the rows of what held-out text left of the asymmetric target's correction; None without one.
     shrinkage: float | None = None
     #: Rows whose polish made held-out text worse and was taken back.
     unpolished_rows: int = 0
+    #: Rows that are rounded to nearest because that serves them better; all of them after such a fallback.
+    nearest_rows: int = 0
     #: Why the solver could not do what the recipe asks for; None if it did.
     fallback: str | None = None
 
@@ -54,66 +62,24 @@ class Sweep:
     error: Tensor
 
 
-def round_to_nearest(weight: Tensor, form: Format, importance: Tensor | None = None) -> QuantizedLinear:
-    """Every weight to its nearest code. Min-max grids, or searched ones if ``importance`` [K] is given.
-
-    Args:
-        weight: [N, K] fp32.
-        form: how to store it.
-        importance: weight of the squared error in each column.
-    """
-    rows, size = weight.shape
-    groups = -(-size // form.group_size)
-    codes = torch.empty(rows, size, dtype=torch.uint8)
-    scales = torch.empty(rows, groups)
-    zero_points = torch.empty(rows, groups)
-    for group in range(groups):
-        span = slice(group * form.group_size, min((group + 1) * form.group_size, size))
-        columns = weight[:, span].T.contiguous()
-        grid = minmax_grid(columns, form) if importance is None else searched_grid(columns, importance[span], form)
-        scales[:, group], zero_points[:, group] = grid
-        codes[:, span] = encode(columns, *grid, form.bits).T.to(torch.uint8)
-    return _quantized(form, codes, scales, zero_points)
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What the linears of one tap have in common.
-
-    The order of its columns, its factored Hessian, and held-out text whose columns are in sweep order.
-    """
-
-    order: ColumnOrder
-    factor: Factor | None
-    sample: Sample | None = None
-
-    @classmethod
-    def of(
-        cls, hessian: Tensor, form: Format, solver: Solver, sample: Sample | None = None, *, consume: bool = False
-    ) -> Problem:
-        """Order and factor ``hessian`` [K, K] fp32, the mean of x x^T; with ``consume`` its storage is reused."""
-        order = column_order(hessian.diagonal(), form.group_size, solver.order)
-        if sample is not None:
-            sample = Sample(sample.inputs[:, order.columns], sample.weights)
-        return cls(order, factorize(hessian, order, solver.damping, consume=consume), sample)
-
-
 def gptq(
     chunks: Iterable[Tensor], problem: Problem, form: Format, solver: Solver, goal: Goal | None = None
 ) -> Solution:
     """Quantize a matrix, given as ``chunks`` [rows, K] fp32 of its rows; rows do not depend on one another.
 
-    A ``goal`` needs a problem with held-out text. Where the Hessian cannot be factored at any damping, the result is
-    rounded to nearest and says so.
+    No row ends worse than rounded to nearest, as far as held-out text can tell: where that costs less
+    (``Problem.surely_less``), it is what the row gets. A ``goal`` needs a problem with held-out text. Where the
+    Hessian cannot be factored or rests on next to no text, the whole matrix is rounded to nearest and says so.
     """
     factor, order, sample = problem.factor, problem.order, problem.sample
+    importance = problem.importance if solver.scale_search else None
     if factor is None:
-        nearest = QuantizedLinear.concatenate([round_to_nearest(chunk, form) for chunk in chunks])
-        reason = "the Hessian could not be factored: rounded to nearest"
-        return Solution(nearest, math.nan, math.nan, math.nan, 0, fallback=reason)
+        nearest = QuantizedLinear.concatenate([round_to_nearest(chunk, form, importance) for chunk in chunks])
+        rows = nearest.codes.shape[0]
+        return Solution(nearest, math.nan, math.nan, math.nan, 0, nearest_rows=rows, fallback=problem.refusal)
     parts = []
     error = nearest_error = norm = kept = 0.0
-    start = unpolished = 0
+    start = unpolished = replaced = 0
     for chunk in chunks:
         sweep = _start(chunk, order)
         missed: Tensor | None = None
@@ -122,12 +88,19 @@ def gptq(
             kept += float(factors.sum())
         _sweep(sweep, factor, order, form, solver)
         projected = _project(factor, sweep.error)
-        unpolished += _polish(sweep, problem, factor, form, solver.polish_rounds, projected, missed)
-        error += _quadratic(factor, sweep.error, projected)
-        norm += _quadratic(factor, sweep.weights, _project(factor, sweep.weights))
-        nearest_rows = sweep.weights - round_to_nearest(chunk, form).dequantize().T[order.columns]
-        nearest_error += _quadratic(factor, nearest_rows, _project(factor, nearest_rows))
-        parts.append(_stored(sweep, order, form))
+        taken_back, cost = _polish(sweep, problem, factor, form, solver.polish_rounds, projected, missed)
+        errors = _quadratic(factor, sweep.error, projected)
+        norm += _total(_quadratic(factor, sweep.weights, _project(factor, sweep.weights)))
+        nearest = round_to_nearest(chunk, form, importance)
+        rounded = sweep.weights - nearest.dequantize().T[order.columns]
+        projected = _project(factor, rounded)
+        nearest_errors = _quadratic(factor, rounded, projected)
+        better = problem.surely_less(problem.cost(rounded, projected, missed), cost, rounded, sweep.error, missed)
+        error += _total(torch.where(better, nearest_errors, errors))
+        nearest_error += _total(nearest_errors)
+        unpolished += taken_back
+        replaced += int(better.sum())
+        parts.append(_stored(sweep, order, form).with_rows(better, nearest))
         start += chunk.shape[0]
     norm = max(norm, 1e-30)
     raised = factor.damping > solver.damping * 1.001
@@ -137,8 +110,10 @@ def gptq(
         round_to_nearest_error=nearest_error / norm,
         damping=factor.damping,
         dead_columns=factor.dead_columns,
+        double=factor.double,
         shrinkage=kept / start if goal is not None else None,
         unpolished_rows=unpolished,
+        nearest_rows=replaced,
         fallback=f"the Hessian needed damping {factor.damping:g} instead of {solver.damping:g}" if raised else None,
     )
 
@@ -187,29 +162,27 @@ def _polish(
     rounds: int,
     projected: Tensor,
     missed: Tensor | None,
-) -> int:
-    """Polish, and take back the rows that it makes worse on held-out text; how many.
+) -> tuple[int, Tensor]:
+    """Polish, and take back the rows that it makes worse on held-out text.
 
-    ``missed`` [S, N] is the error that G itself leaves on that text; none where G is the matrix.
+    ``projected`` and ``missed`` as for ``Problem.cost``; the first is kept up to date.
+
+    Returns:
+        How many rows were taken back, and what every row costs now, [N].
     """
-    sample = problem.sample
-    if not rounds:
-        return 0
-    if sample is None:
+    if not rounds or problem.sample is None:
+        # Without held-out text the cost is what polishing lowers: no row can get worse.
         polish(sweep, factor, problem.order, form, rounds=rounds, projected=projected)
-        return 0
-
-    def held_out() -> Tensor:
-        outputs = sample.inputs @ sweep.error
-        return sample.errors(outputs if missed is None else outputs.add_(missed))
-
-    before, fields = held_out(), (sweep.codes, sweep.scales, sweep.error, projected)
+        return 0, problem.cost(sweep.error, projected, missed)
+    before = problem.cost(sweep.error, projected, missed)
+    fields = (sweep.codes, sweep.scales, sweep.error, projected)
     copies = [field.clone() for field in fields]
     polish(sweep, factor, problem.order, form, rounds=rounds, projected=projected)
-    worse = held_out() > before
+    after = problem.cost(sweep.error, projected, missed)
+    worse = after > before
     for field, copy in zip(fields, copies, strict=True):
         torch.where(worse, copy, field, out=field)
-    return int(worse.sum())
+    return int(worse.sum()), torch.minimum(before, after)
 
 
 def _sweep(sweep: Sweep, factor: Factor, order: ColumnOrder, form: Format, solver: Solver) -> None:
@@ -250,11 +223,7 @@ def _stored(sweep: Sweep, order: ColumnOrder, form: Format) -> QuantizedLinear:
     scales, zero_points = torch.empty(rows, len(groups)), torch.empty(rows, len(groups))
     scales[:, groups] = sweep.scales.T
     zero_points[:, groups] = sweep.zero_points.T
-    return _quantized(form, codes, scales, zero_points)
-
-
-def _quantized(form: Format, codes: Tensor, scales: Tensor, zero_points: Tensor) -> QuantizedLinear:
-    return QuantizedLinear(form, codes, scales.half(), None if form.symmetric else zero_points.to(torch.uint8))
+    return stored(form, codes, scales, zero_points)
 
 
 def _project(factor: Factor, columns: Tensor) -> Tensor:
@@ -262,8 +231,12 @@ def _project(factor: Factor, columns: Tensor) -> Tensor:
     return (factor.hessian @ columns.flip(0)).flip(0)
 
 
-def _quadratic(factor: Factor, columns: Tensor, projected: Tensor) -> float:
-    """tr(C^T H C) of the Hessian as measured: without damping and without the fill of dead columns."""
-    whole = torch.sum(columns * projected, dtype=torch.float64)
-    added = torch.sum(factor.added[:, None] * columns.square(), dtype=torch.float64)
-    return max(float(whole - added), 0.0)
+def _quadratic(factor: Factor, columns: Tensor, projected: Tensor) -> Tensor:
+    """c^T H c [N] fp64 of each of the ``columns`` [K, N], H as measured: without damping and fill of dead columns."""
+    whole = torch.sum(columns * projected, 0, dtype=torch.float64)
+    return whole - torch.sum(factor.added[:, None] * columns.square(), 0, dtype=torch.float64)
+
+
+def _total(quadratics: Tensor) -> float:
+    """Their sum; what is below 0 is rounding."""
+    return max(float(quadratics.sum()), 0.0)

@@ -24,9 +24,11 @@ from glmexport.quantization.folding import choose_folds
 from glmexport.quantization.linear import QuantizedLinear
 from glmexport.quantization.memory import MemoryPlan
 from glmexport.quantization.moments import Measured
+from glmexport.quantization.nearest import round_to_nearest
+from glmexport.quantization.problem import LEAST_TOKENS, Problem
 from glmexport.quantization.record import QuantizedMatrix
 from glmexport.quantization.sensitivity import Probe, probe_ids
-from glmexport.quantization.solve import Problem, gptq, round_to_nearest
+from glmexport.quantization.solve import gptq
 from glmexport.quantization.store import WorkDirectory
 from glmexport.quantization.stored import stored_linear
 from glmexport.quantization.streams import Passage, Streams
@@ -80,7 +82,7 @@ class Walk:
 
     def prepare(self) -> None:
         """Decide what holds for all steps: which scales are folded, and under a budget every matrix's format."""
-        if self.streams and self.recipe.linears and self.recipe.solver.fold_scales:
+        if self.streams and self.recipe.linears and self.recipe.solver.fold_scales and self._varied(self.streams):
             self.checkpoint = self.checkpoint.folded(self._folds(self.streams, self.recipe.linears))
             self.streams = self._streams()
         if self.recipe.budget:
@@ -144,6 +146,11 @@ class Walk:
             asymmetric=self.recipe.solver.asymmetric,
             batch_tokens=self.memory.batch_tokens,
         )
+
+    def _varied(self, streams: Streams) -> bool:
+        """Whether the text shows enough of every tap for anything to be fitted to it."""
+        widest = max(linear.in_features for _, linear in self.architecture.linears)
+        return streams.calibration.effective_tokens >= LEAST_TOKENS * widest
 
     def _folds(self, streams: Streams, form: Format) -> dict[str, Fold]:
         """Scales to move between tensors: measured and chosen once, then read back."""
@@ -252,8 +259,9 @@ class Walk:
         records: list[QuantizedMatrix],
     ) -> dict[str, QuantizedLinear]:
         """Quantize the ``linears`` of one tap, whose Hessian is used up."""
-        problem = Problem.of(measured.hessian.matrix, form, solver, measured.sample, consume=True)
-        tokens = measured.hessian.effective_tokens
+        assert self.calibration is not None
+        tokens = self.calibration.effective_tokens
+        problem = Problem.of(measured.hessian.matrix, form, solver, measured.sample, tokens=tokens, consume=True)
         solved = {}
         for linear in linears:
             chunks = self._chunks(linear.weight, linear.out_features, linear.in_features)

@@ -108,9 +108,11 @@ def _linear(matrix: QuantizedMatrix) -> LinearResult:
         round_to_nearest_error=measured(matrix.round_to_nearest_error),
         damping=measured(matrix.damping),
         dead_columns=matrix.dead_columns,
+        double=matrix.double,
         effective_tokens_per_column=matrix.effective_tokens_per_column,
         shrinkage=matrix.shrinkage,
         unpolished_rows=matrix.unpolished_rows,
+        nearest_rows=matrix.nearest_rows,
     )
 
 

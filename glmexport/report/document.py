@@ -79,17 +79,22 @@ class LinearResult(Record):
     relative_error: Number
     """||W X - Wq X||^2 / ||W X||^2 on the calibration inputs X."""
     round_to_nearest_error: Number
-    """The same if every weight were rounded to its nearest code instead."""
+    """The same if every weight were rounded to its nearest code instead, with the recipe's search for scales: each
+    weighted by the mean square of its column's input."""
     damping: Number
     """What was added to the Hessian's diagonal, as a fraction of its mean."""
     dead_columns: Count
     """Input columns that are zero on all calibration inputs."""
+    double: bool = False
+    """Whether the Hessian had to be factored in fp64; nothing is lost by that."""
     effective_tokens_per_column: Number | None
-    """Calibration tokens that an input column effectively rests on; none if not measured."""
+    """Calibration tokens that an input column effectively rests on, repeated text once; none if not measured."""
     shrinkage: Number | None = None
     """Mean share of the asymmetric target's correction that held-out text confirmed; none without one."""
     unpolished_rows: Count = 0
     """Rows whose polish made held-out text worse and was taken back."""
+    nearest_rows: Count = 0
+    """Rows rounded to nearest with the same search, as that serves them better or the whole matrix fell back."""
 
 
 class QuantizationSummary(Record):

@@ -188,3 +188,47 @@ def test_the_digest_is_that_of_the_ids(tokenizer: Tokenizer) -> None:
     first, same, other = (pack(letters(size, 2000), tokenizer, plan(), 4096) for size in (90, 90, 91))
     assert first.digest() == same.digest() != other.digest()
     assert first.digest().startswith("sha256:")
+
+
+def calibration_set(*sequences: list[int], languages: tuple[str, ...] = (), held: int = 0) -> CalibrationSet:
+    """Behind a prefix of one token; the last ``held`` are held out."""
+    ids = torch.tensor([[99, *sequence] for sequence in sequences])
+    selection = torch.arange(len(ids)) >= len(ids) - held
+    return CalibrationSet(ids, languages or ("en",) * len(ids), 1, selection)
+
+
+def test_different_text_counts_in_full() -> None:
+    found = calibration_set([*range(0, 8)], [*range(10, 18)])
+    assert found.effective_tokens == pytest.approx(16) == found.tokens
+
+
+def test_text_that_is_held_out_does_not_count() -> None:
+    assert calibration_set([*range(0, 8)], [*range(10, 18)], held=1).effective_tokens == pytest.approx(8)
+
+
+def test_repeated_text_counts_once() -> None:
+    once = [*range(0, 8)]
+    assert calibration_set(*[once] * 5).effective_tokens == pytest.approx(8)
+    # Behind another token the first three are new: their last four tokens are not the same.
+    assert calibration_set(once + once).effective_tokens == pytest.approx(8 + 3)
+
+
+def test_one_token_counts_as_the_few_contexts_that_it_begins_with() -> None:
+    """[prefix] a, [prefix] a a, [prefix] a a a, and from then on a a a a."""
+    assert calibration_set(*[[7] * 60] * 9).effective_tokens == pytest.approx(4)
+
+
+def test_unequal_weights_count_as_kish_has_it() -> None:
+    """Two sequences of one language and one of another, whose tokens weigh more by the square root of 2."""
+    found = calibration_set([*range(0, 8)], [*range(10, 18)], [*range(20, 28)], languages=("en", "en", "zu"))
+    heavy = 2**0.5
+    assert found.effective_tokens == pytest.approx((16 + 8 * heavy) ** 2 / (16 + 8 * heavy**2))
+    weights = found.weights().double()
+    assert found.effective_tokens == pytest.approx(float(1 / (8 * weights.square().sum())), rel=1e-6)
+
+
+def test_what_two_languages_share_counts_once_with_its_mean_weight() -> None:
+    same = [*range(0, 8)]
+    found = calibration_set(same, same, [*range(20, 28)], languages=("zu", "en", "en"))
+    mean = (2**0.5 + 1) / 2
+    assert found.effective_tokens == pytest.approx((8 * mean + 8) ** 2 / (8 * mean**2 + 8))

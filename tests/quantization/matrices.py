@@ -33,10 +33,15 @@ def correlated(size: int, seed: int = 0, rank: int = 0, noise: float = 0.2) -> T
     return inputs.T @ inputs / tokens
 
 
+def row_errors(error: Tensor, hessian: Tensor) -> Tensor:
+    """e H e^T of every row, in double precision."""
+    wide = error.double()
+    return ((wide @ hessian.double()) * wide).sum(1)
+
+
 def output_error(error: Tensor, hessian: Tensor) -> float:
     """tr(E H E^T) in double precision."""
-    wide = error.double()
-    return float(((wide @ hessian.double()) * wide).sum())
+    return float(row_errors(error, hessian).sum())
 
 
 def relative_error(weight: Tensor, linear: QuantizedLinear, hessian: Tensor) -> float:

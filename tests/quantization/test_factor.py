@@ -88,3 +88,40 @@ def test_a_hessian_may_be_consumed(kind: Literal["group", "stored"], monkeypatch
     for other in (again, consumed):
         assert torch.equal(other.hessian, factor.hessian) and torch.equal(other.lower, factor.lower)
         assert torch.equal(other.added, factor.added)
+
+
+def singular_problem(size: int = 256) -> tuple[Tensor, ColumnOrder]:
+    """Rank one: with little damping, fp32 cannot hold it beside the diagonal."""
+    token = torch.randn(size, generator=generator(2)).sign()
+    hessian = torch.outer(token, token)
+    return hessian, column_order(hessian.diagonal(), 32, "stored")
+
+
+def test_what_fp32_cannot_factor_is_factored_in_fp64_at_the_same_damping() -> None:
+    hessian, order = singular_problem()
+    assert int(torch.linalg.cholesky_ex(hessian + 1e-8 * torch.eye(256)).info)
+    factor = factorize(hessian, order, 1e-8)
+    assert factor is not None and (factor.damping, factor.double) == (1e-8, True)
+    assert factor.lower.dtype == factor.hessian.dtype == torch.float32
+    expected = torch.linalg.cholesky(damped(hessian, order, factor).flip(0, 1))
+    torch.testing.assert_close(factor.lower.double(), expected, rtol=1e-5, atol=1e-8)
+    _, conditional = factor.columns(0, 256)
+    # The input of a column is known from the m columns behind it, but for the damping: d (1 + 1 / m) is left of it.
+    behind = torch.arange(255, 0, -1, dtype=torch.float64)
+    torch.testing.assert_close(conditional[:-1].double(), 1e-8 * (1 + 1 / behind), rtol=1e-3, atol=0)
+
+
+def test_fp64_is_not_tried_where_it_is_not_needed_or_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not problem("stored")[2].double
+    singular, order = singular_problem()
+    monkeypatch.setattr(module, "DOUBLE_LIMIT", 255)
+    raised = factorize(singular, order, 1e-8)
+    assert raised is not None and not raised.double and raised.damping > 1.5e-8
+
+
+def test_what_is_not_positive_semidefinite_needs_more_damping_in_fp64_too() -> None:
+    values, vectors = torch.linalg.eigh(correlated(64).double())
+    values[0] = -0.05 * values.mean()
+    hessian = ((vectors * values) @ vectors.T).float()
+    factor = factorize(hessian, column_order(hessian.diagonal(), 32, "stored"), 0.01)
+    assert factor is not None and factor.damping == pytest.approx(0.1) and not factor.double

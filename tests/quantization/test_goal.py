@@ -7,7 +7,7 @@ import torch
 from matrices import generator
 from torch import Tensor
 
-from glmexport.quantization import Problem, gptq
+from glmexport.quantization import Problem, QuantizedLinear, gptq, round_to_nearest
 from glmexport.quantization.goal import Goal, Sample, shrinkage, stream_difference
 from glmexport.recipe import Format, Solver
 
@@ -129,22 +129,44 @@ def test_a_correction_that_is_chance_is_not_taken() -> None:
     assert new.error(aimed) < 1.05 * new.error(own)
 
 
-def test_polish_that_makes_held_out_text_worse_is_taken_back() -> None:
-    """Fitted to fewer tokens than columns, coordinate descent follows them where no other text goes."""
-    tap, held = Tap(24), Tap(3000, 1)
+def test_no_row_is_worse_on_held_out_text_than_before_polish_or_rounded_to_nearest() -> None:
+    """Fitted to about as many tokens as columns, the solver follows them where no other text goes."""
+    tap, held = Tap(40), Tap(3000, 1)
     solver, plain = Solver(damping=0.001, polish_rounds=4), Solver(damping=0.001, polish_rounds=0)
     sample = held.sample()
-    guarded = gptq([tap.weight], Problem.of(tap.hessian, W4G16, solver, sample), W4G16, solver)
+    guarded = gptq([tap.weight[:7], tap.weight[7:]], Problem.of(tap.hessian, W4G16, solver, sample), W4G16, solver)
     free = gptq([tap.weight], Problem.of(tap.hessian, W4G16, solver), W4G16, solver)
     swept = gptq([tap.weight], Problem.of(tap.hessian, W4G16, plain), W4G16, plain)
+    # Judged by the text that they were fitted to, both always beat rounding to nearest.
+    assert free.nearest_rows == swept.nearest_rows == 0
 
-    def errors(matrix: Tensor) -> Tensor:
-        return sample.errors(sample.inputs @ (tap.weight - matrix).T)
+    def losses(linear: QuantizedLinear) -> Tensor:
+        """Of every position and row, [S, N]."""
+        return (sample.inputs @ (tap.weight - linear.dequantize()).T).double().square()
 
-    rows = {
-        name: errors(found.linear.dequantize())
-        for name, found in (("guarded", guarded), ("free", free), ("swept", swept))
-    }
-    taken_back = rows["free"] > rows["swept"]
+    nearest = losses(round_to_nearest(tap.weight, W4G16, tap.hessian.diagonal()))
+    polished, unpolished = losses(free.linear), losses(swept.linear)
+    taken_back = polished.mean(0) > unpolished.mean(0)
     assert guarded.unpolished_rows == int(taken_back.sum()) > 0
-    torch.testing.assert_close(rows["guarded"], torch.minimum(rows["free"], rows["swept"]), rtol=1e-4, atol=0)
+    solved = torch.where(taken_back, unpolished, polished)
+    saved = solved - nearest
+    replaced = saved.mean(0) > 3 * (saved.square().mean(0) / len(saved)).sqrt()
+    assert 0 < guarded.nearest_rows == int(replaced.sum()) < N
+    expected = torch.where(replaced, nearest, solved).mean(0)
+    torch.testing.assert_close(losses(guarded.linear).mean(0), expected, rtol=1e-4, atol=0)
+    assert expected.sum() < 0.9 * solved.mean(0).sum()
+
+
+def test_rounding_to_nearest_is_held_against_the_goal_too() -> None:
+    """It leaves the whole difference to the original, so a row that takes some of it back stays solved."""
+    tap, held = Tap(120), Tap(3000, 1)
+    problem = Problem.of(tap.hessian, W4G16, Solver(), held.sample())
+    goal = tap.goal(held)
+    found = gptq([tap.weight], problem, W4G16, Solver(), goal)
+    nearest = round_to_nearest(tap.weight, W4G16, tap.hessian.diagonal())
+    left = [
+        held.sample().errors(held.difference + held.quantized @ (tap.weight - linear.dequantize()).T)
+        for linear in (found.linear, nearest)
+    ]
+    assert found.nearest_rows == 0
+    assert bool((left[0] < left[1]).all())

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from matrices import EVERY_FORM, correlated, generator, output_error, relative_error, weights
+from matrices import EVERY_FORM, correlated, generator, output_error, relative_error, row_errors, weights
 from torch import Tensor
 
 from glmexport.quantization import Problem, QuantizedLinear, Solution, gptq, round_to_nearest
@@ -25,6 +25,13 @@ def solve(weight: Tensor, hessian: Tensor, form: Format, solver: Solver = DEFAUL
 
 def same(one: QuantizedLinear, other: QuantizedLinear) -> bool:
     return torch.equal(one.codes, other.codes) and torch.equal(one.dequantize(), other.dequantize())
+
+
+def importance(hessian: Tensor) -> Tensor:
+    """The diagonal, with the mean of what lives where nothing does."""
+    diagonal = hessian.diagonal()
+    alive = diagonal.isfinite() & (diagonal > 0)
+    return torch.where(alive, diagonal, diagonal[alive].mean())
 
 
 def textbook(weight: Tensor, hessian: Tensor, form: Format, damping: float) -> tuple[Tensor, Tensor]:
@@ -52,6 +59,13 @@ def test_the_plain_solver_is_the_textbook(form: Format, size: int, seed: int) ->
     weight, hessian = weights(12, size, seed), correlated(size, seed)
     solution = solve(weight, hessian, form, PLAIN)
     codes, restored = textbook(weight, hessian, form, PLAIN.damping)
+    # What the solver adds to it: rows that rounding to nearest serves better are rounded so.
+    nearest = round_to_nearest(weight, form)
+    damped = hessian + PLAIN.damping * hessian.diagonal().mean() * torch.eye(size)
+    better = row_errors(weight - nearest.dequantize(), damped) < row_errors(weight - restored, damped)
+    assert solution.nearest_rows == int(better.sum())
+    codes = torch.where(better[:, None], nearest.codes, codes)
+    restored = torch.where(better[:, None], nearest.dequantize().double(), restored)
     # A code may fall to the other side of a tie in single precision, and then takes later ones along in its row.
     alike = (solution.linear.codes == codes).all(1)
     assert alike.float().mean() >= 0.9
@@ -184,13 +198,15 @@ def test_damping_rises_until_the_hessian_can_be_factored_and_is_reported() -> No
 @pytest.mark.parametrize("place", [(5, 5), (5, 9)])
 def test_a_hessian_that_cannot_be_factored_is_said_to_be_so(value: float, place: tuple[int, int]) -> None:
     weight, hessian = weights(80, 64), correlated(64)
+    hessian *= torch.linspace(0.1, 3, 64) * torch.linspace(0.1, 3, 64)[:, None]
     hessian[place] = hessian[place[::-1]] = value
     if value == -1e6 and place == (5, 5):
         hessian[5, 5] = 0  # a column whose sum of squares is zero cannot go with others
         hessian[5, 6] = hessian[6, 5] = -1e6
     solution = solve(weight, hessian, W4G32, chunk=32)
     assert solution.fallback == "the Hessian could not be factored: rounded to nearest"
-    assert same(solution.linear, round_to_nearest(weight, W4G32))
+    assert same(solution.linear, round_to_nearest(weight, W4G32, importance(hessian)))
+    assert solution.nearest_rows == 80
     assert math.isnan(solution.relative_error) and math.isnan(solution.round_to_nearest_error)
 
 
@@ -202,7 +218,8 @@ def test_reported_errors_are_those_of_the_stored_matrix(form: Format, solver: So
     hessian[[3, 77]], hessian[:, [3, 77]] = 0, 0
     solution = solve(weight, hessian, form, solver, chunk=13)
     assert solution.relative_error == pytest.approx(relative_error(weight, solution.linear, hessian), rel=1e-3)
-    nearest = relative_error(weight, round_to_nearest(weight, form), hessian)
+    searched = importance(hessian) if solver.scale_search else None
+    nearest = relative_error(weight, round_to_nearest(weight, form, searched), hessian)
     assert solution.round_to_nearest_error == pytest.approx(nearest, rel=1e-3)
 
 

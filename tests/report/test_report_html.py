@@ -164,6 +164,16 @@ def test_fallbacks_are_named_and_so_is_their_absence(report, changed):
     assert "layer 3: singular" in page
 
 
+def test_rows_that_were_not_left_to_the_solver_are_counted(report, changed):
+    linears = tuple(x.model_copy(update={"nearest_rows": 2, "unpolished_rows": 7}) for x in report.quantization.linears)
+    linears = (linears[0].model_copy(update={"double": True}), *linears[1:])
+    page = read(changed(quantization=report.quantization.model_copy(update={"linears": linears})))
+    assert f"it serves them better or their matrix fell back: {2 * len(linears)}." in page
+    assert f"made held-out text worse: {7 * len(linears):,}".replace(",", "\u2009") + "; it was taken back." in page
+    assert "fp64 factored: 1." in page
+    assert "serves them better" not in read(changed(calibration=None))
+
+
 def test_overlap_is_stated_either_way(report, changed):
     assert "No overlap. None of the 216 evaluation documents" in read(report)
     overlap = Overlap(calibration_documents=9, evaluation_documents=216, shared_documents=2, shared_lines=31)
