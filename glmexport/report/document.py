@@ -77,9 +77,13 @@ class LinearResult(Record):
     symmetric: bool
     bits_per_weight: Number
     relative_error: Number
-    """||W X - Wq X||^2 / ||W X||^2 on the calibration inputs X."""
+    """||G X - Wq X||^2 / ||G X||^2 on the calibration inputs X, as the quantized model before the matrix hands them on.
+
+    The goal G is the original W with the correction that brings G X as near to the original model's output as held-out
+    text confirms; W itself for a recipe without an asymmetric target.
+    """
     round_to_nearest_error: Number
-    """The same if every weight were rounded to its nearest code instead."""
+    """The same, against the same G, if every weight of W were rounded to its nearest code instead."""
     damping: Number
     """What was added to the Hessian's diagonal, as a fraction of its mean."""
     dead_columns: Count

@@ -33,9 +33,11 @@ from builds import (
 from glmexport.architecture import Reference
 from glmexport.bundle import read_manifest, verify_files
 from glmexport.checkpoint import Tokenizer
+from glmexport.cli.build import calibration_text
 from glmexport.errors import EXIT_INCONCLUSIVE
 from glmexport.job import Original
 from glmexport.progress import Silent, Track
+from glmexport.recipe import CalibrationPlan, open_recipe
 from glmexport.report.document import read_report
 from glmexport.validation.reference import reference_states
 from glmexport.validation.results import Verdict
@@ -346,6 +348,16 @@ def test_a_tied_head_shares_the_embedding_s_bytes(glm: Path) -> None:
     codes = 272 * 128
     assert codes < (glm / "weights" / "embedding.data").stat().st_size
     assert sum((glm / "weights").joinpath(name).stat().st_size for name in ("head.data",)) < codes
+
+
+def test_what_a_build_says_of_its_text() -> None:
+    own = (Path("a.txt"), Path("b.jsonl"))
+    plan = {"tokens": 2048, "sequence_length": 64}
+    alone = open_recipe("w4g32").model_copy(update={"calibration": CalibrationPlan(quota={"user": 1}, **plan)})
+    assert calibration_text(open_recipe("w4g32"), ()) == "shipped corpora"
+    assert calibration_text(open_recipe("w4g32"), own) == "shipped corpora, a.txt, b.jsonl"
+    assert calibration_text(alone, own) == "a.txt, b.jsonl"
+    assert calibration_text(open_recipe("rtn-w4g32"), ()) == "none: this recipe needs no text"
 
 
 def test_round_to_nearest_needs_no_text(sample: Sample, tmp_path: Path) -> None:
