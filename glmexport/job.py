@@ -14,7 +14,7 @@ from glmexport.checkpoint import Checkpoint, Tokenizer
 from glmexport.errors import InputError, MachineError
 from glmexport.estimate import estimate
 from glmexport.progress import Progress
-from glmexport.quantization.allocation import require_fit
+from glmexport.quantization.allocation import probe_bytes, require_fit
 from glmexport.recipe import STORED, Budget, Format, Recipe, open_recipe
 from glmexport.target import Target
 
@@ -199,10 +199,14 @@ def refuse_existing(directory: Path, force: bool, mark: str = "bundle.json", kin
 
 
 def require_space(original: Original, recipe: Recipe, parent: Path) -> None:
-    """The bundle, the committed blocks, and two blocks' activations, of both streams, must fit beside each other."""
+    """The bundle, the committed blocks, and two blocks' activations, of both streams, must fit beside each other.
+
+    Or, under a budget, the activations of all trials after two blocks, which are gone before the walk begins.
+    """
     architecture = original.architecture
     tokens = recipe.calibration.tokens if recipe.calibration else 0
-    needed = 2 * estimate(architecture, recipe, 1.0, None).bundle_bytes + 4 * tokens * architecture.hidden_size * 4
+    activations = max(4 * tokens * architecture.hidden_size * 4, probe_bytes(architecture, recipe))
+    needed = 2 * estimate(architecture, recipe, 1.0, None).bundle_bytes + activations
     require_free(parent, needed, "The build")
 
 

@@ -90,7 +90,10 @@ class WorkDirectory:
         note: Mapping[str, Any],
         activations: Mapping[str, Iterator[Tensor]] | None = None,
     ) -> None:
-        """Write the matrices and the streams of activations that the next step reads, flush them, then the record."""
+        """Write the matrices and the streams of activations that the next step reads, flush them, then the record.
+
+        ``note`` is read last, so that what is found out while the streams are made can be in it.
+        """
         weights = self.path / f"{step}.safetensors"
         partial = weights.with_suffix(".partial")
         _save(_tensors(linears), partial)
@@ -139,6 +142,12 @@ class WorkDirectory:
         """Free the space of activations that no later step reads."""
         for path in self.path.glob(f"{step}.*.activations"):
             path.unlink()
+
+    def forget(self, step: str) -> None:
+        """Undo a commit and free its space; the record goes first, so that a crash leaves no record without files."""
+        (self.path / f"{step}.json").unlink(missing_ok=True)
+        (self.path / f"{step}.safetensors").unlink(missing_ok=True)
+        self.drop_activations(step)
 
     def _activations(self, step: str, name: str) -> Path:
         return self.path / f"{step}.{name}.activations"

@@ -135,12 +135,13 @@ class Walk:
         if self.work.record(ALLOCATION) is None:
             started = time.monotonic()
             ids = probe_ids(self.calibration, self.recipe.budget.probe_tokens)
-            probe = Probe(self.streams.reference, ids, self.calibration.prefix, groups)
-            losses = probe.losses(self.work.path, self.progress)
+            probe = Probe(self.streams.reference, ids, self.calibration.prefix, groups, self.work, self.memory)
+            losses = probe.losses(self.progress)
             bits = [[group.bits(form) for form in group.candidates] for group in groups]
             chosen = allocate(losses, bits, available_bits(self.architecture, self.recipe))
             note = {"chosen": chosen, "losses": losses, "seconds": time.monotonic() - started}
             self.work.commit(ALLOCATION, {}, note)
+            probe.forget()
         record = self.work.record(ALLOCATION)
         assert record is not None
         return {
