@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from glmexport.architecture import Reference
+from glmexport.quantization.memory import COMPARED_POSITIONS
 
 #: For a slab [n, H] of the lm_head: inputs [P, K] and matrix [n, K], whose product is the change of its logits.
 Change = Callable[[Tensor], tuple[Tensor, Tensor]]
 
-#: Positions whose logits over one slab are held at a time.
-_POSITIONS = 256
 #: A logit that rises by more says no more than that the model is broken, and e^d must not overflow.
 _LARGEST = 80.0
 
@@ -59,8 +58,8 @@ class Outputs:
             yield self._reference.checkpoint.rows(head.weight, start, stop)
 
     def _spans(self) -> Iterator[slice]:
-        for start in range(0, len(self.normed), _POSITIONS):
-            yield slice(start, start + _POSITIONS)
+        for start in range(0, len(self.normed), COMPARED_POSITIONS):
+            yield slice(start, start + COMPARED_POSITIONS)
 
 
 def of_states(outputs: Outputs, states: Tensor) -> Change:

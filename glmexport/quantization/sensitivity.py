@@ -21,7 +21,7 @@ from glmexport.calibration import CalibrationSet
 from glmexport.progress import Progress
 from glmexport.quantization.allocation import EMBEDDING_TAP, HEAD_TAP, TieGroup
 from glmexport.quantization.deviation import Outputs, of_head, of_states, of_states_and_head
-from glmexport.quantization.memory import MemoryPlan
+from glmexport.quantization.memory import MemoryPlan, compared_trials
 from glmexport.quantization.solve import round_to_nearest
 from glmexport.quantization.store import WorkDirectory
 from glmexport.recipe import Format
@@ -198,7 +198,7 @@ class Probe:
         outputs = Outputs(self.reference, normed, max(64, self.memory.chunk_weights // architecture.hidden_size))
         losses: list[dict[int, float]] = [{} for _ in self.groups]
         ones = torch.ones(architecture.hidden_size)
-        together = max(1, 4 * self.memory.batch_tokens // self.ids.numel())
+        together = compared_trials(self.memory.batch_tokens, self.ids.numel())
         for start in range(0, len(self._trials), together):
             batch = self._trials[start : start + together]
             changes = []
@@ -245,7 +245,8 @@ class Probe:
 
 
 def _sampled(inputs: Tensor) -> Tensor:
-    return inputs[:: max(1, len(inputs) // _SAMPLED_POSITIONS)]
+    # A view would keep all of them in memory.
+    return inputs[:: max(1, len(inputs) // _SAMPLED_POSITIONS)].clone()
 
 
 def _rounded(rows: Tensor, form: Format, importance: Tensor) -> Tensor:

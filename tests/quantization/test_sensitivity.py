@@ -16,8 +16,9 @@ from torch import Tensor
 from glmexport.architecture import DecoderLayer, Reference
 from glmexport.architecture.reference import Block
 from glmexport.divergence import kl_divergence
+from glmexport.errors import MachineError
 from glmexport.progress import Silent
-from glmexport.quantization import WorkDirectory, round_to_nearest
+from glmexport.quantization import MemoryPlan, WorkDirectory, plan_memory, round_to_nearest
 from glmexport.quantization.allocation import EMBEDDING_TAP, probe_bytes, tie_groups
 from glmexport.quantization.deviation import Outputs, of_head, of_states, of_states_and_head
 from glmexport.quantization.sensitivity import Probe, probe_ids
@@ -30,11 +31,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     return Model(tmp_path_factory.mktemp("model"))
 
 
-def probe_of(model: Model, directory: Path) -> Probe:
+def probe_of(model: Model, directory: Path, memory: MemoryPlan = MEMORY) -> Probe:
     reference = Reference(model.checkpoint, model.architecture)
     ids = probe_ids(model.calibration, 256)
     groups = list(tie_groups(model.architecture, RECIPE))
-    return Probe(reference, ids, model.calibration.prefix, groups, WorkDirectory(directory, {}), MEMORY)
+    return Probe(reference, ids, model.calibration.prefix, groups, WorkDirectory(directory, {}), memory)
 
 
 @pytest.fixture(scope="module")
@@ -191,3 +192,26 @@ def test_a_killed_pass_goes_on_after_its_last_block(
     assert any("Resuming" in remark for remark in progress.remarks)
     again.forget()
     assert [path.name for path in tmp_path.iterdir() if not path.name.endswith(".partial")] == ["job.json"]
+
+
+def test_the_plan_covers_the_trials(model: Model) -> None:
+    """With as many positions that they, and not the solver, are the most there is."""
+    assert RECIPE.budget is not None
+    long = RECIPE.model_copy(update={"budget": RECIPE.budget.model_copy(update={"probe_tokens": 1 << 21})})
+    states = (1 << 21) * model.architecture.hidden_size * 4
+    plan = plan_memory(model.architecture, long)
+    assert plan.peak_bytes > plan_memory(model.architecture, RECIPE).peak_bytes
+    assert plan.peak_bytes > 4 * states
+    smaller = plan_memory(model.architecture, long, plan.peak_bytes - 1)
+    assert smaller.batch_tokens < plan.batch_tokens and smaller.chunk_weights < plan.chunk_weights
+    with pytest.raises(MachineError):
+        plan_memory(model.architecture, long, 3 * states)
+
+
+def test_smaller_batches_measure_the_same(model: Model, losses: list[list[float]], tmp_path: Path) -> None:
+    probe = probe_of(model, tmp_path, MemoryPlan(batch_tokens=64, chunk_weights=64 * 64, peak_bytes=0))
+    whole = probe_of(model, tmp_path / "whole", MemoryPlan(batch_tokens=4096, chunk_weights=1 << 25, peak_bytes=0))
+    assert (probe._batch, whole._batch) == (1, 64)
+    for found, more, row in zip(probe.losses(Silent()), whole.losses(Silent()), losses, strict=True):
+        assert found == pytest.approx(row, rel=1e-3)
+        assert more == pytest.approx(row, rel=1e-3)
