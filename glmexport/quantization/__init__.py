@@ -3,7 +3,7 @@
 from glmexport.quantization.linear import QuantizedLinear
 from glmexport.quantization.memory import MemoryPlan, plan_memory
 from glmexport.quantization.packing import pack_codes, pack_zero_points, unpack
-from glmexport.quantization.record import QuantizedMatrix
+from glmexport.quantization.record import AllocatedGroup, QuantizedMatrix
 from glmexport.quantization.solve import Problem, Solution, gptq, round_to_nearest
 from glmexport.quantization.store import WorkDirectory, sha256, write_atomically
 from glmexport.quantization.walk import EMBEDDING, HEAD, Walk, block_step
@@ -11,6 +11,7 @@ from glmexport.quantization.walk import EMBEDDING, HEAD, Walk, block_step
 __all__ = [
     "EMBEDDING",
     "HEAD",
+    "AllocatedGroup",
     "MemoryPlan",
     "Problem",
     "QuantizedLinear",

@@ -21,7 +21,7 @@ from glmexport.progress import Progress
 from glmexport.quantization.allocation import allocate, available_bits, tie_groups
 from glmexport.quantization.linear import QuantizedLinear
 from glmexport.quantization.memory import MemoryPlan
-from glmexport.quantization.record import QuantizedMatrix
+from glmexport.quantization.record import AllocatedGroup, QuantizedMatrix
 from glmexport.quantization.sensitivity import Probe, probe_ids
 from glmexport.quantization.solve import Problem, gptq, round_to_nearest
 from glmexport.quantization.store import WorkDirectory
@@ -91,6 +91,24 @@ class Walk:
             seconds += note.get("seconds", 0.0)
         allocation = self.work.record(ALLOCATION)
         return records, seconds + (allocation["note"]["seconds"] if allocation else 0.0)
+
+    def allocation(self) -> tuple[AllocatedGroup, ...]:
+        """What the budget's bits were given to, in the order of the model; nothing for a recipe without one."""
+        record = self.work.record(ALLOCATION)
+        if record is None:
+            return ()
+        groups = tie_groups(self.architecture, self.recipe)
+        return tuple(
+            AllocatedGroup(
+                name=group.name,
+                keys=tuple(group.shapes),
+                format=group.candidates[choice],
+                bits=group.bits(group.candidates[choice]),
+                loss_nats=losses[choice],
+                tried=choice in group.tried,
+            )
+            for group, choice, losses in zip(groups, record["note"]["chosen"], record["note"]["losses"], strict=True)
+        )
 
     def _resume_at(self) -> int:
         """Index of the first step to do: the one after the last committed step whose activations are there."""

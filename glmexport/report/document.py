@@ -96,10 +96,30 @@ class LinearResult(Record):
     """Rows whose polish made held-out text worse and was taken back."""
 
 
+class GroupResult(Record):
+    """Matrices that were given one format together, so as to lose least within a budget of bits."""
+
+    name: str
+    matrices: tuple[str, ...]
+    """Their names in ``linears``."""
+    bits: Annotated[int, Field(ge=1, le=32)]
+    group_size: int
+    symmetric: bool
+    stored_bits: Count
+    """All its matrices in that format, scales and zero points included."""
+    loss_nats: Number
+    """Mean KL divergence, in nats, that the group causes alone in that format on held-out calibration text, rounded to
+    nearest and everything else original."""
+    tried: bool
+    """False if the loss follows from that of another group size by the ratio of the errors at the matrices' outputs."""
+
+
 class QuantizationSummary(Record):
     """The build's own account of quantization."""
 
     linears: tuple[LinearResult, ...]
+    groups: tuple[GroupResult, ...] = ()
+    """What a budget's bits were given to, in the order of the model; empty for a recipe without a budget."""
     fallbacks: tuple[str, ...]
     """Each departure from the recipe, in a sentence; empty if there was none."""
     seconds: Number

@@ -38,7 +38,7 @@ from glmexport.errors import EXIT_INCONCLUSIVE
 from glmexport.job import Original
 from glmexport.progress import Silent, Track
 from glmexport.recipe import CalibrationPlan, open_recipe
-from glmexport.report.document import read_report
+from glmexport.report.document import HTML_NAME, read_report
 from glmexport.validation.reference import reference_states
 from glmexport.validation.results import Verdict
 from glmexport.validation.texts import EvaluationText
@@ -348,6 +348,26 @@ def test_a_tied_head_shares_the_embedding_s_bytes(glm: Path) -> None:
     codes = 272 * 128
     assert codes < (glm / "weights" / "embedding.data").stat().st_size
     assert sum((glm / "weights").joinpath(name).stat().st_size for name in ("head.data",)) < codes
+
+
+def test_what_a_budget_costs_is_in_the_manifest_and_the_report(sample: Sample, tmp_path: Path) -> None:
+    budget = "[budget]\nbits_per_weight = 5.5\nprobe_tokens = 128\n"
+    recipe = write_recipe(tmp_path, f"{RECIPE}\n{budget}", "mixed")
+    (built,) = build(sample.checkpoint, tmp_path / "bundle", recipe)
+    manifest = read_manifest(built.directory)
+    assert manifest.precision.bits_per_weight <= 5.5
+    formats = {matrix.key: (matrix.bits, matrix.group_size) for matrix in manifest.matrices}
+    for group in manifest.allocation:
+        assert {formats.pop(key) for key in group.keys} == {(group.format.bits, group.format.group_size)}
+        assert group.loss_nats > 0
+    assert not formats
+    quantization = built.report.quantization
+    assert quantization is not None
+    assert [(group.name, group.loss_nats, group.stored_bits) for group in quantization.groups] == [
+        (group.name, group.loss_nats, group.bits) for group in manifest.allocation
+    ]
+    assert "Where the bits went" in (built.directory / HTML_NAME).read_text(encoding="utf-8")
+    assert read_manifest(sample.bundle).allocation == ()
 
 
 def test_what_a_build_says_of_its_text() -> None:

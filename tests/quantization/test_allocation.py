@@ -103,6 +103,16 @@ def test_a_mixed_walk_keeps_within_its_budget_and_resumes(model: Model, tmp_path
     for layer in model.architecture.layers:
         for linears in layer.taps.values():
             assert len({weights.form(linear.weight) for linear in linears}) == 1
+    told = whole.allocation()
+    record = whole.work.record(ALLOCATION)
+    assert record is not None
+    assert {key for group in told for key in group.keys} == model.matrices()
+    assert sum(group.bits for group in told) == quantized
+    for group, chosen, losses in zip(told, record["note"]["chosen"], record["note"]["losses"], strict=True):
+        assert {weights.form(key) for key in group.keys} == {group.format}
+        assert group.loss_nats == losses[chosen]
+        assert group.tried == (group.format.group_size == 32)
+    assert not list(whole.work.path.glob("sensitivity_*"))
     killed = model.walk(tmp_path / "killed", recipe)
     killed._allocated = killed._allocation()
     killed._step(0)
