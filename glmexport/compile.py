@@ -185,6 +185,7 @@ def _write(
         source=source_of(original, progress),
         calibration=calibration_source(calibration, documents),
         records=walk.records()[0],
+        allocation=walk.allocation(),
         tokenizer_files=original.tokenizer.files,
         progress=progress,
     )

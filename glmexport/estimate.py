@@ -67,9 +67,10 @@ def _flops(architecture: Architecture, recipe: Recipe) -> float:
     forward = 2.0 * sum(rows * columns for rows, columns in weights)
     total = forward * _VALIDATION_TOKEN_PASSES
     if recipe.budget:
-        # Every trial goes through half of the model on average.
-        trials = sum(len(group.candidates) for group in tie_groups(architecture, recipe))
-        total += forward * recipe.budget.probe_tokens * trials / 2
+        # Every trial goes through half of the model on average, and through the lm_head.
+        trials = sum(len(group.tried) for group in tie_groups(architecture, recipe))
+        head = 2.0 * architecture.lm_head.out_features * architecture.lm_head.in_features
+        total += (forward / 2 + head) * recipe.budget.probe_tokens * trials
     if recipe.needs_calibration and recipe.calibration:
         tokens = recipe.calibration.tokens
         # Four partial passes to the taps of a layer and a whole one cost about three whole ones, on each stream.

@@ -14,7 +14,7 @@ from glmexport.checkpoint import Checkpoint, Tokenizer
 from glmexport.errors import InputError, MachineError
 from glmexport.estimate import estimate
 from glmexport.progress import Progress
-from glmexport.quantization.allocation import require_fit
+from glmexport.quantization.allocation import probe_bytes, require_fit
 from glmexport.recipe import STORED, Budget, Format, Recipe, open_recipe
 from glmexport.target import Target
 
@@ -199,12 +199,16 @@ def refuse_existing(directory: Path, force: bool, mark: str = "bundle.json", kin
 
 
 def require_space(original: Original, recipe: Recipe, parent: Path) -> None:
-    """The bundle, the committed blocks and the activations must fit beside each other."""
+    """The bundle, the committed blocks and the activations must fit beside each other.
+
+    Under a budget the activations are at least those of all trials, which are gone before the walk begins.
+    """
     architecture = original.architecture
     tokens = recipe.calibration.tokens if recipe.calibration else 0
     # Both streams, before a block, between its branches and behind it; and what one of its linears reads.
     widest = max(linear.in_features for _, linear in architecture.linears)
-    activations = tokens * (7 * architecture.hidden_size + widest) * 4
+    streams = tokens * (7 * architecture.hidden_size + widest) * 4
+    activations = max(streams, probe_bytes(architecture, recipe))
     needed = 2 * estimate(architecture, recipe, 1.0, None).bundle_bytes + activations
     require_free(parent, needed, "The build")
 

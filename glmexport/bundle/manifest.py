@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from glmexport.definition import Definition
 from glmexport.errors import BundleError
-from glmexport.quantization import QuantizedMatrix, sha256
+from glmexport.quantization import AllocatedGroup, QuantizedMatrix, sha256
 from glmexport.recipe import Recipe
 from glmexport.target import Target
 
@@ -89,6 +89,8 @@ class Manifest(Definition):
     calibration: CalibrationSource | None
     precision: Precision
     matrices: tuple[QuantizedMatrix, ...]
+    #: Of a recipe with a budget.
+    allocation: tuple[AllocatedGroup, ...] = ()
     files: tuple[FileEntry, ...]
 
     def digest(self) -> str:

@@ -28,7 +28,7 @@ from glmexport.checkpoint.fold import as_tensors
 from glmexport.graph import build_graph
 from glmexport.lowering import lower
 from glmexport.progress import Progress
-from glmexport.quantization import QuantizedMatrix, write_atomically
+from glmexport.quantization import AllocatedGroup, QuantizedMatrix, write_atomically
 from glmexport.quantization.linear import stored_bits
 from glmexport.quantization.weights import Weights
 from glmexport.recipe import Recipe
@@ -50,6 +50,7 @@ def write_bundle(
     source: Source,
     calibration: CalibrationSource | None,
     records: Iterable[QuantizedMatrix],
+    allocation: Iterable[AllocatedGroup] = (),
     tokenizer_files: Iterable[Path],
     progress: Progress,
 ) -> Manifest:
@@ -87,6 +88,7 @@ def write_bundle(
         calibration=calibration,
         precision=_precision(architecture, weights),
         matrices=tuple(records),
+        allocation=tuple(allocation),
         files=list_files(directory),
     )
     write_atomically(directory / MANIFEST, (manifest.model_dump_json(indent=2) + "\n").encode())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -16,6 +18,9 @@ from glmexport.cli.options import (
     memory_option,
     threads_option,
 )
+
+if TYPE_CHECKING:
+    from glmexport.recipe import Recipe
 
 
 @click.command()
@@ -84,7 +89,7 @@ def build(
                 **({"quantized": f"gptq, {formats_of(original)}"} if original.checkpoint.quantized else {}),
                 "target": f"{job.target.name}: {job.target.summary}",
                 "recipe": f"{job.recipe.name}: {job.recipe.summary}",
-                "calibration": ", ".join(str(path) for path in calibration) or "shipped corpora",
+                "calibration": calibration_text(job.recipe, calibration),
                 "output": str(job.directory),
                 "threads": str(threads),
                 "memory": f"about {gibibytes(expected.peak_memory_bytes)} at the peak"
@@ -111,3 +116,13 @@ def build(
         ]
         emit(json.dumps({"bundles": documents}, indent=2, ensure_ascii=False))
     return exit_code([bundle.report.verdict for bundle in built])
+
+
+def calibration_text(recipe: Recipe, own: Sequence[Path]) -> str:
+    """What ``recipe`` calibrates on, for people."""
+    from glmexport.calibration import USER
+
+    if recipe.calibration is None:
+        return "none: this recipe needs no text"
+    shipped = ["shipped corpora"] if set(recipe.calibration.quota) - {USER} else []
+    return ", ".join([*shipped, *map(str, own)])

@@ -30,6 +30,21 @@ class TieGroup:
         """Stored bits of all its matrices."""
         return sum(stored_bits(shape, form) for shape in self.shapes.values())
 
+    @property
+    def tried(self) -> dict[int, tuple[int, ...]]:
+        """Candidates whose loss is measured, each with those whose loss follows from it, by index.
+
+        Between group sizes of the same bits the error changes its size, but hardly its kind: the finest is tried.
+        """
+        alike: dict[tuple[int, bool], list[int]] = {}
+        for index, form in enumerate(self.candidates):
+            alike.setdefault((form.bits, form.symmetric), []).append(index)
+        tried = {}
+        for members in alike.values():
+            finest = min(members, key=lambda index: self.candidates[index].group_size)
+            tried[finest] = tuple(index for index in members if index != finest)
+        return dict(sorted(tried.items()))
+
 
 EMBEDDING_TAP, HEAD_TAP = "embedding", "lm_head"
 
@@ -76,6 +91,14 @@ def require_fit(architecture: Architecture, recipe: Recipe) -> None:
             f"and their smallest formats need {least / 8 / 2**20:,.1f} MiB.",
             next_step="Give a larger --size or --bpw, or a recipe whose [budget] has smaller candidates.",
         )
+
+
+def probe_bytes(architecture: Architecture, recipe: Recipe) -> int:
+    """Disk that the trials of a budget take: all of them after one block and, while it is written, the next."""
+    if recipe.budget is None:
+        return 0
+    trials = sum(len(group.tried) for group in tie_groups(architecture, recipe))
+    return 2 * (trials + 1) * recipe.budget.probe_tokens * architecture.hidden_size * 4
 
 
 def total_bits(architecture: Architecture, budget: Budget) -> int:

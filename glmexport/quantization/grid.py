@@ -94,17 +94,21 @@ class _Best:
     def __init__(self, weights: Tensor, importance: Tensor, form: Format, scale: Tensor, zero_point: Tensor) -> None:
         self.weights, self.importance, self.bits = weights, importance, form.bits
         self.scale, self.zero_point = scale, zero_point
-        self.error = _error(weights, importance, scale, zero_point, form.bits)
+        self._scratch = torch.empty_like(weights)
+        self.error = _error(weights, importance, scale, zero_point, form.bits, self._scratch)
 
     def consider(self, scale: Tensor, zero_point: Tensor) -> None:
         """Take the candidate where it is better."""
-        error = _error(self.weights, self.importance, scale, zero_point, self.bits)
+        error = _error(self.weights, self.importance, scale, zero_point, self.bits, self._scratch)
         better = error < self.error
         self.error = torch.where(better, error, self.error)
         self.scale = torch.where(better, scale, self.scale)
         self.zero_point = torch.where(better, zero_point, self.zero_point)
 
 
-def _error(weights: Tensor, importance: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
-    residual = decode(encode(weights, scale, zero_point, bits), scale, zero_point).sub_(weights)
-    return importance @ residual.square_()
+def _error(
+    weights: Tensor, importance: Tensor, scale: Tensor, zero_point: Tensor, bits: int, scratch: Tensor
+) -> Tensor:
+    # decode(encode(weights)) without adding the zero point and taking it away again, in memory that stays in the cache.
+    centred = torch.div(weights, scale, out=scratch).round_().clamp_(-zero_point, 2**bits - 1 - zero_point)
+    return importance @ centred.mul_(scale).sub_(weights).square_()

@@ -6,16 +6,21 @@ from dataclasses import dataclass
 
 from glmexport.architecture import Architecture
 from glmexport.errors import MachineError
+from glmexport.quantization.allocation import tie_groups
 from glmexport.quantization.factor import DOUBLE_LIMIT
 from glmexport.quantization.moments import SAMPLE_POSITIONS
 from glmexport.recipe import Recipe
 
+#: Positions of the probe whose logits over a slab of the lm_head are held at a time.
+COMPARED_POSITIONS = 256
 #: Interpreter, torch, transformers and their allocators, measured before any weight is read.
 BASE_BYTES = 700 << 20
 _FP32 = 4
 #: Copies of a chunk of rows that the solver holds at its peak: weights, error, its projection, what the polish may
 #: have to go back to, temporaries.
 _SOLVER_COPIES = 14
+#: Copies of a chunk of rows while it is rounded to nearest: itself, its codes, their values, and their temporaries.
+_ROUNDING_COPIES = 8
 
 
 @dataclass(frozen=True)
@@ -89,4 +94,26 @@ def _peak(architecture: Architecture, recipe: Recipe, batch: int, chunk: int) ->
         if ends:
             # What the branch adds, from its dequantized matrix.
             peaks.append(held + inside * _FP32 + 3 * batch * max(width, size) * _FP32)
+    if recipe.budget:
+        peaks += _probe_peaks(architecture, recipe, recipe.budget.probe_tokens, batch, chunk)
     return BASE_BYTES + max(peaks)
+
+
+def _probe_peaks(architecture: Architecture, recipe: Recipe, tokens: int, batch: int, chunk: int) -> list[int]:
+    """Of the trials under a budget: inside a block, and when all are compared at the lm_head."""
+    layer, hidden = architecture.layers[0], architecture.hidden_size
+    states = tokens * hidden
+    taps = [sum(linear.in_features * linear.out_features for linear in linears) for linears in layer.taps.values()]
+    inputs = 2 * tokens * max(linear.in_features for linear in layer.linears)
+    forward = 3 * batch * max(linear.out_features for linear in layer.linears)
+    # The original's states, a trial's before and after the block, and the rounded matrices of one tap.
+    block = sum(taps) + max(taps) + 3 * states + max(inputs, forward, _ROUNDING_COPIES * chunk)
+    tried = max(len(group.tried) for group in tie_groups(architecture, recipe))
+    logits = 3 * COMPARED_POSITIONS * chunk // hidden
+    compared = (compared_trials(batch, tokens) + 4) * states + (_ROUNDING_COPIES + tried + 1) * chunk + logits
+    return [block * _FP32, compared * _FP32]
+
+
+def compared_trials(batch_tokens: int, tokens: int) -> int:
+    """How many trials of ``tokens`` each are compared with the original in one pass over the lm_head."""
+    return max(1, 4 * batch_tokens // tokens)

@@ -8,6 +8,7 @@ from glmexport.architecture import Linear
 from glmexport.definition import Definition
 from glmexport.quantization.linear import QuantizedLinear
 from glmexport.quantization.solve import Solution
+from glmexport.recipe import Format
 
 
 class QuantizedMatrix(Definition):
@@ -76,3 +77,17 @@ class QuantizedMatrix(Definition):
             "fallback": solution.fallback,
         }
         return cls.unmeasured(linear.weight, layer, linear.part, solution.linear).model_copy(update=measured)
+
+
+class AllocatedGroup(Definition):
+    """Matrices that were given one format together under a budget, and what that costs."""
+
+    name: str
+    keys: tuple[str, ...]
+    format: Format
+    #: Bits that all its matrices are stored in.
+    bits: int
+    #: Mean KL divergence that the group causes alone in that format, rounded to nearest, everything else original.
+    loss_nats: float
+    #: False: the loss follows from that of another group size (see ``TieGroup.tried``).
+    tried: bool

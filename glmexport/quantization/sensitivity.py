@@ -3,30 +3,34 @@
 One pass over the weights serves all trials. Every trial is a copy of the probe's activations that leaves the
 original's at its group and goes through the rest of the model with original weights; divergences this small add up.
 The trial's matrices are rounded to nearest on a searched grid: what GPTQ then gains is nearly the same factor in all.
+Formats of the same bits are not all tried (``TieGroup.tried``): a small divergence is proportional to the energy of
+the error at the matrices' outputs, which takes no pass through the model to measure.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryFile
 
 import torch
 from torch import Tensor
 
-from glmexport.architecture import Linear, Reference
+from glmexport.architecture import DecoderLayer, Linear, Reference
+from glmexport.architecture.reference import Block
 from glmexport.calibration import CalibrationSet
-from glmexport.divergence import kl_divergence
 from glmexport.progress import Progress
 from glmexport.quantization.allocation import EMBEDDING_TAP, HEAD_TAP, TieGroup
-from glmexport.quantization.linear import QuantizedLinear
+from glmexport.quantization.deviation import Outputs, of_head, of_states, of_states_and_head
+from glmexport.quantization.memory import MemoryPlan, compared_trials
 from glmexport.quantization.nearest import round_to_nearest
+from glmexport.quantization.store import WorkDirectory
 from glmexport.recipe import Format
 
-#: Positions whose logits are compared at a time, and tokens of a probe sequence.
-_POSITIONS, _LONGEST = 128, 256
-_CHUNK_WEIGHTS = 1 << 24
+#: Tokens of a probe sequence.
+_LONGEST = 256
+#: Positions of the probe on which formats of the same bits are compared.
+_SAMPLED_POSITIONS = 512
+ORIGINAL, TRIALS = "original", "trials"
 
 
 def probe_ids(calibration: CalibrationSet, tokens: int) -> Tensor:
@@ -46,107 +50,209 @@ class _Trial:
 
 
 class Probe:
-    """The probe's text on its way through the original, and through every trial."""
+    """The probe's text on its way through the original, and through every trial.
 
-    def __init__(self, reference: Reference, ids: Tensor, prefix: int, groups: Sequence[TieGroup]) -> None:
+    Both are committed to ``work`` after every block, so that a pass that is killed goes on from there.
+    """
+
+    def __init__(
+        self,
+        reference: Reference,
+        ids: Tensor,
+        prefix: int,
+        groups: Sequence[TieGroup],
+        work: WorkDirectory,
+        memory: MemoryPlan,
+    ) -> None:
         self.reference = reference
         self.ids = ids
         self.prefix = prefix
         self.groups = groups
-        self._trials: list[_Trial] = []
+        self.work = work
+        self.memory = memory
         self._positions = reference.position_embeddings(ids.shape[1])
-        self._count = ids.numel() * reference.architecture.hidden_size
+        self._batch = max(1, memory.batch_tokens // ids.shape[1])
+        #: In the order of the model, so that those that have left the original after some block come first.
+        self._trials = [
+            _Trial(number, candidate, group.candidates[candidate])
+            for number, group in enumerate(groups)
+            if group.tap != HEAD_TAP
+            for candidate in group.tried
+        ]
+        #: Of the sampled outputs, by group and candidate.
+        self._errors: dict[int, list[float]] = {}
+        self._steps = ["sensitivity_embedding"]
+        self._steps += [f"sensitivity_{layer.index:03d}" for layer in reference.architecture.layers]
 
-    def losses(self, directory: Path, progress: Progress) -> list[list[float]]:
-        """Mean KL divergence in nats [groups][candidates]; the trials are kept in a nameless file in ``directory``."""
-        architecture = self.reference.architecture
-        with (
-            TemporaryFile(dir=directory) as self._file,
-            progress.track("Sensitivity", len(architecture.layers)) as track,
-        ):
-            hidden = self.reference.embed(self.ids)
-            self._embedding()
-            for layer in architecture.layers:
-                block = self.reference.block(layer)
-                for index in range(len(self._trials)):
-                    self._save(index, block.forward(self._load(index), self._positions))
-                for number, group in enumerate(self.groups):
-                    if group.layer != layer.index:
-                        continue
-                    linears = layer.taps[group.tap]
-                    importance = block.tap(group.tap, hidden, self._positions)[:, self.prefix :].square().mean((0, 1))
-                    for candidate, form in enumerate(group.candidates):
-                        weights = {linear.weight: self._rounded(linear, form, importance) for linear in linears}
-                        self._add(number, candidate, form, block.forward(hidden, self._positions, weights))
-                hidden = block.forward(hidden, self._positions)
-                track.advance(1, f"block {layer.index}")
-            return self._compare(hidden)
-
-    def _embedding(self) -> None:
-        for number, group in enumerate(self.groups):
-            if group.tap == EMBEDDING_TAP:
-                for candidate, form in enumerate(group.candidates):
-                    wanted, position = torch.unique(self.ids, return_inverse=True)
-                    rows = self.reference.embed(wanted)
-                    rounded = round_to_nearest(rows, form, torch.ones(rows.shape[1])).dequantize()
-                    self._add(number, candidate, form, rounded[position])
-
-    def _compare(self, hidden: Tensor) -> list[list[float]]:
-        architecture, head = self.reference.architecture, self.reference.architecture.lm_head
-        normed = self.reference.final_norm(hidden)[:, self.prefix :]
-        losses = [[0.0] * len(group.candidates) for group in self.groups]
-        for index, trial in enumerate(self._trials):
-            states = self.reference.final_norm(self._load(index))[:, self.prefix :]
-            # A tied head is the embedding: it speaks with the same codes.
-            tied = architecture.tied and self.groups[trial.group].tap == EMBEDDING_TAP
-            own = self._head(trial.form, torch.ones(head.in_features)) if tied else None
-            losses[trial.group][trial.candidate] = self._mean_kl(normed, states, own)
-        importance = normed.square().mean((0, 1))
-        for number, group in enumerate(self.groups):
-            if group.tap == HEAD_TAP:
-                for candidate, form in enumerate(group.candidates):
-                    losses[number][candidate] = self._mean_kl(normed, normed, self._head(form, importance))
+    def losses(self, progress: Progress) -> list[list[float]]:
+        """Mean KL divergence in nats [groups][candidates]."""
+        layers = self.reference.architecture.layers
+        done = self._resume_at()
+        if done:
+            progress.remark(f"Resuming the sensitivities after {self._steps[done - 1]}.")
+        with progress.track("Sensitivity", len(self._steps) + 1) as track:
+            track.advance(done)
+            for index in range(done, len(self._steps)):
+                if index:
+                    self._block(index, layers[index - 1])
+                else:
+                    self._embedding()
+                track.advance(1, f"block {index - 1}" if index else EMBEDDING_TAP)
+            losses = self._followed(self._compare())
+            track.advance(1, HEAD_TAP)
         return losses
 
-    def _mean_kl(self, original: Tensor, states: Tensor, head: QuantizedLinear | None) -> float:
-        total = 0.0
-        ours, theirs = original.flatten(0, 1), states.flatten(0, 1)
-        for start in range(0, len(ours), _POSITIONS):
-            span = slice(start, start + _POSITIONS)
-            log_p = self.reference.logits(ours[span]).double().log_softmax(-1)
-            logits = self.reference.logits(theirs[span]) if head is None else head.apply(theirs[span])
-            total += float(kl_divergence(log_p, logits.double().log_softmax(-1)).sum())
-        return total / len(ours)
+    def forget(self) -> None:
+        """Free what was committed, once the losses are safe elsewhere."""
+        for step in self._steps:
+            self.work.forget(step)
 
-    def _rounded(self, linear: Linear, form: Format, importance: Tensor) -> Tensor:
-        return self._quantized(linear, form, importance).dequantize()
+    def _resume_at(self) -> int:
+        for index in range(len(self._steps), 0, -1):
+            step = self._steps[index - 1]
+            record = self.work.record(step) if self.work.has_activations(step, ORIGINAL) else None
+            if record is not None:
+                self._errors = {int(number): row for number, row in record["note"]["errors"].items()}
+                return index
+        return 0
 
-    def _head(self, form: Format, importance: Tensor) -> QuantizedLinear:
-        return self._quantized(self.reference.architecture.lm_head, form, importance)
+    def _commit(self, step: str, original: Iterator[Tensor], trials: Iterator[Tensor]) -> None:
+        self.work.commit(step, {}, {"errors": self._errors}, {ORIGINAL: original, TRIALS: trials})
 
-    def _quantized(self, linear: Linear, form: Format, importance: Tensor) -> QuantizedLinear:
-        rows = max(1, _CHUNK_WEIGHTS // linear.in_features)
-        # At 8 bits the search finds nothing to gain.
-        weighting = importance if form.bits < 8 else None
-        checkpoint = self.reference.checkpoint
-        return QuantizedLinear.concatenate(
-            [
-                round_to_nearest(
-                    checkpoint.rows(linear.weight, start, min(start + rows, linear.out_features)), form, weighting
-                )
-                for start in range(0, linear.out_features, rows)
-            ]
-        )
+    def _embedding(self) -> None:
+        wanted, position = torch.unique(self.ids, return_inverse=True)
+        rows, ones = self.reference.embed(wanted), torch.ones(self.reference.architecture.hidden_size)
+        for number, group in enumerate(self.groups):
+            if group.tap == EMBEDDING_TAP:
+                self._errors[number] = [
+                    float((_rounded(rows, form, ones) - rows).square().sum()) for form in group.candidates
+                ]
 
-    def _add(self, group: int, candidate: int, form: Format, states: Tensor) -> None:
-        self._trials.append(_Trial(group, candidate, form))
-        self._save(len(self._trials) - 1, states)
+        def trials() -> Iterator[Tensor]:
+            for trial in self._trials:
+                if self.groups[trial.group].tap == EMBEDDING_TAP:
+                    yield _rounded(rows, trial.form, ones)[position]
 
-    def _save(self, index: int, states: Tensor) -> None:
-        self._file.seek(index * self._count * 4)
-        self._file.write(states.contiguous().numpy().data.cast("B"))
+        self._commit(self._steps[0], iter([rows[position]]), trials())
 
-    def _load(self, index: int) -> Tensor:
-        self._file.seek(index * self._count * 4)
-        buffer = bytearray(self._file.read(self._count * 4))
-        return torch.frombuffer(buffer, dtype=torch.float32).reshape(*self.ids.shape, -1)
+    def _block(self, index: int, layer: DecoderLayer) -> None:
+        """Take every trial through the block ``layer``, where others begin."""
+        before, block = self._steps[index - 1], self.reference.block(layer)
+        hidden = self._read(before, ORIGINAL, 0)
+
+        def trials() -> Iterator[Tensor]:
+            for at, trial in enumerate(self._trials):
+                left = self.groups[trial.group].layer
+                if left is None or left < layer.index:
+                    yield from self._through(block, self._read(before, TRIALS, at))
+            for number, group in enumerate(self.groups):
+                if group.layer == layer.index:
+                    yield from self._leave(block, hidden, number)
+
+        self._commit(self._steps[index], self._through(block, hidden), trials())
+        self.work.drop_activations(before)
+
+    def _through(self, block: Block, states: Tensor, weights: dict[str, Tensor] | None = None) -> Iterator[Tensor]:
+        for part in torch.split(states, self._batch):
+            yield block.forward(part, self._positions, weights)
+
+    def _leave(self, block: Block, hidden: Tensor, number: int) -> Iterator[Tensor]:
+        """Outputs of ``block`` with its group ``number`` in each format that is tried; the errors in every format."""
+        group = self.groups[number]
+        linears = block.layer.taps[group.tap]
+        inputs = torch.cat([block.tap(group.tap, part, self._positions) for part in torch.split(hidden, self._batch)])
+        inputs = inputs[:, self.prefix :].flatten(0, 1)
+        importance = inputs.square().mean(0)
+        inputs = _sampled(inputs)
+        errors = self._errors[number] = [0.0] * len(group.candidates)
+        for candidate, form in enumerate(group.candidates):
+            weights = {}
+            for linear in linears:
+                whole = torch.empty(linear.out_features, linear.in_features) if candidate in group.tried else None
+                errors[candidate] += self._output_error(linear, form, importance, inputs, whole)
+                if whole is not None:
+                    weights[linear.weight] = whole
+            if weights:
+                yield from self._through(block, hidden, weights)
+
+    def _output_error(
+        self, linear: Linear, form: Format, importance: Tensor, inputs: Tensor, whole: Tensor | None = None
+    ) -> float:
+        """Energy of the error at the output for ``inputs``, as a share of it; ``whole`` receives the rounded matrix."""
+        error = norm = 0.0
+        count = max(64, self.memory.chunk_weights // linear.in_features)
+        for start in range(0, linear.out_features, count):
+            stop = min(start + count, linear.out_features)
+            rows = self.reference.checkpoint.rows(linear.weight, start, stop)
+            rounded = _rounded(rows, form, importance)
+            if whole is not None:
+                whole[start:stop] = rounded
+            norm += float((inputs @ rows.T).square().sum())
+            error += float((inputs @ rounded.sub_(rows).T).square().sum())
+        return error / max(norm, 1e-30)
+
+    def _compare(self) -> list[dict[int, float]]:
+        """Losses of the candidates that were tried."""
+        architecture, last = self.reference.architecture, self._steps[-1]
+        normed = self._normed(last, ORIGINAL, 0)
+        outputs = Outputs(self.reference, normed, max(64, self.memory.chunk_weights // architecture.hidden_size))
+        losses: list[dict[int, float]] = [{} for _ in self.groups]
+        ones = torch.ones(architecture.hidden_size)
+        together = compared_trials(self.memory.batch_tokens, self.ids.numel())
+        for start in range(0, len(self._trials), together):
+            batch = self._trials[start : start + together]
+            changes = []
+            for at, trial in enumerate(batch, start):
+                states = self._normed(last, TRIALS, at)
+                if architecture.tied and self.groups[trial.group].tap == EMBEDDING_TAP:
+                    # A tied head is the embedding: it speaks with the same codes.
+                    changes.append(of_states_and_head(outputs, states, _rounding(trial.form, ones)))
+                else:
+                    changes.append(of_states(outputs, states))
+            for trial, loss in zip(batch, outputs.divergences(changes), strict=True):
+                losses[trial.group][trial.candidate] = loss
+        importance = normed.square().mean(0)
+        for number, group in enumerate(self.groups):
+            if group.tap == HEAD_TAP:
+                forms = [group.candidates[candidate] for candidate in group.tried]
+                found = outputs.divergences([of_head(outputs, _rounding(form, importance)) for form in forms])
+                losses[number] = dict(zip(group.tried, found, strict=True))
+                self._errors[number] = [
+                    self._output_error(architecture.lm_head, form, importance, _sampled(normed))
+                    for form in group.candidates
+                ]
+        return losses
+
+    def _followed(self, tried: list[dict[int, float]]) -> list[list[float]]:
+        """``tried``, and from it the losses of the formats alike."""
+        losses = []
+        for number, group in enumerate(self.groups):
+            errors, row = self._errors[number], [0.0] * len(group.candidates)
+            for candidate, alike in group.tried.items():
+                row[candidate] = tried[number][candidate]
+                for other in alike:
+                    row[other] = row[candidate] * errors[other] / max(errors[candidate], 1e-30)
+            losses.append(row)
+        return losses
+
+    def _read(self, step: str, stream: str, index: int) -> Tensor:
+        count, length = self.ids.shape
+        shape = (count, length, self.reference.architecture.hidden_size)
+        return self.work.activations(step, stream, shape).read(index * count, (index + 1) * count)
+
+    def _normed(self, step: str, stream: str, index: int) -> Tensor:
+        return self.reference.final_norm(self._read(step, stream, index))[:, self.prefix :].flatten(0, 1)
+
+
+def _sampled(inputs: Tensor) -> Tensor:
+    # A view would keep all of them in memory.
+    return inputs[:: max(1, len(inputs) // _SAMPLED_POSITIONS)].clone()
+
+
+def _rounded(rows: Tensor, form: Format, importance: Tensor) -> Tensor:
+    # At 8 bits the search finds nothing to gain.
+    return round_to_nearest(rows, form, importance if form.bits < 8 else None).dequantize()
+
+
+def _rounding(form: Format, importance: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda rows: _rounded(rows, form, importance)

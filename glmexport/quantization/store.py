@@ -99,7 +99,10 @@ class WorkDirectory:
         activations: Mapping[str, Iterator[Tensor]] | None = None,
         tensors: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Write matrices, other tensors, and the streams that the next step reads; flush them; then the record."""
+        """Write matrices, other tensors, and the streams that the next step reads; flush them; then the record.
+
+        ``note`` is read last, so that what is found out while the streams are made can be in it.
+        """
         weights = self.path / f"{step}.safetensors"
         partial = weights.with_suffix(".partial")
         _save({**_tensors(linears), **(tensors or {})}, partial)
@@ -161,6 +164,12 @@ class WorkDirectory:
     def drop_scratch(self) -> None:
         """Free the space of every scratch file, also of those that a killed walk left."""
         self.drop_activations(_SCRATCH)
+
+    def forget(self, step: str) -> None:
+        """Undo a commit and free its space; the record goes first, so that a crash leaves no record without files."""
+        (self.path / f"{step}.json").unlink(missing_ok=True)
+        (self.path / f"{step}.safetensors").unlink(missing_ok=True)
+        self.drop_activations(step)
 
     def _activations(self, step: str, name: str) -> Path:
         return self.path / f"{step}.{name}.activations"

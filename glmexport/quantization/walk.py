@@ -26,7 +26,7 @@ from glmexport.quantization.memory import MemoryPlan
 from glmexport.quantization.moments import Measured
 from glmexport.quantization.nearest import round_to_nearest
 from glmexport.quantization.problem import LEAST_TOKENS, Problem
-from glmexport.quantization.record import QuantizedMatrix
+from glmexport.quantization.record import AllocatedGroup, QuantizedMatrix
 from glmexport.quantization.sensitivity import Probe, probe_ids
 from glmexport.quantization.solve import gptq
 from glmexport.quantization.store import WorkDirectory
@@ -97,6 +97,24 @@ class Walk:
             seconds += note.get("seconds", 0.0)
         before = [self.work.record(step) for step in (FOLDS, ALLOCATION)]
         return records, seconds + sum(record["note"]["seconds"] for record in before if record)
+
+    def allocation(self) -> tuple[AllocatedGroup, ...]:
+        """What the budget's bits were given to, in the order of the model; nothing for a recipe without one."""
+        record = self.work.record(ALLOCATION)
+        if record is None:
+            return ()
+        groups = tie_groups(self.architecture, self.recipe)
+        return tuple(
+            AllocatedGroup(
+                name=group.name,
+                keys=tuple(group.shapes),
+                format=group.candidates[choice],
+                bits=group.bits(group.candidates[choice]),
+                loss_nats=losses[choice],
+                tried=choice in group.tried,
+            )
+            for group, choice, losses in zip(groups, record["note"]["chosen"], record["note"]["losses"], strict=True)
+        )
 
     def _resume_at(self) -> int:
         """Index of the first step to do: the one after the last committed step whose activations are there."""
@@ -173,12 +191,13 @@ class Walk:
         if self.work.record(ALLOCATION) is None:
             started = time.monotonic()
             ids = probe_ids(self.calibration, self.recipe.budget.probe_tokens)
-            probe = Probe(self.streams.reference, ids, self.calibration.prefix, groups)
-            losses = probe.losses(self.work.path, self.progress)
+            probe = Probe(self.streams.reference, ids, self.calibration.prefix, groups, self.work, self.memory)
+            losses = probe.losses(self.progress)
             bits = [[group.bits(form) for form in group.candidates] for group in groups]
             chosen = allocate(losses, bits, available_bits(self.architecture, self.recipe))
             note = {"chosen": chosen, "losses": losses, "seconds": time.monotonic() - started}
             self.work.commit(ALLOCATION, {}, note)
+            probe.forget()
         record = self.work.record(ALLOCATION)
         assert record is not None
         return {

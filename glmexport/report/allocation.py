@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from glmexport.report.document import LinearResult
+    from glmexport.report.document import GroupResult, LinearResult
 
 _LAYERS_PER_BAND = 20
 _PARTS = ("embedding", "qkv", "o", "gate_up", "down", "lm_head")
@@ -27,6 +27,8 @@ class Cell:
     """0 for the smallest error of all matrices, 1 for the largest, logarithmic between."""
     bits: str
     matrices: int
+    loss_nats: float | None
+    """What their groups cost alone under a budget, together; none without one."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,31 @@ class PartSummary:
     dead_columns: int
     fewest_tokens: float | None
     """The smallest number of effective calibration tokens a column; none if not measured."""
+    mean_shrinkage: float | None
+    """Of the matrices that have an asymmetric target; none if none has."""
+    unpolished_rows: int
+
+
+@dataclass(frozen=True)
+class FormatSummary:
+    """Every group that a budget gave one format."""
+
+    format: str
+    groups: int
+    stored_bits: int
+    loss_nats: float
+
+
+@dataclass(frozen=True)
+class Spending:
+    """Where the bits of a budget went."""
+
+    stored_bits: int
+    loss_nats: float
+    formats: tuple[FormatSummary, ...]
+    """The most bits first."""
+    groups: tuple[tuple[str, GroupResult], ...]
+    """Each with its format; the largest loss first."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +88,13 @@ class Allocation:
     bands: tuple[Band, ...]
     outside: tuple[Cell, ...]
     """Embedding and language-model head."""
+    spending: Spending | None
+    """None without a budget."""
 
 
-def summarize(linears: Sequence[LinearResult]) -> Allocation:
-    """Group ``linears`` by part and decoder block."""
+def summarize(linears: Sequence[LinearResult], groups: Sequence[GroupResult] = ()) -> Allocation:
+    """Group ``linears`` by part and decoder block; ``groups`` are those of a budget."""
+    group_of = {name: group for group in groups for name in group.matrices}
     places: dict[tuple[str, int | None], list[LinearResult]] = defaultdict(list)
     by_part: dict[str, list[LinearResult]] = defaultdict(list)
     for linear in linears:
@@ -72,7 +102,7 @@ def summarize(linears: Sequence[LinearResult]) -> Allocation:
         by_part[linear.part].append(linear)
     logs = [math.log(x.relative_error) for x in linears if math.isfinite(x.relative_error) and x.relative_error > 0]
     low, high = (min(logs), max(logs)) if logs else (0.0, 0.0)
-    cells = {place: _cell(place[0], members, low, high) for place, members in places.items()}
+    cells = {place: _cell(place[0], members, low, high, group_of) for place, members in places.items()}
     order = sorted(by_part, key=lambda part: (_PARTS.index(part) if part in _PARTS else len(_PARTS), part))
     layers = sorted({layer for _, layer in cells if layer is not None})
     inside = [part for part in order if any((part, layer) in cells for layer in layers)]
@@ -84,10 +114,27 @@ def summarize(linears: Sequence[LinearResult]) -> Allocation:
         parts=tuple(_part(part, by_part[part]) for part in order),
         bands=tuple(bands),
         outside=tuple(cells[part, None] for part in order if (part, None) in cells),
+        spending=_spending(groups) if groups else None,
     )
 
 
-def _cell(part: str, linears: list[LinearResult], low: float, high: float) -> Cell:
+def _spending(groups: Sequence[GroupResult]) -> Spending:
+    by_format: dict[str, list[GroupResult]] = defaultdict(list)
+    for group in groups:
+        by_format[_format(group)].append(group)
+    formats = (
+        FormatSummary(name, len(members), sum(x.stored_bits for x in members), math.fsum(x.loss_nats for x in members))
+        for name, members in by_format.items()
+    )
+    return Spending(
+        stored_bits=sum(group.stored_bits for group in groups),
+        loss_nats=math.fsum(group.loss_nats for group in groups),
+        formats=tuple(sorted(formats, key=lambda row: (-row.stored_bits, row.format))),
+        groups=tuple((_format(group), group) for group in sorted(groups, key=lambda group: -group.loss_nats)),
+    )
+
+
+def _cell(part: str, linears: list[LinearResult], low: float, high: float, group_of: Mapping[str, GroupResult]) -> Cell:
     error = max(linear.relative_error for linear in linears)
     if not math.isfinite(error):
         shade = 1.0
@@ -96,12 +143,16 @@ def _cell(part: str, linears: list[LinearResult], low: float, high: float) -> Ce
     else:
         shade = (math.log(error) - low) / (high - low)
     bits = "/".join(str(bits) for bits in sorted({linear.bits for linear in linears}))
-    return Cell(part, error, shade, bits, len(linears))
+    # Several matrices of a group, as query, key and value are, count once.
+    groups = {group.name: group for linear in linears if (group := group_of.get(linear.name))}
+    loss = math.fsum(group.loss_nats for group in groups.values()) if groups else None
+    return Cell(part, error, shade, bits, len(linears), loss)
 
 
 def _part(part: str, linears: list[LinearResult]) -> PartSummary:
     tokens = [x.effective_tokens_per_column for x in linears if x.effective_tokens_per_column is not None]
     errors = [linear.relative_error for linear in linears]
+    kept = [linear.shrinkage for linear in linears if linear.shrinkage is not None]
     return PartSummary(
         part=part,
         matrices=len(linears),
@@ -112,9 +163,11 @@ def _part(part: str, linears: list[LinearResult]) -> PartSummary:
         median_round_to_nearest_error=statistics.median(linear.round_to_nearest_error for linear in linears),
         dead_columns=sum(linear.dead_columns for linear in linears),
         fewest_tokens=min(tokens, default=None),
+        mean_shrinkage=statistics.fmean(kept) if kept else None,
+        unpolished_rows=sum(linear.unpolished_rows for linear in linears),
     )
 
 
-def _format(linear: LinearResult) -> str:
+def _format(linear: LinearResult | GroupResult) -> str:
     symmetry = "symmetric" if linear.symmetric else "asymmetric"
     return f"{linear.bits} bit, groups of {linear.group_size}, {symmetry}"

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from glmexport import __version__
 from glmexport.bundle import MANIFEST, Manifest
-from glmexport.quantization import QuantizedMatrix
+from glmexport.quantization import AllocatedGroup, QuantizedMatrix
 from glmexport.report.document import (
     CalibrationSummary,
+    GroupResult,
     LinearResult,
     Machine,
     QuantizationSummary,
@@ -86,9 +87,23 @@ def _quantization(manifest: Manifest, build: BuildCost | None) -> QuantizationSu
         return None
     return QuantizationSummary(
         linears=tuple(_linear(matrix) for matrix in manifest.matrices),
+        groups=tuple(_group(group) for group in manifest.allocation),
         fallbacks=tuple(f"{matrix.key}: {matrix.fallback}" for matrix in manifest.matrices if matrix.fallback),
         seconds=build.seconds if build else math.nan,
         peak_memory_bytes=build.peak_memory_bytes if build else 0,
+    )
+
+
+def _group(group: AllocatedGroup) -> GroupResult:
+    return GroupResult(
+        name=group.name,
+        matrices=group.keys,
+        bits=group.format.bits,
+        group_size=group.format.group_size,
+        symmetric=group.format.symmetric,
+        stored_bits=group.bits,
+        loss_nats=group.loss_nats,
+        tried=group.tried,
     )
 
 
@@ -113,6 +128,7 @@ def _linear(matrix: QuantizedMatrix) -> LinearResult:
         shrinkage=matrix.shrinkage,
         unpolished_rows=matrix.unpolished_rows,
         nearest_rows=matrix.nearest_rows,
+        folded=matrix.folded,
     )
 
 

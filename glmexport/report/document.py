@@ -77,10 +77,14 @@ class LinearResult(Record):
     symmetric: bool
     bits_per_weight: Number
     relative_error: Number
-    """||W X - Wq X||^2 / ||W X||^2 on the calibration inputs X."""
+    """||G X - Wq X||^2 / ||G X||^2 on the calibration inputs X, as the quantized model before the matrix hands them on.
+
+    The goal G is the original W with the correction that brings G X as near to the original model's output as held-out
+    text confirms; W itself for a recipe without an asymmetric target.
+    """
     round_to_nearest_error: Number
-    """The same if every weight were rounded to its nearest code instead, with the recipe's search for scales: each
-    weighted by the mean square of its column's input."""
+    """The same, against the same G, if every weight of W were rounded to its nearest code instead, with the recipe's
+    search for scales: each weighted by the mean square of its column's input."""
     damping: Number
     """What was added to the Hessian's diagonal, as a fraction of its mean."""
     dead_columns: Count
@@ -93,14 +97,36 @@ class LinearResult(Record):
     """Mean share of the asymmetric target's correction that held-out text confirmed; none without one."""
     unpolished_rows: Count = 0
     """Rows whose polish made held-out text worse and was taken back."""
+    folded: bool = False
+    """Powers of two were moved between its columns and what writes its input, which is exact."""
     nearest_rows: Count = 0
     """Rows rounded to nearest with the same search, as that serves them better or the whole matrix fell back."""
+
+
+class GroupResult(Record):
+    """Matrices that were given one format together, so as to lose least within a budget of bits."""
+
+    name: str
+    matrices: tuple[str, ...]
+    """Their names in ``linears``."""
+    bits: Annotated[int, Field(ge=1, le=32)]
+    group_size: int
+    symmetric: bool
+    stored_bits: Count
+    """All its matrices in that format, scales and zero points included."""
+    loss_nats: Number
+    """Mean KL divergence, in nats, that the group causes alone in that format on held-out calibration text, rounded to
+    nearest and everything else original."""
+    tried: bool
+    """False if the loss follows from that of another group size by the ratio of the errors at the matrices' outputs."""
 
 
 class QuantizationSummary(Record):
     """The build's own account of quantization."""
 
     linears: tuple[LinearResult, ...]
+    groups: tuple[GroupResult, ...] = ()
+    """What a budget's bits were given to, in the order of the model; empty for a recipe without a budget."""
     fallbacks: tuple[str, ...]
     """Each departure from the recipe, in a sentence; empty if there was none."""
     seconds: Number

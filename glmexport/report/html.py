@@ -58,7 +58,9 @@ def render_html(report: Report) -> str:
             histogram=_histogram(report),
             speed_rows=_speed_rows(report.performance.original, report.performance.bundle),
             decode_chart=_decode_chart(report),
-            allocation=summarize(report.quantization.linears) if report.quantization else None,
+            allocation=(
+                summarize(report.quantization.linears, report.quantization.groups) if report.quantization else None
+            ),
             margin_text=_margin_text,
         )
     )

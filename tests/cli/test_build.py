@@ -33,10 +33,12 @@ from builds import (
 from glmexport.architecture import Reference
 from glmexport.bundle import read_manifest, verify_files
 from glmexport.checkpoint import Tokenizer
+from glmexport.cli.build import calibration_text
 from glmexport.errors import EXIT_INCONCLUSIVE
 from glmexport.job import Original
 from glmexport.progress import Silent, Track
-from glmexport.report.document import read_report
+from glmexport.recipe import CalibrationPlan, open_recipe
+from glmexport.report.document import HTML_NAME, read_report
 from glmexport.validation.reference import reference_states
 from glmexport.validation.results import Verdict
 from glmexport.validation.texts import EvaluationText
@@ -346,6 +348,36 @@ def test_a_tied_head_shares_the_embedding_s_bytes(glm: Path) -> None:
     codes = 272 * 128
     assert codes < (glm / "weights" / "embedding.data").stat().st_size
     assert sum((glm / "weights").joinpath(name).stat().st_size for name in ("head.data",)) < codes
+
+
+def test_what_a_budget_costs_is_in_the_manifest_and_the_report(sample: Sample, tmp_path: Path) -> None:
+    budget = "[budget]\nbits_per_weight = 5.5\nprobe_tokens = 128\n"
+    recipe = write_recipe(tmp_path, f"{RECIPE}\n{budget}", "mixed")
+    (built,) = build(sample.checkpoint, tmp_path / "bundle", recipe)
+    manifest = read_manifest(built.directory)
+    assert manifest.precision.bits_per_weight <= 5.5
+    formats = {matrix.key: (matrix.bits, matrix.group_size) for matrix in manifest.matrices}
+    for group in manifest.allocation:
+        assert {formats.pop(key) for key in group.keys} == {(group.format.bits, group.format.group_size)}
+        assert group.loss_nats > 0
+    assert not formats
+    quantization = built.report.quantization
+    assert quantization is not None
+    assert [(group.name, group.loss_nats, group.stored_bits) for group in quantization.groups] == [
+        (group.name, group.loss_nats, group.bits) for group in manifest.allocation
+    ]
+    assert "Where the bits went" in (built.directory / HTML_NAME).read_text(encoding="utf-8")
+    assert read_manifest(sample.bundle).allocation == ()
+
+
+def test_what_a_build_says_of_its_text() -> None:
+    own = (Path("a.txt"), Path("b.jsonl"))
+    plan = {"tokens": 2048, "sequence_length": 64}
+    alone = open_recipe("w4g32").model_copy(update={"calibration": CalibrationPlan(quota={"user": 1}, **plan)})
+    assert calibration_text(open_recipe("w4g32"), ()) == "shipped corpora"
+    assert calibration_text(open_recipe("w4g32"), own) == "shipped corpora, a.txt, b.jsonl"
+    assert calibration_text(alone, own) == "a.txt, b.jsonl"
+    assert calibration_text(open_recipe("rtn-w4g32"), ()) == "none: this recipe needs no text"
 
 
 def test_round_to_nearest_needs_no_text(sample: Sample, tmp_path: Path) -> None:

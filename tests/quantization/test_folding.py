@@ -15,7 +15,7 @@ from glmexport.checkpoint import Checkpoint, Fold
 from glmexport.checkpoint.fold import as_tensors, from_tensors
 from glmexport.progress import Silent
 from glmexport.quantization.folding import _candidates, choose_folds
-from glmexport.quantization.solve import round_to_nearest
+from glmexport.quantization.nearest import round_to_nearest
 from glmexport.recipe import Format
 
 W4G32 = Format(bits=4, group_size=32)

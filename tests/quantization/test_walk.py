@@ -112,6 +112,7 @@ def test_every_matrix_is_committed(model: Model, walked: Walk) -> None:
 def test_what_the_walk_says_about_each_matrix(model: Model, walked: Walk) -> None:
     records, seconds = walked.records()
     assert seconds > 0
+    assert walked.allocation() == ()
     assert [record.key for record in records] == [
         model.architecture.embedding,
         *(linear.weight for _, linear in model.architecture.linears),

@@ -4,9 +4,10 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from sample_report import ATTACK, language, make_report
+from sample_report import ATTACK, groups, language, make_report
 
 from glmexport.report import text
+from glmexport.report.allocation import summarize
 from glmexport.report.document import CalibrationSummary, Report
 from glmexport.report.html import render_html
 from glmexport.validation.results import Gate, Overlap, Verdict
@@ -165,11 +166,11 @@ def test_fallbacks_are_named_and_so_is_their_absence(report, changed):
 
 
 def test_rows_that_were_not_left_to_the_solver_are_counted(report, changed):
-    linears = tuple(x.model_copy(update={"nearest_rows": 2, "unpolished_rows": 7}) for x in report.quantization.linears)
+    linears = tuple(x.model_copy(update={"nearest_rows": 2, "folded": True}) for x in report.quantization.linears)
     linears = (linears[0].model_copy(update={"double": True}), *linears[1:])
     page = read(changed(quantization=report.quantization.model_copy(update={"linears": linears})))
     assert f"it serves them better or their matrix fell back: {2 * len(linears)}." in page
-    assert f"made held-out text worse: {7 * len(linears):,}".replace(",", "\u2009") + "; it was taken back." in page
+    assert f"by powers of two: {len(linears)}." in page
     assert "fp64 factored: 1." in page
     assert "serves them better" not in read(changed(calibration=None))
 
@@ -199,6 +200,54 @@ def test_experts_of_one_block_are_represented_by_the_worst(report, changed):
     )
     quantization = report.quantization.model_copy(update={"linears": experts})
     assert re.search(r"5\.1<small>4 bit, worst of 3</small>", render_html(changed(quantization=quantization)))
+
+
+def test_where_the_bits_of_a_budget_went(report, changed):
+    assert "Where the bits went" not in read(report)
+    linears = report.quantization.linears
+    quantization = report.quantization.model_copy(update={"groups": groups(linears)})
+    page = render_html(changed(quantization=quantization))
+    words = Outline(page).text()
+    total = sum(1e-5 * (1 + index) for index in range(len(linears)))
+    assert f"The losses add up to {text.number(total)} nats; the whole bundle was measured at 0.0228 nats." in (
+        words.replace("\xa0", " ")
+    )
+    for index in range(len(linears)):
+        assert f'title="Alone it costs {text.number(1e-5 * (1 + index))} nats"' in page
+        row = f"{'' if index % 3 else '≈ '}{text.number(1e-5 * (1 + index))}"
+        assert page.count(f'<td class="n">{row}</td>') >= (2 if index >= len(linears) - 8 else 1)
+    costliest = words[words.index("What costs most") : words.index("All 14 groups")]
+    assert costliest.index("lm_head") < costliest.index("embedding") < costliest.index("block 2 down")
+    assert "block 0 qkv" not in costliest
+    assert "Group costs" not in costliest
+    # Fourteen groups: two of 8 bits inside the blocks, two symmetric outside, and the rest.
+    (inside, outside, others) = (
+        summary for summary in summarize(linears, quantization.groups).spending.formats[::-1]
+    )
+    assert (inside.groups, outside.groups, others.groups) == (2, 2, 10)
+
+
+def test_matrices_of_one_group_count_once(report):
+    first, second = (
+        report.quantization.linears[0].model_copy(update={"name": name}) for name in ("query", "key")
+    )
+    shared = groups((first,))[0].model_copy(update={"matrices": ("query", "key")})
+    cell = summarize((first, second), (shared,)).bands[0].rows[0][1][0]
+    assert (cell.matrices, cell.loss_nats) == (2, shared.loss_nats)
+
+
+def test_what_held_out_text_confirmed(report, changed):
+    assert "Correction kept" not in read(report)
+    linears = tuple(
+        linear.model_copy(update={"shrinkage": 0.25 * linear.layer, "unpolished_rows": 100 * linear.layer})
+        if linear.layer is not None
+        else linear
+        for linear in report.quantization.linears
+    )
+    quantization = report.quantization.model_copy(update={"linears": linears})
+    page = render_html(changed(quantization=quantization))
+    assert f'<td class="n">{text.percent(0.25)}</td><td class="n">300</td>' in page
+    assert '<td class="n">–</td><td class="n">–</td>' in page
 
 
 def test_limits_and_their_absence(report, changed):

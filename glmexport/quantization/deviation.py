@@ -1,0 +1,83 @@
+"""KL divergence of many slightly changed models from one original, without ever holding a whole row of logits.
+
+With p the original's probabilities and d the change of the logits, KL(P || Q) = ln sum p e^d - sum p d. Written as
+ln(1 + m + a) - m with m = sum p d and a = sum p (e^d - 1 - d), every term is as small as the divergence itself or
+cancels to second order, so that fp32 logits suffice and both sums can be taken over slabs of the vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from glmexport.architecture import Reference
+from glmexport.quantization.memory import COMPARED_POSITIONS
+
+#: For a slab [n, H] of the lm_head: inputs [P, K] and matrix [n, K], whose product is the change of its logits.
+Change = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+#: A logit that rises by more says no more than that the model is broken, and e^d must not overflow.
+_LARGEST = 80.0
+
+
+class Outputs:
+    """The original's next-token distributions at ``normed`` [P, H] fp32, the states behind the final norm."""
+
+    def __init__(self, reference: Reference, normed: Tensor, slab_rows: int) -> None:
+        self.normed = normed
+        self._reference = reference
+        self._slab_rows = slab_rows
+        self._lse = torch.full((len(normed),), -math.inf)
+        for slab in self._slabs():
+            for span in self._spans():
+                logits = normed[span] @ slab.T
+                self._lse[span] = torch.logaddexp(self._lse[span], logits.logsumexp(-1))
+
+    def divergences(self, changes: Sequence[Change]) -> list[float]:
+        """Mean KL divergence in nats of each of ``changes``; one pass over the lm_head for all of them."""
+        first = torch.zeros(len(changes), len(self.normed), dtype=torch.float64)
+        second = torch.zeros_like(first)
+        for slab in self._slabs():
+            pairs = [change(slab) for change in changes]
+            for span in self._spans():
+                probabilities = (self.normed[span] @ slab.T).sub_(self._lse[span, None]).exp_()
+                for index, (inputs, matrix) in enumerate(pairs):
+                    change = (inputs[span] @ matrix.T).clamp_(max=_LARGEST)
+                    first[index, span] += torch.linalg.vecdot(probabilities, change)
+                    second[index, span] += torch.linalg.vecdot(probabilities, change.expm1().sub_(change))
+        # Rounding may leave a vanishing divergence below zero.
+        return (torch.log1p(first + second) - first).clamp_(min=0).mean(1).tolist()
+
+    def _slabs(self) -> Iterator[Tensor]:
+        head = self._reference.architecture.lm_head
+        for start in range(0, head.out_features, self._slab_rows):
+            stop = min(start + self._slab_rows, head.out_features)
+            yield self._reference.checkpoint.rows(head.weight, start, stop)
+
+    def _spans(self) -> Iterator[slice]:
+        for start in range(0, len(self.normed), COMPARED_POSITIONS):
+            yield slice(start, start + COMPARED_POSITIONS)
+
+
+def of_states(outputs: Outputs, states: Tensor) -> Change:
+    """Other ``states`` [P, H] behind the final norm, before the original's lm_head."""
+    difference = states - outputs.normed
+    return lambda slab: (difference, slab)
+
+
+def of_head(outputs: Outputs, rounded: Callable[[Tensor], Tensor]) -> Change:
+    """The original's states before the lm_head as ``rounded`` makes it, slab by slab."""
+    return lambda slab: (outputs.normed, rounded(slab) - slab)
+
+
+def of_states_and_head(outputs: Outputs, states: Tensor, rounded: Callable[[Tensor], Tensor]) -> Change:
+    """Both."""
+    inputs = torch.cat([states, states - outputs.normed], 1)
+
+    def change(slab: Tensor) -> tuple[Tensor, Tensor]:
+        return inputs, torch.cat([rounded(slab) - slab, slab], 1)
+
+    return change
