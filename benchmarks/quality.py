@@ -1,6 +1,7 @@
 """How near to the original each quantizer stays: one checkpoint, the same text and the same judge for all.
 
     python -m benchmarks.quality [CHECKPOINT] --work FOLDER [--format w4g128 ...] [--mixed 4.6 ...] [--tool NAME ...]
+        [--ablation [FORMAT]] [--output FILE]
 
 Each tool quantizes the linears of the decoder blocks in an environment of its own (made in FOLDER on first use), on
 the same calibration tokens; embedding and lm_head stay as they are. The dequantized weights are run in transformers'
@@ -20,8 +21,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.peers import NOT_RUN, PEERS, PeerFailed, run_peer
+from benchmarks.peers import ADDED_UP, NOT_RUN, ONE_AT_A_TIME, PEERS, PeerFailed, run_peer
 from benchmarks.peers.environments import EnvironmentFailed
+from benchmarks.table import ablation, headline, overview, table
 from glmexport.architecture import Reference
 from glmexport.calibration import pack, shipped_documents
 from glmexport.cli.console import Terminal
@@ -35,12 +37,12 @@ from glmexport.validation.texts import EvaluationText, evaluation_texts
 
 FORMATS = ("w4g32", "w4g64", "w4g128", "w4g32-sym", "w4g64-sym", "w4g128-sym")
 MIXED = (3.2, 4.25, 4.6, 5.0)
-#: What is compared where nothing else is asked for: each tool as it comes, and at its best.
+#: What is compared where nothing else is asked for: each tool as it comes, and what may be its best.
 TOOLS: dict[str, tuple[str, ...]] = {
     "glmexport": ("default", "nearest", "nearest, searched"),
     "gptqmodel": ("default", "mse", "act-order-mse"),
     "auto-round": ("default",),
-    "onnxruntime": ("rtn", "k_quant", "gptq"),
+    "onnxruntime": ("default", "rtn", "k_quant", "hqq", "gptq"),
     "hqq": ("default",),
     "nncf": ("awq-scale-estimation",),
     "llm-compressor": ("default", "mse"),
@@ -148,6 +150,12 @@ def runs(formats: list[Format], mixed: list[float], tools: list[str]) -> Iterato
                 yield Run(tool, "default", bits_per_weight=limit)
 
 
+def ablations(form: Format) -> Iterator[Run]:
+    """Our solver without one part at a time, and its parts added one after another."""
+    for setting in dict.fromkeys((*ADDED_UP, *ONE_AT_A_TIME)):
+        yield Run("glmexport", setting, form.bits, form.group_size, form.symmetric)
+
+
 def measure(run: Run, original: Original, judge: Judge, work: Path) -> dict[str, Any]:
     """The row of ``run``: read back if it was done before."""
     record = work / "runs" / f"{run.slug}.json"
@@ -173,24 +181,6 @@ def measure(run: Run, original: Original, judge: Judge, work: Path) -> dict[str,
     return row
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as Markdown, by format and falling divergence, with the ratio to the best other tool of the format."""
-    lines = [
-        "| format | tool | bits per weight | mean KL | p99 KL | p99.9 KL | top-1 | perplexity ratio | worst language "
-        "| seconds | peak MiB |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in sorted(rows, key=lambda row: (row["format"], -row["kl_mean_nats"])):
-        lines.append(
-            f"| {row['format']} | {row['tool']}, {row['setting']} | {row['bits_per_weight']:.3f} "
-            f"| {row['kl_mean_nats']:.5f} | {row['kl_p99_nats']:.4f} | {row['kl_p999_nats']:.4f} "
-            f"| {row['top1_agreement']:.4f} | {row['perplexity_ratio']:.4f} "
-            f"| {row['worst_language']} {row['kl_worst_language_nats']:.5f} "
-            f"| {row['seconds']:.0f} | {row['peak_rss_bytes'] / 2**20:.0f} |"
-        )
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", nargs="?", default="demo")
@@ -198,6 +188,9 @@ def main() -> None:
     parser.add_argument("--format", action="append", type=uniform, dest="formats", help=f"default: {' '.join(FORMATS)}")
     parser.add_argument("--mixed", action="append", type=float, metavar="BPW", help=f"default: {MIXED}")
     parser.add_argument("--tool", action="append", dest="tools", metavar="NAME[:SETTING]", help="default: all")
+    parser.add_argument(
+        "--ablation", nargs="?", const=uniform("w4g128"), type=uniform, metavar="FORMAT", help="default: w4g128"
+    )
     parser.add_argument("--tokens", type=int, default=49152, help="of calibration text")
     parser.add_argument("--positions", type=int, default=1024, help="evaluated positions a language")
     parser.add_argument("--output", type=Path, help="write the rows there as JSON")
@@ -211,17 +204,21 @@ def main() -> None:
         prepare(original, options.tokens, calibration)
     judge = judge_of(original, options.positions, options.work, terminal)
     rows, failures = [], dict(NOT_RUN)
-    nothing_named = not (options.formats or options.mixed)
+    nothing_named = not (options.formats or options.mixed or options.ablation)
     formats = options.formats or ([uniform(name) for name in FORMATS] if nothing_named else [])
     mixed = options.mixed or (list(MIXED) if nothing_named else [])
-    for run in runs(formats, mixed, options.tools or list(TOOLS)):
+    parts = options.ablation or (uniform("w4g128") if nothing_named and not options.tools else None)
+    asked = [*runs(formats, mixed, options.tools or list(TOOLS)), *(ablations(parts) if parts else ())]
+    for run in dict.fromkeys(asked):
         try:
             rows.append(measure(run, original, judge, options.work))
         except (PeerFailed, EnvironmentFailed) as error:
             failures[f"{run.tool}, {run.setting}, {run.format}"] = str(error)[-2000:]
         else:
             print(f"{rows[-1]['kl_mean_nats']:.6f} {run.tool}, {run.setting}, {run.format}", flush=True)
-    print(table(rows))
+    tables = [overview(rows), table(headline(rows, TOOLS))] if formats or mixed else []
+    tables += [ablation(rows, parts.label)] if parts else []
+    print("\n\n".join(tables))
     for name, reason in failures.items():
         print(f"not run: {name}: {reason}")
     if options.output:

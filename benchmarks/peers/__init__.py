@@ -42,22 +42,36 @@ class Peer:
 
 
 _GPTQMODEL = ("default", "mse", "mse-2.4", "act-order", "act-order-mse", "no-order")
-_GLMEXPORT = (
+#: Our solver with one part left out or changed at a time.
+ONE_AT_A_TIME = (
     "default",
     "without asymmetric target",
     "without polish",
     "4 rounds of polish",
     "without scale search",
     "in stored order",
-    "GPTQ alone",
-    "nearest, searched",
-    "nearest",
 )
+#: Its parts added one after another; the default adds the asymmetric target.
+ADDED_UP = (
+    "nearest",
+    "nearest, searched",
+    "GPTQ alone",
+    "GPTQ, scale search",
+    "GPTQ, scale search, group order",
+    "without asymmetric target",
+    "default",
+)
+_GLMEXPORT = tuple(dict.fromkeys((*ONE_AT_A_TIME, *ADDED_UP)))
 PEERS: dict[str, Peer] = {
     peer.name: peer
     for peer in (
         # The one under test, in the benchmark's own environment.
-        Peer("glmexport", _GLMEXPORT, calibrated=_GLMEXPORT[:-2], mixes=True),
+        Peer(
+            "glmexport",
+            _GLMEXPORT,
+            calibrated=tuple(name for name in _GLMEXPORT if not name.startswith("nearest")),
+            mixes=True,
+        ),
         Peer("gptqmodel", _GPTQMODEL, best="act-order-mse", calibrated=_GPTQMODEL),
         Peer(
             "auto-round",
