@@ -45,6 +45,7 @@ TOOLS: dict[str, tuple[str, ...]] = {
     "onnxruntime": ("default", "rtn", "k_quant", "hqq", "gptq"),
     "hqq": ("default",),
     "nncf": ("awq-scale-estimation",),
+    "llama-cpp": ("default", "imatrix", "Q4_K_M", "Q4_K_M-imatrix"),
     "llm-compressor": ("default", "mse"),
 }
 
@@ -138,16 +139,33 @@ def uniform(text: str) -> Format:
 
 def runs(formats: list[Format], mixed: list[float], tools: list[str]) -> Iterator[Run]:
     """Every combination that the tools can do; ``tools`` are names, or name:setting."""
-    chosen = [(tool.partition(":")[0], tool.partition(":")[2]) for tool in tools]
-    for form in formats:
-        for tool, only in chosen:
-            for setting in (only,) if only else TOOLS[tool]:
-                if PEERS[tool].can(setting, form.bits, form.symmetric):
-                    yield Run(tool, setting, form.bits, form.group_size, form.symmetric)
+    for run, lack in combinations(formats, tools):
+        if lack is None:
+            yield run
     for limit in mixed:
-        for tool, only in chosen:
+        for name in tools:
+            tool, _, only = name.partition(":")
             if PEERS[tool].mixes and only in ("", "default"):
                 yield Run(tool, "default", bits_per_weight=limit)
+
+
+def lacking(formats: list[Format], tools: list[str]) -> dict[str, str]:
+    """The combinations that there are not, and why: formats and reason by tool and setting."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for run, lack in combinations(formats, tools):
+        if lack is not None:
+            found.setdefault((f"{run.tool}, {run.setting}", lack), []).append(run.format)
+    return {f"{name} ({', '.join(forms)})": lack for (name, lack), forms in found.items()}
+
+
+def combinations(formats: list[Format], tools: list[str]) -> Iterator[tuple[Run, str | None]]:
+    """Formats with settings of tools, and why there is no such thing."""
+    for form in formats:
+        for name in tools:
+            tool, _, only = name.partition(":")
+            for setting in (only,) if only else TOOLS[tool]:
+                run = Run(tool, setting, form.bits, form.group_size, form.symmetric)
+                yield run, PEERS[tool].lacks(setting, form.bits, form.group_size, form.symmetric)
 
 
 def ablations(form: Format) -> Iterator[Run]:
@@ -203,12 +221,13 @@ def main() -> None:
     if not calibration.is_file():
         prepare(original, options.tokens, calibration)
     judge = judge_of(original, options.positions, options.work, terminal)
-    rows, failures = [], dict(NOT_RUN)
     nothing_named = not (options.formats or options.mixed or options.ablation)
     formats = options.formats or ([uniform(name) for name in FORMATS] if nothing_named else [])
     mixed = options.mixed or (list(MIXED) if nothing_named else [])
     parts = options.ablation or (uniform("w4g128") if nothing_named and not options.tools else None)
-    asked = [*runs(formats, mixed, options.tools or list(TOOLS)), *(ablations(parts) if parts else ())]
+    tools = options.tools or list(TOOLS)
+    rows, failures = [], NOT_RUN | lacking(formats, tools)
+    asked = [*runs(formats, mixed, tools), *(ablations(parts) if parts else ())]
     for run in dict.fromkeys(asked):
         try:
             rows.append(measure(run, original, judge, options.work))

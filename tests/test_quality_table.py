@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("benchmarks", reason="a source distribution has no benchmarks")
 from benchmarks.peers import ADDED_UP, ONE_AT_A_TIME, PEERS
-from benchmarks.quality import FORMATS, TOOLS, Run, ablations, runs, uniform
+from benchmarks.quality import FORMATS, TOOLS, Run, ablations, lacking, runs, uniform
 from benchmarks.table import ablation, format_key, headline, overview, table
 
 
@@ -68,6 +68,15 @@ def test_runs_are_those_that_a_tool_can_do():
         *(("glmexport", setting, "w4g64-sym") for setting in TOOLS["glmexport"]),
         ("glmexport", "default", "mixed 4.6"),
     }
+
+
+def test_what_a_tool_lacks_is_said_with_its_formats():
+    every = [uniform(name) for name in ("w4g32", "w4g64-sym", "w4g128-sym")]
+    assert lacking(every, ["hqq", "gptqmodel", "llama-cpp:default"]) == {
+        "hqq, default (w4g64-sym, w4g128-sym)": "it has no symmetric format",
+        "llama-cpp, default (w4g64-sym, w4g128-sym)": "it has groups of 32 only",
+    }
+    assert [run.tool for run in runs(every, [], ["hqq", "llama-cpp:default"])] == ["hqq", "llama-cpp"]
 
 
 def test_every_compared_setting_exists():
