@@ -1,4 +1,4 @@
-"""What the quality benchmark asks of its tools, and how it prints what it found."""
+"""What the quality benchmark asks of its tools, and how it prints and plots what it found."""
 
 from argparse import ArgumentTypeError
 
@@ -6,6 +6,7 @@ import pytest
 
 pytest.importorskip("benchmarks", reason="a source distribution has no benchmarks")
 from benchmarks.peers import ADDED_UP, ONE_AT_A_TIME, PEERS
+from benchmarks.plot import COLOURS, front, plot, series, spread
 from benchmarks.quality import FORMATS, TOOLS, Run, ablations, lacking, runs, uniform
 from benchmarks.table import ablation, format_key, headline, overview, table
 
@@ -27,6 +28,14 @@ def row(tool, setting, name, kl, **more):
         "peak_rss_bytes": 2**30,
         **more,
     }
+
+
+CHARTED = (
+    ("w4g128", 0.007, 4.25),
+    ("w4g32", 0.004, 5.0),
+    ("w4g32-sym", 0.005, 4.5),
+    ("mixed 4.6", 0.001, 4.6),
+)
 
 
 def cells(line):
@@ -158,3 +167,44 @@ def test_ablation_runs_every_setting_once():
     settings = [run.setting for run in ablations(uniform("w4g64"))]
     assert len(settings) == len(set(settings))
     assert set(settings) == {*ONE_AT_A_TIME, *ADDED_UP} == set(PEERS["glmexport"].settings)
+
+
+def test_front_drops_what_costs_more_and_loses_more():
+    assert front([(4.6, 3.0), (4.2, 4.0), (4.7, 3.5), (4.2, 5.0), (6.0, 1.0)]) == [(4.2, 4.0), (4.6, 3.0), (6.0, 1.0)]
+
+
+def test_series_are_tools_and_kinds_of_format_and_of_ours_the_default_alone():
+    rows = [
+        row("hqq", "default", "w4g32", 0.004, bits_per_weight=5.0),
+        row("hqq", "default", "w4g128", 0.005, bits_per_weight=4.25),
+        row("glmexport", "nearest", "w4g128", 0.0001),
+        row("glmexport", "default", "w4g128", 0.001),
+        row("glmexport", "default", "w4g32-sym", 0.002),
+        row("glmexport", "default", "mixed 5", 0.0005, bits_per_weight=4.99),
+    ]
+    assert series(rows) == {
+        ("glmexport", 0): [(4.25, 0.001)],
+        ("glmexport", 1): [(4.25, 0.002)],
+        ("glmexport", 2): [(4.99, 0.0005)],
+        ("hqq", 0): [(4.25, 0.005), (5.0, 0.004)],
+    }
+
+
+def test_labels_are_moved_apart_and_keep_their_order():
+    assert spread([10.0, 0.0, 3.0, 11.0], 5.0) == [10.0, 0.0, 5.0, 15.0]
+
+
+def test_every_tool_has_a_colour_of_its_own():
+    assert set(COLOURS) == set(PEERS)
+    assert len(set(COLOURS.values())) == len(COLOURS)
+
+
+def test_the_chart_is_the_same_again(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is in the extra peers")
+    rows = [row("hqq", "default", name, kl, bits_per_weight=bits) for name, kl, bits in CHARTED]
+    for name in ("first.svg", "second.svg"):
+        plot(rows, tmp_path / name)
+    drawn = (tmp_path / "first.svg").read_text(encoding="utf-8")
+    assert drawn == (tmp_path / "second.svg").read_text(encoding="utf-8")
+    assert all(f">{words}</text>" in drawn for words in ("hqq", "hqq, symmetric", "hqq, mixed"))
+    assert "date" not in drawn
