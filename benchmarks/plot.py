@@ -126,7 +126,7 @@ def plot(rows: list[Row], path: Path) -> None:
     # Text stays text, and element ids do not change from run to run.
     with matplotlib.rc_context({"svg.hashsalt": "glmexport", "svg.fonttype": "none", "font.size": _POINTS}):
         figure = Figure(_INCHES, facecolor="white")
-        axes = figure.add_axes((0.08, 0.1, 0.72, 0.86))
+        axes = figure.add_axes((0.09, 0.1, 0.71, 0.86))
         draw(axes, lines)
         label(axes, lines)
         figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})

@@ -1,7 +1,7 @@
 """How near to the original each quantizer stays: one checkpoint, the same text and the same judge for all.
 
     python -m benchmarks.quality [CHECKPOINT] --work FOLDER [--format w4g128 ...] [--mixed 4.6 ...] [--tool NAME ...]
-        [--ablation [FORMAT]] [--output FILE]
+        [--ablation [FORMAT]] [--finished] [--output FILE]
 
 Each tool quantizes the linears of the decoder blocks in an environment of its own (made in FOLDER on first use), on
 the same calibration tokens; embedding and lm_head stay as they are. The dequantized weights are run in transformers'
@@ -13,8 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Iterator
+import shlex
+import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -149,13 +152,9 @@ def runs(formats: list[Format], mixed: list[float], tools: list[str]) -> Iterato
                 yield Run(tool, "default", bits_per_weight=limit)
 
 
-def lacking(formats: list[Format], tools: list[str]) -> dict[str, str]:
-    """The combinations that there are not, and why: formats and reason by tool and setting."""
-    found: dict[tuple[str, str], list[str]] = {}
-    for run, lack in combinations(formats, tools):
-        if lack is not None:
-            found.setdefault((f"{run.tool}, {run.setting}", lack), []).append(run.format)
-    return {f"{name} ({', '.join(forms)})": lack for (name, lack), forms in found.items()}
+def lacking(formats: list[Format], tools: list[str]) -> Iterator[tuple[Run, str]]:
+    """The combinations that there are not, and why."""
+    return ((run, lack) for run, lack in combinations(formats, tools) if lack is not None)
 
 
 def combinations(formats: list[Format], tools: list[str]) -> Iterator[tuple[Run, str | None]]:
@@ -168,18 +167,28 @@ def combinations(formats: list[Format], tools: list[str]) -> Iterator[tuple[Run,
                 yield run, PEERS[tool].lacks(setting, form.bits, form.group_size, form.symmetric)
 
 
+def grouped(reasons: Iterable[tuple[Run, str]]) -> dict[str, str]:
+    """Reasons by tool, setting and the formats that share them."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for run, reason in reasons:
+        found.setdefault((f"{run.tool}, {run.setting}", reason), []).append(run.format)
+    return {f"{name} ({', '.join(formats)})": reason for (name, reason), formats in found.items()}
+
+
 def ablations(form: Format) -> Iterator[Run]:
     """Our solver without one part at a time, and its parts added one after another."""
     for setting in dict.fromkeys((*ADDED_UP, *ONE_AT_A_TIME)):
         yield Run("glmexport", setting, form.bits, form.group_size, form.symmetric)
 
 
-def measure(run: Run, original: Original, judge: Judge, work: Path) -> dict[str, Any]:
-    """The row of ``run``: read back if it was done before."""
+def finished(run: Run, work: Path) -> dict[str, Any] | None:
+    """The row of ``run`` if it was done before."""
     record = work / "runs" / f"{run.slug}.json"
-    if record.is_file():
-        return dict(json.loads(record.read_text(encoding="utf-8")))
-    record.parent.mkdir(exist_ok=True)
+    return dict(json.loads(record.read_text(encoding="utf-8"))) if record.is_file() else None
+
+
+def measure(run: Run, original: Original, judge: Judge, work: Path) -> dict[str, Any]:
+    """Quantize and judge; the row is kept for ``finished``."""
     weights = work / f"{run.slug}.safetensors"
     facts = run_peer(
         work / "environments",
@@ -195,8 +204,55 @@ def measure(run: Run, original: Original, judge: Judge, work: Path) -> dict[str,
     )
     row = {**asdict(run), "format": run.format, **judge.judge(load_file(weights)), **facts}
     weights.unlink()
+    record = work / "runs" / f"{run.slug}.json"
+    record.parent.mkdir(exist_ok=True)
     record.write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
     return row
+
+
+def measured(
+    asked: list[Run], original: Original, positions: int, work: Path, terminal: Terminal, only_finished: bool
+) -> tuple[list[dict[str, Any]], list[tuple[Run, str]]]:
+    """(rows, what was not run and why); nothing is judged twice, and nothing at all if ``only_finished``."""
+    rows: list[dict[str, Any]] = []
+    failures: list[tuple[Run, str]] = []
+    judge: Judge | None = None
+    for run in asked:
+        row = finished(run, work)
+        if row is None and only_finished:
+            failures.append((run, "not run yet"))
+            continue
+        try:
+            if row is None:
+                judge = judge or judge_of(original, positions, work, terminal)
+                row = measure(run, original, judge, work)
+        except (PeerFailed, EnvironmentFailed) as error:
+            failures.append((run, str(error)[-2000:]))
+        else:
+            rows.append(row)
+            print(f"{row['kl_mean_nats']:.6f} {run.tool}, {run.setting}, {run.format}", flush=True)
+    return rows, failures
+
+
+def document(
+    rows: list[dict[str, Any]], not_run: dict[str, str], original: Original, work: Path, tokens: int
+) -> dict[str, Any]:
+    """What is kept of a benchmark. GPTQModel's log of every matrix is not."""
+    paths = {argument: Path(argument).name for argument in sys.argv[1:] if Path(argument).is_absolute()}
+    paths[str(work)] = "FOLDER"
+    return {
+        "command": shlex.join(
+            ["python", "-m", "benchmarks.quality", *(paths.get(word, word) for word in sys.argv[1:])]
+        ),
+        "date": date.today().isoformat(),
+        "checkpoint": original.checkpoint.name,
+        "checkpoint_digest": original.checkpoint.digest(),
+        "calibration_tokens": tokens,
+        "processor": machine.processor_name(),
+        "threads": machine.cores(),
+        "rows": [{key: value for key, value in row.items() if key != "log"} for row in rows],
+        "not_run": not_run,
+    }
 
 
 def main() -> None:
@@ -211,6 +267,7 @@ def main() -> None:
     )
     parser.add_argument("--tokens", type=int, default=49152, help="of calibration text")
     parser.add_argument("--positions", type=int, default=1024, help="evaluated positions a language")
+    parser.add_argument("--finished", action="store_true", help="run nothing: print what was run before")
     parser.add_argument("--output", type=Path, help="write the rows there as JSON")
     options = parser.parse_args()
     torch.set_num_threads(machine.cores())
@@ -220,38 +277,23 @@ def main() -> None:
     calibration = options.work / "calibration.safetensors"
     if not calibration.is_file():
         prepare(original, options.tokens, calibration)
-    judge = judge_of(original, options.positions, options.work, terminal)
     nothing_named = not (options.formats or options.mixed or options.ablation)
     formats = options.formats or ([uniform(name) for name in FORMATS] if nothing_named else [])
     mixed = options.mixed or (list(MIXED) if nothing_named else [])
     parts = options.ablation or (uniform("w4g128") if nothing_named and not options.tools else None)
     tools = options.tools or list(TOOLS)
-    rows, failures = [], NOT_RUN | lacking(formats, tools)
-    asked = [*runs(formats, mixed, tools), *(ablations(parts) if parts else ())]
-    for run in dict.fromkeys(asked):
-        try:
-            rows.append(measure(run, original, judge, options.work))
-        except (PeerFailed, EnvironmentFailed) as error:
-            failures[f"{run.tool}, {run.setting}, {run.format}"] = str(error)[-2000:]
-        else:
-            print(f"{rows[-1]['kl_mean_nats']:.6f} {run.tool}, {run.setting}, {run.format}", flush=True)
+    asked = list(dict.fromkeys((*runs(formats, mixed, tools), *(ablations(parts) if parts else ()))))
+    rows, failures = measured(asked, original, options.positions, options.work, terminal, options.finished)
+    not_run = NOT_RUN | grouped((*lacking(formats, tools), *failures))
     tables = [overview(rows), table(headline(rows, TOOLS))] if formats or mixed else []
     tables += [ablation(rows, parts.label)] if parts else []
     print("\n\n".join(tables))
-    for name, reason in failures.items():
+    for name, reason in not_run.items():
         print(f"not run: {name}: {reason}")
     if options.output:
-        document = {
-            "command": "python -m benchmarks.quality",
-            "checkpoint": original.checkpoint.name,
-            "checkpoint_digest": original.checkpoint.digest(),
-            "calibration_tokens": int(load_file(calibration)["ids"].numel()),
-            "processor": machine.processor_name(),
-            "threads": machine.cores(),
-            "rows": rows,
-            "not_run": failures,
-        }
-        options.output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        tokens = int(load_file(calibration)["ids"].numel())
+        found = document(rows, not_run, original, options.work, tokens)
+        options.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("benchmarks", reason="a source distribution has no benchmarks")
 from benchmarks.peers import ADDED_UP, ONE_AT_A_TIME, PEERS
 from benchmarks.plot import COLOURS, front, plot, series, spread
-from benchmarks.quality import FORMATS, TOOLS, Run, ablations, lacking, runs, uniform
+from benchmarks.quality import FORMATS, TOOLS, Run, ablations, grouped, lacking, runs, uniform
 from benchmarks.table import ablation, format_key, headline, overview, table
 
 
@@ -81,7 +81,7 @@ def test_runs_are_those_that_a_tool_can_do():
 
 def test_what_a_tool_lacks_is_said_with_its_formats():
     every = [uniform(name) for name in ("w4g32", "w4g64-sym", "w4g128-sym")]
-    assert lacking(every, ["hqq", "gptqmodel", "llama-cpp:default"]) == {
+    assert grouped(lacking(every, ["hqq", "gptqmodel", "llama-cpp:default"])) == {
         "hqq, default (w4g64-sym, w4g128-sym)": "it has no symmetric format",
         "llama-cpp, default (w4g64-sym, w4g128-sym)": "it has groups of 32 only",
     }
