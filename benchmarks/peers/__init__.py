@@ -99,7 +99,6 @@ PEERS: dict[str, Peer] = {
         Peer(
             "llama-cpp",
             ("default", "imatrix", "Q4_K_M", "Q4_K_M-imatrix"),
-            best="Q4_K_M-imatrix",
             asymmetric_only=("Q4_K_M", "Q4_K_M-imatrix"),
             group_size=32,
             calibrated=("imatrix", "Q4_K_M-imatrix"),
