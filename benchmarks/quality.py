@@ -1,6 +1,7 @@
 """How near to the original each quantizer stays: one checkpoint, the same text and the same judge for all.
 
     python -m benchmarks.quality [CHECKPOINT] --work FOLDER [--format w4g128 ...] [--mixed 4.6 ...] [--tool NAME ...]
+        [--ablation [FORMAT]] [--finished] [--output FILE]
 
 Each tool quantizes the linears of the decoder blocks in an environment of its own (made in FOLDER on first use), on
 the same calibration tokens; embedding and lm_head stay as they are. The dequantized weights are run in transformers'
@@ -12,16 +13,20 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Iterator
+import shlex
+import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.peers import NOT_RUN, PEERS, PeerFailed, run_peer
+from benchmarks.peers import ADDED_UP, NOT_RUN, ONE_AT_A_TIME, PEERS, PeerFailed, run_peer
 from benchmarks.peers.environments import EnvironmentFailed
+from benchmarks.table import ablation, headline, overview, table
 from glmexport.architecture import Reference
 from glmexport.calibration import pack, shipped_documents
 from glmexport.cli.console import Terminal
@@ -35,14 +40,15 @@ from glmexport.validation.texts import EvaluationText, evaluation_texts
 
 FORMATS = ("w4g32", "w4g64", "w4g128", "w4g32-sym", "w4g64-sym", "w4g128-sym")
 MIXED = (3.2, 4.25, 4.6, 5.0)
-#: What is compared where nothing else is asked for: each tool as it comes, and at its best.
+#: What is compared where nothing else is asked for: each tool as it comes, and what may be its best.
 TOOLS: dict[str, tuple[str, ...]] = {
     "glmexport": ("default", "nearest", "nearest, searched"),
     "gptqmodel": ("default", "mse", "act-order-mse"),
     "auto-round": ("default",),
-    "onnxruntime": ("rtn", "k_quant", "gptq"),
+    "onnxruntime": ("default", "rtn", "k_quant", "hqq", "gptq"),
     "hqq": ("default",),
     "nncf": ("awq-scale-estimation",),
+    "llama-cpp": ("default", "imatrix", "Q4_K_M", "Q4_K_M-imatrix"),
     "llm-compressor": ("default", "mse"),
 }
 
@@ -136,24 +142,53 @@ def uniform(text: str) -> Format:
 
 def runs(formats: list[Format], mixed: list[float], tools: list[str]) -> Iterator[Run]:
     """Every combination that the tools can do; ``tools`` are names, or name:setting."""
-    chosen = [(tool.partition(":")[0], tool.partition(":")[2]) for tool in tools]
-    for form in formats:
-        for tool, only in chosen:
-            for setting in (only,) if only else TOOLS[tool]:
-                if PEERS[tool].can(setting, form.bits, form.symmetric):
-                    yield Run(tool, setting, form.bits, form.group_size, form.symmetric)
+    for run, lack in combinations(formats, tools):
+        if lack is None:
+            yield run
     for limit in mixed:
-        for tool, only in chosen:
+        for name in tools:
+            tool, _, only = name.partition(":")
             if PEERS[tool].mixes and only in ("", "default"):
                 yield Run(tool, "default", bits_per_weight=limit)
 
 
-def measure(run: Run, original: Original, judge: Judge, work: Path) -> dict[str, Any]:
-    """The row of ``run``: read back if it was done before."""
+def lacking(formats: list[Format], tools: list[str]) -> Iterator[tuple[Run, str]]:
+    """The combinations that there are not, and why."""
+    return ((run, lack) for run, lack in combinations(formats, tools) if lack is not None)
+
+
+def combinations(formats: list[Format], tools: list[str]) -> Iterator[tuple[Run, str | None]]:
+    """Formats with settings of tools, and why there is no such thing."""
+    for form in formats:
+        for name in tools:
+            tool, _, only = name.partition(":")
+            for setting in (only,) if only else TOOLS[tool]:
+                run = Run(tool, setting, form.bits, form.group_size, form.symmetric)
+                yield run, PEERS[tool].lacks(setting, form.bits, form.group_size, form.symmetric)
+
+
+def grouped(reasons: Iterable[tuple[Run, str]]) -> dict[str, str]:
+    """Reasons by tool, setting and the formats that share them."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for run, reason in reasons:
+        found.setdefault((f"{run.tool}, {run.setting}", reason), []).append(run.format)
+    return {f"{name} ({', '.join(formats)})": reason for (name, reason), formats in found.items()}
+
+
+def ablations(form: Format) -> Iterator[Run]:
+    """Our solver without one part at a time, and its parts added one after another."""
+    for setting in dict.fromkeys((*ADDED_UP, *ONE_AT_A_TIME)):
+        yield Run("glmexport", setting, form.bits, form.group_size, form.symmetric)
+
+
+def finished(run: Run, work: Path) -> dict[str, Any] | None:
+    """The row of ``run`` if it was done before."""
     record = work / "runs" / f"{run.slug}.json"
-    if record.is_file():
-        return dict(json.loads(record.read_text(encoding="utf-8")))
-    record.parent.mkdir(exist_ok=True)
+    return dict(json.loads(record.read_text(encoding="utf-8"))) if record.is_file() else None
+
+
+def measure(run: Run, original: Original, judge: Judge, work: Path) -> dict[str, Any]:
+    """Quantize and judge; the row is kept for ``finished``."""
     weights = work / f"{run.slug}.safetensors"
     facts = run_peer(
         work / "environments",
@@ -169,26 +204,55 @@ def measure(run: Run, original: Original, judge: Judge, work: Path) -> dict[str,
     )
     row = {**asdict(run), "format": run.format, **judge.judge(load_file(weights)), **facts}
     weights.unlink()
+    record = work / "runs" / f"{run.slug}.json"
+    record.parent.mkdir(exist_ok=True)
     record.write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
     return row
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as Markdown, by format and falling divergence, with the ratio to the best other tool of the format."""
-    lines = [
-        "| format | tool | bits per weight | mean KL | p99 KL | p99.9 KL | top-1 | perplexity ratio | worst language "
-        "| seconds | peak MiB |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in sorted(rows, key=lambda row: (row["format"], -row["kl_mean_nats"])):
-        lines.append(
-            f"| {row['format']} | {row['tool']}, {row['setting']} | {row['bits_per_weight']:.3f} "
-            f"| {row['kl_mean_nats']:.5f} | {row['kl_p99_nats']:.4f} | {row['kl_p999_nats']:.4f} "
-            f"| {row['top1_agreement']:.4f} | {row['perplexity_ratio']:.4f} "
-            f"| {row['worst_language']} {row['kl_worst_language_nats']:.5f} "
-            f"| {row['seconds']:.0f} | {row['peak_rss_bytes'] / 2**20:.0f} |"
-        )
-    return "\n".join(lines)
+def measured(
+    asked: list[Run], original: Original, positions: int, work: Path, terminal: Terminal, only_finished: bool
+) -> tuple[list[dict[str, Any]], list[tuple[Run, str]]]:
+    """(rows, what was not run and why); nothing is judged twice, and nothing at all if ``only_finished``."""
+    rows: list[dict[str, Any]] = []
+    failures: list[tuple[Run, str]] = []
+    judge: Judge | None = None
+    for run in asked:
+        row = finished(run, work)
+        if row is None and only_finished:
+            failures.append((run, "not run yet"))
+            continue
+        try:
+            if row is None:
+                judge = judge or judge_of(original, positions, work, terminal)
+                row = measure(run, original, judge, work)
+        except (PeerFailed, EnvironmentFailed) as error:
+            failures.append((run, str(error)[-2000:]))
+        else:
+            rows.append(row)
+            print(f"{row['kl_mean_nats']:.6f} {run.tool}, {run.setting}, {run.format}", flush=True)
+    return rows, failures
+
+
+def document(
+    rows: list[dict[str, Any]], not_run: dict[str, str], original: Original, work: Path, tokens: int
+) -> dict[str, Any]:
+    """What is kept of a benchmark. GPTQModel's log of every matrix is not."""
+    paths = {argument: Path(argument).name for argument in sys.argv[1:] if Path(argument).is_absolute()}
+    paths[str(work)] = "FOLDER"
+    return {
+        "command": shlex.join(
+            ["python", "-m", "benchmarks.quality", *(paths.get(word, word) for word in sys.argv[1:])]
+        ),
+        "date": date.today().isoformat(),
+        "checkpoint": original.checkpoint.name,
+        "checkpoint_digest": original.checkpoint.digest(),
+        "calibration_tokens": tokens,
+        "processor": machine.processor_name(),
+        "threads": machine.cores(),
+        "rows": [{key: value for key, value in row.items() if key != "log"} for row in rows],
+        "not_run": not_run,
+    }
 
 
 def main() -> None:
@@ -198,8 +262,12 @@ def main() -> None:
     parser.add_argument("--format", action="append", type=uniform, dest="formats", help=f"default: {' '.join(FORMATS)}")
     parser.add_argument("--mixed", action="append", type=float, metavar="BPW", help=f"default: {MIXED}")
     parser.add_argument("--tool", action="append", dest="tools", metavar="NAME[:SETTING]", help="default: all")
+    parser.add_argument(
+        "--ablation", nargs="?", const=uniform("w4g128"), type=uniform, metavar="FORMAT", help="default: w4g128"
+    )
     parser.add_argument("--tokens", type=int, default=49152, help="of calibration text")
     parser.add_argument("--positions", type=int, default=1024, help="evaluated positions a language")
+    parser.add_argument("--finished", action="store_true", help="run nothing: print what was run before")
     parser.add_argument("--output", type=Path, help="write the rows there as JSON")
     options = parser.parse_args()
     torch.set_num_threads(machine.cores())
@@ -209,33 +277,23 @@ def main() -> None:
     calibration = options.work / "calibration.safetensors"
     if not calibration.is_file():
         prepare(original, options.tokens, calibration)
-    judge = judge_of(original, options.positions, options.work, terminal)
-    rows, failures = [], dict(NOT_RUN)
-    nothing_named = not (options.formats or options.mixed)
+    nothing_named = not (options.formats or options.mixed or options.ablation)
     formats = options.formats or ([uniform(name) for name in FORMATS] if nothing_named else [])
     mixed = options.mixed or (list(MIXED) if nothing_named else [])
-    for run in runs(formats, mixed, options.tools or list(TOOLS)):
-        try:
-            rows.append(measure(run, original, judge, options.work))
-        except (PeerFailed, EnvironmentFailed) as error:
-            failures[f"{run.tool}, {run.setting}, {run.format}"] = str(error)[-2000:]
-        else:
-            print(f"{rows[-1]['kl_mean_nats']:.6f} {run.tool}, {run.setting}, {run.format}", flush=True)
-    print(table(rows))
-    for name, reason in failures.items():
+    parts = options.ablation or (uniform("w4g128") if nothing_named and not options.tools else None)
+    tools = options.tools or list(TOOLS)
+    asked = list(dict.fromkeys((*runs(formats, mixed, tools), *(ablations(parts) if parts else ()))))
+    rows, failures = measured(asked, original, options.positions, options.work, terminal, options.finished)
+    not_run = NOT_RUN | grouped((*lacking(formats, tools), *failures))
+    tables = [overview(rows), table(headline(rows, TOOLS))] if formats or mixed else []
+    tables += [ablation(rows, parts.label)] if parts else []
+    print("\n\n".join(tables))
+    for name, reason in not_run.items():
         print(f"not run: {name}: {reason}")
     if options.output:
-        document = {
-            "command": "python -m benchmarks.quality",
-            "checkpoint": original.checkpoint.name,
-            "checkpoint_digest": original.checkpoint.digest(),
-            "calibration_tokens": int(load_file(calibration)["ids"].numel()),
-            "processor": machine.processor_name(),
-            "threads": machine.cores(),
-            "rows": rows,
-            "not_run": failures,
-        }
-        options.output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        tokens = int(load_file(calibration)["ids"].numel())
+        found = document(rows, not_run, original, options.work, tokens)
+        options.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

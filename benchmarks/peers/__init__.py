@@ -31,33 +31,58 @@ class Peer:
     best: str = "default"
     #: Settings without a symmetric format.
     asymmetric_only: tuple[str, ...] = ()
+    #: The only group size, where there is but one; otherwise every one that divides the columns.
+    group_size: int | None = None
     #: Settings that read the calibration tokens; all others see the weights alone.
     calibrated: tuple[str, ...] = ()
     #: Can mix formats within a number of bits per weight.
     mixes: bool = False
 
-    def can(self, setting: str, bits: int, symmetric: bool) -> bool:
-        """Whether the setting exists in this format; every group size that divides the columns does."""
-        return setting in self.settings and bits == 4 and not (symmetric and setting in self.asymmetric_only)
+    def lacks(self, setting: str, bits: int, group_size: int, symmetric: bool) -> str | None:
+        """Why the setting does not exist in this format; None if it does."""
+        if setting not in self.settings:
+            return f"it has no setting {setting}"
+        if bits != 4:
+            return f"its script has 4 bits only, not {bits}"
+        if self.group_size not in (None, group_size):
+            return f"it has groups of {self.group_size} only"
+        if symmetric and setting in self.asymmetric_only:
+            return "it has no symmetric format"
+        return None
 
 
 _GPTQMODEL = ("default", "mse", "mse-2.4", "act-order", "act-order-mse", "no-order")
-_GLMEXPORT = (
+#: Our solver with one part left out or changed at a time.
+ONE_AT_A_TIME = (
     "default",
     "without asymmetric target",
+    "without folds",
     "without polish",
     "4 rounds of polish",
     "without scale search",
     "in stored order",
-    "GPTQ alone",
-    "nearest, searched",
-    "nearest",
 )
+#: Its parts added one after another; the default adds the asymmetric target.
+ADDED_UP = (
+    "nearest",
+    "nearest, searched",
+    "GPTQ alone",
+    "GPTQ, scale search",
+    "GPTQ, scale search, group order",
+    "without asymmetric target",
+    "default",
+)
+_GLMEXPORT = tuple(dict.fromkeys((*ONE_AT_A_TIME, *ADDED_UP)))
 PEERS: dict[str, Peer] = {
     peer.name: peer
     for peer in (
         # The one under test, in the benchmark's own environment.
-        Peer("glmexport", _GLMEXPORT, calibrated=_GLMEXPORT[:-2], mixes=True),
+        Peer(
+            "glmexport",
+            _GLMEXPORT,
+            calibrated=tuple(name for name in _GLMEXPORT if not name.startswith("nearest")),
+            mixes=True,
+        ),
         Peer("gptqmodel", _GPTQMODEL, best="act-order-mse", calibrated=_GPTQMODEL),
         Peer(
             "auto-round",
@@ -72,6 +97,13 @@ PEERS: dict[str, Peer] = {
             calibrated=("gptq", "gptq-act-order-mse"),
         ),
         Peer("hqq", ("default", "axis-0"), asymmetric_only=("default", "axis-0")),
+        Peer(
+            "llama-cpp",
+            ("default", "imatrix", "Q4_K_M", "Q4_K_M-imatrix"),
+            asymmetric_only=("Q4_K_M", "Q4_K_M-imatrix"),
+            group_size=32,
+            calibrated=("imatrix", "Q4_K_M-imatrix"),
+        ),
         Peer("llm-compressor", ("default", "mse"), calibrated=("default", "mse")),
         Peer(
             "nncf",
@@ -84,11 +116,8 @@ PEERS: dict[str, Peer] = {
 
 #: Peers that were looked at and do not run here, and why.
 NOT_RUN: dict[str, str] = {
-    "llama.cpp Q4_K_M": (
-        "Q4_K has super-blocks of 256 columns, and 30 of the 36 linears of the demo have 384; llama.cpp would store "
-        "those in other types of 5 bits and more. Its quantizer is on PyPI only as source to compile."
-    ),
     "nncf GPTQ": "NNCF 3.4 refuses gptq for torch models; it is for OpenVINO models only.",
+    "mixes of auto-round and nncf": "both can mix formats too; their scripts here give all linears the same.",
     "onnxruntime nvidia_awq": "needs nvidia-modelopt, which calibrates on text of its own, not on given tokens.",
 }
 
@@ -124,8 +153,9 @@ def run_peer(
     # Here, so that the module can be run without having been imported before.
     from benchmarks.peers.environments import create, interpreter
 
-    if not PEERS[name].can(setting, bits, symmetric):
-        raise ValueError(f"{name} has no {setting} for {bits} bits {'symmetric' if symmetric else 'asymmetric'}")
+    lack = PEERS[name].lacks(setting, bits, group_size, symmetric)
+    if lack:
+        raise ValueError(f"{name}, {setting}: {lack}")
     if name == "glmexport":
         python = Path(sys.executable)
     else:

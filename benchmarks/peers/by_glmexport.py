@@ -26,7 +26,14 @@ from glmexport.quantization.weights import Weights
 from glmexport.recipe import Budget, CalibrationPlan, Format, Recipe
 
 NEAREST: dict[str, Any] = {"method": "round-to-nearest"}
-#: Settings of the solver; all but the first leave something out.
+ALONE: dict[str, Any] = {
+    "fold_scales": False,
+    "asymmetric": False,
+    "polish_rounds": 0,
+    "scale_search": False,
+    "order": "stored",
+}
+#: Settings of the solver; all but the first change something.
 SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},
     "without asymmetric target": {"asymmetric": False},
@@ -35,13 +42,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "4 rounds of polish": {"polish_rounds": 4},
     "without scale search": {"scale_search": False},
     "in stored order": {"order": "stored"},
-    "GPTQ alone": {
-        "fold_scales": False,
-        "asymmetric": False,
-        "polish_rounds": 0,
-        "scale_search": False,
-        "order": "stored",
-    },
+    "GPTQ alone": ALONE,
+    "GPTQ, scale search": {**ALONE, "scale_search": True},
+    "GPTQ, scale search, group order": {**ALONE, "scale_search": True, "order": "group"},
     "nearest, searched": NEAREST,
     "nearest": {**NEAREST, "scale_search": False},
 }

@@ -25,6 +25,8 @@ REQUIREMENTS: dict[str, tuple[str, ...]] = {
     "onnxruntime": (_TRANSFORMERS, "onnxruntime==1.32.*", "onnx>=1.23,<1.24", "onnx-ir>=1.1,<1.2"),
     "hqq": (_TRANSFORMERS, "hqq==0.2.8.post1"),
     "nncf": (_TRANSFORMERS, "nncf==3.4.*"),
+    # Of wheels with llama.cpp, the one whose library exports ggml's quantizer; releases are llama.cpp's builds.
+    "llama-cpp": (_TRANSFORMERS, "xllamacpp==2026.10.11549", "gguf==0.19.*"),
     # It refuses transformers above 5.17.
     "llm-compressor": ("transformers==5.17.0", "llmcompressor==0.14.*"),
 }
