@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,8 +21,8 @@ class Cell:
     """All matrices of one part in one decoder block; of experts, the worst speaks."""
 
     part: str
-    error: float
-    """Largest relative error."""
+    error: float | None
+    """Largest relative error; none if not measured."""
     shade: float
     """0 for the smallest error of all matrices, 1 for the largest, logarithmic between."""
     bits: str
@@ -47,9 +47,10 @@ class PartSummary:
     matrices: int
     formats: tuple[str, ...]
     bits_per_weight: float
-    median_error: float
-    largest_error: float
-    median_round_to_nearest_error: float
+    median_error: float | None
+    largest_error: float | None
+    median_round_to_nearest_error: float | None
+    """Errors of the matrices that they were measured of; none if of none."""
     dead_columns: int
     fewest_tokens: float | None
     """The smallest number of effective calibration tokens a column; none if not measured."""
@@ -135,11 +136,11 @@ def _spending(groups: Sequence[GroupResult]) -> Spending:
 
 
 def _cell(part: str, linears: list[LinearResult], low: float, high: float, group_of: Mapping[str, GroupResult]) -> Cell:
-    error = max(linear.relative_error for linear in linears)
-    if not math.isfinite(error):
-        shade = 1.0
-    elif error <= 0 or low == high:
+    error = max(_measured(linear.relative_error for linear in linears), default=None)
+    if error is None or error <= 0 or low == high:
         shade = 0.0
+    elif math.isinf(error):
+        shade = 1.0
     else:
         shade = (math.log(error) - low) / (high - low)
     bits = "/".join(str(bits) for bits in sorted({linear.bits for linear in linears}))
@@ -151,21 +152,26 @@ def _cell(part: str, linears: list[LinearResult], low: float, high: float, group
 
 def _part(part: str, linears: list[LinearResult]) -> PartSummary:
     tokens = [x.effective_tokens_per_column for x in linears if x.effective_tokens_per_column is not None]
-    errors = [linear.relative_error for linear in linears]
+    errors = _measured(linear.relative_error for linear in linears)
+    nearest = _measured(linear.round_to_nearest_error for linear in linears)
     kept = [linear.shrinkage for linear in linears if linear.shrinkage is not None]
     return PartSummary(
         part=part,
         matrices=len(linears),
         formats=tuple(sorted({_format(linear) for linear in linears})),
         bits_per_weight=statistics.fmean(linear.bits_per_weight for linear in linears),
-        median_error=statistics.median(errors),
-        largest_error=max(errors),
-        median_round_to_nearest_error=statistics.median(linear.round_to_nearest_error for linear in linears),
+        median_error=statistics.median(errors) if errors else None,
+        largest_error=max(errors, default=None),
+        median_round_to_nearest_error=statistics.median(nearest) if nearest else None,
         dead_columns=sum(linear.dead_columns for linear in linears),
         fewest_tokens=min(tokens, default=None),
         mean_shrinkage=statistics.fmean(kept) if kept else None,
         unpolished_rows=sum(linear.unpolished_rows for linear in linears),
     )
+
+
+def _measured(values: Iterable[float]) -> list[float]:
+    return [value for value in values if not math.isnan(value)]
 
 
 def _format(linear: LinearResult | GroupResult) -> str:

@@ -250,6 +250,27 @@ def test_what_held_out_text_confirmed(report, changed):
     assert '<td class="n">–</td><td class="n">–</td>' in page
 
 
+def test_an_error_that_was_not_measured(report, changed):
+    """As of an embedding, which no text is run through; others of its part keep their figures."""
+    lost = {"relative_error": math.nan, "round_to_nearest_error": math.nan}
+    embedding = next(linear for linear in report.quantization.linears if linear.part == "embedding")
+    linears = tuple(
+        linear.model_copy(update=lost)
+        if (linear.layer, linear.part) in ((None, "embedding"), (0, "o"))
+        else linear
+        for linear in report.quantization.linears
+    )
+    quantization = report.quantization.model_copy(update={"linears": linears})
+    page = render_html(changed(quantization=quantization))
+    assert "not a number" not in page
+    assert page.count('<td class="none">–<small>') == 2
+    assert page.count('<td class="n">not measured</td>') == 3 + 2  # three errors; tokens of what is outside the blocks
+    survey = {part.part: part for part in summarize(linears).parts}
+    assert survey[embedding.part].median_error is None and survey[embedding.part].largest_error is None
+    kept = [linear.relative_error for linear in linears if linear.part == "o" and linear.layer != 0]
+    assert survey["o"].largest_error == max(kept)
+
+
 def test_limits_and_their_absence(report, changed):
     page = read(report)
     for limit in report.limits:
