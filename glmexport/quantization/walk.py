@@ -8,7 +8,7 @@ walk that is killed goes on after its last committed block.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -16,27 +16,22 @@ from torch import Tensor
 from glmexport.architecture import Architecture, DecoderLayer, Linear, Reference
 from glmexport.architecture.reference import Substitute
 from glmexport.calibration import CalibrationSet
-from glmexport.checkpoint import Checkpoint, Fold
-from glmexport.checkpoint.fold import as_tensors, from_tensors
+from glmexport.checkpoint import Checkpoint
 from glmexport.progress import Progress
-from glmexport.quantization.allocation import allocate, available_bits, tie_groups
-from glmexport.quantization.folding import choose_folds
+from glmexport.quantization.decisions import ALLOCATION, FOLDS, allocated_groups, decide_folds, decide_formats
 from glmexport.quantization.linear import QuantizedLinear
 from glmexport.quantization.memory import MemoryPlan
 from glmexport.quantization.moments import Measured
 from glmexport.quantization.nearest import round_to_nearest
-from glmexport.quantization.problem import LEAST_TOKENS, Problem
+from glmexport.quantization.problem import Problem
 from glmexport.quantization.record import AllocatedGroup, QuantizedMatrix
-from glmexport.quantization.sensitivity import Probe, probe_ids
 from glmexport.quantization.solve import gptq
 from glmexport.quantization.store import WorkDirectory
 from glmexport.quantization.stored import stored_linear
 from glmexport.quantization.streams import Passage, Streams
 from glmexport.recipe import Format, Recipe, Solver
 
-FOLDS, ALLOCATION, EMBEDDING, HEAD = "folds", "allocation", "embedding", "head"
-#: Held-out tokens on which the channels of every tap are measured before scales are folded.
-_FOLD_TOKENS = 4096
+EMBEDDING, HEAD = "embedding", "head"
 
 
 def block_step(index: int) -> str:
@@ -82,11 +77,12 @@ class Walk:
 
     def prepare(self) -> None:
         """Decide what holds for all steps: which scales are folded, and under a budget every matrix's format."""
-        if self.streams and self.recipe.linears and self.recipe.solver.fold_scales and self._varied(self.streams):
-            self.checkpoint = self.checkpoint.folded(self._folds(self.streams, self.recipe.linears))
+        if self.streams and self.recipe.linears and self.recipe.solver.fold_scales:
+            folds = decide_folds(self.streams, self.recipe.linears, self.memory, self.progress)
+            self.checkpoint = self.checkpoint.folded(folds)
             self.streams = self._streams()
-        if self.recipe.budget:
-            self._allocated = self._allocation()
+        if self.streams and self.recipe.budget:
+            self._allocated = decide_formats(self.streams, self.recipe, self.memory, self.progress)
 
     def records(self) -> tuple[list[QuantizedMatrix], float]:
         """How every matrix was quantized, in the order of the walk, and the seconds it took in all."""
@@ -100,21 +96,7 @@ class Walk:
 
     def allocation(self) -> tuple[AllocatedGroup, ...]:
         """What the budget's bits were given to, in the order of the model; nothing for a recipe without one."""
-        record = self.work.record(ALLOCATION)
-        if record is None:
-            return ()
-        groups = tie_groups(self.architecture, self.recipe)
-        return tuple(
-            AllocatedGroup(
-                name=group.name,
-                keys=tuple(group.shapes),
-                format=group.candidates[choice],
-                bits=group.bits(group.candidates[choice]),
-                loss_nats=losses[choice],
-                tried=choice in group.tried,
-            )
-            for group, choice, losses in zip(groups, record["note"]["chosen"], record["note"]["losses"], strict=True)
-        )
+        return allocated_groups(self.work, self.architecture, self.recipe)
 
     def _resume_at(self) -> int:
         """Index of the first step to do: the one after the last committed step whose activations are there."""
@@ -164,47 +146,6 @@ class Walk:
             asymmetric=self.recipe.solver.asymmetric,
             batch_tokens=self.memory.batch_tokens,
         )
-
-    def _varied(self, streams: Streams) -> bool:
-        """Whether the text shows enough of every tap for anything to be fitted to it."""
-        widest = max(linear.in_features for _, linear in self.architecture.linears)
-        return streams.calibration.effective_tokens >= LEAST_TOKENS * widest
-
-    def _folds(self, streams: Streams, form: Format) -> dict[str, Fold]:
-        """Scales to move between tensors: measured and chosen once, then read back."""
-        if self.work.record(FOLDS) is None:
-            started = time.monotonic()
-            ids = probe_ids(streams.calibration, _FOLD_TOKENS)
-            batch = self.memory.batch_tokens
-            folds = choose_folds(streams.reference, ids, streams.calibration.prefix, form, batch, self.progress)
-            self.work.commit(FOLDS, {}, {"seconds": time.monotonic() - started}, tensors=as_tensors(folds))
-        folds = from_tensors(self.work.tensors(FOLDS))
-        folded = sum(1 for _, linear in self.architecture.linears if _columns(folds, linear.weight))
-        if folded:
-            self.progress.remark(f"Scales are folded into the input channels of {folded} linears.")
-        return folds
-
-    def _allocation(self) -> dict[str, Format]:
-        """Format of every matrix under the recipe's budget: measured and chosen once, then read back."""
-        assert self.streams is not None and self.calibration is not None and self.recipe.budget is not None
-        groups = list(tie_groups(self.architecture, self.recipe))
-        if self.work.record(ALLOCATION) is None:
-            started = time.monotonic()
-            ids = probe_ids(self.calibration, self.recipe.budget.probe_tokens)
-            probe = Probe(self.streams.reference, ids, self.calibration.prefix, groups, self.work, self.memory)
-            losses = probe.losses(self.progress)
-            bits = [[group.bits(form) for form in group.candidates] for group in groups]
-            chosen = allocate(losses, bits, available_bits(self.architecture, self.recipe))
-            note = {"chosen": chosen, "losses": losses, "seconds": time.monotonic() - started}
-            self.work.commit(ALLOCATION, {}, note)
-            probe.forget()
-        record = self.work.record(ALLOCATION)
-        assert record is not None
-        return {
-            key: group.candidates[choice]
-            for group, choice in zip(groups, record["note"]["chosen"], strict=True)
-            for key in group.shapes
-        }
 
     def _form(self, key: str, default: Format | None) -> Format | None:
         return self._allocated.get(key, default)
@@ -288,7 +229,8 @@ class Walk:
             if solution.fallback:
                 self.progress.remark(f"{linear.key}: {solution.fallback}.")
             solved[linear.weight] = solution.linear
-            folded = _columns(self.checkpoint.folds, linear.weight)
+            fold = self.checkpoint.folds.get(linear.weight)
+            folded = fold is not None and fold.columns is not None
             records.append(QuantizedMatrix.solved(linear, layer, solution, tokens, folded=folded))
         return solved
 
@@ -303,10 +245,6 @@ class Walk:
         count = max(64, self.memory.chunk_weights // columns)
         for start in range(0, rows, count):
             yield self.checkpoint.rows(key, start, min(start + count, rows))
-
-
-def _columns(folds: Mapping[str, Fold], key: str) -> bool:
-    return key in folds and folds[key].columns is not None
 
 
 def _dequantized(solved: dict[str, QuantizedLinear]) -> Substitute:

@@ -14,8 +14,8 @@ from test_walk import RECIPE, Model
 
 from glmexport.errors import InputError
 from glmexport.quantization.allocation import allocate, available_bits, require_fit, tie_groups
+from glmexport.quantization.decisions import ALLOCATION
 from glmexport.quantization.linear import stored_bits
-from glmexport.quantization.walk import ALLOCATION
 from glmexport.quantization.weights import Weights
 from glmexport.recipe import Budget, Format, Recipe
 
