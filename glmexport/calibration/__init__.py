@@ -9,15 +9,14 @@ from glmexport.calibration.corpus import (
     shipped_languages,
     user_documents,
 )
-from glmexport.calibration.hessian import CrossMoment, Hessian
+from glmexport.calibration.hessian import SecondMoment
 from glmexport.calibration.sequences import CalibrationSet, pack
 
 __all__ = [
     "USER",
     "CalibrationSet",
-    "CrossMoment",
     "Document",
-    "Hessian",
+    "SecondMoment",
     "TextOverlap",
     "overlap",
     "pack",

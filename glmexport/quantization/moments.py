@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from glmexport.architecture import Linear
-from glmexport.calibration import CalibrationSet, CrossMoment, Hessian
+from glmexport.calibration import CalibrationSet, SecondMoment
 from glmexport.quantization.goal import Goal, Sample
 
 #: Held-out positions that solutions are judged on; every further one would cost a product a matrix.
@@ -19,7 +19,8 @@ SAMPLE_POSITIONS = 2048
 class Measured:
     """What the linears of a tap are solved from: ``goals`` by weight key, without an asymmetric target empty."""
 
-    hessian: Hessian
+    #: [K, K] fp32, mean of x x^T.
+    hessian: Tensor
     sample: Sample | None
     goals: dict[str, Goal]
 
@@ -35,9 +36,9 @@ class Moments:
     ) -> None:
         self.calibration = calibration
         self.linears = linears
-        self.hessian = Hessian(linears[0].in_features)
-        differences = linears[0].in_features if of_inputs else linears[0].out_features
-        self._cross = CrossMoment(differences, linears[0].in_features) if asymmetric else None
+        size = linears[0].in_features
+        self._hessian = SecondMoment(size, size)
+        self._cross = SecondMoment(size if of_inputs else linears[0].out_features, size) if asymmetric else None
         self._of_inputs = of_inputs
         self._weights = calibration.weights()
         self._stride = -(-calibration.selection_tokens // SAMPLE_POSITIONS) or 1
@@ -50,18 +51,24 @@ class Moments:
 
         Without an asymmetric target there is no difference.
         """
-        stop, prefix = start + len(inputs), self.calibration.prefix
-        held = self.calibration.selection[start:stop]
-        weights = self._weights[start:stop]
-        inputs = inputs[:, prefix:]
-        self.hessian.add(inputs[~held], weights[~held])
-        chosen = inputs[held][:, :: self._stride]
+        held = self.calibration.selection[start : start + len(inputs)]
+        weights = self._weights[start : start + len(inputs)]
+        fitted = self._weighted(inputs, ~held, weights)
+        self._hessian.add(fitted, fitted)
+        chosen = self._chosen(inputs, held)
         self._held_inputs.append(chosen.flatten(0, 1))
         self._held_weights.append(weights[held, None].expand(chosen.shape[:2]).flatten())
         if difference is not None and self._cross is not None:
-            difference = difference[:, prefix:]
-            self._cross.add(difference[~held], inputs[~held], weights[~held])
-            self._held_differences.append(difference[held][:, :: self._stride].flatten(0, 1))
+            self._cross.add(self._weighted(difference, ~held, weights), fitted)
+            self._held_differences.append(self._chosen(difference, held).flatten(0, 1))
+
+    def _weighted(self, values: Tensor, fitted: Tensor, weights: Tensor) -> Tensor:
+        """Rows [n, features] of the positions that are ``fitted`` to, times the square root of their weight."""
+        rows = values[fitted, self.calibration.prefix :]
+        return rows.mul_(weights[fitted].sqrt()[:, None, None]).flatten(0, 1)
+
+    def _chosen(self, values: Tensor, held: Tensor) -> Tensor:
+        return values[held, self.calibration.prefix :: self._stride]
 
     def result(self) -> Measured:
         """What was measured."""
@@ -69,6 +76,6 @@ class Moments:
         if bool(self.calibration.selection.any()):
             sample = Sample(torch.cat(self._held_inputs), torch.cat(self._held_weights))
         if self._cross is None:
-            return Measured(self.hessian, sample, {})
+            return Measured(self._hessian.matrix, sample, {})
         goal = Goal(self._cross.matrix, torch.cat(self._held_differences), self._of_inputs)
-        return Measured(self.hessian, sample, {linear.weight: goal for linear in self.linears})
+        return Measured(self._hessian.matrix, sample, {linear.weight: goal for linear in self.linears})

@@ -158,7 +158,7 @@ class WorkDirectory:
             path.unlink()
 
     def scratch(self, name: str, shape: tuple[int, int, int]) -> Activations:
-        """Activations that belong to no step: for the step under way, gone with ``drop_scratch``."""
+        """Activations that belong to no step, and to whoever writes them last; gone with ``drop_scratch``."""
         return Activations(self._activations(_SCRATCH, name), shape)
 
     def drop_scratch(self) -> None:

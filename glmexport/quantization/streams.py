@@ -164,9 +164,9 @@ class Passage:
         return self.streams.work.scratch("inner", self.streams.shape(output.in_features))
 
     def stream_file(self, name: str, branch: ResidualBranch) -> Activations:
-        """Where the stream ``name`` is kept behind ``branch``."""
+        """Where the stream ``name`` is kept behind ``branch``; the same file in every block, written anew."""
         shape = self.streams.shape(self.streams.reference.architecture.hidden_size)
-        return self.streams.work.scratch(f"{branch.module}.{name}", shape)
+        return self.streams.work.scratch(f"{self.layer.branches.index(branch)}.{name}", shape)
 
 
 class _Comparison:

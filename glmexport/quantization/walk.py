@@ -74,6 +74,7 @@ class Walk:
             for index in range(first, len(self.steps)):
                 self._step(index)
                 track.advance(1, self.steps[index])
+        self.work.drop_scratch()
 
     def prepare(self) -> None:
         """Decide what holds for all steps: which scales are folded, and under a budget every matrix's format."""
@@ -132,7 +133,6 @@ class Walk:
                 activations = passage.outputs(_dequantized(solved))
         note = {"linears": [record.model_dump() for record in records], "seconds": time.monotonic() - started}
         self.work.commit(step, solved, note, activations)
-        self.work.drop_scratch()
         if index:
             self.work.drop_activations(self.steps[index - 1])
 
@@ -221,7 +221,7 @@ class Walk:
         """Quantize the ``linears`` of one tap, whose Hessian is used up."""
         assert self.calibration is not None
         tokens = self.calibration.effective_tokens
-        problem = Problem.of(measured.hessian.matrix, form, solver, measured.sample, tokens=tokens, consume=True)
+        problem = Problem.of(measured.hessian, form, solver, measured.sample, tokens=tokens, consume=True)
         solved = {}
         for linear in linears:
             chunks = self._chunks(linear.weight, linear.out_features, linear.in_features)
