@@ -28,29 +28,28 @@ class Measured:
 class Moments:
     """Accumulates them over the calibration text.
 
-    ``of_inputs``: differences are of the inputs of ``linears``, and not of the output of the only one (see ``Goal``).
+    With an asymmetric target it also takes what is wanted: the input of ``linears`` in the original; or, where
+    ``weight`` [M, K] is given, the output that the only one of them ought to have. What W makes of the inputs is then
+    taken off at the end, from the moments, which spares a product a position: E[(y - W x) x^T] = E[y x^T] - W H.
     """
 
     def __init__(
-        self, calibration: CalibrationSet, linears: tuple[Linear, ...], *, asymmetric: bool, of_inputs: bool
+        self, calibration: CalibrationSet, linears: tuple[Linear, ...], *, asymmetric: bool, weight: Tensor | None
     ) -> None:
         self.calibration = calibration
         self.linears = linears
         size = linears[0].in_features
         self._hessian = SecondMoment(size, size)
-        self._cross = SecondMoment(size if of_inputs else linears[0].out_features, size) if asymmetric else None
-        self._of_inputs = of_inputs
+        self._cross = SecondMoment(size if weight is None else len(weight), size) if asymmetric else None
+        self._weight = weight
         self._weights = calibration.weights()
         self._stride = -(-calibration.selection_tokens // SAMPLE_POSITIONS) or 1
         self._held_inputs: list[Tensor] = []
-        self._held_differences: list[Tensor] = []
+        self._held_wanted: list[Tensor] = []
         self._held_weights: list[Tensor] = []
 
-    def add(self, start: int, inputs: Tensor, difference: Tensor | None) -> None:
-        """Add sequences from ``start`` on: ``inputs`` [batch, length, K], ``difference`` [batch, length, M], fp32.
-
-        Without an asymmetric target there is no difference.
-        """
+    def add(self, start: int, inputs: Tensor, wanted: Tensor | None) -> None:
+        """Add sequences from ``start`` on: ``inputs`` [batch, length, K], ``wanted`` [batch, length, M], fp32."""
         held = self.calibration.selection[start : start + len(inputs)]
         weights = self._weights[start : start + len(inputs)]
         fitted = self._weighted(inputs, ~held, weights)
@@ -58,9 +57,11 @@ class Moments:
         chosen = self._chosen(inputs, held)
         self._held_inputs.append(chosen.flatten(0, 1))
         self._held_weights.append(weights[held, None].expand(chosen.shape[:2]).flatten())
-        if difference is not None and self._cross is not None:
-            self._cross.add(self._weighted(difference, ~held, weights), fitted)
-            self._held_differences.append(self._chosen(difference, held).flatten(0, 1))
+        if wanted is not None and self._cross is not None:
+            if self._weight is None:
+                wanted = wanted - inputs
+            self._cross.add(self._weighted(wanted, ~held, weights), fitted)
+            self._held_wanted.append(self._chosen(wanted, held).flatten(0, 1))
 
     def _weighted(self, values: Tensor, fitted: Tensor, weights: Tensor) -> Tensor:
         """Rows [n, features] of the positions that are ``fitted`` to, times the square root of their weight."""
@@ -75,7 +76,12 @@ class Moments:
         sample = None
         if bool(self.calibration.selection.any()):
             sample = Sample(torch.cat(self._held_inputs), torch.cat(self._held_weights))
-        if self._cross is None:
+        if self._cross is None or sample is None:
             return Measured(self._hessian.matrix, sample, {})
-        goal = Goal(self._cross.matrix, torch.cat(self._held_differences), self._of_inputs)
+        cross, held = self._cross.matrix, torch.cat(self._held_wanted)
+        if self._weight is None:
+            goal = Goal(cross, held, of_inputs=True)
+        else:
+            cross.addmm_(self._weight, self._hessian.matrix, alpha=-1)
+            goal = Goal(cross, held.addmm_(sample.inputs, self._weight.T, alpha=-1), of_inputs=False)
         return Measured(self._hessian.matrix, sample, {linear.weight: goal for linear in self.linears})

@@ -62,14 +62,14 @@ class Streams:
 
     def measure_head(self, before: str, head: Linear) -> Measured:
         """Measure the input of the lm_head, behind the final norm."""
-        into = Moments(self.calibration, (head,), asymmetric=self.asymmetric, of_inputs=True)
+        into = Moments(self.calibration, (head,), asymmetric=self.asymmetric, weight=None)
         streams = {name: self.committed(before, name) for name in self.names}
         for start, stop in self.batches():
             ours = self.reference.final_norm(streams[QUANTIZED].read(start, stop))
-            difference = None
+            theirs = None
             if self.asymmetric:
-                difference = self.reference.final_norm(streams[ORIGINAL].read(start, stop)) - ours
-            into.add(start, ours, difference)
+                theirs = self.reference.final_norm(streams[ORIGINAL].read(start, stop))
+            into.add(start, ours, theirs)
         return into.result()
 
     def batches(self) -> Iterator[tuple[int, int]]:
@@ -109,21 +109,21 @@ class Passage:
             for (start, _), states in zip(self.streams.batches(), self._joined(substitute), strict=True):
                 moved.write(start, states)
             self.residual[QUANTIZED], self._inner = moved, None
-        ends = branch.output in linears
-        into = Moments(self.streams.calibration, linears, asymmetric=self.streams.asymmetric, of_inputs=not ends)
-        inner = self._inner_file(linears[0]) if ends else None
+        asymmetric = self.streams.asymmetric
+        inner = self._inner_file(linears[0]) if branch.output in linears else None
         block = self.block(tap, substitute)
-        compare = _Comparison(self, tap) if self.streams.asymmetric else None
+        wish = _Wish(self, tap) if asymmetric else None
+        into = Moments(self.streams.calibration, linears, asymmetric=asymmetric, weight=wish.weight if wish else None)
         for start, stop in self.streams.batches():
             stream = self.residual[QUANTIZED].read(start, stop)
             ours = block.branch_tap(tap, stream, self.streams.positions)
-            into.add(start, ours, compare(start, stop, stream, ours) if compare else None)
+            into.add(start, ours, wish(start, stop, stream) if wish else None)
             if inner is not None:
                 inner.write(start, ours)
         if inner is not None:
             self._inner = branch, inner
-            if compare:
-                self.residual[ORIGINAL] = compare.moved
+            if wish:
+                self.residual[ORIGINAL] = wish.moved
         return into.result()
 
     def outputs(self, substitute: Substitute) -> dict[str, Iterator[Tensor]]:
@@ -169,30 +169,30 @@ class Passage:
         return self.streams.work.scratch(f"{self.layer.branches.index(branch)}.{name}", shape)
 
 
-class _Comparison:
-    """How far a tap, or the output of a branch's last linear, still unquantized, is from the original's."""
+class _Wish:
+    """What the linears of a tap ought to read, or the last one of a branch to give, for the original's stream."""
 
     def __init__(self, passage: Passage, tap: str) -> None:
         self._streams = passage.streams
         self._residual = passage.residual[ORIGINAL]
         self._tap = tap
         self._branch = passage.layer.branch(tap)
-        self._ends = self._branch.output.tap == tap
-        self._block = passage.block(tap, None, with_tap=self._ends)
+        ends = self._branch.output.tap == tap
+        self._block = passage.block(tap, None, with_tap=ends)
         norm = self._branch.output_norm
         self._gain = None if norm is None else self._streams.reference.checkpoint.read(norm.weight)
         self._epsilon = 0.0 if norm is None else norm.epsilon
-        if self._ends:
-            #: The original's stream behind the branch.
-            self.moved = passage.stream_file(ORIGINAL, self._branch)
+        #: Of the branch's last linear, if the tap is its: then its output is what is wanted.
+        self.weight = self._block.weight(self._branch.output.weight) if ends else None
+        #: The original's stream behind the branch, as far as it is known.
+        self.moved = passage.stream_file(ORIGINAL, self._branch)
 
-    def __call__(self, start: int, stop: int, stream: Tensor, ours: Tensor) -> Tensor:
-        """For sequences ``start`` to ``stop`` of the quantized model: ``stream`` at the branch, ``ours`` at the tap."""
+    def __call__(self, start: int, stop: int, stream: Tensor) -> Tensor:
+        """For sequences ``start`` to ``stop``, given the quantized model's ``stream`` that the branch adds to."""
         original = self._residual.read(start, stop)
         theirs = self._block.branch_tap(self._tap, original, self._streams.positions)
-        if not self._ends:
-            return theirs - ours
+        if self.weight is None:
+            return theirs
         output = self._block.output(self._branch, theirs)
         self.moved.write(start, self._block.add(self._branch, original, output))
-        difference = output - self._block.output(self._branch, ours)
-        return difference.add_(stream_difference(output, stream, original, self._gain, self._epsilon))
+        return stream_difference(output, stream, original, self._gain, self._epsilon).add_(output)
