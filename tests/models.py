@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from glmexport.architecture import describe
-from glmexport.architecture.description import Linear
+from benchmarks.uneven import uneven
 from glmexport.checkpoint import Checkpoint
 
 TEMPLATE = (
@@ -73,27 +72,13 @@ def write_checkpoint(directory: Path, model_type: str = "glm4", seed: int = 0, *
     return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval().requires_grad_(False)
 
 
-def write_uneven(path: Path, family: str = "glm4", spread: float = 2.0, **changes: Any) -> Checkpoint:
+def write_uneven(path: Path, family: str = "glm4", spread: float = 1.5, **changes: Any) -> Checkpoint:
     """A checkpoint whose channels differ in size, by scales that cancel out in what the model computes.
 
-    ``spread`` is the standard deviation of their binary logarithms.
+    ``spread`` is the standard deviation of their natural logarithms.
     """
     write_checkpoint(path, family, **changes)
-    file = path / "model.safetensors"
-    tensors = {key: value.float() for key, value in load_file(file).items()}
-    chance = torch.Generator().manual_seed(3)
-    for layer in describe(Checkpoint.open(path)).layers:
-        for tap, writer in layer.writers.items():
-            rows = torch.tensor(writer.rows)
-            by_row = torch.exp2(spread * torch.randn(int(rows.max()) + 1, generator=chance))
-            written = rows.unique()
-            source = tensors[writer.source.weight]
-            source[written] /= by_row[written].reshape(-1, *[1] * (source.dim() - 1))
-            if isinstance(writer.source, Linear) and writer.source.bias_key:
-                tensors[writer.source.bias_key] /= by_row
-            for linear in layer.taps[tap]:
-                tensors[linear.weight] *= by_row[rows]
-    save_file(tensors, file, {"format": "pt"})
+    save_file(uneven(Checkpoint.open(path), spread, outliers=0), path / "model.safetensors", {"format": "pt"})
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     (path / "config.json").write_text(json.dumps({**config, "dtype": "float32"}), encoding="utf-8")
     return Checkpoint.open(path)

@@ -51,7 +51,7 @@ def logits(checkpoint: Checkpoint, rounded: Format | None = None) -> Tensor:
 
 @pytest.mark.parametrize("family", ["glm", "glm4"])
 def test_a_folded_model_is_the_same_to_the_last_bit(tmp_path: Path, family: str) -> None:
-    checkpoint = write_uneven(tmp_path, family, spread=2.0)
+    checkpoint = write_uneven(tmp_path, family, spread=1.5)
     folds = folds_of(checkpoint)
     architecture = describe(checkpoint)
     linears = {linear.weight for layer in architecture.layers for linear in layer.linears}
@@ -67,7 +67,7 @@ def test_a_folded_model_is_the_same_to_the_last_bit(tmp_path: Path, family: str)
 @pytest.mark.parametrize("family", ["glm", "glm4"])
 def test_folds_save_what_uneven_channels_cost(tmp_path: Path, family: str) -> None:
     """Rounded to nearest, an uneven model is far from itself; folded, nearly as near as one with even channels."""
-    even, odd = write_uneven(tmp_path / "even", family, 0.0), write_uneven(tmp_path / "odd", family, 2.0)
+    even, odd = write_uneven(tmp_path / "even", family, 0.0), write_uneven(tmp_path / "odd", family, 1.5)
     whole = logits(even)
     torch.testing.assert_close(logits(odd), whole, atol=1e-4, rtol=1e-4)
     best, unfolded = ((logits(each, W4G32) - whole).norm() for each in (even, odd))
@@ -82,7 +82,7 @@ def test_even_channels_are_left_alone(tmp_path: Path) -> None:
 
 def test_channels_of_one_row_share_an_exponent(tmp_path: Path) -> None:
     """Query heads that read the same value head."""
-    checkpoint = write_uneven(tmp_path, "glm4", spread=2.0)
+    checkpoint = write_uneven(tmp_path, "glm4", spread=1.5)
     layer = describe(checkpoint).layers[0]
     attention = layer.attention
     columns = folds_of(checkpoint)[attention.output.weight].columns
