@@ -99,12 +99,15 @@ def _fold_tap(
     if isinstance(writer.source, Linear):
         extent = torch.linalg.vector_norm(block.weight(writer.source.weight), math.inf, dim=1)[index]
         largest = (extent / 2 ** (form.bits - 1) / _SMALLEST_SCALE).clamp(min=1).log2().floor()
-    best, least = None, (1 - _LEAST_GAIN) * _rounding_error(sampled, importance, torch.zeros(len(size)), form)
-    for candidate in _candidates(importance, size, index, largest):
+    best = None
+    changing = [candidate for candidate in _candidates(importance, size, index, largest) if bool(candidate.any())]
+    if changing:
+        least = (1 - _LEAST_GAIN) * _rounding_error(sampled, importance, torch.zeros(len(size)), form)
+    for candidate in changing:
         error = _rounding_error(sampled, importance, candidate, form)
         if error < least:
             best, least = candidate, error
-    if best is None or not bool(best.any()):
+    if best is None:
         return
     for linear in linears:
         exponents.setdefault(linear.weight, {})["columns"] = best.to(torch.int8)
