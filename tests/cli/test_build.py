@@ -32,6 +32,7 @@ from builds import (
 
 from glmexport.architecture import Reference
 from glmexport.bundle import read_manifest, verify_files
+from glmexport.bundle.read import bundle_folds
 from glmexport.checkpoint import Tokenizer
 from glmexport.cli.build import calibration_text
 from glmexport.errors import EXIT_INCONCLUSIVE
@@ -274,7 +275,7 @@ def logits_of_the_bundle_s_weights(bundle: Path, checkpoint: Path, ids: list[int
     """The original's own layers, with the bundle's dequantized weights in place of theirs."""
     original = Original.open(str(checkpoint), Silent())
     architecture = original.architecture
-    reference = Reference(original.checkpoint, architecture)
+    reference = Reference(original.checkpoint.folded(bundle_folds(bundle)), architecture)
     weights = bundle_weights(bundle, checkpoint)
     table = weights.dequantized(architecture.embedding)
     head = weights.dequantized(architecture.lm_head.weight)
@@ -324,7 +325,7 @@ def test_scoring_computes_with_the_shipped_weights(name: str, tmp_path: Path) ->
     (logits, *_) = score(built.directory, ids[None])
     assert np.abs(logits[0] - expected).max() <= 1e-3
     # And those weights are near the original's: but for rounding, what takes back the errors of those before them.
-    checkpoint = Original.open(str(tmp_path / "checkpoint"), Silent()).checkpoint
+    checkpoint = Original.open(str(tmp_path / "checkpoint"), Silent()).checkpoint.folded(bundle_folds(built.directory))
     for matrix in built.manifest.matrices:
         ours, theirs = bundle_weights(built.directory, tmp_path / "checkpoint").dequantized(matrix.key), matrix.key
         assert ours is not None
