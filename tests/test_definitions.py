@@ -120,14 +120,14 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 )
 def test_a_wrong_key_is_named_with_its_file(tmp_path: Path, line: str, key: str) -> None:
     *path, last = line.partition(" =")[0].split(".")
-    table: dict[str, object] = {
+    table: dict[str, dict[str, str]] = {
         "linears": {"bits": "4", "group_size": "32"},
         "calibration": {"tokens": "4096", "sequence_length": "512", "quota.zh": "1"},
     }
     value = line.partition("= ")[2]
     lines = [f"{line}"] if not path else []
     for name in dict.fromkeys([*table, *path[:1]]):
-        fields = dict(table.get(name, {}))  # type: ignore[call-overload]
+        fields = dict(table.get(name, {}))
         if path and path[0] == name:
             fields[".".join([*path[1:], last])] = value
         lines += [f"[{name}]", *(f"{field} = {content}" for field, content in fields.items())]

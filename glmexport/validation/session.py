@@ -37,9 +37,13 @@ class ScoringSession:
             self._session = onnxruntime.InferenceSession(
                 directory / SCORING, options, providers=[(provider.name, dict(provider.options))]
             )
+        except MemoryError:
+            # The machine's: building the bundle again would not help.
+            raise
         except Exception as error:  # onnxruntime has no common base class of its own
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise BundleError(
-                f"ONNX Runtime cannot load {directory / SCORING}: {str(error).splitlines()[0]}.",
+                f"ONNX Runtime cannot load {directory / SCORING}: {reason}.",
                 next_step="Build the bundle again with this version of glmexport.",
             ) from error
         self._caches = {
