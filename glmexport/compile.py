@@ -33,7 +33,7 @@ from glmexport.calibration import (
 from glmexport.errors import BundleError, InputError
 from glmexport.job import Job, Original, refuse_existing, refuse_formats, require_space
 from glmexport.progress import Progress
-from glmexport.quantization import MemoryPlan, Walk, WorkDirectory, plan_memory
+from glmexport.quantization import MemoryPlan, QuantizedMatrix, Walk, WorkDirectory, plan_memory
 from glmexport.quantization.weights import Weights
 from glmexport.recipe import Recipe
 from glmexport.report.assemble import BuildCost, assemble
@@ -159,8 +159,10 @@ def _finish(
     partial = partial_of(job.directory)
     if partial.exists():
         shutil.rmtree(partial)
-    manifest = _write(partial, original, job, walk, calibration, documents, progress)
-    cost = BuildCost(walk.records()[1], peak_memory())
+    # Read once: every committed file is hashed for it.
+    records, seconds = walk.records()
+    manifest = _write(partial, original, job, walk, records, calibration, documents, progress)
+    cost = BuildCost(seconds, peak_memory())
     report = _validated(partial, job.directory, manifest, original, options, progress, cost)
     return Built(job.directory, manifest, report)
 
@@ -170,6 +172,7 @@ def _write(
     original: Original,
     job: Job,
     walk: Walk,
+    records: Sequence[QuantizedMatrix],
     calibration: CalibrationSet | None,
     documents: Sequence[Document],
     progress: Progress,
@@ -184,7 +187,7 @@ def _write(
         target=job.target,
         source=source_of(original, progress),
         calibration=calibration_source(calibration, documents),
-        records=walk.records()[0],
+        records=records,
         allocation=walk.allocation(),
         tokenizer_files=original.tokenizer.files,
         progress=progress,

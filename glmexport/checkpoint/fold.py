@@ -23,18 +23,20 @@ class Fold:
     columns: torch.Tensor | None = None
 
     def apply(self, values: torch.Tensor, start: int = 0) -> torch.Tensor:
-        """``values`` [n, K] or [n], the tensor's rows from ``start`` on, multiplied."""
+        """Multiply ``values`` [n, K] or [n], the tensor's rows from ``start`` on, in place; returns them."""
+        return self._multiply(values, start, 1)
+
+    def undo(self, values: torch.Tensor) -> torch.Tensor:
+        """The inverse of ``apply``, on a whole tensor."""
+        return self._multiply(values, 0, -1)
+
+    def _multiply(self, values: torch.Tensor, start: int, sign: int) -> torch.Tensor:
         import torch
 
         if self.rows is not None:
             exponents = self.rows[start : start + len(values)]
-            values = torch.ldexp(values, exponents.reshape(-1, *[1] * (values.dim() - 1)))
-        return values if self.columns is None else torch.ldexp(values, self.columns)
-
-    def undo(self, values: torch.Tensor) -> torch.Tensor:
-        """The inverse of ``apply`` on a whole tensor."""
-        inverse = Fold(*(None if part is None else -part for part in (self.rows, self.columns)))
-        return inverse.apply(values)
+            values.mul_(torch.exp2(sign * exponents.float()).reshape(-1, *[1] * (values.dim() - 1)))
+        return values if self.columns is None else values.mul_(torch.exp2(sign * self.columns.float()))
 
 
 def as_tensors(folds: Mapping[str, Fold]) -> dict[str, torch.Tensor]:

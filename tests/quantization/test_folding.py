@@ -110,6 +110,8 @@ def test_a_fold_of_some_rows_and_its_stored_form() -> None:
     assert torch.equal(fold.apply(torch.ones(2, 2), 1), whole[1:])
     assert fold.undo(whole).tolist() == torch.ones(3, 2).tolist()
     assert Fold(fold.rows).apply(torch.ones(3)).tolist() == [2, 0.5, 1]
+    narrow = fold.apply(torch.ones(3, 2, dtype=torch.bfloat16))
+    assert narrow.dtype == torch.bfloat16 and narrow.tolist() == [[2, 8], [0.5, 2], [1, 4]]
     again = from_tensors(as_tensors({"a.weight": fold, "b.bias": Fold(fold.rows)}))
     assert set(again) == {"a.weight", "b.bias"} and again["b.bias"].columns is None
     assert again["a.weight"].rows is not None and torch.equal(again["a.weight"].rows, fold.rows)
