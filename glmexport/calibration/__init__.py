@@ -9,13 +9,14 @@ from glmexport.calibration.corpus import (
     shipped_languages,
     user_documents,
 )
-from glmexport.calibration.hessian import SecondMoment
+from glmexport.calibration.hessian import Hessian, SecondMoment
 from glmexport.calibration.sequences import CalibrationSet, pack
 
 __all__ = [
     "USER",
     "CalibrationSet",
     "Document",
+    "Hessian",
     "SecondMoment",
     "TextOverlap",
     "overlap",

@@ -1,16 +1,19 @@
-"""Second moments of what linears read: the Hessian of a tap, and its cross moment with a difference."""
+"""Second moments of what linears read: the Hessian of a tap, and its cross moment with a difference.
+
+Rows are given times the square root of their weight. Weights are meant to sum to one over all of them, which keeps
+the accumulators in the range of a single outer product however much text there is.
+"""
 
 from __future__ import annotations
 
 from torch import Tensor, zeros
 
+#: Rows of a Hessian that are added to together, up to the diagonal: the other half follows by symmetry.
+_SLAB = 192
+
 
 class SecondMoment:
-    """Accumulates sum of d x^T in fp32, one batch at a time; with d = x it is the Hessian of x.
-
-    ``matrix`` is [M, K] fp32. Rows are given times the square root of their weight. Weights are meant to sum to one
-    over all of them, which keeps the accumulator in the range of a single d x^T however much text there is.
-    """
+    """Accumulates sum of d x^T, one batch at a time; ``matrix`` is [M, K] fp32."""
 
     def __init__(self, rows: int, columns: int) -> None:
         self.matrix = zeros(rows, columns)
@@ -18,3 +21,24 @@ class SecondMoment:
     def add(self, left: Tensor, right: Tensor) -> None:
         """Add ``left`` [n, M] and ``right`` [n, K], fp32, row by row."""
         self.matrix.addmm_(left.T, right)
+
+
+class Hessian:
+    """Accumulates sum of x x^T, one batch at a time, at little more than half the cost of a ``SecondMoment``."""
+
+    def __init__(self, size: int) -> None:
+        self._lower = zeros(size, size)
+        self._slabs = [(start, min(start + _SLAB, size)) for start in range(0, size, _SLAB)]
+
+    def add(self, inputs: Tensor) -> None:
+        """Add ``inputs`` [n, K], fp32, row by row."""
+        for start, stop in self._slabs:
+            self._lower[start:stop, :stop].addmm_(inputs[:, start:stop].T, inputs[:, :stop])
+
+    def matrix(self) -> Tensor:
+        """The sum so far, [K, K] fp32, symmetric to the last bit; its storage is that of the accumulator."""
+        for start, stop in self._slabs:
+            slab = self._lower[start:stop, :stop]
+            slab[:, start:] = slab[:, start:].tril() + slab[:, start:].tril(-1).T
+            self._lower[:start, start:stop] = slab[:, :start].T
+        return self._lower

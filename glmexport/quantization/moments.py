@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from glmexport.architecture import Linear
-from glmexport.calibration import CalibrationSet, SecondMoment
+from glmexport.calibration import CalibrationSet, Hessian, SecondMoment
 from glmexport.quantization.goal import Goal, Sample
 
 #: Held-out positions that solutions are judged on; every further one would cost a product a matrix.
@@ -39,7 +39,7 @@ class Moments:
         self.calibration = calibration
         self.linears = linears
         size = linears[0].in_features
-        self._hessian = SecondMoment(size, size)
+        self._hessian = Hessian(size)
         self._cross = SecondMoment(size if weight is None else len(weight), size) if asymmetric else None
         self._weight = weight
         self._weights = calibration.weights()
@@ -53,7 +53,7 @@ class Moments:
         held = self.calibration.selection[start : start + len(inputs)]
         weights = self._weights[start : start + len(inputs)]
         fitted = self._weighted(inputs, ~held, weights)
-        self._hessian.add(fitted, fitted)
+        self._hessian.add(fitted)
         chosen = self._chosen(inputs, held)
         self._held_inputs.append(chosen.flatten(0, 1))
         self._held_weights.append(weights[held, None].expand(chosen.shape[:2]).flatten())
@@ -73,15 +73,15 @@ class Moments:
 
     def result(self) -> Measured:
         """What was measured."""
-        sample = None
+        hessian, sample = self._hessian.matrix(), None
         if bool(self.calibration.selection.any()):
             sample = Sample(torch.cat(self._held_inputs), torch.cat(self._held_weights))
         if self._cross is None or sample is None:
-            return Measured(self._hessian.matrix, sample, {})
+            return Measured(hessian, sample, {})
         cross, held = self._cross.matrix, torch.cat(self._held_wanted)
         if self._weight is None:
             goal = Goal(cross, held, of_inputs=True)
         else:
-            cross.addmm_(self._weight, self._hessian.matrix, alpha=-1)
+            cross.addmm_(self._weight, hessian, alpha=-1)
             goal = Goal(cross, held.addmm_(sample.inputs, self._weight.T, alpha=-1), of_inputs=False)
-        return Measured(self._hessian.matrix, sample, {linear.weight: goal for linear in self.linears})
+        return Measured(hessian, sample, {linear.weight: goal for linear in self.linears})

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+#: Columns whose effect on one another is followed one by one; on those behind them it is one product of matrices.
+_STRIP = 16
 
 
 @dataclass(frozen=True)
@@ -46,3 +50,9 @@ def column_order(diagonal: Tensor, group_size: int, order: Literal["group", "sto
     ends = torch.tensor([len(columns) for columns in visited]).cumsum(0).tolist()
     bounds = tuple((end - len(columns), end) for end, columns in zip(ends, visited, strict=True))
     return ColumnOrder(torch.cat(visited), bounds, tuple(indices))
+
+
+def strips(columns: int) -> Iterator[tuple[int, int]]:
+    """First and last of so many columns, a few at a time."""
+    for start in range(0, columns, _STRIP):
+        yield start, min(start + _STRIP, columns)

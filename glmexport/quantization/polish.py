@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from glmexport.quantization.factor import Factor
-from glmexport.quantization.grid import decode, encode, stored_scale
-from glmexport.quantization.order import ColumnOrder
+from glmexport.quantization.grid import stored_scale
+from glmexport.quantization.order import ColumnOrder, strips
 from glmexport.recipe import Format
 
 
@@ -35,48 +35,52 @@ def polish(
         for group, (start, stop) in enumerate(order.bounds):
             rows = factor.hessian_rows(start, stop)
             inner = rows[:, start:stop]
-            before = rounded.error[start:stop].clone()
-            _descend(rounded, projected[start:stop].clone(), inner, group, (start, stop), form.bits)
-            change = rounded.error[start:stop] - before
+            codes, zero_point = rounded.codes[start:stop], rounded.zero_points[group]
+            centred = codes.float() - zero_point
+            limits = -zero_point, 2**form.bits - 1 - zero_point
+            change = _descend(centred, projected[start:stop].clone(), inner, rounded.scales[group], limits)
+            codes.copy_((centred + zero_point).to(torch.uint8))
             gradient = projected[start:stop] + inner @ change
-            _refit(rounded, gradient, inner, group, (start, stop))
-            projected.addmm_(rows.T, rounded.error[start:stop] - before)
+            change -= centred * _refit(rounded.scales[group], centred, gradient, inner)
+            rounded.error[start:stop] += change
+            projected.addmm_(rows.T, change)
 
 
-def _descend(rounded: Rounded, gradient: Tensor, inner: Tensor, group: int, bounds: tuple[int, int], bits: int) -> None:
+def _descend(
+    centred: Tensor, gradient: Tensor, inner: Tensor, scale: Tensor, limits: tuple[Tensor, Tensor]
+) -> Tensor:
     """Each column of the group to the code that is best with all other columns as they are.
 
     Args:
-        rounded: changed in place.
+        centred: [group, N] fp32, codes less their zero point; changed in place.
         gradient: [group, N], rows of H @ error; consumed.
         inner: [group, group], the group's own part of H.
-        group: index into the scales.
-        bounds: the group's columns.
-        bits: of the codes.
+        scale: [N].
+        limits: of ``centred``, each [N].
+
+    Returns:
+        What it adds to the error, [group, N].
     """
-    start, stop = bounds
-    scale, zero_point = rounded.scales[group], rounded.zero_points[group]
-    curvature = inner.diagonal().tolist()
-    for column in range(stop - start):
-        codes, error = rounded.codes[start + column], rounded.error[start + column]
-        value = decode(codes, scale, zero_point)
-        best = encode(value + gradient[column] / curvature[column], scale, zero_point, bits)
-        step = decode(best, scale, zero_point).sub_(value)
-        codes.copy_(best.to(torch.uint8))
-        error.sub_(step)
-        gradient[column + 1 :].addr_(inner[column + 1 :, column], step, alpha=-1)
+    change = torch.empty_like(centred)
+    inverse, curvature = 1 / scale, inner.diagonal().tolist()
+    for start, stop in strips(len(centred)):
+        for column in range(start, stop):
+            code, slope = centred[column], gradient[column]
+            if column > start:
+                slope = torch.addmv(slope, change[start:column].T, inner[start:column, column])
+            best = torch.addcmul(code, slope, inverse, value=1 / curvature[column]).round_().clamp_(*limits)
+            torch.sub(code, best, out=change[column]).mul_(scale)
+            code.copy_(best)
+        gradient[stop:].addmm_(inner[stop:, start:stop], change[start:stop])
+    return change
 
 
-def _refit(rounded: Rounded, gradient: Tensor, inner: Tensor, group: int, bounds: tuple[int, int]) -> None:
-    """The scale that minimises the error for the group's codes, where fp16 can hold an improvement."""
-    start, stop = bounds
-    centred = rounded.codes[start:stop].float() - rounded.zero_points[group]
+def _refit(scale: Tensor, centred: Tensor, gradient: Tensor, inner: Tensor) -> Tensor:
+    """Moves ``scale`` [N] to the minimum for the group's codes where fp16 can hold an improvement; by how much, [N]."""
     slope = (centred * gradient).sum(0)
     curvature = (centred * (inner @ centred)).sum(0).clamp(min=1e-30)
-    scale = rounded.scales[group]
-    candidate = stored_scale(scale + slope / curvature)
-    step = candidate - scale
+    step = stored_scale(scale + slope / curvature) - scale
     # The change of the objective is step^2 curvature - 2 step slope.
-    better = step * (step * curvature - 2 * slope) < 0
-    rounded.scales[group] = torch.where(better, candidate, scale)
-    rounded.error[start:stop] -= centred * torch.where(better, step, 0.0)
+    step = torch.where(step * (step * curvature - 2 * slope) < 0, step, 0.0)
+    scale += step
+    return step

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from glmexport.quantization.factor import Factor
 from glmexport.quantization.goal import Goal, Sample, shrinkage
-from glmexport.quantization.grid import decode, encode, minmax_grid, searched_grid
+from glmexport.quantization.grid import minmax_grid, searched_grid
 from glmexport.quantization.linear import QuantizedLinear
 from glmexport.quantization.nearest import round_to_nearest, stored
-from glmexport.quantization.order import ColumnOrder
+from glmexport.quantization.order import ColumnOrder, strips
 from glmexport.quantization.polish import polish
 from glmexport.quantization.problem import Problem
 from glmexport.recipe import Format, Solver
@@ -203,14 +203,18 @@ def _sweep(sweep: Sweep, factor: Factor, order: ColumnOrder, form: Format, solve
             scale, zero_point = searched_grid(entering, conditional, form)
         else:
             scale, zero_point = minmax_grid(entering, form)
-        error = sweep.error[start:stop]
-        for column in range(stop - start):
-            goal = compensated[column]
-            if column:
-                goal = goal + upper[start : start + column, column] @ error[:column]
-            code = encode(goal, scale, zero_point, form.bits)
-            sweep.codes[start + column] = code.to(torch.uint8)
-            torch.sub(sweep.weights[start + column], decode(code, scale, zero_point), out=error[column])
+        error, centred = sweep.error[start:stop], torch.empty_like(compensated)
+        inverse, limits = 1 / scale, (-zero_point, 2**form.bits - 1 - zero_point)
+        for first, last in strips(stop - start):
+            for column in range(first, last):
+                goal = compensated[column]
+                if column > first:
+                    goal = torch.addmv(goal, error[first:column].T, upper[start + first : start + column, column])
+                torch.mul(goal, inverse, out=centred[column]).round_().clamp_(*limits)
+                weight = sweep.weights[start + column]
+                torch.addcmul(weight, centred[column], scale, value=-1, out=error[column])
+            compensated[last:].addmm_(upper[start + first : start + last, last:].T, error[first:last])
+        sweep.codes[start:stop] = centred.add_(zero_point).to(torch.uint8)
         sweep.scales[group], sweep.zero_points[group] = scale, zero_point
 
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -96,12 +97,13 @@ class WorkDirectory:
         step: str,
         linears: Mapping[str, QuantizedLinear],
         note: Mapping[str, Any],
-        activations: Mapping[str, Iterator[Tensor]] | None = None,
+        activations: Mapping[str, Iterator[Tensor] | Activations] | None = None,
         tensors: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Write matrices, other tensors, and the streams that the next step reads; flush them; then the record.
 
-        ``note`` is read last, so that what is found out while the streams are made can be in it.
+        A stream that is in a file already, as scratch activations are, is moved, not copied. ``note`` is read last, so
+        that what is found out while the streams are made can be in it.
         """
         weights = self.path / f"{step}.safetensors"
         partial = weights.with_suffix(".partial")
@@ -111,7 +113,11 @@ class WorkDirectory:
         files = [weights]
         for name, stream in (activations or {}).items():
             files.append(self._activations(step, name))
-            _write_stream(files[-1], stream)
+            if isinstance(stream, Activations):
+                _flush(stream.path)
+                stream.path.replace(files[-1])
+            else:
+                _write_stream(files[-1], stream)
         record = {
             "files": {file.name: {"size": file.stat().st_size, "sha256": sha256(file)} for file in files},
             "formats": {key: linear.form.model_dump() for key, linear in linears.items()},
@@ -215,9 +221,15 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
 
 def _write_stream(path: Path, chunks: Iterator[Tensor]) -> None:
     partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
+    # One chunk is written while the next is computed.
+    with partial.open("wb") as file, ThreadPoolExecutor(1) as writer:
+        written: Future[int] | None = None
         for chunk in chunks:
-            file.write(chunk.contiguous().numpy().data.cast("B"))
+            if written:
+                written.result()
+            written = writer.submit(file.write, chunk.contiguous().numpy().data.cast("B"))
+        if written:
+            written.result()
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)

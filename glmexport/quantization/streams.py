@@ -46,7 +46,7 @@ class Streams:
         """Whether the original's stream is kept too."""
         return ORIGINAL in self.names
 
-    def embedded(self, table: QuantizedLinear | None) -> dict[str, Iterator[Tensor]]:
+    def embedded(self, table: QuantizedLinear | None) -> dict[str, Iterator[Tensor] | Activations]:
         """What the first block reads."""
 
         def rows(lookup: QuantizedLinear | None) -> Iterator[Tensor]:
@@ -126,17 +126,12 @@ class Passage:
                 self.residual[ORIGINAL] = wish.moved
         return into.result()
 
-    def outputs(self, substitute: Substitute) -> dict[str, Iterator[Tensor]]:
+    def outputs(self, substitute: Substitute) -> dict[str, Iterator[Tensor] | Activations]:
         """What the next block reads. A block of which nothing was measured is computed whole."""
         if self._inner is None:
             return {name: self._whole(name) for name in self.streams.names}
-
-        def original() -> Iterator[Tensor]:
-            for start, stop in self.streams.batches():
-                yield self.residual[ORIGINAL].read(start, stop)
-
-        joined = {QUANTIZED: self._joined(substitute)}
-        return {**joined, ORIGINAL: original()} if self.streams.asymmetric else joined
+        joined: dict[str, Iterator[Tensor] | Activations] = {QUANTIZED: self._joined(substitute)}
+        return {**joined, ORIGINAL: self.residual[ORIGINAL]} if self.streams.asymmetric else joined
 
     def _whole(self, name: str) -> Iterator[Tensor]:
         """Through a block that keeps its weights."""

@@ -26,7 +26,7 @@ from glmexport.quantization.nearest import round_to_nearest
 from glmexport.quantization.problem import Problem
 from glmexport.quantization.record import AllocatedGroup, QuantizedMatrix
 from glmexport.quantization.solve import gptq
-from glmexport.quantization.store import WorkDirectory
+from glmexport.quantization.store import Activations, WorkDirectory
 from glmexport.quantization.stored import stored_linear
 from glmexport.quantization.streams import Passage, Streams
 from glmexport.recipe import Format, Recipe, Solver
@@ -118,7 +118,7 @@ class Walk:
         step = self.steps[index]
         solved: dict[str, QuantizedLinear] = {}
         records: list[QuantizedMatrix] = []
-        activations: dict[str, Iterator[Tensor]] = {}
+        activations: dict[str, Iterator[Tensor] | Activations] = {}
         if step == EMBEDDING:
             solved = self._embedding(records)
             if self.streams:

@@ -117,6 +117,25 @@ def test_what_a_killed_walk_leaves_behind_does_not_exist(work: WorkDirectory) ->
     assert torch.equal(work.activations("block_000", "quantized", (10, 4, 8)).read(0, 10), states())
 
 
+def test_a_stream_that_has_a_file_is_moved(work: WorkDirectory) -> None:
+    scratch = work.scratch("original", (10, 4, 8))
+    scratch.write(0, states())
+    work.commit("block_000", {}, {}, {"original": scratch})
+    assert not scratch.path.exists()
+    assert torch.equal(work.activations("block_000", "original", (10, 4, 8)).read(0, 10), states())
+    scratch.write(0, 2 * states())
+    assert torch.equal(work.activations("block_000", "original", (10, 4, 8)).read(0, 10), states())
+    assert work.record("block_000") is not None
+
+
+def test_a_disk_that_is_full_while_a_stream_is_written_fails_the_commit(work: WorkDirectory) -> None:
+    partial = work.path / "block_000.quantized.activations.partial"
+    partial.symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        work.commit("block_000", {}, {}, {"quantized": (torch.zeros(4, 64, 1024) for _ in range(3))})
+    assert work.record("block_000") is None
+
+
 def test_a_commit_that_fails_leaves_no_record(work: WorkDirectory) -> None:
     def broken() -> Iterator[Tensor]:
         yield states()

@@ -28,6 +28,7 @@ from glmexport.quantization import (
     round_to_nearest,
     sha256,
 )
+from glmexport.quantization.store import Activations
 from glmexport.quantization.streams import Passage
 from glmexport.quantization.weights import Weights
 from glmexport.recipe import CalibrationPlan, Format, Recipe, Solver
@@ -174,16 +175,22 @@ def test_a_killed_walk_ends_where_an_uninterrupted_one_does(
 
 
 def test_a_kill_inside_a_step(model: Model, walked: Walk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While the second block's outputs are being written: its weights are there, and its record is not."""
+    """While the second block's outputs are being written: its weights are there, and its record is not.
+
+    The original's stream has left the scratch file by then.
+    """
     walk = model.walk(tmp_path)
     assert walk.streams is not None
     outputs = Passage.outputs
 
-    def interrupted(passage: Passage, *arguments: Any) -> dict[str, Iterator[Tensor]]:
+    def interrupted(passage: Passage, *arguments: Any) -> dict[str, Iterator[Tensor] | Activations]:
         streams = outputs(passage, *arguments)
-        return {**streams, "original": cut(streams["original"])} if passage.layer.index == 1 else streams
+        if passage.layer.index != 1:
+            return streams
+        return {"original": streams["original"], "quantized": cut(streams["quantized"])}
 
-    def cut(outputs: Iterator[Tensor]) -> Iterator[Tensor]:
+    def cut(outputs: Iterator[Tensor] | Activations) -> Iterator[Tensor]:
+        assert not isinstance(outputs, Activations)
         yield next(outputs)
         raise KeyboardInterrupt
 
@@ -193,7 +200,7 @@ def test_a_kill_inside_a_step(model: Model, walked: Walk, tmp_path: Path, monkey
     monkeypatch.undo()
     assert (tmp_path / "block_001.safetensors").is_file()
     assert walk.work.record("block_001") is None
-    assert list(tmp_path.glob("scratch.*.activations"))
+    assert (tmp_path / "block_001.original.activations").is_file()
     second = model.walk(tmp_path)
     second.run()
     assert digests(second) == digests(walked)
