@@ -12,6 +12,7 @@ import torch
 
 from glmexport import __version__
 from glmexport.architecture import Reference
+from glmexport.architecture.reference import CPU
 from glmexport.bundle import (
     AdapterSource,
     CalibrationSource,
@@ -30,10 +31,11 @@ from glmexport.calibration import (
     shipped_documents,
     user_documents,
 )
+from glmexport.device import device_name, peak_device_memory, plan_on, running_on
 from glmexport.errors import BundleError, InputError
 from glmexport.job import Job, Original, refuse_existing, refuse_formats, require_space
 from glmexport.progress import Progress
-from glmexport.quantization import MemoryPlan, QuantizedMatrix, Walk, WorkDirectory, plan_memory
+from glmexport.quantization import MemoryPlan, QuantizedMatrix, Walk, WorkDirectory
 from glmexport.quantization.weights import Weights
 from glmexport.recipe import Recipe
 from glmexport.report.assemble import BuildCost, assemble
@@ -50,6 +52,8 @@ class BuildOptions:
     threads: int
     max_memory_bytes: int | None = None
     calibration: tuple[Path, ...] = ()
+    #: Where to quantize.
+    device: torch.device = CPU
     force: bool = False
     command: str = ""
     validation: ValidationPlan = field(default_factory=ValidationPlan)
@@ -78,7 +82,7 @@ def build(original: Original, jobs: Sequence[Job], options: BuildOptions, progre
     prepared = []
     for recipe in {job.recipe.digest(): job.recipe for job in jobs}.values():
         same = [job for job in jobs if job.recipe.digest() == recipe.digest()]
-        memory = plan_memory(original.architecture, recipe, options.max_memory_bytes)
+        memory = plan_on(options.device, original.architecture, recipe, options.max_memory_bytes)
         documents = _calibration_documents(original, recipe, options)
         calibration = (
             pack(documents, original.tokenizer, recipe.calibration, original.architecture.context_length)
@@ -95,8 +99,18 @@ def build(original: Original, jobs: Sequence[Job], options: BuildOptions, progre
             parent = same[0].directory.parent
             work = _work_directory(original, recipe, calibration, memory, options, parent, progress)
             works.append(work)
-            walk = Walk(original.checkpoint, original.architecture, recipe, calibration, work, memory, progress)
-            walk.run()
+            walk = Walk(
+                original.checkpoint,
+                original.architecture,
+                recipe,
+                calibration,
+                work,
+                memory,
+                progress,
+                options.device,
+            )
+            with running_on(options.device):
+                walk.run()
             for job in same:
                 built.append(_finish(original, job, walk, calibration, documents, options, progress))
         for bundle in built:
@@ -162,7 +176,7 @@ def _finish(
     # Read once: every committed file is hashed for it.
     records, seconds = walk.records()
     manifest = _write(partial, original, job, walk, records, calibration, documents, progress)
-    cost = BuildCost(seconds, peak_memory())
+    cost = BuildCost(seconds, peak_memory(), device_name(options.device), peak_device_memory(options.device))
     report = _validated(partial, job.directory, manifest, original, options, progress, cost)
     return Built(job.directory, manifest, report)
 
@@ -297,8 +311,9 @@ def _work_directory(
         "checkpoint": original.checkpoint.digest(progress),
         "recipe": recipe.digest(),
         "calibration": calibration.digest() if calibration else None,
-        # Both decide the order in which numbers are added up.
+        # These decide the order in which numbers are added up.
         "threads": options.threads,
+        "device": device_name(options.device),
         "batch": [memory.batch_tokens, memory.chunk_weights],
     }
     return WorkDirectory.for_job(parent, job)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from glmexport.architecture import Architecture
+from glmexport.architecture.reference import CPU
 from glmexport.quantization import plan_memory
 from glmexport.quantization.allocation import tie_groups, total_bits
 from glmexport.quantization.linear import stored_bits
@@ -28,8 +29,17 @@ class Estimate:
     seconds: float
 
 
-def estimate(architecture: Architecture, recipe: Recipe, flops_per_s: float, limit_bytes: int | None) -> Estimate:
-    """Figures for building ``architecture`` by ``recipe`` on a machine of that speed under that memory limit."""
+def estimate(
+    architecture: Architecture,
+    recipe: Recipe,
+    flops_per_s: float,
+    limit_bytes: int | None,
+    device_flops_per_s: float | None = None,
+) -> Estimate:
+    """Figures for building ``architecture`` by ``recipe`` on a machine of that speed under that memory limit.
+
+    ``device_flops_per_s`` is the speed of what quantizes, if that is not what validates.
+    """
     shapes = architecture.shapes()
     bits = sum(stored_bits(shape, _form(architecture, recipe, key)) for key, shape in shapes.items())
     if recipe.budget:
@@ -38,18 +48,22 @@ def estimate(architecture: Architecture, recipe: Recipe, flops_per_s: float, lim
         bundle_bytes=bits // 8 + architecture.rotary_bytes,
         bits_per_weight=bits / sum(math.prod(shape) for shape in shapes.values()),
         peak_memory_bytes=plan_memory(architecture, recipe, limit_bytes).peak_bytes,
-        seconds=_flops(architecture, recipe) / flops_per_s,
+        seconds=_flops(architecture, recipe) / (device_flops_per_s or flops_per_s)
+        + _forward_flops(architecture) * _VALIDATION_TOKEN_PASSES / flops_per_s,
     )
 
 
-def measured_flops() -> float:
-    """fp32 operations per second of a matrix product on this machine, with torch's present number of threads."""
+def measured_flops(device: torch.device = CPU) -> float:
+    """fp32 operations per second of a matrix product on ``device``, with torch's present number of threads."""
     size = 1024
-    matrix = torch.ones(size, size)
-    matrix @ matrix
+    matrix = torch.ones(size, size, device=device)
+    float((matrix @ matrix).sum())
     started = time.perf_counter()
+    product = matrix
     for _ in range(3):
-        matrix @ matrix
+        product = matrix @ matrix
+    # A device computes on its own: only reading a result waits for it.
+    float(product[0, 0])
     return 3 * 2 * size**3 / (time.perf_counter() - started)
 
 
@@ -61,11 +75,15 @@ def _form(architecture: Architecture, recipe: Recipe, key: str) -> Format | None
     return recipe.linears if any(linear.weight == key for _, linear in architecture.linears) else None
 
 
+def _forward_flops(architecture: Architecture) -> float:
+    """Of one token."""
+    return 2.0 * sum(linear.out_features * linear.in_features for _, linear in architecture.linears)
+
+
 def _flops(architecture: Architecture, recipe: Recipe) -> float:
-    """Multiply-adds count twice. Forward passes to each tap, Hessians, factorisations, sweeps, rounds, validation."""
+    """Of quantization; multiply-adds count twice. Forward passes, Hessians, factorisations, sweeps, rounds."""
     weights = [(linear.out_features, linear.in_features) for _, linear in architecture.linears]
-    forward = 2.0 * sum(rows * columns for rows, columns in weights)
-    total = forward * _VALIDATION_TOKEN_PASSES
+    forward, total = _forward_flops(architecture), 0.0
     if recipe.budget:
         # Every trial goes through half of the model on average, and through the lm_head.
         trials = sum(len(group.tried) for group in tie_groups(architecture, recipe))
@@ -73,9 +91,8 @@ def _flops(architecture: Architecture, recipe: Recipe) -> float:
         total += (forward / 2 + head) * recipe.budget.probe_tokens * trials
     if recipe.needs_calibration and recipe.calibration:
         tokens = recipe.calibration.tokens
-        # Four partial passes to the taps of a layer and a whole one cost about three whole ones, on each stream.
         streams = 2 if recipe.solver.asymmetric else 1
-        total += 3 * streams * forward * tokens
+        total += streams * forward * tokens
         taps = {(layer, linear.tap): linear.in_features for layer, linear in architecture.linears}
         total += sum(2.0 * streams * tokens * size**2 + size**3 / 3 for size in taps.values())
         # Sweep (half a product), three projections for the errors, each round's projection, and the correction.

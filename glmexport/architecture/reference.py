@@ -19,24 +19,35 @@ from glmexport.checkpoint import Checkpoint
 #: Replaces a weight while a block is filled: (checkpoint key) -> tensor, or None to read the checkpoint.
 Substitute = Callable[[str], Tensor | None]
 
+CPU = torch.device("cpu")
+
 #: Rows of the embedding or lm_head held in fp32 at a time.
 _SLAB_ROWS = 16384
 
 
 class Reference:
-    """transformers' model of ``checkpoint`` without its weights; blocks are filled on demand, in fp32."""
+    """transformers' model of ``checkpoint`` without its weights; blocks are filled on demand, in fp32 on ``device``."""
 
-    def __init__(self, checkpoint: Checkpoint, architecture: Architecture) -> None:
+    def __init__(self, checkpoint: Checkpoint, architecture: Architecture, device: torch.device = CPU) -> None:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         self.checkpoint = checkpoint
         self.architecture = architecture
+        self.device = device
         config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
         self._decoder: Any = skeleton.model.eval().requires_grad_(False)
         # The rotary tables are computed, not stored, so this module cannot stay on the meta device.
         self._rotary: nn.Module = type(self._decoder.rotary_emb)(self._decoder.config)
+
+    def read(self, key: str) -> Tensor:
+        """The checkpoint's tensor, fp32 on the device."""
+        return self.checkpoint.read(key).to(self.device)
+
+    def rows(self, key: str, start: int, stop: int) -> Tensor:
+        """Rows ``start`` to ``stop`` of the checkpoint's tensor, fp32 on the device."""
+        return self.checkpoint.rows(key, start, stop).to(self.device)
 
     def block(
         self, layer: DecoderLayer, substitute: Substitute | None = None, *, only: Collection[str] | None = None
@@ -51,7 +62,7 @@ class Reference:
             if key in absent:
                 continue
             replaced = substitute(key) if substitute else None
-            weights[name] = self.checkpoint.read(key) if replaced is None else replaced
+            weights[name] = self.read(key) if replaced is None else replaced
         module.load_state_dict(weights, assign=True, strict=not absent)
         return Block(layer, module.eval().requires_grad_(False))
 
@@ -65,15 +76,15 @@ class Reference:
             inside = (wanted >= start) & (wanted < stop)
             if bool(inside.any()):
                 rows[inside] = self.checkpoint.rows(key, start, stop)[wanted[inside] - start]
-        return rows[position]
+        return rows[position].to(self.device)
 
     def logits(self, normed: Tensor) -> Tensor:
         """lm_head of [..., hidden] fp32, as [..., vocabulary] fp32; reads the matrix in slabs."""
         vocabulary = self.architecture.vocabulary_size
-        logits = torch.empty(*normed.shape[:-1], vocabulary)
+        logits = normed.new_empty(*normed.shape[:-1], vocabulary)
         for start in range(0, vocabulary, _SLAB_ROWS):
             stop = min(start + _SLAB_ROWS, vocabulary)
-            logits[..., start:stop] = normed @ self.checkpoint.rows(self.architecture.lm_head.weight, start, stop).T
+            logits[..., start:stop] = normed @ self.rows(self.architecture.lm_head.weight, start, stop).T
         return logits
 
     def rotary_tables(self, length: int) -> tuple[Tensor, Tensor]:
@@ -85,14 +96,12 @@ class Reference:
     def position_embeddings(self, length: int) -> tuple[Tensor, Tensor]:
         """What transformers' decoder layers take for positions 0 to length - 1."""
         cos, sin = self._rotary(torch.zeros(1), torch.arange(length)[None])
-        return cos, sin
+        return cos.to(self.device), sin.to(self.device)
 
     def final_norm(self, hidden: Tensor) -> Tensor:
         """RMSNorm before the lm_head, [..., hidden] fp32."""
         module = copy.deepcopy(self._decoder.norm)
-        module.load_state_dict(
-            {"weight": self.checkpoint.read(self.architecture.final_norm.weight)}, assign=True, strict=True
-        )
+        module.load_state_dict({"weight": self.read(self.architecture.final_norm.weight)}, assign=True, strict=True)
         with torch.inference_mode():
             normed: Tensor = module(hidden)
         return normed

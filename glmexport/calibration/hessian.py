@@ -6,7 +6,8 @@ the accumulators in the range of a single outer product however much text there 
 
 from __future__ import annotations
 
-from torch import Tensor, zeros
+import torch
+from torch import Tensor
 
 #: Rows of a Hessian that are added to together, up to the diagonal: the other half follows by symmetry.
 _SLAB = 192
@@ -15,8 +16,8 @@ _SLAB = 192
 class SecondMoment:
     """Accumulates sum of d x^T, one batch at a time; ``matrix`` is [M, K] fp32."""
 
-    def __init__(self, rows: int, columns: int) -> None:
-        self.matrix = zeros(rows, columns)
+    def __init__(self, rows: int, columns: int, device: torch.device | None = None) -> None:
+        self.matrix = torch.zeros(rows, columns, device=device)
 
     def add(self, left: Tensor, right: Tensor) -> None:
         """Add ``left`` [n, M] and ``right`` [n, K], fp32, row by row."""
@@ -26,8 +27,8 @@ class SecondMoment:
 class Hessian:
     """Accumulates sum of x x^T, one batch at a time, at little more than half the cost of a ``SecondMoment``."""
 
-    def __init__(self, size: int) -> None:
-        self._lower = zeros(size, size)
+    def __init__(self, size: int, device: torch.device | None = None) -> None:
+        self._lower = torch.zeros(size, size, device=device)
         self._slabs = [(start, min(start + _SLAB, size)) for start in range(0, size, _SLAB)]
 
     def add(self, inputs: Tensor) -> None:

@@ -14,6 +14,7 @@ from glmexport.cli.options import (
     adapter_option,
     budget_options,
     checkpoint_argument,
+    device_option,
     json_option,
     memory_option,
     threads_option,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     help="Text of your own to calibrate on as well (.txt, or .jsonl with 'text' or 'messages'). May be repeated.",
 )  # fmt: skip
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Where the bundle goes. Default: bundles/NAME.")
+@device_option
 @memory_option
 @threads_option
 @click.option("--force", is_flag=True, help="Replace a bundle that exists.")
@@ -50,6 +52,7 @@ def build(
     bpw: float | None,
     calibration: tuple[Path, ...],
     output: Path | None,
+    device_name: str,
     max_memory: int | None,
     threads: int,
     force: bool,
@@ -65,19 +68,22 @@ def build(
     from glmexport.cli.verdict import exit_code, show
     from glmexport.compile import BuildOptions, command_line
     from glmexport.compile import build as compile_bundles
+    from glmexport.device import device_name as name_of
+    from glmexport.device import open_device
     from glmexport.estimate import estimate, measured_flops
     from glmexport.job import Original, budget_of, formats_of, jobs_of
     from glmexport.target import open_target
 
     terminal = Terminal()
+    device = open_device(device_name)
     targets = [open_target(name) for name in dict.fromkeys(target_names)]
     original = Original.open(checkpoint, terminal, adapter)
     merged = original.checkpoint.adapter
     jobs = jobs_of(original, targets, recipe, output, budget_of(size, bpw))
     torch.set_num_threads(threads)
-    flops = measured_flops()
+    flops, device_flops = measured_flops(), measured_flops(device)
     for job in jobs:
-        expected = estimate(original.architecture, job.recipe, flops, max_memory)
+        expected = estimate(original.architecture, job.recipe, flops, max_memory, device_flops)
         terminal.facts(
             "Build",
             {
@@ -91,6 +97,7 @@ def build(
                 "recipe": f"{job.recipe.name}: {job.recipe.summary}",
                 "calibration": calibration_text(job.recipe, calibration),
                 "output": str(job.directory),
+                **({"device": name_of(device)} if device_name != "cpu" else {}),
                 "threads": str(threads),
                 "memory": f"about {gibibytes(expected.peak_memory_bytes)} at the peak"
                 + (f", limit {gibibytes(max_memory)}" if max_memory else ""),
@@ -100,7 +107,7 @@ def build(
         )
     for key, reason in original.unused.items():
         terminal.remark(f"{key} is not used: {reason}.")
-    options = BuildOptions(threads, max_memory, calibration, force, command_line())
+    options = BuildOptions(threads, max_memory, calibration, device, force, command_line())
     built = compile_bundles(original, jobs, options, terminal)
     for bundle in built:
         show(terminal.console, bundle.report, bundle.directory)

@@ -38,6 +38,18 @@ def threads_option(command: Command) -> Command:
     )(command)
 
 
+def device_option(command: Command) -> Command:
+    """--device."""
+    return click.option(
+        "--device",
+        "device_name",
+        metavar="NAME",
+        default="cpu",
+        show_default=True,
+        help="Where to quantize: cpu, cuda, or one of several as cuda:1. Weights are brought there block by block.",
+    )(command)
+
+
 def memory_option(command: Command) -> Command:
     """--max-memory."""
     return click.option("--max-memory", type=Bytes(), help="Keep the build below this much memory, for example 8GiB.")(

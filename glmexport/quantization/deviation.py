@@ -30,7 +30,7 @@ class Outputs:
         self.normed = normed
         self._reference = reference
         self._slab_rows = slab_rows
-        self._lse = torch.full((len(normed),), -math.inf)
+        self._lse = normed.new_full((len(normed),), -math.inf)
         for slab in self._slabs():
             for span in self._spans():
                 logits = normed[span] @ slab.T
@@ -38,7 +38,7 @@ class Outputs:
 
     def divergences(self, changes: Sequence[Change]) -> list[float]:
         """Mean KL divergence in nats of each of ``changes``; one pass over the lm_head for all of them."""
-        first = torch.zeros(len(changes), len(self.normed), dtype=torch.float64)
+        first = self.normed.new_zeros(len(changes), len(self.normed), dtype=torch.float64)
         second = torch.zeros_like(first)
         for slab in self._slabs():
             pairs = [change(slab) for change in changes]
@@ -55,7 +55,7 @@ class Outputs:
         head = self._reference.architecture.lm_head
         for start in range(0, head.out_features, self._slab_rows):
             stop = min(start + self._slab_rows, head.out_features)
-            yield self._reference.checkpoint.rows(head.weight, start, stop)
+            yield self._reference.rows(head.weight, start, stop)
 
     def _spans(self) -> Iterator[slice]:
         for start in range(0, len(self.normed), COMPARED_POSITIONS):

@@ -89,15 +89,17 @@ def _fold_tap(
     exponents: dict[str, dict[str, Tensor]],
 ) -> None:
     """Add the best fold of a tap to ``exponents``, which are by tensor and axis, if one is worth it."""
+    # What is chosen from is a few vectors; the errors of the choices are measured where the weights are.
+    squares = squares.cpu()
     importance = squares.clamp(min=_LEAST_IMPORTANCE * float(squares.mean()))
     weights = [block.weight(linear.weight) for linear in linears]
     sampled = [rows[:: -(-len(rows) // _SAMPLE_ROWS)] for rows in weights]
-    lengths = torch.stack([torch.linalg.vector_norm(rows, dim=0) for rows in weights])
+    lengths = torch.stack([torch.linalg.vector_norm(rows, dim=0) for rows in weights]).cpu()
     size = (lengths.square().sum(0) / sum(map(len, weights))).sqrt()
     index = torch.tensor(writer.rows)
     largest = None
     if isinstance(writer.source, Linear):
-        extent = torch.linalg.vector_norm(block.weight(writer.source.weight), math.inf, dim=1)[index]
+        extent = torch.linalg.vector_norm(block.weight(writer.source.weight), math.inf, dim=1).cpu()[index]
         largest = (extent / 2 ** (form.bits - 1) / _SMALLEST_SCALE).clamp(min=1).log2().floor()
     best = None
     changing = [candidate for candidate in _candidates(importance, size, index, largest) if bool(candidate.any())]
@@ -135,8 +137,8 @@ def _rounding_error(sampled: list[Tensor], importance: Tensor, exponents: Tensor
     """sum_j h_j e_j^2 over ``sampled`` rows [n, K], e being the error of rounding with ``exponents`` folded in."""
     error = 0.0
     for weight in sampled:
-        folded = torch.ldexp(weight, exponents)
-        scaled = torch.ldexp(importance, -2 * exponents)
+        folded = torch.ldexp(weight, exponents.to(weight.device))
+        scaled = torch.ldexp(importance, -2 * exponents).to(weight.device)
         for start in range(0, weight.shape[1], form.group_size):
             span = slice(start, start + form.group_size)
             columns = folded[:, span].T.contiguous()

@@ -34,7 +34,7 @@ class QuantizedLinear:
     def dequantize(self) -> Tensor:
         """The matrix that the runtime computes with, [N, K] fp32; a slab of rows at a time bounds the temporaries."""
         rows, size = self.codes.shape
-        matrix = torch.empty(rows, size)
+        matrix = torch.empty(rows, size, device=self.codes.device)
         slab = max(1, _SLAB_WEIGHTS // size)
         for start in range(0, rows, slab):
             matrix[start : start + slab] = self.rows(start, min(start + slab, rows))
@@ -42,7 +42,7 @@ class QuantizedLinear:
 
     def lookup(self, ids: Tensor) -> Tensor:
         """Rows ``ids`` [...] of the dequantized matrix, [..., K] fp32."""
-        flat = ids.flatten()
+        flat = ids.flatten().to(self.codes.device)
         zero_points = None if self.zero_points is None else self.zero_points[flat]
         chosen = replace(self, codes=self.codes[flat], scales=self.scales[flat], zero_points=zero_points)
         return chosen.dequantize().reshape(*ids.shape, -1)
@@ -50,7 +50,7 @@ class QuantizedLinear:
     def apply(self, inputs: Tensor) -> Tensor:
         """``inputs`` [..., K] fp32 times the transposed matrix, [..., N] fp32, a slab of rows at a time."""
         rows, size = self.codes.shape
-        outputs = torch.empty(*inputs.shape[:-1], rows)
+        outputs = inputs.new_empty(*inputs.shape[:-1], rows)
         slab = max(1, _SLAB_WEIGHTS // size)
         for start in range(0, rows, slab):
             stop = min(start + slab, rows)

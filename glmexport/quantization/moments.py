@@ -34,15 +34,22 @@ class Moments:
     """
 
     def __init__(
-        self, calibration: CalibrationSet, linears: tuple[Linear, ...], *, asymmetric: bool, weight: Tensor | None
+        self,
+        calibration: CalibrationSet,
+        linears: tuple[Linear, ...],
+        *,
+        asymmetric: bool,
+        weight: Tensor | None,
+        device: torch.device,
     ) -> None:
         self.calibration = calibration
         self.linears = linears
         size = linears[0].in_features
-        self._hessian = Hessian(size)
-        self._cross = SecondMoment(size if weight is None else len(weight), size) if asymmetric else None
+        self._hessian = Hessian(size, device)
+        self._cross = SecondMoment(size if weight is None else len(weight), size, device) if asymmetric else None
         self._weight = weight
-        self._weights = calibration.weights()
+        self._weights = calibration.weights().to(device)
+        self._held = calibration.selection.to(device)
         self._stride = -(-calibration.selection_tokens // SAMPLE_POSITIONS) or 1
         self._held_inputs: list[Tensor] = []
         self._held_wanted: list[Tensor] = []
@@ -50,7 +57,7 @@ class Moments:
 
     def add(self, start: int, inputs: Tensor, wanted: Tensor | None) -> None:
         """Add sequences from ``start`` on: ``inputs`` [batch, length, K], ``wanted`` [batch, length, M], fp32."""
-        held = self.calibration.selection[start : start + len(inputs)]
+        held = self._held[start : start + len(inputs)]
         weights = self._weights[start : start + len(inputs)]
         fitted = self._weighted(inputs, ~held, weights)
         self._hessian.add(fitted)

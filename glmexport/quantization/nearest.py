@@ -20,9 +20,8 @@ def round_to_nearest(weight: Tensor, form: Format, importance: Tensor | None = N
     """
     rows, size = weight.shape
     groups = -(-size // form.group_size)
-    codes = torch.empty(rows, size, dtype=torch.uint8)
-    scales = torch.empty(rows, groups)
-    zero_points = torch.empty(rows, groups)
+    codes = weight.new_empty(rows, size, dtype=torch.uint8)
+    scales, zero_points = weight.new_empty(rows, groups), weight.new_empty(rows, groups)
     for group in range(groups):
         span = slice(group * form.group_size, min((group + 1) * form.group_size, size))
         columns = weight[:, span].T.contiguous()
@@ -39,7 +38,7 @@ def column_importance(diagonal: Tensor) -> Tensor:
     weight there. So does one whose measure is not a number.
     """
     alive = (diagonal > 0) & diagonal.isfinite()
-    mean = diagonal[alive].mean() if bool(alive.any()) else torch.tensor(1.0)
+    mean = diagonal[alive].mean() if bool(alive.any()) else 1.0
     return torch.where(alive, diagonal, mean)
 
 

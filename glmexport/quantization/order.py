@@ -15,10 +15,10 @@ _STRIP = 16
 
 @dataclass(frozen=True)
 class ColumnOrder:
-    """``columns`` [K] int64: the stored column visited at each step. ``bounds``: step range of every group.
+    """``columns`` [K] int64: the stored column visited at each step, on the Hessian's device.
 
-    ``groups``: the stored index of the group that each range holds. All columns of a group are visited in one
-    range, whatever the order.
+    ``bounds``: step range of every group. ``groups``: the stored index of the group that each
+    range holds. All columns of a group are visited in one range, whatever the order.
     """
 
     columns: Tensor
@@ -39,17 +39,19 @@ def column_order(diagonal: Tensor, group_size: int, order: Literal["group", "sto
         order: which.
     """
     size = diagonal.shape[0]
+    # Many small sorts.
+    values = diagonal.cpu()
     starts = range(0, size, group_size)
     members = [torch.arange(start, min(start + group_size, size)) for start in starts]
     indices = list(range(len(members)))
     if order == "group":
-        means = torch.stack([diagonal[columns].mean() for columns in members])
+        means = torch.stack([values[columns].mean() for columns in members])
         indices = torch.argsort(means, descending=True, stable=True).tolist()
-        members = [columns[torch.argsort(diagonal[columns], descending=True, stable=True)] for columns in members]
+        members = [columns[torch.argsort(values[columns], descending=True, stable=True)] for columns in members]
     visited = [members[index] for index in indices]
     ends = torch.tensor([len(columns) for columns in visited]).cumsum(0).tolist()
     bounds = tuple((end - len(columns), end) for end, columns in zip(ends, visited, strict=True))
-    return ColumnOrder(torch.cat(visited), bounds, tuple(indices))
+    return ColumnOrder(torch.cat(visited).to(diagonal.device), bounds, tuple(indices))
 
 
 def strips(columns: int) -> Iterator[tuple[int, int]]:

@@ -46,9 +46,7 @@ def polish(
             projected.addmm_(rows.T, change)
 
 
-def _descend(
-    centred: Tensor, gradient: Tensor, inner: Tensor, scale: Tensor, limits: tuple[Tensor, Tensor]
-) -> Tensor:
+def _descend(centred: Tensor, gradient: Tensor, inner: Tensor, scale: Tensor, limits: tuple[Tensor, Tensor]) -> Tensor:
     """Each column of the group to the code that is best with all other columns as they are.
 
     Args:

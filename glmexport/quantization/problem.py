@@ -62,7 +62,7 @@ class Problem:
                 f"the calibration text is worth only {tokens:,.0f} different tokens for {size:,} columns: "
                 "rounded to nearest; calibrate on more varied text"
             )
-            return cls(order, None, torch.ones(size), refusal=poor)
+            return cls(order, None, torch.ones_like(diagonal), refusal=poor)
         if sample is not None:
             sample = Sample(sample.inputs[:, order.columns], sample.weights)
         factor = factorize(hessian, order, solver.damping, consume=consume)

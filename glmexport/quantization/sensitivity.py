@@ -121,7 +121,8 @@ class Probe:
 
     def _embedding(self) -> None:
         wanted, position = torch.unique(self.ids, return_inverse=True)
-        rows, ones = self.reference.embed(wanted), torch.ones(self.reference.architecture.hidden_size)
+        rows = self.reference.embed(wanted)
+        ones = rows.new_ones(self.reference.architecture.hidden_size)
         for number, group in enumerate(self.groups):
             if group.tap == EMBEDDING_TAP:
                 self._errors[number] = [
@@ -168,7 +169,9 @@ class Probe:
         for candidate, form in enumerate(group.candidates):
             weights = {}
             for linear in linears:
-                whole = torch.empty(linear.out_features, linear.in_features) if candidate in group.tried else None
+                whole = None
+                if candidate in group.tried:
+                    whole = inputs.new_empty(linear.out_features, linear.in_features)
                 errors[candidate] += self._output_error(linear, form, importance, inputs, whole)
                 if whole is not None:
                     weights[linear.weight] = whole
@@ -183,7 +186,7 @@ class Probe:
         count = max(64, self.memory.chunk_weights // linear.in_features)
         for start in range(0, linear.out_features, count):
             stop = min(start + count, linear.out_features)
-            rows = self.reference.checkpoint.rows(linear.weight, start, stop)
+            rows = self.reference.rows(linear.weight, start, stop)
             rounded = _rounded(rows, form, importance)
             if whole is not None:
                 whole[start:stop] = rounded
@@ -197,7 +200,7 @@ class Probe:
         normed = self._normed(last, ORIGINAL, 0)
         outputs = Outputs(self.reference, normed, max(64, self.memory.chunk_weights // architecture.hidden_size))
         losses: list[dict[int, float]] = [{} for _ in self.groups]
-        ones = torch.ones(architecture.hidden_size)
+        ones = normed.new_ones(architecture.hidden_size)
         together = compared_trials(self.memory.batch_tokens, self.ids.numel())
         for start in range(0, len(self._trials), together):
             batch = self._trials[start : start + together]
@@ -238,7 +241,9 @@ class Probe:
     def _read(self, step: str, stream: str, index: int) -> Tensor:
         count, length = self.ids.shape
         shape = (count, length, self.reference.architecture.hidden_size)
-        return self.work.activations(step, stream, shape).read(index * count, (index + 1) * count)
+        return self.work.activations(step, stream, shape, self.reference.device).read(
+            index * count, (index + 1) * count
+        )
 
     def _normed(self, step: str, stream: str, index: int) -> Tensor:
         return self.reference.final_norm(self._read(step, stream, index))[:, self.prefix :].flatten(0, 1)

@@ -124,9 +124,9 @@ def _start(weight: Tensor, order: ColumnOrder) -> Sweep:
     groups = len(order.bounds)
     return Sweep(
         weights,
-        torch.empty(size, rows, dtype=torch.uint8),
-        torch.empty(groups, rows),
-        torch.empty(groups, rows),
+        weights.new_empty(size, rows, dtype=torch.uint8),
+        weights.new_empty(groups, rows),
+        weights.new_empty(groups, rows),
         torch.empty_like(weights),
     )
 
@@ -221,10 +221,10 @@ def _sweep(sweep: Sweep, factor: Factor, order: ColumnOrder, form: Format, solve
 def _stored(sweep: Sweep, order: ColumnOrder, form: Format) -> QuantizedLinear:
     """Back to the checkpoint's column order."""
     size, rows = sweep.weights.shape
-    codes = torch.empty(rows, size, dtype=torch.uint8)
+    codes = sweep.codes.new_empty(rows, size)
     codes[:, order.columns] = sweep.codes.T
-    groups = torch.tensor(order.groups)
-    scales, zero_points = torch.empty(rows, len(groups)), torch.empty(rows, len(groups))
+    groups = torch.tensor(order.groups).to(codes.device)
+    scales, zero_points = sweep.scales.new_empty(rows, len(groups)), sweep.scales.new_empty(rows, len(groups))
     scales[:, groups] = sweep.scales.T
     zero_points[:, groups] = sweep.zero_points.T
     return stored(form, codes, scales, zero_points)

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from glmexport.architecture.reference import CPU
 from glmexport.quantization.linear import QuantizedLinear
 from glmexport.quantization.packing import pack_codes, pack_zero_points, unpack
 from glmexport.recipe import Format
@@ -31,13 +32,16 @@ _SCRATCH = "scratch"
 class Activations:
     """A file of hidden states [sequences, length, hidden] fp32, read and written a few sequences at a time.
 
+    They are read to ``device``, and may be written from any.
+
     Plain reads and writes, not a mapping: pages of a mapping count as resident memory, and here every page is
     touched exactly once per block.
     """
 
-    def __init__(self, path: Path, shape: tuple[int, int, int]) -> None:
+    def __init__(self, path: Path, shape: tuple[int, int, int], device: torch.device) -> None:
         self.path = path
         self.shape = shape
+        self.device = device
 
     def read(self, start: int, stop: int) -> Tensor:
         """Sequences ``start`` to ``stop``."""
@@ -52,14 +56,14 @@ class Activations:
                 if not count:
                     raise EOFError(f"{self.path} ends early")
                 done += count
-        return states
+        return states.to(self.device)
 
     def write(self, start: int, states: Tensor) -> None:
         """Sequences from ``start`` on become ``states``; made on first use."""
         _, length, hidden = self.shape
         with self.path.open("r+b" if self.path.exists() else "wb") as file:
             file.seek(start * length * hidden * 4)
-            file.write(states.contiguous().numpy().data.cast("B"))
+            file.write(_bytes(states))
 
 
 class WorkDirectory:
@@ -150,9 +154,9 @@ class WorkDirectory:
         record = json.loads((self.path / f"{step}.json").read_text(encoding="utf-8"))
         return {key: Format.model_validate(form) for key, form in record["formats"].items()}
 
-    def activations(self, step: str, name: str, shape: tuple[int, int, int]) -> Activations:
+    def activations(self, step: str, name: str, shape: tuple[int, int, int], device: torch.device = CPU) -> Activations:
         """The stream ``name`` of activations that was committed with ``step``."""
-        return Activations(self._activations(step, name), shape)
+        return Activations(self._activations(step, name), shape, device)
 
     def has_activations(self, step: str, name: str) -> bool:
         """Whether they are still there."""
@@ -163,9 +167,9 @@ class WorkDirectory:
         for path in self.path.glob(f"{step}.*.activations"):
             path.unlink()
 
-    def scratch(self, name: str, shape: tuple[int, int, int]) -> Activations:
+    def scratch(self, name: str, shape: tuple[int, int, int], device: torch.device = CPU) -> Activations:
         """Activations that belong to no step, and to whoever writes them last; gone with ``drop_scratch``."""
-        return Activations(self._activations(_SCRATCH, name), shape)
+        return Activations(self._activations(_SCRATCH, name), shape, device)
 
     def drop_scratch(self) -> None:
         """Free the space of every scratch file, also of those that a killed walk left."""
@@ -203,12 +207,16 @@ def sha256(path: Path) -> str:
 def _tensors(linears: Mapping[str, QuantizedLinear]) -> dict[str, Tensor]:
     tensors = {}
     for key, linear in linears.items():
-        tensors[f"{key}.codes"] = pack_codes(linear)
-        tensors[f"{key}.scales"] = linear.scales.contiguous()
+        tensors[f"{key}.codes"] = pack_codes(linear).cpu()
+        tensors[f"{key}.scales"] = linear.scales.contiguous().cpu()
         zero_points = pack_zero_points(linear)
         if zero_points is not None:
-            tensors[f"{key}.zero_points"] = zero_points.contiguous()
+            tensors[f"{key}.zero_points"] = zero_points.contiguous().cpu()
     return tensors
+
+
+def _bytes(states: Tensor) -> memoryview:
+    return states.contiguous().cpu().numpy().data.cast("B")
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
@@ -227,7 +235,7 @@ def _write_stream(path: Path, chunks: Iterator[Tensor]) -> None:
         for chunk in chunks:
             if written:
                 written.result()
-            written = writer.submit(file.write, chunk.contiguous().numpy().data.cast("B"))
+            written = writer.submit(file.write, _bytes(chunk))
         if written:
             written.result()
         file.flush()

@@ -62,7 +62,7 @@ class Streams:
 
     def measure_head(self, before: str, head: Linear) -> Measured:
         """Measure the input of the lm_head, behind the final norm."""
-        into = Moments(self.calibration, (head,), asymmetric=self.asymmetric, weight=None)
+        into = self.moments((head,), None)
         streams = {name: self.committed(before, name) for name in self.names}
         for start, stop in self.batches():
             ours = self.reference.final_norm(streams[QUANTIZED].read(start, stop))
@@ -72,6 +72,11 @@ class Streams:
             into.add(start, ours, theirs)
         return into.result()
 
+    def moments(self, linears: tuple[Linear, ...], weight: Tensor | None) -> Moments:
+        """Nothing yet of what ``linears`` read; ``weight`` as for ``Moments``."""
+        device = self.reference.device
+        return Moments(self.calibration, linears, asymmetric=self.asymmetric, weight=weight, device=device)
+
     def batches(self) -> Iterator[tuple[int, int]]:
         """First and last sequence of every batch."""
         count = len(self.calibration.languages)
@@ -80,7 +85,12 @@ class Streams:
 
     def committed(self, step: str, name: str) -> Activations:
         """The stream ``name`` behind ``step``."""
-        return self.work.activations(step, name, self.shape(self.reference.architecture.hidden_size))
+        shape = self.shape(self.reference.architecture.hidden_size)
+        return self.work.activations(step, name, shape, self.reference.device)
+
+    def scratch(self, name: str, features: int) -> Activations:
+        """Activations of this walk that belong to no step."""
+        return self.work.scratch(name, self.shape(features), self.reference.device)
 
     def shape(self, features: int) -> tuple[int, int, int]:
         """Of activations with so many features."""
@@ -113,7 +123,7 @@ class Passage:
         inner = self._inner_file(linears[0]) if branch.output in linears else None
         block = self.block(tap, substitute)
         wish = _Wish(self, tap) if asymmetric else None
-        into = Moments(self.streams.calibration, linears, asymmetric=asymmetric, weight=wish.weight if wish else None)
+        into = self.streams.moments(linears, wish.weight if wish else None)
         for start, stop in self.streams.batches():
             stream = self.residual[QUANTIZED].read(start, stop)
             ours = block.branch_tap(tap, stream, self.streams.positions)
@@ -156,12 +166,12 @@ class Passage:
 
     def _inner_file(self, output: Linear) -> Activations:
         # One for all branches: the one before has moved the stream on by then.
-        return self.streams.work.scratch("inner", self.streams.shape(output.in_features))
+        return self.streams.scratch("inner", output.in_features)
 
     def stream_file(self, name: str, branch: ResidualBranch) -> Activations:
         """Where the stream ``name`` is kept behind ``branch``; the same file in every block, written anew."""
-        shape = self.streams.shape(self.streams.reference.architecture.hidden_size)
-        return self.streams.work.scratch(f"{self.layer.branches.index(branch)}.{name}", shape)
+        hidden = self.streams.reference.architecture.hidden_size
+        return self.streams.scratch(f"{self.layer.branches.index(branch)}.{name}", hidden)
 
 
 class _Wish:
@@ -175,7 +185,7 @@ class _Wish:
         ends = self._branch.output.tap == tap
         self._block = passage.block(tap, None, with_tap=ends)
         norm = self._branch.output_norm
-        self._gain = None if norm is None else self._streams.reference.checkpoint.read(norm.weight)
+        self._gain = None if norm is None else self._streams.reference.read(norm.weight)
         self._epsilon = 0.0 if norm is None else norm.epsilon
         #: Of the branch's last linear, if the tap is its: then its output is what is wanted.
         self.weight = self._block.weight(self._branch.output.weight) if ends else None

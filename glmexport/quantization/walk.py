@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from glmexport.architecture import Architecture, DecoderLayer, Linear, Reference
-from glmexport.architecture.reference import Substitute
+from glmexport.architecture.reference import CPU, Substitute
 from glmexport.calibration import CalibrationSet
 from glmexport.checkpoint import Checkpoint
 from glmexport.progress import Progress
@@ -40,7 +40,10 @@ def block_step(index: int) -> str:
 
 
 class Walk:
-    """One pass through a checkpoint. ``calibration`` is None for recipes that need none."""
+    """One pass through a checkpoint. ``calibration`` is None for recipes that need none.
+
+    Everything is computed on ``device``; weights and activations come to it as they are needed.
+    """
 
     def __init__(
         self,
@@ -51,6 +54,7 @@ class Walk:
         work: WorkDirectory,
         memory: MemoryPlan,
         progress: Progress,
+        device: torch.device = CPU,
     ) -> None:
         self.checkpoint = checkpoint
         self.architecture = architecture
@@ -59,6 +63,7 @@ class Walk:
         self.work = work
         self.memory = memory
         self.progress = progress
+        self.device = device
         self.streams = self._streams()
         self._allocated: dict[str, Format] = {}
         self.steps = [EMBEDDING, *(block_step(layer.index) for layer in architecture.layers), HEAD]
@@ -140,7 +145,7 @@ class Walk:
         if self.calibration is None:
             return None
         return Streams(
-            Reference(self.checkpoint, self.architecture),
+            Reference(self.checkpoint, self.architecture, self.device),
             self.calibration,
             self.work,
             asymmetric=self.recipe.solver.asymmetric,
@@ -237,14 +242,14 @@ class Walk:
     def _nearest(self, key: str, rows: int, columns: int, form: Format) -> QuantizedLinear:
         # Without a Hessian every column counts the same; at 8 bits the search finds nothing to gain.
         searched = self.recipe.solver.scale_search and form.bits < 8
-        importance = torch.ones(columns) if searched else None
+        importance = torch.ones(columns, device=self.device) if searched else None
         chunks = self._chunks(key, rows, columns)
         return QuantizedLinear.concatenate([round_to_nearest(chunk, form, importance) for chunk in chunks])
 
     def _chunks(self, key: str, rows: int, columns: int) -> Iterator[Tensor]:
         count = max(64, self.memory.chunk_weights // columns)
         for start in range(0, rows, count):
-            yield self.checkpoint.rows(key, start, min(start + count, rows))
+            yield self.checkpoint.rows(key, start, min(start + count, rows)).to(self.device)
 
 
 def _dequantized(solved: dict[str, QuantizedLinear]) -> Substitute:

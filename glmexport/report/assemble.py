@@ -26,10 +26,13 @@ from glmexport.validation.run import Validation
 
 @dataclass(frozen=True)
 class BuildCost:
-    """What quantizing took: wall seconds over all attempts, and the peak resident memory of this process, bytes."""
+    """What quantizing took, and where: wall seconds over all attempts, and the peak resident memory of this process."""
 
     seconds: float
     peak_memory_bytes: int
+    device: str = "cpu"
+    #: Of a device with memory of its own, else 0.
+    peak_device_bytes: int = 0
 
 
 def assemble(
@@ -91,6 +94,8 @@ def _quantization(manifest: Manifest, build: BuildCost | None) -> QuantizationSu
         fallbacks=tuple(f"{matrix.key}: {matrix.fallback}" for matrix in manifest.matrices if matrix.fallback),
         seconds=build.seconds if build else math.nan,
         peak_memory_bytes=build.peak_memory_bytes if build else 0,
+        device=build.device if build else "",
+        peak_device_bytes=build.peak_device_bytes if build else 0,
     )
 
 

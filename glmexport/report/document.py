@@ -131,6 +131,10 @@ class QuantizationSummary(Record):
     """Each departure from the recipe, in a sentence; empty if there was none."""
     seconds: Number
     peak_memory_bytes: Count
+    device: str = ""
+    """What the arithmetic ran on; empty where the bundle was built some other time."""
+    peak_device_bytes: Count = 0
+    """Of a device with memory of its own, else 0."""
 
 
 class CalibrationSummary(Record):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_walk import RECIPE, Model
+from tiny import RECIPE, Model
 
 from glmexport.errors import InputError
 from glmexport.quantization.allocation import allocate, available_bits, require_fit, tie_groups

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from test_allocation import mixed
-from test_walk import MEMORY, Model
+from tiny import MEMORY, Model
 from torch import Tensor
 
 from glmexport.architecture import DecoderLayer, Reference

@@ -8,12 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from models import write_checkpoint
+from tiny import NEAREST, RECIPE, W4G32, W8G32, Model, digests
 from torch import Tensor
 
-from glmexport.architecture import Architecture, Reference, describe
-from glmexport.calibration import CalibrationSet, pack, shipped_documents
-from glmexport.checkpoint import Checkpoint, Tokenizer
+from glmexport.architecture import Reference
 from glmexport.errors import MachineError
 from glmexport.progress import Silent
 from glmexport.quantization import (
@@ -22,64 +20,13 @@ from glmexport.quantization import (
     MemoryPlan,
     Problem,
     Walk,
-    WorkDirectory,
     block_step,
     plan_memory,
     round_to_nearest,
-    sha256,
 )
 from glmexport.quantization.store import Activations
 from glmexport.quantization.streams import Passage
 from glmexport.quantization.weights import Weights
-from glmexport.recipe import CalibrationPlan, Format, Recipe, Solver
-
-W4G32, W8G32 = Format(bits=4, group_size=32), Format(bits=8, group_size=32)
-RECIPE = Recipe(
-    name="tiny",
-    summary="",
-    linears=W4G32,
-    lm_head=W8G32,
-    embedding=W8G32,
-    solver=Solver(polish_rounds=1),
-    calibration=CalibrationPlan(tokens=2048, sequence_length=64, quota={"zh": 1, "en": 1}),
-)
-NEAREST = Recipe(
-    name="nearest",
-    summary="",
-    linears=W4G32,
-    lm_head=W8G32,
-    embedding=W8G32,
-    solver=Solver(method="round-to-nearest", scale_search=False),
-)
-#: Small batches, so that every matrix and every stream is cut into several.
-MEMORY = MemoryPlan(batch_tokens=7 * 64, chunk_weights=160 * 64, peak_bytes=0)
-TINY = {
-    "num_hidden_layers": 2,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-}
-
-
-class Model:
-    """A checkpoint, what it describes, and calibration sequences for it."""
-
-    def __init__(self, path: Path, **changes: Any) -> None:
-        write_checkpoint(path, **TINY, **changes)
-        self.checkpoint = Checkpoint.open(path)
-        self.architecture: Architecture = describe(self.checkpoint)
-        documents = shipped_documents("calibration", ["zh", "en"])
-        assert RECIPE.calibration is not None
-        self.calibration = pack(documents, Tokenizer.open(path), RECIPE.calibration, self.architecture.context_length)
-
-    def walk(self, directory: Path, recipe: Recipe = RECIPE, progress: Silent | None = None) -> Walk:
-        calibration: CalibrationSet | None = self.calibration if recipe.needs_calibration else None
-        work = WorkDirectory(directory, {"recipe": recipe.digest()})
-        return Walk(self.checkpoint, self.architecture, recipe, calibration, work, MEMORY, progress or Silent())
-
-    def matrices(self) -> set[str]:
-        return {self.architecture.embedding} | {linear.weight for _, linear in self.architecture.linears}
 
 
 @pytest.fixture(scope="module")
@@ -92,11 +39,6 @@ def walked(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Walk:
     walk = model.walk(tmp_path_factory.mktemp("walked"))
     walk.run()
     return walk
-
-
-def digests(walk: Walk) -> dict[str, str]:
-    """Of every file that is not a note of how long it took."""
-    return {path.name: sha256(path) for path in walk.work.path.iterdir() if path.suffix != ".json"}
 
 
 def test_every_matrix_is_committed(model: Model, walked: Walk) -> None:
