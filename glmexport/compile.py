@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -92,37 +93,45 @@ def build(original: Original, jobs: Sequence[Job], options: BuildOptions, progre
         prepared.append((recipe, same, memory, documents, calibration))
     for recipe, same, *_ in prepared:
         require_space(original, recipe, same[0].directory.parent)
-    built: list[Built] = []
-    works: list[WorkDirectory] = []
-    try:
-        for recipe, same, memory, documents, calibration in prepared:
+    with ExitStack() as locks:
+        works = []
+        for recipe, same, memory, _, calibration in prepared:
             parent = same[0].directory.parent
-            work = _work_directory(original, recipe, calibration, memory, options, parent, progress)
-            works.append(work)
-            walk = Walk(
-                original.checkpoint,
-                original.architecture,
-                recipe,
-                calibration,
-                work,
-                memory,
-                progress,
-                options.device,
-            )
-            with running_on(options.device):
-                walk.run()
-            for job in same:
-                built.append(_finish(original, job, walk, calibration, documents, options, progress))
-        for bundle in built:
-            refuse_existing(bundle.directory, options.force)
-            put_in_place(partial_of(bundle.directory), bundle.directory)
-    except BaseException:
-        for job in jobs:
-            shutil.rmtree(partial_of(job.directory), ignore_errors=True)
-        raise
-    for work in works:
-        shutil.rmtree(work.path)
+            works.append(_work_directory(original, recipe, calibration, memory, options, parent, progress))
+            locks.enter_context(works[-1].locked())
+        built: list[Built] = []
+        try:
+            for (recipe, same, memory, documents, calibration), work in zip(prepared, works, strict=True):
+                walk = _walked(original, recipe, calibration, work, memory, options, progress)
+                for job in same:
+                    built.append(_finish(original, job, walk, calibration, documents, options, progress))
+            for bundle in built:
+                refuse_existing(bundle.directory, options.force)
+                put_in_place(partial_of(bundle.directory), bundle.directory)
+        except BaseException:
+            for job in jobs:
+                shutil.rmtree(partial_of(job.directory), ignore_errors=True)
+            raise
+        for work in works:
+            shutil.rmtree(work.path)
     return built
+
+
+def _walked(
+    original: Original,
+    recipe: Recipe,
+    calibration: CalibrationSet | None,
+    work: WorkDirectory,
+    memory: MemoryPlan,
+    options: BuildOptions,
+    progress: Progress,
+) -> Walk:
+    """Quantized to the end."""
+    device = options.device
+    walk = Walk(original.checkpoint, original.architecture, recipe, calibration, work, memory, progress, device)
+    with running_on(device):
+        walk.run()
+    return walk
 
 
 def partial_of(directory: Path) -> Path:

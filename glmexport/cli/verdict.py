@@ -9,6 +9,7 @@ from rich.table import Table
 
 from glmexport.cli.console import gibibytes
 from glmexport.errors import EXIT_BLOCK, EXIT_INCONCLUSIVE, EXIT_PASS
+from glmexport.report.allocation import summarize
 from glmexport.report.document import HTML_NAME, Report
 from glmexport.validation.results import LanguageFidelity, Verdict
 
@@ -36,6 +37,7 @@ def show(console: Console, report: Report, directory: Path) -> None:
     """Fidelity per language, size and speed beside the original, gates, and where to read more."""
     console.print(_fidelity(report))
     console.print(_shares(report))
+    console.print(_spending(report))
     console.print(_cost(report))
     console.print(_conditions(report), style="dim")
     console.print(_gates(report))
@@ -81,6 +83,17 @@ def _shares(report: Report) -> Table | str:
     table = _table("\nWhere the divergence comes from", "part", "KL mean added (nats)", "")
     for share in report.shares:
         table.add_row(share.name, f"{share.kl_mean_nats:+.4f}", share.note)
+    return table
+
+
+def _spending(report: Report) -> Table | str:
+    spending = summarize((), report.quantization.groups).spending if report.quantization else None
+    if spending is None:
+        return ""
+    table = _table("\nWhere the bits went", "format", "groups of matrices", "share of the bits", "KL mean alone (nats)")
+    for row in spending.formats:
+        share = row.stored_bits / spending.stored_bits
+        table.add_row(row.format, str(row.groups), f"{share:.1%}", f"{row.loss_nats:.4f}")
     return table
 
 

@@ -12,15 +12,18 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from glmexport.architecture.reference import CPU
+from glmexport.errors import MachineError
 from glmexport.quantization.linear import QuantizedLinear
 from glmexport.quantization.packing import pack_codes, pack_zero_points, unpack
 from glmexport.recipe import Format
@@ -80,6 +83,26 @@ class WorkDirectory:
         """The directory under ``parent`` whose name is the digest of ``job``, so that no two jobs ever share one."""
         digest = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()
         return cls(parent / f".glmexport-work-{digest[:16]}", job)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Nobody else writes here meanwhile; a process that dies lets go.
+
+        Raises:
+            MachineError: another process does.
+        """
+        lock = FileLock(self.path / "lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise MachineError(
+                f"Another build of the same job is at work in {self.path}.",
+                next_step="Wait for it, or give this one another place with --output.",
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
 
     def record(self, step: str) -> dict[str, Any] | None:
         """What was noted when ``step`` was committed; None if it was not, or a file of it has changed since."""

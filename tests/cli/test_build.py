@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import StringIO
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,14 @@ from builds import (
     write_recipe,
     write_target,
 )
+from rich.console import Console
 
 from glmexport.architecture import Reference
 from glmexport.bundle import read_manifest, verify_files
 from glmexport.bundle.read import bundle_folds
 from glmexport.checkpoint import Tokenizer
 from glmexport.cli.build import calibration_text
+from glmexport.cli.verdict import show
 from glmexport.errors import EXIT_INCONCLUSIVE
 from glmexport.job import Original
 from glmexport.progress import Silent, Track
@@ -368,6 +371,10 @@ def test_what_a_budget_costs_is_in_the_manifest_and_the_report(sample: Sample, t
         (group.name, group.loss_nats, group.bits) for group in manifest.allocation
     ]
     assert "Where the bits went" in (built.directory / HTML_NAME).read_text(encoding="utf-8")
+    console = Console(record=True, width=200, file=StringIO())
+    show(console, built.report, built.directory)
+    _, table = console.export_text().split("Where the bits went", 1)
+    assert sum(int(row.split()[6]) for row in table.splitlines()[2:] if "groups of" in row) == len(manifest.allocation)
     assert read_manifest(sample.bundle).allocation == ()
 
 

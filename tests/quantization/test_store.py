@@ -11,6 +11,7 @@ import torch
 from matrices import EVERY_FORM, generator, random_linear
 from torch import Tensor
 
+from glmexport.errors import MachineError
 from glmexport.quantization import WorkDirectory, pack_codes, pack_zero_points, sha256, write_atomically
 
 JOB = {"checkpoint": "sha256:abc", "recipe": "w4g32", "batch": [512, 4096]}
@@ -115,6 +116,17 @@ def test_what_a_killed_walk_leaves_behind_does_not_exist(work: WorkDirectory) ->
     commit(work)
     assert work.record("block_000") is not None
     assert torch.equal(work.activations("block_000", "quantized", (10, 4, 8)).read(0, 10), states())
+
+
+def test_nobody_else_works_there_meanwhile(work: WorkDirectory, tmp_path: Path) -> None:
+    other = WorkDirectory.for_job(tmp_path, JOB)
+    with work.locked():
+        with pytest.raises(MachineError, match="at work"), other.locked():
+            pytest.fail("two at work")
+        with WorkDirectory.for_job(tmp_path, {"recipe": "another"}).locked():
+            pass
+    with other.locked():
+        pass
 
 
 def test_a_stream_that_has_a_file_is_moved(work: WorkDirectory) -> None:
