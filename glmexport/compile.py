@@ -42,6 +42,7 @@ from glmexport.recipe import Recipe
 from glmexport.report.assemble import BuildCost, assemble
 from glmexport.report.document import Report
 from glmexport.report.write import write_report
+from glmexport.target import Policy
 from glmexport.validation.machine import peak_memory
 from glmexport.validation.run import ValidationPlan, validate
 
@@ -58,6 +59,8 @@ class BuildOptions:
     force: bool = False
     command: str = ""
     validation: ValidationPlan = field(default_factory=ValidationPlan)
+    #: What a bundle has to keep; None: the gates of its target.
+    policy: Policy | None = None
 
 
 @dataclass(frozen=True)
@@ -238,6 +241,7 @@ def _validated(
     progress: Progress,
     cost: BuildCost | None,
 ) -> Report:
+    policy = options.policy or Policy(f"target {manifest.target.name}", manifest.target.gates)
     validation = validate(
         where,
         manifest,
@@ -246,11 +250,14 @@ def _validated(
         original.tokenizer,
         shipped_documents("evaluation"),
         plan=options.validation,
+        policy=policy.gates,
         threads=options.threads,
         scratch=where,
         progress=progress,
     )
-    report = assemble(manifest, validation, name=final.name, directory=where, command=options.command, build=cost)
+    report = assemble(
+        manifest, validation, policy, name=final.name, directory=where, command=options.command, build=cost
+    )
     write_report(report, where)
     return report
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -54,17 +55,58 @@ class WeightFormats(Definition):
     accuracy_level: Literal[0, 1, 2, 3, 4]
 
 
-class Gates(Definition):
-    """Limits that a bundle must keep on this target, applied to the worst language."""
+class Limits(Definition):
+    """What a bundle must keep in one language; None: as in every other."""
 
     #: Mean KL divergence from the original, nats per token.
-    kl_mean_nats: float = Field(gt=0)
+    kl_mean_nats: float | None = Field(default=None, gt=0)
     #: ln of (perplexity of the bundle / perplexity of the original).
-    ln_perplexity_ratio: float = Field(gt=0)
+    ln_perplexity_ratio: float | None = Field(default=None, gt=0)
     #: Share of positions where bundle and original agree on the most likely token.
-    top1_agreement: float = Field(gt=0, le=1)
+    top1_agreement: float | None = Field(default=None, gt=0, lt=1)
+
+
+class Gates(Definition):
+    """The policy: limits that a bundle must keep in every language, and how sure that has to be.
+
+    PASS says that each limit is kept with ``confidence``; BLOCK, that one is broken, at most one time in
+    1 / (1 - confidence) for all limits and languages together. What lies between is INCONCLUSIVE.
+    """
+
+    kl_mean_nats: float = Field(gt=0)
+    ln_perplexity_ratio: float = Field(gt=0)
+    top1_agreement: float = Field(gt=0, lt=1)
     #: Positions of evaluation text below which a language is not judged.
     minimum_positions: int = Field(ge=1)
+    confidence: float = Field(default=0.95, gt=0.5, lt=1)
+    #: Share of a limit beyond which, as surely, a bundle that keeps it gets a WARN.
+    warn_at: float = Field(default=0.75, gt=0, le=1)
+    #: Other limits for single languages, by BCP-47 tag.
+    languages: dict[str, Limits] = Field(default_factory=dict)
+
+    def limits(self, language: str) -> Limits:
+        """Every limit for ``language``."""
+        own = self.languages.get(language, Limits()).model_dump(exclude_none=True)
+        return Limits(**{name: own.get(name, getattr(self, name)) for name in Limits.model_fields})
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Gates, and where they come from, for people."""
+
+    source: str
+    gates: Gates
+
+
+def open_policy(path: Path) -> Policy:
+    """The gates in a ``.toml`` file of the user's.
+
+    Raises:
+        DefinitionError: no such file, not TOML, an unknown key, or a value that no limit can have.
+    """
+    if not path.is_file():
+        raise DefinitionError(f"There is no policy file {path}.", next_step="Give a .toml file (README, 'Gates').")
+    return Policy(path.name, read_toml(path, Gates))
 
 
 class Provenance(Definition):

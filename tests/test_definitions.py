@@ -11,7 +11,7 @@ from glmexport.definition import names
 from glmexport.errors import DefinitionError
 from glmexport.recipe import RECIPES, CalibrationPlan, Format, Recipe, Solver, open_recipe
 from glmexport.resources import shipped
-from glmexport.target import HOST, TARGETS, host_target, open_target, shipped_targets
+from glmexport.target import HOST, TARGETS, Limits, host_target, open_policy, open_target, shipped_targets
 
 AVX2 = ["fpu", "sse4_2", "avx2", "fma", "f16c"]
 VNNI = [*AVX2, "avx512f", "avx512bw", "avx512vl", "avx512_vnni"]
@@ -140,6 +140,20 @@ def test_a_wrong_key_is_named_with_its_file(tmp_path: Path, line: str, key: str)
 def test_a_missing_key_is_named(tmp_path: Path) -> None:
     with pytest.raises(DefinitionError, match=r"mine\.toml: linears\.group_size: Field required"):
         open_recipe(write(tmp_path, RECIPE.replace("group_size = 32", "")))
+
+
+def test_a_policy(tmp_path: Path) -> None:
+    limits = "kl_mean_nats = 0.02\nln_perplexity_ratio = 0.01\ntop1_agreement = 0.95\nminimum_positions = 1000\n"
+    own = "confidence = 0.99\n[languages.zh]\nkl_mean_nats = 0.01\n"
+    policy = open_policy(Path(write(tmp_path, limits + own, "x.toml")))
+    assert policy.source == "x.toml" and policy.gates.confidence == 0.99 and policy.gates.warn_at == 0.75
+    assert policy.gates.limits("zh") == Limits(kl_mean_nats=0.01, ln_perplexity_ratio=0.01, top1_agreement=0.95)
+    assert policy.gates.limits("en").kl_mean_nats == 0.02
+    with pytest.raises(DefinitionError, match="no policy file"):
+        open_policy(tmp_path / "y.toml")
+    for wrong in ("confidence = 1.0", "top1 = 0.9", "[languages.zh]\nkl = 0.1", "warn_at = 0"):
+        with pytest.raises(DefinitionError, match=r"x\.toml"):
+            open_policy(Path(write(tmp_path, f"{limits}{wrong}\n", "x.toml")))
 
 
 def test_an_unknown_key_of_a_target_is_named(tmp_path: Path) -> None:

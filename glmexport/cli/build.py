@@ -17,6 +17,7 @@ from glmexport.cli.options import (
     device_option,
     json_option,
     memory_option,
+    policy_option,
     threads_option,
 )
 
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Where the bundle goes. Default: bundles/NAME.")
 @device_option
 @memory_option
+@policy_option
 @threads_option
 @click.option("--force", is_flag=True, help="Replace a bundle that exists.")
 @json_option
@@ -54,6 +56,7 @@ def build(
     output: Path | None,
     device_name: str,
     max_memory: int | None,
+    policy_path: Path | None,
     threads: int,
     force: bool,
     as_json: bool,
@@ -72,10 +75,11 @@ def build(
     from glmexport.device import open_device
     from glmexport.estimate import estimate, measured_flops
     from glmexport.job import Original, budget_of, formats_of, jobs_of
-    from glmexport.target import open_target
+    from glmexport.target import open_policy, open_target
 
     terminal = Terminal()
     device = open_device(device_name)
+    policy = open_policy(policy_path) if policy_path else None
     targets = [open_target(name) for name in dict.fromkeys(target_names)]
     original = Original.open(checkpoint, terminal, adapter)
     merged = original.checkpoint.adapter
@@ -107,7 +111,7 @@ def build(
         )
     for key, reason in original.unused.items():
         terminal.remark(f"{key} is not used: {reason}.")
-    options = BuildOptions(threads, max_memory, calibration, device, force, command_line())
+    options = BuildOptions(threads, max_memory, calibration, device, force, command_line(), policy=policy)
     built = compile_bundles(original, jobs, options, terminal)
     for bundle in built:
         show(terminal.console, bundle.report, bundle.directory)

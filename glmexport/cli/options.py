@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -47,6 +48,17 @@ def device_option(command: Command) -> Command:
         default="cpu",
         show_default=True,
         help="Where to quantize: cpu, cuda, or one of several as cuda:1. Weights are brought there block by block.",
+    )(command)
+
+
+def policy_option(command: Command) -> Command:
+    """--policy."""
+    return click.option(
+        "--policy",
+        "policy_path",
+        metavar="FILE",
+        type=click.Path(path_type=Path),
+        help="Judge by the limits in this .toml file instead of the target's (README, 'Gates').",
     )(command)
 
 

@@ -140,12 +140,13 @@ def _conditions(report: Report) -> str:
 
 
 def _gates(report: Report) -> Table:
-    table = _table("\nGates", "gate", "language", "measured", "", "limit", "verdict")
+    table = _table(f"\nGates: {report.policy.source}", "gate", "language", "measured", "bounds", "", "limit", "verdict")
     for gate in report.gates:
         table.add_row(
             gate.name,
             gate.language or "-",
             f"{gate.value:.4g}",
+            "-" if gate.lower is None or gate.upper is None else f"{gate.lower:.4g} to {gate.upper:.4g}",
             gate.direction,
             f"{gate.limit:g}",
             f"[{_STYLE[gate.verdict]}]{gate.verdict}[/]",

@@ -14,11 +14,13 @@ from glmexport.report.document import (
     GroupResult,
     LinearResult,
     Machine,
+    PolicySummary,
     QuantizationSummary,
     Report,
     Size,
     Subject,
 )
+from glmexport.target import Policy
 from glmexport.validation import machine
 from glmexport.validation.results import Overlap
 from glmexport.validation.run import Validation
@@ -36,7 +38,14 @@ class BuildCost:
 
 
 def assemble(
-    manifest: Manifest, validation: Validation, *, name: str, directory: Path, command: str, build: BuildCost | None
+    manifest: Manifest,
+    validation: Validation,
+    policy: Policy,
+    *,
+    name: str,
+    directory: Path,
+    command: str,
+    build: BuildCost | None,
 ) -> Report:
     """Everything known about the bundle in ``directory`` on this machine.
 
@@ -47,6 +56,7 @@ def assemble(
         glmexport_version=__version__,
         verdict=validation.verdict,
         gates=validation.gates,
+        policy=PolicySummary(source=policy.source, gates=policy.gates),
         subject=Subject(
             bundle=name,
             bundle_digest=manifest.digest(),
@@ -166,5 +176,5 @@ def _limits(validation: Validation) -> tuple[str, ...]:
         f"Texts are at most a few hundred tokens long, and speed is measured with a prompt of "
         f"{validation.performance.prompt_tokens} tokens; long contexts are not covered.",
         "Speed is that of this machine, with one sequence at a time, at the time of the measurement.",
-        "Figures are points, without intervals; gates compare them with their limits as they are.",
+        "The bounds say what other documents of the same kind would show; text of another kind they do not cover.",
     )

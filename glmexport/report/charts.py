@@ -186,15 +186,18 @@ def histogram(
     return figure(key, f"{title} ({axis})", "; ".join(described) or "no positions", bottom + 50, inner, caption)
 
 
-def margin(value: float, limit: float, direction: Literal["at most", "at least"]) -> Markup:
-    """A bar from the limit, drawn in the middle: to the right inside it, to the left beyond it.
+def margin(
+    value: float,
+    limit: float,
+    direction: Literal["at most", "at least"],
+    lower: float | None = None,
+    upper: float | None = None,
+) -> Markup:
+    """A bar from the limit, drawn in the middle: to the right inside it, to the left beyond it; a line between bounds.
 
     Half the width is 100 % of the limit; what is longer ends in an arrow.
     """
-    room = headroom(value, limit, direction)
-    inside = value <= limit if direction == "at most" else value >= limit
-    if room is None:
-        room = 0.0 if value == limit else 1.0 if inside else -1.0
+    room, inside = _room(value, limit, direction)
     length = 50 * min(abs(room), 1.0)
     marks = [
         element("rect", x="0", y=6, width="100%", height=4, class_="track"),
@@ -208,6 +211,10 @@ def margin(value: float, limit: float, direction: Literal["at most", "at least"]
         ),
         line(50, 0, 16, "limit"),
     ]
+    if lower is not None and upper is not None:
+        ends = sorted(50 + 50 * min(max(_room(end, limit, direction)[0], -1), 1) for end in (lower, upper))
+        left, width = ends[0], max(ends[1] - ends[0], 0.5)
+        marks.append(element("rect", x=f"{left:.2f}%", y=7, width=f"{width:.2f}%", height=2, class_="bounds"))
     if abs(room) > 1:
         marks.append(
             element(
@@ -220,6 +227,15 @@ def margin(value: float, limit: float, direction: Literal["at most", "at least"]
             )
         )
     return element("svg", *marks, class_="margin", aria_hidden="true", width="100%", height=16)
+
+
+def _room(value: float, limit: float, direction: Literal["at most", "at least"]) -> tuple[float, bool]:
+    """Share of the limit that is left, below 0 what is too much; and whether the limit is kept."""
+    inside = value <= limit if direction == "at most" else value >= limit
+    room = headroom(value, limit, direction)
+    if room is None:
+        room = 0.0 if value == limit else 1.0 if inside else -1.0
+    return room, inside
 
 
 def _row_marks(row: Bar, y: float, height: float, at: Callable[[float], float]) -> list[Markup]:

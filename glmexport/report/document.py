@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from glmexport.errors import BundleError
+from glmexport.target import Gates
 from glmexport.validation.results import (
     Count,
     Fidelity,
@@ -147,6 +148,14 @@ class CalibrationSummary(Record):
     overlap: Overlap
 
 
+class PolicySummary(Record):
+    """What the gates rest on."""
+
+    source: str
+    """The target's name, or that of the user's file."""
+    gates: Gates
+
+
 class Machine(Record):
     """The machine that validated, and so the one that the speeds are true of."""
 
@@ -165,6 +174,7 @@ class Report(Record):
     glmexport_version: str
     verdict: Verdict
     gates: tuple[Gate, ...]
+    policy: PolicySummary
     subject: Subject
     size: Size
     fidelity: Fidelity

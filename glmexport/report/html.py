@@ -6,7 +6,7 @@ import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _MARKS = {Verdict.PASS: "✓", Verdict.WARN: "!", Verdict.BLOCK: "✕", Verdict.INCONCLUSIVE: "?"}
 _MEANINGS = {
-    Verdict.PASS: "Every limit set for this bundle holds on what was measured here.",
+    Verdict.PASS: "Every limit set for this bundle holds, as surely as its policy asks.",
     Verdict.WARN: "No limit is broken, but a measurement asks for a decision by a person before deployment.",
     Verdict.BLOCK: "A limit is broken. Do not deploy this bundle on this target.",
     Verdict.INCONCLUSIVE: "What was measured does not suffice to decide. This is not a pass.",
@@ -77,7 +77,7 @@ def _environment() -> Environment:
         keep_trailing_newline=True,
     )
     environment.globals.update(
-        margin=charts.margin,
+        margin=_margin,
         part_of=_part_of,
         quotient=_quotient,
         value_and_limit=text.value_and_limit,
@@ -125,8 +125,34 @@ def _tally(gates: tuple[Gate, ...]) -> str:
     return f"{len(gates)} {noun}: {', '.join(parts)}" if parts else "No gate was evaluated"
 
 
+@dataclass(frozen=True)
+class _Measure:
+    """A gate as its margin is measured. Of a share that has to be large, what is missing counts: 94 % where 90 % are
+    asked for leaves four tenths of what may be missing, and not 4 %.
+    """
+
+    value: float
+    limit: float
+    direction: Literal["at most", "at least"]
+    lower: float | None
+    upper: float | None
+
+    @classmethod
+    def of(cls, gate: Gate) -> _Measure:
+        if gate.unit != "share" or gate.direction == "at most" or gate.limit >= 1:
+            return cls(gate.value, gate.limit, gate.direction, gate.lower, gate.upper)
+        lower, upper = (None if end is None else 1 - end for end in (gate.upper, gate.lower))
+        return cls(1 - gate.value, 1 - gate.limit, "at most", lower, upper)
+
+
+def _margin(gate: Gate) -> Markup:
+    measure = _Measure.of(gate)
+    return charts.margin(measure.value, measure.limit, measure.direction, measure.lower, measure.upper)
+
+
 def _margin_text(gate: Gate) -> str:
-    room = text.headroom(gate.value, gate.limit, gate.direction)
+    measure = _Measure.of(gate)
+    room = text.headroom(measure.value, measure.limit, measure.direction)
     if room is None:
         if gate.value == gate.limit:
             return "at the limit"
@@ -135,7 +161,7 @@ def _margin_text(gate: Gate) -> str:
         return "at the limit"
     if room > 0:
         return f"{text.percent(room, 2)} to spare"
-    return f"{text.percent(-room, 2)} {'too much' if gate.direction == 'at most' else 'short'}"
+    return f"{text.percent(-room, 2)} {'too much' if measure.direction == 'at most' else 'short'}"
 
 
 def _by_divergence(languages: tuple[LanguageFidelity, ...]) -> list[LanguageFidelity]:

@@ -14,7 +14,8 @@ from glmexport.checkpoint import Tokenizer
 from glmexport.progress import Progress
 from glmexport.validation.divergence import Divergence, divergence
 from glmexport.validation.reference import ReferenceStates
-from glmexport.validation.results import Fidelity, LanguageFidelity, WorstToken, badness
+from glmexport.validation.results import Estimate, Fidelity, LanguageFidelity, WorstToken, badness
+from glmexport.validation.statistics import Kind, clustered_mean
 from glmexport.validation.texts import EvaluationText
 
 #: Positions whose logits are held at a time.
@@ -54,12 +55,17 @@ def summarize(
 ) -> Fidelity:
     """Statistics per language and over all positions."""
     languages = list(dict.fromkeys(text.language for text in texts))
-    rows = tuple(_language(language, texts, divergences) for language in languages)
+    rows = tuple(
+        _statistics(
+            language, [part for text, part in zip(texts, divergences, strict=True) if text.language == language]
+        )
+        for language in languages
+    )
     everything = torch.cat([part.kl for part in divergences])
     counts, _ = np.histogram(everything.clamp(max=_EDGES[-1]).numpy(), bins=np.array(_EDGES))
     return Fidelity(
         languages=rows,
-        overall=_statistics("all", len(texts), Divergence.concatenate(list(divergences))),
+        overall=_statistics("all", divergences),
         worst_language=max(rows, key=lambda row: badness(row.kl_mean_nats)).language,
         kl_histogram_edges_nats=_EDGES,
         kl_histogram_counts=tuple(int(count) for count in counts),
@@ -68,24 +74,31 @@ def summarize(
     )
 
 
-def _language(language: str, texts: Sequence[EvaluationText], divergences: Sequence[Divergence]) -> LanguageFidelity:
-    parts = [part for text, part in zip(texts, divergences, strict=True) if text.language == language]
-    return _statistics(language, len(parts), Divergence.concatenate(parts))
-
-
-def _statistics(language: str, documents: int, of: Divergence) -> LanguageFidelity:
+def _statistics(language: str, documents: Sequence[Divergence]) -> LanguageFidelity:
+    of = Divergence.concatenate(list(documents))
     kl = of.kl.double()
+
+    def estimate(values: Callable[[Divergence], Tensor], kind: Kind) -> Estimate:
+        found = [values(document).double() for document in documents]
+        return clustered_mean([float(each.sum()) for each in found], [len(each) for each in found], kind)
+
+    change = (-of.nll_bundle.double()).exp() - (-of.nll_original.double()).exp()
     return LanguageFidelity(
         language=language,
-        documents=documents,
+        documents=len(documents),
         positions=len(kl),
         perplexity_original=_perplexity(of.nll_original),
         perplexity_bundle=_perplexity(of.nll_bundle),
         kl_mean_nats=float(kl.mean()),
         kl_p50_nats=float(kl.quantile(0.5)),
         kl_p99_nats=float(kl.quantile(0.99)),
+        kl_p999_nats=float(kl.quantile(0.999)),
         kl_max_nats=float(kl.max()),
         top1_agreement=float((of.top_original == of.top_bundle).double().mean()),
+        rms_delta_p=float(change.square().mean().sqrt()),
+        kl=estimate(lambda each: each.kl, "positive"),
+        ln_perplexity_ratio=estimate(lambda each: each.nll_bundle.double() - each.nll_original, "signed"),
+        top1_disagreement=estimate(lambda each: each.top_original != each.top_bundle, "share"),
     )
 
 

@@ -1,62 +1,65 @@
-"""The target's gates, applied to every language that has enough text to be judged."""
+"""The policy's gates, applied to every language that has enough text to be judged.
+
+A gate passes where even the unfavourable bound keeps the limit: every gate and language has to, so each may be tested
+by itself. It blocks where the limit is surely broken, which among many languages some would be by chance: those tests
+are corrected for their number (Holm). What is neither is INCONCLUSIVE.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from glmexport.target import Gates
-from glmexport.validation.results import Fidelity, Gate, LanguageFidelity, Verdict, badness, worst
+from glmexport.validation.results import Estimate, Fidelity, Gate, LanguageFidelity, Verdict, badness, worst
+from glmexport.validation.statistics import bounds, holm, p_value
 
 #: With about as many tokens as columns GPTQ follows chance, and can end behind rounding to nearest.
 EFFECTIVE_TOKENS = 2.0
 
 
-def apply_gates(fidelity: Fidelity, gates: Gates) -> tuple[Gate, ...]:
-    """Every gate in the language where it is worst; and one gate a language that has too little text.
+@dataclass(frozen=True)
+class _Judged:
+    """One limit in one language; ``estimate`` and ``limit`` of a quantity that has to be small."""
+
+    name: str
+    unit: str
+    row: LanguageFidelity
+    estimate: Estimate
+    limit: float
+    #: What is reported is 1 less the estimate, and has to be large.
+    complement: bool = False
+
+
+def apply_gates(fidelity: Fidelity, policy: Gates) -> tuple[Gate, ...]:
+    """Every gate in each language that does not pass it, or else in the one that comes nearest to the limit.
 
     A language below ``minimum_positions`` is INCONCLUSIVE, never PASS.
     """
-    judged = [row for row in fidelity.languages if row.positions >= gates.minimum_positions]
+    judged = [row for row in fidelity.languages if row.positions >= policy.minimum_positions]
     results = [
-        _gate(
+        _counted(
             "Enough text to judge",
             row.language,
             row.positions,
-            gates.minimum_positions,
+            policy.minimum_positions,
             "positions",
             f"{row.documents} documents",
             at_least=True,
             otherwise=Verdict.INCONCLUSIVE,
         )
         for row in fidelity.languages
-        if row.positions < gates.minimum_positions
+        if row.positions < policy.minimum_positions
     ]
-    if judged:
-        kl = max(judged, key=lambda row: badness(row.kl_mean_nats))
-        ratio = max(judged, key=lambda row: badness(_ln_ratio(row)))
-        top1 = min(judged, key=lambda row: row.top1_agreement)
-        per_token, share = "nats/token", "share"
-        results += [
-            _gate("Mean KL divergence", kl.language, kl.kl_mean_nats, gates.kl_mean_nats, per_token, _sample(kl)),
-            _gate(
-                "ln perplexity ratio",
-                ratio.language,
-                _ln_ratio(ratio),
-                gates.ln_perplexity_ratio,
-                per_token,
-                _sample(ratio),
-            ),
-            _gate(
-                "Top-1 agreement",
-                top1.language,
-                top1.top1_agreement,
-                gates.top1_agreement,
-                share,
-                _sample(top1),
-                at_least=True,
-            ),
+    tests = [test for row in judged for test in _tests(row, policy)]
+    broken = holm([p_value(test.estimate, test.limit) for test in tests], 1 - policy.confidence)
+    for name in dict.fromkeys(test.name for test in tests):
+        gates = [
+            _estimated(test, block, policy) for test, block in zip(tests, broken, strict=True) if test.name == name
         ]
+        failed = [gate for gate in gates if gate.verdict is not Verdict.PASS]
+        results += sorted(failed, key=lambda gate: -gate.verdict.severity) or [min(gates, key=_room)]
     return tuple(results)
 
 
@@ -67,10 +70,10 @@ def build_gates(fallbacks: int, effective_tokens: float | None, matrices: int) -
     text that it describes chance: ``effective_tokens`` is the fewest a column of any matrix, None if unmeasured.
     """
     sample = f"{matrices} matrices"
-    gates = [_gate("Matrices that fell back", None, fallbacks, 0, "matrices", sample, otherwise=Verdict.WARN)]
+    gates = [_counted("Matrices that fell back", None, fallbacks, 0, "matrices", sample, otherwise=Verdict.WARN)]
     if effective_tokens is not None:
         gates.append(
-            _gate(
+            _counted(
                 "Effective tokens per column",
                 None,
                 effective_tokens,
@@ -89,15 +92,52 @@ def verdict_of(gates: Iterable[Gate]) -> Verdict:
     return worst(gate.verdict for gate in gates)
 
 
-def _ln_ratio(row: LanguageFidelity) -> float:
-    return math.log(row.perplexity_bundle / row.perplexity_original)
+def _tests(row: LanguageFidelity, policy: Gates) -> tuple[_Judged, ...]:
+    limits = policy.limits(row.language)
+    assert limits.kl_mean_nats and limits.ln_perplexity_ratio and limits.top1_agreement
+    return (
+        _Judged("Mean KL divergence", "nats/token", row, row.kl, limits.kl_mean_nats),
+        _Judged("ln perplexity ratio", "nats/token", row, row.ln_perplexity_ratio, limits.ln_perplexity_ratio),
+        _Judged("Top-1 agreement", "share", row, row.top1_disagreement, 1 - limits.top1_agreement, complement=True),
+    )
 
 
-def _sample(row: LanguageFidelity) -> str:
-    return f"{row.positions} positions of {row.documents} documents"
+def _estimated(test: _Judged, broken: bool, policy: Gates) -> Gate:
+    value = test.estimate.value
+    lower, upper = bounds(test.estimate, policy.confidence)
+    if broken:
+        verdict = Verdict.BLOCK
+    elif not upper <= test.limit:
+        verdict = Verdict.INCONCLUSIVE
+    else:
+        verdict = Verdict.WARN if lower > policy.warn_at * test.limit else Verdict.PASS
+    limit = test.limit
+    if test.complement:
+        value, limit, lower, upper = 1 - value, 1 - limit, 1 - upper, 1 - lower
+    return Gate(
+        name=test.name,
+        language=test.row.language,
+        value=value,
+        limit=limit,
+        unit=test.unit,
+        direction="at least" if test.complement else "at most",
+        sample=f"{test.row.positions} positions of {test.row.documents} documents",
+        verdict=verdict,
+        lower=lower,
+        upper=upper,
+        confidence=policy.confidence,
+    )
 
 
-def _gate(
+def _room(gate: Gate) -> float:
+    """What the unfavourable bound leaves of the limit; smallest where it is nearest to breaking."""
+    assert gate.lower is not None and gate.upper is not None
+    if gate.direction == "at least":
+        return -badness((1 - gate.lower) / (1 - gate.limit))
+    return -badness(gate.upper / gate.limit)
+
+
+def _counted(
     name: str,
     language: str | None,
     value: float,
@@ -106,9 +146,9 @@ def _gate(
     sample: str,
     *,
     at_least: bool = False,
-    otherwise: Verdict = Verdict.BLOCK,
+    otherwise: Verdict,
 ) -> Gate:
-    """PASS on the right side of the limit, else ``otherwise``; not a number is on no side."""
+    """Of what is counted: PASS on the right side of the limit, else ``otherwise``; not a number is on no side."""
     held = value >= limit if at_least else value <= limit
     return Gate(
         name=name,
@@ -118,5 +158,5 @@ def _gate(
         unit=unit,
         direction="at least" if at_least else "at most",
         sample=sample,
-        verdict=Verdict.PASS if held else otherwise,
+        verdict=Verdict.PASS if held and math.isfinite(value) else otherwise,
     )

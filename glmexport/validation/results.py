@@ -53,6 +53,19 @@ def worst(verdicts: Iterable[Verdict]) -> Verdict:
     return max(verdicts, key=lambda verdict: verdict.severity, default=Verdict.INCONCLUSIVE)
 
 
+class Estimate(Record):
+    """A mean over positions, and how sure it is."""
+
+    value: Number
+    standard_error: Number
+    """With documents as the sample, whose positions hang together; Infinity for a single document."""
+    documents: Count
+    positions: Count
+    kind: Literal["signed", "positive", "share"]
+    """Signed quantities have symmetric errors. What is never negative, and rarely large, has them on a logarithmic
+    scale; so has a share of positions that have something rare."""
+
+
 class LanguageFidelity(Record):
     """How far the bundle's next-token distribution is from the original's, on texts of one language.
 
@@ -69,9 +82,18 @@ class LanguageFidelity(Record):
     kl_mean_nats: Number
     kl_p50_nats: Number
     kl_p99_nats: Number
+    kl_p999_nats: Number
     kl_max_nats: Number
     top1_agreement: Annotated[float, Field(ge=0, le=1)]
     """Share of positions at which both have the same most likely token, 0 to 1."""
+    rms_delta_p: Number
+    """Root of the mean square change of the probability of the text's own next token, 0 to 1."""
+    kl: Estimate
+    """Of the mean divergence, in nats."""
+    ln_perplexity_ratio: Estimate
+    """Of ln(perplexity of the bundle / of the original), in nats; paired, position by position."""
+    top1_disagreement: Estimate
+    """Of the share of positions with different most likely tokens."""
 
 
 class WorstToken(Record):
@@ -185,6 +207,12 @@ class Gate(Record):
     sample: str
     """What the value rests on, for example "1 024 positions in 12 documents"."""
     verdict: Verdict
+    lower: Number | None = None
+    """The true value is below in one case of 1 / (1 - confidence); none for what is counted, not estimated."""
+    upper: Number | None = None
+    """The same, above."""
+    confidence: Number | None = None
+    """Of each bound by itself, 0 to 1."""
 
     @property
     def holds(self) -> bool:
@@ -197,6 +225,11 @@ class Gate(Record):
     def _verdict_follows_from_value(self) -> Self:
         if self.verdict is Verdict.PASS and not self.holds:
             raise ValueError(f"verdict PASS, but {self.value} is not {self.direction} {self.limit}")
+        bound = self.upper if self.direction == "at most" else self.lower
+        if self.verdict is Verdict.PASS and bound is not None:
+            sure = bound <= self.limit if self.direction == "at most" else bound >= self.limit
+            if not sure:
+                raise ValueError(f"verdict PASS, but the bound {bound} is not {self.direction} {self.limit}")
         return self
 
 

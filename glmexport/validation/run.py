@@ -19,6 +19,7 @@ from glmexport.calibration import Document
 from glmexport.checkpoint import Checkpoint, Tokenizer
 from glmexport.errors import InputError
 from glmexport.progress import Progress
+from glmexport.target import Gates
 from glmexport.validation.fidelity import Answers, compare, summarize
 from glmexport.validation.gates import apply_gates, build_gates, verdict_of
 from glmexport.validation.machine import memory_bandwidth
@@ -62,6 +63,7 @@ def validate(
     documents: Sequence[Document],
     *,
     plan: ValidationPlan,
+    policy: Gates,
     threads: int,
     scratch: Path,
     progress: Progress,
@@ -76,6 +78,7 @@ def validate(
         tokenizer: of both.
         documents: evaluation text, disjoint from what the bundle was calibrated on.
         plan: how much to measure.
+        policy: what the bundle has to keep.
         threads: of the bundle and of the original.
         scratch: where the original's hidden states are kept meanwhile.
         progress: who watches.
@@ -99,7 +102,7 @@ def validate(
         fidelity = summarize(texts, divergences, tokenizer, arithmetic(manifest))
         shares = _shares(directory, manifest, reference, texts, plan, session, Path(folder), progress)
     performance = _performance(directory, manifest, checkpoint, texts, plan, threads, progress)
-    gates = apply_gates(fidelity, manifest.target.gates)
+    gates = apply_gates(fidelity, policy)
     if manifest.matrices:
         fallbacks = sum(matrix.fallback is not None for matrix in manifest.matrices)
         tokens = [matrix.effective_tokens_per_column for matrix in manifest.matrices]

@@ -9,12 +9,15 @@ from glmexport.report.document import (
     GroupResult,
     LinearResult,
     Machine,
+    PolicySummary,
     QuantizationSummary,
     Report,
     Size,
     Subject,
 )
+from glmexport.target import Gates
 from glmexport.validation.results import (
+    Estimate,
     Fidelity,
     Gate,
     LanguageFidelity,
@@ -26,6 +29,7 @@ from glmexport.validation.results import (
     WorstToken,
     worst,
 )
+from glmexport.validation.statistics import Kind
 
 ATTACK = "<script>alert(1)</script>"
 
@@ -53,8 +57,19 @@ def language(tag: str, perplexity: float, mean: float, positions: int = 6144) ->
         kl_mean_nats=mean,
         kl_p50_nats=mean / 6.5,
         kl_p99_nats=mean * 9.1,
+        kl_p999_nats=mean * 24,
         kl_max_nats=mean * 71,
         top1_agreement=0.985 - mean,
+        rms_delta_p=0.6 * mean,
+        kl=estimate(mean, "positive", positions),
+        ln_perplexity_ratio=estimate(math.log1p(mean * 0.6), "signed", positions),
+        top1_disagreement=estimate(0.015 + mean, "share", positions),
+    )
+
+
+def estimate(value: float, kind: Kind, positions: int) -> Estimate:
+    return Estimate(
+        value=value, standard_error=value / 12, documents=24 * positions // 6144, positions=positions, kind=kind
     )
 
 
@@ -73,6 +88,9 @@ def gates(languages: tuple[LanguageFidelity, ...]) -> tuple[Gate, ...]:
             else Verdict.WARN
             if row.language == "sw"
             else Verdict.PASS,
+            lower=row.kl_mean_nats * 0.87,
+            upper=row.kl_mean_nats * 1.15,
+            confidence=0.95,
         )
         for row in languages
         if row.language in ("ar", "sw", "en", "zh")
@@ -195,6 +213,10 @@ def make_report(layers: int = 40) -> Report:
         glmexport_version="0.1.0",
         verdict=worst(gate.verdict for gate in checked),
         gates=checked,
+        policy=PolicySummary(
+            source="target cpu-avx512vnni",
+            gates=Gates(kl_mean_nats=0.05, ln_perplexity_ratio=0.03, top1_agreement=0.9, minimum_positions=500),
+        ),
         subject=Subject(
             bundle="glm-4-9b-0414-int4-cpu",
             bundle_digest="sha256:" + "3f9c" * 16,

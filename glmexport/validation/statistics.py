@@ -1,0 +1,97 @@
+"""How sure a mean over evaluation text is. Positions of one document hang together, so documents are the sample.
+
+The mean of a ratio with its cluster-robust error (Cochran, Sampling Techniques, 1977, section 6; for model evaluation
+Miller, arXiv 2411.00640), bounds from Student's t, and Holm's correction (Scand. J. Statist. 6, 1979).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.special import stdtr, stdtrit
+
+from glmexport.validation.results import Estimate
+
+#: A sample without the rare large values looks both better and surer than it is. Taken at a third of the risk, the
+#: upper bound of a mean whose documents differ by e^0.5 is passed in 4 to 5 % of samples instead of 7 to 11.
+_SKEWED = 3
+
+#: See ``Estimate.kind``.
+Kind = Literal["signed", "positive", "share"]
+
+
+def clustered_mean(sums: ArrayLike, counts: ArrayLike, kind: Kind) -> Estimate:
+    """The mean over all positions, and its standard error.
+
+    Args:
+        sums: [D], over the positions of each document.
+        counts: [D], positions of each document, at least 1.
+        kind: of quantity. The error of a share is at least that of as many independent positions.
+    """
+    totals, sizes = np.asarray(sums, np.float64), np.asarray(counts, np.float64)
+    documents, positions = len(totals), float(sizes.sum())
+    mean = float(totals.sum() / positions)
+    error = math.inf
+    if documents > 1:
+        with np.errstate(invalid="ignore", over="ignore"):
+            squares = float(np.square(totals - mean * sizes).sum())
+        error = math.sqrt(squares * documents / (documents - 1)) / positions if math.isfinite(squares) else math.inf
+        if kind == "share":
+            error = max(error, math.sqrt(mean * (1 - mean) / positions))
+    return Estimate(value=mean, standard_error=error, documents=documents, positions=int(positions), kind=kind)
+
+
+def bounds(estimate: Estimate, confidence: float) -> tuple[float, float]:
+    """Lower and upper bound, each of which the true mean is beyond in one case of 1 / (1 - ``confidence``).
+
+    The upper bound of a share of which nothing was seen is that of as many independent positions without a single case,
+    1 - (1 - confidence)^(1 / positions).
+    """
+    value, error = estimate.value, estimate.standard_error
+    if not math.isfinite(value):
+        return value, value
+    if not math.isfinite(error):
+        return (-math.inf if estimate.kind == "signed" else 0.0), math.inf
+    if estimate.kind == "share" and value == 0:
+        return 0.0, -math.expm1(math.log1p(-confidence) / estimate.positions)
+    below = above = float(stdtrit(estimate.documents - 1, confidence)) * error
+    if estimate.kind == "signed" or value == 0:
+        return value - below, value + above
+    if estimate.kind == "positive":
+        above = float(stdtrit(estimate.documents - 1, 1 - (1 - confidence) / _SKEWED)) * error
+    return value * math.exp(-below / value), value * math.exp(min(above / value, 700.0))
+
+
+def p_value(estimate: Estimate, limit: float) -> float:
+    """Chance of a mean this large or larger if the true one were ``limit``: small where it must be above the limit.
+
+    What is not finite is above every limit.
+    """
+    value, error = estimate.value, estimate.standard_error
+    if not math.isfinite(value):
+        return 0.0
+    if not math.isfinite(error):
+        return 1.0
+    if estimate.kind != "signed":
+        if value <= 0:
+            return 1.0
+        distance, error = math.log(value / limit), error / value
+    else:
+        distance = value - limit
+    if error == 0:
+        return 0.0 if distance > 0 else 1.0
+    return float(stdtr(estimate.documents - 1, -distance / error))
+
+
+def holm(p_values: Sequence[float], alpha: float) -> list[bool]:
+    """Which hypotheses fall, so that the chance of a single wrong one among them stays below ``alpha``."""
+    fallen = [False] * len(p_values)
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        if p_values[index] > alpha / (len(p_values) - rank):
+            break
+        fallen[index] = True
+    return fallen
