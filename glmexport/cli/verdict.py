@@ -63,6 +63,8 @@ def _fidelity(report: Report) -> Table:
         table.add_row(row.language + mark, *_figures(row), style="yellow" if mark else "")
     table.add_section()
     table.add_row("all", *_figures(report.fidelity.overall), style="bold")
+    if report.fidelity.noise_floor:
+        table.add_row("original, again", *_figures(report.fidelity.noise_floor), style="dim")
     return table
 
 
@@ -71,10 +73,16 @@ def _figures(row: LanguageFidelity) -> tuple[str, ...]:
         str(row.positions),
         f"{row.perplexity_original:.2f}",
         f"{row.perplexity_bundle:.2f}",
-        f"{row.kl_mean_nats:.4f}",
-        f"{row.kl_p99_nats:.3f}",
+        _divergence(row.kl_mean_nats, ".4f"),
+        _divergence(row.kl_p99_nats, ".3f"),
         f"{row.top1_agreement:.1%}",
     )
+
+
+def _divergence(nats: float, form: str) -> str:
+    """What would be rounded to nothing is shown by its power."""
+    shown = f"{nats:{form}}"
+    return f"{nats:.0e}" if nats and not float(shown) else shown
 
 
 def _shares(report: Report) -> Table | str:

@@ -51,9 +51,13 @@ def compare(
 
 
 def summarize(
-    texts: Sequence[EvaluationText], divergences: Sequence[Divergence], tokenizer: Tokenizer, arithmetic: str
+    texts: Sequence[EvaluationText],
+    divergences: Sequence[Divergence],
+    tokenizer: Tokenizer,
+    arithmetic: str,
+    noise: Sequence[Divergence] = (),
 ) -> Fidelity:
-    """Statistics per language and over all positions."""
+    """Statistics per language and over all positions; ``noise``: of the original against itself."""
     languages = list(dict.fromkeys(text.language for text in texts))
     rows = tuple(
         _statistics(
@@ -71,6 +75,7 @@ def summarize(
         kl_histogram_counts=tuple(int(count) for count in counts),
         worst_tokens=_worst_tokens(texts, divergences, tokenizer),
         arithmetic=arithmetic,
+        noise_floor=_statistics("all", noise) if noise else None,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from tempfile import TemporaryFile
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from glmexport.architecture import Reference
 from glmexport.architecture.reference import Substitute
@@ -26,15 +28,24 @@ class ReferenceStates:
     def __init__(self, texts: Sequence[EvaluationText], hidden_size: int, directory: Path) -> None:
         self.texts = texts
         self.hidden_size = hidden_size
+        #: Keeps the file open for those that were chosen from it.
+        self._whole: ReferenceStates | None = None
         self._file = TemporaryFile(dir=directory)  # noqa: SIM115 - lives as long as this object
         weakref.finalize(self, self._file.close)
-        self._offsets = np.cumsum([0, *(len(text.ids) * hidden_size * 4 for text in texts)]).tolist()
+        self._offsets = np.cumsum([0, *(len(text.ids) * hidden_size * 4 for text in texts)])[:-1].tolist()
+
+    def only(self, indices: Sequence[int]) -> ReferenceStates:
+        """Those of some of the texts, in the same file."""
+        chosen = copy.copy(self)
+        chosen.texts = [self.texts[index] for index in indices]
+        chosen._offsets = [self._offsets[index] for index in indices]
+        chosen._whole = self
+        return chosen
 
     def load(self, index: int) -> Tensor:
         """Whole sequence of text ``index``, [1, length, hidden]."""
         self._file.seek(self._offsets[index])
-        count = self._offsets[index + 1] - self._offsets[index]
-        buffer = bytearray(self._file.read(count))
+        buffer = bytearray(self._file.read(len(self.texts[index].ids) * self.hidden_size * 4))
         return torch.frombuffer(buffer, dtype=torch.float32).reshape(1, -1, self.hidden_size)
 
     def save(self, index: int, states: Tensor) -> None:
@@ -57,8 +68,12 @@ def reference_states(
     label: str = "Original, block by block",
     substitute: Substitute | None = None,
     embed: Callable[[Tensor], Tensor] | None = None,
+    batch: int = 1,
 ) -> ReferenceStates:
-    """Run the original over ``texts``; with ``substitute`` and ``embed``, with weights of theirs in its place."""
+    """Run the original over ``texts``; with ``substitute`` and ``embed``, with weights of theirs in its place.
+
+    ``batch`` texts at a time, the shorter ones padded behind their end, where a causal model does not look.
+    """
     states = ReferenceStates(texts, reference.architecture.hidden_size, directory)
     embedded = (embed or reference.embed)(torch.cat([text.ids for text in texts]))
     start = 0
@@ -66,12 +81,18 @@ def reference_states(
         states.save(index, embedded[None, start : start + len(text.ids)])
         start += len(text.ids)
     del embedded
-    positions = {len(text.ids): reference.position_embeddings(len(text.ids)) for text in texts}
+    lengths = {len(text.ids) for text in texts}
+    positions = {length: reference.position_embeddings(length) for length in lengths}
     with progress.track(label, len(reference.architecture.layers)) as track:
         for layer in reference.architecture.layers:
             block = reference.block(layer, substitute)
-            for index, text in enumerate(texts):
-                states.save(index, block.forward(states.load(index), positions[len(text.ids)]))
+            for start in range(0, len(texts), batch):
+                group = range(start, min(start + batch, len(texts)))
+                longest = max(len(texts[index].ids) for index in group)
+                padded = [pad(states.load(index), (0, 0, 0, longest - len(texts[index].ids))) for index in group]
+                outputs = block.forward(torch.cat(padded), positions[longest])
+                for index, output in zip(group, outputs, strict=True):
+                    states.save(index, output[: len(texts[index].ids)])
             track.advance()
     for index in range(len(texts)):
         states.save(index, reference.final_norm(states.load(index)))

@@ -130,6 +130,9 @@ class Fidelity(Record):
     worst_tokens: tuple[WorstToken, ...]
     arithmetic: str
     """What the bundle computes in, for example "int4 weights, int8 activations (accuracy_level 4)"."""
+    noise_floor: LanguageFidelity | None = None
+    """The original against itself with another batch and number of threads, on one text a language: what is not above
+    this is no difference. None if it was not measured."""
 
     @model_validator(mode="after")
     def _histogram_is_well_formed(self) -> Self:

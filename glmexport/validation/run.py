@@ -20,14 +20,18 @@ from glmexport.checkpoint import Checkpoint, Tokenizer
 from glmexport.errors import InputError
 from glmexport.progress import Progress
 from glmexport.target import Gates
+from glmexport.validation.divergence import Divergence
 from glmexport.validation.fidelity import Answers, compare, summarize
 from glmexport.validation.gates import apply_gates, build_gates, verdict_of
 from glmexport.validation.machine import memory_bandwidth
-from glmexport.validation.reference import reference_states
+from glmexport.validation.reference import ReferenceStates, reference_states
 from glmexport.validation.results import Fidelity, Gate, Performance, Share, Speed, Verdict
 from glmexport.validation.session import ScoringSession
 from glmexport.validation.speed import SpeedRequest, measure_speed
 from glmexport.validation.texts import EvaluationText, evaluation_texts
+
+#: Texts that the original is asked about at a time when it is compared with itself; one, otherwise.
+_OTHER_BATCH = 4
 
 
 @dataclass(frozen=True)
@@ -99,8 +103,10 @@ def validate(
         divergences = compare(
             states, reference, partial(_bundle_answer, session, texts), progress, "Bundle in ONNX Runtime"
         )
-        fidelity = summarize(texts, divergences, tokenizer, arithmetic(manifest))
-        shares = _shares(directory, manifest, reference, texts, plan, session, Path(folder), progress)
+        original = states.only(_first_texts(texts, max(1, plan.share_texts)))
+        noise = _noise_floor(reference, original, threads, Path(folder), progress)
+        fidelity = summarize(texts, divergences, tokenizer, arithmetic(manifest), noise)
+        shares = _shares(directory, manifest, reference, original, plan, session, Path(folder), progress)
     performance = _performance(directory, manifest, checkpoint, texts, plan, threads, progress)
     gates = apply_gates(fidelity, policy)
     if manifest.matrices:
@@ -130,11 +136,29 @@ def _bundle_answer(session: ScoringSession, texts: Sequence[EvaluationText], ind
     return session.logits(text.ids)[text.prefix - 1 : -1]
 
 
+def _noise_floor(
+    reference: Reference, original: ReferenceStates, threads: int, scratch: Path, progress: Progress
+) -> list[Divergence]:
+    """The original against itself with another batch and another number of threads: what is no difference at all."""
+    torch.set_num_threads(threads // 2 if threads > 1 else 2)
+    try:
+        again = reference_states(
+            reference, original.texts, scratch, progress, label="Original again, in batches", batch=_OTHER_BATCH
+        )
+    finally:
+        torch.set_num_threads(threads)
+
+    def answers(index: int) -> Tensor:
+        return reference.logits(again.states(index))
+
+    return compare(original, reference, answers, progress, "Original against itself")
+
+
 def _shares(
     directory: Path,
     manifest: Manifest,
     reference: Reference,
-    texts: Sequence[EvaluationText],
+    original: ReferenceStates,
     plan: ValidationPlan,
     session: ScoringSession,
     scratch: Path,
@@ -148,10 +172,9 @@ def _shares(
     recipe = manifest.recipe
     if recipe.linears is None or not plan.share_texts:
         return ()
-    sample = _first_texts(texts, plan.share_texts)
+    sample = original.texts
     weights = BundleWeights(directory, reference.architecture)
     folded = Reference(reference.checkpoint.folded(bundle_folds(directory)), reference.architecture)
-    original = reference_states(reference, sample, scratch, progress, label="Shares: original")
 
     def mean(answers: Answers) -> float:
         parts = compare(original, reference, answers, progress, "Shares: comparing")
@@ -195,12 +218,13 @@ def _shares(
     )
 
 
-def _first_texts(texts: Sequence[EvaluationText], each: int) -> list[EvaluationText]:
-    chosen: dict[str, list[EvaluationText]] = {}
-    for text in texts:
+def _first_texts(texts: Sequence[EvaluationText], each: int) -> list[int]:
+    """Indices of the first texts of every language."""
+    chosen: dict[str, list[int]] = {}
+    for index, text in enumerate(texts):
         if len(chosen.setdefault(text.language, [])) < each:
-            chosen[text.language].append(text)
-    return [text for group in chosen.values() for text in group]
+            chosen[text.language].append(index)
+    return [index for group in chosen.values() for index in group]
 
 
 def _performance(

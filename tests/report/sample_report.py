@@ -243,6 +243,7 @@ def make_report(layers: int = 40) -> Report:
             kl_histogram_counts=counts,
             worst_tokens=worst_tokens(),
             arithmetic="int4 weights, int8 activations (accuracy_level 4)",
+            noise_floor=language("all", 11.2, 3e-12, 4096),
         ),
         shares=(
             Share(name="4-bit linears, fp32 arithmetic", kl_mean_nats=0.0171, note="the weights' own error"),

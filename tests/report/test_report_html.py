@@ -97,6 +97,30 @@ def test_foreign_text_keeps_its_direction_to_itself(report):
     assert any(attributes.get("lang") == "ar" for attributes in tokens)
 
 
+def test_bounds_stand_below_what_was_measured_and_in_the_margin(report):
+    page = render_html(report)
+    gates = page[page.index('id="gates"') : page.index('<dl class="figures">')]
+    estimated = [gate for gate in report.gates if gate.lower is not None]
+    assert gates.count('class="bounds"') == len(estimated) == 4
+    assert "0.0358 to 0.0474" in read(report)
+    assert "5.00 % of samples" in read(report) and "Limits: target cpu-avx512vnni" in read(report)
+
+
+def test_a_share_that_has_to_be_large_is_measured_by_what_is_missing(report, changed):
+    gate = Gate(
+        name="Agreement", language="en", value=0.94, limit=0.9, unit="share", direction="at least", sample="",
+        verdict=Verdict.PASS, lower=0.92, upper=0.95, confidence=0.95,
+    )  # fmt: skip
+    page = read(changed(gates=(gate,), verdict=Verdict.PASS))
+    assert "40 % to spare" in page and "92.0 % to 95.0 %" in page
+
+
+def test_the_noise_floor_is_the_last_row(report, changed):
+    assert "Original, again" in read(report) and "is no difference" in read(report)
+    without = changed(fidelity=report.fidelity.model_copy(update={"noise_floor": None}))
+    assert "Original, again" not in read(without) and "is no difference" not in read(without)
+
+
 def test_the_verdict_and_every_gate_come_before_the_first_section_heading(report):
     page = read(report)
     first = page[: page.index("At every position")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,27 @@ def check(checkpoint: Path, model: torch.nn.Module, scratch: Path) -> None:
 def test_states_and_logits_of_glm4(sample: Sample, tmp_path: Path) -> None:
     check(sample.checkpoint, sample.model, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_padding_and_choosing_change_nothing(sample: Sample, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    original = Original.open(str(sample.checkpoint), Silent())
+    reference = Reference(original.checkpoint, original.architecture)
+    texts = [*texts_of(tokenizer), *evaluation_texts(
+        [Document("long", "en", "A longer text than all the others here.")], tokenizer, positions_per_language=100,
+        longest=60,
+    )]  # fmt: skip
+    assert len({len(text.ids) for text in texts}) > 1
+    states = reference_states(reference, texts, tmp_path, Silent())
+    for batch in (2, 3, 9):
+        again = reference_states(reference, texts, tmp_path, Silent(), batch=batch)
+        for index in range(len(texts)):
+            torch.testing.assert_close(again.states(index), states.states(index), rtol=0, atol=TOLERANCE)
+    expected = [states.states(3), states.states(1)]
+    chosen = states.only([3, 1])
+    del states
+    gc.collect()
+    assert [text.document for text in chosen.texts] == ["long", "1"]
+    assert all(torch.equal(chosen.states(index), expected[index]) for index in range(2))
 
 
 @pytest.mark.parametrize("tied", [True, False])
