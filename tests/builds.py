@@ -17,6 +17,7 @@ import pytest
 from models import write_checkpoint
 
 import glmexport.compile
+from glmexport.bundle.manifest import EVIDENCE
 from glmexport.bundle.read import BundleWeights
 from glmexport.cli import main
 from glmexport.compile import BuildOptions, Built
@@ -24,7 +25,6 @@ from glmexport.definition import shipped_folder
 from glmexport.job import Job, Original
 from glmexport.progress import Progress, Silent
 from glmexport.recipe import open_recipe
-from glmexport.report.document import HTML_NAME, JSON_NAME
 from glmexport.target import open_target
 from glmexport.validation.results import Speed
 from glmexport.validation.run import ValidationPlan
@@ -152,7 +152,7 @@ def digests(bundle: Path) -> dict[str, str]:
     return {
         path.relative_to(bundle).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(bundle.rglob("*"))
-        if path.is_file() and path.name not in (JSON_NAME, HTML_NAME)
+        if path.is_file() and path.name not in EVIDENCE
     }
 
 

@@ -15,7 +15,7 @@ from glmexport.target import Target
 
 MANIFEST = "bundle.json"
 #: Evidence about a bundle, written after it and therefore not part of what its digest covers.
-EVIDENCE = frozenset({"report.json", "report.html"})
+EVIDENCE = frozenset({"report.json", "report.html", "report.md", "report.xml"})
 
 
 class FileEntry(Definition):

@@ -24,6 +24,8 @@ from glmexport.validation.results import (
 
 JSON_NAME = "report.json"
 HTML_NAME = "report.html"
+MARKDOWN_NAME = "report.md"
+JUNIT_NAME = "report.xml"
 
 
 def _sorted(table: dict[str, Any]) -> dict[str, Any]:

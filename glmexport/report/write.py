@@ -1,4 +1,4 @@
-"""The two files that a report is written to: one for programs, one for people."""
+"""The files that a report is written to: for programs, for people, and for the servers of those who test."""
 
 from __future__ import annotations
 
@@ -8,20 +8,24 @@ import tempfile
 from pathlib import Path
 
 from glmexport.errors import MachineError
-from glmexport.report.document import HTML_NAME, JSON_NAME, Report
+from glmexport.report.document import HTML_NAME, JSON_NAME, JUNIT_NAME, MARKDOWN_NAME, Report
 from glmexport.report.html import render_html
+from glmexport.report.junit import render_junit
+from glmexport.report.markdown import render_markdown
 
 
 def write_report(report: Report, directory: Path) -> None:
-    """Write ``report.json`` and ``report.html``; a reader never sees half of either.
+    """Write ``report.json`` and its renderings; a reader never sees half of any.
 
-    Both are rendered and stored before either replaces its predecessor.
+    All are rendered and stored before any replaces its predecessor.
 
     Raises:
         MachineError: the directory or a file cannot be written.
     """
     contents = {
         HTML_NAME: render_html(report),
+        MARKDOWN_NAME: render_markdown(report),
+        JUNIT_NAME: render_junit(report),
         JSON_NAME: report.model_dump_json(indent=2) + "\n",
     }
     stored: dict[Path, Path] = {}

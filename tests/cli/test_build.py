@@ -76,6 +76,8 @@ def test_a_bundle_consists_of(bundle: Path) -> None:
         "bundle.json",
         "report.json",
         "report.html",
+        "report.md",
+        "report.xml",
         "weights/embedding.data",
         "weights/block_000.data",
         "weights/block_001.data",

@@ -21,7 +21,12 @@ def stored(report, path, **changes):
 def test_round_trip(report, tmp_path):
     write_report(report, tmp_path / "new")
     assert read_report(tmp_path / "new" / "report.json") == report
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["report.html", "report.json"]
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [
+        "report.html",
+        "report.json",
+        "report.md",
+        "report.xml",
+    ]
 
 
 def test_the_json_is_readable_stable_and_ends_with_a_newline(report, tmp_path):

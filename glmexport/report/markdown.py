@@ -1,0 +1,119 @@
+"""The report as Markdown: for a pull request, a wiki, or a terminal without a browser."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from glmexport.report import text
+
+if TYPE_CHECKING:
+    from glmexport.report.document import Report
+    from glmexport.validation.results import Gate, LanguageFidelity
+
+_SPECIAL = re.compile(r"([\\`*_{}\[\]()#+\-.!|<>~&:@])")
+
+
+def render_markdown(report: Report) -> str:
+    """``report`` in GitHub's dialect; the same report gives the same text."""
+    subject, size = report.subject, report.size
+    source = _foreign(subject.checkpoint)
+    if subject.adapter:
+        source += f" with the adapter {_foreign(subject.adapter)}"
+    parts = [
+        f"# {report.verdict}: {_foreign(subject.bundle)}",
+        f"From {source} by recipe {_foreign(subject.recipe)}, validated for target {_foreign(subject.target)} in "
+        f"{len(subject.languages)} languages by glmexport {_foreign(report.glmexport_version)}.",
+        "## Gates",
+        f"Limits: {_foreign(report.policy.source)}; bounds of {text.percent(report.policy.gates.confidence)} each.",
+        _table(("Gate", "Language", "Measured", "Bounds", "Limit", "Verdict"), map(_gate, report.gates)),
+        "## Quality per language",
+        f"The bundle computes in {_foreign(report.fidelity.arithmetic)}.",
+        _table(
+            ("Language", "Documents", "Positions", "KL mean", "± error", "p99", "p99.9", "Top-1", "ln PPL ratio"),
+            map(_language, _rows(report)),
+        ),
+        "## Size and speed",
+        _table(("", "Original", "Bundle"), _costs(report)),
+        f"{text.number(size.bits_per_weight)} bits per weight; memory bandwidth bounds decoding at "
+        f"{text.number(report.performance.roofline_decode_tokens_per_s)} tokens/s.",
+    ]
+    if report.quantization and report.quantization.fallbacks:
+        parts += ["## Fallbacks", *(f"- {_foreign(fallback)}" for fallback in report.quantization.fallbacks)]
+    parts += [
+        "## Provenance",
+        _table(
+            ("", ""),
+            (
+                ("Bundle", f"`{subject.bundle_digest}`"),
+                ("Original", f"`{subject.checkpoint_digest}`"),
+                ("Machine", _foreign(f"{report.machine.processor}, {report.machine.cores} cores")),
+                ("Versions", _foreign(", ".join(f"{name} {version}" for name, version in report.versions.items()))),
+            ),
+        ),
+        "## What this does not show",
+        "\n".join(f"- {_foreign(limit)}" for limit in report.limits),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _foreign(words: str) -> str:
+    """Text that is not ours, on one line and without any meaning to Markdown."""
+    return _SPECIAL.sub(r"\\\1", text.visible(words))
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _gate(gate: Gate) -> tuple[str, ...]:
+    value, limit = text.value_and_limit(gate.value, gate.limit, gate.unit)
+    bounds = "–"
+    if gate.lower is not None and gate.upper is not None:
+        shown = text.percent if gate.unit == "share" else text.number
+        bounds = f"{shown(gate.lower)} to {shown(gate.upper)}"
+    language = _foreign(gate.language) if gate.language else "–"
+    return _foreign(gate.name), language, value, bounds, f"{gate.direction} {limit}", f"**{gate.verdict}**"
+
+
+def _rows(report: Report) -> list[LanguageFidelity]:
+    fidelity = report.fidelity
+    again = fidelity.noise_floor
+    return [
+        *fidelity.languages,
+        fidelity.overall,
+        *([again.model_copy(update={"language": "original, again"})] if again else []),
+    ]
+
+
+def _language(row: LanguageFidelity) -> tuple[str, ...]:
+    return (
+        _foreign(row.language),
+        text.number(row.documents),
+        text.number(row.positions),
+        text.number(row.kl_mean_nats),
+        text.number(row.kl.standard_error, 2),
+        text.number(row.kl_p99_nats),
+        text.number(row.kl_p999_nats),
+        text.percent(row.top1_agreement),
+        text.number(row.ln_perplexity_ratio.value, 2),
+    )
+
+
+def _costs(report: Report) -> list[tuple[str, ...]]:
+    original, bundle = report.performance.original, report.performance.bundle
+    figures = (
+        ("Time to first token", "ttft_s", "s"),
+        ("Prefill", "prefill_tokens_per_s", "tokens/s"),
+        ("Decode", "decode_tokens_per_s", "tokens/s"),
+        ("Peak memory", "peak_memory_bytes", "bytes"),
+    )
+    rows: list[tuple[str, ...]] = [
+        ("On disk", text.size(report.size.original_bytes), text.size(report.size.bundle_bytes))
+    ]
+    for name, field, unit in figures:
+        before = "not measured" if original is None else text.quantity(getattr(original, field), unit)
+        rows.append((name, before, text.quantity(getattr(bundle, field), unit)))
+    return rows
