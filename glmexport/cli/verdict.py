@@ -157,6 +157,7 @@ def _gates(report: Report) -> Table:
             "-" if gate.lower is None or gate.upper is None else f"{gate.lower:.4g} to {gate.upper:.4g}",
             gate.direction,
             f"{gate.limit:g}",
-            f"[{_STYLE[gate.verdict]}]{gate.verdict}[/]",
+            f"[{_STYLE[gate.verdict]}]{gate.verdict}[/]"
+            + (f" (about {gate.documents_needed} documents would decide)" if gate.documents_needed else ""),
         )
     return table

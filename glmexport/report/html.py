@@ -78,6 +78,7 @@ def _environment() -> Environment:
     )
     environment.globals.update(
         margin=_margin,
+        sample=text.sample,
         part_of=_part_of,
         quotient=_quotient,
         value_and_limit=text.value_and_limit,

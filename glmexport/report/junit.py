@@ -47,7 +47,7 @@ def _case(suite: Element, gate: Gate, target: str) -> None:
     name = gate.name + (f", {gate.language}" if gate.language else "")
     case = SubElement(suite, "testcase", {"classname": text.visible(target), "name": text.visible(name), "time": "0"})
     value, limit = text.value_and_limit(gate.value, gate.limit, gate.unit)
-    message = text.visible(f"{value}, {gate.direction} {limit}: {gate.sample}")
+    message = text.visible(f"{value}, {gate.direction} {limit}: {text.sample(gate)}")
     if gate.verdict is Verdict.BLOCK:
         SubElement(case, "failure", {"type": gate.verdict, "message": message})
     elif gate.verdict is Verdict.INCONCLUSIVE:

@@ -27,7 +27,7 @@ def render_markdown(report: Report) -> str:
         f"{len(subject.languages)} languages by glmexport {_foreign(report.glmexport_version)}.",
         "## Gates",
         f"Limits: {_foreign(report.policy.source)}; bounds of {text.percent(report.policy.gates.confidence)} each.",
-        _table(("Gate", "Language", "Measured", "Bounds", "Limit", "Verdict"), map(_gate, report.gates)),
+        _table(("Gate", "Language", "Measured", "Bounds", "Limit", "Verdict", "Rests on"), map(_gate, report.gates)),
         "## Quality per language",
         f"The bundle computes in {_foreign(report.fidelity.arithmetic)}.",
         _table(
@@ -75,7 +75,15 @@ def _gate(gate: Gate) -> tuple[str, ...]:
         shown = text.percent if gate.unit == "share" else text.number
         bounds = f"{shown(gate.lower)} to {shown(gate.upper)}"
     language = _foreign(gate.language) if gate.language else "–"
-    return _foreign(gate.name), language, value, bounds, f"{gate.direction} {limit}", f"**{gate.verdict}**"
+    return (
+        _foreign(gate.name),
+        language,
+        value,
+        bounds,
+        f"{gate.direction} {limit}",
+        f"**{gate.verdict}**",
+        _foreign(text.sample(gate)),
+    )
 
 
 def _rows(report: Report) -> list[LanguageFidelity]:

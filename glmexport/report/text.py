@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from glmexport.validation.results import Gate
 
 THIN = "\u202f"
 """Narrow no-break space, between thousands and before the percent sign."""
@@ -154,6 +157,13 @@ def quantity(value: float, unit: str, digits: int = 3) -> str:
     if unit == "ratio":
         return ratio(value, digits)
     return f"{number(value, digits)}{FIXED}{unit}" if unit else number(value, digits)
+
+
+def sample(gate: Gate) -> str:
+    """What a gate rests on; and if that is too little, how much would do."""
+    if gate.documents_needed is None:
+        return gate.sample
+    return f"{gate.sample}; about {number(gate.documents_needed)} documents would decide"
 
 
 def value_and_limit(value: float, limit: float, unit: str) -> tuple[str, str]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from glmexport.target import Gates
 from glmexport.validation.results import Estimate, Fidelity, Gate, LanguageFidelity, Verdict, badness, worst
-from glmexport.validation.statistics import bounds, holm, p_value
+from glmexport.validation.statistics import bounds, documents_needed, holm, p_value
 
 #: With about as many tokens as columns GPTQ follows chance, and can end behind rounding to nearest.
 EFFECTIVE_TOKENS = 2.0
@@ -56,7 +56,9 @@ def apply_gates(fidelity: Fidelity, policy: Gates) -> tuple[Gate, ...]:
     broken = holm([p_value(test.estimate, test.limit) for test in tests], 1 - policy.confidence)
     for name in dict.fromkeys(test.name for test in tests):
         gates = [
-            _estimated(test, block, policy) for test, block in zip(tests, broken, strict=True) if test.name == name
+            _estimated(test, block, policy, len(tests))
+            for test, block in zip(tests, broken, strict=True)
+            if test.name == name
         ]
         failed = [gate for gate in gates if gate.verdict is not Verdict.PASS]
         results += sorted(failed, key=lambda gate: -gate.verdict.severity) or [min(gates, key=_room)]
@@ -102,7 +104,7 @@ def _tests(row: LanguageFidelity, policy: Gates) -> tuple[_Judged, ...]:
     )
 
 
-def _estimated(test: _Judged, broken: bool, policy: Gates) -> Gate:
+def _estimated(test: _Judged, broken: bool, policy: Gates, tests: int) -> Gate:
     value = test.estimate.value
     lower, upper = bounds(test.estimate, policy.confidence)
     if broken:
@@ -111,7 +113,9 @@ def _estimated(test: _Judged, broken: bool, policy: Gates) -> Gate:
         verdict = Verdict.INCONCLUSIVE
     else:
         verdict = Verdict.WARN if lower > policy.warn_at * test.limit else Verdict.PASS
-    limit = test.limit
+    limit, needed = test.limit, None
+    if verdict is Verdict.INCONCLUSIVE:
+        needed = documents_needed(test.estimate, test.limit, policy.confidence, tests)
     if test.complement:
         value, limit, lower, upper = 1 - value, 1 - limit, 1 - upper, 1 - lower
     return Gate(
@@ -126,6 +130,7 @@ def _estimated(test: _Judged, broken: bool, policy: Gates) -> Gate:
         lower=lower,
         upper=upper,
         confidence=policy.confidence,
+        documents_needed=needed,
     )
 
 

@@ -216,6 +216,9 @@ class Gate(Record):
     """The same, above."""
     confidence: Number | None = None
     """Of each bound by itself, 0 to 1."""
+    documents_needed: Count | None = None
+    """For an INCONCLUSIVE gate: with about so many documents of the same kind it would be decided in four of five
+    cases, if the value is the true one; none if that cannot be said."""
 
     @property
     def holds(self) -> bool:

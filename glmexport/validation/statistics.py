@@ -20,6 +20,10 @@ from glmexport.validation.results import Estimate
 #: upper bound of a mean whose documents differ by e^0.5 is passed in 4 to 5 % of samples instead of 7 to 11.
 _SKEWED = 3
 
+#: Share of samples in which enough documents are to decide.
+_POWER = 0.8
+_MOST_DOCUMENTS = 1e6
+
 #: See ``Estimate.kind``.
 Kind = Literal["signed", "positive", "share"]
 
@@ -66,25 +70,51 @@ def bounds(estimate: Estimate, confidence: float) -> tuple[float, float]:
     return value * math.exp(-below / value), value * math.exp(min(above / value, 700.0))
 
 
+def _above(estimate: Estimate, limit: float) -> tuple[float, float]:
+    """How far the value is above ``limit``, and its standard error, on the scale where that is symmetric."""
+    if estimate.kind == "signed":
+        return estimate.value - limit, estimate.standard_error
+    if estimate.value <= 0:
+        return -math.inf, 0.0
+    return math.log(estimate.value / limit), estimate.standard_error / estimate.value
+
+
 def p_value(estimate: Estimate, limit: float) -> float:
     """Chance of a mean this large or larger if the true one were ``limit``: small where it must be above the limit.
 
     What is not finite is above every limit.
     """
-    value, error = estimate.value, estimate.standard_error
-    if not math.isfinite(value):
+    if not math.isfinite(estimate.value):
         return 0.0
-    if not math.isfinite(error):
+    if not math.isfinite(estimate.standard_error):
         return 1.0
-    if estimate.kind != "signed":
-        if value <= 0:
-            return 1.0
-        distance, error = math.log(value / limit), error / value
-    else:
-        distance = value - limit
+    distance, error = _above(estimate, limit)
     if error == 0:
         return 0.0 if distance > 0 else 1.0
     return float(stdtr(estimate.documents - 1, -distance / error))
+
+
+def documents_needed(estimate: Estimate, limit: float, confidence: float, tests: int = 1) -> int | None:
+    """Documents of the same kind with which the limit is surely kept, or surely broken, in four of five samples.
+
+    If the value found is the true one. Below the limit they are for the upper bound to keep it, above it for the
+    strictest of as many ``tests`` of Holm's. None where no number would do, or nothing says how many.
+    """
+    distance, error = _above(estimate, limit)
+    if estimate.documents < 2 or not (math.isfinite(distance) and distance and math.isfinite(error)):
+        return None
+    risk = 1 - confidence
+    if distance > 0:
+        risk /= tests
+    elif estimate.kind == "positive":
+        risk /= _SKEWED
+    ratio = (error / distance) ** 2 * estimate.documents
+    needed = 2.0
+    # The quantiles depend on the number; it settles within a few rounds.
+    for _ in range(20):
+        freedom = max(needed - 1, 1)
+        needed = max(2.0, ratio * (float(stdtrit(freedom, 1 - risk)) + float(stdtrit(freedom, _POWER))) ** 2)
+    return math.ceil(needed) if needed < _MOST_DOCUMENTS else None
 
 
 def holm(p_values: Sequence[float], alpha: float) -> list[bool]:

@@ -12,7 +12,7 @@ from glmexport.target import Gates
 from glmexport.validation.fidelity import LanguageFidelity
 from glmexport.validation.gates import apply_gates, verdict_of
 from glmexport.validation.results import Estimate, Fidelity, Verdict
-from glmexport.validation.statistics import Kind, bounds, clustered_mean, holm, p_value
+from glmexport.validation.statistics import Kind, bounds, clustered_mean, documents_needed, holm, p_value
 
 EXPERIMENTS = 1000
 POLICY = Gates(kl_mean_nats=0.05, ln_perplexity_ratio=0.03, top1_agreement=0.9, minimum_positions=1)
@@ -85,6 +85,17 @@ def test_holm() -> None:
     assert holm([0.0125, 0.0167, 0.025, 0.05], 0.05) == [True, False, False, False]
     assert holm([0.01, 0.01], 0.05) == [True, True]
     assert holm([0.06], 0.05) == [False] and holm([], 0.05) == []
+
+
+def test_documents_needed_by_hand() -> None:
+    """Error 1 of 100 documents, 2 below the limit: 100 * (1.66 + 0.84)^2 / 4 is about 157."""
+    estimate = Estimate(value=3, standard_error=1, documents=100, positions=100, kind="signed")
+    below, above = (documents_needed(estimate, limit, 0.95) for limit in (5, 1))
+    assert below == above == pytest.approx(157, abs=3)
+    strict = documents_needed(estimate, 1, 0.95, tests=60)
+    assert strict is not None and strict > 157 and documents_needed(estimate, 5, 0.95, tests=60) == below
+    for hopeless in (estimate.model_copy(update={"value": 5}), clustered_mean([1.0], [3], "signed")):
+        assert documents_needed(hopeless, 5, 0.95) is None
 
 
 # By simulation
@@ -165,6 +176,15 @@ def test_a_bundle_at_a_limit_rarely_passes_and_rarely_blocks(damage: dict[str, f
     found = verdicts(1, **damage)
     assert found[Verdict.PASS] + found[Verdict.WARN] < 0.065
     assert found[Verdict.BLOCK] < 0.065
+
+
+@pytest.mark.parametrize("kind,mean,limit", [("positive", 0.04, 0.05), ("signed", 0.025, 0.03), ("share", 0.08, 0.1)])
+def test_as_many_documents_as_it_says_decide_in_four_of_five_cases(kind: Kind, mean: float, limit: float) -> None:
+    random = np.random.default_rng(11)
+    needed = documents_needed(getattr(Language(random, 5000), kind)(mean), limit, 0.95)
+    assert needed is not None and 20 < needed < 1000
+    kept = sum(bounds(getattr(Language(random, needed), kind)(mean), 0.95)[1] <= limit for _ in range(EXPERIMENTS))
+    assert 0.75 < kept / EXPERIMENTS < 0.87
 
 
 def test_a_good_bundle_passes_in_21_languages() -> None:
