@@ -16,6 +16,7 @@ from glmexport.validation.results import (
     Number,
     Overlap,
     Performance,
+    PromptParity,
     Record,
     Share,
     Verdict,
@@ -180,6 +181,8 @@ class Report(Record):
     subject: Subject
     size: Size
     fidelity: Fidelity
+    prompts: PromptParity | None = None
+    """None where the original has no chat template."""
     shares: tuple[Share, ...]
     performance: Performance
     quantization: QuantizationSummary | None

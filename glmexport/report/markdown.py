@@ -34,6 +34,7 @@ def render_markdown(report: Report) -> str:
             ("Language", "Documents", "Positions", "KL mean", "± error", "p99", "p99.9", "Top-1", "ln PPL ratio"),
             map(_language, _rows(report)),
         ),
+        *_prompts(report),
         "## Size and speed",
         _table(("", "Original", "Bundle"), _costs(report)),
         f"{text.number(size.bits_per_weight)} bits per weight; memory bandwidth bounds decoding at "
@@ -84,6 +85,19 @@ def _gate(gate: Gate) -> tuple[str, ...]:
         f"**{gate.verdict}**",
         _foreign(text.sample(gate)),
     )
+
+
+def _prompts(report: Report) -> list[str]:
+    parity = report.prompts
+    if parity is None:
+        return []
+    told = f"{text.number(parity.compared)} conversations compared, {text.number(len(parity.differences))} differ."
+    shown = (
+        f"- {_foreign(each.conversation)}, {_foreign(each.language)}: original {_foreign(each.expected)}, "
+        f"bundle {_foreign(each.given)}"
+        for each in parity.differences[:6]
+    )
+    return ["## Prompts", "\n".join([told, "", *shown]).rstrip()]
 
 
 def _rows(report: Report) -> list[LanguageFidelity]:

@@ -12,7 +12,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from glmexport.target import Gates
-from glmexport.validation.results import Estimate, Fidelity, Gate, LanguageFidelity, Verdict, badness, worst
+from glmexport.validation.results import (
+    Estimate,
+    Fidelity,
+    Gate,
+    LanguageFidelity,
+    PromptParity,
+    Verdict,
+    badness,
+    worst,
+)
 from glmexport.validation.statistics import bounds, documents_needed, holm, p_value
 
 #: With about as many tokens as columns GPTQ follows chance, and can end behind rounding to nearest.
@@ -87,6 +96,14 @@ def build_gates(fallbacks: int, effective_tokens: float | None, matrices: int) -
             )
         )
     return tuple(gates)
+
+
+def prompt_gate(parity: PromptParity) -> Gate:
+    """Not a single conversation may become other tokens."""
+    sample = f"{parity.compared} conversations"
+    return _counted(
+        "Prompts with other tokens", None, len(parity.differences), 0, "prompts", sample, otherwise=Verdict.BLOCK
+    )
 
 
 def verdict_of(gates: Iterable[Gate]) -> Verdict:

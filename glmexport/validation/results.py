@@ -150,6 +150,26 @@ class Fidelity(Record):
         return self
 
 
+class PromptDifference(Record):
+    """A conversation that the bundle turns into other tokens than the original."""
+
+    conversation: str
+    language: str
+    expected: str
+    """The original's text around the first token that differs, or why its template refuses."""
+    given: str
+    """The bundle's."""
+
+
+class PromptParity(Record):
+    """Token ids of golden conversations: the bundle's tokenizer and template against transformers on the original."""
+
+    compared: Count
+    refused: Count
+    """Conversations of a kind that both templates refuse."""
+    differences: tuple[PromptDifference, ...]
+
+
 class Share(Record):
     """What one cause adds to the mean divergence; the shares are measured apart and add up."""
 

@@ -22,10 +22,11 @@ from glmexport.progress import Progress
 from glmexport.target import Gates
 from glmexport.validation.divergence import Divergence
 from glmexport.validation.fidelity import Answers, compare, summarize
-from glmexport.validation.gates import apply_gates, build_gates, verdict_of
+from glmexport.validation.gates import apply_gates, build_gates, prompt_gate, verdict_of
 from glmexport.validation.machine import memory_bandwidth
+from glmexport.validation.prompts import prompt_parity
 from glmexport.validation.reference import ReferenceStates, reference_states
-from glmexport.validation.results import Fidelity, Gate, Performance, Share, Speed, Verdict
+from glmexport.validation.results import Fidelity, Gate, Performance, PromptParity, Share, Speed, Verdict
 from glmexport.validation.session import ScoringSession
 from glmexport.validation.speed import SpeedRequest, measure_speed
 from glmexport.validation.texts import EvaluationText, evaluation_texts
@@ -52,6 +53,8 @@ class Validation:
     """Everything that was measured, and the verdict."""
 
     fidelity: Fidelity
+    #: None where the original has no chat template.
+    prompts: PromptParity | None
     shares: tuple[Share, ...]
     performance: Performance
     gates: tuple[Gate, ...]
@@ -108,13 +111,16 @@ def validate(
         fidelity = summarize(texts, divergences, tokenizer, arithmetic(manifest), noise)
         shares = _shares(directory, manifest, reference, original, plan, session, Path(folder), progress)
     performance = _performance(directory, manifest, checkpoint, texts, plan, threads, progress)
+    prompts = prompt_parity(checkpoint, Tokenizer.open(directory), documents)
     gates = apply_gates(fidelity, policy)
+    if prompts:
+        gates += (prompt_gate(prompts),)
     if manifest.matrices:
         fallbacks = sum(matrix.fallback is not None for matrix in manifest.matrices)
         tokens = [matrix.effective_tokens_per_column for matrix in manifest.matrices]
         fewest = min((count for count in tokens if count is not None), default=None)
         gates += build_gates(fallbacks, fewest, len(manifest.matrices))
-    return Validation(fidelity, shares, performance, gates, verdict_of(gates))
+    return Validation(fidelity, prompts, shares, performance, gates, verdict_of(gates))
 
 
 def arithmetic(manifest: Manifest) -> str:

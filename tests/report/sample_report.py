@@ -23,6 +23,8 @@ from glmexport.validation.results import (
     LanguageFidelity,
     Overlap,
     Performance,
+    PromptDifference,
+    PromptParity,
     Share,
     Speed,
     Verdict,
@@ -244,6 +246,15 @@ def make_report(layers: int = 40) -> Report:
             worst_tokens=worst_tokens(),
             arithmetic="int4 weights, int8 activations (accuracy_level 4)",
             noise_floor=language("all", 11.2, 3e-12, 4096),
+        ),
+        prompts=PromptParity(
+            compared=60,
+            refused=3,
+            differences=(
+                PromptDifference(
+                    conversation="several turns", language="ar", expected="<|assistant|>\n", given=f"<|user|>{ATTACK}"
+                ),
+            ),
         ),
         shares=(
             Share(name="4-bit linears, fp32 arithmetic", kl_mean_nats=0.0171, note="the weights' own error"),

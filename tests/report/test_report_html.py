@@ -115,6 +115,16 @@ def test_a_share_that_has_to_be_large_is_measured_by_what_is_missing(report, cha
     assert "40 % to spare" in page and "92.0 % to 95.0 %" in page
 
 
+def test_prompts_that_differ_are_shown_side_by_side(report, changed):
+    page = read(report)
+    assert "60 conversations" in page and "3 more are of kinds that both templates refuse" in page
+    section = page[page.index("60 conversations") : page.index("Worst tokens, in context")]
+    assert "several turns, Arabic" in section and "<|assistant|>↵" in section and "<|user|>" in section
+    alike = read(changed(prompts=report.prompts.model_copy(update={"differences": ()})))
+    assert "All are the same." in alike
+    assert "conversations" not in read(changed(prompts=None))
+
+
 def test_the_noise_floor_is_the_last_row(report, changed):
     assert "Original, again" in read(report) and "is no difference" in read(report)
     without = changed(fidelity=report.fidelity.model_copy(update={"noise_floor": None}))

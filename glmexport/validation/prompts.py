@@ -1,0 +1,130 @@
+"""Prompt parity: a bundle's tokenizer and chat template turn conversations into the token ids that the original's do.
+
+A template that was swapped, or a tokenizer that lost a special token, leaves every weight as it was and makes another
+model of them. transformers is the reference: its tokenizer, opened from the checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from glmexport.calibration import Document
+from glmexport.checkpoint import Checkpoint, Tokenizer
+from glmexport.errors import CheckpointError
+from glmexport.validation.results import PromptDifference, PromptParity
+
+_LONGEST = 160
+#: Tokens shown before and behind the first difference.
+_CONTEXT = 6
+_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "lookup_dosage",
+        "description": "Daily dose of a drug.",
+        "parameters": {
+            "type": "object",
+            "properties": {"drug": {"type": "string"}, "age": {"type": "integer"}},
+            "required": ["drug"],
+        },
+    },
+}
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages, and what else the template is given."""
+
+    name: str
+    language: str
+    messages: list[dict[str, Any]]
+    variables: dict[str, Any] = field(default_factory=dict)
+    add_generation_prompt: bool = True
+
+
+def golden_conversations(documents: Sequence[Document]) -> Iterator[Conversation]:
+    """Of every language, with words from its first document: single and several turns, tools, thinking on and off."""
+    for language in dict.fromkeys(document.language for document in documents):
+        text = next(document.text for document in documents if document.language == language)[:_LONGEST]
+        half = len(text) // 2
+        user: dict[str, Any] = {"role": "user", "content": text}
+        turns: list[dict[str, Any]] = [
+            {"role": "system", "content": text[:half]},
+            {"role": "user", "content": text[half:]},
+            {"role": "assistant", "content": text},
+            user,
+        ]
+        call = {"type": "function", "function": {"name": "lookup_dosage", "arguments": {"drug": text[:12], "age": 7}}}
+        answered: list[dict[str, Any]] = [
+            user,
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": text[:half]},
+        ]
+        yield Conversation("one turn", language, [user])
+        yield Conversation("several turns", language, turns)
+        yield Conversation("to its end", language, turns[:3], add_generation_prompt=False)
+        yield Conversation("tools", language, answered, {"tools": [_TOOL]})
+        yield Conversation("thinking", language, turns, {"enable_thinking": True})
+        yield Conversation("no thinking", language, turns, {"enable_thinking": False})
+        yield Conversation("special tokens in the text", language, [{**user, "content": f"<|user|>[gMASK]{text}</s>"}])
+
+
+def prompt_parity(checkpoint: Checkpoint, bundle: Tokenizer, documents: Sequence[Document]) -> PromptParity | None:
+    """Compare the bundle's tokenizer with that of the original; None where the original has no chat template."""
+    from transformers import AutoTokenizer
+
+    original = AutoTokenizer.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
+    if not original.chat_template:
+        return None
+
+    def expected(conversation: Conversation) -> list[int]:
+        ids: list[int] = original.apply_chat_template(
+            conversation.messages,
+            add_generation_prompt=conversation.add_generation_prompt,
+            return_dict=False,
+            **conversation.variables,
+        )
+        return ids
+
+    def given(conversation: Conversation) -> list[int]:
+        return bundle.encode_chat(
+            conversation.messages, add_generation_prompt=conversation.add_generation_prompt, **conversation.variables
+        )
+
+    compared, refused, differences = 0, 0, []
+    for conversation in golden_conversations(documents):
+        theirs, ours = _ids(expected, conversation), _ids(given, conversation)
+        if isinstance(theirs, str) and isinstance(ours, str):
+            # A kind of conversation that the template does not admit.
+            refused += 1
+            continue
+        compared += 1
+        if theirs != ours:
+            before, after = _around(bundle, theirs, ours)
+            differences.append(
+                PromptDifference(
+                    conversation=conversation.name, language=conversation.language, expected=before, given=after
+                )
+            )
+    return PromptParity(compared=compared, refused=refused, differences=tuple(differences))
+
+
+def _ids(encode: Callable[[Conversation], list[int]], conversation: Conversation) -> list[int] | str:
+    """Token ids, or the template's reason to refuse."""
+    try:
+        return encode(conversation)
+    except CheckpointError as error:
+        return error.message
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def _around(tokenizer: Tokenizer, theirs: list[int] | str, ours: list[int] | str) -> tuple[str, str]:
+    """The two where they first differ."""
+    if isinstance(theirs, str) or isinstance(ours, str):
+        return theirs if isinstance(theirs, str) else "accepted", ours if isinstance(ours, str) else "accepted"
+    pairs = zip(theirs, ours, strict=False)
+    first = next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(theirs), len(ours)))
+    span = slice(max(0, first - _CONTEXT), first + _CONTEXT)
+    return tokenizer.decode(theirs[span], skip_special=False), tokenizer.decode(ours[span], skip_special=False)
