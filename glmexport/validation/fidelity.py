@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from glmexport.checkpoint import Tokenizer
 from glmexport.progress import Progress
 from glmexport.validation.divergence import Divergence, divergence
 from glmexport.validation.reference import ReferenceStates
-from glmexport.validation.results import Estimate, Fidelity, LanguageFidelity, WorstToken, badness
+from glmexport.validation.results import Estimate, Fidelity, LanguageFidelity, PositionBand, WorstToken, badness
 from glmexport.validation.statistics import Kind, clustered_mean
 from glmexport.validation.texts import EvaluationText
 
@@ -24,6 +25,9 @@ _WORST_TOKENS = 12
 _CONTEXT_TOKENS = 24
 #: Edges of the histogram of KL, nats: half decades.
 _EDGES = (0.0, *(10 ** (exponent / 2) for exponent in range(-10, 4)))
+
+#: Bands of positions begin here.
+_BANDS = (0, 16, 64, 256, 1024, 4096, 16384, 1 << 40)
 
 #: Logits [positions, vocabulary] of one text's judged positions.
 Answers = Callable[[int], Tensor]
@@ -75,6 +79,7 @@ def summarize(
         kl_histogram_counts=tuple(int(count) for count in counts),
         worst_tokens=_worst_tokens(texts, divergences, tokenizer),
         arithmetic=arithmetic,
+        bands=_bands(divergences),
         noise_floor=_statistics("all", noise) if noise else None,
     )
 
@@ -105,6 +110,25 @@ def _statistics(language: str, documents: Sequence[Divergence]) -> LanguageFidel
         ln_perplexity_ratio=estimate(lambda each: each.nll_bundle.double() - each.nll_original, "signed"),
         top1_disagreement=estimate(lambda each: each.top_original != each.top_bundle, "share"),
     )
+
+
+def _bands(documents: Sequence[Divergence]) -> tuple[PositionBand, ...]:
+    bands = []
+    for start, stop in pairwise(_BANDS):
+        inside = [(each.kl[start:stop].double(), each.top_original[start:stop] == each.top_bundle[start:stop])
+                  for each in documents if len(each.kl) > start]  # fmt: skip
+        if not inside:
+            break
+        counts = [len(kl) for kl, _ in inside]
+        bands.append(
+            PositionBand(
+                first=start,
+                last=start + max(counts) - 1,
+                kl=clustered_mean([float(kl.sum()) for kl, _ in inside], counts, "positive"),
+                top1_agreement=sum(int(same.sum()) for _, same in inside) / sum(counts),
+            )
+        )
+    return tuple(bands)
 
 
 def _perplexity(nll: Tensor) -> float:

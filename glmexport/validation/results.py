@@ -96,6 +96,18 @@ class LanguageFidelity(Record):
     """Of the share of positions with different most likely tokens."""
 
 
+class PositionBand(Record):
+    """Predictions that rest on about as much text before them, over every language."""
+
+    first: Count
+    """Index of the predicted token in its document, from 0."""
+    last: Count
+    """The last index that was measured."""
+    kl: Estimate
+    """Of the mean divergence, in nats."""
+    top1_agreement: Annotated[float, Field(ge=0, le=1)]
+
+
 class WorstToken(Record):
     """One position at which the bundle diverges most, with what a reader needs to judge it."""
 
@@ -130,6 +142,8 @@ class Fidelity(Record):
     worst_tokens: tuple[WorstToken, ...]
     arithmetic: str
     """What the bundle computes in, for example "int4 weights, int8 activations (accuracy_level 4)"."""
+    bands: tuple[PositionBand, ...] = ()
+    """By how far into its document a position is."""
     noise_floor: LanguageFidelity | None = None
     """The original against itself with another batch and number of threads, on one text a language: what is not above
     this is no difference. None if it was not measured."""

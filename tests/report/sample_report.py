@@ -23,6 +23,7 @@ from glmexport.validation.results import (
     LanguageFidelity,
     Overlap,
     Performance,
+    PositionBand,
     PromptDifference,
     PromptParity,
     Share,
@@ -245,6 +246,10 @@ def make_report(layers: int = 40) -> Report:
             kl_histogram_counts=counts,
             worst_tokens=worst_tokens(),
             arithmetic="int4 weights, int8 activations (accuracy_level 4)",
+            bands=(
+                PositionBand(first=0, last=15, kl=estimate(0.011, "positive", 3456), top1_agreement=0.97),
+                PositionBand(first=16, last=63, kl=estimate(0.023, "positive", 9000), top1_agreement=0.96),
+            ),
             noise_floor=language("all", 11.2, 3e-12, 4096),
         ),
         prompts=PromptParity(

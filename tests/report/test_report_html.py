@@ -125,6 +125,13 @@ def test_prompts_that_differ_are_shown_side_by_side(report, changed):
     assert "conversations" not in read(changed(prompts=None))
 
 
+def test_bands_of_positions(report, changed):
+    page = read(report)
+    assert "By position" in page and "16 to 63" in page and "0.0230" in page
+    one = changed(fidelity=report.fidelity.model_copy(update={"bands": report.fidelity.bands[:1]}))
+    assert "By position" not in read(one)
+
+
 def test_the_noise_floor_is_the_last_row(report, changed):
     assert "Original, again" in read(report) and "is no difference" in read(report)
     without = changed(fidelity=report.fidelity.model_copy(update={"noise_floor": None}))

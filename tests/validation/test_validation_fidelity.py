@@ -75,6 +75,17 @@ def test_statistics(tokenizer: Tokenizer) -> None:
     assert counts[0] == 3 and sum(counts[first:]) == 7
 
 
+def test_bands_of_positions(tokenizer: Tokenizer) -> None:
+    texts = [text(tokenizer, "en", "x" * count) for count in (10, 20, 70)]
+    parts = [made([0.1] * 10, 1, 1), made([0.2] * 20, 1, 1, {19}), made([0.1] * 16 + [0.4] * 54, 1, 1)]
+    first, second, third = summarize(texts, parts, tokenizer, "fp32").bands
+    assert [(band.first, band.last) for band in (first, second, third)] == [(0, 15), (16, 63), (64, 69)]
+    assert first.kl.value == pytest.approx((10 * 0.1 + 16 * 0.2 + 16 * 0.1) / 42) and first.kl.documents == 3
+    assert second.kl.value == pytest.approx((4 * 0.2 + 48 * 0.4) / 52) and second.kl.documents == 2
+    assert second.top1_agreement == pytest.approx(51 / 52) and first.top1_agreement == 1
+    assert third.kl.value == pytest.approx(0.4) and math.isinf(third.kl.standard_error)
+
+
 def test_worst_tokens(tokenizer: Tokenizer) -> None:
     texts = [text(tokenizer, "en", "abcd"), text(tokenizer, "zh", "efgh"), text(tokenizer, "en", "ij")]
     parts = [made([0.9, 0.2, 0.3, 0.4], 1, 1, {1, 2}), made([1.0, 0, 0, 0], 2, 2, {0}), made([0.5, 0.6], 4, 4)]
