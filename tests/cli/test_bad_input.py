@@ -393,7 +393,7 @@ def test_a_small_disk(build: Callable[..., Outcome], mount: Callable[[str], Path
     assert not everything(disk)
 
 
-@pytest.mark.parametrize("size", ["20k", "80k", "600k", "1500k"])
+@pytest.mark.parametrize("size", ["20k", "80k", "600k", "1200k"])
 @pytest.mark.parametrize("recipe", [None, "rtn-w4g32"])
 def test_a_disk_that_fills_up_meanwhile(
     size: str, recipe: str | None, sample: Sample, build: Callable[..., Outcome], mount: Callable[[str], Path],
