@@ -133,6 +133,8 @@ def _estimated(test: _Judged, broken: bool, policy: Gates, tests: int) -> Gate:
     limit, needed = test.limit, None
     if verdict is Verdict.INCONCLUSIVE:
         needed = documents_needed(test.estimate, test.limit, policy.confidence, tests)
+        # As many as there are did not decide, whatever is to be expected of them.
+        needed = needed and max(needed, test.estimate.documents + 1)
     if test.complement:
         value, limit, lower, upper = 1 - value, 1 - limit, 1 - upper, 1 - lower
     return Gate(

@@ -22,7 +22,7 @@ _SKEWED = 3
 
 #: Share of samples in which enough documents are to decide.
 _POWER = 0.8
-_MOST_DOCUMENTS = 1e6
+_MOST_DOCUMENTS = 20_000
 
 #: See ``Estimate.kind``.
 Kind = Literal["signed", "positive", "share"]
@@ -109,12 +109,10 @@ def documents_needed(estimate: Estimate, limit: float, confidence: float, tests:
     elif estimate.kind == "positive":
         risk /= _SKEWED
     ratio = (error / distance) ** 2 * estimate.documents
-    needed = 2.0
-    # The quantiles depend on the number; it settles within a few rounds.
-    for _ in range(20):
-        freedom = max(needed - 1, 1)
-        needed = max(2.0, ratio * (float(stdtrit(freedom, 1 - risk)) + float(stdtrit(freedom, _POWER))) ** 2)
-    return math.ceil(needed) if needed < _MOST_DOCUMENTS else None
+    number = np.arange(2, _MOST_DOCUMENTS)
+    enough = number >= ratio * (stdtrit(number - 1, 1 - risk) + stdtrit(number - 1, _POWER)) ** 2
+    # The more documents, the smaller the quantiles: from the first number that suffices on, all do.
+    return int(number[enough.argmax()]) if enough[-1] else None
 
 
 def holm(p_values: Sequence[float], alpha: float) -> list[bool]:

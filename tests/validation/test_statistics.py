@@ -92,6 +92,11 @@ def test_documents_needed_by_hand() -> None:
     estimate = Estimate(value=3, standard_error=1, documents=100, positions=100, kind="signed")
     below, above = (documents_needed(estimate, limit, 0.95) for limit in (5, 1))
     assert below == above == pytest.approx(157, abs=3)
+    # Quantiles of five documents are wide.
+    few = Estimate(value=0.00129, standard_error=0.00005, documents=5, positions=2048, kind="positive")
+    assert not holm([p_value(few, 0.001)] * 63, 0.05)[0]
+    needed = documents_needed(few, 0.001, 0.95, tests=63)
+    assert needed is not None and 5 < needed < 12
     strict = documents_needed(estimate, 1, 0.95, tests=60)
     assert strict is not None and strict > 157 and documents_needed(estimate, 5, 0.95, tests=60) == below
     for hopeless in (estimate.model_copy(update={"value": 5}), clustered_mean([1.0], [3], "signed")):
