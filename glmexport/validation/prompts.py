@@ -74,7 +74,11 @@ def prompt_parity(checkpoint: Checkpoint, bundle: Tokenizer, documents: Sequence
     """Compare the bundle's tokenizer with that of the original; None where the original has no chat template."""
     from transformers import AutoTokenizer
 
-    original = AutoTokenizer.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
+    try:
+        original = AutoTokenizer.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        # Whatever it is: hours of quantization must not be lost to it.
+        return PromptParity(compared=0, refused=0, differences=(), unopened=f"{type(error).__name__}: {error}")
     if not original.chat_template:
         return None
 
@@ -117,6 +121,7 @@ def _ids(encode: Callable[[Conversation], list[int]], conversation: Conversation
     except CheckpointError as error:
         return error.message
     except Exception as error:
+        # The template is a program of the checkpoint's: it can raise anything.
         return f"{type(error).__name__}: {error}"
 
 

@@ -182,6 +182,8 @@ class PromptParity(Record):
     refused: Count
     """Conversations of a kind that both templates refuse."""
     differences: tuple[PromptDifference, ...]
+    unopened: str | None = None
+    """Why transformers could not open the original's tokenizer; then nothing was compared."""
 
 
 class Share(Record):

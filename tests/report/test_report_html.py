@@ -123,6 +123,8 @@ def test_prompts_that_differ_are_shown_side_by_side(report, changed):
     alike = read(changed(prompts=report.prompts.model_copy(update={"differences": ()})))
     assert "All are the same." in alike
     assert "conversations" not in read(changed(prompts=None))
+    unopened = report.prompts.model_copy(update={"differences": (), "unopened": "no such tokenizer"})
+    assert "None were compared" in read(changed(prompts=unopened))
 
 
 def test_bands_of_positions(report, changed):

@@ -77,6 +77,19 @@ def test_what_is_changed_is_found(damage, sample: Sample, copied: Path) -> None:
         assert difference.expected != difference.given
 
 
+def test_an_original_that_transformers_cannot_open_warns(
+    sample: Sample, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise ValueError("no such tokenizer")
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", refuse)
+    parity = prompt_parity(Checkpoint.open(sample.checkpoint), Tokenizer.open(copied), DOCUMENTS)
+    assert parity is not None and parity.unopened == "ValueError: no such tokenizer"
+    gate = prompt_gate(parity)
+    assert gate.verdict is Verdict.WARN and "no such tokenizer" in gate.sample
+
+
 def test_without_a_template_there_is_nothing_to_compare(sample: Sample, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint"
     shutil.copytree(sample.checkpoint, folder)
