@@ -92,8 +92,8 @@ def _peak(architecture: Architecture, recipe: Recipe, batch: int, chunk: int) ->
         # Codes of the matrices already solved, one byte a weight, wait for the commit.
         held += inside
         if ends:
-            # What the branch adds, from its dequantized matrix.
-            peaks.append(held + inside * _FP32 + 3 * batch * max(width, size) * _FP32)
+            # What the branch adds, from its dequantized matrix, while the batch before it is written.
+            peaks.append(held + inside * _FP32 + 4 * batch * max(width, size) * _FP32)
     if recipe.budget:
         peaks += _probe_peaks(architecture, recipe, recipe.budget.probe_tokens, batch, chunk)
     return BASE_BYTES + max(peaks)
