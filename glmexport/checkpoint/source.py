@@ -74,6 +74,8 @@ def _download(repository: str, revision: str | None) -> Path:
     constants.HF_HUB_DISABLE_TELEMETRY = True
     try:
         directory = snapshot_download(repository, revision=revision, allow_patterns=list(PATTERNS))
+    except MemoryError:
+        raise
     except Exception as error:
         # The library lets errors of its transports through (two of HTTP, Xet, its own), which share no base.
         raise _hub_error(error, repository, revision) from error

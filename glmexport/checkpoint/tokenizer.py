@@ -100,6 +100,8 @@ class Tokenizer:
             raise _unusable(path, error) from error
         try:
             tokenizer = tokenizers.Tokenizer.from_str(text)
+        except MemoryError:
+            raise
         except Exception as error:
             # The library raises bare Exception for whatever it cannot parse.
             raise _unusable(path, error) from error
@@ -164,6 +166,8 @@ class Tokenizer:
                 add_generation_prompt=add_generation_prompt,
                 **{**self._named_tokens, **kwargs},
             )
+        except MemoryError:
+            raise
         except Exception as error:
             # The template is a program of the checkpoint's: it can raise anything.
             raise CheckpointError(

@@ -85,7 +85,8 @@ def build(
     merged = original.checkpoint.adapter
     jobs = jobs_of(original, targets, recipe, output, budget_of(size, bpw))
     torch.set_num_threads(threads)
-    flops, device_flops = measured_flops(), measured_flops(device)
+    flops = measured_flops()
+    device_flops = flops if device.type == "cpu" else measured_flops(device)
     for job in jobs:
         expected = estimate(original.architecture, job.recipe, flops, max_memory, device_flops)
         terminal.facts(

@@ -100,10 +100,9 @@ def build_gates(fallbacks: int, effective_tokens: float | None, matrices: int) -
 
 def prompt_gate(parity: PromptParity) -> Gate:
     """Not a single conversation may become other tokens; a WARN where that cannot be told."""
-    if parity.unopened:
-        return _counted(
-            "Prompts compared", None, 0, 1, "prompts", parity.unopened, at_least=True, otherwise=Verdict.WARN
-        )
+    if not parity.compared:
+        why = parity.unopened or f"both templates refuse all {parity.refused} conversations"
+        return _counted("Prompts compared", None, 0, 1, "prompts", why, at_least=True, otherwise=Verdict.WARN)
     sample = f"{parity.compared} conversations"
     return _counted(
         "Prompts with other tokens", None, len(parity.differences), 0, "prompts", sample, otherwise=Verdict.BLOCK

@@ -76,6 +76,8 @@ def prompt_parity(checkpoint: Checkpoint, bundle: Tokenizer, documents: Sequence
 
     try:
         original = AutoTokenizer.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
+    except MemoryError:
+        raise
     except Exception as error:
         # Whatever it is: hours of quantization must not be lost to it.
         return PromptParity(compared=0, refused=0, differences=(), unopened=f"{type(error).__name__}: {error}")
@@ -120,8 +122,10 @@ def _ids(encode: Callable[[Conversation], list[int]], conversation: Conversation
         return encode(conversation)
     except CheckpointError as error:
         return error.message
+    except MemoryError:
+        raise
     except Exception as error:
-        # The template is a program of the checkpoint's: it can raise anything.
+        # The template is a program of the checkpoint's, and transformers lets out whatever it raises.
         return f"{type(error).__name__}: {error}"
 
 

@@ -17,7 +17,7 @@ from scipy.special import stdtr, stdtrit
 from glmexport.validation.results import Estimate
 
 #: A sample without the rare large values looks both better and surer than it is. Taken at a third of the risk, the
-#: upper bound of a mean whose documents differ by e^0.5 is passed in 4 to 5 % of samples instead of 7 to 11.
+#: upper bound of a mean whose documents differ by e^0.5 is passed in less than 5 % of samples; without that in more.
 _SKEWED = 3
 
 #: Share of samples in which enough documents are to decide.

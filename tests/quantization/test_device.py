@@ -48,7 +48,7 @@ class Pretended(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func == Tensor.device.__get__:  # type: ignore[attr-defined]
+        if func == Tensor.device.__get__:
             return CUDA
         if func is torch.nn.functional.scaled_dot_product_attention:
             # Chooses its kernel below the dispatcher, and there is none here for CUDA.

@@ -125,6 +125,8 @@ def test_prompts_that_differ_are_shown_side_by_side(report, changed):
     assert "conversations" not in read(changed(prompts=None))
     unopened = report.prompts.model_copy(update={"differences": (), "unopened": "no such tokenizer"})
     assert "None were compared" in read(changed(prompts=unopened))
+    refused = report.prompts.model_copy(update={"compared": 0, "refused": 147, "differences": ()})
+    assert "refuse all 147 conversations" in read(changed(prompts=refused))
 
 
 def test_bands_of_positions(report, changed):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -67,7 +68,7 @@ def lose_special_token(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [damage_template, damage_space, break_template, lose_special_token])
-def test_what_is_changed_is_found(damage, sample: Sample, copied: Path) -> None:  # type: ignore[no-untyped-def]
+def test_what_is_changed_is_found(damage: Callable[[Path], None], sample: Sample, copied: Path) -> None:
     damage(copied)
     parity = prompt_parity(Checkpoint.open(sample.checkpoint), Tokenizer.open(copied), DOCUMENTS)
     assert parity is not None and parity.differences
@@ -75,6 +76,16 @@ def test_what_is_changed_is_found(damage, sample: Sample, copied: Path) -> None:
     assert (gate.verdict, gate.value) == (Verdict.BLOCK, len(parity.differences))
     for difference in parity.differences:
         assert difference.expected != difference.given
+
+
+def test_templates_that_refuse_everything_prove_nothing(sample: Sample, copied: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(sample.checkpoint, folder)
+    for path in (folder, copied):
+        break_template(path)
+    parity = prompt_parity(Checkpoint.open(folder), Tokenizer.open(copied), DOCUMENTS)
+    assert parity is not None and (parity.compared, parity.refused) == (0, 14)
+    assert prompt_gate(parity).verdict is Verdict.WARN
 
 
 def test_an_original_that_transformers_cannot_open_warns(
