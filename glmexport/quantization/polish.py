@@ -77,8 +77,9 @@ def _refit(scale: Tensor, centred: Tensor, gradient: Tensor, inner: Tensor) -> T
     """Moves ``scale`` [N] to the minimum for the group's codes where fp16 can hold an improvement; by how much, [N]."""
     slope = (centred * gradient).sum(0)
     curvature = (centred * (inner @ centred)).sum(0).clamp(min=1e-30)
-    step = stored_scale(scale + slope / curvature) - scale
+    candidate = stored_scale(scale + slope / curvature)
+    step = candidate - scale
     # The change of the objective is step^2 curvature - 2 step slope.
-    step = torch.where(step * (step * curvature - 2 * slope) < 0, step, 0.0)
-    scale += step
-    return step
+    better = step * (step * curvature - 2 * slope) < 0
+    scale.copy_(torch.where(better, candidate, scale))
+    return torch.where(better, step, 0.0)
