@@ -1,0 +1,36 @@
+"""What validation measures: the vocabulary between the measurements, the gates and the report."""
+
+from glmexport.validation.results.fidelity import (
+    Estimate,
+    Fidelity,
+    LanguageFidelity,
+    Overlap,
+    PositionBand,
+    Share,
+    WorstToken,
+)
+from glmexport.validation.results.gate import Gate
+from glmexport.validation.results.performance import Performance, Speed
+from glmexport.validation.results.prompts import PromptDifference, PromptParity
+from glmexport.validation.results.record import Count, Number, Record, Verdict, badness, worst
+
+__all__ = [
+    "Count",
+    "Estimate",
+    "Fidelity",
+    "Gate",
+    "LanguageFidelity",
+    "Number",
+    "Overlap",
+    "Performance",
+    "PositionBand",
+    "PromptDifference",
+    "PromptParity",
+    "Record",
+    "Share",
+    "Speed",
+    "Verdict",
+    "WorstToken",
+    "badness",
+    "worst",
+]
