@@ -34,7 +34,7 @@ from glmexport.job import Original
 from glmexport.recipe import CalibrationPlan, Format, open_recipe
 from glmexport.validation import machine
 from glmexport.validation.divergence import Divergence
-from glmexport.validation.fidelity import compare, summarize
+from glmexport.validation.fidelity import Streamed, compare, summarize
 from glmexport.validation.reference import ReferenceStates, reference_states
 from glmexport.validation.texts import EvaluationText, evaluation_texts
 
@@ -93,9 +93,8 @@ class Judge:
         states = reference_states(
             self.reference, self.texts, self.work, self.terminal, label="Judging", substitute=weights.get
         )
-        parts = compare(
-            self.original, self.reference, lambda i: self.reference.logits(states.states(i)), self.terminal, "Comparing"
-        )
+        original = Streamed(self.original, self.reference)
+        parts = compare(original, lambda i: self.reference.logits(states.states(i)), self.terminal, "Comparing")
         found = summarize(self.texts, parts, self.tokenizer, "fp32")
         kl = Divergence.concatenate(parts).kl.double()
         worst = max(found.languages, key=lambda row: row.kl_mean_nats)

@@ -43,8 +43,9 @@ from glmexport.report.assemble import BuildCost, assemble
 from glmexport.report.document import Report
 from glmexport.report.write import write_report
 from glmexport.target import Policy
+from glmexport.validation.capture import CapturedReference
 from glmexport.validation.machine import peak_memory
-from glmexport.validation.run import ValidationPlan, validate
+from glmexport.validation.run import ValidationPlan, validate, validate_captured
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,35 @@ def validate_bundle(directory: Path, original: Original, options: BuildOptions, 
     return Built(directory, manifest, report)
 
 
+def validate_captured_bundle(
+    directory: Path, captured: CapturedReference, options: BuildOptions, progress: Progress
+) -> Built:
+    """Validate a bundle against what its original answered when it was captured, and write the report into it.
+
+    Raises:
+        BundleError: the reference is of another checkpoint, or the bundle's files are not those of its manifest.
+    """
+    manifest = read_manifest(directory)
+    verify_files(directory, manifest)
+    _require_source(directory, manifest, captured.capture.source, "Give the reference of that checkpoint.")
+    policy = _policy(manifest, options)
+    torch.set_num_threads(options.threads)
+    validation = validate_captured(
+        directory,
+        manifest,
+        captured,
+        plan=options.validation,
+        policy=policy.gates,
+        threads=options.threads,
+        progress=progress,
+    )
+    report = assemble(
+        manifest, validation, policy, name=directory.name, directory=directory, command=options.command, build=None
+    )
+    write_report(report, directory)
+    return Built(directory, manifest, report)
+
+
 def open_bundle(directory: Path, original: Original, progress: Progress) -> Manifest:
     """The manifest of a bundle, after its files and its original have been checked against it.
 
@@ -161,15 +191,23 @@ def open_bundle(directory: Path, original: Original, progress: Progress) -> Mani
     """
     manifest = read_manifest(directory)
     verify_files(directory, manifest)
-    digest = original.checkpoint.digest(progress)
-    if digest != manifest.source.digest:
+    step = "Give the checkpoint that it was built from with --against"
+    step += ", and its adapter with --adapter." if manifest.source.adapter else " alone."
+    _require_source(directory, manifest, source_of(original, progress), step)
+    return manifest
+
+
+def _require_source(directory: Path, manifest: Manifest, given: Source, next_step: str) -> None:
+    if given.digest != manifest.source.digest:
         raise BundleError(
             f"{directory} was built from {manifest.source.title} ({manifest.source.digest[:19]}...), "
-            f"not from {source_of(original, progress).title} ({digest[:19]}...).",
-            next_step="Give the checkpoint that it was built from with --against"
-            + (", and its adapter with --adapter." if manifest.source.adapter else " alone."),
+            f"not from {given.title} ({given.digest[:19]}...).",
+            next_step=next_step,
         )
-    return manifest
+
+
+def _policy(manifest: Manifest, options: BuildOptions) -> Policy:
+    return options.policy or Policy(f"target {manifest.target.name}", manifest.target.gates)
 
 
 def _finish(
@@ -241,7 +279,7 @@ def _validated(
     progress: Progress,
     cost: BuildCost | None,
 ) -> Report:
-    policy = options.policy or Policy(f"target {manifest.target.name}", manifest.target.gates)
+    policy = _policy(manifest, options)
     validation = validate(
         where,
         manifest,

@@ -24,7 +24,7 @@ STAGES = (
 )
 SHARED = ("errors", "definition", "recipe", "target", "resources", "progress", "divergence")
 #: May import anything: they run the stages.
-OUTSIDE = ("compile", "convert", "job", "device", "estimate", "generation", "cli", "__main__")
+OUTSIDE = ("capture", "compile", "convert", "job", "device", "estimate", "generation", "cli", "__main__")
 #: A checkpoint that is shipped as a package, for the stage that opens checkpoints.
 ALLOWED = {"checkpoint": ("demo",)}
 LONGEST = 400

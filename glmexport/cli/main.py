@@ -18,6 +18,7 @@ from glmexport import __version__
 from glmexport.cli.build import build
 from glmexport.cli.convert import convert
 from glmexport.cli.inspect import inspect
+from glmexport.cli.reference import reference
 from glmexport.cli.run import run
 from glmexport.cli.targets import targets
 from glmexport.cli.validate import validate
@@ -40,7 +41,7 @@ def cli() -> None:
     """
 
 
-for command in (build, convert, inspect, targets, run, validate):
+for command in (build, convert, inspect, targets, reference, run, validate):
     cli.add_command(command)
 
 

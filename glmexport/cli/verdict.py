@@ -11,7 +11,7 @@ from glmexport.cli.console import gibibytes
 from glmexport.errors import EXIT_BLOCK, EXIT_INCONCLUSIVE, EXIT_PASS
 from glmexport.report.allocation import summarize
 from glmexport.report.document import HTML_NAME, Report
-from glmexport.validation.results import LanguageFidelity, Verdict
+from glmexport.validation.results import CaptureBound, LanguageFidelity, Verdict
 
 _EXIT = {
     Verdict.PASS: EXIT_PASS,
@@ -36,6 +36,8 @@ def exit_code(verdicts: list[Verdict]) -> int:
 def show(console: Console, report: Report, directory: Path) -> None:
     """Fidelity per language, size and speed beside the original, gates, and where to read more."""
     console.print(_fidelity(report))
+    if report.fidelity.capture:
+        console.print(_capture(report.fidelity.capture), style="dim")
     console.print(_shares(report))
     console.print(_spending(report))
     console.print(_cost(report))
@@ -66,6 +68,14 @@ def _fidelity(report: Report) -> Table:
     if report.fidelity.noise_floor:
         table.add_row("original, again", *_figures(report.fidelity.noise_floor), style="dim")
     return table
+
+
+def _capture(bound: CaptureBound) -> str:
+    return (
+        f"lower bounds: of the original, its {bound.top_k} most likely tokens were captured; at "
+        f"{bound.audit_positions} positions {_divergence(bound.kl_mean_partition_nats, '.5f')} nats so and "
+        f"{_divergence(bound.kl_mean_nats, '.5f')} over the whole vocabulary"
+    )
 
 
 def _figures(row: LanguageFidelity) -> tuple[str, ...]:

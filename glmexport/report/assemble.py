@@ -178,4 +178,17 @@ def _limits(validation: Validation) -> tuple[str, ...]:
         f"{validation.performance.prompt_tokens} tokens; long contexts are not covered.",
         "Speed is that of this machine, with one sequence at a time, at the time of the measurement.",
         "The bounds say what other documents of the same kind would show; text of another kind they do not cover.",
+        *_captured(validation),
+    )
+
+
+def _captured(validation: Validation) -> tuple[str, ...]:
+    bound = validation.fidelity.capture
+    if bound is None:
+        return ()
+    return (
+        f"The original was captured with its {bound.top_k} most likely tokens a position and the mass of all others as "
+        f"one, so every divergence is a lower bound. At {bound.audit_positions} positions where its whole distribution "
+        f"was kept, it is {bound.kl_mean_partition_nats:.4g} nats so, and {bound.kl_mean_nats:.4g} over the whole "
+        "vocabulary. Where the divergence comes from, and the original's speed, were not measured.",
     )

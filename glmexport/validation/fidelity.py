@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -15,7 +16,15 @@ from glmexport.checkpoint import Tokenizer
 from glmexport.progress import Progress
 from glmexport.validation.divergence import Divergence, divergence
 from glmexport.validation.reference import ReferenceStates
-from glmexport.validation.results import Estimate, Fidelity, LanguageFidelity, PositionBand, WorstToken, badness
+from glmexport.validation.results import (
+    CaptureBound,
+    Estimate,
+    Fidelity,
+    LanguageFidelity,
+    PositionBand,
+    WorstToken,
+    badness,
+)
 from glmexport.validation.statistics import Kind, clustered_mean
 from glmexport.validation.texts import EvaluationText
 
@@ -33,23 +42,49 @@ _BANDS = (0, 16, 64, 256, 1024, 4096, 16384, 1 << 40)
 Answers = Callable[[int], Tensor]
 
 
-def compare(
-    states: ReferenceStates, reference: Reference, answers: Answers, progress: Progress, label: str
-) -> list[Divergence]:
+class Original(Protocol):
+    """The original's answers to ``texts``, however they are at hand."""
+
+    @property
+    def texts(self) -> Sequence[EvaluationText]:
+        """What was asked."""
+
+    def divergence(self, index: int, given: Tensor) -> Divergence:
+        """How far logits ``given`` [positions, vocabulary] fp32 of text ``index`` are from the original's."""
+
+
+class Streamed:
+    """The original's answers from its hidden states, over the whole vocabulary."""
+
+    def __init__(self, states: ReferenceStates, reference: Reference) -> None:
+        self.states = states
+        self.reference = reference
+
+    @property
+    def texts(self) -> Sequence[EvaluationText]:
+        """What was asked."""
+        return self.states.texts
+
+    def divergence(self, index: int, given: Tensor) -> Divergence:
+        """How far logits ``given`` [positions, vocabulary] fp32 of text ``index`` are from the original's."""
+        original, targets = self.states.states(index), self.texts[index].targets
+        slices = position_slices(len(targets))
+        return Divergence.concatenate(
+            [divergence(self.reference.logits(original[each]), given[each], targets[each]) for each in slices]
+        )
+
+
+def position_slices(positions: int) -> list[slice]:
+    """So many positions that the logits of each slice can be held."""
+    return [slice(start, min(start + _POSITIONS, positions)) for start in range(0, positions, _POSITIONS)]
+
+
+def compare(original: Original, answers: Answers, progress: Progress, label: str) -> list[Divergence]:
     """The divergence of every text; ``answers(index)`` gives the bundle's logits of text ``index``."""
     divergences = []
-    with progress.track(label, len(states.texts)) as track:
-        for index, text in enumerate(states.texts):
-            given, original = answers(index), states.states(index)
-            parts = [
-                divergence(
-                    reference.logits(original[start : start + _POSITIONS]),
-                    given[start : start + _POSITIONS],
-                    text.targets[start : start + _POSITIONS],
-                )
-                for start in range(0, text.positions, _POSITIONS)
-            ]
-            divergences.append(Divergence.concatenate(parts))
+    with progress.track(label, len(original.texts)) as track:
+        for index, text in enumerate(original.texts):
+            divergences.append(original.divergence(index, answers(index)))
             track.advance(1, text.language)
     return divergences
 
@@ -59,12 +94,13 @@ def summarize(
     divergences: Sequence[Divergence],
     tokenizer: Tokenizer,
     arithmetic: str,
-    noise: Sequence[Divergence] = (),
+    noise: LanguageFidelity | None = None,
+    capture: CaptureBound | None = None,
 ) -> Fidelity:
     """Statistics per language and over all positions; ``noise``: of the original against itself."""
     languages = list(dict.fromkeys(text.language for text in texts))
     rows = tuple(
-        _statistics(
+        statistics_of(
             language, [part for text, part in zip(texts, divergences, strict=True) if text.language == language]
         )
         for language in languages
@@ -73,18 +109,20 @@ def summarize(
     counts, _ = np.histogram(everything.clamp(max=_EDGES[-1]).numpy(), bins=np.array(_EDGES))
     return Fidelity(
         languages=rows,
-        overall=_statistics("all", divergences),
+        overall=statistics_of("all", divergences),
         worst_language=max(rows, key=lambda row: badness(row.kl_mean_nats)).language,
         kl_histogram_edges_nats=_EDGES,
         kl_histogram_counts=tuple(int(count) for count in counts),
         worst_tokens=_worst_tokens(texts, divergences, tokenizer),
         arithmetic=arithmetic,
         bands=_bands(divergences),
-        noise_floor=_statistics("all", noise) if noise else None,
+        noise_floor=noise,
+        capture=capture,
     )
 
 
-def _statistics(language: str, documents: Sequence[Divergence]) -> LanguageFidelity:
+def statistics_of(language: str, documents: Sequence[Divergence]) -> LanguageFidelity:
+    """Of all positions of ``documents``, one after the other."""
     of = Divergence.concatenate(list(documents))
     kl = of.kl.double()
 

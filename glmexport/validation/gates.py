@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from glmexport.target import Gates
 from glmexport.validation.results import (
+    CaptureBound,
     Estimate,
     Fidelity,
     Gate,
@@ -23,6 +24,9 @@ from glmexport.validation.results import (
     worst,
 )
 from glmexport.validation.statistics import bounds, documents_needed, holm, p_value
+
+#: A captured original may hide so much of the divergence before somebody has to know.
+HIDDEN_SHARE = 0.25
 
 #: With about as many tokens as columns GPTQ follows chance, and can end behind rounding to nearest.
 EFFECTIVE_TOKENS = 2.0
@@ -106,6 +110,21 @@ def prompt_gate(parity: PromptParity) -> Gate:
     sample = f"{parity.compared} conversations"
     return _counted(
         "Prompts with other tokens", None, len(parity.differences), 0, "prompts", sample, otherwise=Verdict.BLOCK
+    )
+
+
+def capture_gate(bound: CaptureBound) -> Gate:
+    """What is passed on lower bounds has to be near the bound: a WARN where much of the divergence is not seen."""
+    # No divergence hides nothing.
+    seen = bound.kl_mean_partition_nats / bound.kl_mean_nats if bound.kl_mean_nats else 1.0
+    return _counted(
+        "Divergence hidden by the capture",
+        None,
+        max(0.0, 1 - seen),
+        HIDDEN_SHARE,
+        "share",
+        f"{bound.audit_positions} positions",
+        otherwise=Verdict.WARN,
     )
 
 

@@ -7,11 +7,13 @@ model of them. transformers is the reference: its tokenizer, opened from the che
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
+
+from pydantic import Field
 
 from glmexport.calibration import Document
 from glmexport.checkpoint import Checkpoint, Tokenizer
+from glmexport.definition import Definition
 from glmexport.errors import CheckpointError
 from glmexport.validation.results import PromptDifference, PromptParity
 
@@ -32,15 +34,23 @@ _TOOL = {
 }
 
 
-@dataclass(frozen=True)
-class Conversation:
+class Conversation(Definition):
     """Messages, and what else the template is given."""
 
     name: str
     language: str
     messages: list[dict[str, Any]]
-    variables: dict[str, Any] = field(default_factory=dict)
+    variables: dict[str, Any] = Field(default_factory=dict)
     add_generation_prompt: bool = True
+
+
+class GoldenPrompt(Definition):
+    """A conversation, and what transformers makes of it with the original's tokenizer."""
+
+    conversation: Conversation
+    #: None if the template refuses.
+    ids: list[int] | None
+    refusal: str = ""
 
 
 def golden_conversations(documents: Sequence[Document]) -> Iterator[Conversation]:
@@ -61,17 +71,24 @@ def golden_conversations(documents: Sequence[Document]) -> Iterator[Conversation
             {"role": "assistant", "content": "", "tool_calls": [call]},
             {"role": "tool", "content": text[:half]},
         ]
-        yield Conversation("one turn", language, [user])
-        yield Conversation("several turns", language, turns)
-        yield Conversation("to its end", language, turns[:3], add_generation_prompt=False)
-        yield Conversation("tools", language, answered, {"tools": [_TOOL]})
-        yield Conversation("thinking", language, turns, {"enable_thinking": True})
-        yield Conversation("no thinking", language, turns, {"enable_thinking": False})
-        yield Conversation("special tokens in the text", language, [{**user, "content": f"<|user|>[gMASK]{text}</s>"}])
+        yield Conversation(name="one turn", language=language, messages=[user])
+        yield Conversation(name="several turns", language=language, messages=turns)
+        yield Conversation(name="to its end", language=language, messages=turns[:3], add_generation_prompt=False)
+        yield Conversation(name="tools", language=language, messages=answered, variables={"tools": [_TOOL]})
+        yield Conversation(name="thinking", language=language, messages=turns, variables={"enable_thinking": True})
+        yield Conversation(name="no thinking", language=language, messages=turns, variables={"enable_thinking": False})
+        yield Conversation(
+            name="special tokens in the text",
+            language=language,
+            messages=[{**user, "content": f"<|user|>[gMASK]{text}</s>"}],
+        )
 
 
-def prompt_parity(checkpoint: Checkpoint, bundle: Tokenizer, documents: Sequence[Document]) -> PromptParity | None:
-    """Compare the bundle's tokenizer with that of the original; None where the original has no chat template."""
+def golden_prompts(checkpoint: Checkpoint, documents: Sequence[Document]) -> list[GoldenPrompt] | str | None:
+    """The golden conversations as the original's tokens; None without a chat template.
+
+    A string says why transformers cannot open the tokenizer: whatever it is, hours of work must not be lost to it.
+    """
     from transformers import AutoTokenizer
 
     try:
@@ -79,8 +96,7 @@ def prompt_parity(checkpoint: Checkpoint, bundle: Tokenizer, documents: Sequence
     except MemoryError:
         raise
     except Exception as error:
-        # Whatever it is: hours of quantization must not be lost to it.
-        return PromptParity(compared=0, refused=0, differences=(), unopened=f"{type(error).__name__}: {error}")
+        return f"{type(error).__name__}: {error}"
     if not original.chat_template:
         return None
 
@@ -93,14 +109,35 @@ def prompt_parity(checkpoint: Checkpoint, bundle: Tokenizer, documents: Sequence
         )
         return ids
 
+    prompts = []
+    for conversation in golden_conversations(documents):
+        ids = _ids(expected, conversation)
+        refused = isinstance(ids, str)
+        prompts.append(
+            GoldenPrompt(
+                conversation=conversation, ids=None if refused else ids, refusal=ids if isinstance(ids, str) else ""
+            )
+        )
+    return prompts
+
+
+def prompt_parity(golden: Sequence[GoldenPrompt] | str | None, bundle: Tokenizer) -> PromptParity | None:
+    """Compare the bundle's tokenizer and template with ``golden``; None where the original has no chat template."""
+    if golden is None:
+        return None
+    if isinstance(golden, str):
+        return PromptParity(compared=0, refused=0, differences=(), unopened=golden)
+
     def given(conversation: Conversation) -> list[int]:
         return bundle.encode_chat(
             conversation.messages, add_generation_prompt=conversation.add_generation_prompt, **conversation.variables
         )
 
     compared, refused, differences = 0, 0, []
-    for conversation in golden_conversations(documents):
-        theirs, ours = _ids(expected, conversation), _ids(given, conversation)
+    for prompt in golden:
+        conversation = prompt.conversation
+        theirs = prompt.refusal if prompt.ids is None else prompt.ids
+        ours = _ids(given, conversation)
         if isinstance(theirs, str) and isinstance(ours, str):
             # A kind of conversation that the template does not admit.
             refused += 1

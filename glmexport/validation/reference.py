@@ -16,7 +16,10 @@ from torch.nn.functional import pad
 from glmexport.architecture import Reference
 from glmexport.architecture.reference import Substitute
 from glmexport.progress import Progress
+from glmexport.quantization import WorkDirectory
 from glmexport.validation.texts import EvaluationText
+
+_STATES = "states"
 
 
 class ReferenceStates:
@@ -69,22 +72,26 @@ def reference_states(
     substitute: Substitute | None = None,
     embed: Callable[[Tensor], Tensor] | None = None,
     batch: int = 1,
+    kept: WorkDirectory | None = None,
 ) -> ReferenceStates:
     """Run the original over ``texts``; with ``substitute`` and ``embed``, with weights of theirs in its place.
 
-    ``batch`` texts at a time, the shorter ones padded behind their end, where a causal model does not look.
+    ``batch`` texts at a time, the shorter ones padded behind their end, where a causal model does not look. Each
+    finished block is committed to ``kept``, where the next call with the same texts goes on.
     """
     states = ReferenceStates(texts, reference.architecture.hidden_size, directory)
-    embedded = (embed or reference.embed)(torch.cat([text.ids for text in texts]))
-    start = 0
-    for index, text in enumerate(texts):
-        states.save(index, embedded[None, start : start + len(text.ids)])
-        start += len(text.ids)
-    del embedded
+    layers = reference.architecture.layers
+    finished = _resume(states, kept, len(layers)) if kept else 0
+    if not finished:
+        embedded = (embed or reference.embed)(torch.cat([text.ids for text in texts]))
+        for index, rows in enumerate(torch.split(embedded, [len(text.ids) for text in texts])):
+            states.save(index, rows[None])
+        del embedded
     lengths = {len(text.ids) for text in texts}
     positions = {length: reference.position_embeddings(length) for length in lengths}
-    with progress.track(label, len(reference.architecture.layers)) as track:
-        for layer in reference.architecture.layers:
+    with progress.track(label, len(layers)) as track:
+        track.advance(finished)
+        for layer in layers[finished:]:
             block = reference.block(layer, substitute)
             for start in range(0, len(texts), batch):
                 group = range(start, min(start + batch, len(texts)))
@@ -93,7 +100,30 @@ def reference_states(
                 outputs = block.forward(torch.cat(padded), positions[longest])
                 for index, output in zip(group, outputs, strict=True):
                     states.save(index, output[: len(texts[index].ids)])
+            if kept:
+                kept.commit(_step(layer.index), {}, {}, {_STATES: (states.load(i) for i in range(len(texts)))})
+                kept.forget(_step(layer.index - 1))
             track.advance()
     for index in range(len(texts)):
         states.save(index, reference.final_norm(states.load(index)))
     return states
+
+
+def _step(layer: int) -> str:
+    return f"{_STATES}-{layer:03}"
+
+
+def _resume(states: ReferenceStates, kept: WorkDirectory, layers: int) -> int:
+    """Read the states behind the last block that was committed; the number of finished blocks."""
+    for finished in range(layers, 0, -1):
+        step = _step(finished - 1)
+        if kept.record(step) is not None and kept.has_activations(step, _STATES):
+            rows = sum(len(text.ids) for text in states.texts)
+            stored = kept.activations(step, _STATES, (rows, 1, states.hidden_size))
+            start = 0
+            for index, text in enumerate(states.texts):
+                stop = start + len(text.ids)
+                states.save(index, stored.read(start, stop).transpose(0, 1))
+                start = stop
+            return finished
+    return 0

@@ -20,19 +20,29 @@ from glmexport.checkpoint import Checkpoint, Tokenizer
 from glmexport.errors import InputError
 from glmexport.progress import Progress
 from glmexport.target import Gates
-from glmexport.validation.divergence import Divergence
-from glmexport.validation.fidelity import Answers, compare, summarize
-from glmexport.validation.gates import apply_gates, build_gates, prompt_gate, verdict_of
+from glmexport.validation.capture import CapturedReference
+from glmexport.validation.fidelity import Answers, Streamed, compare, statistics_of, summarize
+from glmexport.validation.gates import apply_gates, build_gates, capture_gate, prompt_gate, verdict_of
 from glmexport.validation.machine import memory_bandwidth
-from glmexport.validation.prompts import prompt_parity
-from glmexport.validation.reference import ReferenceStates, reference_states
-from glmexport.validation.results import Fidelity, Gate, Performance, PromptParity, Share, Speed, Verdict
+from glmexport.validation.prompts import golden_prompts, prompt_parity
+from glmexport.validation.reference import reference_states
+from glmexport.validation.results import (
+    Fidelity,
+    Gate,
+    LanguageFidelity,
+    Performance,
+    PromptParity,
+    Share,
+    Speed,
+    Verdict,
+)
 from glmexport.validation.session import ScoringSession
 from glmexport.validation.speed import SpeedRequest, measure_speed
 from glmexport.validation.texts import EvaluationText, evaluation_texts
 
 #: Texts that the original is asked about at a time when it is compared with itself; one, otherwise.
 _OTHER_BATCH = 4
+_IN_ONNX_RUNTIME = "Bundle in ONNX Runtime"
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,25 @@ class Validation:
     performance: Performance
     gates: tuple[Gate, ...]
     verdict: Verdict
+
+
+def texts_for(
+    documents: Sequence[Document], tokenizer: Tokenizer, architecture: Architecture, plan: ValidationPlan
+) -> list[EvaluationText]:
+    """What is asked.
+
+    Raises:
+        InputError: nothing.
+    """
+    texts = evaluation_texts(
+        documents,
+        tokenizer,
+        positions_per_language=plan.positions_per_language,
+        longest=min(plan.longest_text, architecture.context_length),
+    )
+    if not texts:
+        raise InputError("There is no evaluation text.", next_step="Give languages that the corpora have.")
+    return texts
 
 
 def validate(
@@ -90,29 +119,58 @@ def validate(
         scratch: where the original's hidden states are kept meanwhile.
         progress: who watches.
     """
-    texts = evaluation_texts(
-        documents,
-        tokenizer,
-        positions_per_language=plan.positions_per_language,
-        longest=min(plan.longest_text, architecture.context_length),
-    )
-    if not texts:
-        raise InputError("There is no evaluation text.", next_step="Give languages that the corpora have.")
+    texts = texts_for(documents, tokenizer, architecture, plan)
     torch.set_num_threads(threads)
     reference = Reference(checkpoint, architecture)
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         session = ScoringSession(directory, manifest, threads)
         states = reference_states(reference, texts, Path(folder), progress)
         divergences = compare(
-            states, reference, partial(_bundle_answer, session, texts), progress, "Bundle in ONNX Runtime"
+            Streamed(states, reference), partial(_bundle_answer, session, texts), progress, _IN_ONNX_RUNTIME
         )
-        original = states.only(_first_texts(texts, max(1, plan.share_texts)))
-        noise = _noise_floor(reference, original, threads, Path(folder), progress)
+        sample = Streamed(states.only(first_texts(texts, max(1, plan.share_texts))), reference)
+        noise = noise_floor(sample, threads, Path(folder), progress)
         fidelity = summarize(texts, divergences, tokenizer, arithmetic(manifest), noise)
-        shares = _shares(directory, manifest, reference, original, plan, session, Path(folder), progress)
+        shares = _shares(directory, manifest, sample, plan, session, Path(folder), progress)
     performance = _performance(directory, manifest, checkpoint, texts, plan, threads, progress)
-    prompts = prompt_parity(checkpoint, Tokenizer.open(directory), documents)
+    prompts = prompt_parity(golden_prompts(checkpoint, documents), Tokenizer.open(directory))
+    return _judged(fidelity, prompts, shares, performance, manifest, policy)
+
+
+def validate_captured(
+    directory: Path,
+    manifest: Manifest,
+    captured: CapturedReference,
+    *,
+    plan: ValidationPlan,
+    policy: Gates,
+    threads: int,
+    progress: Progress,
+) -> Validation:
+    """Run the exported graph over the texts that the original was asked about when it was captured.
+
+    Where the divergence comes from and the original's speed are not measured, for which it would have to be at hand.
+    """
+    session, texts, tokenizer = ScoringSession(directory, manifest, threads), captured.texts, Tokenizer.open(directory)
+    answers = partial(_bundle_answer, session, texts)
+    divergences = compare(captured, answers, progress, _IN_ONNX_RUNTIME)
+    capture = captured.capture
+    fidelity = summarize(texts, divergences, tokenizer, arithmetic(manifest), capture.noise, captured.audit(answers))
+    performance = _performance(directory, manifest, None, texts, plan, threads, progress)
+    return _judged(fidelity, prompt_parity(capture.prompts, tokenizer), (), performance, manifest, policy)
+
+
+def _judged(
+    fidelity: Fidelity,
+    prompts: PromptParity | None,
+    shares: tuple[Share, ...],
+    performance: Performance,
+    manifest: Manifest,
+    policy: Gates,
+) -> Validation:
     gates = apply_gates(fidelity, policy)
+    if fidelity.capture:
+        gates += (capture_gate(fidelity.capture),)
     if prompts:
         gates += (prompt_gate(prompts),)
     if manifest.matrices:
@@ -142,10 +200,9 @@ def _bundle_answer(session: ScoringSession, texts: Sequence[EvaluationText], ind
     return session.logits(text.ids)[text.prefix - 1 : -1]
 
 
-def _noise_floor(
-    reference: Reference, original: ReferenceStates, threads: int, scratch: Path, progress: Progress
-) -> list[Divergence]:
+def noise_floor(original: Streamed, threads: int, scratch: Path, progress: Progress) -> LanguageFidelity:
     """The original against itself with another batch and another number of threads: what is no difference at all."""
+    reference = original.reference
     torch.set_num_threads(threads // 2 if threads > 1 else 2)
     try:
         again = reference_states(
@@ -157,14 +214,13 @@ def _noise_floor(
     def answers(index: int) -> Tensor:
         return reference.logits(again.states(index))
 
-    return compare(original, reference, answers, progress, "Original against itself")
+    return statistics_of("all", compare(original, answers, progress, "Original against itself"))
 
 
 def _shares(
     directory: Path,
     manifest: Manifest,
-    reference: Reference,
-    original: ReferenceStates,
+    original: Streamed,
     plan: ValidationPlan,
     session: ScoringSession,
     scratch: Path,
@@ -178,12 +234,12 @@ def _shares(
     recipe = manifest.recipe
     if recipe.linears is None or not plan.share_texts:
         return ()
-    sample = original.texts
+    reference, sample = original.reference, original.texts
     weights = BundleWeights(directory, reference.architecture)
     folded = Reference(reference.checkpoint.folded(bundle_folds(directory)), reference.architecture)
 
     def mean(answers: Answers) -> float:
-        parts = compare(original, reference, answers, progress, "Shares: comparing")
+        parts = compare(original, answers, progress, "Shares: comparing")
         return float(torch.cat([part.kl for part in parts]).double().mean())
 
     linears = reference_states(
@@ -224,7 +280,7 @@ def _shares(
     )
 
 
-def _first_texts(texts: Sequence[EvaluationText], each: int) -> list[int]:
+def first_texts(texts: Sequence[EvaluationText], each: int) -> list[int]:
     """Indices of the first texts of every language."""
     chosen: dict[str, list[int]] = {}
     for index, text in enumerate(texts):
@@ -236,7 +292,7 @@ def _first_texts(texts: Sequence[EvaluationText], each: int) -> list[int]:
 def _performance(
     directory: Path,
     manifest: Manifest,
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint | None,
     texts: Sequence[EvaluationText],
     plan: ValidationPlan,
     threads: int,
@@ -246,7 +302,9 @@ def _performance(
     bandwidth = memory_bandwidth(threads)
     needed = manifest.source.parameters * 4
     absent = None
-    if checkpoint.quantized:
+    if checkpoint is None:
+        absent = "The original was captured elsewhere; it is not on this machine."
+    elif checkpoint.quantized:
         absent = "The original is a GPTQ checkpoint, whose speed is that of the kernels it would be loaded with."
     elif needed > psutil.virtual_memory().available * 0.8:
         absent = f"The original needs about {needed / 2**30:.0f} GiB in fp32, more than this machine has free."
@@ -270,7 +328,7 @@ def _performance(
         track.advance(1, "bundle")
         # The directory is that of the base: transformers would need the whole model to merge an adapter, and a merged
         # matrix has the same shape and so the same speed.
-        original = None if absent else speed("transformers", checkpoint.path)
+        original = None if absent or checkpoint is None else speed("transformers", checkpoint.path)
         track.advance(0 if absent else 1, "original")
     per_token = manifest.precision.bytes_per_decoded_token
     return Performance(

@@ -13,8 +13,8 @@ from builds import Sample
 from glmexport.calibration import Document, shipped_documents
 from glmexport.checkpoint import Checkpoint, Tokenizer
 from glmexport.validation.gates import prompt_gate
-from glmexport.validation.prompts import golden_conversations, prompt_parity
-from glmexport.validation.results import Verdict
+from glmexport.validation.prompts import golden_conversations, golden_prompts, prompt_parity
+from glmexport.validation.results import PromptParity, Verdict
 
 DOCUMENTS = [Document("a", "en", "Take one tablet twice a day."), Document("b", "zh", "每日服用两次，每次一片。")]
 
@@ -29,6 +29,10 @@ def copied(sample: Sample, tmp_path: Path) -> Path:
     return folder
 
 
+def parity_of(checkpoint: Path, bundle: Path, documents: list[Document] = DOCUMENTS) -> PromptParity | None:
+    return prompt_parity(golden_prompts(Checkpoint.open(checkpoint), documents), Tokenizer.open(bundle))
+
+
 def test_golden_conversations_are_in_every_language() -> None:
     documents = shipped_documents("evaluation")
     conversations = list(golden_conversations(documents))
@@ -39,7 +43,7 @@ def test_golden_conversations_are_in_every_language() -> None:
 
 
 def test_a_bundle_s_own_files_are_the_original_s(sample: Sample, copied: Path) -> None:
-    parity = prompt_parity(Checkpoint.open(sample.checkpoint), Tokenizer.open(copied), shipped_documents("evaluation"))
+    parity = parity_of(sample.checkpoint, copied, shipped_documents("evaluation"))
     assert parity is not None
     assert parity.differences == () and parity.compared + parity.refused == 147 and parity.compared > 100
     assert prompt_gate(parity).verdict is Verdict.PASS
@@ -70,7 +74,7 @@ def lose_special_token(folder: Path) -> None:
 @pytest.mark.parametrize("damage", [damage_template, damage_space, break_template, lose_special_token])
 def test_what_is_changed_is_found(damage: Callable[[Path], None], sample: Sample, copied: Path) -> None:
     damage(copied)
-    parity = prompt_parity(Checkpoint.open(sample.checkpoint), Tokenizer.open(copied), DOCUMENTS)
+    parity = parity_of(sample.checkpoint, copied)
     assert parity is not None and parity.differences
     gate = prompt_gate(parity)
     assert (gate.verdict, gate.value) == (Verdict.BLOCK, len(parity.differences))
@@ -83,7 +87,7 @@ def test_templates_that_refuse_everything_prove_nothing(sample: Sample, copied: 
     shutil.copytree(sample.checkpoint, folder)
     for path in (folder, copied):
         break_template(path)
-    parity = prompt_parity(Checkpoint.open(folder), Tokenizer.open(copied), DOCUMENTS)
+    parity = parity_of(folder, copied)
     assert parity is not None and (parity.compared, parity.refused) == (0, 14)
     assert prompt_gate(parity).verdict is Verdict.WARN
 
@@ -95,7 +99,7 @@ def test_an_original_that_transformers_cannot_open_warns(
         raise ValueError("no such tokenizer")
 
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", refuse)
-    parity = prompt_parity(Checkpoint.open(sample.checkpoint), Tokenizer.open(copied), DOCUMENTS)
+    parity = parity_of(sample.checkpoint, copied)
     assert parity is not None and parity.unopened == "ValueError: no such tokenizer"
     gate = prompt_gate(parity)
     assert gate.verdict is Verdict.WARN and "no such tokenizer" in gate.sample
@@ -110,4 +114,4 @@ def test_without_a_template_there_is_nothing_to_compare(sample: Sample, tmp_path
     table = json.loads(config.read_text(encoding="utf-8"))
     table.pop("chat_template", None)
     config.write_text(json.dumps(table), encoding="utf-8")
-    assert prompt_parity(Checkpoint.open(folder), Tokenizer.open(folder), DOCUMENTS) is None
+    assert parity_of(folder, folder) is None

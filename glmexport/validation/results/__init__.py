@@ -1,6 +1,7 @@
 """What validation measures: the vocabulary between the measurements, the gates and the report."""
 
 from glmexport.validation.results.fidelity import (
+    CaptureBound,
     Estimate,
     Fidelity,
     LanguageFidelity,
@@ -15,6 +16,7 @@ from glmexport.validation.results.prompts import PromptDifference, PromptParity
 from glmexport.validation.results.record import Count, Number, Record, Verdict, badness, worst
 
 __all__ = [
+    "CaptureBound",
     "Count",
     "Estimate",
     "Fidelity",

@@ -85,6 +85,21 @@ class WorstToken(Record):
     """The bundle's probability of ``expected``, 0 to 1."""
 
 
+class CaptureBound(Record):
+    """What it costs to know the original by its most likely tokens only, measured where all are known."""
+
+    top_k: Count
+    """Tokens kept at each position; of all others only what they have together."""
+    tail_mass: Annotated[float, Field(ge=0, le=1)]
+    """Mean probability of all others."""
+    audit_positions: Count
+    """Positions at which the original's whole distribution was kept."""
+    kl_mean_nats: Number
+    """Mean divergence at those, over the whole vocabulary."""
+    kl_mean_partition_nats: Number
+    """The same over the kept tokens and all others as one, which is never more."""
+
+
 class Fidelity(Record):
     """The bundle's answers against the original's on evaluation text that calibration has not seen."""
 
@@ -104,6 +119,8 @@ class Fidelity(Record):
     noise_floor: LanguageFidelity | None = None
     """The original against itself with another batch and number of threads, on one text a language: what is not above
     this is no difference. None if it was not measured."""
+    capture: CaptureBound | None = None
+    """Where the original was captured earlier: every divergence above is a lower bound. None if it was at hand."""
 
     @model_validator(mode="after")
     def _histogram_is_well_formed(self) -> Self:

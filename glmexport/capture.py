@@ -1,0 +1,88 @@
+"""The original asked once: its answers in a directory that every bundle of it can be validated against."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from glmexport import __version__
+from glmexport.architecture import Reference
+from glmexport.calibration import shipped_documents
+from glmexport.compile import partial_of, put_in_place, source_of
+from glmexport.job import Original, refuse_existing, require_free
+from glmexport.progress import Progress
+from glmexport.quantization import WorkDirectory
+from glmexport.validation import machine
+from glmexport.validation.capture import REFERENCE, TOP_K, Capture, write_capture
+from glmexport.validation.fidelity import Streamed
+from glmexport.validation.prompts import golden_prompts
+from glmexport.validation.reference import reference_states
+from glmexport.validation.run import ValidationPlan, first_texts, noise_floor, texts_for
+
+_KIND = "a captured reference"
+
+
+@dataclass(frozen=True)
+class CaptureOptions:
+    """What a capture is free to choose."""
+
+    threads: int
+    plan: ValidationPlan
+    top_k: int = TOP_K
+    force: bool = False
+
+
+def capture_reference(original: Original, output: Path, options: CaptureOptions, progress: Progress) -> Capture:
+    """Ask ``original`` about the shipped evaluation text, one block in memory at a time, and keep its answers.
+
+    Finished blocks are kept until the capture is done; the same call goes on after the last one.
+
+    Raises:
+        InputError: ``output`` exists and may not be replaced.
+        MachineError: the disk has too little space, or somebody else captures the same.
+    """
+    refuse_existing(output, options.force, REFERENCE, _KIND)
+    torch.set_num_threads(options.threads)
+    documents = shipped_documents("evaluation")
+    texts = texts_for(documents, original.tokenizer, original.architecture, options.plan)
+    rows, size = sum(len(text.ids) for text in texts), original.architecture.hidden_size
+    kept = min(options.top_k, original.architecture.vocabulary_size)
+    # The states, those of the last block and of the one before; the answers.
+    require_free(output.parent, rows * (3 * size * 4 + kept * 8), "The capture")
+    job = {
+        "glmexport": __version__,
+        "reference of": original.checkpoint.digest(progress),
+        "texts": hashlib.sha256(repr([text.ids.tolist() for text in texts]).encode()).hexdigest(),
+        "threads": options.threads,
+    }
+    work = WorkDirectory.for_job(output.parent, job)
+    partial = partial_of(output)
+    with work.locked():
+        reference = Reference(original.checkpoint, original.architecture)
+        states = reference_states(reference, texts, work.path, progress, kept=work)
+        sample = Streamed(states.only(first_texts(texts, 1)), reference)
+        noise = noise_floor(sample, options.threads, work.path, progress)
+        if partial.exists():
+            shutil.rmtree(partial)
+        try:
+            captured = write_capture(
+                partial,
+                Streamed(states, reference),
+                source_of(original, progress),
+                noise,
+                golden_prompts(original.checkpoint, documents),
+                machine.library_versions(),
+                progress,
+                top_k=options.top_k,
+            )
+            refuse_existing(output, options.force, REFERENCE, _KIND)
+            put_in_place(partial, output)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    shutil.rmtree(work.path)
+    return captured

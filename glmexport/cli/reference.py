@@ -1,0 +1,67 @@
+"""``glmexport reference``: the original's answers, captured once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from glmexport.cli.console import Terminal, emit, gibibytes
+from glmexport.cli.options import adapter_option, checkpoint_argument, json_option, threads_option
+
+
+@click.command()
+@checkpoint_argument
+@adapter_option
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Where the answers go.")
+@click.option(
+    "--top-k", type=click.IntRange(min=1), default=1024, show_default=True,
+    help="Most likely tokens kept at each position; of all others, what they have together.",
+)  # fmt: skip
+@threads_option
+@click.option("--force", is_flag=True, help="Replace a captured reference that exists.")
+@json_option
+def reference(
+    checkpoint: str, adapter: str | None, output: Path, top_k: int, threads: int, force: bool, as_json: bool
+) -> None:
+    """Ask CHECKPOINT about the evaluation text and keep its answers, for 'validate --reference' on any machine.
+
+    One block is in memory at a time. Finished blocks are kept until the end: after an interruption the same command
+    goes on where it stopped.
+    """
+    from glmexport.capture import CaptureOptions, capture_reference
+    from glmexport.job import Original
+    from glmexport.validation.run import ValidationPlan
+
+    terminal = Terminal()
+    original = Original.open(checkpoint, terminal, adapter)
+    merged = original.checkpoint.adapter
+    terminal.facts(
+        "Reference",
+        {
+            "checkpoint": f"{original.checkpoint.name} ({original.checkpoint.path})",
+            **({"adapter": f"{merged.name} ({merged.path}): {merged.summary}"} if merged else {}),
+            "digest": original.checkpoint.digest(terminal),
+            "output": str(output),
+            "threads": str(threads),
+        },
+    )
+    captured = capture_reference(original, output, CaptureOptions(threads, ValidationPlan(), top_k, force), terminal)
+    positions = sum(text.positions for text in captured.texts)
+    size = sum(entry.size for entry in captured.files)
+    terminal.facts(
+        "Captured",
+        {
+            "reference": str(output),
+            "digest": captured.digest(),
+            "positions": f"{positions:,} of {len(captured.texts)} documents in "
+            f"{len({text.language for text in captured.texts})} languages",
+            "kept": f"{min(captured.top_k, captured.vocabulary_size)} of {captured.vocabulary_size} tokens a position; "
+            f"all others together have {captured.tail_mass:.2%}",
+            "size": gibibytes(size),
+        },
+    )
+    if as_json:
+        document = {"reference": str(output), "digest": captured.digest(), "positions": positions, "bytes": size}
+        emit(json.dumps(document, indent=2, ensure_ascii=False))
