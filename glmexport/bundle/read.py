@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import onnx_ir as ir
@@ -40,6 +41,37 @@ class BundleWeights:
             elif node.op_type == "GatherBlockQuantized":
                 key = _name(node, 0).removesuffix(".codes")
                 self._nodes.setdefault(key, (node, 0, architecture.vocabulary_size))
+        self._others = dict(self._stored_as_they_are(architecture))
+
+    def _stored_as_they_are(self, architecture: Architecture) -> Iterator[tuple[str, tuple[str, slice]]]:
+        """Checkpoint key, and the initializer and rows in it; several tensors can be stacked in one."""
+        shapes = architecture.shapes()
+        for name in self._initializers:
+            keys = _keys(name)
+            if all(key in shapes and key not in self._nodes for key in keys):
+                start = 0
+                for key in keys:
+                    yield key, (name, slice(start, start + shapes[key][0]))
+                    start += shapes[key][0]
+
+    @property
+    def quantized_keys(self) -> list[str]:
+        """Checkpoint keys of the matrices that are stored quantized."""
+        return list(self._nodes)
+
+    @property
+    def other_keys(self) -> list[str]:
+        """Checkpoint keys of the tensors that are stored in full precision, as far as they are."""
+        return list(self._others)
+
+    def tensor(self, key: str) -> Tensor:
+        """One of ``other_keys``."""
+        name, rows = self._others[key]
+        return self._tensor(name)[rows]
+
+    def constant(self, name: str) -> Tensor | None:
+        """An initializer that is not of the checkpoint; None if the graph has none of that name."""
+        return self._tensor(name) if name in self._initializers else None
 
     def form(self, key: str) -> Format | None:
         """Format of the matrix with that checkpoint key; None if it is stored in full precision."""

@@ -6,12 +6,13 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from glmexport.cli.console import gibibytes
 from glmexport.errors import EXIT_BLOCK, EXIT_INCONCLUSIVE, EXIT_PASS
 from glmexport.report.allocation import summarize
 from glmexport.report.document import HTML_NAME, Report
-from glmexport.validation.results import CaptureBound, LanguageFidelity, Verdict
+from glmexport.validation.results import CaptureBound, LanguageFidelity, Verdict, WeightCheck
 
 _EXIT = {
     Verdict.PASS: EXIT_PASS,
@@ -19,6 +20,8 @@ _EXIT = {
     Verdict.INCONCLUSIVE: EXIT_INCONCLUSIVE,
     Verdict.BLOCK: EXIT_BLOCK,
 }
+#: Faults that a terminal has room for.
+_SHOWN = 8
 _STYLE = {
     Verdict.PASS: "bold green",
     Verdict.WARN: "bold yellow",
@@ -43,6 +46,8 @@ def show(console: Console, report: Report, directory: Path) -> None:
     console.print(_cost(report))
     console.print(_conditions(report), style="dim")
     console.print(_gates(report))
+    if report.weights and report.weights.faults:
+        console.print(_faults(report.weights))
     console.print(f"verdict  [{_STYLE[report.verdict]}]{report.verdict}[/]")
     console.print(f"bundle   {directory}", soft_wrap=True)
     console.print(f"report   {directory / HTML_NAME}", soft_wrap=True)
@@ -155,6 +160,15 @@ def _conditions(report: Report) -> str:
         f"generated tokens, median of {speed.repetitions}; memory bandwidth bounds decoding at "
         f"{speed.roofline_decode_tokens_per_s:.0f} tokens/s"
     )
+
+
+def _faults(check: WeightCheck) -> Table:
+    table = _table("\nTensors that are not what they should be", "tensor", "what is wrong")
+    for fault in check.faults[:_SHOWN]:
+        table.add_row(Text(fault.tensor), Text(fault.detail))
+    if len(check.faults) > _SHOWN:
+        table.add_row(f"and {len(check.faults) - _SHOWN} more", "in the report")
+    return table
 
 
 def _gates(report: Report) -> Table:

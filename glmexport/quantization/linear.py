@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass, replace
 
@@ -80,6 +81,14 @@ class QuantizedLinear:
         return QuantizedLinear(
             self.form, either(other.codes, self.codes), either(other.scales, self.scales), zero_points
         )
+
+    def digest(self) -> str:
+        """SHA-256 over format and numbers, however they are packed where the matrix is stored."""
+        digest = hashlib.sha256(f"{self.form.label} {list(self.codes.shape)}".encode())
+        for tensor in (self.codes, self.scales.half(), self.zero_points):
+            if tensor is not None:
+                digest.update(tensor.contiguous().cpu().numpy().data.cast("B"))
+        return f"sha256:{digest.hexdigest()}"
 
     @property
     def stored_bits(self) -> int:

@@ -28,6 +28,8 @@ class QuantizedMatrix(Definition):
     group_size: int
     symmetric: bool
     bits_per_weight: float
+    #: ``QuantizedLinear.digest`` of what was decided on; None in bundles of before it was recorded.
+    digest: str | None = None
     relative_error: float | None = None
     round_to_nearest_error: float | None = None
     damping: float | None = None
@@ -55,6 +57,7 @@ class QuantizedMatrix(Definition):
             group_size=form.group_size,
             symmetric=form.symmetric,
             bits_per_weight=linear.bits_per_weight,
+            digest=linear.digest(),
         )
 
     @classmethod

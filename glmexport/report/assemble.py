@@ -78,6 +78,7 @@ def assemble(
             bits_per_weight_linears=manifest.precision.bits_per_weight_linears,
         ),
         fidelity=validation.fidelity,
+        weights=validation.weights,
         prompts=validation.prompts,
         shares=validation.shares,
         performance=validation.performance,

@@ -20,6 +20,7 @@ from glmexport.validation.results import (
     Record,
     Share,
     Verdict,
+    WeightCheck,
     worst,
 )
 
@@ -183,6 +184,8 @@ class Report(Record):
     fidelity: Fidelity
     prompts: PromptParity | None = None
     """None where the original has no chat template."""
+    weights: WeightCheck | None = None
+    """None where the original was not at hand."""
     shares: tuple[Share, ...]
     performance: Performance
     quantization: QuantizationSummary | None

@@ -35,6 +35,7 @@ def render_markdown(report: Report) -> str:
             map(_language, _rows(report)),
         ),
         *_prompts(report),
+        *_weights(report),
         "## Size and speed",
         _table(("", "Original", "Bundle"), _costs(report)),
         f"{text.number(size.bits_per_weight)} bits per weight; memory bandwidth bounds decoding at "
@@ -98,6 +99,17 @@ def _prompts(report: Report) -> list[str]:
         for each in parity.differences[:6]
     )
     return ["## Prompts", "\n".join([told, "", *shown]).rstrip()]
+
+
+def _weights(report: Report) -> list[str]:
+    check = report.weights
+    if check is None or not check.faults:
+        return []
+    shown = (f"- {_foreign(fault.tensor)}: {_foreign(fault.detail)}" for fault in check.faults[:20])
+    return [
+        f"## Weights\n\n{text.number(len(check.faults))} tensors of the graph are not what they should be.",
+        "\n".join(shown),
+    ]
 
 
 def _rows(report: Report) -> list[LanguageFidelity]:

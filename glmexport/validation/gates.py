@@ -8,7 +8,7 @@ are corrected for their number (Holm). What is neither is INCONCLUSIVE.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from glmexport.target import Gates
@@ -20,6 +20,8 @@ from glmexport.validation.results import (
     LanguageFidelity,
     PromptParity,
     Verdict,
+    WeightCheck,
+    WeightFault,
     badness,
     worst,
 )
@@ -110,6 +112,23 @@ def prompt_gate(parity: PromptParity) -> Gate:
     sample = f"{parity.compared} conversations"
     return _counted(
         "Prompts with other tokens", None, len(parity.differences), 0, "prompts", sample, otherwise=Verdict.BLOCK
+    )
+
+
+def weight_gates(check: WeightCheck) -> tuple[Gate, ...]:
+    """No number of the graph may be another than was decided on; a row that has lost the original's is a WARN, since
+    where inputs hang together the weights of one row can make up for each other.
+    """
+    other = [fault for fault in check.faults if fault.kind == "other"]
+    far = [fault for fault in check.faults if fault.kind == "far"]
+
+    def sample(faults: Sequence[WeightFault]) -> str:
+        named = f"; first {faults[0].tensor}: {faults[0].detail}" if faults else ""
+        return f"{check.matrices} matrices and {check.tensors} other tensors{named}"
+
+    return (
+        _counted("Tensors that were changed", None, len(other), 0, "tensors", sample(other), otherwise=Verdict.BLOCK),
+        _counted("Matrices with lost rows", None, len(far), 0, "matrices", sample(far), otherwise=Verdict.WARN),
     )
 
 

@@ -22,7 +22,7 @@ from glmexport.progress import Progress
 from glmexport.target import Gates
 from glmexport.validation.capture import CapturedReference
 from glmexport.validation.fidelity import Answers, Streamed, compare, statistics_of, summarize
-from glmexport.validation.gates import apply_gates, build_gates, capture_gate, prompt_gate, verdict_of
+from glmexport.validation.gates import apply_gates, build_gates, capture_gate, prompt_gate, verdict_of, weight_gates
 from glmexport.validation.machine import memory_bandwidth
 from glmexport.validation.prompts import golden_prompts, prompt_parity
 from glmexport.validation.reference import reference_states
@@ -35,10 +35,12 @@ from glmexport.validation.results import (
     Share,
     Speed,
     Verdict,
+    WeightCheck,
 )
 from glmexport.validation.session import ScoringSession
 from glmexport.validation.speed import SpeedRequest, measure_speed
 from glmexport.validation.texts import EvaluationText, evaluation_texts
+from glmexport.validation.weights import check_weights
 
 #: Texts that the original is asked about at a time when it is compared with itself; one, otherwise.
 _OTHER_BATCH = 4
@@ -63,6 +65,8 @@ class Validation:
     """Everything that was measured, and the verdict."""
 
     fidelity: Fidelity
+    #: None where the original is not at hand.
+    weights: WeightCheck | None
     #: None where the original has no chat template.
     prompts: PromptParity | None
     shares: tuple[Share, ...]
@@ -132,9 +136,10 @@ def validate(
         noise = noise_floor(sample, threads, Path(folder), progress)
         fidelity = summarize(texts, divergences, tokenizer, arithmetic(manifest), noise)
         shares = _shares(directory, manifest, sample, plan, session, Path(folder), progress)
+    weights = check_weights(directory, manifest, reference, progress)
     performance = _performance(directory, manifest, checkpoint, texts, plan, threads, progress)
     prompts = prompt_parity(golden_prompts(checkpoint, documents), Tokenizer.open(directory))
-    return _judged(fidelity, prompts, shares, performance, manifest, policy)
+    return _judged(fidelity, weights, prompts, shares, performance, manifest, policy)
 
 
 def validate_captured(
@@ -157,11 +162,12 @@ def validate_captured(
     capture = captured.capture
     fidelity = summarize(texts, divergences, tokenizer, arithmetic(manifest), capture.noise, captured.audit(answers))
     performance = _performance(directory, manifest, None, texts, plan, threads, progress)
-    return _judged(fidelity, prompt_parity(capture.prompts, tokenizer), (), performance, manifest, policy)
+    return _judged(fidelity, None, prompt_parity(capture.prompts, tokenizer), (), performance, manifest, policy)
 
 
 def _judged(
     fidelity: Fidelity,
+    weights: WeightCheck | None,
     prompts: PromptParity | None,
     shares: tuple[Share, ...],
     performance: Performance,
@@ -169,6 +175,8 @@ def _judged(
     policy: Gates,
 ) -> Validation:
     gates = apply_gates(fidelity, policy)
+    if weights:
+        gates += weight_gates(weights)
     if fidelity.capture:
         gates += (capture_gate(fidelity.capture),)
     if prompts:
@@ -178,7 +186,7 @@ def _judged(
         tokens = [matrix.effective_tokens_per_column for matrix in manifest.matrices]
         fewest = min((count for count in tokens if count is not None), default=None)
         gates += build_gates(fallbacks, fewest, len(manifest.matrices))
-    return Validation(fidelity, prompts, shares, performance, gates, verdict_of(gates))
+    return Validation(fidelity, weights, prompts, shares, performance, gates, verdict_of(gates))
 
 
 def arithmetic(manifest: Manifest) -> str:

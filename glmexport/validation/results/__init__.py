@@ -14,6 +14,7 @@ from glmexport.validation.results.gate import Gate
 from glmexport.validation.results.performance import Performance, Speed
 from glmexport.validation.results.prompts import PromptDifference, PromptParity
 from glmexport.validation.results.record import Count, Number, Record, Verdict, badness, worst
+from glmexport.validation.results.weights import WeightCheck, WeightFault
 
 __all__ = [
     "CaptureBound",
@@ -32,6 +33,8 @@ __all__ = [
     "Share",
     "Speed",
     "Verdict",
+    "WeightCheck",
+    "WeightFault",
     "WorstToken",
     "badness",
     "worst",

@@ -1,0 +1,144 @@
+"""What the exported graph holds, matrix by matrix, against what the quantizer decided and against the original.
+
+Text that happens not to touch a row of the lm_head, or a layer that is off by one percent, hardly moves a divergence.
+Here every number of the graph is read back, so that a fault of the export cannot hide behind the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from glmexport.architecture import Reference
+from glmexport.bundle import Manifest
+from glmexport.bundle.read import BundleWeights, bundle_folds
+from glmexport.checkpoint import Checkpoint
+from glmexport.progress import Progress
+from glmexport.quantization import QuantizedLinear
+from glmexport.validation.results import WeightCheck, WeightFault
+
+#: A row this far from the original's, relative to its length, has lost it: a row of zeros is 1.
+FAR = 0.9
+#: Mean difference of a matrix in steps of its grids. Rows are shifted by GPTQ, but not all to one side; zero points
+#: that are off by one leave 1.
+OFFSET = 0.5
+#: Rows shorter than this share of the usual length are those of tokens that nobody trained.
+_NEGLIGIBLE = 1e-3
+#: Rotary tables are computed once more, by the same library but perhaps another version of its kernels.
+_ROTARY_TOLERANCE = 1e-5
+_SLAB_WEIGHTS = 1 << 24
+
+
+@dataclass(frozen=True)
+class RowDistances:
+    """Rows [N] of a matrix against the original's.
+
+    ``distance``: ||q - w|| / ||w||, a row of next to nothing taken for longer than it is. ``offset``: mean of
+    (q - w) / step. ``gain``: sum of q w over sum of w w, over the whole matrix.
+    """
+
+    distance: Tensor
+    offset: Tensor
+    gain: float
+
+    @property
+    def lost(self) -> Tensor:
+        """Indices of rows that have lost the original's; what is not a number has."""
+        return (~(self.distance < FAR)).nonzero()[:, 0]
+
+    @property
+    def shifted(self) -> bool:
+        """Whether the matrix as a whole is off its grid."""
+        return not abs(float(self.offset.mean())) < OFFSET
+
+
+def row_distances(linear: QuantizedLinear, original: Iterator[Tensor]) -> RowDistances:
+    """``original``: the same matrix in fp32, a few rows at a time."""
+    errors, lengths, offsets = [], [], []
+    products, start = 0.0, 0
+    for rows in original:
+        stop = start + len(rows)
+        given = linear.rows(start, stop)
+        steps = linear.scales[start:stop].float().repeat_interleave(linear.form.group_size, 1)[:, : rows.shape[1]]
+        difference = given - rows
+        errors.append(difference.norm(dim=1))
+        lengths.append(rows.norm(dim=1))
+        # A group of zeros has a scale of zero, and no step.
+        offsets.append(torch.where(steps == 0, 0.0, difference / steps).mean(1))
+        products += float((given * rows).double().sum())
+        start = stop
+    error, length = torch.cat(errors), torch.cat(lengths)
+    squares = float(length.double().square().sum())
+    least = _NEGLIGIBLE * (squares / len(length)) ** 0.5
+    return RowDistances(
+        distance=torch.where(error == 0, 0.0, error / length.clamp(min=least)),
+        offset=torch.cat(offsets),
+        gain=products / squares if squares else 1.0,
+    )
+
+
+def check_weights(directory: Path, manifest: Manifest, reference: Reference, progress: Progress) -> WeightCheck:
+    """Every matrix, other tensor and rotary table of the bundle in ``directory``.
+
+    Quantized matrices must be those that the quantizer decided on, number by number, and their rows near the
+    original's; all other tensors must equal the original's, with what was folded into it.
+    """
+    architecture = reference.architecture
+    weights = BundleWeights(directory, architecture)
+    checkpoint = reference.checkpoint.folded(bundle_folds(directory))
+    records = {matrix.key: matrix for matrix in manifest.matrices}
+    faults: list[WeightFault] = []
+    undecided = 0
+    quantized, others = weights.quantized_keys, weights.other_keys
+    with progress.track("Weights", len(quantized) + len(others) + 1) as track:
+        for key in quantized:
+            linear = weights.quantized(key)
+            assert linear is not None
+            decided = records[key].digest if key in records else None
+            undecided += decided is None
+            rows = row_distances(linear, _rows(checkpoint, key, linear.codes.shape))
+            if decided is not None and linear.digest() != decided:
+                faults.append(WeightFault(tensor=key, kind="other", detail=_told(rows)))
+            elif len(rows.lost) or rows.shifted:
+                faults.append(WeightFault(tensor=key, kind="far", detail=_told(rows)))
+            track.advance(1, key)
+        for key in others:
+            tensor, original = weights.tensor(key), checkpoint.read(key)
+            if tensor.shape != original.shape or not torch.equal(tensor.float(), original):
+                faults.append(WeightFault(tensor=key, kind="other", detail="not the original's"))
+            track.advance(1, key)
+        for name, table in zip(
+            ("cos_cache", "sin_cache"), reference.rotary_tables(manifest.context_length), strict=True
+        ):
+            given = weights.constant(name)
+            if given is not None and not _near(given.float(), table):
+                faults.append(WeightFault(tensor=name, kind="other", detail="not the original's rotary table"))
+        track.advance()
+    return WeightCheck(matrices=len(quantized), undecided=undecided, tensors=len(others), faults=tuple(faults))
+
+
+def _near(given: Tensor, table: Tensor) -> bool:
+    return given.shape == table.shape and bool(((given - table).abs() <= _ROTARY_TOLERANCE).all())
+
+
+def _rows(checkpoint: Checkpoint, key: str, shape: torch.Size) -> Iterator[Tensor]:
+    rows, columns = shape
+    slab = max(1, _SLAB_WEIGHTS // columns)
+    for start in range(0, rows, slab):
+        yield checkpoint.rows(key, start, min(start + slab, rows))
+
+
+def _told(rows: RowDistances) -> str:
+    lost = rows.lost
+    told = f"gain {rows.gain:.4f} and offset {float(rows.offset.mean()):+.2f} steps against the original"
+    if not len(lost):
+        return told
+    worst = int(lost[rows.distance[lost].nan_to_num(torch.inf).argmax()])
+    return (
+        f"{len(lost)} of {len(rows.distance)} rows far from the original's, most of all row {worst} "
+        f"({float(rows.distance[worst]):.2f} of its length); {told}"
+    )
