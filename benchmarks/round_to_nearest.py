@@ -70,7 +70,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write the figures there as JSON")
     options = parser.parse_args()
     formats = options.formats or ["w4g32", "w4g128"]
-    plan = ValidationPlan(positions_per_language=options.positions, repetitions=1, prompt_tokens=16, generated_tokens=4)
+    plan = ValidationPlan(
+        positions_per_language=options.positions, repetitions=1, prompt_tokens=16, generated_tokens=4, behaviour=None
+    )
     found = reports(options.checkpoint, formats, plan, options.tokens, options.threads)
     document = {}
     for form in formats:

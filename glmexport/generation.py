@@ -1,16 +1,13 @@
-"""Greedy generation from a bundle through onnxruntime-genai, one token at a time."""
+"""Text as it comes from a bundle, piece by piece."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from glmexport.checkpoint import Tokenizer
-from glmexport.errors import BundleError, InputError
+from glmexport.validation.generation import GenerationSession
 
 
 @dataclass(frozen=True)
@@ -30,35 +27,11 @@ def generate(
         BundleError: onnxruntime-genai cannot load the bundle.
         InputError: the prompt fills the context.
     """
-    import onnxruntime_genai
-
-    config = json.loads((bundle / "genai_config.json").read_text(encoding="utf-8"))["model"]
-    ends = set(config["eos_token_id"])
-    if len(prompt) >= config["context_length"]:
-        raise InputError(
-            f"The prompt has {len(prompt)} tokens and the context {config['context_length']}.",
-            next_step="Shorten the prompt.",
-        )
-    try:
-        settings = onnxruntime_genai.Config(str(bundle))
-        options = {"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}
-        settings.overlay(json.dumps(options))
-        model = onnxruntime_genai.Model(settings)
-    except RuntimeError as error:
-        raise BundleError(
-            f"onnxruntime-genai cannot load {bundle}: {str(error).splitlines()[0]}.",
-            next_step="Build the bundle again with this version of glmexport.",
-        ) from error
-    parameters = onnxruntime_genai.GeneratorParams(model)
-    parameters.set_search_options(max_length=min(len(prompt) + max_tokens, config["context_length"]), do_sample=False)
-    generator = onnxruntime_genai.Generator(model, parameters)
-    generator.append_tokens(np.array([prompt], np.int32))
+    session = GenerationSession(bundle, threads)
     tokens: list[int] = []
     shown = ""
-    while not generator.is_done():
-        generator.generate_next_token()
-        token = int(generator.get_next_tokens()[0])
-        if token in ends:
+    for token in session.stream(prompt, max_tokens):
+        if token in session.ends:
             break
         tokens.append(token)
         text = tokenizer.decode(tokens)

@@ -66,6 +66,19 @@ class Limits(Definition):
     top1_agreement: float | None = Field(default=None, gt=0, lt=1)
 
 
+class BehaviourLimits(Definition):
+    """What answers may lose against the original's, over all languages together."""
+
+    #: By how much all answers may be longer or shorter, as a share.
+    length_ratio: float = Field(default=0.10, gt=0)
+    #: Share of answers that end in a loop, do not end, are in another language or are no tool call any more.
+    answers: float = Field(default=0.10, gt=0, lt=1)
+    #: chrF of translations, 0 to 1.
+    chrf: float = Field(default=0.03, gt=0, lt=1)
+    #: Mean score of tasks of the user's, 0 to 1.
+    tasks: float = Field(default=0.05, gt=0, lt=1)
+
+
 class Gates(Definition):
     """The policy: limits that a bundle must keep in every language, and how sure that has to be.
 
@@ -81,6 +94,7 @@ class Gates(Definition):
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
     #: Share of a limit beyond which, as surely, a bundle that keeps it gets a WARN.
     warn_at: float = Field(default=0.75, gt=0, le=1)
+    behaviour: BehaviourLimits = BehaviourLimits()
     #: Other limits for single languages, by BCP-47 tag.
     languages: dict[str, Limits] = Field(default_factory=dict)
 

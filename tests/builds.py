@@ -33,7 +33,7 @@ TARGET = "x86-avx2"
 THREADS = 1
 #: Enough to pass through every line of the validation, and too little for a verdict.
 QUICK = ValidationPlan(
-    positions_per_language=24, longest_text=32, prompt_tokens=8, generated_tokens=4, repetitions=1
+    positions_per_language=24, longest_text=32, prompt_tokens=8, generated_tokens=4, repetitions=1, behaviour=None
 )
 #: In place of measurements that take two processes.
 SPEED = Speed(

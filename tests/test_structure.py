@@ -22,7 +22,7 @@ STAGES = (
     "validation",
     "report",
 )
-SHARED = ("errors", "definition", "recipe", "target", "resources", "progress", "divergence")
+SHARED = ("errors", "definition", "recipe", "target", "resources", "progress", "divergence", "languages")
 #: May import anything: they run the stages.
 OUTSIDE = ("capture", "compile", "convert", "job", "device", "estimate", "generation", "cli", "__main__")
 #: A checkpoint that is shipped as a package, for the stage that opens checkpoints.

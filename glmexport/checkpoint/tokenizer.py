@@ -126,6 +126,10 @@ class Tokenizer:
         """Whether conversations can be rendered."""
         return "default" in self._templates
 
+    def template_mentions(self, text: str) -> bool:
+        """Whether a chat template has ``text`` in it, such as the tag of a grammar that it writes."""
+        return any(text in source for _, source in self._templates.values())
+
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text`` alone, without a prefix."""
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)

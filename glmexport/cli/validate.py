@@ -44,9 +44,9 @@ def validate(
 
     terminal = Terminal()
     if (checkpoint is None) == (reference is None):
-        raise InputError(
-            "Give the original either with --against or with --reference.",
-            next_step="--against CHECKPOINT measures more; --reference DIR needs no checkpoint.",
+        raise click.UsageError(
+            "Give the original either with --against or with --reference: --against CHECKPOINT measures more, "
+            "--reference DIR needs no checkpoint."
         )
     if adapter and checkpoint is None:
         raise InputError("--adapter belongs to --against.", next_step="A reference was captured with its adapter.")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from glmexport.languages import language_name
 from glmexport.report import charts, text
 from glmexport.report.allocation import summarize
 from glmexport.validation.results import Gate, LanguageFidelity, Speed, Verdict
@@ -89,7 +90,7 @@ def _environment() -> Environment:
         count=text.count,
         duration=text.duration,
         foreign=_foreign,
-        language=text.language_name,
+        language=language_name,
         number=text.number,
         percent=text.percent,
         ratio=text.ratio,
@@ -180,7 +181,7 @@ def _divergence_chart(report: Report) -> Markup:
         words = text.number(language.kl_mean_nats)
         rows.append(
             charts.Bar(
-                text.language_name(language.language),
+                language_name(language.language),
                 ((0.0, language.kl_mean_nats),),
                 f"{words} worst" if worst else words,
                 "worst" if worst else "",
@@ -192,7 +193,7 @@ def _divergence_chart(report: Report) -> Markup:
 def _perplexity_chart(report: Report) -> Markup:
     rows = [
         charts.Bar(
-            text.language_name(row.language),
+            language_name(row.language),
             ((0.0, row.perplexity_original), (0.0, row.perplexity_bundle)),
             f"{text.number(row.perplexity_original)} → {text.number(row.perplexity_bundle)}",
         )

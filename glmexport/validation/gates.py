@@ -12,7 +12,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from glmexport.target import Gates
+from glmexport.validation.losses import Loss, losses
 from glmexport.validation.results import (
+    Behaviour,
     CaptureBound,
     Estimate,
     Fidelity,
@@ -47,10 +49,10 @@ class _Judged:
     complement: bool = False
 
 
-def apply_gates(fidelity: Fidelity, policy: Gates) -> tuple[Gate, ...]:
+def apply_gates(fidelity: Fidelity, policy: Gates, behaviour: Behaviour | None = None) -> tuple[Gate, ...]:
     """Every gate in each language that does not pass it, or else in the one that comes nearest to the limit.
 
-    A language below ``minimum_positions`` is INCONCLUSIVE, never PASS.
+    A language below ``minimum_positions`` is INCONCLUSIVE, never PASS. The gates of ``behaviour`` are over all of them.
     """
     judged = [row for row in fidelity.languages if row.positions >= policy.minimum_positions]
     results = [
@@ -68,15 +70,18 @@ def apply_gates(fidelity: Fidelity, policy: Gates) -> tuple[Gate, ...]:
         if row.positions < policy.minimum_positions
     ]
     tests = [test for row in judged for test in _tests(row, policy)]
-    broken = holm([p_value(test.estimate, test.limit) for test in tests], 1 - policy.confidence)
+    lost = list(losses(behaviour, policy.behaviour, policy.confidence)) if behaviour else []
+    chances = [*(p_value(test.estimate, test.limit) for test in tests), *(loss.p_value for loss in lost)]
+    broken = holm(chances, 1 - policy.confidence)
     for name in dict.fromkeys(test.name for test in tests):
         gates = [
-            _estimated(test, block, policy, len(tests))
-            for test, block in zip(tests, broken, strict=True)
+            _estimated(test, block, policy, len(chances))
+            for test, block in zip(tests, broken, strict=False)
             if test.name == name
         ]
         failed = [gate for gate in gates if gate.verdict is not Verdict.PASS]
         results += sorted(failed, key=lambda gate: -gate.verdict.severity) or [min(gates, key=_room)]
+    results += [_lost(loss, block, policy) for loss, block in zip(lost, broken[len(tests) :], strict=True)]
     return tuple(results)
 
 
@@ -191,6 +196,28 @@ def _estimated(test: _Judged, broken: bool, policy: Gates, tests: int) -> Gate:
         upper=upper,
         confidence=policy.confidence,
         documents_needed=needed,
+    )
+
+
+def _lost(loss: Loss, broken: bool, policy: Gates) -> Gate:
+    if broken:
+        verdict = Verdict.BLOCK
+    elif not loss.upper <= loss.limit:
+        verdict = Verdict.INCONCLUSIVE
+    else:
+        verdict = Verdict.WARN if loss.lower > policy.warn_at * loss.limit else Verdict.PASS
+    return Gate(
+        name=loss.name,
+        language=None,
+        value=loss.value,
+        limit=loss.limit,
+        unit=loss.unit,
+        direction="at most",
+        sample=loss.sample,
+        verdict=verdict,
+        lower=loss.lower,
+        upper=loss.upper,
+        confidence=policy.confidence,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -20,13 +20,17 @@ from glmexport.checkpoint import Checkpoint, Tokenizer
 from glmexport.errors import InputError
 from glmexport.progress import Progress
 from glmexport.target import Gates
+from glmexport.validation.behaviour.plane import BehaviourPlan, ask, questions_for
+from glmexport.validation.behaviour.tasks import Task
 from glmexport.validation.capture import CapturedReference
 from glmexport.validation.fidelity import Answers, Streamed, compare, statistics_of, summarize
 from glmexport.validation.gates import apply_gates, build_gates, capture_gate, prompt_gate, verdict_of, weight_gates
+from glmexport.validation.generation import GenerationSession
 from glmexport.validation.machine import memory_bandwidth
 from glmexport.validation.prompts import golden_prompts, prompt_parity
 from glmexport.validation.reference import reference_states
 from glmexport.validation.results import (
+    Behaviour,
     Fidelity,
     Gate,
     LanguageFidelity,
@@ -58,6 +62,8 @@ class ValidationPlan:
     prompt_tokens: int = 128
     generated_tokens: int = 64
     repetitions: int = 5
+    #: None asks for no answers.
+    behaviour: BehaviourPlan | None = field(default_factory=BehaviourPlan)
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,8 @@ class Validation:
     weights: WeightCheck | None
     #: None where the original has no chat template.
     prompts: PromptParity | None
+    #: None where nothing was asked.
+    behaviour: Behaviour | None
     shares: tuple[Share, ...]
     performance: Performance
     gates: tuple[Gate, ...]
@@ -107,6 +115,7 @@ def validate(
     threads: int,
     scratch: Path,
     progress: Progress,
+    tasks: Sequence[Task] = (),
 ) -> Validation:
     """Run the exported graph and the original over ``documents`` and compare them.
 
@@ -122,6 +131,7 @@ def validate(
         threads: of the bundle and of the original.
         scratch: where the original's hidden states are kept meanwhile.
         progress: who watches.
+        tasks: of the user's, to be asked as well.
     """
     texts = texts_for(documents, tokenizer, architecture, plan)
     torch.set_num_threads(threads)
@@ -136,10 +146,11 @@ def validate(
         noise = noise_floor(sample, threads, Path(folder), progress)
         fidelity = summarize(texts, divergences, tokenizer, arithmetic(manifest), noise)
         shares = _shares(directory, manifest, sample, plan, session, Path(folder), progress)
+        behaviour = _behaviour(directory, documents, tasks, session, reference, plan, threads, Path(folder), progress)
     weights = check_weights(directory, manifest, reference, progress)
     performance = _performance(directory, manifest, checkpoint, texts, plan, threads, progress)
     prompts = prompt_parity(golden_prompts(checkpoint, documents), Tokenizer.open(directory))
-    return _judged(fidelity, weights, prompts, shares, performance, manifest, policy)
+    return _judged(fidelity, weights, prompts, behaviour, shares, performance, manifest, policy)
 
 
 def validate_captured(
@@ -162,19 +173,42 @@ def validate_captured(
     capture = captured.capture
     fidelity = summarize(texts, divergences, tokenizer, arithmetic(manifest), capture.noise, captured.audit(answers))
     performance = _performance(directory, manifest, None, texts, plan, threads, progress)
-    return _judged(fidelity, None, prompt_parity(capture.prompts, tokenizer), (), performance, manifest, policy)
+    parity = prompt_parity(capture.prompts, tokenizer)
+    return _judged(fidelity, None, parity, None, (), performance, manifest, policy)
+
+
+def _behaviour(
+    directory: Path,
+    documents: Sequence[Document],
+    tasks: Sequence[Task],
+    scoring: ScoringSession,
+    reference: Reference,
+    plan: ValidationPlan,
+    threads: int,
+    scratch: Path,
+    progress: Progress,
+) -> Behaviour | None:
+    if plan.behaviour is None:
+        return None
+    # The bundle's own: what a server tokenizes with. Whether it is the original's is for the prompts to say.
+    tokenizer, session = Tokenizer.open(directory), GenerationSession(directory, threads)
+    asked = questions_for(documents, tokenizer, plan.behaviour, session.context_length)
+    return ask(
+        asked, tasks, session, scoring, reference, tokenizer, plan=plan.behaviour, scratch=scratch, progress=progress
+    )
 
 
 def _judged(
     fidelity: Fidelity,
     weights: WeightCheck | None,
     prompts: PromptParity | None,
+    behaviour: Behaviour | None,
     shares: tuple[Share, ...],
     performance: Performance,
     manifest: Manifest,
     policy: Gates,
 ) -> Validation:
-    gates = apply_gates(fidelity, policy)
+    gates = apply_gates(fidelity, policy, behaviour)
     if weights:
         gates += weight_gates(weights)
     if fidelity.capture:
@@ -186,7 +220,7 @@ def _judged(
         tokens = [matrix.effective_tokens_per_column for matrix in manifest.matrices]
         fewest = min((count for count in tokens if count is not None), default=None)
         gates += build_gates(fallbacks, fewest, len(manifest.matrices))
-    return Validation(fidelity, weights, prompts, shares, performance, gates, verdict_of(gates))
+    return Validation(fidelity, weights, prompts, behaviour, shares, performance, gates, verdict_of(gates))
 
 
 def arithmetic(manifest: Manifest) -> str:

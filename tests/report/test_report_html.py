@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 import pytest
 from sample_report import ATTACK, groups, language, make_report
 
+from glmexport.languages import language_name
 from glmexport.report import text
 from glmexport.report.allocation import summarize
 from glmexport.report.document import CalibrationSummary, Report
@@ -159,7 +160,7 @@ def test_the_verdict_and_every_gate_come_before_the_first_section_heading(report
 def test_every_language_is_there_and_the_worst_is_named(report):
     page = read(report)
     for row in report.fidelity.languages:
-        assert f"{text.language_name(row.language)} {row.language}" in page
+        assert f"{language_name(row.language)} {row.language}" in page
     assert "Arabic ar worst" in page
     assert "0.0412 worst" in page
 

@@ -2,6 +2,7 @@ import math
 
 import pytest
 
+from glmexport.languages import language_name
 from glmexport.report import text
 
 
@@ -92,6 +93,6 @@ def test_spaces_at_the_edge_of_a_token_show():
 
 
 def test_language_names():
-    assert text.language_name("ar") == "Arabic"
-    assert text.language_name("zh-Hant") == "Chinese"
-    assert text.language_name("xx") == "xx"
+    assert language_name("ar") == "Arabic"
+    assert language_name("zh-Hant") == "Chinese"
+    assert language_name("xx") == "xx"

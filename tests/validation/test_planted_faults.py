@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -73,7 +74,7 @@ def shifted(bundle: Path) -> None:
     zero_points[:] = zero_points + 1
 
 
-@pytest.mark.parametrize(("fault", "told"), [(row_of_zeros, "1 of 264 rows"), (shifted, "offset -1.00 steps")])
+@pytest.mark.parametrize(("fault", "told"), [(row_of_zeros, r"\b1 of 264 rows"), (shifted, r"offset -(0\.9[5-9]|1\.0[0-5]) steps")])
 def test_without_a_record_lost_rows_are_still_seen(
     fault: Callable[[Path], None], told: str, sample: Sample, tmp_path: Path
 ) -> None:
@@ -85,7 +86,7 @@ def test_without_a_record_lost_rows_are_still_seen(
     found = checked(bundle, sample.checkpoint)
     assert found.undecided == found.matrices
     (one,) = found.faults
-    assert one.tensor == "lm_head.weight" and one.kind == "far" and told in one.detail
+    assert one.tensor == "lm_head.weight" and one.kind == "far" and re.search(told, one.detail)
     assert [gate.verdict for gate in weight_gates(found)] == [Verdict.PASS, Verdict.WARN]
 
 

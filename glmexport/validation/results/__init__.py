@@ -1,5 +1,13 @@
 """What validation measures: the vocabulary between the measurements, the gates and the report."""
 
+from glmexport.validation.results.behaviour import (
+    Answer,
+    Behaviour,
+    Concurrency,
+    LanguageBehaviour,
+    TaskGroup,
+    Translation,
+)
 from glmexport.validation.results.fidelity import (
     CaptureBound,
     Estimate,
@@ -11,20 +19,26 @@ from glmexport.validation.results.fidelity import (
     WorstToken,
 )
 from glmexport.validation.results.gate import Gate
+from glmexport.validation.results.paired import Paired
 from glmexport.validation.results.performance import Performance, Speed
 from glmexport.validation.results.prompts import PromptDifference, PromptParity
 from glmexport.validation.results.record import Count, Number, Record, Verdict, badness, worst
 from glmexport.validation.results.weights import WeightCheck, WeightFault
 
 __all__ = [
+    "Answer",
+    "Behaviour",
     "CaptureBound",
+    "Concurrency",
     "Count",
     "Estimate",
     "Fidelity",
     "Gate",
+    "LanguageBehaviour",
     "LanguageFidelity",
     "Number",
     "Overlap",
+    "Paired",
     "Performance",
     "PositionBand",
     "PromptDifference",
@@ -32,6 +46,8 @@ __all__ = [
     "Record",
     "Share",
     "Speed",
+    "TaskGroup",
+    "Translation",
     "Verdict",
     "WeightCheck",
     "WeightFault",

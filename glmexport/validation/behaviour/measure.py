@@ -1,0 +1,282 @@
+"""From questions and the answers of both models to what is told of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from statistics import median
+
+import numpy as np
+
+from glmexport.checkpoint import Tokenizer
+from glmexport.progress import Progress
+from glmexport.validation.behaviour.drift import drifted, knows, language, primary
+from glmexport.validation.behaviour.loops import loop
+from glmexport.validation.behaviour.paired import paired
+from glmexport.validation.behaviour.questions import TOOLS, Question
+from glmexport.validation.behaviour.tasks import Task, chrf, score
+from glmexport.validation.behaviour.toolcalls import parse
+from glmexport.validation.generation import GenerationSession
+from glmexport.validation.results import (
+    Answer,
+    Behaviour,
+    Concurrency,
+    LanguageBehaviour,
+    Paired,
+    TaskGroup,
+    Translation,
+)
+
+_SHOWN = 12
+_PROMPT_TOKENS = 40
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One question with the answers of both, and what each is worth."""
+
+    question: Question
+    original: list[int]
+    bundle: list[int]
+    texts: tuple[str, str]
+    #: Of the answers; None where nothing is expected.
+    scores: tuple[float, float] | None
+    #: None: it cannot be told, or the original's own is not in the language that was asked for.
+    drifted: bool | None
+
+    @property
+    def prefix(self) -> int:
+        """Tokens up to the first difference."""
+        pairs = zip(self.original, self.bundle, strict=False)
+        shorter = min(len(self.original), len(self.bundle))
+        return next((place for place, (a, b) in enumerate(pairs) if a != b), shorter)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Answers of both models to the same questions, and how they came about."""
+
+    original: Sequence[list[int]]
+    bundle: Sequence[list[int]]
+    ends: Collection[int]
+    #: Passes through the original.
+    passes: int
+    #: Of the bundle by question's id, ``batch`` at a time.
+    together: Mapping[str, list[int]] = field(default_factory=dict)
+    batch: int = 0
+
+    def ended(self, tokens: list[int]) -> bool:
+        """Whether an answer comes to an end."""
+        return bool(tokens) and tokens[-1] in self.ends
+
+    def text(self, question: Question, tokens: list[int], tokenizer: Tokenizer) -> str:
+        """Of an answer, without its end token; with the special tokens that tool calls may be written in."""
+        kept = tokens[:-1] if self.ended(tokens) else tokens
+        return question.lead + tokenizer.decode(kept, skip_special=question.kind != "tools")
+
+
+def bundle_answers(session: GenerationSession, questions: Sequence[Question], progress: Progress) -> list[list[int]]:
+    """One at a time, with the end token, if it comes."""
+    answers = []
+    with progress.track("Bundle's answers", len(questions)) as track:
+        for question in questions:
+            answers.append(session.tokens(question.ids, question.max_tokens))
+            track.advance(1, question.language or "")
+    return answers
+
+
+def answers_together(
+    session: GenerationSession, questions: Sequence[Question], batch: int, progress: Progress
+) -> dict[str, list[int]]:
+    """Answers by question's id with ``batch`` of them at a time, of one length each; the last ones beside copies."""
+
+    def shape(question: Question) -> tuple[int, int]:
+        return len(question.ids), question.max_tokens
+
+    answers = {}
+    with progress.track("Bundle's answers, together", len(questions)) as track:
+        for (_, max_tokens), group in groupby(sorted(questions, key=shape), key=shape):
+            same = list(group)
+            for start in range(0, len(same), batch):
+                asked = same[start : start + batch]
+                filled = ([question.ids for question in asked] * batch)[:batch]
+                for question, answer in zip(asked, session.together(filled, max_tokens), strict=False):
+                    answers[question.id] = answer
+                track.advance(len(asked))
+    return answers
+
+
+def judge(
+    questions: Sequence[Question],
+    answers: Answers,
+    tokenizer: Tokenizer,
+    tasks: Sequence[Task] = (),
+    choices: Mapping[str, tuple[float, float]] | None = None,
+) -> Behaviour:
+    """Compare the answers, question by question.
+
+    ``tasks`` of the user's that ``questions`` ask by their ids; ``choices``: scores of those that are no questions.
+    """
+    asked = {task.id: task for task in tasks}
+    judged = [
+        _judged(question, theirs, ours, answers, tokenizer, asked.get(question.id))
+        for question, theirs, ours in zip(questions, answers.original, answers.bundle, strict=True)
+    ]
+
+    def compare(chosen: Sequence[Judged], before: Sequence[float], after: Sequence[float]) -> Paired:
+        return paired(before, after, ids=[each.question.id for each in chosen])
+
+    told = [each for each in judged if each.drifted is not None]
+    calls = [each for each in judged if each.question.kind == "tools" and _called(each.texts[0])]
+    sentences = [each for each in judged if each.question.kind == "translate" and each.scores]
+    scores = [each.scores for each in sentences if each.scores]
+    beside = [each for each in calls if each.question.id in answers.together]
+    ratio, error = _length_ratio(judged)
+    languages = dict.fromkeys(each.question.language for each in judged if each.question.language)
+    return Behaviour(
+        passes=answers.passes,
+        languages=tuple(
+            _summary(name, [each for each in judged if each.question.language == name], answers) for name in languages
+        ),
+        overall=_summary("all", judged, answers),
+        ln_length_ratio=ratio,
+        ln_length_ratio_error=error,
+        loops=compare(
+            judged, [not loop(each.original) for each in judged], [not loop(each.bundle) for each in judged]
+        ),
+        ended=compare(
+            judged, *([answers.ended(tokens) for tokens in side] for side in (answers.original, answers.bundle))
+        ),
+        drift=compare(told, [1] * len(told), [not each.drifted for each in told]) if told else None,
+        tool_calls=compare(calls, [1] * len(calls), [_called(each.texts[1]) for each in calls]) if calls else None,
+        tool_calls_together=compare(
+            beside,
+            [1] * len(beside),
+            [
+                _called(answers.text(each.question, answers.together[each.question.id], tokenizer))
+                for each in beside
+            ],
+        )
+        if beside
+        else None,
+        translation=compare(sentences, *map(list, zip(*scores, strict=True))) if sentences else None,
+        translations=tuple(
+            _translation(name, [score for each, score in zip(sentences, scores, strict=True)
+                                if each.question.language == name])
+            for name in dict.fromkeys(each.question.language for each in sentences) if name
+        ),
+        tasks=_groups(tasks, {each.question.id: each.scores for each in judged if each.scores} | dict(choices or {})),
+        concurrency=_concurrency(judged, answers) if answers.together else None,
+        differences=_differences(judged, tokenizer),
+    )  # fmt: skip
+
+
+def _judged(
+    question: Question, theirs: list[int], ours: list[int], answers: Answers, tokenizer: Tokenizer, task: Task | None
+) -> Judged:
+    before, after = (answers.text(question, tokens, tokenizer) for tokens in (theirs, ours))
+    scores = None
+    if task:
+        scores = score(task, before), score(task, after)
+    elif question.expected is not None:
+        scores = chrf(before, [question.expected]), chrf(after, [question.expected])
+    return Judged(question, theirs, ours, (before, after), scores, _moved(question, before, after))
+
+
+def _moved(question: Question, before: str, after: str) -> bool | None:
+    """Where the original itself answers in another language than it was asked in, none is lost."""
+    if question.kind == "tools":
+        return None
+    original = language(before)
+    asked = question.language
+    if original is None or (asked and knows(asked) and original.tag != primary(asked)):
+        return None
+    return drifted(asked, original, language(after))
+
+
+def _groups(tasks: Sequence[Task], scores: Mapping[str, tuple[float, float]]) -> tuple[TaskGroup, ...]:
+    groups = []
+    for name, metric in dict.fromkeys((task.name, task.metric) for task in tasks):
+        chosen = [task.id for task in tasks if (task.name, task.metric) == (name, metric)]
+        before, after = (list(side) for side in zip(*(scores[id_] for id_ in chosen), strict=True))
+        groups.append(
+            TaskGroup(
+                name=name,
+                metric=metric,
+                original=float(np.mean(before)),
+                bundle=float(np.mean(after)),
+                change=paired(before, after, ids=chosen),
+            )
+        )
+    return tuple(groups)
+
+
+def _called(text: str) -> bool:
+    """Whether an answer has a call, and nothing wrong with any."""
+    parsed = parse(text, TOOLS)
+    return bool(parsed.calls) and not parsed.faults
+
+
+def _length_ratio(judged: Sequence[Judged]) -> tuple[float, float]:
+    """Ln of a ratio of sums, and its error by linearization (Cochran, Sampling Techniques, 1977, section 6)."""
+    before = np.array([len(each.original) for each in judged], np.float64)
+    after = np.array([len(each.bundle) for each in judged], np.float64)
+    ratio = after.sum() / before.sum()
+    count = len(judged)
+    spread = math.sqrt(float(np.square(after - ratio * before).sum()) * count / max(count - 1, 1))
+    return math.log(ratio), spread / float(after.sum())
+
+
+def _summary(name: str, judged: Sequence[Judged], answers: Answers) -> LanguageBehaviour:
+    return LanguageBehaviour(
+        language=name,
+        answers=len(judged),
+        identical=sum(each.original == each.bundle for each in judged),
+        exact_prefix_p50=median(each.prefix for each in judged),
+        tokens_original=sum(len(each.original) for each in judged),
+        tokens_bundle=sum(len(each.bundle) for each in judged),
+        ended_original=sum(answers.ended(each.original) for each in judged),
+        ended_bundle=sum(answers.ended(each.bundle) for each in judged),
+        loops_original=sum(loop(each.original) is not None for each in judged),
+        loops_bundle=sum(loop(each.bundle) is not None for each in judged),
+        drift_judged=sum(each.drifted is not None for each in judged),
+        drifted=sum(each.drifted is True for each in judged),
+    )
+
+
+def _translation(name: str, scores: Sequence[tuple[float, ...]]) -> Translation:
+    before, after = np.mean(scores, 0)
+    return Translation(language=name, sentences=len(scores), chrf_original=float(before), chrf_bundle=float(after))
+
+
+def _concurrency(judged: Sequence[Judged], answers: Answers) -> Concurrency:
+    same = sum(each.bundle == answers.together.get(each.question.id) for each in judged)
+    return Concurrency(batch=answers.batch, prompts=len(answers.together), identical=same)
+
+
+def _differences(judged: Sequence[Judged], tokenizer: Tokenizer) -> tuple[Answer, ...]:
+    """Tasks whose score fell, then the earliest differences, one a kind and language before a second of any."""
+    seen: dict[tuple[str, str | None], int] = {}
+    ranked = []
+    for each in sorted((each for each in judged if each.original != each.bundle), key=lambda each: each.prefix):
+        group = (each.question.kind, each.question.language)
+        seen[group] = seen.get(group, 0) + 1
+        fell = each.question.kind == "task" and each.scores is not None and each.scores[1] < each.scores[0]
+        ranked.append((not fell, seen[group], each.prefix, each))
+    ranked.sort(key=lambda entry: entry[:3])
+    return tuple(
+        Answer(
+            id=each.question.id,
+            kind=each.question.kind,
+            language=each.question.language,
+            prompt=tokenizer.decode(each.question.ids[-_PROMPT_TOKENS:]),
+            original=each.texts[0],
+            bundle=each.texts[1],
+            exact_prefix=each.prefix,
+            score_original=each.scores[0] if each.scores else None,
+            score_bundle=each.scores[1] if each.scores else None,
+        )
+        for *_, each in ranked[:_SHOWN]
+    )

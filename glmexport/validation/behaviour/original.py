@@ -1,0 +1,81 @@
+"""The original's own answers, in as few passes through it as another model's answers differ from them.
+
+A draft is what the bundle answers. One pass of the original over prompt and draft says at every position what it would
+have said itself; up to the first difference, the draft is its greedy answer. From there the bundle drafts again. That
+is speculative decoding (Leviathan et al., arXiv 2211.17192) with drafts of the whole answer, and blocks that are read
+once a pass for all answers together: no machine is too small for it, and the answers do not depend on the drafts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+
+import torch
+
+from glmexport.architecture import Reference
+from glmexport.progress import Progress
+from glmexport.validation.reference import reference_states
+from glmexport.validation.texts import EvaluationText
+
+#: ``draft(index, answer so far)``: what the bundle would go on with, to the end.
+Draft = Callable[[int, list[int]], list[int]]
+
+#: Answers that go through a block together.
+_BATCH = 8
+
+
+def verified_answers(
+    reference: Reference,
+    prompts: Sequence[Sequence[int]],
+    draft: Draft,
+    *,
+    limits: Sequence[int],
+    ends: Collection[int],
+    scratch: Path,
+    progress: Progress,
+) -> tuple[list[list[int]], int]:
+    """The original's greedy answer to each of ``prompts``, up to as many tokens as ``limits`` says, with the end
+    token, if it comes.
+
+    Returns the answers and the number of passes that it took.
+    """
+    answers: list[list[int]] = [[] for _ in prompts]
+    unfinished, passes = list(range(len(prompts))), 0
+    while unfinished:
+        passes += 1
+        drafts = {index: draft(index, answers[index])[: limits[index] - len(answers[index])] for index in unfinished}
+        # Of one length or nearly so beside each other, for the sake of padding.
+        order = sorted(unfinished, key=lambda index: len(prompts[index]) + len(answers[index]) + len(drafts[index]))
+        texts = [
+            EvaluationText(
+                str(index),
+                "",
+                torch.tensor([*prompts[index], *answers[index], *drafts[index]]),
+                len(prompts[index]) + len(answers[index]),
+            )
+            for index in order
+        ]
+        states = reference_states(
+            reference, texts, scratch, progress, label=f"Original's answers, pass {passes}", batch=_BATCH
+        )
+        for place, index in enumerate(order):
+            # The last row says what follows the whole draft.
+            rows = states.load(place)[0, texts[place].prefix - 1 :]
+            _accept(answers[index], drafts[index], reference.logits(rows).argmax(-1).tolist(), ends, limits[index])
+        unfinished = [
+            index
+            for index in unfinished
+            if len(answers[index]) < limits[index] and not (answers[index] and answers[index][-1] in ends)
+        ]
+    return answers, passes
+
+
+def _accept(answer: list[int], draft: Sequence[int], wanted: Sequence[int], ends: Collection[int], limit: int) -> None:
+    """Append the draft as far as it is what the original ``wanted``, and the token that it wanted next."""
+    for place, token in enumerate(wanted):
+        if len(answer) == limit:
+            return
+        answer.append(token)
+        if token in ends or place == len(draft) or draft[place] != token:
+            return

@@ -1,0 +1,140 @@
+"""The plane of behaviour: what is asked, what both answer, and what comes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from glmexport.architecture import Reference
+from glmexport.calibration import Document
+from glmexport.checkpoint import Tokenizer
+from glmexport.errors import InputError
+from glmexport.progress import Progress
+from glmexport.validation.behaviour.choices import choice_scores, choice_texts
+from glmexport.validation.behaviour.measure import Answers, answers_together, bundle_answers, judge
+from glmexport.validation.behaviour.original import verified_answers
+from glmexport.validation.behaviour.questions import Question, questions, task_question
+from glmexport.validation.behaviour.tasks import Task
+from glmexport.validation.generation import GenerationSession
+from glmexport.validation.reference import reference_states
+from glmexport.validation.results import Behaviour
+from glmexport.validation.session import ScoringSession
+
+
+@dataclass(frozen=True)
+class BehaviourPlan:
+    """How much is asked."""
+
+    #: Texts a language to go on with.
+    each: int = 5
+    #: Sentences from English into every other language.
+    translations: int = 3
+    #: At which an answer is cut.
+    max_tokens: int = 64
+    #: Prompts at a time, once everything was asked alone; 0 leaves that out.
+    batch: int = 4
+
+
+def questions_for(
+    documents: Sequence[Document], tokenizer: Tokenizer, plan: BehaviourPlan, context_length: int
+) -> list[Question]:
+    """The shipped questions, with answers as long as the context allows."""
+    asked = questions(documents, tokenizer, each=plan.each, translations=plan.translations, max_tokens=plan.max_tokens)
+    return [_fitted(question, context_length) for question in asked if len(question.ids) < context_length]
+
+
+def _fitted(question: Question, context_length: int) -> Question:
+    room = context_length - len(question.ids)
+    return question if question.max_tokens <= room else question.model_copy(update={"max_tokens": room})
+
+
+def ask(
+    shipped: Sequence[Question],
+    tasks: Sequence[Task],
+    session: GenerationSession,
+    scoring: ScoringSession,
+    reference: Reference,
+    tokenizer: Tokenizer,
+    *,
+    plan: BehaviourPlan,
+    scratch: Path,
+    progress: Progress,
+) -> Behaviour:
+    """Ask both models the ``shipped`` questions and ``tasks`` of the user's.
+
+    Raises:
+        InputError: a task fills the context.
+    """
+    texts = choice_texts(tasks, tokenizer)
+    own = [task_question(task, tokenizer, plan.max_tokens) for task in tasks if task.choices is None]
+    for name, length in [
+        *((each.id, len(each.ids)) for each in own),
+        *((text.document, len(text.ids)) for text in texts),
+    ]:
+        if length >= session.context_length:
+            raise InputError(
+                f"The task {name} has {length} tokens and the context {session.context_length}.",
+                next_step="Shorten it.",
+            )
+    asked = [*shipped, *(_fitted(question, session.context_length) for question in own)]
+    bundle = bundle_answers(session, asked, progress)
+    original, passes = verified_answers(
+        reference,
+        [question.ids for question in asked],
+        drafts(session, asked, bundle),
+        limits=[question.max_tokens for question in asked],
+        ends=session.ends,
+        scratch=scratch,
+        progress=progress,
+    )
+    choices: dict[str, tuple[float, float]] = {}
+    if texts:
+        states = reference_states(reference, texts, scratch, progress, label="Original's choices")
+        before = choice_scores(tasks, texts, lambda index: reference.logits(states.states(index)))
+        after = choice_scores(
+            tasks, texts, lambda index: scoring.logits(texts[index].ids)[texts[index].prefix - 1 : -1]
+        )
+        choices = {id_: (score, after[id_]) for id_, score in before.items()}
+    return judge(asked, _answers(session, asked, original, bundle, passes, plan, progress), tokenizer, tasks, choices)
+
+
+def ask_bundle(
+    asked: Sequence[Question],
+    original: Sequence[list[int]],
+    session: GenerationSession,
+    tokenizer: Tokenizer,
+    *,
+    plan: BehaviourPlan,
+    progress: Progress,
+) -> Behaviour:
+    """Ask the bundle what the ``original`` has answered already."""
+    bundle = bundle_answers(session, asked, progress)
+    return judge(asked, _answers(session, asked, original, bundle, 0, plan, progress), tokenizer)
+
+
+def drafts(
+    session: GenerationSession, asked: Sequence[Question], answers: Sequence[list[int]]
+) -> Callable[[int, list[int]], list[int]]:
+    """What the bundle goes on with, first of all its own ``answers``."""
+
+    def draft(index: int, so_far: list[int]) -> list[int]:
+        question = asked[index]
+        if not so_far:
+            return answers[index]
+        return session.tokens([*question.ids, *so_far], question.max_tokens - len(so_far))
+
+    return draft
+
+
+def _answers(
+    session: GenerationSession,
+    asked: Sequence[Question],
+    original: Sequence[list[int]],
+    bundle: Sequence[list[int]],
+    passes: int,
+    plan: BehaviourPlan,
+    progress: Progress,
+) -> Answers:
+    together = answers_together(session, asked, plan.batch, progress) if plan.batch else {}
+    return Answers(original, bundle, session.ends, passes, together, plan.batch)

@@ -1,0 +1,87 @@
+"""What a bundle lost in its answers against the original's, as quantities that have to be small."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from scipy.special import ndtr, ndtri
+
+from glmexport.target import BehaviourLimits
+from glmexport.validation.results import Behaviour, Paired
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One limit: the value found, bounds that the true one is beyond in one case of 1 / (1 - confidence) each, and the
+    chance of a value this large or larger if the true one were the limit.
+    """
+
+    name: str
+    value: float
+    limit: float
+    unit: str
+    lower: float
+    upper: float
+    p_value: float
+    sample: str
+
+
+def losses(behaviour: Behaviour, limits: BehaviourLimits, confidence: float) -> Iterator[Loss]:
+    """Every loss that the plane of behaviour judges, over all languages: single ones have too few answers."""
+    yield _length(behaviour, limits.length_ratio, confidence)
+    shares = {
+        "Answers that end in a loop, more": behaviour.loops,
+        "Answers that do not end, more": behaviour.ended,
+        "Answers in another language": behaviour.drift,
+        "Tool calls lost": behaviour.tool_calls,
+        "Tool calls lost in a batch": behaviour.tool_calls_together,
+    }
+    for name, change in shares.items():
+        if change is not None:
+            yield _loss(name, change, limits.answers, "share", "answers")
+    if behaviour.translation is not None:
+        yield _loss("chrF of translations lost", behaviour.translation, limits.chrf, "", "sentences")
+    for group in behaviour.tasks:
+        yield _loss(f"Score lost in {group.name} ({group.metric})", group.change, limits.tasks, "share", "tasks")
+
+
+def _length(behaviour: Behaviour, most: float, confidence: float) -> Loss:
+    """The logarithm of the ratio of lengths, which has to be small in either direction."""
+    ratio, error = behaviour.ln_length_ratio, behaviour.ln_length_ratio_error
+    reach = float(ndtri(confidence)) * error
+    ends = abs(ratio - reach), abs(ratio + reach)
+    limit = math.log1p(most)
+    return Loss(
+        "ln of lengths of answers, bundle / original",
+        abs(ratio),
+        limit,
+        "",
+        0.0 if abs(ratio) <= reach else min(ends),
+        max(ends),
+        _chance(abs(ratio) - limit, error),
+        f"{behaviour.overall.answers} answers, {behaviour.overall.tokens_original} tokens of the original",
+    )
+
+
+def _loss(name: str, change: Paired, limit: float, unit: str, noun: str) -> Loss:
+    value = -change.mean_difference
+    return Loss(
+        name,
+        value,
+        limit,
+        unit,
+        -change.upper_bound,
+        -change.lower_bound,
+        _chance(value - limit, change.standard_error),
+        f"{change.tasks} {noun}, {change.lost} lost and {change.gained} gained",
+    )
+
+
+def _chance(distance: float, error: float) -> float:
+    if not math.isfinite(error):
+        return 1.0
+    if error == 0:
+        return 0.0 if distance > 0 else 1.0
+    return float(ndtr(-distance / error))
