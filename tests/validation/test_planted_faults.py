@@ -74,7 +74,9 @@ def shifted(bundle: Path) -> None:
     zero_points[:] = zero_points + 1
 
 
-@pytest.mark.parametrize(("fault", "told"), [(row_of_zeros, r"\b1 of 264 rows"), (shifted, r"offset -(0\.9[5-9]|1\.0[0-5]) steps")])
+@pytest.mark.parametrize(
+    ("fault", "told"), [(row_of_zeros, r"\b1 of 264 rows"), (shifted, r"offset -(0\.9[5-9]|1\.0[0-5]) steps")]
+)
 def test_without_a_record_lost_rows_are_still_seen(
     fault: Callable[[Path], None], told: str, sample: Sample, tmp_path: Path
 ) -> None:
