@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,14 +12,16 @@ import torch
 
 from glmexport import __version__
 from glmexport.architecture import Reference
-from glmexport.calibration import shipped_documents
-from glmexport.compile import partial_of, put_in_place, source_of
+from glmexport.calibration import Document, shipped_documents
+from glmexport.compile import open_bundle, partial_of, put_in_place, source_of
 from glmexport.job import Original, refuse_existing, require_free
 from glmexport.progress import Progress
 from glmexport.quantization import WorkDirectory
 from glmexport.validation import machine
-from glmexport.validation.capture import REFERENCE, TOP_K, Capture, write_capture
+from glmexport.validation.behaviour.plane import ask_original, questions_for
+from glmexport.validation.capture import REFERENCE, TOP_K, Capture, CapturedAnswer, write_capture
 from glmexport.validation.fidelity import Streamed
+from glmexport.validation.generation import GenerationSession
 from glmexport.validation.prompts import golden_prompts
 from glmexport.validation.reference import reference_states
 from glmexport.validation.run import ValidationPlan, first_texts, noise_floor, texts_for
@@ -34,6 +37,8 @@ class CaptureOptions:
     plan: ValidationPlan
     top_k: int = TOP_K
     force: bool = False
+    #: A bundle of the same checkpoint that drafts the free answers; without one none are kept.
+    draft: Path | None = None
 
 
 def capture_reference(original: Original, output: Path, options: CaptureOptions, progress: Progress) -> Capture:
@@ -43,9 +48,12 @@ def capture_reference(original: Original, output: Path, options: CaptureOptions,
 
     Raises:
         InputError: ``output`` exists and may not be replaced.
+        BundleError: the draft is a bundle of another checkpoint.
         MachineError: the disk has too little space, or somebody else captures the same.
     """
     refuse_existing(output, options.force, REFERENCE, _KIND)
+    if options.draft:
+        open_bundle(options.draft, original, progress)
     torch.set_num_threads(options.threads)
     documents = shipped_documents("evaluation")
     texts = texts_for(documents, original.tokenizer, original.architecture, options.plan)
@@ -66,6 +74,7 @@ def capture_reference(original: Original, output: Path, options: CaptureOptions,
         states = reference_states(reference, texts, work.path, progress, kept=work)
         sample = Streamed(states.only(first_texts(texts, 1)), reference)
         noise = noise_floor(sample, options.threads, work.path, progress)
+        answers = _answers(original, documents, reference, options, work.path, progress)
         if partial.exists():
             shutil.rmtree(partial)
         try:
@@ -75,6 +84,7 @@ def capture_reference(original: Original, output: Path, options: CaptureOptions,
                 source_of(original, progress),
                 noise,
                 golden_prompts(original.checkpoint, documents),
+                answers,
                 machine.library_versions(),
                 progress,
                 top_k=options.top_k,
@@ -86,3 +96,24 @@ def capture_reference(original: Original, output: Path, options: CaptureOptions,
             raise
     shutil.rmtree(work.path)
     return captured
+
+
+def _answers(
+    original: Original,
+    documents: Sequence[Document],
+    reference: Reference,
+    options: CaptureOptions,
+    scratch: Path,
+    progress: Progress,
+) -> tuple[CapturedAnswer, ...] | None:
+    """The original's own, which do not depend on the bundle that drafts them; only the number of passes does."""
+    plan = options.plan.behaviour
+    if options.draft is None or plan is None:
+        return None
+    session = GenerationSession(options.draft, options.threads)
+    asked = questions_for(documents, original.tokenizer, plan, session.context_length)
+    answers = ask_original(asked, session, reference, scratch, progress)
+    return tuple(
+        CapturedAnswer(question=question, tokens=tuple(tokens))
+        for question, tokens in zip(asked, answers, strict=True)
+    )

@@ -43,6 +43,7 @@ from glmexport.report.assemble import BuildCost, assemble
 from glmexport.report.document import Report
 from glmexport.report.write import write_report
 from glmexport.target import Policy
+from glmexport.validation.behaviour.tasks import Task
 from glmexport.validation.capture import CapturedReference
 from glmexport.validation.machine import peak_memory
 from glmexport.validation.run import ValidationPlan, validate, validate_captured
@@ -62,6 +63,8 @@ class BuildOptions:
     validation: ValidationPlan = field(default_factory=ValidationPlan)
     #: What a bundle has to keep; None: the gates of its target.
     policy: Policy | None = None
+    #: Of the user's, asked with the other free answers.
+    tasks: tuple[Task, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -292,6 +295,7 @@ def _validated(
         threads=options.threads,
         scratch=where,
         progress=progress,
+        tasks=options.tasks,
     )
     report = assemble(
         manifest, validation, policy, name=final.name, directory=where, command=options.command, build=cost

@@ -18,6 +18,7 @@ from glmexport.cli.options import (
     json_option,
     memory_option,
     policy_option,
+    tasks_option,
     threads_option,
 )
 
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 @device_option
 @memory_option
 @policy_option
+@tasks_option
 @threads_option
 @click.option("--force", is_flag=True, help="Replace a bundle that exists.")
 @json_option
@@ -57,6 +59,7 @@ def build(
     device_name: str,
     max_memory: int | None,
     policy_path: Path | None,
+    task_files: tuple[Path, ...],
     threads: int,
     force: bool,
     as_json: bool,
@@ -76,10 +79,12 @@ def build(
     from glmexport.estimate import estimate, measured_flops
     from glmexport.job import Original, budget_of, formats_of, jobs_of
     from glmexport.target import open_policy, open_target
+    from glmexport.validation.behaviour.tasks import read_tasks
 
     terminal = Terminal()
     device = open_device(device_name)
     policy = open_policy(policy_path) if policy_path else None
+    tasks = tuple(read_tasks(task_files)) if task_files else ()
     targets = [open_target(name) for name in dict.fromkeys(target_names)]
     original = Original.open(checkpoint, terminal, adapter)
     merged = original.checkpoint.adapter
@@ -112,7 +117,7 @@ def build(
         )
     for key, reason in original.unused.items():
         terminal.remark(f"{key} is not used: {reason}.")
-    options = BuildOptions(threads, max_memory, calibration, device, force, command_line(), policy=policy)
+    options = BuildOptions(threads, max_memory, calibration, device, force, command_line(), policy=policy, tasks=tasks)
     built = compile_bundles(original, jobs, options, terminal)
     for bundle in built:
         show(terminal.console, bundle.report, bundle.directory)

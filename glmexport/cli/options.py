@@ -62,6 +62,18 @@ def policy_option(command: Command) -> Command:
     )(command)
 
 
+def tasks_option(command: Command) -> Command:
+    """--tasks."""
+    return click.option(
+        "--tasks",
+        "task_files",
+        metavar="FILE",
+        multiple=True,
+        type=click.Path(path_type=Path),
+        help="Tasks of your own to ask both models, one JSON object a line (README, 'Your own tasks'); repeatable.",
+    )(command)
+
+
 def memory_option(command: Command) -> Command:
     """--max-memory."""
     return click.option("--max-memory", type=Bytes(), help="Keep the build below this much memory, for example 8GiB.")(

@@ -19,11 +19,22 @@ from glmexport.cli.options import adapter_option, checkpoint_argument, json_opti
     "--top-k", type=click.IntRange(min=1), default=1024, show_default=True,
     help="Most likely tokens kept at each position; of all others, what they have together.",
 )  # fmt: skip
+@click.option(
+    "--draft", metavar="BUNDLE", type=click.Path(path_type=Path),
+    help="A bundle of CHECKPOINT to draft its free answers, which are kept then; the better it is, the faster.",
+)  # fmt: skip
 @threads_option
 @click.option("--force", is_flag=True, help="Replace a captured reference that exists.")
 @json_option
 def reference(
-    checkpoint: str, adapter: str | None, output: Path, top_k: int, threads: int, force: bool, as_json: bool
+    checkpoint: str,
+    adapter: str | None,
+    output: Path,
+    top_k: int,
+    draft: Path | None,
+    threads: int,
+    force: bool,
+    as_json: bool,
 ) -> None:
     """Ask CHECKPOINT about the evaluation text and keep its answers, for 'validate --reference' on any machine.
 
@@ -47,7 +58,8 @@ def reference(
             "threads": str(threads),
         },
     )
-    captured = capture_reference(original, output, CaptureOptions(threads, ValidationPlan(), top_k, force), terminal)
+    options = CaptureOptions(threads, ValidationPlan(), top_k, force, draft)
+    captured = capture_reference(original, output, options, terminal)
     positions = sum(text.positions for text in captured.texts)
     size = sum(entry.size for entry in captured.files)
     terminal.facts(
@@ -59,9 +71,13 @@ def reference(
             f"{len({text.language for text in captured.texts})} languages",
             "kept": f"{min(captured.top_k, captured.vocabulary_size)} of {captured.vocabulary_size} tokens a position; "
             f"all others together have {captured.tail_mass:.2%}",
+            "free answers": "none; --draft BUNDLE has them captured too"
+            if captured.answers is None
+            else f"{len(captured.answers)} prompts",
             "size": gibibytes(size),
         },
     )
     if as_json:
         document = {"reference": str(output), "digest": captured.digest(), "positions": positions, "bytes": size}
+        document["answers"] = None if captured.answers is None else len(captured.answers)
         emit(json.dumps(document, indent=2, ensure_ascii=False))

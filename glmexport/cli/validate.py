@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from glmexport.cli.console import Terminal, emit
-from glmexport.cli.options import adapter_option, json_option, policy_option, threads_option
+from glmexport.cli.options import adapter_option, json_option, policy_option, tasks_option, threads_option
 
 
 @click.command()
@@ -19,6 +19,7 @@ from glmexport.cli.options import adapter_option, json_option, policy_option, th
 )  # fmt: skip
 @adapter_option
 @policy_option
+@tasks_option
 @threads_option
 @json_option
 def validate(
@@ -27,6 +28,7 @@ def validate(
     reference: Path | None,
     adapter: str | None,
     policy_path: Path | None,
+    task_files: tuple[Path, ...],
     threads: int,
     as_json: bool,
 ) -> int:
@@ -40,6 +42,7 @@ def validate(
     from glmexport.errors import InputError
     from glmexport.job import Original
     from glmexport.target import open_policy
+    from glmexport.validation.behaviour.tasks import read_tasks
     from glmexport.validation.capture import CapturedReference
 
     terminal = Terminal()
@@ -50,8 +53,14 @@ def validate(
         )
     if adapter and checkpoint is None:
         raise InputError("--adapter belongs to --against.", next_step="A reference was captured with its adapter.")
+    if task_files and checkpoint is None:
+        raise InputError(
+            "--tasks belongs to --against: a captured reference does not know what the original answers to them.",
+            next_step="Give the checkpoint, or leave the tasks out.",
+        )
     policy = open_policy(policy_path) if policy_path else None
-    options = BuildOptions(threads, command=command_line(), policy=policy)
+    tasks = tuple(read_tasks(task_files)) if task_files else ()
+    options = BuildOptions(threads, command=command_line(), policy=policy, tasks=tasks)
     manifest = read_manifest(bundle)
 
     def told(original: dict[str, str]) -> None:

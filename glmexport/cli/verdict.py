@@ -11,8 +11,9 @@ from rich.text import Text
 from glmexport.cli.console import gibibytes
 from glmexport.errors import EXIT_BLOCK, EXIT_INCONCLUSIVE, EXIT_PASS
 from glmexport.report.allocation import summarize
+from glmexport.report.behaviour import answer_rows
 from glmexport.report.document import HTML_NAME, Report
-from glmexport.validation.results import CaptureBound, LanguageFidelity, Verdict, WeightCheck
+from glmexport.validation.results import Behaviour, CaptureBound, LanguageFidelity, Verdict, WeightCheck
 
 _EXIT = {
     Verdict.PASS: EXIT_PASS,
@@ -42,6 +43,8 @@ def show(console: Console, report: Report, directory: Path) -> None:
     if report.fidelity.capture:
         console.print(_capture(report.fidelity.capture), style="dim")
     console.print(_shares(report))
+    if report.behaviour:
+        console.print(_answers(report.behaviour))
     console.print(_spending(report))
     console.print(_cost(report))
     console.print(_conditions(report), style="dim")
@@ -106,6 +109,13 @@ def _shares(report: Report) -> Table | str:
     table = _table("\nWhere the divergence comes from", "part", "KL mean added (nats)", "")
     for share in report.shares:
         table.add_row(share.name, f"{share.kl_mean_nats:+.4f}", share.note)
+    return table
+
+
+def _answers(behaviour: Behaviour) -> Table:
+    table = _table(f"\nFree answers: {behaviour.overall.answers} prompts", "", "original", "bundle", "")
+    for row in answer_rows(behaviour):
+        table.add_row(Text(row.name), row.original or "-", row.bundle, row.note)
     return table
 
 

@@ -80,6 +80,7 @@ def assemble(
         fidelity=validation.fidelity,
         weights=validation.weights,
         prompts=validation.prompts,
+        behaviour=validation.behaviour,
         shares=validation.shares,
         performance=validation.performance,
         quantization=_quantization(manifest, build),
@@ -172,7 +173,8 @@ def _limits(validation: Validation) -> tuple[str, ...]:
     least = min(rows, key=lambda row: row.positions)
     return (
         "Fidelity is measured on next-token distributions over written text of a few kinds (documentation, and a legal "
-        "text); it does not show how tasks, dialogues or tool calls of your own turn out.",
+        "text).",
+        *_answered(validation),
         f"Languages other than the {len(rows)} listed are not covered; the one with the least text, {least.language}, "
         f"rests on {least.positions} positions of {least.documents} documents.",
         f"Texts are at most a few hundred tokens long, and speed is measured with a prompt of "
@@ -180,6 +182,18 @@ def _limits(validation: Validation) -> tuple[str, ...]:
         "Speed is that of this machine, with one sequence at a time, at the time of the measurement.",
         "The bounds say what other documents of the same kind would show; text of another kind they do not cover.",
         *_captured(validation),
+    )
+
+
+def _answered(validation: Validation) -> tuple[str, ...]:
+    behaviour = validation.behaviour
+    if behaviour is None:
+        return ("Free answers were not compared: dialogues, tool calls and tasks are not covered.",)
+    longest = max(behaviour.overall.tokens_original, behaviour.overall.tokens_bundle) / behaviour.overall.answers
+    tasks = "" if behaviour.tasks else " Tasks of your own were not among them (--tasks)."
+    return (
+        f"Free answers are greedy and short, {longest:.0f} tokens on average; long dialogues, sampling and chains of "
+        f"tool calls are not covered.{tasks}",
     )
 
 

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 from glmexport.errors import BundleError
 from glmexport.target import Gates
 from glmexport.validation.results import (
+    Behaviour,
     Count,
     Fidelity,
     Gate,
@@ -186,6 +187,8 @@ class Report(Record):
     """None where the original has no chat template."""
     weights: WeightCheck | None = None
     """None where the original was not at hand."""
+    behaviour: Behaviour | None = None
+    """None where no answers were asked for, or the captured original has none."""
     shares: tuple[Share, ...]
     performance: Performance
     quantization: QuantizationSummary | None

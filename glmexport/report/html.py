@@ -14,6 +14,7 @@ from markupsafe import Markup
 from glmexport.languages import language_name
 from glmexport.report import charts, text
 from glmexport.report.allocation import summarize
+from glmexport.report.behaviour import LANGUAGE_HEADS, answer_rows, kind, language_row, parted
 from glmexport.validation.results import Gate, LanguageFidelity, Speed, Verdict
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def render_html(report: Report) -> str:
                 summarize(report.quantization.linears, report.quantization.groups) if report.quantization else None
             ),
             margin_text=_margin_text,
+            answer_rows=answer_rows(report.behaviour) if report.behaviour else [],
         )
     )
 
@@ -78,7 +80,11 @@ def _environment() -> Environment:
         keep_trailing_newline=True,
     )
     environment.globals.update(
+        answer_heads=LANGUAGE_HEADS,
+        kind=kind,
+        language_row=language_row,
         margin=_margin,
+        parted=parted,
         sample=text.sample,
         part_of=_part_of,
         quotient=_quotient,

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from glmexport.report import text
+from glmexport.report.behaviour import LANGUAGE_HEADS, answer_rows, language_row
 
 if TYPE_CHECKING:
     from glmexport.report.document import Report
@@ -35,6 +36,7 @@ def render_markdown(report: Report) -> str:
             map(_language, _rows(report)),
         ),
         *_prompts(report),
+        *_behaviour(report),
         *_weights(report),
         "## Size and speed",
         _table(("", "Original", "Bundle"), _costs(report)),
@@ -99,6 +101,19 @@ def _prompts(report: Report) -> list[str]:
         for each in parity.differences[:6]
     )
     return ["## Prompts", "\n".join([told, "", *shown]).rstrip()]
+
+
+def _behaviour(report: Report) -> list[str]:
+    behaviour = report.behaviour
+    if behaviour is None:
+        return []
+    rows = ((_foreign(row.name), row.original, row.bundle, row.note) for row in answer_rows(behaviour))
+    languages = ((_foreign(row.language), *language_row(row)) for row in behaviour.languages)
+    return [
+        "## Free answers",
+        _table(("", "Original", "Bundle", "Change"), rows),
+        _table(("Language", *LANGUAGE_HEADS), languages),
+    ]
 
 
 def _weights(report: Report) -> list[str]:

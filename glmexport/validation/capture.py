@@ -25,6 +25,7 @@ from glmexport.definition import Definition
 from glmexport.errors import BundleError
 from glmexport.progress import Progress
 from glmexport.quantization import sha256
+from glmexport.validation.behaviour.questions import Question
 from glmexport.validation.divergence import Divergence, divergence
 from glmexport.validation.fidelity import Answers, Streamed, position_slices
 from glmexport.validation.partition import Partition, partition, partition_divergence
@@ -51,6 +52,13 @@ class CapturedText(Definition):
     positions: int = Field(ge=1)
 
 
+class CapturedAnswer(Definition):
+    """A prompt, and the original's own greedy answer with the end token, if it came."""
+
+    question: Question
+    tokens: tuple[int, ...] = Field(min_length=1)
+
+
 class Capture(Definition):
     """The content of reference.json."""
 
@@ -67,6 +75,8 @@ class Capture(Definition):
     noise: LanguageFidelity
     #: Why transformers cannot open the tokenizer, or None without a chat template.
     prompts: tuple[GoldenPrompt, ...] | str | None
+    #: None: no bundle was at hand to draft them.
+    answers: tuple[CapturedAnswer, ...] | None = None
     versions: dict[str, str]
     files: tuple[FileEntry, ...]
 
@@ -83,6 +93,7 @@ def write_capture(
     source: Source,
     noise: LanguageFidelity,
     prompts: Sequence[GoldenPrompt] | str | None,
+    answers: tuple[CapturedAnswer, ...] | None,
     versions: dict[str, str],
     progress: Progress,
     *,
@@ -126,6 +137,7 @@ def write_capture(
         ),
         noise=noise,
         prompts=prompts if prompts is None or isinstance(prompts, str) else tuple(prompts),
+        answers=answers,
         versions=versions,
         files=tuple(
             FileEntry(path=path.relative_to(directory).as_posix(), size=path.stat().st_size, sha256=sha256(path))
@@ -238,6 +250,14 @@ class CapturedReference:
     def _check(self) -> None:
         """Every tensor is there in its shape and type, so that no later step can fail on one."""
         vocabulary, k = self.capture.vocabulary_size, min(self.capture.top_k, self.capture.vocabulary_size)
+        for answer in self.capture.answers or ():
+            ids = (*answer.question.ids, *answer.tokens)
+            if not answer.question.ids or not 0 <= min(ids) <= max(ids) < vocabulary:
+                raise BundleError(
+                    f"{self.directory}: the answer {answer.question.id} has no prompt, or a token outside of 0 to "
+                    f"{vocabulary - 1}.",
+                    next_step=_AGAIN,
+                )
         for index, text in enumerate(self.capture.texts):
             rows = text.positions
 

@@ -66,7 +66,7 @@ def _length(behaviour: Behaviour, most: float, confidence: float) -> Loss:
 
 
 def _loss(name: str, change: Paired, limit: float, unit: str, noun: str) -> Loss:
-    value = -change.mean_difference
+    value = 0.0 - change.mean_difference
     return Loss(
         name,
         value,

@@ -20,7 +20,7 @@ from glmexport.checkpoint import Checkpoint, Tokenizer
 from glmexport.errors import InputError
 from glmexport.progress import Progress
 from glmexport.target import Gates
-from glmexport.validation.behaviour.plane import BehaviourPlan, ask, questions_for
+from glmexport.validation.behaviour.plane import BehaviourPlan, ask, ask_bundle, questions_for
 from glmexport.validation.behaviour.tasks import Task
 from glmexport.validation.capture import CapturedReference
 from glmexport.validation.fidelity import Answers, Streamed, compare, statistics_of, summarize
@@ -174,7 +174,17 @@ def validate_captured(
     fidelity = summarize(texts, divergences, tokenizer, arithmetic(manifest), capture.noise, captured.audit(answers))
     performance = _performance(directory, manifest, None, texts, plan, threads, progress)
     parity = prompt_parity(capture.prompts, tokenizer)
-    return _judged(fidelity, None, parity, None, (), performance, manifest, policy)
+    behaviour = None
+    if plan.behaviour and capture.answers:
+        behaviour = ask_bundle(
+            [answer.question for answer in capture.answers],
+            [list(answer.tokens) for answer in capture.answers],
+            GenerationSession(directory, threads),
+            tokenizer,
+            plan=plan.behaviour,
+            progress=progress,
+        )
+    return _judged(fidelity, None, parity, behaviour, (), performance, manifest, policy)
 
 
 def _behaviour(

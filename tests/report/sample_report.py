@@ -17,17 +17,24 @@ from glmexport.report.document import (
 )
 from glmexport.target import Gates
 from glmexport.validation.results import (
+    Answer,
+    Behaviour,
+    Concurrency,
     Estimate,
     Fidelity,
     Gate,
+    LanguageBehaviour,
     LanguageFidelity,
     Overlap,
+    Paired,
     Performance,
     PositionBand,
     PromptDifference,
     PromptParity,
     Share,
     Speed,
+    TaskGroup,
+    Translation,
     Verdict,
     WorstToken,
     worst,
@@ -206,6 +213,59 @@ def groups(results: tuple[LinearResult, ...]) -> tuple[GroupResult, ...]:
     )  # fmt: skip
 
 
+def answers(tag: str, count: int, drifted: int = 0) -> LanguageBehaviour:
+    return LanguageBehaviour(
+        language=tag, answers=count, identical=count // 3, exact_prefix_p50=21, tokens_original=40 * count,
+        tokens_bundle=41 * count, ended_original=count // 2, ended_bundle=count // 2, loops_original=count // 8,
+        loops_bundle=count // 6, drift_judged=count // 2, drifted=drifted,
+    )  # fmt: skip
+
+
+def change(tasks: int, lost: int, gained: int) -> Paired:
+    mean = (gained - lost) / tasks
+    return Paired(
+        tasks=tasks, mean_difference=mean, standard_error=0.02, lost=lost, gained=gained, mcnemar_p=0.4,
+        lower_bound=mean - 0.04, upper_bound=mean + 0.03, confidence=0.95, flips=("a", "b"),
+    )  # fmt: skip
+
+
+def behaviour() -> Behaviour:
+    rows = tuple(answers(tag, 24, int(tag == "ar")) for tag, _, _ in LANGUAGES)
+    count = 24 * len(rows)
+    return Behaviour(
+        passes=9,
+        languages=rows,
+        overall=answers("all", count, 1),
+        ln_length_ratio=math.log(41 / 40),
+        ln_length_ratio_error=0.01,
+        loops=change(count, 12, 3),
+        ended=change(count, 6, 6),
+        drift=change(count // 2, 1, 0),
+        tool_calls=change(30, 1, 0),
+        tool_calls_together=change(30, 2, 0),
+        translation=change(24, 9, 7),
+        translations=(
+            Translation(language="ar", sentences=3, chrf_original=0.51, chrf_bundle=0.49),
+            Translation(language="sw", sentences=3, chrf_original=0.42, chrf_bundle=0.43),
+        ),
+        tasks=(
+            TaskGroup(name=f"triage {ATTACK}", metric="choice", original=0.81, bundle=0.8, change=change(100, 3, 2)),
+        ),
+        concurrency=Concurrency(batch=4, prompts=count, identical=count - 30),
+        differences=(
+            Answer(
+                id=f"triage:{ATTACK}", kind="task", language=None, prompt=f"Which ward? {ATTACK}", original="surgery",
+                bundle="sur\u202eplus", exact_prefix=1, score_original=1, score_bundle=0,
+            ),
+            Answer(
+                id="udhr/hi/3", kind="translate", language="hi", prompt="Everyone has rights.",
+                original="हर किसी को अधिकार हैं", bundle="हर कोई अधिकार", exact_prefix=4, score_original=0.6,
+                score_bundle=0.4,
+            ),
+        ),
+    )  # fmt: skip
+
+
 def make_report(layers: int = 40) -> Report:
     languages = tuple(language(*row) for row in LANGUAGES)
     checked = gates(languages)
@@ -261,6 +321,7 @@ def make_report(layers: int = 40) -> Report:
                 ),
             ),
         ),
+        behaviour=behaviour(),
         shares=(
             Share(name="4-bit linears, fp32 arithmetic", kl_mean_nats=0.0171, note="the weights' own error"),
             Share(name="+ 8-bit lm_head and embeddings", kl_mean_nats=0.0009, note="round to nearest"),

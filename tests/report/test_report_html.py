@@ -130,6 +130,23 @@ def test_prompts_that_differ_are_shown_side_by_side(report, changed):
     assert "refuse all 147 conversations" in read(changed(prompts=refused))
 
 
+def test_free_answers_side_by_side(report, changed):
+    page = render_html(report)
+    section = page[page.index('id="answers"') : page.index('id="weights"') if 'id="weights"' in page else None]
+    assert 'href="#answers"' in page
+    rows = re.findall(r'<tr><th scope="row">(.*?)</th><td class="n">(.*?)</td><td class="n">(.*?)</td>', section)
+    shown = {re.sub("<.*?>", "", name): (before, after) for name, before, after in rows}
+    assert shown["Well-formed tool calls, in a batch"] == ("30", "28")
+    assert shown["Answers in the original&#39;s language"] == ("108", "107")
+    assert shown["chrF of translations"] == ("0.465", "0.460")
+    assert "score 1 → 0" in section
+    # Grey as far as both go together, and not into the middle of a character.
+    assert '<span class="same">हर </span>किसी' in section and '<span class="same">हर </span>कोई' in section
+    assert "<script>" not in section and "\u202e" not in section
+    without = render_html(changed(behaviour=None))
+    assert 'id="answers"' not in without and "#answers" not in without
+
+
 def test_bands_of_positions(report, changed):
     page = read(report)
     assert "By position" in page and "16 to 63" in page and "0.0230" in page

@@ -29,7 +29,7 @@ def test_markdown_has_every_gate_and_language(report):
     rows = [cells(line) for line in gates if line.startswith("| ")][2:]
     assert [row[5] for row in rows] == [f"**{gate.verdict}**" for gate in report.gates]
     assert rows[0][3] == "0.0114 to 0.0151"
-    quality = page[page.index("## Quality") : page.index("## Size")].splitlines()
+    quality = page[page.index("## Quality") : page.index("## Free answers")].splitlines()
     rows = [cells(line) for line in quality if line.startswith("| ")][2:]
     assert [row[0] for row in rows] == [*(row.language for row in report.fidelity.languages), "all", "original, again"]
     assert report.subject.bundle_digest in page
@@ -49,6 +49,16 @@ def test_foreign_text_means_nothing_to_markdown(report, changed):
     assert headings[1:] == [line for line in plain.splitlines() if line.startswith("#")][1:]
     rows = [sum(line.startswith("| ") for line in text.splitlines()) for text in (page, plain)]
     assert rows[0] == rows[1]
+
+
+def test_markdown_has_the_answers(report, changed):
+    page = render_markdown(report)
+    section = page[page.index("## Free answers") : page.index("## Size")].splitlines()
+    rows = [cells(line) for line in section if line.startswith("| ")]
+    assert ["Answers that end in a loop", "27", "36", "12 worse, 3 better"] in rows
+    languages = [row[0] for row in rows if len(row) == 8]
+    assert languages == ["Language", "---", *(row.language for row in report.fidelity.languages)]
+    assert "## Free answers" not in render_markdown(changed(behaviour=None))
 
 
 def test_junit_fails_where_the_report_does(report):

@@ -79,15 +79,7 @@ def ask(
             )
     asked = [*shipped, *(_fitted(question, session.context_length) for question in own)]
     bundle = bundle_answers(session, asked, progress)
-    original, passes = verified_answers(
-        reference,
-        [question.ids for question in asked],
-        drafts(session, asked, bundle),
-        limits=[question.max_tokens for question in asked],
-        ends=session.ends,
-        scratch=scratch,
-        progress=progress,
-    )
+    original, passes = _verified(asked, bundle, session, reference, scratch, progress)
     choices: dict[str, tuple[float, float]] = {}
     if texts:
         states = reference_states(reference, texts, scratch, progress, label="Original's choices")
@@ -97,6 +89,14 @@ def ask(
         )
         choices = {id_: (score, after[id_]) for id_, score in before.items()}
     return judge(asked, _answers(session, asked, original, bundle, passes, plan, progress), tokenizer, tasks, choices)
+
+
+def ask_original(
+    asked: Sequence[Question], session: GenerationSession, reference: Reference, scratch: Path, progress: Progress
+) -> list[list[int]]:
+    """What the original answers, with a bundle that drafts."""
+    answers, _ = _verified(asked, bundle_answers(session, asked, progress), session, reference, scratch, progress)
+    return answers
 
 
 def ask_bundle(
@@ -113,7 +113,26 @@ def ask_bundle(
     return judge(asked, _answers(session, asked, original, bundle, 0, plan, progress), tokenizer)
 
 
-def drafts(
+def _verified(
+    asked: Sequence[Question],
+    bundle: Sequence[list[int]],
+    session: GenerationSession,
+    reference: Reference,
+    scratch: Path,
+    progress: Progress,
+) -> tuple[list[list[int]], int]:
+    return verified_answers(
+        reference,
+        [question.ids for question in asked],
+        _drafts(session, asked, bundle),
+        limits=[question.max_tokens for question in asked],
+        ends=session.ends,
+        scratch=scratch,
+        progress=progress,
+    )
+
+
+def _drafts(
     session: GenerationSession, asked: Sequence[Question], answers: Sequence[list[int]]
 ) -> Callable[[int, list[int]], list[int]]:
     """What the bundle goes on with, first of all its own ``answers``."""
