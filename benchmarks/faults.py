@@ -132,6 +132,7 @@ def row(name: str, report: Report) -> str:
         "weights": ("Tensors that", "Matrices with"),
         "prompts": ("Prompts",),
         "fidelity": ("Mean KL", "ln perplexity", "Top-1"),
+        "behaviour": ("ln of lengths", "Answers", "Tool calls", "chrF"),
     }
     cells = [name]
     for starts in planes.values():
@@ -159,8 +160,8 @@ def main() -> None:
     terminal = Terminal()
     original = Original.open(arguments.against, terminal)
     out = sys.stdout
-    out.write("| fault | weights | prompts | fidelity | verdict |\n|---|---|---|---|---|\n")
-    options = BuildOptions(arguments.threads, validation=ValidationPlan(share_texts=0, repetitions=1, behaviour=None))
+    out.write("| fault | weights | prompts | fidelity | behaviour | verdict |\n|---|---|---|---|---|---|\n")
+    options = BuildOptions(arguments.threads, validation=ValidationPlan(share_texts=0, repetitions=1))
     with tempfile.TemporaryDirectory(dir=arguments.bundle.parent) as work:
         for index, (name, fault) in enumerate(FAULTS.items()):
             if not arguments.only or any(part in name for part in arguments.only):
