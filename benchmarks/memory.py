@@ -52,8 +52,8 @@ def child(checkpoint: Path, tokens: int, threads: int, limit: int) -> None:
     from glmexport.bundle import write_bundle
     from glmexport.calibration import pack, shipped_documents
     from glmexport.cli.console import Terminal
-    from glmexport.compile import calibration_source, source_of
     from glmexport.job import Original
+    from glmexport.provenance import calibration_source, source_of
     from glmexport.quantization import Walk, WorkDirectory, plan_memory
     from glmexport.quantization.weights import Weights
     from glmexport.recipe import open_recipe

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,10 +11,11 @@ import torch
 
 from glmexport import __version__
 from glmexport.architecture import Reference
-from glmexport.calibration import Document, shipped_documents
-from glmexport.compile import open_bundle, partial_of, put_in_place, source_of
+from glmexport.calibration import Document, evaluation_documents
+from glmexport.compile import open_bundle, partial_of, put_in_place
 from glmexport.job import Original, refuse_existing, require_free
 from glmexport.progress import Progress
+from glmexport.provenance import source_of
 from glmexport.quantization import WorkDirectory
 from glmexport.validation import machine
 from glmexport.validation.behaviour.plane import ask_original, questions_for
@@ -25,6 +25,7 @@ from glmexport.validation.generation import GenerationSession
 from glmexport.validation.prompts import golden_prompts
 from glmexport.validation.reference import reference_states
 from glmexport.validation.run import ValidationPlan, first_texts, noise_floor, texts_for
+from glmexport.validation.texts import text_digest
 
 _KIND = "a captured reference"
 
@@ -39,6 +40,8 @@ class CaptureOptions:
     force: bool = False
     #: A bundle of the same checkpoint that drafts the free answers; without one none are kept.
     draft: Path | None = None
+    #: Text of the user's to ask about as well.
+    evaluation: tuple[Path, ...] = ()
 
 
 def capture_reference(original: Original, output: Path, options: CaptureOptions, progress: Progress) -> Capture:
@@ -55,7 +58,7 @@ def capture_reference(original: Original, output: Path, options: CaptureOptions,
     if options.draft:
         open_bundle(options.draft, original, progress)
     torch.set_num_threads(options.threads)
-    documents = shipped_documents("evaluation")
+    documents = evaluation_documents(options.evaluation, original.tokenizer)
     texts = texts_for(documents, original.tokenizer, original.architecture, options.plan)
     rows, size = sum(len(text.ids) for text in texts), original.architecture.hidden_size
     kept = min(options.top_k, original.architecture.vocabulary_size)
@@ -64,7 +67,7 @@ def capture_reference(original: Original, output: Path, options: CaptureOptions,
     job = {
         "glmexport": __version__,
         "reference of": original.checkpoint.digest(progress),
-        "texts": hashlib.sha256(repr([text.ids.tolist() for text in texts]).encode()).hexdigest(),
+        "texts": text_digest(texts),
         "threads": options.threads,
     }
     work = WorkDirectory.for_job(output.parent, job)

@@ -15,8 +15,6 @@ from glmexport import __version__
 from glmexport.architecture import Reference
 from glmexport.architecture.reference import CPU
 from glmexport.bundle import (
-    AdapterSource,
-    CalibrationSource,
     Manifest,
     Source,
     read_manifest,
@@ -27,7 +25,7 @@ from glmexport.calibration import (
     USER,
     CalibrationSet,
     Document,
-    overlap,
+    evaluation_documents,
     pack,
     shipped_documents,
     user_documents,
@@ -36,6 +34,7 @@ from glmexport.device import device_name, peak_device_memory, plan_on, running_o
 from glmexport.errors import BundleError, InputError
 from glmexport.job import Job, Original, refuse_existing, refuse_formats, require_space
 from glmexport.progress import Progress
+from glmexport.provenance import calibration_source, own_fingerprints, source_of
 from glmexport.quantization import MemoryPlan, QuantizedMatrix, Walk, WorkDirectory
 from glmexport.quantization.weights import Weights
 from glmexport.recipe import Recipe
@@ -56,6 +55,8 @@ class BuildOptions:
     threads: int
     max_memory_bytes: int | None = None
     calibration: tuple[Path, ...] = ()
+    #: Text of the user's to judge on as well.
+    evaluation: tuple[Path, ...] = ()
     #: Where to quantize.
     device: torch.device = CPU
     force: bool = False
@@ -97,6 +98,8 @@ def build(original: Original, jobs: Sequence[Job], options: BuildOptions, progre
             if recipe.calibration
             else None
         )
+        # Before anything takes long: may it be used?
+        evaluation_documents(options.evaluation, original.tokenizer, own_fingerprints(documents))
         prepared.append((recipe, same, memory, documents, calibration))
     for recipe, same, *_ in prepared:
         require_space(original, recipe, same[0].directory.parent)
@@ -165,10 +168,8 @@ def validate_captured_bundle(
     Raises:
         BundleError: the reference is of another checkpoint, or the bundle's files are not those of its manifest.
     """
-    manifest = read_manifest(directory)
-    verify_files(directory, manifest)
-    _require_source(directory, manifest, captured.capture.source, "Give the reference of that checkpoint.")
-    policy = _policy(manifest, options)
+    manifest = open_captured_bundle(directory, captured)
+    policy = policy_of(manifest, options)
     torch.set_num_threads(options.threads)
     validation = validate_captured(
         directory,
@@ -200,6 +201,18 @@ def open_bundle(directory: Path, original: Original, progress: Progress) -> Mani
     return manifest
 
 
+def open_captured_bundle(directory: Path, captured: CapturedReference) -> Manifest:
+    """The same where the original was captured.
+
+    Raises:
+        BundleError: the reference is of another checkpoint, or the bundle's files are not those of its manifest.
+    """
+    manifest = read_manifest(directory)
+    verify_files(directory, manifest)
+    _require_source(directory, manifest, captured.capture.source, "Give the reference of that checkpoint.")
+    return manifest
+
+
 def _require_source(directory: Path, manifest: Manifest, given: Source, next_step: str) -> None:
     if given.digest != manifest.source.digest:
         raise BundleError(
@@ -209,7 +222,8 @@ def _require_source(directory: Path, manifest: Manifest, given: Source, next_ste
         )
 
 
-def _policy(manifest: Manifest, options: BuildOptions) -> Policy:
+def policy_of(manifest: Manifest, options: BuildOptions) -> Policy:
+    """What the bundle has to keep."""
     return options.policy or Policy(f"target {manifest.target.name}", manifest.target.gates)
 
 
@@ -282,14 +296,16 @@ def _validated(
     progress: Progress,
     cost: BuildCost | None,
 ) -> Report:
-    policy = _policy(manifest, options)
+    policy = policy_of(manifest, options)
     validation = validate(
         where,
         manifest,
         original.checkpoint,
         original.architecture,
         original.tokenizer,
-        shipped_documents("evaluation"),
+        evaluation_documents(
+            options.evaluation, original.tokenizer, manifest.calibration.own if manifest.calibration else ()
+        ),
         plan=options.validation,
         policy=policy.gates,
         threads=options.threads,
@@ -319,39 +335,6 @@ def _calibration_documents(original: Original, recipe: Recipe, options: BuildOpt
             next_step=f"Add '{USER} = 40' to [calibration.quota] of the recipe.",
         )
     return [*shipped_documents("calibration", set(recipe.calibration.quota) - {USER}), *own]
-
-
-def source_of(original: Original, progress: Progress) -> Source:
-    """What the manifest says of the original."""
-    checkpoint = original.checkpoint
-    adapter = checkpoint.adapter
-    return Source(
-        name=checkpoint.name,
-        digest=checkpoint.digest(progress),
-        model_type=checkpoint.model_type,
-        parameters=checkpoint.parameters,
-        bytes=checkpoint.bytes,
-        unused=original.unused,
-        adapter=AdapterSource(name=adapter.name, digest=adapter.digest(progress)) if adapter else None,
-    )
-
-
-def calibration_source(calibration: CalibrationSet | None, documents: Sequence[Document]) -> CalibrationSource | None:
-    """What the manifest says of the calibration, with its overlap with the evaluation text, measured."""
-    if calibration is None:
-        return None
-    evaluation = shipped_documents("evaluation")
-    shared = overlap(documents, evaluation)
-    return CalibrationSource(
-        digest=calibration.digest(),
-        tokens=calibration.tokens,
-        sequences=len(calibration.languages),
-        tokens_per_language=calibration.tokens_per_language,
-        documents=len(documents),
-        evaluation_documents=len(evaluation),
-        shared_documents=shared.shared_documents,
-        shared_lines=shared.shared_lines,
-    )
 
 
 def _work_directory(

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ THREADS = 1
 QUICK = ValidationPlan(
     positions_per_language=24, longest_text=32, prompt_tokens=8, generated_tokens=4, repetitions=1, behaviour=None
 )
+DEFAULT = ValidationPlan().positions_per_language
 #: In place of measurements that take two processes.
 SPEED = Speed(
     runtime="none",
@@ -196,8 +197,10 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         captured = capsys.readouterr()
         return Outcome(code, captured.out, captured.err)
 
-    def options(*values: Any, **named: Any) -> BuildOptions:
-        return BuildOptions(*values, **{"validation": QUICK} | named)
+    def options(*values: Any, validation: ValidationPlan | None = None, **named: Any) -> BuildOptions:
+        positions = validation.positions_per_language if validation else DEFAULT
+        plan = QUICK if positions == DEFAULT else replace(QUICK, positions_per_language=positions)
+        return BuildOptions(*values, validation=plan, **named)
 
     monkeypatch.setattr(glmexport.compile, "BuildOptions", options)
     monkeypatch.setattr("glmexport.validation.run.measure_speed", lambda _: SPEED)

@@ -63,6 +63,8 @@ class CalibrationSource(Definition):
     shared_documents: int
     shared_lines: int
     evaluation_documents: int
+    #: Fingerprints of the user's own documents among them, which are no evaluation text then.
+    own: tuple[str, ...] = ()
 
 
 class Precision(Definition):

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from glmexport.checkpoint import Tokenizer
 from glmexport.definition import Definition, read_toml
 from glmexport.errors import DefinitionError, InputError
 from glmexport.resources import shipped
 
-#: Language under which text given with --calibration counts.
+#: Language under which text of the user's counts.
 USER = "user"
 Split = Literal["calibration", "evaluation"]
 
 #: Lines shorter than this recur in any two texts of a kind (headings, list markers) and show no leakage.
 _SHORTEST_TELLING_LINE = 20
+#: A BCP-47 tag; it becomes part of file names too.
+_TAG = re.compile(r"[A-Za-z]{2,8}(-[A-Za-z0-9]{1,8})*")
 
 
 class CorpusFile(Definition):
@@ -83,8 +86,10 @@ def shipped_languages() -> list[str]:
     return sorted({entry.language for entry in entries if entry.split == "evaluation"})
 
 
-def user_documents(paths: Sequence[Path], tokenizer: Tokenizer) -> list[Document]:
+def user_documents(paths: Sequence[Path], tokenizer: Tokenizer, split: Split = "calibration") -> list[Document]:
     """Text of the user's: ``.txt`` files, and ``.jsonl`` with ``text`` or chat ``messages`` on each line.
+
+    For evaluation a line may name its ``language`` (BCP-47); otherwise all count as one, ``user``.
 
     Raises:
         InputError: no such file, another file type, not UTF-8, or a line that is neither.
@@ -95,7 +100,7 @@ def user_documents(paths: Sequence[Path], tokenizer: Tokenizer) -> list[Document
             content = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(
-                f"Calibration text {path} cannot be read: {error}.", next_step="Give a readable UTF-8 file."
+                f"{split.capitalize()} text {path} cannot be read: {error}.", next_step="Give a readable UTF-8 file."
             ) from error
         if path.suffix == ".txt":
             documents.append(Document(path.name, USER, content))
@@ -103,32 +108,81 @@ def user_documents(paths: Sequence[Path], tokenizer: Tokenizer) -> list[Document
             # Not splitlines: strings in JSON may hold the other separators that it splits at.
             for number, line in enumerate(content.split("\n"), start=1):
                 if line.strip():
-                    documents.append(
-                        Document(f"{path.name}:{number}", USER, _record_text(path, number, line, tokenizer))
-                    )
+                    record = _record(path, number, line)
+                    language = _language(path, number, record) if split == "evaluation" else USER
+                    text = _record_text(path, number, record, tokenizer)
+                    documents.append(Document(f"{path.name}:{number}", language, text))
         else:
             raise InputError(
-                f"Calibration text {path} is neither .txt nor .jsonl.",
+                f"{split.capitalize()} text {path} is neither .txt nor .jsonl.",
                 next_step="Convert it to one of the two.",
             )
     return documents
 
 
-def _record_text(path: Path, number: int, line: str, tokenizer: Tokenizer) -> str:
-    problem = InputError(
-        f"{path}, line {number}: not a JSON object with 'text' or 'messages'.",
-        next_step='Write {"text": "..."} or {"messages": [{"role": "user", "content": "..."}, ...]}.',
-    )
+def evaluation_documents(
+    paths: Sequence[Path], tokenizer: Tokenizer, calibrated: Collection[str] = ()
+) -> list[Document]:
+    """The shipped evaluation text, and text of the user's in ``paths`` that no calibration has seen.
+
+    Args:
+        paths: as ``user_documents`` takes them.
+        tokenizer: whose chat template renders conversations.
+        calibrated: fingerprints of the user's calibration text.
+
+    Raises:
+        InputError: a file cannot be used, or one of its documents is calibration text.
+    """
+    own = user_documents(paths, tokenizer, "evaluation")
+    if own:
+        seen = {*calibrated, *map(fingerprint, shipped_documents("calibration"))}
+        shared = [document.id for document in own if fingerprint(document) in seen]
+        if shared:
+            raise InputError(
+                f"{len(shared)} documents of the evaluation text are calibration text too, the first {shared[0]}.",
+                next_step="Leave them out of one of the two: a bundle is not judged on what it was fitted to.",
+            )
+    return [*shipped_documents("evaluation"), *own]
+
+
+def fingerprint(document: Document) -> str:
+    """The same for documents that differ in white space and case alone."""
+    return hashlib.sha256(_folded(document.text).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def _record(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
-        raise problem from error
-    if isinstance(record, dict) and isinstance(record.get("text"), str):
+        raise _unusable(path, number) from error
+    if not isinstance(record, dict):
+        raise _unusable(path, number)
+    return record
+
+
+def _record_text(path: Path, number: int, record: dict[str, Any], tokenizer: Tokenizer) -> str:
+    if isinstance(record.get("text"), str):
         return str(record["text"])
-    messages = record.get("messages") if isinstance(record, dict) else None
+    messages = record.get("messages")
     if isinstance(messages, list) and messages and all(_is_message(message) for message in messages):
         return tokenizer.render(messages)
-    raise problem
+    raise _unusable(path, number)
+
+
+def _language(path: Path, number: int, record: dict[str, Any]) -> str:
+    tag = record.get("language", USER)
+    if not isinstance(tag, str) or not _TAG.fullmatch(tag):
+        raise InputError(
+            f"{path}, line {number}: {tag!r} is no language.", next_step='Write a BCP-47 tag, as in "language": "zh".'
+        )
+    return tag
+
+
+def _unusable(path: Path, number: int) -> InputError:
+    return InputError(
+        f"{path}, line {number}: not a JSON object with 'text' or 'messages'.",
+        next_step='Write {"text": "..."} or {"messages": [{"role": "user", "content": "..."}, ...]}.',
+    )
 
 
 def _is_message(value: object) -> bool:

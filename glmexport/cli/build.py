@@ -15,6 +15,7 @@ from glmexport.cli.options import (
     budget_options,
     checkpoint_argument,
     device_option,
+    evaluation_options,
     json_option,
     memory_option,
     policy_option,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 @device_option
 @memory_option
 @policy_option
+@evaluation_options
 @tasks_option
 @threads_option
 @click.option("--force", is_flag=True, help="Replace a bundle that exists.")
@@ -59,6 +61,8 @@ def build(
     device_name: str,
     max_memory: int | None,
     policy_path: Path | None,
+    evaluation: tuple[Path, ...],
+    positions: int,
     task_files: tuple[Path, ...],
     threads: int,
     force: bool,
@@ -80,6 +84,7 @@ def build(
     from glmexport.job import Original, budget_of, formats_of, jobs_of
     from glmexport.target import open_policy, open_target
     from glmexport.validation.behaviour.tasks import read_tasks
+    from glmexport.validation.run import ValidationPlan
 
     terminal = Terminal()
     device = open_device(device_name)
@@ -117,7 +122,18 @@ def build(
         )
     for key, reason in original.unused.items():
         terminal.remark(f"{key} is not used: {reason}.")
-    options = BuildOptions(threads, max_memory, calibration, device, force, command_line(), policy=policy, tasks=tasks)
+    options = BuildOptions(
+        threads,
+        max_memory,
+        calibration=calibration,
+        evaluation=evaluation,
+        device=device,
+        force=force,
+        command=command_line(),
+        validation=ValidationPlan(positions_per_language=positions),
+        policy=policy,
+        tasks=tasks,
+    )
     built = compile_bundles(original, jobs, options, terminal)
     for bundle in built:
         show(terminal.console, bundle.report, bundle.directory)

@@ -62,6 +62,26 @@ def policy_option(command: Command) -> Command:
     )(command)
 
 
+def evaluation_options(command: Command) -> Command:
+    """--evaluation and --positions."""
+    text = click.option(
+        "--evaluation",
+        metavar="FILE",
+        multiple=True,
+        type=click.Path(path_type=Path),
+        help="Text of your own to judge on as well: .txt, or .jsonl with 'text' or 'messages' and, if you like, "
+        "'language'; one document a line. May be repeated.",
+    )
+    positions = click.option(
+        "--positions",
+        type=click.IntRange(min=1),
+        default=2048,
+        show_default=True,
+        help="Tokens to judge on in each language, as far as there is text.",
+    )
+    return text(positions(command))
+
+
 def tasks_option(command: Command) -> Command:
     """--tasks."""
     return click.option(

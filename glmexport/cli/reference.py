@@ -8,7 +8,13 @@ from pathlib import Path
 import click
 
 from glmexport.cli.console import Terminal, emit, gibibytes
-from glmexport.cli.options import adapter_option, checkpoint_argument, json_option, threads_option
+from glmexport.cli.options import (
+    adapter_option,
+    checkpoint_argument,
+    evaluation_options,
+    json_option,
+    threads_option,
+)
 
 
 @click.command()
@@ -23,6 +29,7 @@ from glmexport.cli.options import adapter_option, checkpoint_argument, json_opti
     "--draft", metavar="BUNDLE", type=click.Path(path_type=Path),
     help="A bundle of CHECKPOINT to draft its free answers, which are kept then; the better it is, the faster.",
 )  # fmt: skip
+@evaluation_options
 @threads_option
 @click.option("--force", is_flag=True, help="Replace a captured reference that exists.")
 @json_option
@@ -32,6 +39,8 @@ def reference(
     output: Path,
     top_k: int,
     draft: Path | None,
+    evaluation: tuple[Path, ...],
+    positions: int,
     threads: int,
     force: bool,
     as_json: bool,
@@ -58,7 +67,8 @@ def reference(
             "threads": str(threads),
         },
     )
-    options = CaptureOptions(threads, ValidationPlan(), top_k, force, draft)
+    plan = ValidationPlan(positions_per_language=positions)
+    options = CaptureOptions(threads, plan, top_k, force, draft, evaluation)
     captured = capture_reference(original, output, options, terminal)
     positions = sum(text.positions for text in captured.texts)
     size = sum(entry.size for entry in captured.files)

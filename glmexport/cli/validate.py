@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from glmexport.cli.console import Terminal, emit
-from glmexport.cli.options import adapter_option, json_option, policy_option, tasks_option, threads_option
+from glmexport.cli.options import (
+    adapter_option,
+    evaluation_options,
+    json_option,
+    policy_option,
+    tasks_option,
+    threads_option,
+)
+
+if TYPE_CHECKING:
+    from glmexport.job import Original
 
 
 @click.command()
@@ -19,7 +30,12 @@ from glmexport.cli.options import adapter_option, json_option, policy_option, ta
 )  # fmt: skip
 @adapter_option
 @policy_option
+@evaluation_options
 @tasks_option
+@click.option(
+    "--plan", "only_plan", is_flag=True,
+    help="Only say how much text the gates need, and how long a validation takes on this machine.",
+)  # fmt: skip
 @threads_option
 @json_option
 def validate(
@@ -28,7 +44,10 @@ def validate(
     reference: Path | None,
     adapter: str | None,
     policy_path: Path | None,
+    evaluation: tuple[Path, ...],
+    positions: int,
     task_files: tuple[Path, ...],
+    only_plan: bool,
     threads: int,
     as_json: bool,
 ) -> int:
@@ -37,61 +56,83 @@ def validate(
     The original is a checkpoint (--against) or what it answered elsewhere (--reference).
     """
     from glmexport.bundle import read_manifest
+    from glmexport.cli.plan import show_plan
     from glmexport.cli.verdict import exit_code, show
     from glmexport.compile import BuildOptions, command_line, validate_bundle, validate_captured_bundle
-    from glmexport.errors import InputError
+    from glmexport.errors import EXIT_PASS
     from glmexport.job import Original
+    from glmexport.plan import plan_bundle
     from glmexport.target import open_policy
     from glmexport.validation.behaviour.tasks import read_tasks
     from glmexport.validation.capture import CapturedReference
+    from glmexport.validation.run import ValidationPlan
 
     terminal = Terminal()
+    _require_one_original(checkpoint, reference)
+    if checkpoint is None:
+        _refuse_what_needs_the_original({"--adapter": adapter, "--evaluation": evaluation, "--tasks": task_files})
+    options = BuildOptions(
+        threads,
+        evaluation=evaluation,
+        command=command_line(),
+        validation=ValidationPlan(positions_per_language=positions),
+        policy=open_policy(policy_path) if policy_path else None,
+        tasks=tuple(read_tasks(task_files)) if task_files else (),
+    )
+    manifest = read_manifest(bundle)
+    original: Original | CapturedReference
+    if reference is not None:
+        original = CapturedReference.open(reference)
+        capture = original.capture
+        against = {"against": f"{capture.source.title} as captured in {reference} ({capture.digest()})"}
+    else:
+        assert checkpoint is not None
+        original = Original.open(checkpoint, terminal, adapter)
+        against = _original_facts(original)
+    terminal.facts(
+        "Plan" if only_plan else "Validate",
+        {
+            "bundle": str(bundle),
+            "digest": manifest.digest(),
+            **against,
+            "target": manifest.target.name,
+            "recipe": manifest.recipe.name,
+            "threads": str(threads),
+        },
+    )
+    if only_plan:
+        plan = plan_bundle(bundle, original, options, terminal)
+        show_plan(terminal.console, plan)
+        if as_json:
+            emit(plan.model_dump_json(indent=2))
+        return EXIT_PASS
+    if isinstance(original, Original):
+        built = validate_bundle(bundle, original, options, terminal)
+    else:
+        built = validate_captured_bundle(bundle, original, options, terminal)
+    show(terminal.console, built.report, bundle)
+    if as_json:
+        emit(built.report.model_dump_json(indent=2))
+    return exit_code([built.report.verdict])
+
+
+def _require_one_original(checkpoint: str | None, reference: Path | None) -> None:
     if (checkpoint is None) == (reference is None):
         raise click.UsageError(
             "Give the original either with --against or with --reference: --against CHECKPOINT measures more, "
             "--reference DIR needs no checkpoint."
         )
-    if adapter and checkpoint is None:
-        raise InputError("--adapter belongs to --against.", next_step="A reference was captured with its adapter.")
-    if task_files and checkpoint is None:
-        raise InputError(
-            "--tasks belongs to --against: a captured reference does not know what the original answers to them.",
-            next_step="Give the checkpoint, or leave the tasks out.",
-        )
-    policy = open_policy(policy_path) if policy_path else None
-    tasks = tuple(read_tasks(task_files)) if task_files else ()
-    options = BuildOptions(threads, command=command_line(), policy=policy, tasks=tasks)
-    manifest = read_manifest(bundle)
 
-    def told(original: dict[str, str]) -> None:
-        terminal.facts(
-            "Validate",
-            {
-                "bundle": str(bundle),
-                "digest": manifest.digest(),
-                **original,
-                "target": manifest.target.name,
-                "recipe": manifest.recipe.name,
-                "threads": str(threads),
-            },
-        )
 
-    if reference is not None:
-        captured = CapturedReference.open(reference)
-        told({"against": f"{captured.capture.source.title} as captured in {reference} ({captured.capture.digest()})"})
-        built = validate_captured_bundle(bundle, captured, options, terminal)
-    else:
-        assert checkpoint is not None
-        original = Original.open(checkpoint, terminal, adapter)
-        merged = original.checkpoint.adapter
-        told(
-            {
-                "against": f"{original.checkpoint.name} ({original.checkpoint.path})",
-                **({"adapter": f"{merged.name} ({merged.path}): {merged.summary}"} if merged else {}),
-            }
-        )
-        built = validate_bundle(bundle, original, options, terminal)
-    show(terminal.console, built.report, bundle)
-    if as_json:
-        emit(built.report.model_dump_json(indent=2))
-    return exit_code([built.report.verdict])
+def _refuse_what_needs_the_original(given: dict[str, object]) -> None:
+    for name, value in given.items():
+        if value:
+            raise click.UsageError(f"{name} belongs to --against: what was captured cannot be asked anything else.")
+
+
+def _original_facts(original: Original) -> dict[str, str]:
+    merged = original.checkpoint.adapter
+    return {
+        "against": f"{original.checkpoint.name} ({original.checkpoint.path})",
+        **({"adapter": f"{merged.name} ({merged.path}): {merged.summary}"} if merged else {}),
+    }

@@ -56,7 +56,8 @@ def show(console: Console, report: Report, directory: Path) -> None:
     console.print(f"report   {directory / HTML_NAME}", soft_wrap=True)
 
 
-def _table(title: str, *columns: str) -> Table:
+def titled_table(title: str, *columns: str) -> Table:
+    """An empty table; names on the left, figures on the right."""
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim")
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right")
@@ -64,7 +65,7 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _fidelity(report: Report) -> Table:
-    table = _table(
+    table = titled_table(
         f"\nFidelity: {report.fidelity.arithmetic}",
         "language", "positions", "perplexity original", "bundle", "KL mean (nats)", "KL p99 (nats)", "top-1 agreement",
     )  # fmt: skip
@@ -106,14 +107,14 @@ def _divergence(nats: float, form: str) -> str:
 def _shares(report: Report) -> Table | str:
     if not report.shares:
         return ""
-    table = _table("\nWhere the divergence comes from", "part", "KL mean added (nats)", "")
+    table = titled_table("\nWhere the divergence comes from", "part", "KL mean added (nats)", "")
     for share in report.shares:
         table.add_row(share.name, f"{share.kl_mean_nats:+.4f}", share.note)
     return table
 
 
 def _answers(behaviour: Behaviour) -> Table:
-    table = _table(f"\nFree answers: {behaviour.overall.answers} prompts", "", "original", "bundle", "")
+    table = titled_table(f"\nFree answers: {behaviour.overall.answers} prompts", "", "original", "bundle", "")
     for row in answer_rows(behaviour):
         table.add_row(Text(row.name), row.original or "-", row.bundle, row.note)
     return table
@@ -123,7 +124,9 @@ def _spending(report: Report) -> Table | str:
     spending = summarize((), report.quantization.groups).spending if report.quantization else None
     if spending is None:
         return ""
-    table = _table("\nWhere the bits went", "format", "groups of matrices", "share of the bits", "KL mean alone (nats)")
+    table = titled_table(
+        "\nWhere the bits went", "format", "groups of matrices", "share of the bits", "KL mean alone (nats)"
+    )
     for row in spending.formats:
         share = row.stored_bits / spending.stored_bits
         table.add_row(row.format, str(row.groups), f"{share:.1%}", f"{row.loss_nats:.4f}")
@@ -131,7 +134,7 @@ def _spending(report: Report) -> Table | str:
 
 
 def _cost(report: Report) -> Table:
-    table = _table("\nSize and speed", "", "original", "bundle", "ratio")
+    table = titled_table("\nSize and speed", "", "original", "bundle", "ratio")
     size, speed = report.size, report.performance
     original = speed.original
 
@@ -173,7 +176,7 @@ def _conditions(report: Report) -> str:
 
 
 def _faults(check: WeightCheck) -> Table:
-    table = _table("\nTensors that are not what they should be", "tensor", "what is wrong")
+    table = titled_table("\nTensors that are not what they should be", "tensor", "what is wrong")
     for fault in check.faults[:_SHOWN]:
         table.add_row(Text(fault.tensor), Text(fault.detail))
     if len(check.faults) > _SHOWN:
@@ -182,7 +185,9 @@ def _faults(check: WeightCheck) -> Table:
 
 
 def _gates(report: Report) -> Table:
-    table = _table(f"\nGates: {report.policy.source}", "gate", "language", "measured", "bounds", "", "limit", "verdict")
+    table = titled_table(
+        f"\nGates: {report.policy.source}", "gate", "language", "measured", "bounds", "", "limit", "verdict"
+    )
     for gate in report.gates:
         table.add_row(
             gate.name,

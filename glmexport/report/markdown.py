@@ -52,6 +52,7 @@ def render_markdown(report: Report) -> str:
             (
                 ("Bundle", f"`{subject.bundle_digest}`"),
                 ("Original", f"`{subject.checkpoint_digest}`"),
+                ("Evaluation text", f"`{report.fidelity.text_digest}`" if report.fidelity.text_digest else "–"),
                 ("Machine", _foreign(f"{report.machine.processor}, {report.machine.cores} cores")),
                 ("Versions", _foreign(", ".join(f"{name} {version}" for name, version in report.versions.items()))),
             ),

@@ -26,7 +26,7 @@ from glmexport.validation.results import (
     badness,
 )
 from glmexport.validation.statistics import Kind, clustered_mean
-from glmexport.validation.texts import EvaluationText
+from glmexport.validation.texts import EvaluationText, text_digest
 
 #: Positions whose logits are held at a time.
 _POSITIONS = 128
@@ -118,6 +118,7 @@ def summarize(
         bands=_bands(divergences),
         noise_floor=noise,
         capture=capture,
+        text_digest=text_digest(texts),
     )
 
 

@@ -37,7 +37,7 @@ EFFECTIVE_TOKENS = 2.0
 
 
 @dataclass(frozen=True)
-class _Judged:
+class Judged:
     """One limit in one language; ``estimate`` and ``limit`` of a quantity that has to be small."""
 
     name: str
@@ -69,7 +69,7 @@ def apply_gates(fidelity: Fidelity, policy: Gates, behaviour: Behaviour | None =
         for row in fidelity.languages
         if row.positions < policy.minimum_positions
     ]
-    tests = [test for row in judged for test in _tests(row, policy)]
+    tests = [test for row in judged for test in judged_estimates(row, policy)]
     lost = list(losses(behaviour, policy.behaviour, policy.confidence)) if behaviour else []
     chances = [*(p_value(test.estimate, test.limit) for test in tests), *(loss.p_value for loss in lost)]
     broken = holm(chances, 1 - policy.confidence)
@@ -157,17 +157,18 @@ def verdict_of(gates: Iterable[Gate]) -> Verdict:
     return worst(gate.verdict for gate in gates)
 
 
-def _tests(row: LanguageFidelity, policy: Gates) -> tuple[_Judged, ...]:
+def judged_estimates(row: LanguageFidelity, policy: Gates) -> tuple[Judged, ...]:
+    """Every estimate of one language that has a limit."""
     limits = policy.limits(row.language)
     assert limits.kl_mean_nats and limits.ln_perplexity_ratio and limits.top1_agreement
     return (
-        _Judged("Mean KL divergence", "nats/token", row, row.kl, limits.kl_mean_nats),
-        _Judged("ln perplexity ratio", "nats/token", row, row.ln_perplexity_ratio, limits.ln_perplexity_ratio),
-        _Judged("Top-1 agreement", "share", row, row.top1_disagreement, 1 - limits.top1_agreement, complement=True),
+        Judged("Mean KL divergence", "nats/token", row, row.kl, limits.kl_mean_nats),
+        Judged("ln perplexity ratio", "nats/token", row, row.ln_perplexity_ratio, limits.ln_perplexity_ratio),
+        Judged("Top-1 agreement", "share", row, row.top1_disagreement, 1 - limits.top1_agreement, complement=True),
     )
 
 
-def _estimated(test: _Judged, broken: bool, policy: Gates, tests: int) -> Gate:
+def _estimated(test: Judged, broken: bool, policy: Gates, tests: int) -> Gate:
     value = test.estimate.value
     lower, upper = bounds(test.estimate, policy.confidence)
     if broken:

@@ -21,7 +21,7 @@ from glmexport.validation.results import Estimate
 _SKEWED = 3
 
 #: Share of samples in which enough documents are to decide.
-_POWER = 0.8
+POWER = 0.8
 _MOST_DOCUMENTS = 20_000
 
 #: See ``Estimate.kind``.
@@ -110,9 +110,26 @@ def documents_needed(estimate: Estimate, limit: float, confidence: float, tests:
         risk /= _SKEWED
     ratio = (error / distance) ** 2 * estimate.documents
     number = np.arange(2, _MOST_DOCUMENTS)
-    enough = number >= ratio * (stdtrit(number - 1, 1 - risk) + stdtrit(number - 1, _POWER)) ** 2
+    enough = number >= ratio * (stdtrit(number - 1, 1 - risk) + stdtrit(number - 1, POWER)) ** 2
     # The more documents, the smaller the quantiles: from the first number that suffices on, all do.
     return int(number[enough.argmax()]) if enough[-1] else None
+
+
+def showable_limit(estimate: Estimate, confidence: float) -> float | None:
+    """The smallest limit that as many documents would surely keep in four of five samples.
+
+    If the value is the true one. None where nothing says how far documents differ.
+    """
+    value, error = estimate.value, estimate.standard_error
+    if estimate.documents < 2 or not (math.isfinite(value) and math.isfinite(error)):
+        return None
+    risk = (1 - confidence) / (_SKEWED if estimate.kind == "positive" else 1)
+    reach = float(stdtrit(estimate.documents - 1, 1 - risk) + stdtrit(estimate.documents - 1, POWER)) * error
+    if estimate.kind == "signed":
+        return value + reach
+    if value <= 0:
+        return bounds(estimate, confidence)[1]
+    return value * math.exp(min(reach / value, 700.0))
 
 
 def holm(p_values: Sequence[float], alpha: float) -> list[bool]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,6 +35,12 @@ class EvaluationText:
     def targets(self) -> Tensor:
         """The tokens that are predicted, [positions]."""
         return self.ids[self.prefix :]
+
+
+def text_digest(texts: Sequence[EvaluationText]) -> str:
+    """SHA-256 over everything that is asked."""
+    content = [[text.document, text.language, text.prefix, text.ids.tolist()] for text in texts]
+    return "sha256:" + hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def evaluation_texts(

@@ -121,6 +121,8 @@ class Fidelity(Record):
     this is no difference. None if it was not measured."""
     capture: CaptureBound | None = None
     """Where the original was captured earlier: every divergence above is a lower bound. None if it was at hand."""
+    text_digest: str = ""
+    """SHA-256 over the documents, their languages and token ids: the same where two reports rest on the same text."""
 
     @model_validator(mode="after")
     def _histogram_is_well_formed(self) -> Self:

@@ -1,0 +1,47 @@
+"""What a validation of a bundle would need, before it is started."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from glmexport.architecture import Reference
+from glmexport.calibration import evaluation_documents
+from glmexport.compile import BuildOptions, open_bundle, open_captured_bundle, policy_of
+from glmexport.errors import InputError
+from glmexport.job import Original
+from glmexport.progress import Progress
+from glmexport.report.document import JSON_NAME, read_report
+from glmexport.validation.capture import CapturedReference
+from glmexport.validation.planning import Plan, measure_rates, plan_validation
+from glmexport.validation.run import texts_for
+from glmexport.validation.session import ScoringSession
+
+
+def plan_bundle(
+    directory: Path, original: Original | CapturedReference, options: BuildOptions, progress: Progress
+) -> Plan:
+    """From how far documents differ in the bundle's own report, and a few of them timed here.
+
+    Raises:
+        BundleError: the bundle was made from another checkpoint, or its report cannot be read.
+        InputError: its report is of another bundle, so that nothing says how far documents differ.
+    """
+    if isinstance(original, Original):
+        manifest = open_bundle(directory, original, progress)
+        calibrated = manifest.calibration.own if manifest.calibration else ()
+        documents = evaluation_documents(options.evaluation, original.tokenizer, calibrated)
+        texts = texts_for(documents, original.tokenizer, original.architecture, options.validation)
+        reference = Reference(original.checkpoint, original.architecture)
+    else:
+        manifest = open_captured_bundle(directory, original)
+        texts, reference = list(original.texts), None
+    report = read_report(directory / JSON_NAME)
+    if report.subject.bundle_digest != manifest.digest():
+        raise InputError(
+            f"{directory / JSON_NAME} is of another bundle, so that nothing says how far documents differ.",
+            next_step="Run validate without --plan once; every later plan rests on what it finds.",
+        )
+    with progress.track("Timing", 1) as track:
+        rates = measure_rates(ScoringSession(directory, manifest, options.threads), texts, reference, options.threads)
+        track.advance()
+    return plan_validation(report.fidelity.languages, policy_of(manifest, options).gates, rates)

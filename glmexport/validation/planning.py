@@ -1,0 +1,175 @@
+"""How much text a verdict needs, and how long this machine takes for it.
+
+What is needed follows from how far documents differ, which an earlier validation of the bundle has measured, and from
+the limits of a policy; how long it takes, from a few documents through the bundle and one block of the original.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from glmexport.architecture import Reference
+from glmexport.target import Gates
+from glmexport.validation.divergence import divergence
+from glmexport.validation.gates import judged_estimates
+from glmexport.validation.results import LanguageFidelity, Number, Record
+from glmexport.validation.results.record import Count
+from glmexport.validation.session import ScoringSession
+from glmexport.validation.statistics import POWER, documents_needed, showable_limit
+from glmexport.validation.texts import EvaluationText
+
+#: Documents that are timed.
+_TIMED = 3
+
+
+class Need(Record):
+    """One gate in one language."""
+
+    gate: str
+    language: str
+    """BCP-47 tag."""
+    value: Number
+    limit: Number
+    documents: Count
+    """That the value rests on."""
+    needed: Count | None
+    """To decide in four of five cases, if the value is the true one; None if it is too near the limit, or nothing says
+    how far documents differ."""
+    showable: Number | None
+    """The limit nearest to the value that ``documents`` would show to be kept in four of five cases."""
+
+
+class Rates(Record):
+    """Seconds on this machine."""
+
+    threads: Count
+    per_position: Number
+    """Through the bundle, through all blocks of the original and its lm_head, and to compare them."""
+    bundle_per_position: Number
+    """Of that, the bundle's."""
+    fixed: Number
+    """To read every block of the original once; 0 where it was captured."""
+
+
+class Plan(Record):
+    """What a validation has, and what it would need."""
+
+    power: Number
+    """Chance to decide, if the values are the true ones."""
+    confidence: Number
+    needs: tuple[Need, ...]
+    documents: Count
+    positions: Count
+    seconds: Number
+    """Of a comparison over ``documents``, speed and free answers apart."""
+    needed_documents: Count
+    needed_positions: Count
+    needed_seconds: Number
+    """Of one over as many documents in every language as its gates need; gates that nothing would decide left out."""
+    undecidable: Count
+    """Gates for which no number can be told."""
+    rates: Rates
+
+    def needed(self, language: str) -> int:
+        """Documents for every gate of ``language``, at least those there are."""
+        rows = [need for need in self.needs if need.language == language]
+        return max(max(need.needed or 0, need.documents) for need in rows)
+
+
+def plan_validation(languages: Sequence[LanguageFidelity], policy: Gates, rates: Rates) -> Plan:
+    """What the gates of ``policy`` need beyond what ``languages`` rest on."""
+    needs = tuple(need for row in languages for need in _needs(row, policy))
+    documents = {row.language: row.documents for row in languages}
+    length = {row.language: row.positions / row.documents for row in languages}
+    wanted = {
+        row.language: max([row.documents, *(need.needed or 0 for need in needs if need.language == row.language)])
+        for row in languages
+    }
+    positions = sum(row.positions for row in languages)
+    needed = math.ceil(sum(count * length[language] for language, count in wanted.items()))
+    return Plan(
+        power=POWER,
+        confidence=policy.confidence,
+        needs=needs,
+        documents=sum(documents.values()),
+        positions=positions,
+        seconds=rates.fixed + positions * rates.per_position,
+        needed_documents=sum(wanted.values()),
+        needed_positions=needed,
+        needed_seconds=rates.fixed + needed * rates.per_position,
+        undecidable=sum(need.needed is None for need in needs),
+        rates=rates,
+    )
+
+
+def _needs(row: LanguageFidelity, policy: Gates) -> list[Need]:
+    found = []
+    for each in judged_estimates(row, policy):
+        needed = documents_needed(each.estimate, each.limit, policy.confidence)
+        showable = showable_limit(each.estimate, policy.confidence)
+        value, limit = each.estimate.value, each.limit
+        if each.complement:
+            value, limit, showable = 1 - value, 1 - limit, None if showable is None else 1 - showable
+        found.append(
+            Need(
+                gate=each.name,
+                language=row.language,
+                value=value,
+                limit=limit,
+                documents=row.documents,
+                needed=needed,
+                showable=showable,
+            )
+        )
+    return found
+
+
+def measure_rates(
+    session: ScoringSession, texts: Sequence[EvaluationText], reference: Reference | None, threads: int
+) -> Rates:
+    """Time the longest of ``texts`` through both models.
+
+    Blocks are of one shape but where an architecture mixes dense and sparse ones, so one of each kind is timed.
+    """
+    torch.set_num_threads(threads)
+    timed = sorted(texts, key=lambda text: len(text.ids), reverse=True)[:_TIMED]
+    positions = sum(text.positions for text in timed)
+    session.logits(timed[0].ids)
+    answers: list[Tensor] = []
+    started = time.perf_counter()
+    for text in timed:
+        answers.append(session.logits(text.ids)[text.prefix - 1 : -1])
+    bundle = (time.perf_counter() - started) / positions
+    per_position, fixed = bundle, 0.0
+    if reference is not None:
+        read, blocks = _original_seconds(reference, timed)
+        started = time.perf_counter()
+        for text, given in zip(timed, answers, strict=True):
+            states = torch.zeros(text.positions, reference.architecture.hidden_size)
+            divergence(reference.logits(states), given, text.targets)
+        per_position += (time.perf_counter() - started + blocks) / positions
+        fixed = read
+    return Rates(threads=threads, per_position=per_position, bundle_per_position=bundle, fixed=fixed)
+
+
+def _original_seconds(reference: Reference, texts: Sequence[EvaluationText]) -> tuple[float, float]:
+    """To read all blocks, and to run ``texts`` through all of them."""
+    read = run = 0.0
+    kinds = {len(layer.linears): layer for layer in reference.architecture.layers}
+    for linears, layer in kinds.items():
+        alike = sum(len(other.linears) == linears for other in reference.architecture.layers)
+        started = time.perf_counter()
+        block = reference.block(layer)
+        read += alike * (time.perf_counter() - started)
+        hidden = [reference.embed(text.ids)[None] for text in texts]
+        block.forward(hidden[0], reference.position_embeddings(hidden[0].shape[1]))
+        started = time.perf_counter()
+        for states in hidden:
+            block.forward(states, reference.position_embeddings(states.shape[1]))
+        run += alike * (time.perf_counter() - started)
+    return read, run
