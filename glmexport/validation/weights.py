@@ -134,7 +134,9 @@ def _rows(checkpoint: Checkpoint, key: str, shape: torch.Size) -> Iterator[Tenso
 
 def _told(rows: RowDistances) -> str:
     lost = rows.lost
-    told = f"gain {rows.gain:.4f} and offset {float(rows.offset.mean()):+.2f} steps against the original"
+    # Not -0.00.
+    offset = round(float(rows.offset.mean()), 2) + 0.0
+    told = f"gain {rows.gain:.4f} and offset {offset:+.2f} steps against the original"
     if not len(lost):
         return told
     worst = int(lost[rows.distance[lost].nan_to_num(torch.inf).argmax()])
