@@ -24,7 +24,10 @@ STAGES = (
 )
 SHARED = ("errors", "definition", "recipe", "target", "resources", "progress", "divergence", "languages")
 #: May import anything: they run the stages.
-OUTSIDE = ("capture", "compile", "convert", "job", "device", "estimate", "generation", "cli", "__main__")
+OUTSIDE = (
+    "answering", "capture", "compile", "convert", "job", "device", "estimate", "generation", "likelihood", "lm_eval",
+    "cli", "__main__",
+)  # fmt: skip
 #: A checkpoint that is shipped as a package, for the stage that opens checkpoints.
 ALLOWED = {"checkpoint": ("demo",)}
 LONGEST = 400
