@@ -13,6 +13,7 @@ import torch
 from glmexport.architecture import Reference
 from glmexport.checkpoint import Checkpoint, Tokenizer
 from glmexport.errors import InputError
+from glmexport.likelihood import TOKENS, portions
 from glmexport.progress import Progress
 from glmexport.validation.behaviour.original import verified_answers
 
@@ -142,11 +143,26 @@ def verified_texts(
     progress: Progress,
     drafts: Stream | None = None,
 ) -> list[str]:
-    """A checkpoint's, in passes through it one block at a time, for every prompt together.
+    """A checkpoint's, in passes through it one block at a time, for every prompt together; where they are too many
+    for the disk, for a portion after the other.
 
     ``drafts``, such as a bundle of it, says what to check in a pass; without them it is what followed the last tokens
     where they were there before (Saxena, Prompt Lookup Decoding, 2023). The answers are the same.
     """
+    texts: list[str] = []
+    for part in portions(prompts, lambda prompt: len(prompt.ids) + prompt.ending.max_tokens, TOKENS):
+        texts += _verified(reference, tokenizer, part, scratch, progress, drafts)
+    return texts
+
+
+def _verified(
+    reference: Reference,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    scratch: Path,
+    progress: Progress,
+    drafts: Stream | None,
+) -> list[str]:
     ends = reference.architecture.eos_token_ids
     readings = [Reading(tokenizer, ends, prompt.ending) for prompt in prompts]
 

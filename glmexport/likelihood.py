@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,8 +17,10 @@ from glmexport.validation.reference import reference_states
 from glmexport.validation.session import ScoringSession
 from glmexport.validation.texts import EvaluationText
 
+T = TypeVar("T")
+
 #: Tokens whose hidden states are on the disk at a time: 1 GiB at a width of 4096.
-_TOKENS = 65536
+TOKENS = 65536
 #: Positions whose logits are in memory at a time: 300 MiB with 150 000 tokens. The lm_head is read once for them.
 _ROWS = 512
 #: Texts that go through a block together.
@@ -112,7 +114,7 @@ def checkpoint_likelihoods(
     tally = _Tally(requests)
     # Of one length or nearly so beside each other, for the sake of padding.
     order = sorted(tally.readers, key=len)
-    for part in _parts(order):
+    for part in portions(order, len, TOKENS):
         texts = [EvaluationText(str(index), "", torch.tensor(inputs), 1) for index, inputs in enumerate(part)]
         states = reference_states(reference, texts, scratch, progress, label="Likelihoods", batch=_BATCH)
         rows: list[Tensor] = []
@@ -132,18 +134,18 @@ def checkpoint_likelihoods(
     return tally.likelihoods
 
 
-def _parts(texts: Sequence[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
-    """In order, with no more than ``_TOKENS`` in each, or a single text."""
-    part: list[tuple[int, ...]] = []
+def portions(items: Sequence[T], length: Callable[[T], int], most: int) -> Iterator[list[T]]:
+    """``items`` in order, with a ``length`` of no more than ``most`` in each portion, or a single item."""
+    portion: list[T] = []
     size = 0
-    for text in texts:
-        if part and size + len(text) > _TOKENS:
-            yield part
-            part, size = [], 0
-        part.append(text)
-        size += len(text)
-    if part:
-        yield part
+    for item in items:
+        if portion and size + length(item) > most:
+            yield portion
+            portion, size = [], 0
+        portion.append(item)
+        size += length(item)
+    if portion:
+        yield portion
 
 
 class _Tally:

@@ -100,7 +100,7 @@ def cut(text: str, until: Sequence[str]) -> str:
 
 
 def test_bundle_and_checkpoint_answer_as_token_by_token(
-    original: Original, model: Any, session: GenerationSession, tmp_path: Path
+    original: Original, model: Any, session: GenerationSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts = prompts_of(original, model)
     expected = expected_of(original, model, prompts)
@@ -116,6 +116,9 @@ def test_bundle_and_checkpoint_answer_as_token_by_token(
     assert streamed_answers(whole, tokenizer, ends, prompts, Silent()) == expected
     for drafts in (None, session.stream, wrong):
         assert verified_texts(reference, tokenizer, prompts, tmp_path, Silent(), drafts) == expected
+    # In several portions.
+    monkeypatch.setattr(glmexport.answering, "TOKENS", 60)
+    assert verified_texts(reference, tokenizer, prompts, tmp_path, Silent(), session.stream) == expected
 
 
 def test_an_end_token_ends(original: Original, model: Any, tmp_path: Path) -> None:

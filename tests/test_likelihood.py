@@ -101,7 +101,7 @@ def test_bundle_and_checkpoint_are_as_the_softmax_written_out(
     close(bundle_likelihoods(session, requests, Silent()), expected)
     close(checkpoint_likelihoods(reference, requests, tmp_path, Silent()), expected)
     # In parts that are smaller than a text, and rows of several texts in pieces.
-    monkeypatch.setattr(glmexport.likelihood, "_TOKENS", 20)
+    monkeypatch.setattr(glmexport.likelihood, "TOKENS", 20)
     monkeypatch.setattr(glmexport.likelihood, "_ROWS", 3)
     close(checkpoint_likelihoods(reference, requests, tmp_path, Silent()), expected)
     assert not list(tmp_path.iterdir())
