@@ -25,7 +25,8 @@ STAGES = (
 SHARED = ("errors", "definition", "recipe", "target", "resources", "progress", "divergence", "languages")
 #: May import anything: they run the stages.
 OUTSIDE = (
-    "capture", "compile", "convert", "job", "device", "estimate", "generation", "plan", "provenance", "cli", "__main__",
+    "answering", "capture", "compile", "convert", "job", "device", "estimate", "generation", "likelihood", "lm_eval",
+    "plan", "provenance", "cli", "__main__",
 )  # fmt: skip
 #: A checkpoint that is shipped as a package, for the stage that opens checkpoints.
 ALLOWED = {"checkpoint": ("demo",)}

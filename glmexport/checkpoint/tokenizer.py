@@ -126,6 +126,11 @@ class Tokenizer:
         """Whether conversations can be rendered."""
         return "default" in self._templates
 
+    @property
+    def chat_template(self) -> str | None:
+        """The source of the template that conversations without tools are rendered by; None where there is none."""
+        return self._templates["default"][1] if self.has_chat_template else None
+
     def template_mentions(self, text: str) -> bool:
         """Whether a chat template has ``text`` in it, such as the tag of a grammar that it writes."""
         return any(text in source for _, source in self._templates.values())

@@ -58,12 +58,17 @@ def _run() -> int:
         error.show()
         return EXIT_INPUT
     except GlmexportError as error:
-        return _say(error.message, error.next_step, error.exit_code)
+        return tell(error)
     except (click.exceptions.Abort, KeyboardInterrupt, MemoryError, OSError) as error:
         return _say(*_from_outside(error))
     except Exception:
         traceback.print_exc()
         return _say("This is a bug in glmexport.", "Please report it with the lines above.", EXIT_BUG)
+
+
+def tell(error: GlmexportError) -> int:
+    """Say what happened and what to do about it; the exit code."""
+    return _say(error.message, error.next_step, error.exit_code)
 
 
 def _from_outside(error: BaseException) -> tuple[str, str, int]:

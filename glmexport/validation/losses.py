@@ -6,9 +6,10 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from scipy.special import ndtr, ndtri
+from scipy.special import stdtr, stdtrit
 
 from glmexport.target import BehaviourLimits
+from glmexport.validation.behaviour.paired import loss_chance
 from glmexport.validation.results import Behaviour, Paired
 
 
@@ -50,7 +51,8 @@ def losses(behaviour: Behaviour, limits: BehaviourLimits, confidence: float) -> 
 def _length(behaviour: Behaviour, most: float, confidence: float) -> Loss:
     """The logarithm of the ratio of lengths, which has to be small in either direction."""
     ratio, error = behaviour.ln_length_ratio, behaviour.ln_length_ratio_error
-    reach = float(ndtri(confidence)) * error
+    freedom = behaviour.overall.answers - 1
+    reach = float(stdtrit(freedom, confidence)) * error if math.isfinite(error) else math.inf
     ends = abs(ratio - reach), abs(ratio + reach)
     limit = math.log1p(most)
     return Loss(
@@ -60,28 +62,28 @@ def _length(behaviour: Behaviour, most: float, confidence: float) -> Loss:
         "",
         0.0 if abs(ratio) <= reach else min(ends),
         max(ends),
-        _chance(abs(ratio) - limit, error),
+        _beyond(abs(ratio) - limit, error, freedom) + _beyond(abs(ratio) + limit, error, freedom),
         f"{behaviour.overall.answers} answers, {behaviour.overall.tokens_original} tokens of the original",
     )
 
 
 def _loss(name: str, change: Paired, limit: float, unit: str, noun: str) -> Loss:
-    value = 0.0 - change.mean_difference
     return Loss(
         name,
-        value,
+        0.0 - change.mean_difference,
         limit,
         unit,
         -change.upper_bound,
         -change.lower_bound,
-        _chance(value - limit, change.standard_error),
+        loss_chance(change, limit),
         f"{change.tasks} {noun}, {change.lost} lost and {change.gained} gained",
     )
 
 
-def _chance(distance: float, error: float) -> float:
+def _beyond(distance: float, error: float, freedom: int) -> float:
+    """Half or less of Student's distribution: that of a single answer says nothing, one without error all."""
     if not math.isfinite(error):
-        return 1.0
+        return 0.5
     if error == 0:
-        return 0.0 if distance > 0 else 1.0
-    return float(ndtr(-distance / error))
+        return 0.0 if distance > 0 else 0.5
+    return float(stdtr(freedom, -distance / error))

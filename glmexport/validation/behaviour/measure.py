@@ -225,7 +225,9 @@ def _length_ratio(judged: Sequence[Judged]) -> tuple[float, float]:
     after = np.array([len(each.bundle) for each in judged], np.float64)
     ratio = after.sum() / before.sum()
     count = len(judged)
-    spread = math.sqrt(float(np.square(after - ratio * before).sum()) * count / max(count - 1, 1))
+    if count == 1:
+        return math.log(ratio), math.inf
+    spread = math.sqrt(float(np.square(after - ratio * before).sum()) * count / (count - 1))
     return math.log(ratio), spread / float(after.sum())
 
 

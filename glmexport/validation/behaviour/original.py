@@ -21,6 +21,9 @@ from glmexport.validation.texts import EvaluationText
 #: ``draft(index, answer so far)``: what the bundle would go on with, to the end.
 Draft = Callable[[int, list[int]], list[int]]
 
+#: ``finished(index, answer so far)``: whether what follows is of no interest.
+Finished = Callable[[int, list[int]], bool]
+
 #: Answers that go through a block together.
 _BATCH = 8
 
@@ -34,9 +37,10 @@ def verified_answers(
     ends: Collection[int],
     scratch: Path,
     progress: Progress,
+    finished: Finished = lambda *_: False,
 ) -> tuple[list[list[int]], int]:
     """The original's greedy answer to each of ``prompts``, up to as many tokens as ``limits`` says, with the end
-    token, if it comes.
+    token, if it comes. One that is ``finished`` is gone on with no further, and may be some tokens longer.
 
     Returns the answers and the number of passes that it took.
     """
@@ -66,7 +70,9 @@ def verified_answers(
         unfinished = [
             index
             for index in unfinished
-            if len(answers[index]) < limits[index] and not (answers[index] and answers[index][-1] in ends)
+            if len(answers[index]) < limits[index]
+            and not (answers[index] and answers[index][-1] in ends)
+            and not finished(index, answers[index])
         ]
     return answers, passes
 

@@ -11,15 +11,18 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import bdtr, betaincinv, stdtrit
+from scipy.special import bdtr, betaincinv, stdtr, stdtrit
 from scipy.stats import binom
 
 from glmexport.validation.results.paired import Paired
 
 #: z of the statistic by which tables are ordered; the bound's confidence comes from their probability.
 _Z = 1.645
-#: Probability that the share of changed tasks is beyond those that are tried; it is taken off the risk of the bound.
-_INCREDIBLE = 0.001
+#: Probability that the share of changed tasks is beyond those that are tried; it is taken off the risk of the bound,
+#: and added to a chance, which among many has to be far smaller than that risk to count.
+_INCREDIBLE, _INCREDIBLE_CHANCE = 0.001, 1e-5
+#: Differences of scores that are no nearer than this are equal but for rounding.
+_ROUNDING = 1e-12
 #: How many of them are tried, and how often the interval that the bound is in is halved.
 _SHARES, _HALVINGS = 64, 20
 
@@ -42,7 +45,7 @@ def paired(
         raise ValueError("there are no tasks")
     differences = np.asarray(bundle, np.float64) - np.asarray(original, np.float64)
     tasks, mean = len(original), float(differences.mean())
-    error = float(differences.std(ddof=1) / math.sqrt(tasks)) if tasks > 1 else math.inf
+    error = _standard_error(differences)
     lost, gained = int((differences < 0).sum()), int((differences > 0).sum())
     binary = all(score in (0, 1) for score in (*original, *bundle))
     names = [str(index) for index in range(tasks)] if ids is None else ids
@@ -50,7 +53,7 @@ def paired(
         lower = difference_bound(tasks, lost, gained, confidence)
         upper = -difference_bound(tasks, gained, lost, confidence)
     else:
-        # Were more tasks than this share different, one of so many would have been.
+        # Were more than this share of the tasks different, one of so many would have been.
         unseen = -math.expm1(math.log1p(-confidence) / tasks)
         spread = (float(stdtrit(tasks - 1, confidence)) * error if error else unseen) if tasks > 1 else math.inf
         lower, upper = max(-1.0, mean - spread), min(1.0, mean + spread)
@@ -68,6 +71,33 @@ def paired(
     )
 
 
+def _standard_error(differences: NDArray[np.float64]) -> float:
+    if len(differences) == 1:
+        return math.inf
+    return 0.0 if np.ptp(differences) < _ROUNDING else float(differences.std(ddof=1) / math.sqrt(len(differences)))
+
+
+def loss_chance(change: Paired, limit: float) -> float:
+    """Chance of a mean loss as large as that of ``change`` or larger if the true one were ``limit``, 0 to 1.
+
+    By the same means as the bounds, so that it is below 1 - confidence only where they say so too.
+    """
+    if change.mcnemar_p is not None:
+        return _binary_chance(change.tasks, change.lost, change.gained, limit)
+    distance, error = -change.mean_difference - limit, change.standard_error
+    if not math.isfinite(error):
+        return 1.0
+    if error == 0:
+        return float(1 - min(max(distance, 0.0), 1.0)) ** change.tasks
+    return float(stdtr(change.tasks - 1, -distance / error))
+
+
+def _binary_chance(tasks: int, lost: int, gained: int, loss: float) -> float:
+    """Of results as bad as this or worse if P(lost) - P(gained) is ``loss``; what is lost is gained the other way."""
+    shares = _credible(tasks, lost + gained, _INCREDIBLE_CHANCE)
+    return min(1.0, _chance(tasks, _most_lost(tasks, gained, lost), loss, shares) + _INCREDIBLE_CHANCE)
+
+
 def mcnemar(lost: int, gained: int) -> float:
     """Two-sided exact p: of the binomial distribution of the smaller of the two, in all, with 1/2."""
     return min(1.0, 2 * float(bdtr(min(lost, gained), lost + gained, 0.5)))
@@ -82,15 +112,19 @@ def difference_bound(tasks: int, lost: int, gained: int, confidence: float) -> f
     all are lost, of which a quantized model is suspected: of 20 tasks with a tenth lost its 95 % hold in 88 %.
     """
     most = _most_lost(tasks, lost, gained)
-    changed, risk = lost + gained, 1 - confidence - _INCREDIBLE
-    least = float(betaincinv(changed, tasks - changed + 1, _INCREDIBLE / 2)) if changed else 0.0
-    largest = float(betaincinv(changed + 1, tasks - changed, 1 - _INCREDIBLE / 2)) if changed < tasks else 1.0
-    shares = np.linspace(least, largest, _SHARES)
-    low, high = -largest, (gained - lost) / tasks
+    shares, risk = _credible(tasks, lost + gained, _INCREDIBLE), 1 - confidence - _INCREDIBLE
+    low, high = -float(shares[-1]), (gained - lost) / tasks
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         low, high = (low, middle) if _chance(tasks, most, middle, shares) > risk else (middle, high)
     return low
+
+
+def _credible(tasks: int, changed: int, incredible: float) -> NDArray[np.float64]:
+    """Shares of changed tasks, up to the bounds of Clopper and Pearson (Biometrika 26, 1934) for those that changed."""
+    least = float(betaincinv(changed, tasks - changed + 1, incredible / 2)) if changed else 0.0
+    largest = float(betaincinv(changed + 1, tasks - changed, 1 - incredible / 2)) if changed < tasks else 1.0
+    return np.linspace(least, largest, _SHARES)
 
 
 def _most_lost(tasks: int, lost: int, gained: int) -> NDArray[np.int64]:

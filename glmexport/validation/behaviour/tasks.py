@@ -99,7 +99,7 @@ def _try(pattern: str) -> None:
     """Compile ``pattern`` and search where patterns that backtrack exponentially never come to an end."""
     try:
         compiled = regex.compile(pattern)
-    except regex.error as error:
+    except (regex.error, RecursionError) as error:
         raise ValueError(f"target is no regular expression: {error}") from error
     for character in sorted({"a", "0", " ", *pattern}):
         try:

@@ -1,0 +1,224 @@
+"""Greedy answers up to a stop string: of a bundle, and of a checkpoint, whole in memory or block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from glmexport.architecture import Reference
+from glmexport.checkpoint import Checkpoint, Tokenizer
+from glmexport.errors import InputError
+from glmexport.likelihood import TOKENS, portions
+from glmexport.progress import Progress
+from glmexport.validation.behaviour.original import verified_answers
+
+#: Tokens after a prompt, one by one, at most so many, the end token included.
+Stream = Callable[[Sequence[int], int], Iterator[int]]
+
+_LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+#: Settings that mean nothing to a greedy answer, once it is certain that one is wanted.
+_OF_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
+#: Values with which these settings change nothing.
+_NEUTRAL: Mapping[str, object] = {"num_beams": 1, "repetition_penalty": 1, "num_return_sequences": 1}
+#: Of the memory that is free, what a whole model may take; the rest is for its caches.
+_SHARE = 0.75
+#: Tokens of a text that are looked up in what precedes them, and how many are taken from there.
+_LOOKED_UP, _TAKEN = 3, 16
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What ends an answer beside the model's end tokens."""
+
+    until: tuple[str, ...]
+    max_tokens: int
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any], max_tokens: int) -> Ending:
+        """From the generation settings of lm-eval, where ``max_tokens`` is used if they have no limit.
+
+        Raises:
+            InputError: they ask for another answer than the greedy one, or for something unknown.
+        """
+        given = {name: value for name, value in settings.items() if value is not None}
+        until = given.pop("until", [])
+        until = [until] if isinstance(until, str) else until
+        if not isinstance(until, Sequence) or not all(isinstance(stop, str) and stop for stop in until):
+            raise _refused(f"until={until!r}", "Give texts that are not empty.")
+        limits = [given.pop(name) for name in _LIMITS if name in given] or [max_tokens]
+        limit = limits[0]
+        if not all(type(other) is int and other == limit > 0 for other in limits):
+            raise _refused(f"a limit of {' and '.join(map(str, limits))} tokens", "Give one whole number above 0.")
+        greedy = given.pop("do_sample", None)
+        if greedy not in (None, False) or (greedy is None and given.get("temperature", 0) != 0):
+            raise _refused("sampling", "Set do_sample to false: answers are the most likely ones, token by token.")
+        for name, value in given.items():
+            if name not in _OF_SAMPLING and (name not in _NEUTRAL or value != _NEUTRAL[name]):
+                raise _refused(f"{name}={value!r}", "Leave it out: answers are the most likely ones, token by token.")
+        return cls(tuple(until), limit)
+
+
+def _refused(setting: str, next_step: str) -> InputError:
+    return InputError(f"Answers cannot be generated with {setting}.", next_step=next_step)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids that are to be gone on with, and where that ends."""
+
+    ids: tuple[int, ...]
+    ending: Ending
+
+    def fitted(self, prefix: Sequence[int], window: int) -> Prompt:
+        """Cut from the left, behind ``prefix``, until the longest answer has room.
+
+        Raises:
+            InputError: the longest answer leaves no room for a prompt.
+        """
+        room = window - self.ending.max_tokens
+        if len(self.ids) <= room:
+            return self
+        kept = len(prefix) if self.ids[: len(prefix)] == tuple(prefix) else 0
+        if room <= kept:
+            raise InputError(
+                f"An answer of {self.ending.max_tokens} tokens leaves no room in a context of {window}.",
+                next_step="Set max_gen_toks to less.",
+            )
+        return Prompt((*self.ids[:kept], *self.ids[len(self.ids) - room + kept :]), self.ending)
+
+
+class Reading:
+    """Answers as text. A stop string that is a special token, which no text shows, is an end token."""
+
+    def __init__(self, tokenizer: Tokenizer, ends: Collection[int], ending: Ending) -> None:
+        special = tokenizer.special_tokens
+        self._tokenizer = tokenizer
+        self._ends = frozenset(ends) | {special[stop] for stop in ending.until if stop in special}
+        self._until = [stop for stop in ending.until if stop not in special]
+
+    def finished(self, tokens: Sequence[int]) -> bool:
+        """Whether an answer goes no further."""
+        return bool(tokens) and (tokens[-1] in self._ends or self._stop(self._tokenizer.decode(tokens)) is not None)
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """Up to whatever ended it."""
+        end = next((place for place, token in enumerate(tokens) if token in self._ends), len(tokens))
+        text = self._tokenizer.decode(tokens[:end])
+        return text[: self._stop(text)]
+
+    def _stop(self, text: str) -> int | None:
+        """Where the stop string begins that is complete first: later text then changes nothing."""
+        found = [(place + len(stop), place) for stop in self._until if (place := text.find(stop)) >= 0]
+        return min(found)[1] if found else None
+
+
+def streamed_answers(
+    stream: Stream, tokenizer: Tokenizer, ends: Collection[int], prompts: Sequence[Prompt], progress: Progress
+) -> list[str]:
+    """One prompt after the other, of a bundle's or a whole checkpoint's ``stream``."""
+    answers = []
+    with progress.track("Answers", len(prompts)) as track:
+        for prompt in prompts:
+            reading = Reading(tokenizer, ends, prompt.ending)
+            tokens: list[int] = []
+            for token in stream(prompt.ids, prompt.ending.max_tokens):
+                tokens.append(token)
+                if reading.finished(tokens):
+                    break
+            answers.append(reading.text(tokens))
+            track.advance()
+    return answers
+
+
+def verified_texts(
+    reference: Reference,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    scratch: Path,
+    progress: Progress,
+    drafts: Stream | None = None,
+) -> list[str]:
+    """A checkpoint's, in passes through it one block at a time, for every prompt together; where they are too many
+    for the disk, for a portion after the other.
+
+    ``drafts``, such as a bundle of it, says what to check in a pass; without them it is what followed the last tokens
+    where they were there before (Saxena, Prompt Lookup Decoding, 2023). The answers are the same.
+    """
+    texts: list[str] = []
+    for part in portions(prompts, lambda prompt: len(prompt.ids) + prompt.ending.max_tokens, TOKENS):
+        texts += _verified(reference, tokenizer, part, scratch, progress, drafts)
+    return texts
+
+
+def _verified(
+    reference: Reference,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    scratch: Path,
+    progress: Progress,
+    drafts: Stream | None,
+) -> list[str]:
+    ends = reference.architecture.eos_token_ids
+    readings = [Reading(tokenizer, ends, prompt.ending) for prompt in prompts]
+
+    def draft(index: int, so_far: list[int]) -> list[int]:
+        prompt = prompts[index]
+        text = [*prompt.ids, *so_far]
+        return list(drafts(text, prompt.ending.max_tokens - len(so_far))) if drafts else looked_up(text)
+
+    answers, _ = verified_answers(
+        reference,
+        [prompt.ids for prompt in prompts],
+        draft,
+        limits=[prompt.ending.max_tokens for prompt in prompts],
+        ends=ends,
+        scratch=scratch,
+        progress=progress,
+        finished=lambda index, tokens: readings[index].finished(tokens),
+    )
+    return [reading.text(tokens) for reading, tokens in zip(readings, answers, strict=True)]
+
+
+def looked_up(text: Sequence[int]) -> list[int]:
+    """What followed the last tokens of ``text`` where they were there before; of most tokens, and the last time."""
+    for length in range(min(_LOOKED_UP, len(text) - 1), 0, -1):
+        last = list(text[-length:])
+        for start in range(len(text) - length - 1, -1, -1):
+            if list(text[start : start + length]) == last:
+                return list(text[start + length : start + length + _TAKEN])
+    return []
+
+
+def fits_in_memory(checkpoint: Checkpoint) -> bool:
+    """Whether transformers can hold all of it in fp32; what has to be merged or unpacked it does not read as we do."""
+    if checkpoint.adapter or checkpoint.quantized:
+        return False
+    numbers = sum(tensor.elements for tensor in checkpoint.tensors.values())
+    return bool(numbers * 4 <= _SHARE * psutil.virtual_memory().available)
+
+
+def whole_stream(checkpoint: Checkpoint, ends: Collection[int]) -> Stream:
+    """Of transformers' own model with its cache, in fp32, without any of the checkpoint's generation settings."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint.path, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
+    ).eval()
+
+    def stream(prompt: Sequence[int], max_tokens: int) -> Iterator[int]:
+        ids, cache = torch.tensor([list(prompt)]), None
+        for _ in range(max_tokens):
+            with torch.inference_mode():
+                output = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache, token = output.past_key_values, int(output.logits[0, -1].argmax())
+            yield token
+            if token in ends:
+                return
+            ids = torch.tensor([[token]])
+
+    return stream
