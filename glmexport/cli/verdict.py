@@ -197,6 +197,6 @@ def _gates(report: Report) -> Table:
             gate.direction,
             f"{gate.limit:g}",
             f"[{_STYLE[gate.verdict]}]{gate.verdict}[/]"
-            + (f" (about {gate.documents_needed} documents would decide)" if gate.documents_needed else ""),
+            + (f" (about {gate.documents_needed} {gate.needed_unit} would decide)" if gate.documents_needed else ""),
         )
     return table

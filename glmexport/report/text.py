@@ -121,7 +121,7 @@ def sample(gate: Gate) -> str:
     """What a gate rests on; and if that is too little, how much would do."""
     if gate.documents_needed is None:
         return gate.sample
-    return f"{gate.sample}; about {number(gate.documents_needed)} documents would decide"
+    return f"{gate.sample}; about {number(gate.documents_needed)} {gate.needed_unit} would decide"
 
 
 def value_and_limit(value: float, limit: float, unit: str) -> tuple[str, str]:

@@ -219,6 +219,8 @@ def _lost(loss: Loss, broken: bool, policy: Gates) -> Gate:
         lower=loss.lower,
         upper=loss.upper,
         confidence=policy.confidence,
+        documents_needed=loss.needed if verdict is Verdict.INCONCLUSIVE else None,
+        needed_unit=loss.noun,
     )
 
 

@@ -10,7 +10,8 @@ from scipy.special import stdtr, stdtrit
 
 from glmexport.target import BehaviourLimits
 from glmexport.validation.behaviour.paired import loss_chance
-from glmexport.validation.results import Behaviour, Paired
+from glmexport.validation.results import Behaviour, Estimate, Paired
+from glmexport.validation.statistics import documents_needed
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,10 @@ class Loss:
     upper: float
     p_value: float
     sample: str
+    #: What the sample is counted in.
+    noun: str
+    #: About how many would decide in four of five cases, if the value is the true one; None if that cannot be said.
+    needed: int | None
 
 
 def losses(behaviour: Behaviour, limits: BehaviourLimits, confidence: float) -> Iterator[Loss]:
@@ -64,6 +69,8 @@ def _length(behaviour: Behaviour, most: float, confidence: float) -> Loss:
         max(ends),
         _beyond(abs(ratio) - limit, error, freedom) + _beyond(abs(ratio) + limit, error, freedom),
         f"{behaviour.overall.answers} answers, {behaviour.overall.tokens_original} tokens of the original",
+        "answers",
+        _needed(abs(ratio), error, behaviour.overall.answers, limit, confidence),
     )
 
 
@@ -77,7 +84,16 @@ def _loss(name: str, change: Paired, limit: float, unit: str, noun: str) -> Loss
         -change.lower_bound,
         loss_chance(change, limit),
         f"{change.tasks} {noun}, {change.lost} lost and {change.gained} gained",
+        noun,
+        _needed(-change.mean_difference, change.standard_error, change.tasks, limit, change.confidence),
     )
+
+
+def _needed(loss: float, error: float, count: int, limit: float, confidence: float) -> int | None:
+    """By Student's distribution; and no fewer than show, if none of them changes, that few do."""
+    found = Estimate(value=loss, standard_error=error, documents=count, positions=count, kind="signed")
+    needed = documents_needed(found, limit, confidence)
+    return needed and max(needed, math.ceil(math.log(1 - confidence) / math.log1p(-limit)), count + 1)
 
 
 def _beyond(distance: float, error: float, freedom: int) -> float:

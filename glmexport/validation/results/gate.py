@@ -33,6 +33,8 @@ class Gate(Record):
     documents_needed: Count | None = None
     """For an INCONCLUSIVE gate: with about so many documents of the same kind it would be decided in four of five
     cases, if the value is the true one; none if that cannot be said."""
+    needed_unit: str = "documents"
+    """What ``documents_needed`` counts: documents, answers, sentences or tasks."""
 
     @property
     def holds(self) -> bool:

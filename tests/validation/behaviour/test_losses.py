@@ -204,3 +204,16 @@ def test_the_verdict_never_contradicts_the_bounds(tasks: int, count: int) -> Non
         assert judged.lower is not None and judged.upper is not None
         assert judged.verdict is not Verdict.BLOCK or judged.lower > judged.limit
         assert (judged.verdict in (Verdict.PASS, Verdict.WARN)) == (judged.upper <= judged.limit)
+
+
+def test_how_many_tasks_would_decide() -> None:
+    """Without a single change it takes 59 to show that fewer than 5 % are lost, at 95 %: 0.95^59 < 0.05."""
+    group = TaskGroup(name="sums", metric="exact", original=1, bundle=1, change=paired([1] * 20, [1] * 20))
+    found = gate(behaviour(tasks=(group,)), "Score lost")
+    assert (found.verdict, found.documents_needed, found.needed_unit) == (Verdict.INCONCLUSIVE, 59, "tasks")
+    # One of 50 lost: 0.02 with an error of 0.02, 0.03 below the limit.
+    some = first(behaviour(tasks=(group.model_copy(update={"change": lost(50, 1)}),)), "Score lost")
+    quantiles = stats.t.ppf(0.95, 130) + stats.t.ppf(0.8, 130)
+    assert some.needed == pytest.approx((0.02 * math.sqrt(50) / 0.03 * quantiles) ** 2, rel=0.05)
+    sure = gate(behaviour(), "Answers that end in a loop")
+    assert sure.verdict is Verdict.PASS and sure.documents_needed is None
