@@ -132,7 +132,7 @@ def row(name: str, report: Report) -> str:
         "weights": ("Tensors that", "Matrices with"),
         "prompts": ("Prompts",),
         "fidelity": ("Mean KL", "ln perplexity", "Top-1"),
-        "behaviour": ("ln of lengths", "Answers", "Tool calls", "chrF"),
+        "behaviour": ("ln of lengths", "Answers", "More answers", "Tool calls", "chrF"),
     }
     cells = [name]
     for starts in planes.values():
