@@ -54,6 +54,15 @@ TASKS: dict[str, dict[str, Any]] = {
         "generation_kwargs": {"until": ["\n", " of"], "max_gen_toks": 12, "do_sample": False},
         "metric_list": [{"metric": "exact_match"}],
     },
+    # With the template: the beginning of the assistant's turn.
+    "begun": {
+        "output_type": "generate_until",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "{{choices[0]}}",
+        "gen_prefix": "Everyone has",
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 12, "do_sample": False},
+        "metric_list": [{"metric": "exact_match"}],
+    },
     "long": {
         "output_type": "loglikelihood_rolling",
         "doc_to_text": "",
@@ -164,10 +173,11 @@ def test_scores_are_those_of_transformers(
 
 def test_conversations_are_written_by_the_template(harness: Harness, theirs: dict[str, list[Any]]) -> None:
     model = f"pretrained={demo_checkpoint()},dtype=float32,add_bos_token=False"
-    tasks, chat = ("choice", "answer"), ("--apply_chat_template", "--num_fewshot", "1")
+    tasks, chat = ("choice", "answer", "begun"), ("--apply_chat_template", "--num_fewshot", "1")
     expected = harness.samples("their-chat", THEIRS, model, tasks, *chat)
     found = harness.samples("chat", MINE, f"bundle={harness.bundle}", tasks, *chat)
     assert found["answer"] == expected["answer"] != theirs["answer"]
+    assert found["begun"] == expected["begun"]
     for mine, original in zip(likelihoods(found["choice"]), likelihoods(expected["choice"]), strict=True):
         assert mine == (pytest.approx(original[0], abs=2e-3), original[1])
 
