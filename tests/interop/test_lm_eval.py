@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,11 @@ class Harness:
     def __init__(self, python: str, place: Path) -> None:
         self.python, self.place = python, place
         self.bundle = build_unvalidated(demo_checkpoint(), place / "bundle", "fp32")
+        # lm-eval's own model takes the checkpoint's limit of tokens in place of the task's.
+        self.unlimited = shutil.copytree(demo_checkpoint(), place / "unlimited")
+        settings = json.loads((self.unlimited / "generation_config.json").read_text(encoding="utf-8"))
+        del settings["max_new_tokens"]
+        (self.unlimited / "generation_config.json").write_text(json.dumps(settings), encoding="utf-8")
         for name, rows in (("rows", ROWS), ("texts", [{"text": text} for text in TEXTS])):
             (place / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
         for name, fields in TASKS.items():
@@ -135,7 +141,7 @@ def harness(tmp_path_factory: pytest.TempPathFactory) -> Harness:
 @pytest.fixture(scope="module")
 def theirs(harness: Harness) -> dict[str, list[Any]]:
     """Of transformers' model by lm-eval's own hand."""
-    model = f"pretrained={demo_checkpoint()},dtype=float32,add_bos_token=False"
+    model = f"pretrained={harness.unlimited},dtype=float32,add_bos_token=False"
     return harness.samples("theirs", THEIRS, model, ("choice", "answer"))
 
 
@@ -172,7 +178,7 @@ def test_scores_are_those_of_transformers(
 
 
 def test_conversations_are_written_by_the_template(harness: Harness, theirs: dict[str, list[Any]]) -> None:
-    model = f"pretrained={demo_checkpoint()},dtype=float32,add_bos_token=False"
+    model = f"pretrained={harness.unlimited},dtype=float32,add_bos_token=False"
     tasks, chat = ("choice", "answer", "begun"), ("--apply_chat_template", "--num_fewshot", "1")
     expected = harness.samples("their-chat", THEIRS, model, tasks, *chat)
     found = harness.samples("chat", MINE, f"bundle={harness.bundle}", tasks, *chat)
