@@ -26,7 +26,7 @@ SHARED = ("errors", "definition", "recipe", "target", "resources", "progress", "
 #: May import anything: they run the stages.
 OUTSIDE = (
     "answering", "capture", "compile", "convert", "job", "device", "estimate", "generation", "likelihood", "lm_eval",
-    "plan", "provenance", "cli", "__main__",
+    "plan", "provenance", "subject", "cli", "__main__",
 )  # fmt: skip
 #: A checkpoint that is shipped as a package, for the stage that opens checkpoints.
 ALLOWED = {"checkpoint": ("demo",)}
