@@ -12,13 +12,13 @@ from typing import Any, Protocol
 
 import torch
 
-from glmexport.answering import Prompt, Stream, fits_in_memory, streamed_answers, verified_texts, whole_stream
 from glmexport.architecture import Reference
 from glmexport.bundle import read_manifest, verify_files
 from glmexport.checkpoint import Tokenizer
 from glmexport.errors import InputError
 from glmexport.job import Original
-from glmexport.likelihood import Likelihood, Request, bundle_likelihoods, checkpoint_likelihoods
+from glmexport.lm_eval.answering import Prompt, Stream, fits_in_memory, streamed_answers, verified_texts, whole_stream
+from glmexport.lm_eval.likelihood import Likelihood, Request, bundle_likelihoods, checkpoint_likelihoods
 from glmexport.progress import Progress
 from glmexport.validation.generation import GenerationSession
 from glmexport.validation.machine import cores

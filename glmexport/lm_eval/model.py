@@ -1,32 +1,20 @@
-"""The model ``glmexport`` of EleutherAI's lm-evaluation-harness: a bundle, or a checkpoint in its own precision.
-
-lm-eval finds models by a registry that nothing outside of it is entered in by itself, so its command line is run from
-here, with the model registered::
-
-    python -m glmexport.lm_eval --model glmexport --model_args bundle=DIR --tasks NAME --include_path FOLDER
-"""
+"""The model ``glmexport`` of EleutherAI's lm-evaluation-harness: a bundle, or a checkpoint in its own precision."""
 
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.model import LM
-from lm_eval.api.registry import model_registry
 
-from glmexport.answering import Ending, Prompt
 from glmexport.cli.console import Terminal
-from glmexport.cli.main import tell
-from glmexport.errors import GlmexportError, InputError
-from glmexport.likelihood import Request, fitted, windows
-from glmexport.subject import Settings
+from glmexport.errors import InputError
+from glmexport.lm_eval.answering import Ending, Prompt
+from glmexport.lm_eval.likelihood import Request, fitted, windows
+from glmexport.lm_eval.subject import Settings
 
-_NAME = "glmexport"
-#: By a name and not the class: run as a program this module is there twice.
-model_registry.register(_NAME, target="glmexport.lm_eval:Model")
+NAME = "glmexport"
 
 Conversation = Sequence[Mapping[str, str]]
 
@@ -121,7 +109,7 @@ class Model(LM):  # type: ignore[misc]
         digest = hashlib.sha256()
         for path in self._tokenizer.files:
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
-        return f"{_NAME}-{digest.hexdigest()[:16]}"
+        return f"{NAME}-{digest.hexdigest()[:16]}"
 
     def get_model_info(self) -> dict[str, str]:
         """What was asked, for lm-eval's records."""
@@ -140,15 +128,3 @@ class Model(LM):  # type: ignore[misc]
     def _tell_cut(self, count: int) -> None:
         if count:
             self._progress.remark(f"{count} contexts were cut from the left, behind {len(self._prefix)} tokens.")
-
-
-def main() -> None:
-    """lm-eval's command line with this model; what is wrong with the model is told in a sentence."""
-    try:
-        cli_evaluate()
-    except GlmexportError as error:
-        sys.exit(tell(error))
-
-
-if __name__ == "__main__":
-    main()

@@ -9,12 +9,12 @@ import pytest
 from builds import build, small_checkpoint
 
 import glmexport.compile
-import glmexport.subject
-from glmexport.answering import Ending, Prompt
+import glmexport.lm_eval.subject
 from glmexport.errors import BundleError, InputError
-from glmexport.likelihood import Request
+from glmexport.lm_eval.answering import Ending, Prompt
+from glmexport.lm_eval.likelihood import Request
+from glmexport.lm_eval.subject import BundleSubject, CheckpointSubject, Settings
 from glmexport.progress import Silent
-from glmexport.subject import BundleSubject, CheckpointSubject, Settings
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_a_bundle_and_its_checkpoint_are_asked_alike(tmp_path: Path, monkeypatch
     for subject in subjects[1:]:
         assert not progress.remarks
         if subject is subjects[-1]:
-            monkeypatch.setattr(glmexport.subject, "fits_in_memory", lambda _: False)
+            monkeypatch.setattr(glmexport.lm_eval.subject, "fits_in_memory", lambda _: False)
         assert subject.answers(prompts) == expected
         found = subject.likelihoods(requests)
         assert [each.greedy for each in found] == [each.greedy for each in likely]
