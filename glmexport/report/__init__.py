@@ -1,9 +1,11 @@
 """Results rendered: one document as JSON for programs and as HTML for people.
 
     document    the schema, and reading it
-    write       report.json and report.html
+    write       report.json and its renderings
     assemble    a document from a manifest and a validation
     html        the document as one self-contained page
+    markdown    the document for pull requests and wikis; gfm what is foreign to it
+    junit       the gates for CI servers
     allocation  the quantized matrices by part and by decoder block
     charts      inline SVG from numbers
     svg         its elements, escaped

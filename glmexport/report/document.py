@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -28,6 +29,8 @@ JSON_NAME = "report.json"
 HTML_NAME = "report.html"
 MARKDOWN_NAME = "report.md"
 JUNIT_NAME = "report.xml"
+#: Beside this module, as ``schema_text`` gives it: validators of other languages need no Python.
+SCHEMA_NAME = "report.schema.json"
 
 
 def _sorted(table: dict[str, Any]) -> dict[str, Any]:
@@ -209,6 +212,11 @@ def json_schema() -> dict[str, Any]:
     """JSON Schema of ``report.json``; every description carries its unit."""
     schema = Report.model_json_schema(mode="serialization")
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def schema_text() -> str:
+    """``json_schema`` as it is shipped in ``SCHEMA_NAME``."""
+    return json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n"
 
 
 def read_report(path: Path) -> Report:
