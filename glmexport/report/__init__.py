@@ -6,10 +6,12 @@
     html        the document as one self-contained page
     markdown    the document for pull requests and wikis; gfm what is foreign to it
     junit       the gates for CI servers
+    compare     two documents: what changed by more than chance
+    comparison  what it says; differing what else is not the same
     allocation  the quantized matrices by part and by decoder block
     charts      inline SVG from numbers
     svg         its elements, escaped
     text        numbers and foreign text as a reader can trust them
 
-Nothing here measures or decides; what is not in the document is not on the page.
+Nothing here measures; what is not in the document is not on the page.
 """

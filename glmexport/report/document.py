@@ -219,6 +219,11 @@ def schema_text() -> str:
     return json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n"
 
 
+def report_path(path: Path) -> Path:
+    """``path``, or the ``report.json`` in it if it is a directory such as a bundle."""
+    return path / JSON_NAME if path.is_dir() else path
+
+
 def read_report(path: Path) -> Report:
     """Read and check a ``report.json``.
 
