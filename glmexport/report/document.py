@@ -55,6 +55,12 @@ class Subject(Record):
     languages: tuple[str, ...]
     """BCP-47 tags the bundle was validated for."""
 
+    @model_validator(mode="after")
+    def _adapter_has_a_digest(self) -> Self:
+        if (self.adapter is None) != (self.adapter_digest is None):
+            raise ValueError("adapter and adapter_digest belong together")
+        return self
+
 
 class Size(Record):
     """What the bundle takes on disk, and what a weight takes in it."""

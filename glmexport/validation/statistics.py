@@ -149,15 +149,15 @@ def difference(old: Estimate, new: Estimate, confidence: float) -> Difference:
     if not (math.isfinite(old.value) and math.isfinite(new.value)):
         alike = math.isfinite(old.value) == math.isfinite(new.value)
         return Difference(value, -math.inf, math.inf, 1.0) if alike else Difference(value, value, value, 0.0)
-    parts = [(_error(each) ** 2, each.documents - 1) for each in (old, new)]
-    square = sum(part for part, _ in parts)
-    if not math.isfinite(square):
+    errors = [_error(each) for each in (old, new)]
+    error = math.hypot(*errors)
+    if not math.isfinite(error):
         return Difference(value, -math.inf, math.inf, 1.0)
-    if square == 0:
+    if error == 0:
         return Difference(value, value, value, 0.0 if value else 1.0)
-    # Welch and Satterthwaite; a part without error has no share in the freedom. In shares, as squares can underflow.
-    freedom = 1 / sum((part / square) ** 2 / freedom for part, freedom in parts if part)
-    error = math.sqrt(square)
+    # Welch and Satterthwaite; an estimate without error has no share in the degrees of freedom.
+    shares = [(part / error) ** 4 / (each.documents - 1) for part, each in zip(errors, (old, new), strict=True) if part]
+    freedom = 1 / sum(shares)
     reach = float(stdtrit(freedom, (1 + confidence) / 2)) * error
     return Difference(value, value - reach, value + reach, float(2 * stdtr(freedom, -abs(value) / error)))
 

@@ -173,6 +173,18 @@ def test_a_gate_cannot_pass_beyond_its_limit(changes):
     assert gate(**changes, verdict=Verdict.BLOCK).holds is False
 
 
+def test_bounds_are_two():
+    with pytest.raises(ValidationError, match="lower and upper"):
+        gate(lower=0.5)
+    assert gate(lower=0.5, upper=1.5).upper == 1.5
+
+
+def test_an_adapter_has_a_digest(report, tmp_path):
+    subject = {**json.loads(report.subject.model_dump_json()), "adapter": "legal"}
+    with pytest.raises(BundleError, match=r"subject: .*belong together"):
+        read_report(stored(report, tmp_path, subject=subject))
+
+
 def test_the_limit_itself_is_allowed():
     assert gate(value=2.0).holds
     assert gate(value=2.0, direction="at least").holds

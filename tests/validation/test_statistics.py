@@ -134,9 +134,12 @@ def test_a_difference_without_errors_is_as_it_is() -> None:
 
     assert difference(exact(0.1), exact(0.1), 0.95).p_value == 1
     assert difference(exact(0.1), exact(0.2), 0.95).p_value == 0
-    # Squares of errors this small are 0, their quotients are not numbers.
-    tiny = exact(1e-200).model_copy(update={"standard_error": 1e-200})
-    assert difference(tiny, tiny, 0.95).p_value == 1
+    # Squares of errors like these are 0 or too large.
+    for error in (1e-200, 1e200):
+        far = exact(0.1).model_copy(update={"standard_error": error})
+        found = difference(far, far, 0.95)
+        assert found.p_value == 1
+        assert found.upper == pytest.approx(stats.t.ppf(0.975, 4) * math.sqrt(2) * error)
 
 
 def test_a_single_document_differs_from_nothing() -> None:
