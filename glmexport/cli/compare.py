@@ -50,7 +50,7 @@ def _show(console: Console, comparison: Comparison) -> None:
     for name, side in (("old", comparison.old), ("new", comparison.new)):
         console.print(_foreign(f"{name}  {side.bundle}  {side.bundle_digest}  {side.verdict}"), soft_wrap=True)
     if comparison.differing:
-        table = _table("\nDifferent", "", "old", "new")
+        table = _table("\nDifferent", "", "old", "new", words=3)
         for each in comparison.differing:
             table.add_row(*map(_foreign, (each.name, each.old, each.new)))
         console.print(table)
@@ -64,7 +64,7 @@ def _show(console: Console, comparison: Comparison) -> None:
     for remark in comparison.remarks:
         console.print(Text.assemble(("note ", "yellow"), _foreign(remark)), soft_wrap=True)
     if comparison.gates:
-        table = _table("\nGates with another verdict", "gate", "old", "new", "now in")
+        table = _table("\nGates with another verdict", "gate", "old", "new", "now in", words=4)
         for gate in comparison.gates:
             tags = ", ".join(gate.languages) or "-"
             table.add_row(_foreign(gate.name), gate.old or "-", gate.new or "-", _foreign(tags))
@@ -93,7 +93,9 @@ def _cells(change: Change) -> tuple[Text | str, ...]:
     bounds = "-"
     if change.lower is not None and change.upper is not None:
         bounds = f"{_moved(change, change.lower)} to {_moved(change, change.upper)}"
-    chance = "not tested" if change.p_value is None else f"{change.p_value:.3f}"
+    chance = "not tested"
+    if change.p_value is not None:
+        chance = f"{change.p_value:.3f}" if change.p_value >= 0.001 else "< 0.001"
     return (
         change.name,
         _foreign(change.language or "-"),
@@ -116,12 +118,13 @@ def _value(value: float, unit: str) -> str:
 def _moved(change: Change, value: float) -> str:
     """A ratio in percent, a difference of shares in percentage points."""
     if change.scale == "ratio":
-        return f"{value - 1:+.1%}"
+        return f"{value - 1:+.2%}"
     return f"{100 * value:+.2f} pp" if change.unit == "share" else f"{value:+.3g}"
 
 
-def _table(title: str, *columns: str) -> Table:
+def _table(title: str, *columns: str, words: int = 2) -> Table:
+    """The first so many columns hold words, the others numbers."""
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim")
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index < 2 else "right", overflow="fold")
+        table.add_column(column, justify="left" if index < words else "right", overflow="fold")
     return table

@@ -1,4 +1,4 @@
-"""What two reports differ in beside their measurements: subject, text, machine, policy, versions."""
+"""What two reports differ in beside bundle and measurements: original, recipe, text, policy, machine, versions."""
 
 from __future__ import annotations
 
@@ -50,7 +50,6 @@ def _place(report: Report) -> tuple[str, int, int]:
 
 def _facts(report: Report) -> Iterator[tuple[str, str]]:
     subject, fidelity, machine = report.subject, report.fidelity, report.machine
-    yield "bundle digest", subject.bundle_digest
     yield "original", subject.checkpoint
     yield "original digest", subject.checkpoint_digest
     yield "family", subject.family
