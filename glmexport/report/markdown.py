@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from glmexport.report import speed, text
 from glmexport.report.behaviour import LANGUAGE_HEADS, answer_rows, language_row
+from glmexport.report.gfm import foreign as _foreign
+from glmexport.report.gfm import table as _table
 
 if TYPE_CHECKING:
     from glmexport.report.document import Report
     from glmexport.validation.results import Gate, LanguageFidelity
-
-_SPECIAL = re.compile(r"([\\`*_{}\[\]()#+\-.!|<>~&:@])")
 
 
 def render_markdown(report: Report) -> str:
@@ -60,16 +58,6 @@ def render_markdown(report: Report) -> str:
         "\n".join(f"- {_foreign(limit)}" for limit in report.limits),
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def _foreign(words: str) -> str:
-    """Text that is not ours, on one line and without any meaning to Markdown."""
-    return _SPECIAL.sub(r"\\\1", text.visible(words))
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _gate(gate: Gate) -> tuple[str, ...]:

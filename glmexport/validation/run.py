@@ -202,6 +202,9 @@ def _behaviour(
     # The bundle's own: what a server tokenizes with. Whether it is the original's is for the prompts to say.
     tokenizer, session = Tokenizer.open(directory), GenerationSession(directory, threads)
     asked = questions_for(documents, tokenizer, plan.behaviour, session.context_length)
+    if not asked and all(task.choices for task in tasks):
+        # Nothing that is answered by a text, so that nothing could be told of answers.
+        return None
     return ask(
         asked, tasks, session, scoring, reference, tokenizer, plan=plan.behaviour, scratch=scratch, progress=progress
     )
