@@ -3,11 +3,10 @@
 import math
 
 import pytest
-from sample_report import LANGUAGES, estimate, gates, language
+from sample_report import LANGUAGES, estimate, figure, gates, language
 from scipy import stats
 
 from glmexport.errors import InputError
-from glmexport.report import compare as module
 from glmexport.report.compare import compare
 from glmexport.report.document import Report
 from glmexport.validation.results import CaptureBound, Gate, Verdict
@@ -65,7 +64,8 @@ def test_a_report_with_itself(report):
     comparison = compare(report, report)
     assert comparison.outcome == "no worse" and comparison.reasons == ()
     assert comparison.differing == () and comparison.gates == ()
-    assert comparison.tests == len(METRICS) * (len(LANGUAGES) + 1)
+    # Of speed, those three whose rounds give bounds.
+    assert comparison.tests == len(METRICS) * (len(LANGUAGES) + 1) + 3
     assert not any(change.significant or change.worse or change.undecided for change in comparison.changes)
     assert "nothing could be paired" in told(comparison)
 
@@ -168,7 +168,9 @@ def test_too_little_text_decides_nothing(report):
         kl = row.kl.model_copy(update={"value": 0.0349, "documents": 1, "standard_error": math.inf})
         return row.model_copy(update={"documents": 1, "kl": kl})
 
-    comparison = compare(report, with_rows(report, one_document))
+    new = with_rows(report, one_document)
+    new = new.model_copy(update={"fidelity": new.fidelity.model_copy(update={"text_digest": "sha256:1"})})
+    comparison = compare(report, new)
     assert comparison.outcome == "undecided"
     assert comparison.reasons == ("Mean KL divergence may be worse by as much as the policy allows in all: sw.",)
     assert "not the same" in told(comparison)
@@ -231,23 +233,22 @@ def test_sizes_are_counted_and_decide_nothing(report, changed):
 
 
 def test_speed_without_bounds_is_shown_and_never_significant(report):
-    comparison = compare(report, with_bundle(report, decode_tokens_per_s=1.14, ttft_s=9.65))
+    comparison = compare(report, with_bundle(report, decode_tokens_per_s=figure(1.14, 1), ttft_s=figure(9.65, 1)))
     speeds = {change.name: change for change in comparison.changes if change.kind == "speed"}
     assert (speeds["Decode"].change, speeds["Decode"].worse) == (pytest.approx(0.1), True)
     assert (speeds["Time to first token"].change, speeds["Time to first token"].worse) == (pytest.approx(5), True)
     assert not any(change.significant for change in speeds.values())
     assert comparison.outcome == "no worse"
-    broken = compare(report, with_bundle(report, decode_tokens_per_s=math.nan))
+    broken = compare(report, with_bundle(report, decode_tokens_per_s=figure(math.nan)))
     assert math.isnan(next(change.change for change in broken.changes if change.name == "Decode"))
 
 
-def test_speed_with_bounds_decides_on_the_same_machine(report, monkeypatch):
-    def measured(speed, field):
-        value = float(getattr(speed, field))
-        return module._Measured(value, (value / 1.05, value * 1.05), 0.95)
+def test_speed_with_bounds_decides_on_the_same_machine(report):
+    def decoding(value):
+        found = figure(value).model_copy(update={"lower": value / 1.05, "upper": value * 1.05})
+        return with_bundle(report, decode_tokens_per_s=found)
 
-    monkeypatch.setattr(module, "_measured", measured)
-    slow = with_bundle(report, decode_tokens_per_s=report.performance.bundle.decode_tokens_per_s / 2)
+    report, slow = decoding(12.0), decoding(6.0)
     comparison = compare(report, slow)
     decode = next(change for change in comparison.changes if change.name == "Decode")
     assert decode.significant and decode.worse
