@@ -33,6 +33,9 @@ kl_mean_nats = 0.05
 ln_perplexity_ratio = 0.03
 top1_agreement = 0.8
 minimum_positions = 500
+
+[behaviour]
+answers = 0.3
 """
 
 

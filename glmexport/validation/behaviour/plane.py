@@ -27,7 +27,7 @@ class BehaviourPlan:
     """How much is asked."""
 
     #: Texts a language to go on with.
-    each: int = 5
+    each: int = 8
     #: Sentences from English into every other language.
     translations: int = 3
     #: At which an answer is cut.
