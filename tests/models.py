@@ -41,6 +41,19 @@ def write_tokenizer(directory: Path) -> int:
     return tokenizer.get_vocab_size()
 
 
+#: What families with latent attention are given in place of heads of one size.
+LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+    "q_lora_rank": 48,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 24,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+}
+FAMILY: dict[str, dict[str, Any]] = {"glm4_moe_lite": LATENT, "glm_moe_dsa": LATENT}
+
+
 def write_checkpoint(directory: Path, model_type: str = "glm4", seed: int = 0, **changes: Any) -> Any:
     """A checkpoint of ``model_type`` with random bf16 weights; returns the transformers model in fp32."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -58,7 +71,10 @@ def write_checkpoint(directory: Path, model_type: str = "glm4", seed: int = 0, *
         "pad_token_id": vocabulary - len(SPECIAL),
         "eos_token_id": [vocabulary - len(SPECIAL), vocabulary - 3],
         "rms_norm_eps": 1e-5,
-    } | changes
+    }
+    settings |= FAMILY.get(model_type, {}) | changes
+    if model_type in FAMILY:
+        settings.setdefault("mlp_layer_types", ["dense"] * settings["num_hidden_layers"])
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings)).eval()
     with torch.no_grad():

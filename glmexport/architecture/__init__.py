@@ -10,6 +10,7 @@ from glmexport.architecture.description import (
     Rotary,
     Unused,
 )
+from glmexport.architecture.latent import Indexer, LatentAttention
 from glmexport.architecture.reference import Block, Reference
 from glmexport.architecture.registry import FAMILIES, describe
 
@@ -20,6 +21,8 @@ __all__ = [
     "DecoderLayer",
     "GatedMlp",
     "GroupedQueryAttention",
+    "Indexer",
+    "LatentAttention",
     "Linear",
     "Norm",
     "Reference",

@@ -10,9 +10,13 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from glmexport.checkpoint import Checkpoint
 from glmexport.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from glmexport.architecture.latent import LatentAttention
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,7 @@ class Linear:
     bias: bool
     #: Name of the shared input, unique within the layer.
     tap: str
-    #: What the linear does, one word for reports and recipes: qkv, o, gate_up, down, lm_head.
+    #: What the linear does, one word for reports and recipes: qkv, q_a, kv_a, q_b, kv_b, o, gate_up, down, lm_head.
     part: str
 
     @property
@@ -87,6 +91,28 @@ class GroupedQueryAttention:
         """In the order in which data passes them."""
         return (self.query, self.key, self.value, self.output)
 
+    @property
+    def head_values(self) -> int:
+        """Numbers that a cache of keys and values holds for a token."""
+        return 2 * self.kv_heads * self.head_dim
+
+    @property
+    def norms(self) -> tuple[Norm, ...]:
+        """Inside of the attention."""
+        return ()
+
+    @property
+    def kept_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Further tensors, which stay in full precision."""
+        return {}
+
+    def writers(self, input_norm: Norm) -> Iterator[tuple[str, Writer]]:
+        """Tap, and what computes it channel by channel."""
+        yield self.value.tap, Writer(input_norm, range(self.value.in_features))
+        shared, size = self.heads // self.kv_heads, self.head_dim
+        values = [head // shared * size + row for head in range(self.heads) for row in range(size)]
+        yield self.output.tap, Writer(self.value, values)
+
 
 @dataclass(frozen=True)
 class GatedMlp:
@@ -123,12 +149,14 @@ class ResidualBranch:
 class Writer:
     """What computes the input of a tap, channel by channel: channel c is element or row ``rows[c]`` of ``source``.
 
-    The tap's linears read nothing else and nothing else reads it, so that scaling a row and unscaling the columns that
-    read it changes nothing.
+    The tap's linears read nothing else and nothing but them and ``also_read_by`` reads it, so that scaling a row and
+    unscaling the columns that read it changes nothing.
     """
 
     source: Norm | Linear
     rows: Sequence[int]
+    #: Linears that are not quantized.
+    also_read_by: tuple[Linear, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -138,7 +166,7 @@ class DecoderLayer:
     index: int
     prefix: str
     attention_norm: Norm
-    attention: GroupedQueryAttention
+    attention: GroupedQueryAttention | LatentAttention
     attention_output_norm: Norm | None
     mlp_norm: Norm
     mlp: GatedMlp
@@ -168,13 +196,9 @@ class DecoderLayer:
     @property
     def writers(self) -> dict[str, Writer]:
         """By tap, where there is one."""
-        attention, mlp = self.attention, self.mlp
-        value, size, width = attention.value, attention.head_dim, mlp.intermediate_size
-        shared = attention.heads // attention.kv_heads
-        values = [head // shared * size + row for head in range(attention.heads) for row in range(size)]
+        mlp, width = self.mlp, self.mlp.intermediate_size
         return {
-            value.tap: Writer(self.attention_norm, range(value.in_features)),
-            attention.output.tap: Writer(value, values),
+            **dict(self.attention.writers(self.attention_norm)),
             mlp.gate_up.tap: Writer(self.mlp_norm, range(mlp.gate_up.in_features)),
             # The gate is behind a function that is not linear; up is not.
             mlp.down.tap: Writer(mlp.gate_up, range(width, 2 * width)),
@@ -188,8 +212,8 @@ class DecoderLayer:
     @property
     def norms(self) -> tuple[Norm, ...]:
         """Those that exist, in order."""
-        every = (self.attention_norm, self.attention_output_norm, self.mlp_norm, self.mlp_output_norm)
-        return tuple(norm for norm in every if norm is not None)
+        before = (self.attention_norm, *self.attention.norms, self.attention_output_norm)
+        return tuple(norm for norm in (*before, self.mlp_norm, self.mlp_output_norm) if norm is not None)
 
 
 @dataclass(frozen=True)
@@ -230,8 +254,8 @@ class Architecture:
 
     @property
     def kv_values_per_token(self) -> int:
-        """Cached numbers per token of context over all layers."""
-        return sum(2 * layer.attention.kv_heads * layer.attention.head_dim for layer in self.layers)
+        """Numbers per token of context over all layers, where keys and values of every head are cached."""
+        return sum(layer.attention.head_values for layer in self.layers)
 
     @property
     def rotary_bytes(self) -> int:
@@ -247,12 +271,15 @@ class Architecture:
                 shapes[linear.bias_key] = (linear.out_features,)
         for norm in (*(norm for layer in self.layers for norm in layer.norms), self.final_norm):
             shapes[norm.weight] = (norm.size,)
+        for layer in self.layers:
+            shapes |= layer.attention.kept_shapes
         return shapes
 
     def stacks(self) -> dict[str, tuple[str, str]]:
         """Checkpoint key of every stacked matrix, and the keys of its halves in checkpoints that hold them apart.
 
-        GPTQModel quantizes gate and up as two matrices, gate_proj and up_proj, and stores them so.
+        GPTQModel quantizes gate and up as two matrices, gate_proj and up_proj, and stores them so; families with
+        latent attention hold them so in full precision too.
         """
         stacks = {}
         for layer in self.layers:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from glmexport.architecture.description import Architecture, DecoderLayer, ResidualBranch
+from glmexport.architecture.latent import LatentAttention
 from glmexport.checkpoint import Checkpoint
 
 #: Replaces a weight while a block is filled: (checkpoint key) -> tensor, or None to read the checkpoint.
@@ -38,6 +39,7 @@ class Reference:
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
         self._decoder: Any = skeleton.model.eval().requires_grad_(False)
+        self._stacks = architecture.stacks()
         # The rotary tables are computed, not stored, so this module cannot stay on the meta device.
         self._rotary: nn.Module = type(self._decoder.rotary_emb)(self._decoder.config)
 
@@ -56,15 +58,18 @@ class Reference:
         module = copy.deepcopy(self._decoder.layers[layer.index])
         left_out = [linear for linear in layer.linears if only is not None and linear.tap not in only]
         absent = {key for linear in left_out for key in (linear.weight, linear.bias_key)}
-        weights = {}
-        for name in module.state_dict():
-            key = f"{layer.prefix}.{name}"
-            if key in absent:
-                continue
-            replaced = substitute(key) if substitute else None
-            weights[name] = self.read(key) if replaced is None else replaced
+        names = {f"{layer.prefix}.{name}" for name in module.state_dict()}
+        # Matrices that the description has as one and the module as several.
+        apart = {key: parts for key, parts in self._stacks.items() if names.issuperset(parts)}
+        block = Block(layer, module, apart)
+        weights: dict[str, Tensor] = {}
+        for key in [*apart, *sorted(names - {part for parts in apart.values() for part in parts})]:
+            if key not in absent:
+                replaced = substitute(key) if substitute else None
+                weights |= block.named(key, self.read(key) if replaced is None else replaced)
         module.load_state_dict(weights, assign=True, strict=not absent)
-        return Block(layer, module.eval().requires_grad_(False))
+        module.eval().requires_grad_(False)
+        return block
 
     def embed(self, ids: Tensor) -> Tensor:
         """Embeddings [..., hidden] fp32 of token ``ids``; reads the table in slabs."""
@@ -112,11 +117,15 @@ class _Reached(Exception):
 
 
 class Block:
-    """One decoder layer of transformers, filled."""
+    """One decoder layer of transformers, filled.
 
-    def __init__(self, layer: DecoderLayer, module: nn.Module) -> None:
+    ``apart`` are matrices of the description whose rows the module holds as several, by checkpoint key.
+    """
+
+    def __init__(self, layer: DecoderLayer, module: nn.Module, apart: Mapping[str, tuple[str, ...]]) -> None:
         self.layer = layer
         self.module = module
+        self._apart = apart
 
     def forward(
         self, hidden: Tensor, positions: tuple[Tensor, Tensor], weights: Mapping[str, Tensor] | None = None
@@ -125,11 +134,26 @@ class Block:
 
         ``weights`` by checkpoint key replace the block's own for this call.
         """
-        replaced = {self._name(key): weight for key, weight in (weights or {}).items()}
+        return self.selecting(hidden, positions, None, weights)[0]
+
+    def selecting(
+        self,
+        hidden: Tensor,
+        positions: tuple[Tensor, Tensor],
+        selection: Tensor | None,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """``forward`` in a family whose layers share what they attend to: the output, and this layer's selection.
+
+        ``selection`` [batch, length, k] int32 is that of the layer before, of which only layers that share it make
+        use; None selects everything, which is right for texts of at most ``top_k`` tokens.
+        """
+        named = [self.named(key, weight) for key, weight in (weights or {}).items()]
+        replaced = {name: part for parts in named for name, part in parts.items()}
+        arguments = self._arguments(hidden, positions, selection)
         with torch.inference_mode():
-            output = torch.func.functional_call(self.module, replaced, (hidden,), _arguments(positions))
-        result: Tensor = output[0] if isinstance(output, tuple) else output
-        return result
+            output = torch.func.functional_call(self.module, replaced, (hidden,), arguments)
+        return output if isinstance(output, tuple) else (output, None)
 
     def tap(self, name: str, hidden: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
         """The input [batch, length, in_features] that the linears of tap ``name`` read."""
@@ -139,7 +163,8 @@ class Block:
         """The same as ``tap``, from the residual ``stream`` [batch, length, hidden] that the tap's branch adds to."""
         branch = self.layer.branch(name)
         inside = self._submodule(branch.module)
-        arguments = _arguments(positions) if branch.module == self.layer.branches[0].module else {}
+        attends = branch.module == self.layer.branches[0].module
+        arguments = self._arguments(stream, positions, None) if attends else {}
 
         def run() -> None:
             with torch.inference_mode():
@@ -149,7 +174,13 @@ class Block:
 
     def weight(self, key: str) -> Tensor:
         """The tensor with that checkpoint key, fp32."""
-        return self.module.get_parameter(self._name(key))
+        parts: list[Tensor] = [self.module.get_parameter(self._name(part)) for part in self._apart.get(key, (key,))]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def named(self, key: str, tensor: Tensor) -> dict[str, Tensor]:
+        """The tensor with that checkpoint key as the module's parameters, by their names in it."""
+        parts = self._apart.get(key, (key,))
+        return {self._name(part): rows for part, rows in zip(parts, tensor.chunk(len(parts)), strict=True)}
 
     def output(self, branch: ResidualBranch, inner: Tensor) -> Tensor:
         """What the branch's last linear makes of its input ``inner`` [batch, length, in_features]."""
@@ -170,14 +201,17 @@ class Block:
             read.append(arguments[0])
             raise _Reached
 
-        handle = self._submodule(self.layer.taps[tap][0].key).register_forward_pre_hook(keep)
+        linear = self.layer.taps[tap][0]
+        first = self._apart.get(linear.weight, (linear.weight,))[0].removesuffix(".weight")
+        handle = self._submodule(first).register_forward_pre_hook(keep)
         try:
             run()
         except _Reached:
             pass
         finally:
             handle.remove()
-        return read[0]
+        # Latents come with an axis of one head.
+        return read[0].squeeze(1) if read[0].dim() == 4 else read[0]
 
     def _submodule(self, key: str) -> nn.Module:
         return self.module.get_submodule(self._name(key))
@@ -185,7 +219,19 @@ class Block:
     def _name(self, key: str) -> str:
         return key.removeprefix(f"{self.layer.prefix}.")
 
-
-def _arguments(positions: tuple[Tensor, Tensor]) -> dict[str, Any]:
-    """Of a decoder layer, and of its attention."""
-    return {"attention_mask": None, "position_embeddings": positions, "past_key_values": None, "use_cache": False}
+    def _arguments(self, hidden: Tensor, positions: tuple[Tensor, Tensor], selection: Tensor | None) -> dict[str, Any]:
+        """Of a decoder layer, and of its attention."""
+        arguments: dict[str, Any] = {
+            "attention_mask": None,
+            "position_embeddings": positions,
+            "past_key_values": None,
+            "use_cache": False,
+        }
+        attention = self.layer.attention
+        if isinstance(attention, LatentAttention) and (attention.indexer or attention.shared_selection):
+            batch, length = hidden.shape[:2]
+            # The indexer looks at the mask by itself.
+            arguments["attention_mask"] = hidden.new_ones(1, 1, length, length, dtype=torch.bool).tril()
+            everything = torch.arange(length, dtype=torch.int32, device=hidden.device).expand(batch, length, -1)
+            arguments["prev_topk_indices"] = everything if selection is None else selection
+        return arguments

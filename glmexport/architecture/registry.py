@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from glmexport.architecture import glm, glm4
+from glmexport.architecture import glm, glm4, glm4_moe_lite, glm_moe_dsa
 from glmexport.architecture.description import Architecture
 from glmexport.checkpoint import Checkpoint
 from glmexport.errors import CheckpointError
 
 FAMILIES: Mapping[str, Callable[[Checkpoint], Architecture]] = {
-    family.MODEL_TYPE: family.describe for family in (glm, glm4)
+    family.MODEL_TYPE: family.describe for family in (glm, glm4, glm4_moe_lite, glm_moe_dsa)
 }
 
 

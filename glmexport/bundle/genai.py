@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from glmexport.architecture import Architecture
+from glmexport.architecture import Architecture, LatentAttention
 from glmexport.graph import ATTENTION_MASK, INPUT_IDS, LOGITS, PAST, PRESENT
 from glmexport.target import Target
 
@@ -14,6 +14,11 @@ MODEL = "model.onnx"
 def genai_config(architecture: Architecture, target: Target) -> dict[str, Any]:
     """Configuration for model type ``decoder``, onnxruntime-genai's generic decoder-only loop."""
     attention = architecture.layers[0].attention
+    # Latent attention comes here as attention over plain heads.
+    if isinstance(attention, LatentAttention):
+        heads, size = attention.heads, attention.padded_head_dim
+    else:
+        heads, size = attention.kv_heads, attention.head_dim
     provider = target.provider
     options = [] if provider.name == "CPUExecutionProvider" else [{provider.name: dict(provider.options)}]
     return {
@@ -30,9 +35,9 @@ def genai_config(architecture: Architecture, target: Target) -> dict[str, Any]:
                 "filename": MODEL,
                 "session_options": {"log_id": "glmexport", "provider_options": options},
                 "hidden_size": architecture.hidden_size,
-                "head_size": attention.head_dim,
+                "head_size": size,
                 "num_attention_heads": attention.heads,
-                "num_key_value_heads": attention.kv_heads,
+                "num_key_value_heads": heads,
                 "num_hidden_layers": len(architecture.layers),
                 "inputs": {
                     "input_ids": INPUT_IDS,

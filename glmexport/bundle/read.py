@@ -32,6 +32,8 @@ class BundleWeights:
         self._initializers = graph.initializers
         self._nodes: dict[str, tuple[ir.Node, int, int]] = {}
         sizes = {linear.weight: linear.out_features for _, linear in architecture.linears}
+        self._widths = {linear.weight: linear.in_features for _, linear in architecture.linears}
+        sizes.setdefault(architecture.embedding, architecture.vocabulary_size)
         for node in graph:
             if node.op_type == "MatMulNBits":
                 start = 0
@@ -40,7 +42,7 @@ class BundleWeights:
                     start += sizes[key]
             elif node.op_type == "GatherBlockQuantized":
                 key = _name(node, 0).removesuffix(".codes")
-                self._nodes.setdefault(key, (node, 0, architecture.vocabulary_size))
+                self._nodes.setdefault(key, (node, 0, sizes[key]))
         self._others = dict(self._stored_as_they_are(architecture))
 
     def _stored_as_they_are(self, architecture: Architecture) -> Iterator[tuple[str, tuple[str, slice]]]:
@@ -103,7 +105,7 @@ class BundleWeights:
         )
         zero_points = None if form.symmetric else self._tensor(f"{name}.zero_points")[start:stop]
         # The width of the last group is padding where the matrix does not fill it.
-        width = node.attributes["K"].as_int() if not gather else scales.shape[1] * group_size
+        width = self._widths.get(key, scales.shape[1] * group_size)
         return unpack(form, width, codes, scales, zero_points)
 
     def dequantized(self, key: str) -> Tensor | None:

@@ -69,10 +69,13 @@ class Checkpoint:
         self.adapter = adapter
         self._plain = dict(tensors)
         self._derived = dict(derived or {})
-        stored = (entry for matrix in self._derived.values() for entry in matrix.stored)
-        self.shards = sorted({entry.path for entry in (*self._plain.values(), *stored)})
+        stored = [entry for matrix in self._derived.values() for entry in matrix.stored]
+        inside = {entry.name for entry in stored}
+        own = {entry.path for entry in (*self._plain.values(), *stored)}
+        self.shards = sorted(own - {entry.path for entry in (adapter.replaced.values() if adapter else ())})
         listed = {name: matrix.entry for name, matrix in self._derived.items()}
-        self.tensors = MappingProxyType({**self._plain, **listed, **(adapter.replaced if adapter else {})})
+        replaced = {name: entry for name, entry in (adapter.replaced if adapter else {}).items() if name not in inside}
+        self.tensors = MappingProxyType({**self._plain, **listed, **replaced})
         self.quantized: Mapping[str, GptqFormat] = MappingProxyType(
             {name: matrix.form for name, matrix in self._derived.items() if matrix.form}
         )
@@ -124,7 +127,7 @@ class Checkpoint:
         return cls(path, name, config, generation_config, base.tensors, Adapter.open(adapter, base, progress))
 
     def stacked(self, stacks: Mapping[str, Sequence[str]]) -> Checkpoint:
-        """The same quantized checkpoint with matrices in place of the ones that hold their rows.
+        """The same checkpoint with matrices in place of the ones that hold their rows.
 
         Args:
             stacks: Name of a matrix, and the names of those whose rows are its rows, in order. Where the
@@ -134,9 +137,11 @@ class Checkpoint:
             CheckpointError: the others differ in width or in how they are stored.
         """
         plain, derived = dict(self._plain), dict(self._derived)
+        replaced = {} if self.adapter is None else self.adapter.replaced
         for name, parts in stacks.items():
             if name not in self.tensors and all(part in self.tensors for part in parts):
                 sources = [derived.pop(part) if part in derived else plain.pop(part) for part in parts]
+                sources = [replaced.get(part, source) for part, source in zip(parts, sources, strict=True)]
                 derived[name] = stack(name, sources)
         return Checkpoint(self.path, self.name, self.config, self.generation_config, plain, self.adapter, derived)
 

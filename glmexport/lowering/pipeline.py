@@ -9,11 +9,13 @@ from glmexport.graph import DOMAIN, violations
 from glmexport.lowering.attention import LowerAttentionPass
 from glmexport.lowering.embedding import LowerEmbeddingPass
 from glmexport.lowering.last_position import LowerLastPositionPass
+from glmexport.lowering.latent import LowerExpandedAttentionPass, LowerLatentAttentionPass, LowerSplitLatentPass
 from glmexport.lowering.linear import LowerLinearPass
 from glmexport.lowering.mlp import LowerGatedActivationPass
 from glmexport.lowering.norm import LowerNormPass
 from glmexport.lowering.pack_qkv import PackQkvPass
 from glmexport.lowering.rewrite import MICROSOFT
+from glmexport.lowering.selection import LowerIndexSelectionPass
 from glmexport.quantization.weights import Weights
 from glmexport.target import Target
 
@@ -35,6 +37,10 @@ def lower(
     passes += [
         LowerEmbeddingPass(weights),
         LowerNormPass(weights, target),
+        LowerSplitLatentPass(),
+        LowerExpandedAttentionPass(),
+        LowerLatentAttentionPass(weights, rotary_tables),
+        LowerIndexSelectionPass(weights, rotary_tables),
         LowerAttentionPass(rotary_tables),
         LowerLastPositionPass(),
         LowerGatedActivationPass(),

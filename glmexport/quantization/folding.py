@@ -111,7 +111,7 @@ def _fold_tap(
             best, least = candidate, error
     if best is None:
         return
-    for linear in linears:
+    for linear in (*linears, *writer.also_read_by):
         exponents.setdefault(linear.weight, {})["columns"] = best.to(torch.int8)
     length = writer.source.size if isinstance(writer.source, Norm) else writer.source.out_features
     rows = torch.zeros(length, dtype=torch.int8)
