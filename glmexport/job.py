@@ -156,8 +156,18 @@ def formats_of(original: Original) -> str:
 
 
 def refuse_formats(original: Original, job: Job) -> None:
-    """Every format of the recipe must be one of the target's, and an embedding's rows must be whole groups."""
+    """Every format of the recipe must be one of the target's, and an embedding's rows must be whole groups.
+
+    Raises:
+        InputError: one is not, they are not, or the target cannot hold the caches of the family.
+    """
     recipe, offered = job.recipe, job.target.weights
+    if original.architecture.attended_tokens and not job.target.graph.latent_cache:
+        raise InputError(
+            f"{original.architecture.family} selects what it attends to by a cache of its own, and the target "
+            f"{job.target.name} has keys and values of heads only.",
+            next_step="Take a target with graph.latent_cache = true.",
+        )
     candidates = recipe.budget.candidates if recipe.budget else ()
     stored = (form.exact for form in original.checkpoint.quantized.values())
     for form in filter(None, (recipe.linears, recipe.lm_head, recipe.embedding, *candidates, *stored)):

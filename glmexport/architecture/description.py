@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from glmexport.checkpoint import Checkpoint
 from glmexport.errors import CheckpointError
@@ -80,6 +80,8 @@ class GroupedQueryAttention:
     key: Linear
     value: Linear
     output: Linear
+    #: Of another layer, of what is attended to.
+    shared_selection: ClassVar[bool] = False
 
     @property
     def scale(self) -> float:
@@ -95,6 +97,16 @@ class GroupedQueryAttention:
     def head_values(self) -> int:
         """Numbers that a cache of keys and values holds for a token."""
         return 2 * self.kv_heads * self.head_dim
+
+    @property
+    def latent_values(self) -> None:
+        """No latent is cached."""
+        return None
+
+    @property
+    def attended(self) -> None:
+        """A token attends to all that come before it."""
+        return None
 
     @property
     def norms(self) -> tuple[Norm, ...]:
@@ -256,6 +268,17 @@ class Architecture:
     def kv_values_per_token(self) -> int:
         """Numbers per token of context over all layers, where keys and values of every head are cached."""
         return sum(layer.attention.head_values for layer in self.layers)
+
+    @property
+    def latent_values_per_token(self) -> int | None:
+        """The same where latents are cached, with the keys of indexers; None: the attention has none."""
+        values = [layer.attention.latent_values for layer in self.layers]
+        return None if None in values else sum(value for value in values if value is not None)
+
+    @property
+    def attended_tokens(self) -> int | None:
+        """Most tokens that a token attends to; None: all that come before it."""
+        return min((layer.attention.attended for layer in self.layers if layer.attention.attended), default=None)
 
     @property
     def rotary_bytes(self) -> int:

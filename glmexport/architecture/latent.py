@@ -97,6 +97,11 @@ class LatentAttention:
         return 2 * self.heads * self.padded_head_dim
 
     @property
+    def attended(self) -> int | None:
+        """Most tokens that this layer's indexer chooses; None: it has none."""
+        return self.indexer.top_k if self.indexer else None
+
+    @property
     def linears(self) -> tuple[Linear, ...]:
         """Those that are quantized, in the order in which data passes them."""
         if self.query_down is None:

@@ -127,6 +127,14 @@ class Block:
         self.module = module
         self._apart = apart
 
+    @property
+    def selects(self) -> bool:
+        """Whether it attends to a selection, its own or that of the layer before."""
+        attention = self.layer.attention
+        return isinstance(attention, LatentAttention) and (
+            attention.indexer is not None or attention.shared_selection
+        )
+
     def forward(
         self, hidden: Tensor, positions: tuple[Tensor, Tensor], weights: Mapping[str, Tensor] | None = None
     ) -> Tensor:
@@ -227,11 +235,10 @@ class Block:
             "past_key_values": None,
             "use_cache": False,
         }
-        attention = self.layer.attention
-        if isinstance(attention, LatentAttention) and (attention.indexer or attention.shared_selection):
+        if self.selects:
             batch, length = hidden.shape[:2]
             # The indexer looks at the mask by itself.
             arguments["attention_mask"] = hidden.new_ones(1, 1, length, length, dtype=torch.bool).tril()
             everything = torch.arange(length, dtype=torch.int32, device=hidden.device).expand(batch, length, -1)
-            arguments["prev_topk_indices"] = everything if selection is None else selection
+            arguments["prev_topk_indices"] = everything if selection is None else selection.to(hidden.device)
         return arguments

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from glmexport import __version__
 from glmexport.architecture import Architecture
 from glmexport.bundle.external import write_graphs
-from glmexport.bundle.genai import MODEL, genai_config
+from glmexport.bundle.genai import MODEL, loop_config
 from glmexport.bundle.manifest import (
     MANIFEST,
     CalibrationSource,
@@ -66,8 +66,8 @@ def write_bundle(
     write_graphs(graphs, directory, progress)
     if weights.checkpoint.folds:
         save_file(as_tensors(weights.checkpoint.folds), directory / FOLDS)
-    config = json.dumps(genai_config(architecture, target), indent=2) + "\n"
-    (directory / "genai_config.json").write_text(config, encoding="utf-8")
+    name, config = loop_config(architecture, target)
+    (directory / name).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     files = list(tokenizer_files)
     for file in files:
         # Copied, not linked: runtimes refuse links that leave the directory. The first is tokenizer.json;

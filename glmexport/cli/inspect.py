@@ -51,7 +51,7 @@ def inspect(
             "context": f"{document['context_length']:,} tokens",
             **_quantization(original),
             "stored": f"{gibibytes(document['bytes'])} of {', '.join(document['dtypes'])}",
-            "KV cache": f"{document['kv_bytes_per_token']:,} bytes a token in fp32",
+            "KV cache": _cache(document),
             "vocabulary": f"{tokenizer['vocabulary']:,} tokens",
             "chat template": "yes" if tokenizer["chat_template"] else "no",
             "prefix": " ".join(tokenizer["prefix"]) or "none",
@@ -68,6 +68,7 @@ def inspect(
 
 def _description(original: Any) -> dict[str, Any]:
     checkpoint, architecture = original.checkpoint, original.architecture
+    latents = architecture.latent_values_per_token
     parts: dict[str, int] = {"embedding": architecture.vocabulary_size * architecture.hidden_size}
     for _, linear in architecture.linears:
         if not (linear is architecture.lm_head and architecture.tied):
@@ -85,8 +86,16 @@ def _description(original: Any) -> dict[str, Any]:
         "quantization": _formats(checkpoint),
         "dtypes": sorted({entry.dtype for entry in checkpoint.tensors.values()}),
         "kv_bytes_per_token": architecture.kv_values_per_token * 4,
+        "latent_kv_bytes_per_token": None if latents is None else latents * 4,
         "unused": original.unused,
     }
+
+
+def _cache(document: dict[str, Any]) -> str:
+    heads, latents = document["kv_bytes_per_token"], document["latent_kv_bytes_per_token"]
+    if latents is None:
+        return f"{heads:,} bytes a token in fp32"
+    return f"{latents:,} bytes a token in fp32 as latents, {heads:,} as keys and values of every head"
 
 
 def _formats(checkpoint: Any) -> dict[str, Any] | None:

@@ -14,11 +14,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 from glmexport.definition import Definition
 from glmexport.errors import MachineError
+from glmexport.loop import read_loop
 from glmexport.validation.machine import peak_memory
 from glmexport.validation.results import Speed
 
@@ -66,7 +68,9 @@ Generation = Callable[[], Iterator[None]]
 
 
 def _measure(request: SpeedRequest) -> Speed:
-    runtime = _genai if request.runtime == "onnxruntime-genai" else _transformers
+    runtime = _transformers
+    if request.runtime == "onnxruntime-genai":
+        runtime = _latent_loop if read_loop(Path(request.directory)) else _genai
     started = time.perf_counter()
     with runtime(request) as (name, generate):
         load = time.perf_counter() - started
@@ -116,6 +120,25 @@ def _genai(request: SpeedRequest) -> Iterator[tuple[str, Generation]]:
             yield
 
     yield f"onnxruntime-genai {onnxruntime_genai.__version__}", generate
+
+
+@contextmanager
+def _latent_loop(request: SpeedRequest) -> Iterator[tuple[str, Generation]]:
+    """A bundle whose caches onnxruntime-genai does not know, in its own loop."""
+    import onnxruntime
+
+    from glmexport.validation.latent_loop import LatentLoop
+
+    directory = Path(request.directory)
+    config = read_loop(directory)
+    assert config is not None
+    loop = LatentLoop(directory, config, request.threads)
+
+    def generate() -> Iterator[None]:
+        for _ in islice(loop.start([request.prompt]), request.generated_tokens):
+            yield
+
+    yield f"onnxruntime {onnxruntime.__version__} over latents", generate
 
 
 @contextmanager
