@@ -10,6 +10,7 @@ import onnxruntime
 import pytest
 import torch
 from models import write_checkpoint
+from safetensors.torch import load_file, save_file
 
 from glmexport.architecture import Reference, describe
 from glmexport.bundle.external import write_graphs
@@ -88,6 +89,24 @@ def export(path: Path, out: Path, latent_cache: bool) -> dict[str, Session]:
     }
     write_graphs(graphs, out, Silent())
     return {name: Session(out / name) for name in graphs}
+
+
+def test_what_selects_everything_is_dense_attention(tmp_path: Path) -> None:
+    """The same weights with an indexer that may choose 24 tokens, and without one: alike up to 24 tokens."""
+    write_checkpoint(tmp_path / "sparse", "glm_moe_dsa", **{**INDEXED, "index_topk": 24})
+    weights = load_file(tmp_path / "sparse" / "model.safetensors")
+    write_checkpoint(tmp_path / "dense", "glm4_moe_lite", num_hidden_layers=INDEXED["num_hidden_layers"])
+    dense = {name: tensor for name, tensor in weights.items() if "indexer" not in name}
+    save_file(dense, tmp_path / "dense" / "model.safetensors", {"format": "pt"})
+    sessions = [
+        export(tmp_path / name, tmp_path / f"{name}-bundle", latent_cache)["scoring.onnx"]
+        for name, latent_cache in (("sparse", True), ("dense", True), ("dense", False))
+    ]
+    ids = np.random.default_rng(5).integers(0, 250, (1, 36))
+    sparse, *others = (session(ids, np.ones_like(ids))[0] for session in sessions)
+    for logits in others:
+        assert np.abs(logits[:, :24] - sparse[:, :24]).max() <= TOLERANCE
+        assert np.abs(logits[:, 24:] - sparse[:, 24:]).max() > 10 * TOLERANCE
 
 
 def original(model: Any, ids: np.ndarray) -> np.ndarray:
