@@ -12,10 +12,11 @@ from glmexport.architecture.description import (
 )
 from glmexport.architecture.latent import Indexer, LatentAttention
 from glmexport.architecture.reference import Block, Reference
-from glmexport.architecture.registry import FAMILIES, describe
+from glmexport.architecture.registry import FAMILIES, UNFINISHED, describe
 
 __all__ = [
     "FAMILIES",
+    "UNFINISHED",
     "Architecture",
     "Block",
     "DecoderLayer",

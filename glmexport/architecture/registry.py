@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from glmexport.architecture import glm, glm4, glm4_moe_lite, glm_moe_dsa
+from glmexport.architecture import glm, glm4, glm4_moe_lite, glm5_next, glm_moe_dsa
 from glmexport.architecture.description import Architecture
 from glmexport.checkpoint import Checkpoint
 from glmexport.errors import CheckpointError
@@ -13,6 +13,9 @@ FAMILIES: Mapping[str, Callable[[Checkpoint], Architecture]] = {
     family.MODEL_TYPE: family.describe for family in (glm, glm4, glm4_moe_lite, glm_moe_dsa)
 }
 
+#: Families that are known and cannot be built yet: what of a checkpoint is missing here.
+UNFINISHED: Mapping[str, Callable[[Checkpoint], tuple[str, ...]]] = {glm5_next.MODEL_TYPE: glm5_next.missing}
+
 
 def describe(checkpoint: Checkpoint) -> Architecture:
     """The architecture of ``checkpoint``.
@@ -20,6 +23,12 @@ def describe(checkpoint: Checkpoint) -> Architecture:
     Raises:
         CheckpointError: no declaration for its ``model_type``, or its configuration is not what the family has.
     """
+    if checkpoint.model_type in UNFINISHED:
+        parts = UNFINISHED[checkpoint.model_type](checkpoint)
+        raise CheckpointError(
+            f"{checkpoint.name}: {checkpoint.model_type!r} cannot be built yet. Missing: {'; '.join(parts)}.",
+            next_step=f"Supported: {', '.join(sorted(FAMILIES))}.",
+        )
     family = FAMILIES.get(checkpoint.model_type)
     if family is None:
         raise CheckpointError(

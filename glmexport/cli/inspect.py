@@ -27,9 +27,15 @@ def inspect(
     """Family, parameters by part, context and tokenizer of CHECKPOINT, and an estimate for every target."""
     import torch
 
+    from glmexport.architecture import UNFINISHED
+    from glmexport.checkpoint import Checkpoint
     from glmexport.job import Original
 
     terminal = Terminal()
+    opened = Checkpoint.open(checkpoint, None, adapter)
+    if opened.model_type in UNFINISHED:
+        _tell_missing(terminal, opened, UNFINISHED[opened.model_type](opened), as_json)
+        return
     torch.set_num_threads(threads)
     original = Original.open(checkpoint, terminal, adapter)
     document = {
@@ -64,6 +70,30 @@ def inspect(
     )
     terminal.console.print(_parts_table(document["parameters"]))
     terminal.console.print(_estimates_table(document["estimates"]))
+
+
+def _tell_missing(terminal: Terminal, checkpoint: Any, missing: tuple[str, ...], as_json: bool) -> None:
+    """What a checkpoint is that is known and cannot be built."""
+    document = {
+        "name": checkpoint.name,
+        "path": str(Path(checkpoint.path)),
+        "family": checkpoint.model_type,
+        "parameters": {"all": checkpoint.parameters},
+        "bytes": checkpoint.bytes,
+        "dtypes": sorted({entry.dtype for entry in checkpoint.tensors.values()}),
+        "missing": list(missing),
+    }
+    if as_json:
+        emit(json.dumps(document, indent=2, ensure_ascii=False))
+        return
+    facts = {
+        "path": document["path"],
+        "family": f"{document['family']}, which cannot be built yet",
+        "parameters": f"{checkpoint.parameters:,}",
+        "stored": f"{gibibytes(checkpoint.bytes)} of {', '.join(document['dtypes'])}",
+        **{f"missing {number}": part for number, part in enumerate(missing, 1)},
+    }
+    terminal.facts(checkpoint.name, facts)
 
 
 def _description(original: Any) -> dict[str, Any]:
