@@ -1,4 +1,4 @@
-"""Embedding lookups, and rows of quantized matrices wherever they are needed as numbers."""
+"""Embedding lookups."""
 
 from __future__ import annotations
 
@@ -30,53 +30,50 @@ class LowerEmbeddingPass(ir.passes.InPlacePass):
         for node in nodes_of(model, "Embedding"):
             rewrite = Rewrite(model, node)
             key = text(node, "weight")
-            ids = node.inputs[0]
-            assert ids is not None
-            rewrite.finish(
-                rewrite.op("Gather", [plain_matrix(rewrite, self.weights, key), ids], {"axis": 0})[0]
-                if self.weights.form(key) is None
-                else quantized_rows(rewrite, self.weights, key, ids)
-            )
+            if self.weights.form(key) is None:
+                rewrite.finish(self._plain(rewrite, key))
+            else:
+                rewrite.finish(self._quantized(rewrite, key))
             modified = True
         return ir.passes.PassResult(model, modified)
 
+    def _plain(self, rewrite: Rewrite, key: str) -> ir.Value:
+        table = rewrite.weight(
+            key, ir.DataType.FLOAT, self.weights.shape(key), lambda: self.weights.tensor(key).numpy()
+        )
+        return rewrite.op("Gather", [table, rewrite.node.inputs[0]], {"axis": 0})[0]
 
-def plain_matrix(rewrite: Rewrite, weights: Weights, key: str) -> ir.Value:
-    """The matrix with that checkpoint key [rows, columns], fp32 as it is."""
-    return rewrite.weight(key, ir.DataType.FLOAT, weights.shape(key), lambda: weights.tensor(key).numpy())
+    def _quantized(self, rewrite: Rewrite, key: str) -> ir.Value:
+        form = self.weights.form(key)
+        assert form is not None
+        rows, size = self.weights.shape(key)
+        groups = -(-size // form.group_size)
+        packed_groups = -(-groups * form.bits // 8)
 
+        def zero_points() -> NDArray[np.uint8]:
+            if form.symmetric:
+                return np.full((rows, packed_groups), _MIDDLE[form.bits], np.uint8)
+            points: NDArray[np.uint8] = self.weights.packed([key], "zero_points").numpy()
+            return points
 
-def quantized_rows(rewrite: Rewrite, weights: Weights, key: str, indices: ir.Value) -> ir.Value:
-    """Rows ``indices`` of a quantized matrix, dequantized: [..., columns], filled up to whole groups."""
-    form = weights.form(key)
-    assert form is not None
-    rows, size = weights.shape(key)
-    groups = -(-size // form.group_size)
-    packed_groups = -(-groups * form.bits // 8)
-
-    def zero_points() -> NDArray[np.uint8]:
-        if form.symmetric:
-            return np.full((rows, packed_groups), _MIDDLE[form.bits], np.uint8)
-        points: NDArray[np.uint8] = weights.packed([key], "zero_points").numpy()
-        return points
-
-    codes = rewrite.weight(
-        f"{key}.codes",
-        ir.DataType.UINT8,
-        (rows, groups * form.group_size * form.bits // 8),
-        lambda: weights.packed([key], "codes").flatten(1).numpy(),
-    )
-    scales = rewrite.weight(
-        f"{key}.scales",
-        ir.DataType.FLOAT16,
-        (rows, groups),
-        lambda: weights.packed([key], "scales").numpy(),
-    )
-    zero = rewrite.weight(f"{key}.zero_points", ir.DataType.UINT8, (rows, packed_groups), zero_points)
-    (cast,) = rewrite.op("Cast", [scales], {"to": int(ir.DataType.FLOAT)})
-    return rewrite.op(
-        "GatherBlockQuantized",
-        [codes, indices, cast, zero],
-        {"bits": form.bits, "block_size": form.group_size, "gather_axis": 0, "quantize_axis": 1},
-        domain=MICROSOFT,
-    )[0]
+        codes = rewrite.weight(
+            f"{key}.codes",
+            ir.DataType.UINT8,
+            (rows, groups * form.group_size * form.bits // 8),
+            lambda: self.weights.packed([key], "codes").flatten(1).numpy(),
+        )
+        scales = rewrite.weight(
+            f"{key}.scales",
+            ir.DataType.FLOAT16,
+            (rows, groups),
+            lambda: self.weights.packed([key], "scales").numpy(),
+        )
+        zero = rewrite.weight(f"{key}.zero_points", ir.DataType.UINT8, (rows, packed_groups), zero_points)
+        (cast,) = rewrite.op("Cast", [scales], {"to": int(ir.DataType.FLOAT)})
+        (embedded,) = rewrite.op(
+            "GatherBlockQuantized",
+            [codes, rewrite.node.inputs[0], cast, zero],
+            {"bits": form.bits, "block_size": form.group_size, "gather_axis": 0, "quantize_axis": 1},
+            domain=MICROSOFT,
+        )
+        return embedded

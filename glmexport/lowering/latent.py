@@ -9,7 +9,7 @@ import torch
 from glmexport.graph.operators import DOMAIN, integer, nodes_of, number, text
 from glmexport.lowering.attention import rotary_caches
 from glmexport.lowering.capacity import rotated, shared_positions, written
-from glmexport.lowering.embedding import plain_matrix, quantized_rows
+from glmexport.lowering.constant import constant_matrix
 from glmexport.lowering.rewrite import Rewrite
 from glmexport.quantization.weights import Weights
 
@@ -114,8 +114,8 @@ class LowerLatentAttentionPass(ir.passes.InPlacePass):
 
     1. Queries are taken into the latent's space, so that one cached vector is key and value of all heads.
     2. All heads are rows of one matrix product with the cache. What the rotary key adds to the weighted sum is cut off.
-    3. ``weight`` is dequantized by operators of constants, which ONNX Runtime computes once when it loads the graph:
-       U contracts the dimension that groups do not run along.
+    3. ``weight`` becomes numbers when the graph is loaded: MatMulNBits has groups along the dimension that is
+       contracted, and U contracts the other one.
     """
 
     def __init__(self, weights: Weights, rotary_tables: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -177,15 +177,7 @@ class LowerLatentAttentionPass(ir.passes.InPlacePass):
         node = rewrite.node
         key, rank = text(node, "weight"), integer(node, "rank")
         heads, nope, value = (integer(node, name) for name in ("heads", "nope", "value"))
-        form = self.weights.form(key)
-        if form is None:
-            matrix = plain_matrix(rewrite, self.weights, key)
-        else:
-            rows = rewrite.constant(f"rows_{heads * (nope + value)}", np.arange(heads * (nope + value)))
-            matrix = quantized_rows(rewrite, self.weights, key, rows)
-            if rank % form.group_size:
-                cut = [rewrite.integers(0), rewrite.integers(rank), rewrite.integers(1)]
-                (matrix,) = rewrite.op("Slice", [matrix, *cut])
+        matrix = constant_matrix(rewrite, self.weights, key)
         (matrix,) = rewrite.op("Reshape", [matrix, rewrite.integers(heads, nope + value, rank)])
         keys, values = rewrite.split(matrix, nope, value, axis=1)
         return keys, rewrite.op("Transpose", [values], {"perm": [0, 2, 1]})[0]
