@@ -63,7 +63,9 @@ class GptqCheckpoint:
         self._bundle = bundle
         self._original = original
         self._architecture = architecture
-        self._halves = architecture.stacks() if layout == "gptqmodel" else {}
+        # What the original holds in halves, transformers does too.
+        halves = architecture.stacks().items()
+        self._halves = {key: pair for key, pair in halves if layout == "gptqmodel" or key in original.derived}
         self._forms = {
             linear.weight: form
             for layer in architecture.layers

@@ -162,6 +162,11 @@ class Checkpoint:
         return frozenset() if self.adapter is None else frozenset({*self.adapter.replaced, *self.adapter.updates})
 
     @property
+    def derived(self) -> frozenset[str]:
+        """Names of the matrices that no single tensor of the files holds."""
+        return frozenset(self._derived)
+
+    @property
     def parameters(self) -> int:
         """Number of elements of all tensors."""
         return sum(entry.elements for entry in self.tensors.values())

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from builds import FORMATS, RECIPE, THREADS, Run, build, bundle_weights, small_checkpoint, write_recipe, write_target
+from safetensors.torch import load_file
 
 from glmexport.bundle import read_manifest
 from glmexport.errors import BundleError, InputError
@@ -123,6 +124,25 @@ def test_every_matrix_can_be_read_back(pair: Pair) -> None:
     for key, record in records.items():
         linear = weights.quantized(key)
         assert linear is not None and linear.digest() == record.digest
+
+
+@pytest.mark.parametrize("layout", ["transformers", "gptqmodel"])
+def test_as_a_gptq_checkpoint_gate_and_up_stay_apart(pair: Pair, tmp_path: Path, run: Run, layout: str) -> None:
+    """In transformers' layout too, whose module of the family has them so; codes come back as they were."""
+    arguments = ["--against", pair.checkpoint, "--to", "gptq", "--layout", layout, "-o", tmp_path / "gptq"]
+    converted = run("convert", pair.latents, *arguments)
+    weights = bundle_weights(pair.latents, pair.checkpoint)
+    if not weights.quantized_keys:
+        assert converted.code == 64 and "full precision" in converted.stderr
+        return
+    assert converted.code == 0, converted.stderr
+    names = load_file(tmp_path / "gptq" / "model.safetensors")
+    assert "model.layers.0.mlp.gate_proj.qweight" in names and "model.layers.1.mlp.up_proj.qweight" in names
+    again = Original.open(str(tmp_path / "gptq"), Silent())
+    for layer in again.architecture.layers:
+        for linear in layer.linears:
+            expected = weights.dequantized(linear.weight)
+            assert expected is not None and torch.equal(again.checkpoint.read(linear.weight), expected)
 
 
 def test_a_loop_file_that_is_broken(pair: Pair, tmp_path: Path) -> None:
