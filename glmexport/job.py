@@ -33,8 +33,7 @@ class Original:
         """Open and check, with the adapter that is merged into it, if any; no weight is read."""
         checkpoint = Checkpoint.open(source, progress, adapter)
         architecture = describe(checkpoint)
-        if checkpoint.quantized:
-            checkpoint = checkpoint.stacked(architecture.stacks())
+        checkpoint = architecture.presented(checkpoint)
         unused = dict(architecture.account(checkpoint))
         tokenizer = Tokenizer.open(checkpoint.path)
         if tokenizer.vocabulary_size > architecture.vocabulary_size:

@@ -10,6 +10,7 @@ from glmexport.architecture.description import (
     Rotary,
     Unused,
 )
+from glmexport.architecture.experts import MixtureOfExperts, Router
 from glmexport.architecture.reference import Block, Reference
 from glmexport.architecture.registry import FAMILIES, describe
 
@@ -21,9 +22,11 @@ __all__ = [
     "GatedMlp",
     "GroupedQueryAttention",
     "Linear",
+    "MixtureOfExperts",
     "Norm",
     "Reference",
     "Rotary",
+    "Router",
     "Unused",
     "describe",
 ]

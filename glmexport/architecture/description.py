@@ -10,9 +10,13 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from glmexport.checkpoint import Checkpoint
 from glmexport.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from glmexport.architecture.experts import MixtureOfExperts
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,14 @@ class GroupedQueryAttention:
     key: Linear
     value: Linear
     output: Linear
+    #: Of every query head and every key head before they are rotated; both or none.
+    query_norm: Norm | None = None
+    key_norm: Norm | None = None
+
+    @property
+    def norms(self) -> tuple[Norm, ...]:
+        """Those that exist, in order."""
+        return tuple(norm for norm in (self.query_norm, self.key_norm) if norm is not None)
 
     @property
     def scale(self) -> float:
@@ -101,6 +113,45 @@ class GatedMlp:
         """In the order in which data passes them."""
         return (self.gate_up, self.down)
 
+    @property
+    def output(self) -> Linear:
+        """The linear that ends it."""
+        return self.down
+
+    @property
+    def module(self) -> str:
+        """Key prefix of its linears."""
+        return self.down.key.rpartition(".")[0]
+
+    @property
+    def routed(self) -> frozenset[str]:
+        """Checkpoint keys of the matrices that only some tokens pass: none."""
+        return frozenset()
+
+    @property
+    def kept(self) -> dict[str, tuple[int, ...]]:
+        """Key and shape of the tensors that are neither linears nor norms: none."""
+        return {}
+
+    @property
+    def stacks(self) -> dict[str, tuple[str, str]]:
+        """Checkpoint key of the stacked matrix, and the keys of its halves in checkpoints that hold them apart."""
+        parent = self.gate_up.key.rpartition(".")[0]
+        return {self.gate_up.weight: (f"{parent}.gate_proj.weight", f"{parent}.up_proj.weight")}
+
+    @property
+    def pages(self) -> dict[str, tuple[str, int]]:
+        """Matrices that some checkpoints hold as one tensor: none."""
+        return {}
+
+    def writers(self, norm: Norm) -> dict[str, Writer]:
+        """By tap; ``norm`` is that of its input."""
+        return {
+            self.gate_up.tap: Writer(norm, range(self.gate_up.in_features)),
+            # The gate is behind a function that is not linear; up is not.
+            self.down.tap: Writer(self.gate_up, range(self.intermediate_size, 2 * self.intermediate_size)),
+        }
+
 
 @dataclass(frozen=True)
 class ResidualBranch:
@@ -110,13 +161,11 @@ class ResidualBranch:
     """
 
     input_norm: Norm
-    output: Linear
+    #: Key prefix of the branch's linears.
+    module: str
+    #: The linear that ends it; None where experts do.
+    output: Linear | None
     output_norm: Norm | None
-
-    @property
-    def module(self) -> str:
-        """Key prefix of the branch's linears."""
-        return self.output.key.rpartition(".")[0]
 
 
 @dataclass(frozen=True)
@@ -141,7 +190,7 @@ class DecoderLayer:
     attention: GroupedQueryAttention
     attention_output_norm: Norm | None
     mlp_norm: Norm
-    mlp: GatedMlp
+    mlp: GatedMlp | MixtureOfExperts
     mlp_output_norm: Norm | None
 
     @property
@@ -152,32 +201,31 @@ class DecoderLayer:
     @property
     def taps(self) -> dict[str, tuple[Linear, ...]]:
         """The linears that share each input, taps in the order in which data passes them."""
-        return {
-            tap: tuple(linear for linear in self.linears if linear.tap == tap)
-            for tap in dict.fromkeys(linear.tap for linear in self.linears)
-        }
+        taps: dict[str, tuple[Linear, ...]] = {}
+        for linear in self.linears:
+            taps[linear.tap] = (*taps.get(linear.tap, ()), linear)
+        return taps
 
     @property
     def branches(self) -> tuple[ResidualBranch, ResidualBranch]:
         """Attention and MLP, as additions to the residual stream."""
+        output, mlp = self.attention.output, self.mlp
         return (
-            ResidualBranch(self.attention_norm, self.attention.output, self.attention_output_norm),
-            ResidualBranch(self.mlp_norm, self.mlp.down, self.mlp_output_norm),
+            ResidualBranch(self.attention_norm, output.key.rpartition(".")[0], output, self.attention_output_norm),
+            ResidualBranch(self.mlp_norm, mlp.module, mlp.output, self.mlp_output_norm),
         )
 
     @property
     def writers(self) -> dict[str, Writer]:
         """By tap, where there is one."""
-        attention, mlp = self.attention, self.mlp
-        value, size, width = attention.value, attention.head_dim, mlp.intermediate_size
+        attention = self.attention
+        value, size = attention.value, attention.head_dim
         shared = attention.heads // attention.kv_heads
         values = [head // shared * size + row for head in range(attention.heads) for row in range(size)]
         return {
             value.tap: Writer(self.attention_norm, range(value.in_features)),
             attention.output.tap: Writer(value, values),
-            mlp.gate_up.tap: Writer(self.mlp_norm, range(mlp.gate_up.in_features)),
-            # The gate is behind a function that is not linear; up is not.
-            mlp.down.tap: Writer(mlp.gate_up, range(width, 2 * width)),
+            **self.mlp.writers(self.mlp_norm),
         }
 
     def branch(self, tap: str) -> ResidualBranch:
@@ -188,7 +236,9 @@ class DecoderLayer:
     @property
     def norms(self) -> tuple[Norm, ...]:
         """Those that exist, in order."""
-        every = (self.attention_norm, self.attention_output_norm, self.mlp_norm, self.mlp_output_norm)
+        every = (
+            self.attention_norm, *self.attention.norms, self.attention_output_norm, self.mlp_norm, self.mlp_output_norm
+        )  # fmt: skip
         return tuple(norm for norm in every if norm is not None)
 
 
@@ -247,19 +297,26 @@ class Architecture:
                 shapes[linear.bias_key] = (linear.out_features,)
         for norm in (*(norm for layer in self.layers for norm in layer.norms), self.final_norm):
             shapes[norm.weight] = (norm.size,)
+        for layer in self.layers:
+            shapes |= layer.mlp.kept
         return shapes
+
+    @property
+    def routed(self) -> frozenset[str]:
+        """Checkpoint keys of the matrices that only some tokens pass."""
+        return frozenset().union(*(layer.mlp.routed for layer in self.layers))
 
     def stacks(self) -> dict[str, tuple[str, str]]:
         """Checkpoint key of every stacked matrix, and the keys of its halves in checkpoints that hold them apart.
 
-        GPTQModel quantizes gate and up as two matrices, gate_proj and up_proj, and stores them so.
+        Mixtures of experts are published so; GPTQModel quantizes gate and up as two matrices and stores them so.
         """
-        stacks = {}
-        for layer in self.layers:
-            key = layer.mlp.gate_up.key
-            parent = key.rpartition(".")[0]
-            stacks[layer.mlp.gate_up.weight] = (f"{parent}.gate_proj.weight", f"{parent}.up_proj.weight")
-        return stacks
+        return {key: halves for layer in self.layers for key, halves in layer.mlp.stacks.items()}
+
+    def presented(self, checkpoint: Checkpoint) -> Checkpoint:
+        """``checkpoint`` with matrices under the keys of this description, however its files hold them."""
+        pages = {key: place for layer in self.layers for key, place in layer.mlp.pages.items()}
+        return checkpoint.stacked(self.stacks(), pages)
 
     def account(self, checkpoint: Checkpoint) -> list[tuple[str, str]]:
         """Check that every tensor of the checkpoint is used once or unused for a stated reason.
