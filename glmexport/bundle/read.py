@@ -32,7 +32,7 @@ class BundleWeights:
         self._initializers = graph.initializers
         self._nodes: dict[str, tuple[ir.Node, int, int]] = {}
         sizes = {linear.weight: linear.out_features for _, linear in architecture.linears}
-        for node in graph:
+        for node in graph.all_nodes():
             if node.op_type == "MatMulNBits":
                 start = 0
                 for key in _keys(_name(node, 1).removesuffix(".q")):
