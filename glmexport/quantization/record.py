@@ -37,6 +37,8 @@ class QuantizedMatrix(Definition):
     #: Whether fp32 was not precise enough to factor the Hessian, and fp64 did it; nothing is lost by that.
     double: bool = False
     effective_tokens_per_column: float | None = None
+    #: Calibration positions whose router chose it; None: all pass it, or none were run.
+    chosen: int | None = None
     shrinkage: float | None = None
     unpolished_rows: int = 0
     #: Powers of two were moved between its columns and what writes its input.
@@ -80,6 +82,13 @@ class QuantizedMatrix(Definition):
             "fallback": solution.fallback,
         }
         return cls.unmeasured(linear.weight, layer, linear.part, solution.linear).model_copy(update=measured)
+
+
+    def routed(self, linear: Linear, chosen: int | None, own_tokens: float) -> QuantizedMatrix:
+        """The same, of an expert that ``chosen`` positions passed, worth so many different ones."""
+        return self.model_copy(
+            update={"chosen": chosen, "effective_tokens_per_column": own_tokens / linear.in_features}
+        )
 
 
 class AllocatedGroup(Definition):

@@ -115,10 +115,7 @@ class Passage:
         """Measure ``tap``; taps are measured in the order in which data passes them."""
         branch, linears = self.layer.branch(tap), self.layer.taps[tap]
         if self._inner is not None and branch != self._inner[0]:
-            moved = self.stream_file(QUANTIZED, self._inner[0])
-            for (start, _), states in zip(self.streams.batches(), self._joined(substitute), strict=True):
-                moved.write(start, states)
-            self.residual[QUANTIZED], self._inner = moved, None
+            self.move_on(substitute)
         asymmetric = self.streams.asymmetric
         inner = self._inner_file(linears[0]) if branch.output in linears else None
         block = self.block(tap, substitute)
@@ -135,6 +132,14 @@ class Passage:
             if wish:
                 self.residual[ORIGINAL] = wish.moved
         return into.result()
+
+    def move_on(self, substitute: Substitute) -> None:
+        """Take the quantized stream behind the branch that waits."""
+        assert self._inner is not None
+        moved = self.stream_file(QUANTIZED, self._inner[0])
+        for (start, _), states in zip(self.streams.batches(), self._joined(substitute), strict=True):
+            moved.write(start, states)
+        self.residual[QUANTIZED], self._inner = moved, None
 
     def outputs(self, substitute: Substitute) -> dict[str, Iterator[Tensor] | Activations]:
         """What the next block reads. A block of which nothing was measured is computed whole."""
