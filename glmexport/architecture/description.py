@@ -29,7 +29,8 @@ class Linear:
     bias: bool
     #: Name of the shared input, unique within the layer.
     tap: str
-    #: What the linear does, one word for reports and recipes: qkv, o, gate_up, down, lm_head.
+    #: What the linear does, one word for reports and recipes: qkv, o, gate_up, down, lm_head; of a mixture of experts
+    #: shared_gate_up, shared_down, expert_gate_up, expert_down.
     part: str
 
     @property

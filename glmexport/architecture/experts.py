@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from glmexport.architecture.description import GatedMlp, Linear, Norm, Writer
 
+#: ``Linear.part`` of the matrices of routed experts.
+EXPERT_INPUT, EXPERT_OUTPUT = "expert_gate_up", "expert_down"
+
 
 @dataclass(frozen=True)
 class Router:

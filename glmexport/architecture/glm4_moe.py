@@ -14,7 +14,7 @@ from glmexport.architecture.description import (
     Rotary,
     Unused,
 )
-from glmexport.architecture.experts import MixtureOfExperts, Router
+from glmexport.architecture.experts import EXPERT_INPUT, EXPERT_OUTPUT, MixtureOfExperts, Router
 from glmexport.checkpoint import Checkpoint, ConfigReader
 from glmexport.errors import CheckpointError
 
@@ -72,12 +72,12 @@ def mixture(config: ConfigReader, prefix: str, hidden: int) -> MixtureOfExperts:
     shared = config.integer("n_shared_experts", default=1, minimum=1)
     module = f"{prefix}.mlp"
 
-    def mlp(name: str, size: int, part: str) -> GatedMlp:
+    def mlp(name: str, size: int, parts: tuple[str, str]) -> GatedMlp:
         key = f"{module}.{name}"
         return GatedMlp(
             size,
-            Linear(f"{key}.gate_up_proj", hidden, 2 * size, False, f"{name}.input", f"{part}_gate_up"),
-            Linear(f"{key}.down_proj", size, hidden, False, f"{name}.hidden", f"{part}_down"),
+            Linear(f"{key}.gate_up_proj", hidden, 2 * size, False, f"{name}.input", parts[0]),
+            Linear(f"{key}.down_proj", size, hidden, False, f"{name}.hidden", parts[1]),
         )
 
     return MixtureOfExperts(
@@ -93,8 +93,8 @@ def mixture(config: ConfigReader, prefix: str, hidden: int) -> MixtureOfExperts:
             normalized=config.flag("norm_topk_prob", default=True),
             scale=config.number("routed_scaling_factor", default=1.0),
         ),
-        experts=tuple(mlp(f"experts.{index}", inner, "expert") for index in range(experts)),
-        shared=mlp("shared_experts", inner * shared, "shared"),
+        experts=tuple(mlp(f"experts.{index}", inner, (EXPERT_INPUT, EXPERT_OUTPUT)) for index in range(experts)),
+        shared=mlp("shared_experts", inner * shared, ("shared_gate_up", "shared_down")),
     )
 
 

@@ -28,7 +28,7 @@ from glmexport.checkpoint.fold import as_tensors
 from glmexport.graph import build_graph
 from glmexport.lowering import lower
 from glmexport.progress import Progress
-from glmexport.quantization import AllocatedGroup, QuantizedMatrix, write_atomically
+from glmexport.quantization import AllocatedGroup, QuantizedMatrix, coverage, write_atomically
 from glmexport.quantization.linear import stored_bits
 from glmexport.quantization.weights import Weights
 from glmexport.recipe import Recipe
@@ -78,6 +78,7 @@ def write_bundle(
     for path in sorted(directory.rglob("*")):
         if path.is_file():
             _flush(path)
+    matrices = tuple(records)
     manifest = Manifest(
         glmexport=__version__,
         family=architecture.family,
@@ -87,8 +88,9 @@ def write_bundle(
         target=target,
         calibration=calibration,
         precision=_precision(architecture, weights),
-        matrices=tuple(records),
+        matrices=matrices,
         allocation=tuple(allocation),
+        experts=coverage(matrices),
         files=list_files(directory),
     )
     write_atomically(directory / MANIFEST, (manifest.model_dump_json(indent=2) + "\n").encode())
