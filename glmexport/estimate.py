@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from glmexport.architecture import Architecture, MixtureOfExperts
+from glmexport.architecture import Architecture
 from glmexport.architecture.reference import CPU
 from glmexport.quantization import plan_memory
 from glmexport.quantization.allocation import tie_groups, total_bits
@@ -80,8 +80,7 @@ def _forms(architecture: Architecture, recipe: Recipe) -> dict[str, Format | Non
 
 def _tokens_share(architecture: Architecture) -> dict[str, float]:
     """Share of the tokens that pass each routed matrix, by weight key."""
-    mixtures = [layer.mlp for layer in architecture.layers if isinstance(layer.mlp, MixtureOfExperts)]
-    return {key: mlp.router.chosen / mlp.router.experts for mlp in mixtures for key in mlp.routed}
+    return {key: layer.mlp.routed_share for layer in architecture.layers for key in layer.mlp.routed}
 
 
 def _forward_flops(architecture: Architecture) -> float:

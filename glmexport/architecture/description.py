@@ -130,6 +130,11 @@ class GatedMlp:
         return frozenset()
 
     @property
+    def routed_share(self) -> float:
+        """Share of ``routed`` that one token passes."""
+        return 1.0
+
+    @property
     def kept(self) -> dict[str, tuple[int, ...]]:
         """Key and shape of the tensors that are neither linears nor norms: none."""
         return {}

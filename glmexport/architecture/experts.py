@@ -65,6 +65,11 @@ class MixtureOfExperts:
         return frozenset(linear.weight for mlp in self.experts for linear in mlp.linears)
 
     @property
+    def routed_share(self) -> float:
+        """Share of ``routed`` that one token passes."""
+        return self.router.chosen / self.router.experts
+
+    @property
     def kept(self) -> dict[str, tuple[int, ...]]:
         """Key and shape of the tensors that are neither linears nor norms: they are never quantized."""
         router = self.router

@@ -73,7 +73,7 @@ class Precision(Definition):
     bits_per_weight: float
     bits_per_weight_linears: float
     weight_bytes: int
-    #: Bytes that one decoded token reads: every weight but the embedding's other rows.
+    #: Bytes that one decoded token reads: every weight but the embedding's other rows and the experts not chosen.
     bytes_per_decoded_token: int
 
 

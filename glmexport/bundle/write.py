@@ -105,6 +105,10 @@ def _precision(architecture: Architecture, weights: Weights) -> Precision:
     embedding = bits[architecture.embedding]
     other = sum(bits.values()) - (0 if architecture.tied else embedding)
     row = embedding // architecture.vocabulary_size
+    # A token passes only the experts that it chose.
+    for layer in architecture.layers:
+        routed = sum(bits[key] for key in layer.mlp.routed)
+        other -= round(routed * (1 - layer.mlp.routed_share))
     return Precision(
         bits_per_weight=sum(bits.values()) / sum(math.prod(shape) for shape in shapes.values()),
         bits_per_weight_linears=sum(bits[key] for key in linears) / sum(math.prod(shapes[key]) for key in linears),

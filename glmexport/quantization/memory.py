@@ -86,7 +86,8 @@ def _layer_peaks(layer: DecoderLayer, recipe: Recipe, batch: int, chunk: int) ->
     widest_output = max(linear.out_features for linear in layer.linears)
     peaks = [whole + 3 * batch * widest_output * _FP32]
     if mixture is not None:
-        peaks[0] += KEPT_BYTES + max(linear.in_features * linear.out_features for linear in mixture.linears) * _FP32
+        sizes = [linear.in_features * linear.out_features * _FP32 for linear in mixture.linears]
+        peaks[0] += min(KEPT_BYTES + max(sizes), sum(sizes))
         peaks += _expert_peaks(mixture, batch, chunk)
     for tap, linears in layer.taps.items():
         if linears[0] not in resident:

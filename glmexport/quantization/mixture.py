@@ -26,7 +26,7 @@ from glmexport.quantization.store import Activations
 from glmexport.quantization.streams import QUANTIZED, Passage
 
 #: What the pool is worth in a Hessian, in positions a column.
-PRIOR = 0.25
+PRIOR = 1.0
 #: Held-out positions of an expert below which they are too few to choose between solutions.
 _LEAST_HELD = 64
 #: Positions on which the pool of what an expert's last matrix reads is measured.
