@@ -187,6 +187,13 @@ class Block:
             return torch.cat([self.module.get_parameter(name) for name in self._apart[key]])
         return self.module.get_parameter(self._name(key))
 
+    def attended(self, hidden: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
+        """The residual stream behind the attention; as for ``forward``."""
+        branch = self.layer.branches[0]
+        with torch.inference_mode():
+            inside = self._submodule(branch.module)(self.normed(branch, hidden), **_arguments(positions))
+        return self.add(branch, hidden, inside[0] if isinstance(inside, tuple) else inside)
+
     def through(self, branch: ResidualBranch, stream: Tensor) -> Tensor:
         """The residual stream [batch, length, hidden] behind a branch that is no attention."""
         with torch.inference_mode():

@@ -14,12 +14,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from glmexport.architecture import Reference
-from glmexport.architecture.reference import Substitute
+from glmexport.architecture.reference import Block, Substitute
 from glmexport.progress import Progress
 from glmexport.quantization import WorkDirectory
 from glmexport.validation.texts import EvaluationText
 
 _STATES = "states"
+#: Positions that routed experts see together, each of whose matrices is read once for all of them.
+_TOGETHER = 1 << 15
 
 
 class ReferenceStates:
@@ -93,13 +95,17 @@ def reference_states(
         track.advance(finished)
         for layer in layers[finished:]:
             block = reference.block(layer, substitute)
+            routed = bool(layer.mlp.routed)
             for start in range(0, len(texts), batch):
                 group = range(start, min(start + batch, len(texts)))
                 longest = max(len(texts[index].ids) for index in group)
                 padded = [pad(states.load(index), (0, 0, 0, longest - len(texts[index].ids))) for index in group]
-                outputs = block.forward(torch.cat(padded), positions[longest])
+                run = block.attended if routed else block.forward
+                outputs = run(torch.cat(padded), positions[longest])
                 for index, output in zip(group, outputs, strict=True):
                     states.save(index, output[: len(texts[index].ids)])
+            if routed:
+                _through_experts(block, states)
             if kept:
                 kept.commit(_step(layer.index), {}, {}, {_STATES: (states.load(i) for i in range(len(texts)))})
                 kept.forget(_step(layer.index - 1))
@@ -107,6 +113,21 @@ def reference_states(
     for index in range(len(texts)):
         states.save(index, reference.final_norm(states.load(index)))
     return states
+
+
+def _through_experts(block: Block, states: ReferenceStates) -> None:
+    """Take texts that are behind a block's attention through its experts, many of them at a time."""
+    waiting: list[int] = []
+    lengths = [len(text.ids) for text in states.texts]
+    for index in range(len(lengths)):
+        waiting.append(index)
+        if index + 1 < len(lengths) and sum(lengths[i] for i in waiting) + lengths[index + 1] <= _TOGETHER:
+            continue
+        rows = torch.cat([states.load(i) for i in waiting], 1)
+        outputs = block.through(block.layer.branches[1], rows)
+        for i, output in zip(waiting, torch.split(outputs, [lengths[i] for i in waiting], 1), strict=True):
+            states.save(i, output)
+        waiting = []
 
 
 def _step(layer: int) -> str:

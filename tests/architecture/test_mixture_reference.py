@@ -208,3 +208,33 @@ def test_broken_fp8_is_refused(tmp_path: Path, change: Any, message: str) -> Non
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": table}))
     with pytest.raises(CheckpointError, match=message):
         Checkpoint.open(tmp_path)
+
+
+@pytest.mark.parametrize("together", [1, 50, 1 << 15])
+def test_texts_that_pass_the_experts_together_pass_them_as_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: int
+) -> None:
+    from glmexport.progress import Silent
+    from glmexport.validation import reference as by_block
+    from glmexport.validation.texts import EvaluationText
+
+    model = write_checkpoint(tmp_path, "glm4_moe", **MIXTURE)
+    checkpoint, architecture = presented(tmp_path)
+    texts = [EvaluationText("d", "en", torch.arange(3, 3 + length) * 5 % 250, 1) for length in (20, 31, 7, 24, 2)]
+    monkeypatch.setattr(by_block, "_TOGETHER", together)
+    routed: list[int] = []
+    through = by_block.Block.through
+
+    def counted(self: Any, branch: Any, stream: torch.Tensor) -> torch.Tensor:
+        routed.append(stream.shape[1])
+        return through(self, branch, stream)
+
+    monkeypatch.setattr(by_block.Block, "through", counted)
+    reference = Reference(checkpoint, architecture)
+    states = by_block.reference_states(reference, texts, tmp_path, Silent(), batch=2)
+    expected_groups = {1: [20, 31, 7, 24, 2], 50: [20, 38, 26], 1 << 15: [84]}[together]
+    assert routed == 2 * expected_groups
+    for index, text in enumerate(texts):
+        with torch.inference_mode():
+            expected = model(text.ids[None]).logits[0, :-1]
+        torch.testing.assert_close(reference.logits(states.states(index)), expected, atol=1e-5, rtol=1e-5)
