@@ -262,7 +262,7 @@ def _write(
     return write_bundle(
         directory,
         architecture,
-        Weights(walk.checkpoint, architecture, walk.work, walk.steps),
+        Weights(walk.checkpoint, architecture, walk.work, walk.parts),
         Reference(original.checkpoint, architecture).rotary_tables(architecture.context_length),
         recipe=job.recipe,
         target=job.target,

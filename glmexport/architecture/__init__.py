@@ -4,12 +4,13 @@ from glmexport.architecture.description import (
     Architecture,
     DecoderLayer,
     GatedMlp,
-    GroupedQueryAttention,
     Linear,
     Norm,
     Rotary,
     Unused,
 )
+from glmexport.architecture.experts import MixtureOfExperts, Router
+from glmexport.architecture.grouped import GroupedQueryAttention
 from glmexport.architecture.latent import Indexer, LatentAttention
 from glmexport.architecture.reference import Block, Reference
 from glmexport.architecture.registry import FAMILIES, UNFINISHED, describe
@@ -25,9 +26,11 @@ __all__ = [
     "Indexer",
     "LatentAttention",
     "Linear",
+    "MixtureOfExperts",
     "Norm",
     "Reference",
     "Rotary",
+    "Router",
     "Unused",
     "describe",
 ]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from glmexport.architecture.dense import STATIC_ROPE_TYPES
 from glmexport.architecture.description import Architecture, DecoderLayer, GatedMlp, Linear, Norm, Rotary, Unused
+from glmexport.architecture.glm4_moe import mixture, mtp_layers
 from glmexport.architecture.latent import Indexer, LatentAttention
 from glmexport.checkpoint import Checkpoint, ConfigReader
 from glmexport.errors import CheckpointError
@@ -36,7 +37,6 @@ class LatentSizes:
     interleaved: bool
     scale: float
     tied: bool
-    mtp_layers: int
 
     @classmethod
     def read(cls, config: ConfigReader) -> LatentSizes:
@@ -76,7 +76,6 @@ class LatentSizes:
             interleaved=config.flag("rope_interleave", default=True),
             scale=_magnitude(config) ** 2 / math.sqrt(nope + rope),
             tied=config.flag("tie_word_embeddings", default=False),
-            mtp_layers=config.integer("num_nextn_predict_layers", default=0, minimum=0),
         )
 
 
@@ -117,17 +116,18 @@ def latent_architecture(
     """A decoder of pre-norm layers with latent attention; ``sparse`` tells which layers are mixtures of experts.
 
     Raises:
-        CheckpointError: the configuration is not what such a family has, or a layer is a mixture of experts.
+        CheckpointError: the configuration is not what such a family has.
     """
     config = checkpoint.config
     sizes = LatentSizes.read(config)
-    experts = [index for index in range(sizes.layers) if sparse(index)]
-    if experts:
-        raise CheckpointError(
-            f"{checkpoint.name}: {len(experts)} of {sizes.layers} layers are mixtures of experts (the first is layer "
-            f"{experts[0]}), which this version does not build.",
-            next_step="Wait for a version with mixtures of experts; everything else of the family is built.",
-        )
+    if any(map(sparse, range(sizes.layers))):
+        # transformers' default differs from family to family, and there is none here.
+        config.number("routed_scaling_factor")
+    layers = [_layer(sizes, index, indexers) for index in range(sizes.layers)]
+    layers = [
+        replace(layer, mlp=mixture(config, layer.prefix, sizes.hidden)) if sparse(layer.index) else layer
+        for layer in layers
+    ]
     # As in transformers: what ends a generation is generation_config.json's to say, if it does.
     generation = checkpoint.generation_config
     ends = (generation if generation is not None and generation.has("eos_token_id") else config).integers(
@@ -135,14 +135,13 @@ def latent_architecture(
     )
     pad = config.optional_integer("pad_token_id")
     head = "model.embed_tokens" if sizes.tied else "lm_head"
-    further = "|".join(str(sizes.layers + index) for index in range(sizes.mtp_layers))
     return Architecture(
         family=family,
         hidden_size=sizes.hidden,
         vocabulary_size=sizes.vocabulary,
         context_length=sizes.context,
         embedding="model.embed_tokens.weight",
-        layers=tuple(_layer(sizes, index, indexers) for index in range(sizes.layers)),
+        layers=tuple(layers),
         final_norm=Norm("model.norm", sizes.hidden, sizes.epsilon),
         lm_head=Linear(head, sizes.hidden, sizes.vocabulary, bias=False, tap="final", part="lm_head"),
         tied=sizes.tied,
@@ -151,7 +150,7 @@ def latent_architecture(
         pad_token_id=ends[0] if pad is None else pad,
         unused=(
             *((Unused(r"lm_head\.weight", "tied to the embedding"),) if sizes.tied else ()),
-            *((Unused(rf"model\.layers\.({further})\..*", "predicts further tokens at once"),) if further else ()),
+            *mtp_layers(config, sizes.layers),
         ),
     )
 

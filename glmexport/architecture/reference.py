@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from glmexport.architecture.description import Architecture, DecoderLayer, ResidualBranch
+from glmexport.architecture.experts import MixtureOfExperts
+from glmexport.architecture.filling import EXPERTS, MATRICES, ROUTER, halves, stream_experts
 from glmexport.architecture.latent import LatentAttention
 from glmexport.checkpoint import Checkpoint
 
@@ -36,10 +38,11 @@ class Reference:
         self.architecture = architecture
         self.device = device
         config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
+        # The implementation that takes one expert after another, so that each can be read when its turn comes.
+        config._experts_implementation = "eager"
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
         self._decoder: Any = skeleton.model.eval().requires_grad_(False)
-        self._stacks = architecture.stacks()
         # The rotary tables are computed, not stored, so this module cannot stay on the meta device.
         self._rotary: nn.Module = type(self._decoder.rotary_emb)(self._decoder.config)
 
@@ -54,22 +57,40 @@ class Reference:
     def block(
         self, layer: DecoderLayer, substitute: Substitute | None = None, *, only: Collection[str] | None = None
     ) -> Block:
-        """Decoder layer ``layer`` with its weights in fp32; of the linears those of the taps ``only``, if given."""
+        """Decoder layer ``layer`` with its weights in fp32; of the linears those of the taps ``only``, if given.
+
+        Routed experts are read when tokens choose them.
+        """
         module = copy.deepcopy(self._decoder.layers[layer.index])
         left_out = [linear for linear in layer.linears if only is not None and linear.tap not in only]
         absent = {key for linear in left_out for key in (linear.weight, linear.bias_key)}
-        names = {f"{layer.prefix}.{name}" for name in module.state_dict()}
-        # Matrices that the description has as one and the module as several.
-        apart = {key: parts for key, parts in self._stacks.items() if names.issuperset(parts)}
-        block = Block(layer, module, apart)
+
+        def weight(key: str) -> Tensor:
+            replaced = substitute(key) if substitute else None
+            return self.read(key) if replaced is None else replaced
+
+        if isinstance(layer.mlp, MixtureOfExperts):
+            experts = layer.mlp.experts
+
+            def matrix(index: int, name: str) -> Tensor:
+                expert = experts[index]
+                return weight((expert.gate_up if name == MATRICES[0] else expert.down).weight)
+
+            stream_experts(module, matrix)
         weights: dict[str, Tensor] = {}
-        for key in [*apart, *sorted(names - {part for parts in apart.values() for part in parts})]:
-            if key not in absent:
-                replaced = substitute(key) if substitute else None
-                weights |= block.named(key, self.read(key) if replaced is None else replaced)
+        apart, stacked = halves(layer), dict[str, Tensor]()
+        for name in module.state_dict():
+            key, half = apart.get(name, (f"{layer.prefix}.{name}", None))
+            if key in absent:
+                continue
+            if half is None:
+                weights[name] = weight(key)
+                continue
+            if key not in stacked:
+                stacked[key] = weight(key)
+            weights[name] = stacked[key].chunk(2)[half]
         module.load_state_dict(weights, assign=True, strict=not absent)
-        module.eval().requires_grad_(False)
-        return block
+        return Block(layer, module.eval().requires_grad_(False))
 
     def embed(self, ids: Tensor) -> Tensor:
         """Embeddings [..., hidden] fp32 of token ``ids``; reads the table in slabs."""
@@ -117,15 +138,17 @@ class _Reached(Exception):
 
 
 class Block:
-    """One decoder layer of transformers, filled.
+    """One decoder layer of transformers, filled."""
 
-    ``apart`` are matrices of the description whose rows the module holds as several, by checkpoint key.
-    """
-
-    def __init__(self, layer: DecoderLayer, module: nn.Module, apart: Mapping[str, tuple[str, ...]]) -> None:
+    def __init__(self, layer: DecoderLayer, module: nn.Module) -> None:
         self.layer = layer
         self.module = module
-        self._apart = apart
+        #: Names of the halves in which the module holds a stacked matrix, by its checkpoint key.
+        self._apart: dict[str, list[str]] = {}
+        names = dict(module.named_parameters())
+        for name, (key, _) in halves(layer).items():
+            if name in names:
+                self._apart.setdefault(key, []).append(name)
 
     @property
     def selects(self) -> bool:
@@ -156,8 +179,10 @@ class Block:
         ``selection`` [batch, length, k] int32 is that of the layer before, of which only layers that share it make
         use; None selects everything, which is right for texts of at most ``top_k`` tokens.
         """
-        named = [self.named(key, weight) for key, weight in (weights or {}).items()]
-        replaced = {name: part for parts in named for name, part in parts.items()}
+        replaced: dict[str, Tensor] = {}
+        for key, weight in (weights or {}).items():
+            names = self._apart.get(key, [self._name(key)])
+            replaced |= dict(zip(names, weight.chunk(len(names)), strict=True))
         arguments = self._arguments(hidden, positions, selection)
         with torch.inference_mode():
             output = torch.func.functional_call(self.module, replaced, (hidden,), arguments)
@@ -182,16 +207,48 @@ class Block:
 
     def weight(self, key: str) -> Tensor:
         """The tensor with that checkpoint key, fp32."""
-        parts: list[Tensor] = [self.module.get_parameter(self._name(part)) for part in self._apart.get(key, (key,))]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        if key in self._apart:
+            return torch.cat([self.module.get_parameter(name) for name in self._apart[key]])
+        return self.module.get_parameter(self._name(key))
 
-    def named(self, key: str, tensor: Tensor) -> dict[str, Tensor]:
-        """The tensor with that checkpoint key as the module's parameters, by their names in it."""
-        parts = self._apart.get(key, (key,))
-        return {self._name(part): rows for part, rows in zip(parts, tensor.chunk(len(parts)), strict=True)}
+    def attended(
+        self, hidden: Tensor, positions: tuple[Tensor, Tensor], selection: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The residual stream behind the attention; otherwise as ``selecting``."""
+        branch = self.layer.branches[0]
+        arguments = self._arguments(hidden, positions, selection)
+        with torch.inference_mode():
+            inside, _, *selected = self._submodule(branch.module)(self.normed(branch, hidden), **arguments)
+        return self.add(branch, hidden, inside), selected[0] if selected else None
+
+    def through(self, branch: ResidualBranch, stream: Tensor) -> Tensor:
+        """The residual stream [batch, length, hidden] behind a branch that is no attention."""
+        with torch.inference_mode():
+            inside = self._submodule(branch.module)(self._submodule(branch.input_norm.key)(stream))
+        return self.add(branch, stream, inside)
+
+    def normed(self, branch: ResidualBranch, stream: Tensor) -> Tensor:
+        """What the branch reads of the residual ``stream`` [..., hidden]."""
+        with torch.inference_mode():
+            result: Tensor = self._submodule(branch.input_norm.key)(stream)
+        return result
+
+    def route(self, normed: Tensor) -> tuple[Tensor, Tensor]:
+        """Experts of every position of ``normed`` [n, hidden], and their weights: [n, chosen] int64 and fp32."""
+        with torch.inference_mode():
+            _, weights, experts = self.module.get_submodule(ROUTER)(normed)
+        return experts, weights
+
+    def gated(self, gate_up: Tensor) -> Tensor:
+        """The gated activation of an expert's ``gate_up`` [n, 2 I], as [n, I]."""
+        experts: Any = self.module.get_submodule(EXPERTS)
+        with torch.inference_mode():
+            result: Tensor = experts._apply_gate(gate_up)
+        return result
 
     def output(self, branch: ResidualBranch, inner: Tensor) -> Tensor:
         """What the branch's last linear makes of its input ``inner`` [batch, length, in_features]."""
+        assert branch.output is not None
         with torch.inference_mode():
             result: Tensor = self._submodule(branch.output.key)(inner)
         return result
@@ -209,9 +266,7 @@ class Block:
             read.append(arguments[0])
             raise _Reached
 
-        linear = self.layer.taps[tap][0]
-        first = self._apart.get(linear.weight, (linear.weight,))[0].removesuffix(".weight")
-        handle = self._submodule(first).register_forward_pre_hook(keep)
+        handle = self._submodule(self.layer.taps[tap][0].key).register_forward_pre_hook(keep)
         try:
             run()
         except _Reached:
@@ -222,7 +277,9 @@ class Block:
         return read[0].squeeze(1) if read[0].dim() == 4 else read[0]
 
     def _submodule(self, key: str) -> nn.Module:
-        return self.module.get_submodule(self._name(key))
+        # Both halves of a stacked matrix read the same.
+        apart = self._apart.get(f"{key}.weight")
+        return self.module.get_submodule(apart[0].removesuffix(".weight") if apart else self._name(key))
 
     def _name(self, key: str) -> str:
         return key.removeprefix(f"{self.layer.prefix}.")

@@ -77,6 +77,11 @@ class GptqCheckpoint:
                 "The bundle's linears are in full precision; there is nothing to write in the GPTQ format.",
                 next_step="Convert a bundle of a quantizing recipe.",
             )
+        if architecture.routed and layout == "transformers":
+            raise InputError(
+                "transformers has no GPTQ layout for mixtures of experts: its experts are one tensor a layer.",
+                next_step="Leave --layout out: gptqmodel's has a matrix an expert.",
+            )
         self._offset = 1 if all(form.symmetric for form in self._forms.values()) else 0
         shapes = architecture.shapes()
         self.settings = self._settings(shapes)

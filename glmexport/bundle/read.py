@@ -47,7 +47,7 @@ class BundleWeights:
         self._quantized: dict[str, _Stored] = {}
         self._shapes = {linear.weight: (linear.out_features, linear.in_features) for _, linear in architecture.linears}
         self._shapes.setdefault(architecture.embedding, (architecture.vocabulary_size, architecture.hidden_size))
-        for node in graph:
+        for node in graph.all_nodes():
             if node.op_type in ("MatMulNBits", "GatherBlockQuantized"):
                 gather = node.op_type == "GatherBlockQuantized"
                 codes = _name(node, 0 if gather else 1)

@@ -28,7 +28,7 @@ from glmexport.checkpoint.fold import as_tensors
 from glmexport.graph import build_graph
 from glmexport.lowering import lower
 from glmexport.progress import Progress
-from glmexport.quantization import AllocatedGroup, QuantizedMatrix, write_atomically
+from glmexport.quantization import AllocatedGroup, QuantizedMatrix, coverage, write_atomically
 from glmexport.quantization.linear import stored_bits
 from glmexport.quantization.weights import Weights
 from glmexport.recipe import Recipe
@@ -78,6 +78,7 @@ def write_bundle(
     for path in sorted(directory.rglob("*")):
         if path.is_file():
             _flush(path)
+    matrices = tuple(records)
     manifest = Manifest(
         glmexport=__version__,
         family=architecture.family,
@@ -87,8 +88,9 @@ def write_bundle(
         target=target,
         calibration=calibration,
         precision=_precision(architecture, weights),
-        matrices=tuple(records),
+        matrices=matrices,
         allocation=tuple(allocation),
+        experts=coverage(matrices),
         files=list_files(directory),
     )
     write_atomically(directory / MANIFEST, (manifest.model_dump_json(indent=2) + "\n").encode())
@@ -103,6 +105,10 @@ def _precision(architecture: Architecture, weights: Weights) -> Precision:
     embedding = bits[architecture.embedding]
     other = sum(bits.values()) - (0 if architecture.tied else embedding)
     row = embedding // architecture.vocabulary_size
+    # A token passes only the experts that it chose.
+    for layer in architecture.layers:
+        routed = sum(bits[key] for key in layer.mlp.routed)
+        other -= round(routed * (1 - layer.mlp.routed_share))
     return Precision(
         bits_per_weight=sum(bits.values()) / sum(math.prod(shape) for shape in shapes.values()),
         bits_per_weight_linears=sum(bits[key] for key in linears) / sum(math.prod(shapes[key]) for key in linears),

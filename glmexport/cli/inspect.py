@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ def inspect(
             **({"adapter": f"{merged.name} ({merged.path}): {merged.summary}"} if merged else {}),
             "family": document["family"],
             "layers": str(document["layers"]),
+            **_mixture_fact(document["experts"]),
             "context": f"{document['context_length']:,} tokens",
             **_quantization(original),
             "stored": f"{gibibytes(document['bytes'])} of {', '.join(document['dtypes'])}",
@@ -103,6 +105,9 @@ def _description(original: Any) -> dict[str, Any]:
     for _, linear in architecture.linears:
         if not (linear is architecture.lm_head and architecture.tied):
             parts[linear.part] = parts.get(linear.part, 0) + linear.in_features * linear.out_features
+    routers = sum(math.prod(shape) for layer in architecture.layers for shape in layer.mlp.kept.values())
+    if routers:
+        parts["router"] = routers
     parts["norms and biases"] = checkpoint.parameters - sum(parts.values()) - _unused_elements(original)
     return {
         "name": checkpoint.name,
@@ -111,6 +116,7 @@ def _description(original: Any) -> dict[str, Any]:
         "family": architecture.family,
         "layers": len(architecture.layers),
         "context_length": architecture.context_length,
+        "experts": _experts(architecture),
         "parameters": {**parts, "all": checkpoint.parameters},
         "bytes": checkpoint.bytes,
         "quantization": _formats(checkpoint),
@@ -126,6 +132,22 @@ def _cache(document: dict[str, Any]) -> str:
     if latents is None:
         return f"{heads:,} bytes a token in fp32"
     return f"{latents:,} bytes a token in fp32 as latents, {heads:,} as keys and values of every head"
+
+
+def _experts(architecture: Any) -> dict[str, int] | None:
+    """Of the layers that are mixtures of experts; None where there are none."""
+    mixtures = [layer.mlp for layer in architecture.layers if layer.mlp.routed]
+    if not mixtures:
+        return None
+    router = mixtures[0].router
+    return {"layers": len(mixtures), "routed": router.experts, "chosen": router.chosen, "groups": router.groups}
+
+
+def _mixture_fact(experts: dict[str, int] | None) -> dict[str, str]:
+    if experts is None:
+        return {}
+    groups = f", in {experts['groups']} groups" if experts["groups"] > 1 else ""
+    return {"experts": f"{experts['chosen']} of {experts['routed']} a token in {experts['layers']} layers{groups}"}
 
 
 def _formats(checkpoint: Any) -> dict[str, Any] | None:

@@ -7,7 +7,15 @@ from typing import Any
 
 import onnx_ir as ir
 
-from glmexport.architecture import Architecture, DecoderLayer, LatentAttention, Linear, Norm
+from glmexport.architecture import (
+    Architecture,
+    DecoderLayer,
+    GatedMlp,
+    LatentAttention,
+    Linear,
+    MixtureOfExperts,
+    Norm,
+)
 from glmexport.graph.latent import LatentLayers
 from glmexport.graph.names import ATTENTION_MASK, INPUT_IDS, LOGITS, PAST, PRESENT
 from glmexport.graph.operators import BLOCK, DOMAIN
@@ -64,18 +72,56 @@ class _Builder:
         if layer.attention_output_norm:
             attended = self.norm(layer.attention_output_norm, attended)
         hidden = self.add(attended, hidden)
-        gate_up = self.linears(self.norm(layer.mlp_norm, hidden), [layer.mlp.gate_up])
-        gated = self.op("GatedActivation", [gate_up], intermediate_size=layer.mlp.intermediate_size)
-        output = self.linears(gated, [layer.mlp.down])
+        normed = self.norm(layer.mlp_norm, hidden)
+        output = (
+            self.mixture(layer.mlp, normed) if isinstance(layer.mlp, MixtureOfExperts) else self.mlp(layer.mlp, normed)
+        )
         if layer.mlp_output_norm:
             output = self.norm(layer.mlp_output_norm, output)
         return self.add(output, hidden)
+
+    def mlp(self, mlp: GatedMlp, normed: ir.Value) -> ir.Value:
+        gate_up = self.linears(normed, [mlp.gate_up])
+        gated = self.op("GatedActivation", [gate_up], intermediate_size=mlp.intermediate_size)
+        return self.linears(gated, [mlp.down])
+
+    def mixture(self, mixture: MixtureOfExperts, normed: ir.Value) -> ir.Value:
+        router = mixture.router
+        logits = self.op(
+            "Linear", [normed], weights=[router.weight], in_features=router.in_features, out_features=router.experts
+        )
+        experts, weights = ir.Value(), ir.Value()
+        self.node(
+            "Route",
+            [logits],
+            [experts, weights],
+            bias=router.bias,
+            experts=router.experts,
+            chosen=router.chosen,
+            groups=router.groups,
+            kept_groups=router.kept_groups,
+            normalized=int(router.normalized),
+            scale=router.scale,
+        )
+        routed = self.op(
+            "RoutedExperts",
+            [normed, experts, weights],
+            gate_up=[expert.gate_up.weight for expert in mixture.experts],
+            down=[expert.down.weight for expert in mixture.experts],
+            hidden_size=router.in_features,
+            intermediate_size=mixture.experts[0].intermediate_size,
+        )
+        return routed if mixture.shared is None else self.add(routed, self.mlp(mixture.shared, normed))
 
     def attention(self, layer: DecoderLayer, normed: ir.Value) -> ir.Value:
         attention = layer.attention
         if isinstance(attention, LatentAttention):
             return self.latent.attention(layer.index, attention, normed)
         projected = [self.linears(normed, [part]) for part in (attention.query, attention.key, attention.value)]
+        for index, norm in enumerate(attention.norms):
+            projected[index] = self.op(
+                "HeadNorm", [projected[index]], weight=norm.weight, epsilon=norm.epsilon, head_dim=norm.size
+            )
 
         past, present = self.head_caches(layer.index, attention.kv_heads, attention.head_dim)
         attended = ir.Value()

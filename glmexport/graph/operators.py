@@ -23,6 +23,13 @@ Domain ``glmexport``. Shapes: B sequences, S new positions, P cached positions, 
         0 where a cached position is among the ``top_k`` with the highest score, otherwise minus infinity
                                                            heads, head_dim, rope, top_k, key_norm, epsilon
     GatedActivation(x [..., 2 I]) -> silu(first half) * second half      intermediate_size
+    HeadNorm(x [B, S, heads * head_dim]) -> likewise                     weight, epsilon, head_dim
+        RMSNorm of each head
+    Route(logits [B, S, E]) -> experts [B * S, C] int64, weights [B * S, C]
+                                                                         bias, experts, chosen, groups, kept_groups,
+                                                                         normalized, scale
+    RoutedExperts(x [B, S, D], experts, weights) -> [B, S, D]            gate_up, down, hidden_size, intermediate_size
+        the weighted sum of what the chosen experts give; ``gate_up`` and ``down`` name a matrix an expert
     LastPosition(x [B, S, D], attention_mask) -> [B, 1, D]               the last position that is not padding
 
 A cache of T positions grows with every call. One of C positions, the capacity, is written into: a token's place is its
@@ -45,6 +52,7 @@ OPERATORS = frozenset(
     {
         "Embedding",
         "RmsNorm",
+        "HeadNorm",
         "Linear",
         "Attention",
         "SplitLatent",
@@ -52,14 +60,16 @@ OPERATORS = frozenset(
         "LatentAttention",
         "IndexSelection",
         "GatedActivation",
+        "Route",
+        "RoutedExperts",
         "LastPosition",
     }
 )
 
 
 def nodes_of(model: ir.Model, operator: str) -> Iterator[ir.Node]:
-    """The graph's nodes of one of our operators, in order; the graph may be changed while iterating."""
-    return iter([node for node in model.graph if node.domain == DOMAIN and node.op_type == operator])
+    """The nodes of one of our operators, in order, also inside of others; the graph may be changed while iterating."""
+    return iter([node for node in model.graph.all_nodes() if node.domain == DOMAIN and node.op_type == operator])
 
 
 def violations(model: ir.Model) -> list[str]:

@@ -25,6 +25,8 @@ class Rewrite:
     def __init__(self, model: ir.Model, node: ir.Node) -> None:
         self.model = model
         self.graph = model.graph
+        #: The graph that the node is in: weights and constants are in the outermost one, wherever they are used.
+        self.place = node.graph or model.graph
         self.node = node
         self.block = str(node.metadata_props[BLOCK])
         self.nodes: list[ir.Node] = []
@@ -99,7 +101,7 @@ class Rewrite:
         """
         pairs = [(old, new) for old, new in zip(self.node.outputs, outputs, strict=True) if new is not None]
         ir.convenience.replace_nodes_and_values(
-            self.graph,
+            self.place,
             self.node,
             [self.node, *also],
             self.nodes,

@@ -70,6 +70,9 @@ def _through(block: Block, hidden: list[Tensor], positions: tuple[Tensor, Tensor
     for index in range(len(hidden)):
         stream = hidden[index]
         for branch in layer.branches:
+            if branch.output is None:
+                stream = block.through(branch, stream)
+                continue
             inside = [tap for tap in layer.taps if layer.branch(tap) == branch]
             for tap in inside:
                 read = block.branch_tap(tap, stream, positions)

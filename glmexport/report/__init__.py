@@ -5,6 +5,7 @@
     assemble    a document from a manifest and a validation
     html        the document as one self-contained page
     allocation  the quantized matrices by part and by decoder block
+    coverage    how calibration text spread over routed experts
     charts      inline SVG from numbers
     svg         its elements, escaped
     text        numbers and foreign text as a reader can trust them

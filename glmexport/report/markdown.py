@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from glmexport.report import text
 from glmexport.report.behaviour import LANGUAGE_HEADS, answer_rows, language_row
+from glmexport.report.coverage import COVERAGE_HEADS, coverage_rows
 
 if TYPE_CHECKING:
     from glmexport.report.document import Report
@@ -43,6 +44,12 @@ def render_markdown(report: Report) -> str:
         f"{text.number(size.bits_per_weight)} bits per weight; memory bandwidth bounds decoding at "
         f"{text.number(report.performance.roofline_decode_tokens_per_s)} tokens/s.",
     ]
+    if report.quantization and report.quantization.experts:
+        parts += [
+            "## Calibration text per expert",
+            "Experts of each block by the number of positions that chose them.",
+            _table(COVERAGE_HEADS, coverage_rows(report.quantization.experts)),
+        ]
     if report.quantization and report.quantization.fallbacks:
         parts += ["## Fallbacks", *(f"- {_foreign(fallback)}" for fallback in report.quantization.fallbacks)]
     parts += [

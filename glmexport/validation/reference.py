@@ -14,12 +14,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from glmexport.architecture import Reference
-from glmexport.architecture.reference import Substitute
+from glmexport.architecture.reference import Block, Substitute
 from glmexport.progress import Progress
 from glmexport.quantization import WorkDirectory
 from glmexport.validation.texts import EvaluationText
 
 _STATES = "states"
+#: Positions that routed experts see together, each of whose matrices is read once for all of them.
+_TOGETHER = 1 << 15
 
 
 class ReferenceStates:
@@ -126,14 +128,18 @@ def reference_states(
         track.advance(finished)
         for index, layer in enumerate(layers[finished:], finished + 1):
             block = reference.block(layer, substitute)
+            routed = bool(layer.mlp.routed)
             for start in range(0, len(texts), batch):
                 group = range(start, min(start + batch, len(texts)))
                 longest = max(len(texts[text].ids) for text in group)
                 padded = [pad(states.load(text), (0, 0, 0, longest - len(texts[text].ids))) for text in group]
-                outputs, selection = block.selecting(torch.cat(padded), positions[longest], selections.load(start))
+                run = block.attended if routed else block.selecting
+                outputs, selection = run(torch.cat(padded), positions[longest], selections.load(start))
                 selections.save(start, selection)
                 for text, output in zip(group, outputs, strict=True):
                     states.save(text, output[: len(texts[text].ids)])
+            if routed:
+                _through_experts(block, states)
             # What is behind a block that goes on with the selection of this one is not enough to resume from.
             if kept and not (index < len(layers) and layers[index].attention.shared_selection):
                 kept.commit(_step(layer.index), {}, {}, {_STATES: (states.load(i) for i in range(len(texts)))})
@@ -143,6 +149,21 @@ def reference_states(
     for index in range(len(texts)):
         states.save(index, reference.final_norm(states.load(index)))
     return states
+
+
+def _through_experts(block: Block, states: ReferenceStates) -> None:
+    """Take texts that are behind a block's attention through its experts, many of them at a time."""
+    waiting: list[int] = []
+    lengths = [len(text.ids) for text in states.texts]
+    for index in range(len(lengths)):
+        waiting.append(index)
+        if index + 1 < len(lengths) and sum(lengths[i] for i in waiting) + lengths[index + 1] <= _TOGETHER:
+            continue
+        rows = torch.cat([states.load(i) for i in waiting], 1)
+        outputs = block.through(block.layer.branches[1], rows)
+        for i, output in zip(waiting, torch.split(outputs, [lengths[i] for i in waiting], 1), strict=True):
+            states.save(i, output)
+        waiting = []
 
 
 def _step(layer: int) -> str:

@@ -34,7 +34,7 @@ variants = pytest.mark.parametrize("variant", VARIANTS)
 def opened(path: Path, adapter: Path | None = None) -> tuple[Checkpoint, Architecture]:
     checkpoint = Checkpoint.open(path, adapter=adapter)
     architecture = describe(checkpoint)
-    return checkpoint.stacked(architecture.stacks()), architecture
+    return architecture.presented(checkpoint), architecture
 
 
 def changed(path: Path, *, without: tuple[str, ...] = (), **changes: Any) -> Checkpoint:
@@ -159,7 +159,6 @@ def test_an_adapter_on_a_half_changes_the_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "changes", "message"),
     [
-        (LITE, {"mlp_layer_types": ["dense", "sparse", "dense"]}, "1 of 3 layers are mixtures of experts.*layer 1"),
         (LITE, {"mlp_layer_types": ["dense"]}, "mlp_layer_types must have dense or sparse for each of the 3"),
         (LITE, {"num_key_value_heads": 2}, "num_key_value_heads"),
         (LITE, {"qk_rope_head_dim": 12}, "multiple of 8"),
@@ -178,14 +177,16 @@ def test_what_is_not_supported_is_said(tmp_path: Path, family: str, changes: dic
 
 
 def test_without_a_list_all_layers_but_the_first_have_experts(tmp_path: Path) -> None:
+    def routed(checkpoint: Checkpoint) -> list[bool]:
+        return [bool(layer.mlp.routed) for layer in describe(checkpoint).layers]
+
     write_checkpoint(tmp_path, LITE)
-    with pytest.raises(CheckpointError, match="2 of 3 layers"):
-        describe(changed(tmp_path, without=("mlp_layer_types",)))
+    assert routed(changed(tmp_path, without=("mlp_layer_types",))) == [False, True, True]
+    assert routed(changed(tmp_path, mlp_layer_types=["dense", "sparse", "dense"])) == [False, True, False]
     write_checkpoint(tmp_path, DSA)
-    dense = changed(tmp_path, without=("mlp_layer_types",), first_k_dense_replace=3)
-    assert len(describe(dense).layers) == 3
-    with pytest.raises(CheckpointError, match="1 of 3 layers"):
-        describe(changed(tmp_path, first_k_dense_replace=2))
+    assert routed(changed(tmp_path, without=("mlp_layer_types",), first_k_dense_replace=2)) == [False, False, True]
+    with pytest.raises(CheckpointError, match="routed_scaling_factor is missing"):
+        describe(changed(tmp_path, without=("routed_scaling_factor",)))
 
 
 @pytest.mark.parametrize(
@@ -213,7 +214,7 @@ def test_a_layer_that_predicts_further_tokens_is_left_out(tmp_path: Path) -> Non
     config = {"num_hidden_layers": 2, "num_nextn_predict_layers": 1, "mlp_layer_types": ["dense"] * 2}
     checkpoint = changed(tmp_path, **config)
     architecture = describe(checkpoint)
-    unused = dict(architecture.account(checkpoint.stacked(architecture.stacks())))
+    unused = dict(architecture.account(architecture.presented(checkpoint)))
     assert unused and all(key.startswith("model.layers.2.") for key in unused)
 
 

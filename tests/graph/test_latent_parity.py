@@ -9,7 +9,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from models import write_checkpoint
+from models import MIXTURE, write_checkpoint
 from safetensors.torch import load_file, save_file
 
 from glmexport.architecture import Reference, describe
@@ -40,6 +40,8 @@ YARN = {
         "mscale_all_dim": 0.9,
     }
 }
+#: Mixtures of experts behind one dense layer.
+SPARSE = {**MIXTURE, "mlp_layer_types": ["dense", "sparse", "sparse", "sparse", "sparse"], "num_hidden_layers": 5}
 #: Checkpoint, and whether latents are cached.
 VARIANTS: dict[str, tuple[str, dict[str, Any], bool]] = {
     "lite, heads": ("glm4_moe_lite", {}, False),
@@ -49,6 +51,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], bool]] = {
     "lite, yarn, half rotation, heads": ("glm4_moe_lite", {"rope_interleave": False, **YARN}, False),
     "lite, yarn, half rotation, latent": ("glm4_moe_lite", {"rope_interleave": False, **YARN}, True),
     "lite, whole queries, tied": ("glm4_moe_lite", {"q_lora_rank": None, "tie_word_embeddings": True}, True),
+    "lite, experts": ("glm4_moe_lite", SPARSE, True),
+    "dsa, experts": ("glm_moe_dsa", {**INDEXED, **SPARSE}, True),
     "dsa": ("glm_moe_dsa", INDEXED, True),
     "dsa, yarn": ("glm_moe_dsa", {**INDEXED, **YARN}, True),
 }
@@ -76,7 +80,7 @@ class Session:
 def export(path: Path, out: Path, latent_cache: bool) -> dict[str, Session]:
     checkpoint = Checkpoint.open(path)
     architecture = describe(checkpoint)
-    checkpoint = checkpoint.stacked(architecture.stacks())
+    checkpoint = architecture.presented(checkpoint)
     assert architecture.account(checkpoint) == []
     target = open_target("x86-avx2")
     limits = target.graph.model_copy(update={"latent_cache": latent_cache})

@@ -52,7 +52,7 @@ class Model:
         write_checkpoint(path, **(TINY | changes))
         checkpoint = Checkpoint.open(path)
         self.architecture: Architecture = describe(checkpoint)
-        self.checkpoint = checkpoint.stacked(self.architecture.stacks())
+        self.checkpoint = self.architecture.presented(checkpoint)
         documents = shipped_documents("calibration", ["zh", "en"])
         assert RECIPE.calibration is not None
         self.calibration = pack(documents, Tokenizer.open(path), RECIPE.calibration, self.architecture.context_length)
