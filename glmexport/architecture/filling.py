@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from glmexport.architecture.description import DecoderLayer
 
 #: Bytes of one block's experts that stay in memory once they were read; the others are read again when they are chosen.
-KEPT_BYTES = 1 << 30
+KEPT_BYTES = 1 << 28
 
 #: Names of transformers' stacked experts [experts, rows, columns] in their module, and of one expert's matrix in ours.
 EXPERTS, ROUTER = "mlp.experts", "mlp.gate"

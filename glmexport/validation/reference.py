@@ -20,8 +20,8 @@ from glmexport.quantization import WorkDirectory
 from glmexport.validation.texts import EvaluationText
 
 _STATES = "states"
-#: Positions that routed experts see together, each of whose matrices is read once for all of them.
-_TOGETHER = 1 << 15
+#: Positions that routed experts see together: enough that computing takes longer than reading the experts.
+_TOGETHER = 1 << 13
 
 
 class ReferenceStates:

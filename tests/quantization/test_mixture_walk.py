@@ -7,44 +7,31 @@ from typing import Any
 
 import pytest
 import torch
-from models import MIXTURE, write_checkpoint
-from tiny import MEMORY, RECIPE, TINY, W4G32, W8G32, digests
+from models import MIXTURE
+from tiny import MEMORY, RECIPE, W4G32, W8G32, Model, digests
 
-from glmexport.architecture import Architecture, Reference, describe
-from glmexport.calibration import effective_count, pack, shipped_documents
-from glmexport.checkpoint import Checkpoint, Tokenizer
+from glmexport.architecture import Reference, describe
+from glmexport.calibration import effective_count
+from glmexport.checkpoint import Checkpoint
 from glmexport.progress import Silent
 from glmexport.quantization import QuantizedMatrix, Walk, WorkDirectory, coverage, mixture, plan_memory
 from glmexport.quantization.mixture import PRIOR, Mixture
 from glmexport.quantization.streams import ORIGINAL, QUANTIZED
 from glmexport.quantization.weights import Weights
-from glmexport.recipe import Format, Recipe, Solver
+from glmexport.recipe import Format, Solver
 
 EXPERTS = MIXTURE["n_routed_experts"]
 NEAREST = RECIPE.model_copy(update={"solver": Solver(method="round-to-nearest"), "calibration": None})
 
 
-class Model:
+def mixture_model(path: Path, **changes: Any) -> Model:
     """One dense layer and one of experts, and calibration sequences."""
-
-    def __init__(self, path: Path, **changes: Any) -> None:
-        write_checkpoint(path, "glm4_moe", **(TINY | MIXTURE | changes))
-        checkpoint = Checkpoint.open(path)
-        self.architecture: Architecture = describe(checkpoint)
-        self.checkpoint = self.architecture.presented(checkpoint)
-        documents = shipped_documents("calibration", ["zh", "en"])
-        assert RECIPE.calibration is not None
-        self.calibration = pack(documents, Tokenizer.open(path), RECIPE.calibration, self.architecture.context_length)
-
-    def walk(self, directory: Path, recipe: Recipe = RECIPE, progress: Silent | None = None) -> Walk:
-        calibration = self.calibration if recipe.needs_calibration else None
-        work = WorkDirectory(directory, {"recipe": recipe.digest()})
-        return Walk(self.checkpoint, self.architecture, recipe, calibration, work, MEMORY, progress or Silent())
+    return Model(path, model_type="glm4_moe", **(MIXTURE | changes))
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    return Model(tmp_path_factory.mktemp("model"))
+    return mixture_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +208,7 @@ def test_hessians_are_means_over_the_positions_that_chose_the_expert_shrunk_towa
 def test_an_expert_that_nobody_chose_is_fitted_to_what_all_would_give_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = Model(tmp_path / "model", n_group=1, topk_group=1)
+    model = mixture_model(tmp_path / "model", n_group=1, topk_group=1)
     path = tmp_path / "model" / "model.safetensors"
     from safetensors.torch import load_file, save_file
 
