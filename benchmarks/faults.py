@@ -132,7 +132,7 @@ def row(name: str, report: Report) -> str:
         "weights": ("Tensors that", "Matrices with"),
         "prompts": ("Prompts",),
         "fidelity": ("Mean KL", "ln perplexity", "Top-1"),
-        "behaviour": ("ln of lengths", "Answers", "Tool calls", "chrF"),
+        "behaviour": ("ln of lengths", "Answers", "More answers", "Tool calls", "chrF"),
     }
     cells = [name]
     for starts in planes.values():
@@ -161,7 +161,7 @@ def main() -> None:
     original = Original.open(arguments.against, terminal)
     out = sys.stdout
     out.write("| fault | weights | prompts | fidelity | behaviour | verdict |\n|---|---|---|---|---|---|\n")
-    options = BuildOptions(arguments.threads, validation=ValidationPlan(share_texts=0, repetitions=1))
+    options = BuildOptions(arguments.threads, validation=ValidationPlan(share_texts=0, speed_seconds=0))
     with tempfile.TemporaryDirectory(dir=arguments.bundle.parent) as work:
         for index, (name, fault) in enumerate(FAULTS.items()):
             if not arguments.only or any(part in name for part in arguments.only):

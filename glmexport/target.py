@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import ByteSize, Field
 
 from glmexport.definition import Definition, locate, names, read_toml
 from glmexport.errors import DefinitionError
@@ -82,6 +82,25 @@ class BehaviourLimits(Definition):
     tasks: float = Field(default=0.05, gt=0, lt=1)
 
 
+class PerformanceLimits(Definition):
+    """What the bundle must reach on the machine that validates it; None: it need not.
+
+    They hold for that machine, so no shipped target sets any. Each is judged by itself by the bounds of what was
+    measured: PASS if even the unfavourable one keeps it, BLOCK if not even the favourable one does.
+    """
+
+    #: Median time to first token, s.
+    max_ttft_s: float | None = Field(default=None, gt=0)
+    min_prefill_tokens_per_s: float | None = Field(default=None, gt=0)
+    min_decode_tokens_per_s: float | None = Field(default=None, gt=0)
+    #: Decoding rate of the bundle over that of the original.
+    min_decode_ratio: float | None = Field(default=None, gt=0)
+    #: Bytes, or with a unit, as "8GiB".
+    max_peak_memory: ByteSize | None = Field(default=None, gt=0)
+    #: J of each decoded token.
+    max_energy_j_per_token: float | None = Field(default=None, gt=0)
+
+
 class Gates(Definition):
     """The policy: limits that a bundle must keep in every language, and how sure that has to be.
 
@@ -98,6 +117,7 @@ class Gates(Definition):
     #: Share of a limit beyond which, as surely, a bundle that keeps it gets a WARN.
     warn_at: float = Field(default=0.75, gt=0, le=1)
     behaviour: BehaviourLimits = BehaviourLimits()
+    performance: PerformanceLimits = PerformanceLimits()
     #: Other limits for single languages, by BCP-47 tag.
     languages: dict[str, Limits] = Field(default_factory=dict)
 

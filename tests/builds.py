@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
@@ -26,26 +26,29 @@ from glmexport.job import Job, Original
 from glmexport.progress import Progress, Silent
 from glmexport.recipe import open_recipe
 from glmexport.target import open_target
-from glmexport.validation.results import Speed
+from glmexport.validation.placement import Node
 from glmexport.validation.run import ValidationPlan
+from glmexport.validation.runtimes import Memory, Round, RuntimeRequest
+from glmexport.validation.speed import Turns
 
 TARGET = "x86-avx2"
 THREADS = 1
 #: Enough to pass through every line of the validation, and too little for a verdict.
 QUICK = ValidationPlan(
-    positions_per_language=24, longest_text=32, prompt_tokens=8, generated_tokens=4, repetitions=1, behaviour=None
+    positions_per_language=24, longest_text=32, prompt_tokens=8, generated_tokens=4, speed_seconds=0, behaviour=None
 )
 DEFAULT = ValidationPlan().positions_per_language
-#: In place of measurements that take two processes.
-SPEED = Speed(
-    runtime="none",
-    threads=THREADS,
-    load_s=1,
-    ttft_s=1,
-    prefill_tokens_per_s=1,
-    decode_tokens_per_s=1,
-    peak_memory_bytes=1,
-)
+
+
+def no_turns(requests: Sequence[RuntimeRequest], seconds: float, progress: Progress) -> list[Turns]:
+    """In place of measurements that take two processes."""
+    rounds = (Round(ttft_s=1, steps_s=(1, 1, 1), decode_j=None),) * 2
+    memory = Memory(bytes=1, source="none", energy_absent_because="Nothing was measured.")
+    node = Node(name="none", operator="none", provider="CPUExecutionProvider", small=False)
+    return [Turns("none", THREADS, 1, rounds, memory, () if index else (node,)) for index in range(len(requests))]
+
+
+TURNS = "glmexport.validation.performance.take_turns"
 FORMATS = """
 [linears]
 bits = 4
@@ -117,7 +120,7 @@ def build(
         for name in targets
     ]
     settings = BuildOptions(THREADS, validation=QUICK, **options)
-    with nullcontext() if measure else patch("glmexport.validation.run.measure_speed", lambda _: SPEED):
+    with nullcontext() if measure else patch(TURNS, no_turns):
         return glmexport.compile.build(original, jobs, settings, progress)
 
 
@@ -203,5 +206,5 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         return BuildOptions(*values, validation=plan, **named)
 
     monkeypatch.setattr(glmexport.compile, "BuildOptions", options)
-    monkeypatch.setattr("glmexport.validation.run.measure_speed", lambda _: SPEED)
+    monkeypatch.setattr(TURNS, no_turns)
     return call

@@ -22,9 +22,7 @@ from glmexport.validation.run import ValidationPlan
 
 #: Less text than a real build takes, so that four builds fit a test run.
 CALIBRATION_TOKENS = 16384
-PLAN = ValidationPlan(
-    positions_per_language=400, prompt_tokens=16, generated_tokens=8, repetitions=1, behaviour=None
-)
+PLAN = ValidationPlan(positions_per_language=400, prompt_tokens=16, generated_tokens=8, speed_seconds=0, behaviour=None)
 
 
 @pytest.fixture(scope="module")

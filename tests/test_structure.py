@@ -25,7 +25,7 @@ STAGES = (
 SHARED = ("errors", "definition", "loop", "recipe", "target", "resources", "progress", "divergence", "languages")
 #: May import anything: they run the stages.
 OUTSIDE = (
-    "answering", "capture", "compile", "convert", "job", "device", "estimate", "generation", "likelihood", "lm_eval",
+    "capture", "compile", "convert", "job", "device", "estimate", "generation", "lm_eval",
     "plan", "provenance", "cli", "__main__",
 )  # fmt: skip
 #: A checkpoint that is shipped as a package, for the stage that opens checkpoints.
@@ -79,4 +79,4 @@ def test_the_docstring_lists_the_stages_in_order() -> None:
     listed = [line.split()[0] for line in text.splitlines() if line.startswith("    ")]
     assert listed == [*STAGES, "cli"]
     folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
-    assert folders == {*STAGES, "cli", "demo"}
+    assert folders == {*STAGES, "cli", "demo", "lm_eval"}

@@ -10,6 +10,7 @@ import math
 import queue
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from transformers import GenerationConfig, Glm4Config, Glm4ForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig, Glm4Config, PreTrainedConfig, PreTrainedModel
 
 from benchmarks.demo_checkpoint.data import PREFIX, Mixture
 from benchmarks.demo_checkpoint.split import Split, make_split
@@ -56,13 +57,14 @@ def model_config(tokenizer: Tokenizer) -> Glm4Config:
 
 
 def orthogonalise(update: Tensor) -> Tensor:
-    """Return the nearest semi-orthogonal matrix to `update` (rows x columns), by Newton-Schulz steps."""
-    wide = update.T if update.shape[0] > update.shape[1] else update
-    x = wide / (wide.norm() + 1e-7)
+    """Return the nearest semi-orthogonal matrix to `update` (... x rows x columns), by Newton-Schulz steps."""
+    tall = update.shape[-2] > update.shape[-1]
+    wide = update.mT if tall else update
+    x = wide / (wide.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(5):
-        gram = x @ x.T
-        x = 3.4445 * x + torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315) @ x
-    result: Tensor = x.T if update.shape[0] > update.shape[1] else x
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    result: Tensor = x.mT if tall else x
     return result
 
 
@@ -87,14 +89,15 @@ class Muon(torch.optim.Optimizer):
         buffer = state.setdefault("momentum", torch.zeros_like(parameter))
         buffer.lerp_(parameter.grad, 1 - group["momentum"])
         direction = orthogonalise(parameter.grad.lerp(buffer, group["momentum"]))
-        scale = max(1.0, parameter.shape[0] / parameter.shape[1]) ** 0.5
+        scale = max(1.0, parameter.shape[-2] / parameter.shape[-1]) ** 0.5
         parameter.mul_(1 - group["lr"] * group["decay"])
         parameter.add_(direction, alpha=-group["lr"] * scale)
 
 
-def optimizers(model: Glm4ForCausalLM, pool: ThreadPoolExecutor) -> tuple[torch.optim.Optimizer, ...]:
+def optimizers(model: PreTrainedModel, pool: ThreadPoolExecutor) -> tuple[torch.optim.Optimizer, ...]:
     """Return Muon for the matrices of the layers and AdamW for everything else."""
-    layers = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    # Experts are matrices stacked in three dimensions.
+    layers = [p for p in model.model.layers.parameters() if p.ndim >= 2]
     known = {id(p) for p in layers}
     others = [p for p in model.parameters() if id(p) not in known]
     return Muon(layers, MUON_RATE, pool), torch.optim.AdamW(others, ADAM_RATE, betas=(0.9, 0.95), weight_decay=0.0)
@@ -107,10 +110,12 @@ def rate(progress: float) -> float:
     return min(1.0, max(0.0, (1 - progress) / (1 - DECAY_FROM)))
 
 
-def share(model: Glm4ForCausalLM) -> Glm4ForCausalLM:
+def share(model: PreTrainedModel) -> PreTrainedModel:
     """Return a model with the same parameters in the same memory, but gradients of its own."""
     replica = copy.deepcopy(model)
     for target, source in zip(replica.parameters(), model.parameters(), strict=True):
+        target.data = source.data
+    for target, source in zip(replica.buffers(), model.buffers(), strict=True):
         target.data = source.data
     return replica
 
@@ -128,13 +133,13 @@ class Progress:
 class Run:
     """A resumable training run."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
+    def __init__(self, options: argparse.Namespace, config: Callable[[Tokenizer], PreTrainedConfig]) -> None:
         """Build the data, the model and the optimizers, from the saved state with `--resume`."""
         self.options = options
         self.split: Split = make_split(options.text)
         self.tokenizer = Tokenizer.from_file(str(options.export / "tokenizer.json"))
         torch.manual_seed(0)
-        self.model = Glm4ForCausalLM(model_config(self.tokenizer))
+        self.model = AutoModelForCausalLM.from_config(config(self.tokenizer), dtype=torch.float32)
         # One thread per pass: on a busy machine, threads that share every operation wait for each other.
         self.pool = ThreadPoolExecutor(options.threads, initializer=torch.set_num_threads, initargs=(1,))
         self.optimizers = optimizers(self.model, self.pool)
@@ -144,7 +149,7 @@ class Run:
             self.load()
         self.mixture = Mixture(self.tokenizer, self.split, seed=self.progress.step)
         self.unpredictable = torch.tensor([self.tokenizer.token_to_id(t) for t in ("[gMASK]", "<sop>")])
-        self.replicas: queue.SimpleQueue[Glm4ForCausalLM] = queue.SimpleQueue()
+        self.replicas: queue.SimpleQueue[PreTrainedModel] = queue.SimpleQueue()
         for replica in (self.model, *(share(self.model) for _ in range(options.threads - 1))):
             self.replicas.put(replica)
         parameters = sum(p.numel() for p in self.model.parameters())
@@ -236,7 +241,7 @@ class Run:
         self.progress = Progress(**state["progress"])
 
 
-def export(model: Glm4ForCausalLM, out: Path) -> None:
+def export(model: PreTrainedModel, out: Path) -> None:
     """Write the model rounded to bf16, with its configuration; readers never see half a file."""
     rounded = copy.deepcopy(model).to(torch.bfloat16)
     end = model.config.eos_token_id
@@ -252,7 +257,7 @@ def export(model: Glm4ForCausalLM, out: Path) -> None:
 
 
 @torch.no_grad()
-def evaluate(model: Glm4ForCausalLM, tokenizer: Tokenizer, split: Split) -> dict[str, dict[str, float]]:
+def evaluate(model: PreTrainedModel, tokenizer: Tokenizer, split: Split) -> dict[str, dict[str, float]]:
     """Measure the evaluation extracts per language: perplexity per token, bits per UTF-8 byte, tokens."""
     prefix = torch.tensor(tokenizer.encode(PREFIX, add_special_tokens=False).ids)
     results: dict[str, dict[str, float]] = {}
@@ -273,21 +278,31 @@ def evaluate(model: Glm4ForCausalLM, tokenizer: Tokenizer, split: Split) -> dict
     return results
 
 
-def main() -> None:
-    """Train, export and measure."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def arguments(description: str | None, export: Path) -> argparse.Namespace:
+    """What the command line asks for; `export`: where the checkpoint goes if it does not say."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--text", type=Path, required=True, help="folder with python-docs/ and udhr/")
     parser.add_argument("--out", type=Path, required=True, help="folder for the state and the figures")
-    parser.add_argument("--export", type=Path, default=Path("glmexport/demo/checkpoint"))
+    parser.add_argument("--export", type=Path, default=export)
     parser.add_argument("--minutes", type=float, default=70.0)
     parser.add_argument("--steps", type=int, default=10**9, help="stop after this many steps")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--resume", action="store_true")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Train the demo checkpoint."""
+    options = arguments(__doc__, Path("glmexport/demo/checkpoint"))
     torch.set_num_threads(options.threads)
-    run = Run(options)
+    finish(Run(options, model_config))
+
+
+def finish(run: Run) -> None:
+    """Train, export and measure."""
+    options = run.options
     run.train()
-    model = Glm4ForCausalLM.from_pretrained(options.export, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(options.export, dtype=torch.float32).eval()
     results = {"progress": vars(run.progress), "evaluation": evaluate(model, run.tokenizer, run.split)}
     text = json.dumps(results, indent=2)
     (options.out / "figures.json").write_text(text + "\n", encoding="utf-8")

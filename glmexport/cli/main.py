@@ -16,9 +16,11 @@ import click
 
 from glmexport import __version__
 from glmexport.cli.build import build
+from glmexport.cli.compare import compare
 from glmexport.cli.convert import convert
 from glmexport.cli.inspect import inspect
 from glmexport.cli.reference import reference
+from glmexport.cli.report import report
 from glmexport.cli.run import run
 from glmexport.cli.targets import targets
 from glmexport.cli.validate import validate
@@ -41,7 +43,7 @@ def cli() -> None:
     """
 
 
-for command in (build, convert, inspect, targets, reference, run, validate):
+for command in (build, compare, convert, inspect, targets, reference, report, run, validate):
     cli.add_command(command)
 
 

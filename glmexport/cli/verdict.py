@@ -13,7 +13,8 @@ from glmexport.errors import EXIT_BLOCK, EXIT_INCONCLUSIVE, EXIT_PASS
 from glmexport.report.allocation import summarize
 from glmexport.report.behaviour import answer_rows
 from glmexport.report.document import HTML_NAME, Report
-from glmexport.validation.results import Behaviour, CaptureBound, LanguageFidelity, Verdict, WeightCheck
+from glmexport.report.speed import bounded, speed_rows, value
+from glmexport.validation.results import Behaviour, CaptureBound, Interval, LanguageFidelity, Verdict, WeightCheck
 
 _EXIT = {
     Verdict.PASS: EXIT_PASS,
@@ -54,6 +55,17 @@ def show(console: Console, report: Report, directory: Path) -> None:
     console.print(f"verdict  [{_STYLE[report.verdict]}]{report.verdict}[/]")
     console.print(f"bundle   {directory}", soft_wrap=True)
     console.print(f"report   {directory / HTML_NAME}", soft_wrap=True)
+
+
+#: Name, scale and format of a row in a terminal.
+_SPEED_FORMS = {
+    "Loading": ("load (s)", 1, ".2f"),
+    "Time to first token": ("TTFT (ms)", 1e3, ".1f"),
+    "Prefill": ("prefill (tokens/s)", 1, ".0f"),
+    "Decode": ("decode (tokens/s)", 1, ".4g"),
+    "Peak memory": ("peak memory (MiB)", 1 / 2**20, ".0f"),
+    "Energy per decoded token": ("energy (J/token)", 1, ".3g"),
+}
 
 
 def titled_table(title: str, *columns: str) -> Table:
@@ -134,33 +146,34 @@ def _spending(report: Report) -> Table | str:
 
 
 def _cost(report: Report) -> Table:
-    table = titled_table("\nSize and speed", "", "original", "bundle", "ratio")
-    size, speed = report.size, report.performance
-    original = speed.original
-
-    def add(name: str, before: str, after: str, ratio: float | None) -> None:
-        table.add_row(name, before, after, "" if ratio is None else f"{ratio:.2f}x")
-
-    add(
-        "size",
-        gibibytes(size.original_bytes),
-        gibibytes(size.bundle_bytes),
-        size.bundle_bytes / size.original_bytes,
-    )
+    table = titled_table("\nSize and speed", "", "original", "bounds", "bundle", "bounds", "ratio", "bounds")
+    size = report.size
     before = size.original_bytes * 8 / size.parameters
-    add("bits per weight", f"{before:.2f}", f"{size.bits_per_weight:.2f}", size.bits_per_weight / before)
-
-    def compared(name: str, figure: str, scale: float, form: str) -> None:
-        ours = getattr(speed.bundle, figure)
-        theirs = None if original is None else getattr(original, figure)
-        shown = "-" if theirs is None else f"{theirs * scale:{form}}"
-        add(name, shown, f"{ours * scale:{form}}", None if theirs is None else ours / theirs)
-
-    compared("TTFT (ms)", "ttft_s", 1e3, ".1f")
-    compared("prefill (tokens/s)", "prefill_tokens_per_s", 1, ".0f")
-    compared("decode (tokens/s)", "decode_tokens_per_s", 1, ".0f")
-    compared("peak memory (MiB)", "peak_memory_bytes", 1 / 2**20, ".0f")
+    table.add_row(
+        "size", gibibytes(size.original_bytes), "", gibibytes(size.bundle_bytes), "",
+        f"{size.bundle_bytes / size.original_bytes:.2f}x",
+    )  # fmt: skip
+    table.add_row(
+        "bits per weight", f"{before:.2f}", "", f"{size.bits_per_weight:.2f}", "",
+        f"{size.bits_per_weight / before:.2f}x",
+    )  # fmt: skip
+    for row in speed_rows(report.performance):
+        name, scale, form = _SPEED_FORMS[row.name]
+        sides = [
+            shown
+            for cell in (row.original, row.bundle)
+            for shown in (("-", "") if cell is None else _cells(cell, scale, form))
+        ]
+        table.add_row(name, *sides, *(("", "") if row.ratio is None else _cells(row.ratio, 1, ".2f", "x")))
     return table
+
+
+def _cells(cell: Interval | float, scale: float, form: str, unit: str = "") -> tuple[str, str]:
+    sure = bounded(cell)
+    return (
+        f"{value(cell) * scale:{form}}{unit}",
+        f"{sure.lower * scale:{form}} to {sure.upper * scale:{form}}" if sure else "",
+    )
 
 
 def _conditions(report: Report) -> str:
@@ -168,11 +181,15 @@ def _conditions(report: Report) -> str:
     runtimes = speed.bundle.runtime + (
         f" against {original.runtime}" if original else f"; {speed.original_absent_because}"
     )
+    energy = speed.bundle.energy_absent_because
     return (
         f"{runtimes}, {speed.bundle.threads} threads; {speed.prompt_tokens} prompt and {speed.generated_tokens} "
-        f"generated tokens, median of {speed.repetitions}; memory bandwidth bounds decoding at "
-        f"{speed.roofline_decode_tokens_per_s:.0f} tokens/s"
-    )
+        f"generated tokens, medians of {speed.rounds} rounds in turns; memory bandwidth bounds decoding at "
+        f"{speed.roofline_decode_tokens_per_s:.0f} tokens/s, of which "
+        f"{speed.bundle.decode_tokens_per_s.value / speed.roofline_decode_tokens_per_s:.0%} is reached; "
+        f"peak memory by {speed.bundle.peak_memory_source}"
+        + (f"; energy not measured: {energy}" if energy else "")
+    )  # fmt: skip
 
 
 def _faults(check: WeightCheck) -> Table:
@@ -192,10 +209,10 @@ def _gates(report: Report) -> Table:
         table.add_row(
             gate.name,
             gate.language or "-",
-            f"{gate.value:.4g}",
+            gibibytes(gate.value) if gate.unit == "bytes" else f"{gate.value:.4g}",
             "-" if gate.lower is None or gate.upper is None else f"{gate.lower:.4g} to {gate.upper:.4g}",
             gate.direction,
-            f"{gate.limit:g}",
+            gibibytes(gate.limit) if gate.unit == "bytes" else f"{gate.limit:g}",
             f"[{_STYLE[gate.verdict]}]{gate.verdict}[/]"
             + (f" (about {gate.documents_needed} {gate.needed_unit} would decide)" if gate.documents_needed else ""),
         )

@@ -48,7 +48,7 @@ def answer_rows(behaviour: Behaviour) -> list[AnswerRow]:
             "Tokens of all answers",
             text.number(overall.tokens_original),
             text.number(overall.tokens_bundle),
-            f"{text.ratio(math.exp(behaviour.ln_length_ratio))} the length",
+            f"{text.ratio(_exponential(behaviour.ln_length_ratio))} the length",
         ),
         AnswerRow(
             "Answers that came to an end",
@@ -138,6 +138,10 @@ def parted(original: str, bundle: str) -> tuple[str, str, str]:
 def _kept(name: str, change: Paired) -> AnswerRow:
     """Of things that the original has all of."""
     return AnswerRow(name, text.number(change.tasks), text.number(change.tasks - change.lost), _bounds(change))
+
+
+def _exponential(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf
 
 
 def _counted(count: int, noun: str) -> str:

@@ -77,7 +77,7 @@ def bars(key: str, title: str, axis: str, rows: Sequence[Bar], *, limit: Marker 
 
     series = max((len(row.spans) for row in rows), default=1)
     row_height = ROW + 8 * (series - 1)
-    top = 22 if limit is not None else 4
+    top = 24 if limit is not None else 4
     bottom = top + row_height * len(rows)
     plot = [line(at(mark), top, bottom, "axis" if mark == 0 else "grid") for mark in marks]
     plot += [text(at(mark), bottom + 16, f"{mark:g}".replace("-", "−"), "tick", "middle") for mark in marks]
@@ -90,8 +90,9 @@ def bars(key: str, title: str, axis: str, rows: Sequence[Bar], *, limit: Marker 
         text(23.5, top + (index + 0.5) * row_height + 4, row.label, f"label {row.kind}".strip(), "end")
         for index, row in enumerate(rows)
     ]
-    inner = element("svg", *plot, x="25%", y=0, width="57%", height=bottom + 22, overflow="visible")
-    caption = text(53.5, bottom + 36, axis, "axis-label", "middle")
+    # A quarter for the labels; of the rest so much that the longest words fit beside a full bar on a phone.
+    inner = element("svg", *plot, x="25%", y=0, width="47%", height=bottom + 22, overflow="visible")
+    caption = text(48.5, bottom + 36, axis, "axis-label", "middle")
     description = "; ".join(f"{row.label}: {row.text}" for row in rows)
     if limit is not None:
         description += f"; {limit.label}: {number(limit.value)}"
@@ -114,7 +115,7 @@ def histogram(
         axis: quantity and unit of the edges.
         edges: increasing, one more than the counts.
         counts: positions in each bin.
-        markers: values to point out, from the lowest label to the highest.
+        markers: values to point out.
     """
     logs = _log_edges(edges)
     low, high = logs[0], logs[-1]
@@ -158,13 +159,28 @@ def histogram(
             )
         )
         plot.append(text(at(decade), bottom + 20, f"10{str(decade).translate(_SUPERSCRIPT)}", "tick", "middle"))
-    for index, marker in enumerate(markers):
-        if not math.isfinite(marker.value) or marker.value <= 0:
-            continue
-        x, y = at(math.log10(marker.value)), top - 4 - 16 * (len(markers) - 1 - index)
-        words = f"{marker.label} {number(marker.value)}"
-        plot.append(line(x, y - 8, bottom, "limit"))
-        plot.append(
+    plot += _marker_marks([marker for marker in markers if 0 < marker.value < math.inf], top, bottom, at)
+    inner = element("svg", *plot, x="12%", y=0, width="85%", height=bottom + 26, overflow="visible")
+    caption = text(54.5, bottom + 42, f"{axis}, logarithmic", "axis-label", "middle")
+    described = [
+        f"{number(left)} to {number(right)}: {number(count)}"
+        for left, right, count in zip(edges, edges[1:], counts, strict=False)
+        if count
+    ]
+    described += [f"{marker.label}: {number(marker.value)}" for marker in markers]
+    return figure(key, f"{title} ({axis})", "; ".join(described) or "no positions", bottom + 50, inner, caption)
+
+
+def _marker_marks(markers: Sequence[Marker], top: float, bottom: float, at: Callable[[float], float]) -> list[Markup]:
+    """A line each, and a label that goes to the middle from it: the farther out, the higher, so that it passes above
+    the lines of those farther in. All lines come before all labels, which cover what they cross nevertheless.
+    """
+    placed = [(at(math.log10(marker.value)), f"{marker.label} {number(marker.value)}") for marker in markers]
+    lines, labels = [], []
+    for row, (x, words) in enumerate(sorted(placed, key=lambda item: -abs(item[0] - 50))):
+        y = top - 4 - 16 * (len(placed) - 1 - row)
+        lines.append(line(x, y - 8, bottom, "limit"))
+        labels.append(
             element(
                 "text",
                 words,
@@ -175,15 +191,7 @@ def histogram(
                 text_anchor="end" if x > 50 else "start",
             )
         )
-    inner = element("svg", *plot, x="12%", y=0, width="85%", height=bottom + 26, overflow="visible")
-    caption = text(54.5, bottom + 42, f"{axis}, logarithmic", "axis-label", "middle")
-    described = [
-        f"{number(left)} to {number(right)}: {number(count)}"
-        for left, right, count in zip(edges, edges[1:], counts, strict=False)
-        if count
-    ]
-    described += [f"{marker.label}: {number(marker.value)}" for marker in markers]
-    return figure(key, f"{title} ({axis})", "; ".join(described) or "no positions", bottom + 50, inner, caption)
+    return [*lines, *labels]
 
 
 def margin(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -29,6 +30,8 @@ JSON_NAME = "report.json"
 HTML_NAME = "report.html"
 MARKDOWN_NAME = "report.md"
 JUNIT_NAME = "report.xml"
+#: Beside this module, as ``schema_text`` gives it: validators of other languages need no Python.
+SCHEMA_NAME = "report.schema.json"
 
 
 def _sorted(table: dict[str, Any]) -> dict[str, Any]:
@@ -52,6 +55,12 @@ class Subject(Record):
     adapter_digest: str | None = None
     languages: tuple[str, ...]
     """BCP-47 tags the bundle was validated for."""
+
+    @model_validator(mode="after")
+    def _adapter_has_a_digest(self) -> Self:
+        if (self.adapter is None) != (self.adapter_digest is None):
+            raise ValueError("adapter and adapter_digest belong together")
+        return self
 
 
 class Size(Record):
@@ -225,6 +234,16 @@ def json_schema() -> dict[str, Any]:
     """JSON Schema of ``report.json``; every description carries its unit."""
     schema = Report.model_json_schema(mode="serialization")
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def schema_text() -> str:
+    """``json_schema`` as it is shipped in ``SCHEMA_NAME``."""
+    return json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n"
+
+
+def report_path(path: Path) -> Path:
+    """``path``, or the ``report.json`` in it if it is a directory such as a bundle."""
+    return path / JSON_NAME if path.is_dir() else path
 
 
 def read_report(path: Path) -> Report:

@@ -12,11 +12,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from glmexport.languages import language_name
-from glmexport.report import charts, text
+from glmexport.report import charts, speed, text
 from glmexport.report.allocation import summarize
 from glmexport.report.behaviour import LANGUAGE_HEADS, answer_rows, kind, language_row, parted
 from glmexport.report.coverage import COVERAGE_HEADS, coverage_rows
-from glmexport.validation.results import Gate, LanguageFidelity, Speed, Verdict
+from glmexport.validation.results import Gate, LanguageFidelity, Verdict
 
 if TYPE_CHECKING:
     from glmexport.report.document import Report
@@ -28,16 +28,6 @@ _MEANINGS = {
     Verdict.BLOCK: "A limit is broken. Do not deploy this bundle on this target.",
     Verdict.INCONCLUSIVE: "What was measured does not suffice to decide. This is not a pass.",
 }
-
-
-@dataclass(frozen=True)
-class SpeedRow:
-    """One quantity of the speed table, with the original beside the bundle."""
-
-    name: str
-    original: str
-    bundle: str
-    comparison: str
 
 
 def render_html(report: Report) -> str:
@@ -59,7 +49,8 @@ def render_html(report: Report) -> str:
             share_chart=_share_chart(report),
             share_sum=sum(share.kl_mean_nats for share in report.shares),
             histogram=_histogram(report),
-            speed_rows=_speed_rows(report.performance.original, report.performance.bundle),
+            speed_rows=speed.speed_rows(report.performance),
+            speed=speed,
             decode_chart=_decode_chart(report),
             allocation=(
                 summarize(report.quantization.linears, report.quantization.groups) if report.quantization else None
@@ -95,6 +86,7 @@ def _environment() -> Environment:
     )
     environment.filters.update(
         bandwidth=text.bandwidth,
+        bound=text.bound,
         bytes=text.size,
         count=text.count,
         duration=text.duration,
@@ -243,38 +235,11 @@ def _histogram(report: Report) -> Markup:
     )
 
 
-def _speed_rows(original: Speed | None, bundle: Speed) -> list[SpeedRow]:
-    def row(name: str, field: str, unit: str, faster: str, slower: str, *, more_is_better: bool) -> SpeedRow:
-        after = float(getattr(bundle, field))
-        before = float(getattr(original, field)) if original is not None else math.nan
-        comparison = "–"
-        if all(math.isfinite(value) and value > 0 for value in (before, after)):
-            gain = after / before if more_is_better else before / after
-            comparison = f"{text.ratio(max(gain, 1 / gain))} {faster if gain >= 1 else slower}"
-        return SpeedRow(
-            name,
-            text.quantity(before, unit) if original is not None else "not measured",
-            text.quantity(after, unit),
-            comparison,
-        )
-
-    return [
-        row("Loading", "load_s", "s", "faster", "slower", more_is_better=False),
-        row("Time to first token", "ttft_s", "s", "faster", "slower", more_is_better=False),
-        row("Reading the prompt", "prefill_tokens_per_s", "tokens/s", "faster", "slower", more_is_better=True),
-        row("Generating", "decode_tokens_per_s", "tokens/s", "faster", "slower", more_is_better=True),
-        row("Peak memory", "peak_memory_bytes", "bytes", "less", "more", more_is_better=False),
-    ]
-
-
 def _decode_chart(report: Report) -> Markup:
     performance = report.performance
-    speeds = [("Bundle", performance.bundle)]
+    rates = [("Bundle", performance.bundle.decode_tokens_per_s.value)]
     if performance.original is not None:
-        speeds.insert(0, ("Original", performance.original))
-    rows = [
-        charts.Bar(name, ((0.0, speed.decode_tokens_per_s),), text.number(speed.decode_tokens_per_s), name.lower())
-        for name, speed in speeds
-    ]
+        rates.insert(0, ("Original", performance.original.decode_tokens_per_s.value))
+    rows = [charts.Bar(name, ((0.0, rate),), text.number(rate), name.lower()) for name, rate in rates]
     roofline = charts.Marker("bandwidth bound of the bundle", performance.roofline_decode_tokens_per_s)
     return charts.bars("decode", "Generation speed", "tokens per second, one sequence", rows, limit=roofline)

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from glmexport.report import text
+from glmexport.report import speed, text
 from glmexport.report.behaviour import LANGUAGE_HEADS, answer_rows, language_row
 from glmexport.report.coverage import COVERAGE_HEADS, coverage_rows
+from glmexport.report.gfm import foreign as _foreign
+from glmexport.report.gfm import table as _table
 
 if TYPE_CHECKING:
     from glmexport.report.document import Report
     from glmexport.validation.results import Gate, LanguageFidelity
 
-_SPECIAL = re.compile(r"([\\`*_{}\[\]()#+\-.!|<>~&:@])")
-
 
 def render_markdown(report: Report) -> str:
     """``report`` in GitHub's dialect; the same report gives the same text."""
-    subject, size = report.subject, report.size
+    subject = report.subject
     source = _foreign(subject.checkpoint)
     if subject.adapter:
         source += f" with the adapter {_foreign(subject.adapter)}"
@@ -40,9 +38,8 @@ def render_markdown(report: Report) -> str:
         *_behaviour(report),
         *_weights(report),
         "## Size and speed",
-        _table(("", "Original", "Bundle"), _costs(report)),
-        f"{text.number(size.bits_per_weight)} bits per weight; memory bandwidth bounds decoding at "
-        f"{text.number(report.performance.roofline_decode_tokens_per_s)} tokens/s.",
+        _table(("", "Original", "Bounds", "Bundle", "Bounds", "Bundle against original"), _costs(report)),
+        _speed_notes(report),
     ]
     if report.quantization and report.quantization.experts:
         parts += [
@@ -70,22 +67,11 @@ def render_markdown(report: Report) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _foreign(words: str) -> str:
-    """Text that is not ours, on one line and without any meaning to Markdown."""
-    return _SPECIAL.sub(r"\\\1", text.visible(words))
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def _gate(gate: Gate) -> tuple[str, ...]:
     value, limit = text.value_and_limit(gate.value, gate.limit, gate.unit)
     bounds = "–"
     if gate.lower is not None and gate.upper is not None:
-        shown = text.percent if gate.unit == "share" else text.number
-        bounds = f"{shown(gate.lower)} to {shown(gate.upper)}"
+        bounds = f"{text.bound(gate.lower, gate.unit)} to {text.bound(gate.upper, gate.unit)}"
     language = _foreign(gate.language) if gate.language else "–"
     return (
         _foreign(gate.name),
@@ -160,17 +146,34 @@ def _language(row: LanguageFidelity) -> tuple[str, ...]:
 
 
 def _costs(report: Report) -> list[tuple[str, ...]]:
-    original, bundle = report.performance.original, report.performance.bundle
-    figures = (
-        ("Time to first token", "ttft_s", "s"),
-        ("Prefill", "prefill_tokens_per_s", "tokens/s"),
-        ("Decode", "decode_tokens_per_s", "tokens/s"),
-        ("Peak memory", "peak_memory_bytes", "bytes"),
-    )
-    rows: list[tuple[str, ...]] = [
-        ("On disk", text.size(report.size.original_bytes), text.size(report.size.bundle_bytes))
+    size = report.size
+    return [
+        ("On disk", text.size(size.original_bytes), "", text.size(size.bundle_bytes), "", ""),
+        *(
+            (
+                row.name,
+                speed.shown(row.original, row.unit),
+                speed.bounds(row.original, row.unit),
+                speed.shown(row.bundle, row.unit),
+                speed.bounds(row.bundle, row.unit),
+                speed.comparison(row),
+            )
+            for row in speed.speed_rows(report.performance)
+        ),
     ]
-    for name, field, unit in figures:
-        before = "not measured" if original is None else text.quantity(getattr(original, field), unit)
-        rows.append((name, before, text.quantity(getattr(bundle, field), unit)))
-    return rows
+
+
+def _speed_notes(report: Report) -> str:
+    performance = report.performance
+    absent = performance.original_absent_because
+    return " ".join(
+        (
+            f"{text.number(report.size.bits_per_weight)} bits per weight; medians of {performance.rounds} rounds taken "
+            f"in turns, with bounds of {text.percent(performance.bundle.ttft_s.confidence)} each. Memory bandwidth "
+            f"bounds decoding at {text.number(performance.roofline_decode_tokens_per_s)} tokens/s, of which "
+            f"{speed.reached(performance)} is reached.",
+            *([f"The original was not measured: {_foreign(absent)}"] if absent else []),
+            _foreign(speed.sources(performance)),
+            _foreign(speed.placed(performance)),
+        )
+    )

@@ -117,6 +117,11 @@ def quantity(value: float, unit: str, digits: int = 3) -> str:
     return f"{number(value, digits)}{FIXED}{unit}" if unit else number(value, digits)
 
 
+def bound(value: float, unit: str) -> str:
+    """``value`` beside a measurement that has its unit already, unless that is shown in a multiple of it."""
+    return quantity(value, unit) if unit in ("share", "s") else number(value)
+
+
 def sample(gate: Gate) -> str:
     """What a gate rests on; and if that is too little, how much would do."""
     if gate.documents_needed is None:

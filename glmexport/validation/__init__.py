@@ -6,7 +6,8 @@ reference   the original's answers, block by block
 session     the bundle's answers, from ONNX Runtime
 divergence  how far two distributions are apart
 fidelity    statistics per language
-speed       time to first token, rates, peak memory, in processes of their own
+performance speed, memory, energy and placement of the bundle, beside the original's
+speed       runtimes that take turns, in processes of their own
 machine     what this machine is
 gates       limits and verdicts
 run         all of it

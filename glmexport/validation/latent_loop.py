@@ -24,14 +24,14 @@ CHUNK = 256
 
 
 class LatentLoop:
-    """The graph of a bundle in ONNX Runtime. ``config`` is its loop.json.
+    """The graph of a bundle in ONNX Runtime. ``config`` is its loop.json; ``profile`` begins the name of a profile.
 
     Raises:
         MachineError: this ONNX Runtime has no execution provider of that name.
         BundleError: ONNX Runtime refuses the graph.
     """
 
-    def __init__(self, bundle: Path, config: LoopConfig, threads: int) -> None:
+    def __init__(self, bundle: Path, config: LoopConfig, threads: int, profile: Path | None = None) -> None:
         self._config, provider, graph = config, config.provider, bundle / config.graph
         available = onnxruntime.get_available_providers()
         if provider.name not in available:
@@ -42,6 +42,8 @@ class LatentLoop:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
+        if profile:
+            options.enable_profiling, options.profile_file_prefix = True, str(profile)
         try:
             self._session = onnxruntime.InferenceSession(
                 graph, options, providers=[(provider.name, dict(provider.options))]
@@ -64,6 +66,10 @@ class LatentLoop:
     def cache_bytes_per_token(self) -> int:
         """Of one sequence, over all layers."""
         return 4 * sum(self._widths.values())
+
+    def end_profile(self) -> Path:
+        """The file of the profile, which is whole then."""
+        return Path(self._session.end_profiling())
 
     def start(self, prompts: Sequence[Sequence[int]]) -> LatentSequences:
         """Sequences of one length, of which nothing is computed yet."""

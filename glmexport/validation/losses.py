@@ -38,8 +38,8 @@ def losses(behaviour: Behaviour, limits: BehaviourLimits, confidence: float) -> 
     """Every loss that the plane of behaviour judges, over all languages: single ones have too few answers."""
     yield _length(behaviour, limits.length_ratio, confidence)
     shares = {
-        "Answers that end in a loop, more": behaviour.loops,
-        "Answers that do not end, more": behaviour.ended,
+        "More answers that end in a loop": behaviour.loops,
+        "More answers that do not end": behaviour.ended,
         "Answers in another language": behaviour.drift,
         "Tool calls lost": behaviour.tool_calls,
         "Tool calls lost in a batch": behaviour.tool_calls_together,

@@ -9,7 +9,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
-import torch
 
 from glmexport.target import cpu_flags
 
@@ -75,14 +74,25 @@ def library_versions() -> dict[str, str]:
 
 def peak_memory() -> int:
     """Peak resident memory of this process so far, bytes."""
+    return peak_memory_and_source()[0]
+
+
+def peak_memory_and_source() -> tuple[int, str]:
+    """Peak resident memory of this process so far, bytes, and what told it.
+
+    Resident, not PSS: pages of weights that another process happens to map are counted whole, as they are needed where
+    this process is the only one. Not the cgroup's: that is the whole container's, its page cache included.
+    """
     status = Path("/proc/self/status")
     if status.is_file():
         # Not getrusage: its figure starts from the parent's, which a child shares until it starts its own program.
         for line in status.read_text(encoding="utf-8").splitlines():
             if line.startswith("VmHWM"):
-                return int(line.split()[1]) * 1024
+                return int(line.split()[1]) * 1024, "VmHWM"
     process = psutil.Process().memory_info()
-    return int(getattr(process, "peak_wset", process.rss))
+    if hasattr(process, "peak_wset"):
+        return int(process.peak_wset), "peak working set"
+    return int(process.rss), "resident memory at the end"
 
 
 def memory_bandwidth(threads: int) -> float:
@@ -90,6 +100,9 @@ def memory_bandwidth(threads: int) -> float:
 
     256 MiB is several times any cache; a sum reads every byte once and writes nothing.
     """
+    # Here, so that a process that asks for its peak memory does not first load torch.
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -26,7 +25,8 @@ from glmexport.validation.capture import CapturedReference
 from glmexport.validation.fidelity import Answers, Streamed, compare, statistics_of, summarize
 from glmexport.validation.gates import apply_gates, capture_gate, manifest_gates, prompt_gate, verdict_of, weight_gates
 from glmexport.validation.generation import GenerationSession
-from glmexport.validation.machine import memory_bandwidth
+from glmexport.validation.performance import measure_performance
+from glmexport.validation.performance_gates import performance_gates
 from glmexport.validation.prompts import golden_prompts, prompt_parity
 from glmexport.validation.reference import reference_states
 from glmexport.validation.results import (
@@ -37,12 +37,10 @@ from glmexport.validation.results import (
     Performance,
     PromptParity,
     Share,
-    Speed,
     Verdict,
     WeightCheck,
 )
 from glmexport.validation.session import ScoringSession
-from glmexport.validation.speed import SpeedRequest, measure_speed
 from glmexport.validation.texts import EvaluationText, evaluation_texts
 from glmexport.validation.weights import check_weights
 
@@ -61,7 +59,8 @@ class ValidationPlan:
     share_texts: int = 1
     prompt_tokens: int = 128
     generated_tokens: int = 64
-    repetitions: int = 5
+    #: Rounds of speed go on for so long; 0: two, which give no bounds.
+    speed_seconds: float = 25
     #: None asks for no answers.
     behaviour: BehaviourPlan | None = field(default_factory=BehaviourPlan)
 
@@ -148,7 +147,7 @@ def validate(
         shares = _shares(directory, manifest, sample, plan, session, Path(folder), progress)
         behaviour = _behaviour(directory, documents, tasks, session, reference, plan, threads, Path(folder), progress)
     weights = check_weights(directory, manifest, reference, progress)
-    performance = _performance(directory, manifest, checkpoint, texts, plan, threads, progress)
+    performance = _performance(directory, manifest, checkpoint, texts, plan, policy, threads, progress)
     prompts = prompt_parity(golden_prompts(checkpoint, documents), Tokenizer.open(directory))
     return _judged(fidelity, weights, prompts, behaviour, shares, performance, manifest, policy)
 
@@ -172,7 +171,7 @@ def validate_captured(
     divergences = compare(captured, answers, progress, _IN_ONNX_RUNTIME)
     capture = captured.capture
     fidelity = summarize(texts, divergences, tokenizer, arithmetic(manifest), capture.noise, captured.audit(answers))
-    performance = _performance(directory, manifest, None, texts, plan, threads, progress)
+    performance = _performance(directory, manifest, None, texts, plan, policy, threads, progress)
     parity = prompt_parity(capture.prompts, tokenizer)
     behaviour = None
     if plan.behaviour and capture.answers:
@@ -203,6 +202,9 @@ def _behaviour(
     # The bundle's own: what a server tokenizes with. Whether it is the original's is for the prompts to say.
     tokenizer, session = Tokenizer.open(directory), GenerationSession(directory, threads)
     asked = questions_for(documents, tokenizer, plan.behaviour, session.context_length)
+    if not asked and all(task.choices for task in tasks):
+        # Nothing that is answered by a text, so that nothing could be told of answers.
+        return None
     return ask(
         asked, tasks, session, scoring, reference, tokenizer, plan=plan.behaviour, scratch=scratch, progress=progress
     )
@@ -225,6 +227,7 @@ def _judged(
         gates += (capture_gate(fidelity.capture),)
     if prompts:
         gates += (prompt_gate(prompts),)
+    gates += performance_gates(performance, policy)
     gates += manifest_gates(manifest)
     return Validation(fidelity, weights, prompts, behaviour, shares, performance, gates, verdict_of(gates))
 
@@ -343,50 +346,18 @@ def _performance(
     checkpoint: Checkpoint | None,
     texts: Sequence[EvaluationText],
     plan: ValidationPlan,
+    policy: Gates,
     threads: int,
     progress: Progress,
 ) -> Performance:
-    prompt = tuple(torch.cat([text.ids for text in texts])[: plan.prompt_tokens].tolist())
-    bandwidth = memory_bandwidth(threads)
-    needed = manifest.source.parameters * 4
-    absent = None
-    if checkpoint is None:
-        absent = "The original was captured elsewhere; it is not on this machine."
-    elif checkpoint.quantized:
-        absent = "The original is a GPTQ checkpoint, whose speed is that of the kernels it would be loaded with."
-    elif needed > psutil.virtual_memory().available * 0.8:
-        absent = f"The original needs about {needed / 2**30:.0f} GiB in fp32, more than this machine has free."
-
-    def speed(runtime: str, where: Path) -> Speed:
-        return measure_speed(
-            SpeedRequest.model_validate(
-                {
-                    "runtime": runtime,
-                    "directory": str(where),
-                    "prompt": prompt,
-                    "generated_tokens": plan.generated_tokens,
-                    "repetitions": plan.repetitions,
-                    "threads": threads,
-                }
-            )
-        )
-
-    with progress.track("Speed", 1 if absent else 2) as track:
-        bundle = speed("onnxruntime-genai", directory)
-        track.advance(1, "bundle")
-        # The directory is that of the base: transformers would need the whole model to merge an adapter, and a merged
-        # matrix has the same shape and so the same speed.
-        original = None if absent or checkpoint is None else speed("transformers", checkpoint.path)
-        track.advance(0 if absent else 1, "original")
-    per_token = manifest.precision.bytes_per_decoded_token
-    return Performance(
-        prompt_tokens=len(prompt),
+    return measure_performance(
+        directory,
+        manifest,
+        checkpoint,
+        torch.cat([text.ids for text in texts])[: plan.prompt_tokens].tolist(),
         generated_tokens=plan.generated_tokens,
-        repetitions=plan.repetitions,
-        original=original,
-        original_absent_because=absent,
-        bundle=bundle,
-        memory_bandwidth_bytes_per_s=bandwidth,
-        bytes_read_per_token=per_token,
-        roofline_decode_tokens_per_s=bandwidth / per_token,
+        seconds=plan.speed_seconds,
+        confidence=policy.confidence,
+        threads=threads,
+        progress=progress,
     )

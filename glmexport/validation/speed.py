@@ -1,169 +1,169 @@
-"""Time to first token, prefill and decode rate and peak memory of one runtime, in a process of its own.
+"""Runtimes that take turns: one process each, one of them at work at a time.
 
-A process of its own, because peak memory is a property of a process and because two runtimes in one would share
-thread pools and caches. ``python -m glmexport.validation.speed REQUEST`` measures and prints one JSON object.
+What slows the machine for a while so falls on both sides, and who goes first changes from round to round (ABBA), so
+that a steady drift cancels between two rounds.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from itertools import islice
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from signal import Signals
+from types import TracebackType
+from typing import Self, TypeVar
 
 from glmexport.definition import Definition
 from glmexport.errors import MachineError
-from glmexport.loop import read_loop
-from glmexport.validation.machine import peak_memory
-from glmexport.validation.results import Speed
+from glmexport.progress import Progress
+from glmexport.validation.placement import Node
+from glmexport.validation.runtimes import Loaded, Memory, Nodes, Round, RuntimeRequest
 
-Runtime = Literal["onnxruntime-genai", "transformers"]
+#: As many as bounds of 95 % take, and a whole number of ABBA.
+LEAST_ROUNDS = 6
+#: Seconds between turns: threads of the one before spin a little before they sleep.
+_PAUSE = 0.05
+
+Answer = TypeVar("Answer", bound=Definition)
 
 
-class SpeedRequest(Definition):
-    """What to measure. ``prompt`` are fixed token ids, the same for every runtime."""
+@dataclass(frozen=True)
+class Turns:
+    """What one runtime showed. ``nodes`` only of a bundle, for which they were asked."""
 
-    runtime: Runtime
-    directory: str
-    prompt: tuple[int, ...]
-    generated_tokens: int
-    repetitions: int
+    runtime: str
     threads: int
+    load_s: float
+    rounds: tuple[Round, ...]
+    memory: Memory
+    nodes: tuple[Node, ...] = ()
 
 
-def measure_speed(request: SpeedRequest) -> Speed:
-    """Run ``request`` in a process of its own; medians over its repetitions, after one warm-up.
+def take_turns(requests: Sequence[RuntimeRequest], seconds: float, progress: Progress) -> list[Turns]:
+    """Let each of ``requests`` generate once a round, in the opposite order every other round.
+
+    Loading and a generation to warm up come before; where the nodes of the first one's graph ran, in the end.
+
+    Args:
+        requests: the bundle, and the original if it is measured.
+        seconds: rounds go on for so long, and for ``LEAST_ROUNDS``; 0: one ABBA, which are two.
+        progress: who watches.
 
     Raises:
-        MachineError: the process failed, for example for lack of memory.
+        MachineError: a process failed, for example for lack of memory.
     """
-    # The child must find this package however it was installed, and must not inherit limits on threads.
-    path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = os.environ | {"OMP_NUM_THREADS": str(request.threads), "PYTHONPATH": path}
-    process = subprocess.run(  # noqa: S603 - our own interpreter and module
-        [sys.executable, "-m", "glmexport.validation.speed", request.model_dump_json()],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
-    if process.returncode:
-        last = (process.stderr.strip().splitlines() or ["no message"])[-1]
-        raise MachineError(
-            f"Measuring the speed of {request.runtime} failed (exit {process.returncode}): {last}.",
+    with ExitStack() as stack, progress.track("Speed", max(1, round(seconds))) as track:
+        workers = [stack.enter_context(Worker(request)) for request in requests]
+        rounds: list[list[Round]] = []
+        begun, told = time.monotonic(), 0
+        while _goes_on(len(rounds), time.monotonic() - begun, seconds):
+            order = workers if len(rounds) % 2 == 0 else workers[::-1]
+            taken = {}
+            for worker in order:
+                time.sleep(_PAUSE)
+                taken[worker] = worker.ask("generate", Round)
+            rounds.append([taken[worker] for worker in workers])
+            passed = min(int(time.monotonic() - begun), round(seconds))
+            track.advance(passed - told, f"round {len(rounds)}")
+            told = passed
+        memories = [worker.ask("memory", Memory) for worker in workers]
+        for worker in workers[1:]:
+            worker.close()
+        nodes = workers[0].ask("place", Nodes).nodes
+        return [
+            Turns(
+                runtime=worker.loaded.runtime,
+                threads=worker.request.threads,
+                load_s=worker.loaded.load_s,
+                rounds=tuple(each[index] for each in rounds),
+                memory=memories[index],
+                nodes=() if index else nodes,
+            )
+            for index, worker in enumerate(workers)
+        ]
+
+
+def _goes_on(rounds: int, passed: float, seconds: float) -> bool:
+    if rounds < 2 or rounds % 2:
+        return True
+    return seconds > 0 and (rounds < LEAST_ROUNDS or passed < seconds)
+
+
+class Worker:
+    """A process that has loaded one runtime and waits.
+
+    Raises:
+        MachineError: it ended before it was told to.
+    """
+
+    def __init__(self, request: RuntimeRequest) -> None:
+        self.request = request
+        # A file, since a pipe that nobody reads fills up.
+        self._stderr = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 - closed with us
+        # The child must find this package however it was installed, and must not inherit limits on threads.
+        path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
+        self._process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
+            [sys.executable, "-m", "glmexport.validation.runtimes", request.model_dump_json()],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            text=True,
+            encoding="utf-8",
+            env=os.environ | {"OMP_NUM_THREADS": str(request.threads), "PYTHONPATH": path},
+        )
+        try:
+            self.loaded = self._answer(Loaded)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def ask(self, command: str, kind: type[Answer]) -> Answer:
+        """Its answer to ``command``."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(command + "\n")
+            self._process.stdin.flush()
+        except OSError:
+            raise self._ended() from None
+        return self._answer(kind)
+
+    def close(self) -> None:
+        """End it; more than once does no harm."""
+        if self._stderr.closed:
+            return
+        if self._process.poll() is None:
+            self._process.kill()
+        # Closes the pipes as well; what was still to be written to a dead process does not matter.
+        with self._stderr:
+            self._process.communicate()
+
+    def _answer(self, kind: type[Answer]) -> Answer:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise self._ended()
+        return kind.model_validate_json(line)
+
+    def _ended(self) -> MachineError:
+        code = self._process.wait()
+        self._stderr.seek(0)
+        last = (self._stderr.read().strip().splitlines() or ["no message"])[-1]
+        how = f"killed by {Signals(-code).name}" if code < 0 else f"exit {code}"
+        return MachineError(
+            f"Measuring the speed of {self.request.runtime} failed ({how}): {last}.",
             next_step="Free memory, then run the same command again.",
         )
-    return Speed.model_validate_json(process.stdout.splitlines()[-1])
-
-
-#: Yields a token after each step of one generation; the first step is the prefill.
-Generation = Callable[[], Iterator[None]]
-
-
-def _measure(request: SpeedRequest) -> Speed:
-    runtime = _transformers
-    if request.runtime == "onnxruntime-genai":
-        runtime = _latent_loop if read_loop(Path(request.directory)) else _genai
-    started = time.perf_counter()
-    with runtime(request) as (name, generate):
-        load = time.perf_counter() - started
-        runs = [_time(generate) for _ in range(request.repetitions + 1)][1:]
-    first = statistics.median(run[0] for run in runs)
-    rest = statistics.median(run[1] / (request.generated_tokens - 1) for run in runs)
-    return Speed(
-        runtime=name,
-        threads=request.threads,
-        load_s=load,
-        ttft_s=first,
-        prefill_tokens_per_s=len(request.prompt) / first,
-        decode_tokens_per_s=1 / rest,
-        peak_memory_bytes=peak_memory(),
-    )
-
-
-def _time(generate: Generation) -> tuple[float, float]:
-    """Seconds of the first step and of all others."""
-    started = time.perf_counter()
-    steps = generate()
-    next(steps)
-    first = time.perf_counter()
-    for _ in steps:
-        pass
-    return first - started, time.perf_counter() - first
-
-
-@contextmanager
-def _genai(request: SpeedRequest) -> Iterator[tuple[str, Generation]]:
-    import numpy as np
-    import onnxruntime_genai
-
-    config = onnxruntime_genai.Config(request.directory)
-    options = {"model": {"decoder": {"session_options": {"intra_op_num_threads": request.threads}}}}
-    config.overlay(json.dumps(options))
-    model = onnxruntime_genai.Model(config)
-
-    def generate() -> Iterator[None]:
-        parameters = onnxruntime_genai.GeneratorParams(model)
-        total = len(request.prompt) + request.generated_tokens
-        parameters.set_search_options(max_length=total, min_length=total, do_sample=False)
-        generator = onnxruntime_genai.Generator(model, parameters)
-        generator.append_tokens(np.array([request.prompt], np.int32))
-        for _ in range(request.generated_tokens):
-            generator.generate_next_token()
-            yield
-
-    yield f"onnxruntime-genai {onnxruntime_genai.__version__}", generate
-
-
-@contextmanager
-def _latent_loop(request: SpeedRequest) -> Iterator[tuple[str, Generation]]:
-    """A bundle whose caches onnxruntime-genai does not know, in its own loop."""
-    import onnxruntime
-
-    from glmexport.validation.latent_loop import LatentLoop
-
-    directory = Path(request.directory)
-    config = read_loop(directory)
-    assert config is not None
-    loop = LatentLoop(directory, config, request.threads)
-
-    def generate() -> Iterator[None]:
-        for _ in islice(loop.start([request.prompt]), request.generated_tokens):
-            yield
-
-    yield f"onnxruntime {onnxruntime.__version__} over latents", generate
-
-
-@contextmanager
-def _transformers(request: SpeedRequest) -> Iterator[tuple[str, Generation]]:
-    import torch
-    import transformers
-
-    torch.set_num_threads(request.threads)
-    transformers.utils.logging.disable_progress_bar()
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        request.directory, dtype=torch.float32, trust_remote_code=False, local_files_only=True
-    ).eval()
-    prompt = torch.tensor([request.prompt])
-
-    def generate() -> Iterator[None]:
-        ids, cache = prompt, None
-        for _ in range(request.generated_tokens):
-            with torch.inference_mode():
-                output: Any = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache = output.past_key_values
-            ids = output.logits[:, -1:].argmax(-1)
-            yield
-
-    yield f"transformers {transformers.__version__}, fp32", generate
-
-
-if __name__ == "__main__":
-    sys.stdout.write(_measure(SpeedRequest.model_validate_json(sys.argv[1])).model_dump_json() + "\n")

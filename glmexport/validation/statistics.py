@@ -1,18 +1,20 @@
 """How sure a mean over evaluation text is. Positions of one document hang together, so documents are the sample.
 
 The mean of a ratio with its cluster-robust error (Cochran, Sampling Techniques, 1977, section 6; for model evaluation
-Miller, arXiv 2411.00640), bounds from Student's t, and Holm's correction (Scand. J. Statist. 6, 1979).
+Miller, arXiv 2411.00640), bounds from Student's t, the difference of two means (Welch, Biometrika 34, 1947), and Holm's
+correction (Scand. J. Statist. 6, 1979).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.special import stdtr, stdtrit
+from scipy.special import ndtr, ndtri, stdtr, stdtrit
 
 from glmexport.validation.results import Estimate
 
@@ -140,3 +142,68 @@ def holm(p_values: Sequence[float], alpha: float) -> list[bool]:
             break
         fallen[index] = True
     return fallen
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of two independent estimates, the second less the first."""
+
+    value: float
+    #: The true difference is outside of both together in one case of 1 / (1 - confidence).
+    lower: float
+    upper: float
+    #: Chance of a difference this large in either direction if there were none.
+    p_value: float
+
+
+def difference(old: Estimate, new: Estimate, confidence: float) -> Difference:
+    """``new`` less ``old``, whose samples are taken as independent: standard errors in quadrature, and Welch's t.
+
+    Means whose documents are the same hang together, mostly so that what is hard for one is hard for the other: then
+    the interval is wider than it need be. What is not finite differs surely from what is, and not from its like.
+    """
+    value = new.value - old.value
+    if not (math.isfinite(old.value) and math.isfinite(new.value)):
+        alike = math.isfinite(old.value) == math.isfinite(new.value)
+        return Difference(value, -math.inf, math.inf, 1.0) if alike else Difference(value, value, value, 0.0)
+    errors = [_error(each) for each in (old, new)]
+    error = math.hypot(*errors)
+    if not math.isfinite(error):
+        return Difference(value, -math.inf, math.inf, 1.0)
+    if error == 0:
+        return Difference(value, value, value, 0.0 if value else 1.0)
+    # Welch and Satterthwaite; an estimate without error has no share in the degrees of freedom.
+    shares = [(part / error) ** 4 / (each.documents - 1) for part, each in zip(errors, (old, new), strict=True) if part]
+    freedom = 1 / sum(shares)
+    reach = float(stdtrit(freedom, (1 + confidence) / 2)) * error
+    return Difference(value, value - reach, value + reach, float(2 * stdtr(freedom, -abs(value) / error)))
+
+
+def log_ratio(
+    old: tuple[float, float, float], new: tuple[float, float, float], reached: float, confidence: float
+) -> Difference:
+    """ln(``new`` / ``old``) of two independent positive figures, each as value, lower and upper bound.
+
+    Each bound is passed in one case of 1 / (1 - ``reached``). Half the logarithm of upper over lower is that many
+    normal quantiles of the standard error; the errors of both add in quadrature.
+    """
+    value = math.log(new[0] / old[0])
+    spans = (
+        math.log(upper / lower) if lower > 0 and math.isfinite(upper) else math.inf for _, lower, upper in (old, new)
+    )
+    error = math.hypot(*spans) / 2 / float(ndtri(reached))
+    if not math.isfinite(error):
+        return Difference(value, -math.inf, math.inf, 1.0)
+    if error == 0:
+        return Difference(value, value, value, 0.0 if value else 1.0)
+    reach = float(ndtri((1 + confidence) / 2)) * error
+    return Difference(value, value - reach, value + reach, float(2 * ndtr(-abs(value) / error)))
+
+
+def _error(estimate: Estimate) -> float:
+    """The standard error; where nothing or everything has the share, as if one position more had it or had it not."""
+    if estimate.documents < 2:
+        return math.inf
+    if estimate.kind == "share" and estimate.value in (0, 1):
+        return max(estimate.standard_error, 1 / (1 + estimate.positions))
+    return estimate.standard_error

@@ -21,7 +21,9 @@ from glmexport.loop import read_loop
 from glmexport.progress import Silent
 from glmexport.validation.generation import GenerationSession
 from glmexport.validation.latent_loop import GROWTH, LatentLoop
+from glmexport.validation.runtimes import RuntimeRequest
 from glmexport.validation.session import ScoringSession
+from glmexport.validation.speed import take_turns
 
 LITE, DSA = "glm4_moe_lite", "glm_moe_dsa"
 INDEXED = {"index_topk": 64, "index_n_heads": 32, "index_head_dim": 24, "indexer_types": ["full", "shared"]}
@@ -197,3 +199,19 @@ def test_a_target_without_the_cache_refuses_it(sparse: tuple[Any, Path], tmp_pat
     refused = run("build", base / "checkpoint", "--target", target, "-o", tmp_path / "bundle")
     assert refused.code == 64 and "latent_cache = true" in refused.stderr
     assert not (tmp_path / "bundle").exists()
+
+
+def test_speed_is_that_of_the_loop(pair: Pair) -> None:
+    """Measured beside the same model with keys and values of every head, and where its nodes ran is told."""
+    requests = [
+        RuntimeRequest(
+            runtime="onnxruntime-genai", directory=str(bundle), prompt=tuple(PROMPT[:9]), generated_tokens=4, threads=1
+        )
+        for bundle in (pair.latents, pair.heads)
+    ]
+    ours, theirs = take_turns(requests, 0, Silent())
+    assert "over latents" in ours.runtime and "genai" in theirs.runtime
+    assert all(len(taken.steps_s) == 3 and taken.ttft_s > 0 for turns in (ours, theirs) for taken in turns.rounds)
+    operators = {node.operator for node in ours.nodes}
+    assert "ScatterND" in operators and "GroupQueryAttention" not in operators
+    assert {node.provider for node in ours.nodes} == {"CPUExecutionProvider"}

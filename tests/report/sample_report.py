@@ -22,17 +22,22 @@ from glmexport.validation.results import (
     Concurrency,
     Estimate,
     Fidelity,
+    Figure,
     Gate,
+    Interval,
     LanguageBehaviour,
     LanguageFidelity,
     Overlap,
     Paired,
     Performance,
+    PlacedOperators,
+    Placement,
     PositionBand,
     PromptDifference,
     PromptParity,
     Share,
     Speed,
+    SpeedRatios,
     TaskGroup,
     Translation,
     Verdict,
@@ -81,6 +86,15 @@ def estimate(value: float, kind: Kind, positions: int) -> Estimate:
     return Estimate(
         value=value, standard_error=value / 12, documents=24 * positions // 6144, positions=positions, kind=kind
     )
+
+
+def interval(value: float) -> Interval:
+    return Interval(value=value, lower=value * 0.98, upper=value * 1.03, confidence=0.95, n=8)
+
+
+def figure(value: float, n: int = 8) -> Figure:
+    lower, upper = (value * 0.98, value * 1.03) if n > 4 else (0.0, math.inf)
+    return Figure(value=value, lower=lower, upper=upper, confidence=0.95, n=n, p90=None, p99=None)
 
 
 def gates(languages: tuple[LanguageFidelity, ...]) -> tuple[Gate, ...]:
@@ -330,15 +344,33 @@ def make_report(layers: int = 40) -> Report:
         performance=Performance(
             prompt_tokens=512,
             generated_tokens=128,
-            repetitions=7,
+            rounds=8,
             original=Speed(
-                runtime="transformers, bfloat16", threads=16, load_s=21.4, ttft_s=5.61,
-                prefill_tokens_per_s=91.3, decode_tokens_per_s=3.94, peak_memory_bytes=19_600_000_000,
+                runtime="transformers, bfloat16", threads=16, load_s=figure(21.4, 1), ttft_s=figure(5.61),
+                prefill_tokens_per_s=figure(91.3), decode_tokens_per_s=figure(3.94),
+                peak_memory_bytes=19_600_000_000, peak_memory_source="VmHWM",
+                energy_j_per_token=None, energy_absent_because="The counters are for the administrator only.",
             ),
             original_absent_because=None,
             bundle=Speed(
-                runtime="onnxruntime-genai", threads=16, load_s=3.12, ttft_s=1.93,
-                prefill_tokens_per_s=265.0, decode_tokens_per_s=11.4, peak_memory_bytes=6_900_000_000,
+                runtime="onnxruntime-genai", threads=16, load_s=figure(3.12, 1), ttft_s=figure(1.93),
+                prefill_tokens_per_s=figure(265.0), decode_tokens_per_s=figure(11.4),
+                peak_memory_bytes=6_900_000_000, peak_memory_source="VmHWM",
+                energy_j_per_token=None, energy_absent_because="The counters are for the administrator only.",
+            ),
+            ratios=SpeedRatios(
+                ttft_s=interval(1.93 / 5.61), prefill_tokens_per_s=interval(265.0 / 91.3),
+                decode_tokens_per_s=interval(11.4 / 3.94), energy_j_per_token=None,
+            ),
+            placement=Placement(
+                provider="CUDAExecutionProvider",
+                operators=(
+                    PlacedOperators(provider="CPUExecutionProvider", operator="Softmax", nodes=1),
+                    PlacedOperators(provider="CPUExecutionProvider", operator="Gather", nodes=3),
+                    PlacedOperators(provider="CUDAExecutionProvider", operator="MatMulNBits", nodes=161),
+                ),
+                on_purpose=("a (Gather)", "b (Gather)", "c (Gather)"),
+                unexpected=(f"{ATTACK} (Softmax) on CPUExecutionProvider",),
             ),
             memory_bandwidth_bytes_per_s=92.4e9,
             bytes_read_per_token=5_610_000_000,

@@ -1,11 +1,15 @@
 import json
 import math
+from pathlib import Path
 
+import jsonschema
 import pytest
 from pydantic import ValidationError
+from sample_report import groups
 
 from glmexport.errors import BundleError, MachineError
-from glmexport.report.document import json_schema, read_report
+from glmexport.report import document
+from glmexport.report.document import SCHEMA_NAME, json_schema, read_report, schema_text
 from glmexport.report.write import write_report
 from glmexport.validation.results import Fidelity, Gate, Verdict, worst
 
@@ -111,6 +115,49 @@ def test_the_schema_is_closed_and_carries_units():
     assert "calibration inputs" in described
 
 
+def shipped_schema():
+    return json.loads(Path(document.__file__).with_name(SCHEMA_NAME).read_text(encoding="utf-8"))
+
+
+def test_the_shipped_schema_is_that_of_the_report():
+    """If not: ``glmexport report schema > glmexport/report/report.schema.json``."""
+    assert Path(document.__file__).with_name(SCHEMA_NAME).read_text(encoding="utf-8") == schema_text()
+    jsonschema.Draft202012Validator.check_schema(shipped_schema())
+
+
+def test_a_report_keeps_the_shipped_schema(report, changed):
+    overall = report.fidelity.overall.model_copy(update={"kl_max_nats": math.inf, "perplexity_bundle": math.nan})
+    fidelity = report.fidelity.model_copy(update={"overall": overall})
+    linears = report.quantization.linears
+    quantization = report.quantization.model_copy(update={"groups": groups(linears)})
+    judge = jsonschema.Draft202012Validator(shipped_schema())
+    for each in (report, changed(fidelity=fidelity, quantization=quantization), changed(calibration=None)):
+        judge.validate(json.loads(each.model_dump_json()))
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("verdict",), "FAIL"),
+        (("signature",), "none"),
+        (("subject", "target"), 7),
+        (("size", "bundle_bytes"), -1),
+        (("fidelity", "overall", "kl_mean_nats"), "large"),
+        (("machine", "cores"), None),
+    ],
+)
+def test_the_shipped_schema_refuses_what_reading_refuses(report, tmp_path, path, value):
+    table = json.loads(report.model_dump_json())
+    place = table
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.Draft202012Validator(shipped_schema()).validate(table)
+    with pytest.raises(BundleError, match=r"\.".join(path)):
+        read_report(stored(report, tmp_path, **table))
+
+
 def gate(**changes):
     keys = {
         "name": "g", "language": None, "value": 1.0, "limit": 2.0, "unit": "", "direction": "at most",
@@ -124,6 +171,18 @@ def test_a_gate_cannot_pass_beyond_its_limit(changes):
     with pytest.raises(ValidationError, match="verdict PASS, but"):
         gate(**changes)
     assert gate(**changes, verdict=Verdict.BLOCK).holds is False
+
+
+def test_bounds_are_two():
+    with pytest.raises(ValidationError, match="lower and upper"):
+        gate(lower=0.5)
+    assert gate(lower=0.5, upper=1.5).upper == 1.5
+
+
+def test_an_adapter_has_a_digest(report, tmp_path):
+    subject = {**json.loads(report.subject.model_dump_json()), "adapter": "legal"}
+    with pytest.raises(BundleError, match=r"subject: .*belong together"):
+        read_report(stored(report, tmp_path, subject=subject))
 
 
 def test_the_limit_itself_is_allowed():

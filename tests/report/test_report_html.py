@@ -191,14 +191,37 @@ def test_causes_and_their_sum(report):
 
 def test_speed_is_set_against_the_original_and_the_memory(report):
     page = read(report)
-    assert "2.89× faster" in page
+    assert "2.91× faster (2.82× to 2.97×)" in page
+    assert "2.89× faster (2.84× to 2.98×)" in page
     assert "2.84× less" in page
+    assert "1.93 s1.89 s to 1.99 s" in page
+    # Loaded once, without bounds.
+    assert "21.4 s3.12 s6.86× faster" in page.replace("> <", "><")
     assert "It reaches 69.1 % of that." in page
+
+
+def test_what_was_not_measured_says_why(report):
+    page = read(report)
+    assert "Peak memory of each process: VmHWM, loading included." in page
+    assert "Energy was not measured: The counters are for the administrator only." in page
+    assert "not measured: 8 rounds, it takes 64" in page and "not measured: 8 rounds, it takes 662" in page
+
+
+def test_nodes_that_ran_elsewhere(report, changed):
+    page = read(report)
+    assert "Nodes of the graph: 4 on CPUExecutionProvider, 161 on CUDAExecutionProvider." in page
+    assert "1 ran elsewhere without being meant to." in page and f"{ATTACK} (Softmax) on CPUExecutionProvider" in page
+    assert "3 on the CPU only compute shapes" in page
+    assert ATTACK not in render_html(report)
+    placement = report.performance.placement.model_copy(update={"unexpected": (), "on_purpose": ()})
+    performance = report.performance.model_copy(update={"placement": placement})
+    page = read(changed(performance=performance))
+    assert "elsewhere" not in page and "only compute shapes" not in page
 
 
 def test_an_original_that_was_not_measured(report, changed):
     performance = report.performance.model_copy(
-        update={"original": None, "original_absent_because": f"It needs 17.5 GiB. {ATTACK}"}
+        update={"original": None, "ratios": None, "original_absent_because": f"It needs 17.5 GiB. {ATTACK}"}
     )
     page = render_html(changed(performance=performance))
     assert "The original was not measured" in page
@@ -207,10 +230,21 @@ def test_an_original_that_was_not_measured(report, changed):
     assert "× faster" not in Outline(page).text()
 
 
-def test_a_slower_bundle_is_called_slower(report, changed):
-    slow = report.performance.bundle.model_copy(update={"decode_tokens_per_s": 1.97})
-    performance = report.performance.model_copy(update={"bundle": slow})
-    assert "2.00× slower" in read(changed(performance=performance))
+@pytest.mark.parametrize(
+    ("ratio", "words"),
+    [
+        ((0.50, 0.49, 0.52), "2.00× slower (1.92× to 2.04×)"),
+        ((1.02, 0.98, 1.05), "no sure difference (0.980× to 1.05×)"),
+        ((1.50, 0.0, float("inf")), "1.50× faster"),
+    ],
+)
+def test_a_difference_is_called_one_if_its_bounds_agree(report, changed, ratio, words):
+    keys = dict(zip(("value", "lower", "upper"), ratio, strict=True))
+    decode = report.performance.ratios.decode_tokens_per_s.model_copy(update=keys)
+    ratios = report.performance.ratios.model_copy(update={"decode_tokens_per_s": decode})
+    performance = report.performance.model_copy(update={"ratios": ratios})
+    page = read(changed(performance=performance))
+    assert words in page
 
 
 def test_without_a_build_record(changed):
@@ -327,7 +361,7 @@ def test_an_error_that_was_not_measured(report, changed):
     page = render_html(changed(quantization=quantization))
     assert "not a number" not in page
     assert page.count('<td class="none">–<small>') == 2
-    assert page.count('<td class="n">not measured</td>') == 3 + 2  # three errors; tokens of what is outside the blocks
+    assert page.count('<td class="n">not measured</td>') == 3 + 2 + 2  # errors; tokens outside the blocks; energy
     survey = {part.part: part for part in summarize(linears).parts}
     assert survey[embedding.part].median_error is None and survey[embedding.part].largest_error is None
     kept = [linear.relative_error for linear in linears if linear.part == "o" and linear.layer != 0]

@@ -41,7 +41,8 @@ def test_markdown_has_every_gate_and_language(report):
 
 def test_foreign_text_means_nothing_to_markdown(report, changed):
     plain = render_markdown(report)
-    subject = report.subject.model_copy(update={"bundle": HOSTILE, "checkpoint": HOSTILE, "adapter": HOSTILE})
+    names = ("bundle", "checkpoint", "adapter", "adapter_digest")
+    subject = report.subject.model_copy(update=dict.fromkeys(names, HOSTILE))
     gates = tuple(gate.model_copy(update={"name": HOSTILE}) for gate in report.gates)
     page = render_markdown(changed(subject=subject, gates=gates, versions={HOSTILE: HOSTILE}, limits=(HOSTILE,)))
     assert "<" not in page.replace("\\<", "") and "](" not in page and "\u202e" not in page and "\x00" not in page

@@ -12,7 +12,16 @@ from glmexport.target import Gates
 from glmexport.validation.fidelity import LanguageFidelity
 from glmexport.validation.gates import apply_gates, verdict_of
 from glmexport.validation.results import Estimate, Fidelity, Verdict
-from glmexport.validation.statistics import Kind, bounds, clustered_mean, documents_needed, holm, p_value
+from glmexport.validation.statistics import (
+    Kind,
+    bounds,
+    clustered_mean,
+    difference,
+    documents_needed,
+    holm,
+    log_ratio,
+    p_value,
+)
 
 EXPERIMENTS = 1000
 POLICY = Gates(kl_mean_nats=0.05, ln_perplexity_ratio=0.03, top1_agreement=0.9, minimum_positions=1)
@@ -103,6 +112,74 @@ def test_documents_needed_by_hand() -> None:
         assert documents_needed(hopeless, 5, 0.95) is None
 
 
+# Of two estimates
+
+
+def test_the_difference_of_documents_of_one_size_is_the_test_of_welch() -> None:
+    random = np.random.default_rng(5)
+    first, second = random.normal(2, 1, 30), random.normal(2.4, 3, 17)
+    old, new = (clustered_mean(means * 7, np.full(len(means), 7), "signed") for means in (first, second))
+    found = difference(old, new, 0.95)
+    test = stats.ttest_ind(second, first, equal_var=False)
+    interval = test.confidence_interval(0.95)
+    assert (found.value, found.p_value) == pytest.approx((second.mean() - first.mean(), test.pvalue))
+    assert (found.lower, found.upper) == pytest.approx((interval.low, interval.high))
+    turned = difference(new, old, 0.95)
+    assert (turned.lower, turned.upper, turned.p_value) == pytest.approx((-found.upper, -found.lower, found.p_value))
+
+
+def test_a_difference_without_errors_is_as_it_is() -> None:
+    def exact(value: float) -> Estimate:
+        return Estimate(value=value, standard_error=0, documents=3, positions=90, kind="positive")
+
+    assert difference(exact(0.1), exact(0.1), 0.95).p_value == 1
+    assert difference(exact(0.1), exact(0.2), 0.95).p_value == 0
+    # Squares of errors like these are 0 or too large.
+    for error in (1e-200, 1e200):
+        far = exact(0.1).model_copy(update={"standard_error": error})
+        found = difference(far, far, 0.95)
+        assert found.p_value == 1
+        assert found.upper == pytest.approx(stats.t.ppf(0.975, 4) * math.sqrt(2) * error)
+
+
+def test_a_single_document_differs_from_nothing() -> None:
+    one, many = clustered_mean([3.0], [60], "positive"), clustered_mean([9.0, 9.1], [60, 60], "positive")
+    for old, new in ((one, many), (many, one), (one, one)):
+        found = difference(old, new, 0.95)
+        assert (found.lower, found.upper, found.p_value) == (-math.inf, math.inf, 1)
+
+
+def test_a_share_of_which_nothing_was_seen_is_not_without_error() -> None:
+    """By hand: in 300 positions as if one more had it, 1 / 301; in the other sqrt(p (1 - p) / 300) with p = 1 / 100."""
+    nothing = clustered_mean(np.zeros(5), np.full(5, 60), "share")
+    little = clustered_mean(np.full(5, 0.6), np.full(5, 60), "share")
+    found = difference(nothing, little, 0.95)
+    assert found.value == pytest.approx(0.01) and found.p_value > 0.05
+    error = math.hypot(1 / 301, math.sqrt(0.01 * 0.99 / 300))
+    freedom = error**4 / ((1 / 301) ** 4 / 4 + (0.01 * 0.99 / 300) ** 2 / 4)
+    assert found.upper == pytest.approx(0.01 + stats.t.ppf(0.975, freedom) * error)
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_what_is_not_finite_differs_from_what_is(broken: float) -> None:
+    bad, good = clustered_mean([broken, 1.0], [60, 60], "positive"), clustered_mean([1.0, 2.0], [60, 60], "positive")
+    assert difference(good, bad, 0.95).p_value == 0 and difference(bad, good, 0.95).p_value == 0
+    assert difference(bad, bad, 0.95).p_value == 1
+
+
+def test_the_ratio_of_medians_by_hand() -> None:
+    """Bounds of 95 % are 1.645 errors away; ln 1.1 and ln 1.2 over that, in quadrature."""
+    found = log_ratio((10, 10 / 1.1, 11), (20, 20 / 1.2, 24), 0.95, 0.95)
+    error = math.hypot(math.log(1.1), math.log(1.2)) / stats.norm.ppf(0.95)
+    assert found.value == pytest.approx(math.log(2))
+    assert (found.lower, found.upper) == pytest.approx(stats.norm.interval(0.95, math.log(2), error))
+    assert found.p_value == pytest.approx(2 * stats.norm.sf(math.log(2) / error))
+    for bounds_ in ((0, 12), (9, math.inf)):
+        assert log_ratio((10, *bounds_), (20, 19, 21), 0.95, 0.95).p_value == 1
+    assert log_ratio((10, 10, 10), (10, 10, 10), 0.95, 0.95).p_value == 1
+    assert log_ratio((10, 10, 10), (11, 11, 11), 0.95, 0.95).p_value == 0
+
+
 # By simulation
 
 
@@ -173,6 +250,19 @@ def test_bounds_are_passed_as_rarely_as_they_promise(kind: Kind, limit: float) -
     # 5 % are promised; three standard errors of 2,000 experiments are 1.5 %.
     assert low / (2 * EXPERIMENTS) < 0.065 and high / (2 * EXPERIMENTS) < 0.065
     assert rejected == low
+
+
+@pytest.mark.parametrize("kind,mean", [("positive", 0.012), ("signed", 0.004), ("share", 0.04)])
+def test_the_same_bundle_on_other_text_is_rarely_another(kind: Kind, mean: float) -> None:
+    random = np.random.default_rng(13)
+    found = [
+        difference(getattr(Language(random, 24), kind)(mean), getattr(Language(random, 15), kind)(mean), 0.95)
+        for _ in range(EXPERIMENTS)
+    ]
+    # 5 % are promised; three standard errors of 1,000 experiments are 2 %.
+    assert sum(each.p_value < 0.05 for each in found) / EXPERIMENTS < 0.07
+    for each in found:
+        assert (each.lower > 0 or each.upper < 0) == (each.p_value < 0.05)
 
 
 @pytest.mark.parametrize("damage", [{"kl": 0.05}, {"ratio": 0.03}, {"disagreement": 0.1}])

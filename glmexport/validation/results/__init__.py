@@ -20,7 +20,15 @@ from glmexport.validation.results.fidelity import (
 )
 from glmexport.validation.results.gate import Gate
 from glmexport.validation.results.paired import Paired
-from glmexport.validation.results.performance import Performance, Speed
+from glmexport.validation.results.performance import (
+    Figure,
+    Interval,
+    Performance,
+    PlacedOperators,
+    Placement,
+    Speed,
+    SpeedRatios,
+)
 from glmexport.validation.results.prompts import PromptDifference, PromptParity
 from glmexport.validation.results.record import Count, Number, Record, Verdict, badness, worst
 from glmexport.validation.results.weights import WeightCheck, WeightFault
@@ -33,19 +41,24 @@ __all__ = [
     "Count",
     "Estimate",
     "Fidelity",
+    "Figure",
     "Gate",
+    "Interval",
     "LanguageBehaviour",
     "LanguageFidelity",
     "Number",
     "Overlap",
     "Paired",
     "Performance",
+    "PlacedOperators",
+    "Placement",
     "PositionBand",
     "PromptDifference",
     "PromptParity",
     "Record",
     "Share",
     "Speed",
+    "SpeedRatios",
     "TaskGroup",
     "Translation",
     "Verdict",

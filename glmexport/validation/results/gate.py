@@ -44,6 +44,12 @@ class Gate(Record):
         return self.value <= self.limit if self.direction == "at most" else self.value >= self.limit
 
     @model_validator(mode="after")
+    def _bounds_are_two(self) -> Self:
+        if (self.lower is None) != (self.upper is None):
+            raise ValueError("give lower and upper, or neither")
+        return self
+
+    @model_validator(mode="after")
     def _verdict_follows_from_value(self) -> Self:
         if self.verdict is Verdict.PASS and not self.holds:
             raise ValueError(f"verdict PASS, but {self.value} is not {self.direction} {self.limit}")

@@ -78,6 +78,13 @@ def test_the_ratio_of_lengths_by_leaving_answers_out(tokenizer: Tokenizer) -> No
     assert found.ln_length_ratio_error == pytest.approx(jackknife, rel=0.03)
 
 
+def test_the_ratio_of_two_answers_by_hand(tokenizer: Tokenizer) -> None:
+    """Lengths 10 and 20 became 12 and 18: residuals 2 and -2 of the ratio 1, on 30 tokens."""
+    found = judge([question("a"), question("b")], answers([[1] * 10, [1] * 20], [[1] * 12, [1] * 18]), tokenizer)
+    assert found.ln_length_ratio == 0
+    assert found.ln_length_ratio_error == pytest.approx(math.sqrt(2 * (4 + 4)) / 30)
+
+
 def test_the_ratio_of_one_answer_has_no_error(tokenizer: Tokenizer) -> None:
     found = judge([question("a")], answers([[1] * 10], [[1] * 20]), tokenizer)
     assert found.ln_length_ratio == pytest.approx(math.log(2)) and math.isinf(found.ln_length_ratio_error)
@@ -153,21 +160,24 @@ def test_questions_are_of_every_kind_that_the_tokenizer_can_ask(tokenizer: Token
 
 
 def test_choices_are_scored_by_their_own_tokens(tokenizer: Tokenizer) -> None:
-    """Of logits made up for the purpose: every byte of ``green`` is likely, none of ``blue``."""
+    """Of logits made up for the purpose: each byte of ``dark`` is likely in its place."""
     tasks = [
-        Task(id="a", name="n", prompt="Sky: ", metric="choice", choices=("blue", "green"), target="blue"),
+        Task(id="a", name="n", prompt="Sky: ", metric="choice", choices=("blue", "dark"), target="blue"),
         Task(id="free", name="n", prompt="Sky: ", metric="exact", target="blue"),
-        Task(id="b", name="n", prompt="Grass: ", metric="choice", choices=("blue", "green"), target=1),
+        Task(id="b", name="n", prompt="Grass: ", metric="choice", choices=("blue", "dark"), target=1),
     ]
     texts = choice_texts(tasks, tokenizer)
     assert [text.document for text in texts] == ["a", "a", "b", "b"]
     assert texts[0].ids.tolist() == [*task_prompt(tasks[0], tokenizer), *tokenizer.encode("blue")]
     assert texts[0].targets.tolist() == tokenizer.encode("blue")
-    likely = torch.zeros(tokenizer.vocabulary_size)
-    likely[tokenizer.encode("green")] = 5.0
-    likely[tokenizer.encode("blue")[0]] = -5.0
-    scores = choice_scores(tasks, texts, lambda index: likely.expand(texts[index].positions, -1))
-    assert scores == {"a": 0, "b": 1}
+    dark = tokenizer.encode("dark")
+
+    def logits(index: int) -> torch.Tensor:
+        rows = torch.zeros(texts[index].positions, tokenizer.vocabulary_size)
+        rows[torch.arange(len(rows)), torch.tensor(dark[: len(rows)])] = 5.0
+        return rows
+
+    assert choice_scores(tasks, texts, logits) == {"a": 0, "b": 1}
 
 
 def test_a_task_that_fills_the_context_is_refused(tokenizer: Tokenizer) -> None:

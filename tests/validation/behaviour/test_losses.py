@@ -61,8 +61,8 @@ def test_every_loss_has_its_limit() -> None:
     whole = behaviour(drift=SAME, tool_calls=SAME, tool_calls_together=SAME, translation=SAME, tasks=(group,))
     assert [(loss.name, loss.limit) for loss in losses(whole, LIMITS, 0.95)] == [
         ("ln of lengths of answers, bundle / original", math.log1p(0.1)),
-        ("Answers that end in a loop, more", 0.1),
-        ("Answers that do not end, more", 0.1),
+        ("More answers that end in a loop", 0.1),
+        ("More answers that do not end", 0.1),
         ("Answers in another language", 0.1),
         ("Tool calls lost", 0.1),
         ("Tool calls lost in a batch", 0.1),
@@ -96,7 +96,7 @@ def test_one_answer_says_nothing_of_lengths() -> None:
 
 def test_shares_are_turned_into_losses() -> None:
     change = lost(40, 6, 1)
-    loss = first(behaviour(ended=change), "Answers that do not end")
+    loss = first(behaviour(ended=change), "More answers that do not end")
     assert loss.value == pytest.approx(5 / 40)
     assert (loss.lower, loss.upper) == (-change.upper_bound, -change.lower_bound)
     assert loss.sample == "40 answers, 6 lost and 1 gained"
@@ -176,7 +176,7 @@ def test_few_losses_are_inconclusive_and_not_a_block() -> None:
 
 
 def test_much_that_is_lost_blocks() -> None:
-    judged = gate(behaviour(ended=lost(200, 80)), "Answers that do not end")
+    judged = gate(behaviour(ended=lost(200, 80)), "More answers that do not end")
     assert judged.verdict is Verdict.BLOCK
     assert judged.lower is not None and judged.lower > judged.limit
     translated = paired([0.5 + i / 1000 for i in range(60)], [0.3 + i / 990 for i in range(60)])
@@ -186,21 +186,21 @@ def test_much_that_is_lost_blocks() -> None:
 
 
 def test_verdicts_between() -> None:
-    assert gate(behaviour(), "Answers that end in a loop").verdict is Verdict.PASS
+    assert gate(behaviour(), "More answers that end in a loop").verdict is Verdict.PASS
     # Nothing lost, of too few.
-    assert gate(behaviour(loops=lost(10, 0)), "Answers that end in a loop").verdict is Verdict.INCONCLUSIVE
+    assert gate(behaviour(loops=lost(10, 0)), "More answers that end in a loop").verdict is Verdict.INCONCLUSIVE
     # The value is above the limit, and not surely.
-    assert gate(behaviour(loops=lost(30, 4)), "Answers that end in a loop").verdict is Verdict.INCONCLUSIVE
+    assert gate(behaviour(loops=lost(30, 4)), "More answers that end in a loop").verdict is Verdict.INCONCLUSIVE
     # Surely above three quarters of the limit, and surely below it.
-    assert gate(behaviour(loops=lost(6000, 528)), "Answers that end in a loop").verdict is Verdict.WARN
+    assert gate(behaviour(loops=lost(6000, 528)), "More answers that end in a loop").verdict is Verdict.WARN
     # Something gained is no loss.
-    assert gate(behaviour(loops=lost(200, 0, 100)), "Answers that end in a loop").verdict is Verdict.PASS
+    assert gate(behaviour(loops=lost(200, 0, 100)), "More answers that end in a loop").verdict is Verdict.PASS
 
 
 @pytest.mark.parametrize(("tasks", "count"), list(itertools.product([1, 3, 10, 40, 150], [0, 1, 3, 10, 40])))
 def test_the_verdict_never_contradicts_the_bounds(tasks: int, count: int) -> None:
     if count <= tasks:
-        judged = gate(behaviour(ended=lost(tasks, count)), "Answers that do not end")
+        judged = gate(behaviour(ended=lost(tasks, count)), "More answers that do not end")
         assert judged.lower is not None and judged.upper is not None
         assert judged.verdict is not Verdict.BLOCK or judged.lower > judged.limit
         assert (judged.verdict in (Verdict.PASS, Verdict.WARN)) == (judged.upper <= judged.limit)
@@ -215,5 +215,5 @@ def test_how_many_tasks_would_decide() -> None:
     some = first(behaviour(tasks=(group.model_copy(update={"change": lost(50, 1)}),)), "Score lost")
     quantiles = stats.t.ppf(0.95, 130) + stats.t.ppf(0.8, 130)
     assert some.needed == pytest.approx((0.02 * math.sqrt(50) / 0.03 * quantiles) ** 2, rel=0.05)
-    sure = gate(behaviour(), "Answers that end in a loop")
+    sure = gate(behaviour(), "More answers that end in a loop")
     assert sure.verdict is Verdict.PASS and sure.documents_needed is None

@@ -42,6 +42,15 @@ def test_good_files(tmp_path: Path) -> None:
     assert [t.answer for t in tasks[2:]] == [0, 1]
 
 
+def test_the_examples_of_the_readme(tmp_path: Path) -> None:
+    readme = Path(__file__).parents[3] / "README.md"
+    section = readme.read_text(encoding="utf-8").split("## Your own tasks")[1]
+    tasks = read_tasks([write(tmp_path / "tasks.jsonl", section.split("```")[1].strip())])
+    assert {task.metric for task in tasks} == {"exact", "choice", "regex", "chrf"}
+    assert score(tasks[0], " Tokyo, of course") == 1 and score(tasks[0], " Kyoto") == 0
+    assert tasks[3].id == "fr-7"
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

@@ -15,12 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import glmexport.compile
-import glmexport.likelihood
+import glmexport.lm_eval.likelihood
 from glmexport.architecture import Reference
 from glmexport.bundle import read_manifest
 from glmexport.errors import InputError
 from glmexport.job import Original
-from glmexport.likelihood import (
+from glmexport.lm_eval.likelihood import (
     Likelihood,
     Request,
     bundle_likelihoods,
@@ -101,8 +101,8 @@ def test_bundle_and_checkpoint_are_as_the_softmax_written_out(
     close(bundle_likelihoods(session, requests, Silent()), expected)
     close(checkpoint_likelihoods(reference, requests, tmp_path, Silent()), expected)
     # In parts that are smaller than a text, and rows of several texts in pieces.
-    monkeypatch.setattr(glmexport.likelihood, "TOKENS", 20)
-    monkeypatch.setattr(glmexport.likelihood, "_ROWS", 3)
+    monkeypatch.setattr(glmexport.lm_eval.likelihood, "TOKENS", 20)
+    monkeypatch.setattr(glmexport.lm_eval.likelihood, "_ROWS", 3)
     close(checkpoint_likelihoods(reference, requests, tmp_path, Silent()), expected)
     assert not list(tmp_path.iterdir())
 

@@ -13,7 +13,7 @@ import torch
 from glmexport.architecture import Reference
 from glmexport.checkpoint import Checkpoint, Tokenizer
 from glmexport.errors import InputError
-from glmexport.likelihood import TOKENS, portions
+from glmexport.lm_eval.likelihood import TOKENS, portions
 from glmexport.progress import Progress
 from glmexport.validation.behaviour.original import verified_answers
 

@@ -12,9 +12,12 @@ from builds import THREADS, build, small_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 
-import glmexport.answering
 import glmexport.compile
-from glmexport.answering import (
+import glmexport.lm_eval.answering
+from glmexport.architecture import Reference
+from glmexport.errors import InputError
+from glmexport.job import Original
+from glmexport.lm_eval.answering import (
     Ending,
     Prompt,
     Reading,
@@ -24,9 +27,6 @@ from glmexport.answering import (
     verified_texts,
     whole_stream,
 )
-from glmexport.architecture import Reference
-from glmexport.errors import InputError
-from glmexport.job import Original
 from glmexport.progress import Silent
 from glmexport.validation.generation import GenerationSession
 
@@ -117,7 +117,7 @@ def test_bundle_and_checkpoint_answer_as_token_by_token(
     for drafts in (None, session.stream, wrong):
         assert verified_texts(reference, tokenizer, prompts, tmp_path, Silent(), drafts) == expected
     # In several portions.
-    monkeypatch.setattr(glmexport.answering, "TOKENS", 60)
+    monkeypatch.setattr(glmexport.lm_eval.answering, "TOKENS", 60)
     assert verified_texts(reference, tokenizer, prompts, tmp_path, Silent(), session.stream) == expected
 
 
@@ -230,5 +230,5 @@ def test_what_fits_in_memory(original: Original, monkeypatch: pytest.MonkeyPatch
     class Full:
         available = 1 << 20
 
-    monkeypatch.setattr(glmexport.answering.psutil, "virtual_memory", Full)
+    monkeypatch.setattr(glmexport.lm_eval.answering.psutil, "virtual_memory", Full)
     assert not fits_in_memory(original.checkpoint)

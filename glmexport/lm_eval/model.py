@@ -1,0 +1,130 @@
+"""The model ``glmexport`` of EleutherAI's lm-evaluation-harness: a bundle, or a checkpoint in its own precision."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lm_eval.api.model import LM
+
+from glmexport.cli.console import Terminal
+from glmexport.errors import InputError
+from glmexport.lm_eval.answering import Ending, Prompt
+from glmexport.lm_eval.likelihood import Request, fitted, windows
+from glmexport.lm_eval.subject import Settings
+
+NAME = "glmexport"
+
+Conversation = Sequence[Mapping[str, str]]
+
+
+class Model(LM):  # type: ignore[misc]
+    """Likelihoods and greedy answers for lm-eval.
+
+    Every text begins with what the model's texts begin with (``[gMASK]<sop>``), be it cut or not. Contexts that are
+    too long are cut from the left, as lm-eval's own models do, and their number is told.
+    """
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__()
+        self._progress = Terminal()
+        self._settings = Settings.of(arguments)
+        self._subject = self._settings.open(self._progress)
+        self._tokenizer = self._subject.tokenizer
+        self._prefix = tuple(self._tokenizer.prefix or [0])
+
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Of every (context, continuation): nats, and whether greedy decoding would have given it."""
+        asked = [self._request(*request.args) for request in requests]
+        window = self._subject.context_length
+        fitting = [fitted(request, self._prefix, window) for request in asked]
+        self._tell_cut(sum(a is not b for a, b in zip(asked, fitting, strict=True)))
+        found = [(each.log_p, each.greedy) for each in self._subject.likelihoods(fitting)]
+        for request, answer in zip(requests, found, strict=True):
+            self.cache_hook.add_partial("loglikelihood", request.args, answer)
+        return found
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """Of every text, nats, in windows where it is too long."""
+        window, prefix = self._subject.context_length, self._prefix
+        tokens = [self._encoded(*request.args)[len(prefix) :] for request in requests]
+        texts = [list(windows(text, prefix, window)) for text in tokens]
+        found = iter(self._subject.likelihoods([part for parts in texts for part in parts]))
+        sums = [sum((next(found).log_p for _ in parts), 0.0) for parts in texts]
+        for request, answer in zip(requests, sums, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, answer)
+        return sums
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """The greedy answer to every (context, settings).
+
+        Raises:
+            InputError: the settings ask for another answer than that.
+        """
+        asked = [
+            Prompt(self._encoded(context), Ending.of(settings, self._settings.max_gen_toks))
+            for context, settings in (request.args for request in requests)
+        ]
+        fitting = [prompt.fitted(self._prefix, self._subject.context_length) for prompt in asked]
+        self._tell_cut(sum(a is not b for a, b in zip(asked, fitting, strict=True)))
+        found = self._subject.answers(fitting)
+        for request, answer in zip(requests, found, strict=True):
+            self.cache_hook.add_partial("generate_until", request.args, answer)
+        return found
+
+    def apply_chat_template(self, chat_history: Conversation, add_generation_prompt: bool = True) -> str:
+        """The conversation as the checkpoint's template writes it; without a prompt to answer its last turn is open.
+
+        Raises:
+            CheckpointError: there is no template, or it refuses.
+        """
+        text = self._tokenizer.render(chat_history, add_generation_prompt=add_generation_prompt)
+        if add_generation_prompt:
+            return text
+        last = chat_history[-1]["content"].strip()
+        if last not in text:
+            raise InputError(
+                "The chat template does not show the last message as it is.",
+                next_step="Run the task without a prefix of the answer (gen_prefix).",
+            )
+        return text[: text.rindex(last) + len(last)]
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """Source of the template, for lm-eval's records; None if none is to be used.
+
+        Raises:
+            InputError: one is asked for by name.
+        """
+        if isinstance(chat_template, str):
+            raise InputError(
+                f"The chat template {chat_template!r} cannot be chosen.",
+                next_step="Give --apply_chat_template without a name.",
+            )
+        return self._tokenizer.chat_template if chat_template else None
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Another for every tokenizer and template, so that lm-eval keeps their requests apart."""
+        digest = hashlib.sha256()
+        for path in self._tokenizer.files:
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+        return f"{NAME}-{digest.hexdigest()[:16]}"
+
+    def get_model_info(self) -> dict[str, str]:
+        """What was asked, for lm-eval's records."""
+        return {"model_digest": self._subject.digest}
+
+    def _request(self, context: str, continuation: str) -> Request:
+        """Encoded together and parted behind the context; white space at its end belongs to the continuation."""
+        before, whole = self._encoded(context.rstrip()), self._encoded(context + continuation)
+        return Request(before, whole[len(before) :])
+
+    def _encoded(self, text: str) -> tuple[int, ...]:
+        """With the prefix, unless it is written out, as a chat template does."""
+        ids = self._tokenizer.encode(text)
+        return tuple(ids) if tuple(ids[: len(self._prefix)]) == self._prefix else (*self._prefix, *ids)
+
+    def _tell_cut(self, count: int) -> None:
+        if count:
+            self._progress.remark(f"{count} contexts were cut from the left, behind {len(self._prefix)} tokens.")

@@ -1,0 +1,86 @@
+"""What became of a bundle between two reports: the record that ``compare`` fills in."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from glmexport.validation.results import Count, Number, Record, Verdict
+
+Outcome = Literal["no worse", "worse", "undecided"]
+
+
+class Side(Record):
+    """One of the two reports."""
+
+    bundle: str
+    bundle_digest: str
+    verdict: Verdict
+
+
+class Differing(Record):
+    """Something beside the measurements that is not the same in both."""
+
+    name: str
+    old: str
+    new: str
+
+
+class Change(Record):
+    """One figure in both reports."""
+
+    kind: Literal["fidelity", "speed", "size"]
+    name: str
+    language: str | None
+    """BCP-47 tag, "all" for every language together; none for what has no language."""
+    unit: str
+    old: Number
+    new: Number
+    scale: Literal["difference", "ratio"]
+    change: Number
+    """New less old, in ``unit``, or new over old: see ``scale``."""
+    lower: Number | None
+    """On the scale of ``change``. The true one is below ``lower`` or above ``upper`` in one case of
+    1 / (1 - confidence), the samples of both taken as independent; none for what is counted, or has no bounds."""
+    upper: Number | None
+    p_value: Number | None
+    """Chance of a change this large in either direction if there were none; 1 for one that is no larger than what the
+    original differs from itself; none if it was not tested."""
+    significant: bool
+    """Tested and found, corrected for the number of tests (Holm)."""
+    worse: bool
+    """In the unfavourable direction, however small."""
+    undecided: bool = False
+    """Not significant, but a worsening as large as all that the policy allows cannot be excluded."""
+    decides: bool
+    """Whether a significant worsening makes the comparison worse."""
+
+
+class GateChange(Record):
+    """A gate whose gravest verdict over the languages is another."""
+
+    name: str
+    old: Verdict | None
+    """None where it was not applied."""
+    new: Verdict | None
+    languages: tuple[str, ...]
+    """BCP-47 tags where it is ``new`` now; empty for a gate without languages."""
+
+
+class Comparison(Record):
+    """Two reports, figure by figure."""
+
+    schema_version: Literal[1] = 1
+    outcome: Outcome
+    reasons: tuple[str, ...]
+    """Why, in words; empty for "no worse"."""
+    old: Side
+    new: Side
+    differing: tuple[Differing, ...]
+    changes: tuple[Change, ...]
+    """Every figure that both have, changed or not."""
+    gates: tuple[GateChange, ...]
+    tests: Count
+    confidence: Number
+    """Of the intervals; 1 less it is the chance of a single wrong significant change among all tests."""
+    remarks: tuple[str, ...]
+    """What was not compared, or how far the comparison goes; one sentence or two each."""

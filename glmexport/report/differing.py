@@ -1,0 +1,76 @@
+"""What two reports differ in beside bundle and measurements: original, recipe, text, policy, machine, versions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from glmexport.report.comparison import Differing
+from glmexport.report.document import Report
+
+_NONE = "none"
+
+
+def differing(old: Report, new: Report) -> tuple[Differing, ...]:
+    """Every fact that is not the same, in the order in which a reader asks for it."""
+    before, after = dict(_facts(old)), dict(_facts(new))
+    names = dict.fromkeys((*before, *after))
+    return tuple(
+        Differing(name=name, old=before.get(name, _NONE), new=after.get(name, _NONE))
+        for name in names
+        if before.get(name) != after.get(name)
+    )
+
+
+def same_text(old: Report, new: Report) -> bool:
+    """Whether the same documents were asked about, as the same token ids."""
+    return old.fidelity.text_digest == new.fidelity.text_digest
+
+
+def same_run(old: Report, new: Report) -> bool:
+    """Whether speeds are of the same work."""
+    return _work(old) == _work(new)
+
+
+def same_conditions(old: Report, new: Report) -> bool:
+    """Whether speeds are of the same kind of machine, as far as reports tell."""
+    return _place(old) == _place(new)
+
+
+def _work(report: Report) -> tuple[int, int]:
+    return report.performance.prompt_tokens, report.performance.generated_tokens
+
+
+def _place(report: Report) -> tuple[str, int, int]:
+    return report.machine.processor, report.machine.cores, report.performance.bundle.threads
+
+
+def _facts(report: Report) -> Iterator[tuple[str, str]]:
+    subject, fidelity, machine = report.subject, report.fidelity, report.machine
+    yield "original", subject.checkpoint
+    yield "original digest", subject.checkpoint_digest
+    yield "family", subject.family
+    yield "adapter", subject.adapter or _NONE
+    yield "adapter digest", subject.adapter_digest or _NONE
+    yield "recipe", subject.recipe
+    yield "target", subject.target
+    yield "arithmetic", fidelity.arithmetic
+    yield "calibration digest", report.calibration.digest if report.calibration else _NONE
+    documents = sum(row.documents for row in fidelity.languages)
+    positions = sum(row.positions for row in fidelity.languages)
+    yield (
+        "evaluation text",
+        f"{positions} positions, {documents} documents, {len(fidelity.languages)} languages ({fidelity.text_digest})",
+    )
+    yield "original's answers", f"captured, top {fidelity.capture.top_k}" if fidelity.capture else "all"
+    yield "policy", report.policy.source
+    yield "limits", report.policy.gates.model_dump_json(exclude_defaults=True)
+    yield "machine", f"{machine.processor}, {machine.cores} cores, {machine.memory_bytes} bytes"
+    yield "system", machine.system
+    yield "instruction sets", ", ".join(machine.instruction_sets)
+    yield "threads", str(report.performance.bundle.threads)
+    yield "speed measured with", "{} prompt and {} generated tokens".format(*_work(report))
+    yield "runtime", report.performance.bundle.runtime
+    yield "glmexport", report.glmexport_version
+    for name, version in report.versions.items():
+        if name != "glmexport":
+            yield name, version

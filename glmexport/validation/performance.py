@@ -1,0 +1,141 @@
+"""Time to first token, rates, memory, energy and placement of a bundle, in turns with the original where that fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import psutil
+
+from glmexport.bundle import Manifest
+from glmexport.checkpoint import Checkpoint
+from glmexport.progress import Progress
+from glmexport.validation import bootstrap
+from glmexport.validation.machine import memory_bandwidth
+from glmexport.validation.placement import placement
+from glmexport.validation.results import Figure, Interval, Performance, Speed, SpeedRatios
+from glmexport.validation.runtimes import Round, RuntimeName, RuntimeRequest
+from glmexport.validation.speed import Turns, take_turns
+
+#: Of the free memory that models may take.
+_SHARE = 0.8
+
+
+def measure_performance(
+    directory: Path,
+    manifest: Manifest,
+    checkpoint: Checkpoint | None,
+    prompt: Sequence[int],
+    *,
+    generated_tokens: int,
+    seconds: float,
+    confidence: float,
+    threads: int,
+    progress: Progress,
+) -> Performance:
+    """Measure the bundle in ``directory``, and the original if it is at hand and this machine holds both.
+
+    Args:
+        directory: the bundle.
+        manifest: its manifest.
+        checkpoint: the original; None where it was captured elsewhere.
+        prompt: token ids.
+        generated_tokens: after it, at least 2.
+        seconds: of rounds; see ``take_turns``.
+        confidence: of each bound by itself.
+        threads: of either.
+        progress: who watches.
+
+    Raises:
+        MachineError: a process failed, for example for lack of memory.
+    """
+    bandwidth = memory_bandwidth(threads)
+    absent = _absent(manifest, checkpoint)
+
+    def request(runtime: RuntimeName, where: Path) -> RuntimeRequest:
+        return RuntimeRequest(
+            runtime=runtime,
+            directory=str(where),
+            prompt=tuple(prompt),
+            generated_tokens=generated_tokens,
+            threads=threads,
+        )
+
+    requests = [request("onnxruntime-genai", directory)]
+    if not absent and checkpoint is not None:
+        # The directory is that of the base: transformers would need the whole model to merge an adapter, and a merged
+        # matrix has the same shape and so the same speed.
+        requests.append(request("transformers", checkpoint.path))
+    bundle, *others = take_turns(requests, seconds, progress)
+    original = others[0] if others else None
+    per_token = manifest.precision.bytes_per_decoded_token
+    return Performance(
+        prompt_tokens=len(prompt),
+        generated_tokens=generated_tokens,
+        rounds=len(bundle.rounds),
+        original=_speed(original, len(prompt), confidence) if original else None,
+        original_absent_because=absent,
+        bundle=_speed(bundle, len(prompt), confidence),
+        ratios=_ratios(bundle, original, len(prompt), confidence) if original else None,
+        placement=placement(bundle.nodes, manifest.target.provider.name),
+        memory_bandwidth_bytes_per_s=bandwidth,
+        bytes_read_per_token=per_token,
+        roofline_decode_tokens_per_s=bandwidth / per_token,
+    )
+
+
+def _absent(manifest: Manifest, checkpoint: Checkpoint | None) -> str | None:
+    """Why the original cannot be measured; None if it can."""
+    if checkpoint is None:
+        return "The original was captured elsewhere; it is not on this machine."
+    if checkpoint.quantized:
+        return "The original is a GPTQ checkpoint, whose speed is that of the kernels it would be loaded with."
+    original, bundle = manifest.source.parameters * 4, manifest.precision.weight_bytes
+    if original + bundle > psutil.virtual_memory().available * _SHARE:
+        return (
+            f"The original needs about {original / 2**30:.0f} GiB in fp32 beside the bundle, more than this machine "
+            "has free."
+        )
+    return None
+
+
+def _decode_rate(taken: Round) -> float:
+    return len(taken.steps_s) / sum(taken.steps_s)
+
+
+def _energy(taken: Round) -> float:
+    """J per token; of a machine that does not tell it, nobody asks."""
+    assert taken.decode_j is not None
+    return taken.decode_j / len(taken.steps_s)
+
+
+def _speed(turns: Turns, prompt: int, confidence: float) -> Speed:
+    def figure(of: Callable[[Round], float], *, more_is_better: bool = False) -> Figure:
+        return bootstrap.figure([of(taken) for taken in turns.rounds], confidence, more_is_better=more_is_better)
+
+    absent = turns.memory.energy_absent_because
+    return Speed(
+        runtime=turns.runtime,
+        threads=turns.threads,
+        load_s=bootstrap.figure([turns.load_s], confidence),
+        ttft_s=figure(lambda taken: taken.ttft_s),
+        prefill_tokens_per_s=figure(lambda taken: prompt / taken.ttft_s, more_is_better=True),
+        decode_tokens_per_s=figure(_decode_rate, more_is_better=True),
+        peak_memory_bytes=turns.memory.bytes,
+        peak_memory_source=turns.memory.source,
+        energy_j_per_token=None if absent else figure(_energy),
+        energy_absent_because=absent,
+    )
+
+
+def _ratios(bundle: Turns, original: Turns, prompt: int, confidence: float) -> SpeedRatios:
+    def ratio(of: Callable[[Round], float]) -> Interval:
+        ours, theirs = ([of(taken) for taken in turns.rounds] for turns in (bundle, original))
+        return bootstrap.ratio(ours, theirs, confidence)
+
+    return SpeedRatios(
+        ttft_s=ratio(lambda taken: taken.ttft_s),
+        prefill_tokens_per_s=ratio(lambda taken: prompt / taken.ttft_s),
+        decode_tokens_per_s=ratio(_decode_rate),
+        energy_j_per_token=None if bundle.memory.energy_absent_because else ratio(_energy),
+    )

@@ -1,0 +1,206 @@
+"""One runtime in a process of its own: it loads, warms up, and then generates each time it is told to.
+
+A process of its own, because peak memory is a property of a process and because two runtimes in one would share
+thread pools and caches. ``python -m glmexport.validation.runtimes REQUEST`` answers each line of its standard input
+(``generate``, ``memory``, ``place``) by one line of JSON, and ends with its input.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, Protocol, TextIO
+
+from glmexport.definition import Definition
+from glmexport.loop import LoopConfig, read_loop
+from glmexport.validation.energy import Rapl, open_rapl
+from glmexport.validation.machine import peak_memory_and_source
+from glmexport.validation.placement import Node, profile
+
+RuntimeName = Literal["onnxruntime-genai", "transformers"]
+
+
+class RuntimeRequest(Definition):
+    """What to load and to run. ``prompt`` are fixed token ids, the same for every runtime."""
+
+    runtime: RuntimeName
+    directory: str
+    prompt: tuple[int, ...]
+    generated_tokens: int
+    threads: int
+
+
+class Loaded(Definition):
+    """The first answer, after loading and one generation that nobody counts."""
+
+    runtime: str
+    load_s: float
+
+
+class Round(Definition):
+    """One generation."""
+
+    #: From the prompt's token ids to the first token.
+    ttft_s: float
+    #: Seconds of each further token.
+    steps_s: tuple[float, ...]
+    #: Of the further tokens; None where the machine does not tell.
+    decode_j: float | None
+
+
+class Memory(Definition):
+    """Peak memory so far, what told it, and why energy is not told if it is not."""
+
+    bytes: int
+    source: str
+    energy_absent_because: str | None
+
+
+class Nodes(Definition):
+    """Where the nodes of the graph ran."""
+
+    nodes: tuple[Node, ...]
+
+
+class _Runtime(Protocol):
+    name: str
+
+    def generate(self) -> Iterator[None]:
+        """Yields after each token; the first step is the prefill."""
+        ...
+
+
+class _Genai:
+    def __init__(self, request: RuntimeRequest) -> None:
+        import numpy as np
+        import onnxruntime_genai
+
+        config = onnxruntime_genai.Config(request.directory)
+        options = {"model": {"decoder": {"session_options": {"intra_op_num_threads": request.threads}}}}
+        config.overlay(json.dumps(options))
+        self.name = f"onnxruntime-genai {onnxruntime_genai.__version__}"
+        self._library = onnxruntime_genai
+        self._model = onnxruntime_genai.Model(config)
+        self._prompt = np.array([request.prompt], np.int32)
+        self._tokens = request.generated_tokens
+
+    def generate(self) -> Iterator[None]:
+        parameters = self._library.GeneratorParams(self._model)
+        total = self._prompt.shape[1] + self._tokens
+        # No end token ends it earlier.
+        parameters.set_search_options(max_length=total, min_length=total, do_sample=False)
+        generator = self._library.Generator(self._model, parameters)
+        generator.append_tokens(self._prompt)
+        for _ in range(self._tokens):
+            generator.generate_next_token()
+            yield
+
+
+class _Latents:
+    """A bundle whose caches onnxruntime-genai does not know, in its own loop."""
+
+    def __init__(self, request: RuntimeRequest, config: LoopConfig) -> None:
+        import onnxruntime
+
+        from glmexport.validation.latent_loop import LatentLoop
+
+        self.name = f"onnxruntime {onnxruntime.__version__} over latents"
+        self._loop = LatentLoop(Path(request.directory), config, request.threads)
+        self._prompt = request.prompt
+        self._tokens = request.generated_tokens
+
+    def generate(self) -> Iterator[None]:
+        for _ in islice(self._loop.start([self._prompt]), self._tokens):
+            yield
+
+
+class _Transformers:
+    def __init__(self, request: RuntimeRequest) -> None:
+        import torch
+        import transformers
+
+        torch.set_num_threads(request.threads)
+        transformers.utils.logging.disable_progress_bar()
+        self.name = f"transformers {transformers.__version__}, fp32"
+        self._model = transformers.AutoModelForCausalLM.from_pretrained(
+            request.directory, dtype=torch.float32, trust_remote_code=False, local_files_only=True
+        ).eval()
+        self._prompt = torch.tensor([request.prompt])
+        self._tokens = request.generated_tokens
+
+    def generate(self) -> Iterator[None]:
+        import torch
+
+        ids, cache = self._prompt, None
+        for _ in range(self._tokens):
+            with torch.inference_mode():
+                output: Any = self._model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache = output.past_key_values
+            ids = output.logits[:, -1:].argmax(-1)
+            yield
+
+
+def _opened(request: RuntimeRequest) -> _Runtime:
+    if request.runtime == "transformers":
+        return _Transformers(request)
+    latents = read_loop(Path(request.directory))
+    return _Latents(request, latents) if latents else _Genai(request)
+
+
+def serve(request: RuntimeRequest, commands: TextIO, replies: TextIO) -> None:
+    """Answer ``commands`` until there are no more."""
+
+    def reply(answer: Definition) -> None:
+        replies.write(answer.model_dump_json() + "\n")
+        replies.flush()
+
+    started = time.perf_counter()
+    model = _opened(request)
+    load = time.perf_counter() - started
+    energy = open_rapl()
+    counters = energy if isinstance(energy, Rapl) else None
+    _time(model, counters)
+    reply(Loaded(runtime=model.name, load_s=load))
+    for command in commands:
+        match command.strip():
+            case "generate":
+                reply(_time(model, counters))
+            case "memory":
+                used, source = peak_memory_and_source()
+                reply(Memory(bytes=used, source=source, energy_absent_because=None if counters else str(energy)))
+            case "place":
+                # Not two models in memory at a time; nothing can be generated after this.
+                del model
+                gc.collect()
+                reply(Nodes(nodes=profile(Path(request.directory), request.prompt, request.threads)))
+            case other:
+                raise ValueError(f"no such command: {other!r}")
+
+
+def _time(runtime: _Runtime, energy: Rapl | None) -> Round:
+    started = time.perf_counter()
+    steps = runtime.generate()
+    next(steps)
+    first = time.perf_counter() - started
+    before = energy.read() if energy else ()
+    last = time.perf_counter()
+    times = []
+    for _ in steps:
+        now = time.perf_counter()
+        times.append(now - last)
+        last = now
+    joules = energy.joules(before, energy.read()) if energy else None
+    return Round(ttft_s=first, steps_s=tuple(times), decode_j=joules)
+
+
+if __name__ == "__main__":
+    # What libraries print must not come between the answers.
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    serve(RuntimeRequest.model_validate_json(sys.argv[1]), sys.stdin, answers)
