@@ -1,10 +1,11 @@
 """Peak resident memory of a build: it must not grow with the number of layers, and a 32B block must fit 8 GiB.
 
-    python -m benchmarks.memory [layers] [block-32b] [--output FILE]
+    python -m benchmarks.memory [layers] [block-32b] [experts] [--output FILE]
 
 ``layers`` quantizes and writes synthetic checkpoints of one width with 8 and 32 layers and compares the peaks.
 ``block-32b`` does the same with one decoder block of the dense 32B shape (hidden 6144, ffn 23040, 48 heads / 8 KV)
-under --max-memory 8GiB. Each runs in a process of its own, whose peak is what the kernel recorded (VmHWM).
+under --max-memory 8GiB. ``experts`` compares one layer of 8 experts with one of 32, of 2,048 x 1,024.
+Each runs in a process of its own, whose peak is what the kernel recorded (VmHWM).
 """
 
 from __future__ import annotations
@@ -38,6 +39,21 @@ DENSE_32B = {
     "num_key_value_heads": 8,
     "head_dim": 128,
     "num_hidden_layers": 1,
+    "vocab_size": 8192,
+    "max_position_embeddings": 2048,
+}
+MIXTURE = {
+    "model_type": "glm4_moe",
+    "hidden_size": 2048,
+    "intermediate_size": 2048,
+    # Of 6 M weights each: were they kept in fp32, 24 more would add 600 MB.
+    "moe_intermediate_size": 1024,
+    "num_experts_per_tok": 4,
+    "first_k_dense_replace": 1,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_hidden_layers": 2,
     "vocab_size": 8192,
     "max_position_embeddings": 2048,
 }
@@ -78,7 +94,7 @@ def child(checkpoint: Path, tokens: int, threads: int, limit: int) -> None:
     write_bundle(
         checkpoint.parent / f"{checkpoint.name}-bundle",
         original.architecture,
-        Weights(walk.checkpoint, original.architecture, work, walk.steps),
+        Weights(walk.checkpoint, original.architecture, work, walk.parts),
         reference.rotary_tables(original.architecture.context_length),
         recipe=recipe,
         target=open_target(HOST),
@@ -145,6 +161,14 @@ def main() -> None:
             f"dense 32B block: peak {run['peak_bytes'] / GIB:.2f} GiB (planned {run['planned_bytes'] / GIB:.2f}, "
             f"at most 8), {run['quantize_seconds']:.0f} s with {run['calibration_tokens']} tokens"
         )
+    if "experts" in options.parts:
+        runs = [measured(MIXTURE | {"n_routed_experts": count}, 4096, options.threads, 16 * GIB) for count in (8, 32)]
+        growth = runs[1]["peak_bytes_after_writing"] / runs[0]["peak_bytes_after_writing"] - 1
+        document["experts"] = {"runs": runs, "growth": growth}
+        for run in runs:
+            count, peak = run["config"]["n_routed_experts"], run["peak_bytes_after_writing"] / GIB
+            print(f"{count:3} experts: peak {peak:.3f} GiB (planned {run['planned_bytes'] / GIB:.2f})")
+        print(f"32 experts against 8: {growth:+.1%}")
     if options.output:
         options.output.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 

@@ -14,7 +14,7 @@ from glmexport.demo import demo_checkpoint
 
 
 def write_synthetic(directory: Path, config: dict[str, Any], seed: int = 0) -> None:
-    """A ``glm4`` checkpoint of the sizes in ``config``, one shard a layer, with the demo's tokenizer."""
+    """A ``glm4`` checkpoint, or ``glm4_moe`` if ``config`` says so, one shard a layer, with the demo's tokenizer."""
     directory.mkdir(parents=True)
     for file in demo_checkpoint().iterdir():
         if file.name not in ("config.json", "model.safetensors", "README.md"):
@@ -55,15 +55,35 @@ def _layer(config: dict[str, Any], index: int) -> dict[str, tuple[int, ...]]:
         "self_attn.k_proj.weight": (kv_heads, hidden),
         "self_attn.v_proj.weight": (kv_heads, hidden),
         "self_attn.o_proj.weight": (hidden, heads),
-        "mlp.gate_up_proj.weight": (2 * inner, hidden),
-        "mlp.down_proj.weight": (hidden, inner),
+        **_mlp("mlp", hidden, inner),
     }
+    mixture = config["model_type"] == "glm4_moe"
+    if mixture and index >= config["first_k_dense_replace"]:
+        shapes = {name: shape for name, shape in shapes.items() if not name.startswith("mlp.")}
+        shapes |= _experts(hidden, config["moe_intermediate_size"], config["n_routed_experts"])
     if config["attention_bias"]:
         shapes |= {
             "self_attn.q_proj.bias": (heads,),
             "self_attn.k_proj.bias": (kv_heads,),
             "self_attn.v_proj.bias": (kv_heads,),
         }
-    norms = ("input_layernorm", "post_attention_layernorm", "post_self_attn_layernorm", "post_mlp_layernorm")
+    norms = ["input_layernorm", "post_attention_layernorm"]
+    if not mixture:
+        norms += ["post_self_attn_layernorm", "post_mlp_layernorm"]
     shapes |= {f"{norm}.weight": (hidden,) for norm in norms}
     return {f"model.layers.{index}.{name}": shape for name, shape in shapes.items()}
+
+
+def _mlp(name: str, hidden: int, inner: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.gate_up_proj.weight": (2 * inner, hidden), f"{name}.down_proj.weight": (hidden, inner)}
+
+
+def _experts(hidden: int, inner: int, count: int) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {
+        "mlp.gate.weight": (count, hidden),
+        "mlp.gate.e_score_correction_bias": (count,),
+        **_mlp("mlp.shared_experts", hidden, inner),
+    }
+    for index in range(count):
+        shapes |= _mlp(f"mlp.experts.{index}", hidden, inner)
+    return shapes

@@ -94,7 +94,7 @@ def build(original: Original, jobs: Sequence[Job], options: BuildOptions, progre
         memory = plan_on(options.device, original.architecture, recipe, options.max_memory_bytes)
         documents = _calibration_documents(original, recipe, options)
         calibration = (
-            pack(documents, original.tokenizer, recipe.calibration, original.architecture.context_length)
+            pack(documents, original.tokenizer, recipe.calibration, _calibration_context(original))
             if recipe.calibration
             else None
         )
@@ -262,7 +262,7 @@ def _write(
     return write_bundle(
         directory,
         architecture,
-        Weights(walk.checkpoint, architecture, walk.work, walk.steps),
+        Weights(walk.checkpoint, architecture, walk.work, walk.parts),
         Reference(original.checkpoint, architecture).rotary_tables(architecture.context_length),
         recipe=job.recipe,
         target=job.target,
@@ -318,6 +318,12 @@ def _validated(
     )
     write_report(report, where)
     return report
+
+
+def _calibration_context(original: Original) -> int:
+    """Longest sequence on which every block can be computed by itself, without what others select."""
+    architecture = original.architecture
+    return min(architecture.context_length, architecture.attended_tokens or architecture.context_length)
 
 
 def _calibration_documents(original: Original, recipe: Recipe, options: BuildOptions) -> list[Document]:

@@ -41,7 +41,8 @@ def estimate(
     ``device_flops_per_s`` is the speed of what quantizes, if that is not what validates.
     """
     shapes = architecture.shapes()
-    bits = sum(stored_bits(shape, _form(architecture, recipe, key)) for key, shape in shapes.items())
+    forms = _forms(architecture, recipe)
+    bits = sum(stored_bits(shape, forms.get(key)) for key, shape in shapes.items())
     if recipe.budget:
         bits = total_bits(architecture, recipe.budget)
     return Estimate(
@@ -67,17 +68,27 @@ def measured_flops(device: torch.device = CPU) -> float:
     return 3 * 2 * size**3 / (time.perf_counter() - started)
 
 
-def _form(architecture: Architecture, recipe: Recipe, key: str) -> Format | None:
-    if key == architecture.embedding:
-        return recipe.embedding
-    if key == architecture.lm_head.weight:
-        return recipe.lm_head
-    return recipe.linears if any(linear.weight == key for _, linear in architecture.linears) else None
+def _forms(architecture: Architecture, recipe: Recipe) -> dict[str, Format | None]:
+    """Format of every matrix that can have one, by weight key."""
+    routed = architecture.routed
+    forms = {
+        linear.weight: recipe.linear(mixture=bool(routed), routed=linear.weight in routed)
+        for _, linear in architecture.linears
+    }
+    return forms | {architecture.lm_head.weight: recipe.lm_head, architecture.embedding: recipe.embedding}
+
+
+def _tokens_share(architecture: Architecture) -> dict[str, float]:
+    """Share of the tokens that pass each routed matrix, by weight key."""
+    return {key: layer.mlp.routed_share for layer in architecture.layers for key in layer.mlp.routed}
 
 
 def _forward_flops(architecture: Architecture) -> float:
     """Of one token."""
-    return 2.0 * sum(linear.out_features * linear.in_features for _, linear in architecture.linears)
+    share = _tokens_share(architecture)
+    return 2.0 * sum(
+        linear.out_features * linear.in_features * share.get(linear.weight, 1.0) for _, linear in architecture.linears
+    )
 
 
 def _flops(architecture: Architecture, recipe: Recipe) -> float:
@@ -93,8 +104,12 @@ def _flops(architecture: Architecture, recipe: Recipe) -> float:
         tokens = recipe.calibration.tokens
         streams = 2 if recipe.solver.asymmetric else 1
         total += streams * forward * tokens
-        taps = {(layer, linear.tap): linear.in_features for layer, linear in architecture.linears}
-        total += sum(2.0 * streams * tokens * size**2 + size**3 / 3 for size in taps.values())
+        share = _tokens_share(architecture)
+        taps = {
+            (layer, linear.tap): (linear.in_features, share.get(linear.weight, 1.0))
+            for layer, linear in architecture.linears
+        }
+        total += sum(2.0 * streams * tokens * part * size**2 + size**3 / 3 for size, part in taps.values())
         # Sweep (half a product), three projections for the errors, each round's projection, and the correction.
         products = 3.5 + recipe.solver.polish_rounds + (streams - 1)
         total += sum(products * 2.0 * rows * columns**2 for rows, columns in weights)

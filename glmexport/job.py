@@ -33,8 +33,7 @@ class Original:
         """Open and check, with the adapter that is merged into it, if any; no weight is read."""
         checkpoint = Checkpoint.open(source, progress, adapter)
         architecture = describe(checkpoint)
-        if checkpoint.quantized:
-            checkpoint = checkpoint.stacked(architecture.stacks())
+        checkpoint = architecture.presented(checkpoint)
         unused = dict(architecture.account(checkpoint))
         tokenizer = Tokenizer.open(checkpoint.path)
         if tokenizer.vocabulary_size > architecture.vocabulary_size:
@@ -157,17 +156,33 @@ def formats_of(original: Original) -> str:
 
 
 def refuse_formats(original: Original, job: Job) -> None:
-    """Every format of the recipe must be one of the target's, and an embedding's rows must be whole groups."""
+    """Every format of the recipe must be one of the target's, and an embedding's rows must be whole groups.
+
+    Raises:
+        InputError: one is not, they are not, or the target cannot hold the caches of the family.
+    """
     recipe, offered = job.recipe, job.target.weights
+    if original.architecture.attended_tokens and not job.target.graph.latent_cache:
+        raise InputError(
+            f"{original.architecture.family} selects what it attends to by a cache of its own, and the target "
+            f"{job.target.name} has keys and values of heads only.",
+            next_step="Take a target with graph.latent_cache = true.",
+        )
     candidates = recipe.budget.candidates if recipe.budget else ()
     stored = (form.exact for form in original.checkpoint.quantized.values())
-    for form in filter(None, (recipe.linears, recipe.lm_head, recipe.embedding, *candidates, *stored)):
+    shared = recipe.linear(mixture=True, routed=False) if original.architecture.routed else None
+    for form in filter(None, (recipe.linears, shared, recipe.lm_head, recipe.embedding, *candidates, *stored)):
         if form.bits not in offered.bits or form.group_size not in offered.group_sizes:
             raise InputError(
                 f"The recipe {recipe.name} uses {form.label}, for which the target {job.target.name} has no kernels.",
                 next_step=f"Take a recipe of {_alternatives(offered.bits)} bits in groups of "
                 f"{_alternatives(offered.group_sizes)}.",
             )
+    if recipe.budget and original.architecture.routed:
+        raise InputError(
+            f"{original.checkpoint.name} is a mixture of experts, and a budget tries every matrix in every format.",
+            next_step="Leave --size and --bpw out; [shared] and [linears] of the recipe set the formats.",
+        )
     if recipe.budget:
         require_fit(original.architecture, recipe)
     size = original.architecture.hidden_size
@@ -205,9 +220,11 @@ def require_space(original: Original, recipe: Recipe, parent: Path) -> None:
     """
     architecture = original.architecture
     tokens = recipe.calibration.tokens if recipe.calibration else 0
-    # Both streams, before a block, between its branches and behind it; and what one of its linears reads.
+    # Both streams, before a block, between its branches and behind it, and what experts add to them; and what one of
+    # its linears reads.
     widest = max(linear.in_features for _, linear in architecture.linears)
-    streams = tokens * (7 * architecture.hidden_size + widest) * 4
+    kept = 9 if architecture.routed else 7
+    streams = tokens * (kept * architecture.hidden_size + widest) * 4
     activations = max(streams, probe_bytes(architecture, recipe))
     needed = 2 * estimate(architecture, recipe, 1.0, None).bundle_bytes + activations
     require_free(parent, needed, "The build")

@@ -111,6 +111,9 @@ class Recipe(Definition):
     name: str
     summary: str
     linears: Format | None = None
+    #: In mixtures of experts, of what every token passes: attention, shared experts, dense layers. By default 8 bits in
+    #: the groups of ``linears``: little of the whole, and part of every answer.
+    shared: Format | None = None
     lm_head: Format | None = None
     embedding: Format | None = None
     solver: Solver = Solver()
@@ -127,6 +130,17 @@ class Recipe(Definition):
         if self.budget is not None and not (self.needs_calibration and self.linears):
             raise ValueError("[budget] needs solver.method gptq and a format of the linears")
         return self
+
+    def linear(self, *, mixture: bool, routed: bool) -> Format | None:
+        """Format of a linear of the blocks, in a mixture of experts or not, that only some tokens pass or all."""
+        if self.linears is None or not mixture or routed:
+            return self.linears
+        return self.shared or self.linears.model_copy(update={"bits": 8})
+
+    @property
+    def quantizes_linears(self) -> bool:
+        """Whether any linear of the blocks is quantized, or kept as it is stored quantized."""
+        return self.linears is not None or self.keeps_stored
 
     @property
     def keeps_stored(self) -> bool:

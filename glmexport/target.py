@@ -43,6 +43,9 @@ class GraphLimits(Definition):
     activations: Literal["float32"] = "float32"
     #: Query, key and value projections as one matrix product.
     packed_qkv: bool
+    #: Latent attention caches one latent a token and layer, which a loop of ours decodes with; otherwise the keys and
+    #: values of every head, which onnxruntime-genai decodes with.
+    latent_cache: bool = False
 
 
 class WeightFormats(Definition):

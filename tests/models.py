@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -41,6 +41,19 @@ def write_tokenizer(directory: Path) -> int:
     return tokenizer.get_vocab_size()
 
 
+#: What families with latent attention are given in place of heads of one size.
+LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+    "q_lora_rank": 48,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 24,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+}
+FAMILY: dict[str, dict[str, Any]] = {"glm4_moe_lite": LATENT, "glm_moe_dsa": LATENT}
+
+
 def write_checkpoint(directory: Path, model_type: str = "glm4", seed: int = 0, **changes: Any) -> Any:
     """A checkpoint of ``model_type`` with random bf16 weights; returns the transformers model in fp32."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -58,7 +71,10 @@ def write_checkpoint(directory: Path, model_type: str = "glm4", seed: int = 0, *
         "pad_token_id": vocabulary - len(SPECIAL),
         "eos_token_id": [vocabulary - len(SPECIAL), vocabulary - 3],
         "rms_norm_eps": 1e-5,
-    } | changes
+    }
+    settings |= FAMILY.get(model_type, {}) | changes
+    if model_type in FAMILY:
+        settings.setdefault("mlp_layer_types", ["dense"] * settings["num_hidden_layers"])
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings)).eval()
     with torch.no_grad():
@@ -67,9 +83,38 @@ def write_checkpoint(directory: Path, model_type: str = "glm4", seed: int = 0, *
             parameter.copy_((torch.randn_like(parameter) * spread + ("norm" in name)).bfloat16().float())
             if name.endswith("bias"):
                 parameter.copy_((torch.randn_like(parameter) * 0.3).bfloat16().float())
+            if name.endswith("gate.weight"):
+                # Router logits of order one, so that experts differ in how often they are chosen.
+                parameter.copy_((torch.randn_like(parameter) * 0.15).bfloat16().float())
     # Loaded anew in fp32: casting the model back would leave its rotary frequencies rounded to bf16.
     model.bfloat16().save_pretrained(directory)
+    _write_router_biases(directory, seed)
     return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval().requires_grad_(False)
+
+
+def _write_router_biases(directory: Path, seed: int) -> None:
+    """In fp32 and around 7, as published checkpoints have them: bf16 would make 8 of 238 values of a real one."""
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    biases = [key for key in sorted(tensors) if key.endswith("e_score_correction_bias")]
+    if biases:
+        generator = torch.Generator().manual_seed(seed)
+        for key in biases:
+            tensors[key] = 7 + 0.06 * torch.randn(len(tensors[key]), generator=generator)
+        save_file(tensors, path, {"format": "pt"})
+
+
+#: Sixteen experts in four groups behind one dense layer.
+MIXTURE: dict[str, Any] = {
+    "n_routed_experts": 16,
+    "num_experts_per_tok": 4,
+    "n_group": 4,
+    "topk_group": 2,
+    "moe_intermediate_size": 64,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.5,
+}
 
 
 def write_uneven(path: Path, family: str = "glm4", spread: float = 1.5, **changes: Any) -> Checkpoint:

@@ -22,7 +22,7 @@ STAGES = (
     "validation",
     "report",
 )
-SHARED = ("errors", "definition", "recipe", "target", "resources", "progress", "divergence", "languages")
+SHARED = ("errors", "definition", "loop", "recipe", "target", "resources", "progress", "divergence", "languages")
 #: May import anything: they run the stages.
 OUTSIDE = (
     "capture", "compile", "convert", "job", "device", "estimate", "generation", "lm_eval",

@@ -4,26 +4,33 @@ from glmexport.architecture.description import (
     Architecture,
     DecoderLayer,
     GatedMlp,
-    GroupedQueryAttention,
     Linear,
     Norm,
     Rotary,
     Unused,
 )
+from glmexport.architecture.experts import MixtureOfExperts, Router
+from glmexport.architecture.grouped import GroupedQueryAttention
+from glmexport.architecture.latent import Indexer, LatentAttention
 from glmexport.architecture.reference import Block, Reference
-from glmexport.architecture.registry import FAMILIES, describe
+from glmexport.architecture.registry import FAMILIES, UNFINISHED, describe
 
 __all__ = [
     "FAMILIES",
+    "UNFINISHED",
     "Architecture",
     "Block",
     "DecoderLayer",
     "GatedMlp",
     "GroupedQueryAttention",
+    "Indexer",
+    "LatentAttention",
     "Linear",
+    "MixtureOfExperts",
     "Norm",
     "Reference",
     "Rotary",
+    "Router",
     "Unused",
     "describe",
 ]

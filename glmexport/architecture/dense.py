@@ -8,12 +8,12 @@ from glmexport.architecture.description import (
     Architecture,
     DecoderLayer,
     GatedMlp,
-    GroupedQueryAttention,
     Linear,
     Norm,
     Rotary,
     Unused,
 )
+from glmexport.architecture.grouped import GroupedQueryAttention
 from glmexport.checkpoint import Checkpoint, ConfigReader
 from glmexport.errors import CheckpointError
 

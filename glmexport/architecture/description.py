@@ -6,13 +6,18 @@ with the other linears of its layer that read the same one, so that one Hessian 
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from glmexport.checkpoint import Checkpoint
 from glmexport.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from glmexport.architecture.experts import MixtureOfExperts
+    from glmexport.architecture.grouped import GroupedQueryAttention
+    from glmexport.architecture.latent import LatentAttention
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,8 @@ class Linear:
     bias: bool
     #: Name of the shared input, unique within the layer.
     tap: str
-    #: What the linear does, one word for reports and recipes: qkv, o, gate_up, down, lm_head.
+    #: What the linear does, one word for reports and recipes: qkv, q_a, kv_a, q_b, kv_b, o, gate_up, down, lm_head;
+    #: of a mixture of experts shared_gate_up, shared_down, expert_gate_up, expert_down.
     part: str
 
     @property
@@ -65,30 +71,6 @@ class Rotary:
 
 
 @dataclass(frozen=True)
-class GroupedQueryAttention:
-    """Causal softmax attention with ``heads`` query heads sharing ``kv_heads`` key and value heads."""
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-    rotary: Rotary
-    query: Linear
-    key: Linear
-    value: Linear
-    output: Linear
-
-    @property
-    def scale(self) -> float:
-        """Factor of the scores before the softmax."""
-        return 1 / math.sqrt(self.head_dim)
-
-    @property
-    def linears(self) -> tuple[Linear, ...]:
-        """In the order in which data passes them."""
-        return (self.query, self.key, self.value, self.output)
-
-
-@dataclass(frozen=True)
 class GatedMlp:
     """down(up * silu(gate)), with gate and up stacked along the rows of one matrix, gate first."""
 
@@ -101,6 +83,50 @@ class GatedMlp:
         """In the order in which data passes them."""
         return (self.gate_up, self.down)
 
+    @property
+    def output(self) -> Linear:
+        """The linear that ends it."""
+        return self.down
+
+    @property
+    def module(self) -> str:
+        """Key prefix of its linears."""
+        return self.down.key.rpartition(".")[0]
+
+    @property
+    def routed(self) -> frozenset[str]:
+        """Checkpoint keys of the matrices that only some tokens pass: none."""
+        return frozenset()
+
+    @property
+    def routed_share(self) -> float:
+        """Share of ``routed`` that one token passes."""
+        return 1.0
+
+    @property
+    def kept(self) -> dict[str, tuple[int, ...]]:
+        """Key and shape of the tensors that are neither linears nor norms: none."""
+        return {}
+
+    @property
+    def stacks(self) -> dict[str, tuple[str, str]]:
+        """Checkpoint key of the stacked matrix, and the keys of its halves in checkpoints that hold them apart."""
+        parent = self.gate_up.key.rpartition(".")[0]
+        return {self.gate_up.weight: (f"{parent}.gate_proj.weight", f"{parent}.up_proj.weight")}
+
+    @property
+    def pages(self) -> dict[str, tuple[str, int]]:
+        """Matrices that some checkpoints hold as one tensor: none."""
+        return {}
+
+    def writers(self, norm: Norm) -> dict[str, Writer]:
+        """By tap; ``norm`` is that of its input."""
+        return {
+            self.gate_up.tap: Writer(norm, range(self.gate_up.in_features)),
+            # The gate is behind a function that is not linear; up is not.
+            self.down.tap: Writer(self.gate_up, range(self.intermediate_size, 2 * self.intermediate_size)),
+        }
+
 
 @dataclass(frozen=True)
 class ResidualBranch:
@@ -110,25 +136,25 @@ class ResidualBranch:
     """
 
     input_norm: Norm
-    output: Linear
+    #: Key prefix of the branch's linears.
+    module: str
+    #: The linear that ends it; None where experts do.
+    output: Linear | None
     output_norm: Norm | None
-
-    @property
-    def module(self) -> str:
-        """Key prefix of the branch's linears."""
-        return self.output.key.rpartition(".")[0]
 
 
 @dataclass(frozen=True)
 class Writer:
     """What computes the input of a tap, channel by channel: channel c is element or row ``rows[c]`` of ``source``.
 
-    The tap's linears read nothing else and nothing else reads it, so that scaling a row and unscaling the columns that
-    read it changes nothing.
+    The tap's linears read nothing else and nothing but them and ``also_read_by`` reads it, so that scaling a row and
+    unscaling the columns that read it changes nothing.
     """
 
     source: Norm | Linear
     rows: Sequence[int]
+    #: Linears that are not quantized.
+    also_read_by: tuple[Linear, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -138,10 +164,10 @@ class DecoderLayer:
     index: int
     prefix: str
     attention_norm: Norm
-    attention: GroupedQueryAttention
+    attention: GroupedQueryAttention | LatentAttention
     attention_output_norm: Norm | None
     mlp_norm: Norm
-    mlp: GatedMlp
+    mlp: GatedMlp | MixtureOfExperts
     mlp_output_norm: Norm | None
 
     @property
@@ -152,32 +178,26 @@ class DecoderLayer:
     @property
     def taps(self) -> dict[str, tuple[Linear, ...]]:
         """The linears that share each input, taps in the order in which data passes them."""
-        return {
-            tap: tuple(linear for linear in self.linears if linear.tap == tap)
-            for tap in dict.fromkeys(linear.tap for linear in self.linears)
-        }
+        taps: dict[str, tuple[Linear, ...]] = {}
+        for linear in self.linears:
+            taps[linear.tap] = (*taps.get(linear.tap, ()), linear)
+        return taps
 
     @property
     def branches(self) -> tuple[ResidualBranch, ResidualBranch]:
         """Attention and MLP, as additions to the residual stream."""
+        output, mlp = self.attention.output, self.mlp
         return (
-            ResidualBranch(self.attention_norm, self.attention.output, self.attention_output_norm),
-            ResidualBranch(self.mlp_norm, self.mlp.down, self.mlp_output_norm),
+            ResidualBranch(self.attention_norm, output.key.rpartition(".")[0], output, self.attention_output_norm),
+            ResidualBranch(self.mlp_norm, mlp.module, mlp.output, self.mlp_output_norm),
         )
 
     @property
     def writers(self) -> dict[str, Writer]:
         """By tap, where there is one."""
-        attention, mlp = self.attention, self.mlp
-        value, size, width = attention.value, attention.head_dim, mlp.intermediate_size
-        shared = attention.heads // attention.kv_heads
-        values = [head // shared * size + row for head in range(attention.heads) for row in range(size)]
         return {
-            value.tap: Writer(self.attention_norm, range(value.in_features)),
-            attention.output.tap: Writer(value, values),
-            mlp.gate_up.tap: Writer(self.mlp_norm, range(mlp.gate_up.in_features)),
-            # The gate is behind a function that is not linear; up is not.
-            mlp.down.tap: Writer(mlp.gate_up, range(width, 2 * width)),
+            **dict(self.attention.writers(self.attention_norm)),
+            **self.mlp.writers(self.mlp_norm),
         }
 
     def branch(self, tap: str) -> ResidualBranch:
@@ -188,8 +208,8 @@ class DecoderLayer:
     @property
     def norms(self) -> tuple[Norm, ...]:
         """Those that exist, in order."""
-        every = (self.attention_norm, self.attention_output_norm, self.mlp_norm, self.mlp_output_norm)
-        return tuple(norm for norm in every if norm is not None)
+        before = (self.attention_norm, *self.attention.norms, self.attention_output_norm)
+        return tuple(norm for norm in (*before, self.mlp_norm, self.mlp_output_norm) if norm is not None)
 
 
 @dataclass(frozen=True)
@@ -230,8 +250,19 @@ class Architecture:
 
     @property
     def kv_values_per_token(self) -> int:
-        """Cached numbers per token of context over all layers."""
-        return sum(2 * layer.attention.kv_heads * layer.attention.head_dim for layer in self.layers)
+        """Numbers per token of context over all layers, where keys and values of every head are cached."""
+        return sum(layer.attention.head_values for layer in self.layers)
+
+    @property
+    def latent_values_per_token(self) -> int | None:
+        """The same where latents are cached, with the keys of indexers; None: the attention has none."""
+        values = [layer.attention.latent_values for layer in self.layers]
+        return None if None in values else sum(value for value in values if value is not None)
+
+    @property
+    def attended_tokens(self) -> int | None:
+        """Most tokens that a token attends to; None: all that come before it."""
+        return min((layer.attention.attended for layer in self.layers if layer.attention.attended), default=None)
 
     @property
     def rotary_bytes(self) -> int:
@@ -247,19 +278,27 @@ class Architecture:
                 shapes[linear.bias_key] = (linear.out_features,)
         for norm in (*(norm for layer in self.layers for norm in layer.norms), self.final_norm):
             shapes[norm.weight] = (norm.size,)
+        for layer in self.layers:
+            shapes |= layer.attention.kept_shapes | layer.mlp.kept
         return shapes
+
+    @property
+    def routed(self) -> frozenset[str]:
+        """Checkpoint keys of the matrices that only some tokens pass."""
+        return frozenset().union(*(layer.mlp.routed for layer in self.layers))
 
     def stacks(self) -> dict[str, tuple[str, str]]:
         """Checkpoint key of every stacked matrix, and the keys of its halves in checkpoints that hold them apart.
 
-        GPTQModel quantizes gate and up as two matrices, gate_proj and up_proj, and stores them so.
+        Mixtures of experts and families with latent attention are published so; GPTQModel quantizes gate and up as two
+        matrices and stores them so.
         """
-        stacks = {}
-        for layer in self.layers:
-            key = layer.mlp.gate_up.key
-            parent = key.rpartition(".")[0]
-            stacks[layer.mlp.gate_up.weight] = (f"{parent}.gate_proj.weight", f"{parent}.up_proj.weight")
-        return stacks
+        return {key: halves for layer in self.layers for key, halves in layer.mlp.stacks.items()}
+
+    def presented(self, checkpoint: Checkpoint) -> Checkpoint:
+        """``checkpoint`` with matrices under the keys of this description, however its files hold them."""
+        pages = {key: place for layer in self.layers for key, place in layer.mlp.pages.items()}
+        return checkpoint.stacked(self.stacks(), pages)
 
     def account(self, checkpoint: Checkpoint) -> list[tuple[str, str]]:
         """Check that every tensor of the checkpoint is used once or unused for a stated reason.

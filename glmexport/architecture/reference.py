@@ -14,6 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from glmexport.architecture.description import Architecture, DecoderLayer, ResidualBranch
+from glmexport.architecture.experts import MixtureOfExperts
+from glmexport.architecture.filling import EXPERTS, MATRICES, ROUTER, halves, stream_experts
+from glmexport.architecture.latent import LatentAttention
 from glmexport.checkpoint import Checkpoint
 
 #: Replaces a weight while a block is filled: (checkpoint key) -> tensor, or None to read the checkpoint.
@@ -35,6 +38,8 @@ class Reference:
         self.architecture = architecture
         self.device = device
         config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
+        # The implementation that takes one expert after another, so that each can be read when its turn comes.
+        config._experts_implementation = "eager"
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
         self._decoder: Any = skeleton.model.eval().requires_grad_(False)
@@ -52,17 +57,38 @@ class Reference:
     def block(
         self, layer: DecoderLayer, substitute: Substitute | None = None, *, only: Collection[str] | None = None
     ) -> Block:
-        """Decoder layer ``layer`` with its weights in fp32; of the linears those of the taps ``only``, if given."""
+        """Decoder layer ``layer`` with its weights in fp32; of the linears those of the taps ``only``, if given.
+
+        Routed experts are read when tokens choose them.
+        """
         module = copy.deepcopy(self._decoder.layers[layer.index])
         left_out = [linear for linear in layer.linears if only is not None and linear.tap not in only]
         absent = {key for linear in left_out for key in (linear.weight, linear.bias_key)}
-        weights = {}
+
+        def weight(key: str) -> Tensor:
+            replaced = substitute(key) if substitute else None
+            return self.read(key) if replaced is None else replaced
+
+        if isinstance(layer.mlp, MixtureOfExperts):
+            experts = layer.mlp.experts
+
+            def matrix(index: int, name: str) -> Tensor:
+                expert = experts[index]
+                return weight((expert.gate_up if name == MATRICES[0] else expert.down).weight)
+
+            stream_experts(module, matrix)
+        weights: dict[str, Tensor] = {}
+        apart, stacked = halves(layer), dict[str, Tensor]()
         for name in module.state_dict():
-            key = f"{layer.prefix}.{name}"
+            key, half = apart.get(name, (f"{layer.prefix}.{name}", None))
             if key in absent:
                 continue
-            replaced = substitute(key) if substitute else None
-            weights[name] = self.read(key) if replaced is None else replaced
+            if half is None:
+                weights[name] = weight(key)
+                continue
+            if key not in stacked:
+                stacked[key] = weight(key)
+            weights[name] = stacked[key].chunk(2)[half]
         module.load_state_dict(weights, assign=True, strict=not absent)
         return Block(layer, module.eval().requires_grad_(False))
 
@@ -117,6 +143,20 @@ class Block:
     def __init__(self, layer: DecoderLayer, module: nn.Module) -> None:
         self.layer = layer
         self.module = module
+        #: Names of the halves in which the module holds a stacked matrix, by its checkpoint key.
+        self._apart: dict[str, list[str]] = {}
+        names = dict(module.named_parameters())
+        for name, (key, _) in halves(layer).items():
+            if name in names:
+                self._apart.setdefault(key, []).append(name)
+
+    @property
+    def selects(self) -> bool:
+        """Whether it attends to a selection, its own or that of the layer before."""
+        attention = self.layer.attention
+        return isinstance(attention, LatentAttention) and (
+            attention.indexer is not None or attention.shared_selection
+        )
 
     def forward(
         self, hidden: Tensor, positions: tuple[Tensor, Tensor], weights: Mapping[str, Tensor] | None = None
@@ -125,11 +165,28 @@ class Block:
 
         ``weights`` by checkpoint key replace the block's own for this call.
         """
-        replaced = {self._name(key): weight for key, weight in (weights or {}).items()}
+        return self.selecting(hidden, positions, None, weights)[0]
+
+    def selecting(
+        self,
+        hidden: Tensor,
+        positions: tuple[Tensor, Tensor],
+        selection: Tensor | None,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """``forward`` in a family whose layers share what they attend to: the output, and this layer's selection.
+
+        ``selection`` [batch, length, k] int32 is that of the layer before, of which only layers that share it make
+        use; None selects everything, which is right for texts of at most ``top_k`` tokens.
+        """
+        replaced: dict[str, Tensor] = {}
+        for key, weight in (weights or {}).items():
+            names = self._apart.get(key, [self._name(key)])
+            replaced |= dict(zip(names, weight.chunk(len(names)), strict=True))
+        arguments = self._arguments(hidden, positions, selection)
         with torch.inference_mode():
-            output = torch.func.functional_call(self.module, replaced, (hidden,), _arguments(positions))
-        result: Tensor = output[0] if isinstance(output, tuple) else output
-        return result
+            output = torch.func.functional_call(self.module, replaced, (hidden,), arguments)
+        return output if isinstance(output, tuple) else (output, None)
 
     def tap(self, name: str, hidden: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
         """The input [batch, length, in_features] that the linears of tap ``name`` read."""
@@ -139,7 +196,8 @@ class Block:
         """The same as ``tap``, from the residual ``stream`` [batch, length, hidden] that the tap's branch adds to."""
         branch = self.layer.branch(name)
         inside = self._submodule(branch.module)
-        arguments = _arguments(positions) if branch.module == self.layer.branches[0].module else {}
+        attends = branch.module == self.layer.branches[0].module
+        arguments = self._arguments(stream, positions, None) if attends else {}
 
         def run() -> None:
             with torch.inference_mode():
@@ -149,10 +207,48 @@ class Block:
 
     def weight(self, key: str) -> Tensor:
         """The tensor with that checkpoint key, fp32."""
+        if key in self._apart:
+            return torch.cat([self.module.get_parameter(name) for name in self._apart[key]])
         return self.module.get_parameter(self._name(key))
+
+    def attended(
+        self, hidden: Tensor, positions: tuple[Tensor, Tensor], selection: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The residual stream behind the attention; otherwise as ``selecting``."""
+        branch = self.layer.branches[0]
+        arguments = self._arguments(hidden, positions, selection)
+        with torch.inference_mode():
+            inside, _, *selected = self._submodule(branch.module)(self.normed(branch, hidden), **arguments)
+        return self.add(branch, hidden, inside), selected[0] if selected else None
+
+    def through(self, branch: ResidualBranch, stream: Tensor) -> Tensor:
+        """The residual stream [batch, length, hidden] behind a branch that is no attention."""
+        with torch.inference_mode():
+            inside = self._submodule(branch.module)(self._submodule(branch.input_norm.key)(stream))
+        return self.add(branch, stream, inside)
+
+    def normed(self, branch: ResidualBranch, stream: Tensor) -> Tensor:
+        """What the branch reads of the residual ``stream`` [..., hidden]."""
+        with torch.inference_mode():
+            result: Tensor = self._submodule(branch.input_norm.key)(stream)
+        return result
+
+    def route(self, normed: Tensor) -> tuple[Tensor, Tensor]:
+        """Experts of every position of ``normed`` [n, hidden], and their weights: [n, chosen] int64 and fp32."""
+        with torch.inference_mode():
+            _, weights, experts = self.module.get_submodule(ROUTER)(normed)
+        return experts, weights
+
+    def gated(self, gate_up: Tensor) -> Tensor:
+        """The gated activation of an expert's ``gate_up`` [n, 2 I], as [n, I]."""
+        experts: Any = self.module.get_submodule(EXPERTS)
+        with torch.inference_mode():
+            result: Tensor = experts._apply_gate(gate_up)
+        return result
 
     def output(self, branch: ResidualBranch, inner: Tensor) -> Tensor:
         """What the branch's last linear makes of its input ``inner`` [batch, length, in_features]."""
+        assert branch.output is not None
         with torch.inference_mode():
             result: Tensor = self._submodule(branch.output.key)(inner)
         return result
@@ -177,15 +273,29 @@ class Block:
             pass
         finally:
             handle.remove()
-        return read[0]
+        # Latents come with an axis of one head.
+        return read[0].squeeze(1) if read[0].dim() == 4 else read[0]
 
     def _submodule(self, key: str) -> nn.Module:
-        return self.module.get_submodule(self._name(key))
+        # Both halves of a stacked matrix read the same.
+        apart = self._apart.get(f"{key}.weight")
+        return self.module.get_submodule(apart[0].removesuffix(".weight") if apart else self._name(key))
 
     def _name(self, key: str) -> str:
         return key.removeprefix(f"{self.layer.prefix}.")
 
-
-def _arguments(positions: tuple[Tensor, Tensor]) -> dict[str, Any]:
-    """Of a decoder layer, and of its attention."""
-    return {"attention_mask": None, "position_embeddings": positions, "past_key_values": None, "use_cache": False}
+    def _arguments(self, hidden: Tensor, positions: tuple[Tensor, Tensor], selection: Tensor | None) -> dict[str, Any]:
+        """Of a decoder layer, and of its attention."""
+        arguments: dict[str, Any] = {
+            "attention_mask": None,
+            "position_embeddings": positions,
+            "past_key_values": None,
+            "use_cache": False,
+        }
+        if self.selects:
+            batch, length = hidden.shape[:2]
+            # The indexer looks at the mask by itself.
+            arguments["attention_mask"] = hidden.new_ones(1, 1, length, length, dtype=torch.bool).tril()
+            everything = torch.arange(length, dtype=torch.int32, device=hidden.device).expand(batch, length, -1)
+            arguments["prev_topk_indices"] = everything if selection is None else selection.to(hidden.device)
+        return arguments

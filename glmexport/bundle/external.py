@@ -36,7 +36,7 @@ def write_graphs(graphs: Mapping[str, ir.Model], directory: Path, progress: Prog
             if isinstance(value.const_value, ir.LazyTensor):
                 value.const_value = stored.get(name) or _aliased(value, stored)
             value.metadata_props.clear()
-        for node in model.graph:
+        for node in model.graph.all_nodes():
             node.metadata_props.clear()
         ir.save(model, directory / file_name)
 

@@ -1,19 +1,51 @@
-"""genai_config.json: what onnxruntime-genai reads to run the bundle's model.onnx."""
+"""What a loop reads to run the bundle's model.onnx: that of onnxruntime-genai, or ours where latents are cached."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from glmexport.architecture import Architecture
-from glmexport.graph import ATTENTION_MASK, INPUT_IDS, LOGITS, PAST, PRESENT
+from glmexport.architecture import Architecture, LatentAttention
+from glmexport.graph import ATTENTION_MASK, INDEX, INPUT_IDS, LATENT, LOGITS, PAST, PRESENT
+from glmexport.loop import LOOP_CONFIG, LoopConfig
 from glmexport.target import Target
 
 MODEL = "model.onnx"
+GENAI_CONFIG = "genai_config.json"
+
+
+def loop_config(architecture: Architecture, target: Target) -> tuple[str, dict[str, Any]]:
+    """Name and content of the loop's file.
+
+    onnxruntime-genai knows no cache but keys and values of heads; a bundle with another one gets no file of its.
+    """
+    if not (target.graph.latent_cache and architecture.latent_values_per_token):
+        return GENAI_CONFIG, genai_config(architecture, target)
+    kinds = [
+        (layer.index, kind)
+        for layer in architecture.layers
+        for kind in ((LATENT, INDEX) if layer.attention.attended else (LATENT,))
+    ]
+    config = LoopConfig(
+        graph=MODEL,
+        provider=target.provider,
+        context_length=architecture.context_length,
+        eos_token_id=architecture.eos_token_ids,
+        input_ids=INPUT_IDS,
+        attention_mask=ATTENTION_MASK,
+        logits=LOGITS,
+        caches={PAST.format(layer=at, kind=kind): PRESENT.format(layer=at, kind=kind) for at, kind in kinds},
+    )
+    return LOOP_CONFIG, config.model_dump(mode="json")
 
 
 def genai_config(architecture: Architecture, target: Target) -> dict[str, Any]:
     """Configuration for model type ``decoder``, onnxruntime-genai's generic decoder-only loop."""
     attention = architecture.layers[0].attention
+    # Latent attention comes here as attention over plain heads.
+    if isinstance(attention, LatentAttention):
+        heads, size = attention.heads, attention.padded_head_dim
+    else:
+        heads, size = attention.kv_heads, attention.head_dim
     provider = target.provider
     options = [] if provider.name == "CPUExecutionProvider" else [{provider.name: dict(provider.options)}]
     return {
@@ -30,9 +62,9 @@ def genai_config(architecture: Architecture, target: Target) -> dict[str, Any]:
                 "filename": MODEL,
                 "session_options": {"log_id": "glmexport", "provider_options": options},
                 "hidden_size": architecture.hidden_size,
-                "head_size": attention.head_dim,
+                "head_size": size,
                 "num_attention_heads": attention.heads,
-                "num_key_value_heads": attention.kv_heads,
+                "num_key_value_heads": heads,
                 "num_hidden_layers": len(architecture.layers),
                 "inputs": {
                     "input_ids": INPUT_IDS,

@@ -63,7 +63,9 @@ class GptqCheckpoint:
         self._bundle = bundle
         self._original = original
         self._architecture = architecture
-        self._halves = architecture.stacks() if layout == "gptqmodel" else {}
+        # What the original holds in halves, transformers does too.
+        halves = architecture.stacks().items()
+        self._halves = {key: pair for key, pair in halves if layout == "gptqmodel" or key in original.derived}
         self._forms = {
             linear.weight: form
             for layer in architecture.layers
@@ -74,6 +76,11 @@ class GptqCheckpoint:
             raise InputError(
                 "The bundle's linears are in full precision; there is nothing to write in the GPTQ format.",
                 next_step="Convert a bundle of a quantizing recipe.",
+            )
+        if architecture.routed and layout == "transformers":
+            raise InputError(
+                "transformers has no GPTQ layout for mixtures of experts: its experts are one tensor a layer.",
+                next_step="Leave --layout out: gptqmodel's has a matrix an expert.",
             )
         self._offset = 1 if all(form.symmetric for form in self._forms.values()) else 0
         shapes = architecture.shapes()

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from glmexport.definition import Definition
 from glmexport.errors import BundleError
-from glmexport.quantization import AllocatedGroup, QuantizedMatrix, sha256
+from glmexport.quantization import AllocatedGroup, ExpertCoverage, QuantizedMatrix, sha256
 from glmexport.recipe import Recipe
 from glmexport.target import Target
 
@@ -73,7 +73,7 @@ class Precision(Definition):
     bits_per_weight: float
     bits_per_weight_linears: float
     weight_bytes: int
-    #: Bytes that one decoded token reads: every weight but the embedding's other rows.
+    #: Bytes that one decoded token reads: every weight but the embedding's other rows and the experts not chosen.
     bytes_per_decoded_token: int
 
 
@@ -93,6 +93,8 @@ class Manifest(Definition):
     matrices: tuple[QuantizedMatrix, ...]
     #: Of a recipe with a budget.
     allocation: tuple[AllocatedGroup, ...] = ()
+    #: Of a mixture of experts that was calibrated.
+    experts: tuple[ExpertCoverage, ...] = ()
     files: tuple[FileEntry, ...]
 
     def digest(self) -> str:

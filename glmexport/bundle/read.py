@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
@@ -24,31 +25,57 @@ def bundle_folds(directory: Path) -> dict[str, Fold]:
     return from_tensors(load_file(path)) if path.is_file() else {}
 
 
+@dataclass(frozen=True)
+class _Stored:
+    """Where a quantized matrix is: rows ``start`` to ``stop`` of initializers, and how they are packed."""
+
+    codes: str
+    #: What the names of scales and zero points begin with.
+    name: str
+    bits: int
+    group_size: int
+    start: int
+    stop: int
+
+
 class BundleWeights:
     """Codes, scales and zero points of scoring.onnx, read from its external data on demand."""
 
     def __init__(self, directory: Path, architecture: Architecture) -> None:
         graph = ir.load(directory / SCORING).graph
         self._initializers = graph.initializers
-        self._nodes: dict[str, tuple[ir.Node, int, int]] = {}
-        sizes = {linear.weight: linear.out_features for _, linear in architecture.linears}
-        for node in graph:
-            if node.op_type == "MatMulNBits":
-                start = 0
-                for key in _keys(_name(node, 1).removesuffix(".q")):
-                    self._nodes[key] = (node, start, start + sizes[key])
-                    start += sizes[key]
-            elif node.op_type == "GatherBlockQuantized":
-                key = _name(node, 0).removesuffix(".codes")
-                self._nodes.setdefault(key, (node, 0, architecture.vocabulary_size))
+        self._quantized: dict[str, _Stored] = {}
+        self._shapes = {linear.weight: (linear.out_features, linear.in_features) for _, linear in architecture.linears}
+        self._shapes.setdefault(architecture.embedding, (architecture.vocabulary_size, architecture.hidden_size))
+        for node in graph.all_nodes():
+            if node.op_type in ("MatMulNBits", "GatherBlockQuantized"):
+                gather = node.op_type == "GatherBlockQuantized"
+                codes = _name(node, 0 if gather else 1)
+                self._add(codes, node.attributes["bits"].as_int(), node.attributes["block_size"].as_int())
+            elif node.op_type in ("BitwiseAnd", "Cast") and _name(node, 0).endswith(".codes"):
+                # Dequantized by operators of constants.
+                bits = 8 if node.op_type == "Cast" else int(self._tensor(_name(node, 1))).bit_length()
+                shape = self._initializers[_name(node, 0)].shape
+                assert shape is not None
+                self._add(_name(node, 0), bits, int(shape.numpy()[-1]) * 8 // bits)
         self._others = dict(self._stored_as_they_are(architecture))
+
+    def _add(self, codes: str, bits: int, group_size: int) -> None:
+        """Note the matrices whose rows the initializer ``codes`` has."""
+        name, start = codes.removesuffix(".q").removesuffix(".codes"), 0
+        for key in _keys(name):
+            stop = start + self._shapes[key][0]
+            # A tied lm_head multiplies with the embedding: what both have is told of the product.
+            if key not in self._quantized or codes.endswith(".q"):
+                self._quantized[key] = _Stored(codes, name, bits, group_size, start, stop)
+            start = stop
 
     def _stored_as_they_are(self, architecture: Architecture) -> Iterator[tuple[str, tuple[str, slice]]]:
         """Checkpoint key, and the initializer and rows in it; several tensors can be stacked in one."""
         shapes = architecture.shapes()
         for name in self._initializers:
             keys = _keys(name)
-            if all(key in shapes and key not in self._nodes for key in keys):
+            if all(key in shapes and key not in self._quantized for key in keys):
                 start = 0
                 for key in keys:
                     yield key, (name, slice(start, start + shapes[key][0]))
@@ -57,7 +84,7 @@ class BundleWeights:
     @property
     def quantized_keys(self) -> list[str]:
         """Checkpoint keys of the matrices that are stored quantized."""
-        return list(self._nodes)
+        return list(self._quantized)
 
     @property
     def other_keys(self) -> list[str]:
@@ -75,36 +102,26 @@ class BundleWeights:
 
     def form(self, key: str) -> Format | None:
         """Format of the matrix with that checkpoint key; None if it is stored in full precision."""
-        if key not in self._nodes:
+        stored = self._quantized.get(key)
+        if stored is None:
             return None
-        node = self._nodes[key][0]
-        gather = node.op_type == "GatherBlockQuantized"
-        name = _name(node, 0).removesuffix(".codes") if gather else _name(node, 1).removesuffix(".q")
-        values = {
-            "bits": node.attributes["bits"].as_int(),
-            "group_size": node.attributes["block_size"].as_int(),
-            "symmetric": f"{name}.zero_points" not in self._initializers,
-        }
+        symmetric = f"{stored.name}.zero_points" not in self._initializers
+        values = {"bits": stored.bits, "group_size": stored.group_size, "symmetric": symmetric}
         return Format.model_validate(values)
 
     def quantized(self, key: str) -> QuantizedLinear | None:
         """The matrix with that checkpoint key; None if it is stored in full precision."""
-        if key not in self._nodes:
-            return None
-        node, start, stop = self._nodes[key]
-        gather = node.op_type == "GatherBlockQuantized"
-        name = _name(node, 0).removesuffix(".codes") if gather else _name(node, 1).removesuffix(".q")
         form = self.form(key)
-        assert form is not None
-        bits, group_size = form.bits, form.group_size
-        scales = self._tensor(f"{name}.scales")[start:stop]
-        codes = self._tensor(_name(node, 0 if gather else 1))[start:stop].reshape(
-            stop - start, scales.shape[1], group_size * bits // 8
-        )
-        zero_points = None if form.symmetric else self._tensor(f"{name}.zero_points")[start:stop]
+        if form is None:
+            return None
+        stored = self._quantized[key]
+        rows = slice(stored.start, stored.stop)
+        scales = self._tensor(f"{stored.name}.scales")[rows]
+        size = form.group_size * form.bits // 8
+        codes = self._tensor(stored.codes)[rows].reshape(stored.stop - stored.start, scales.shape[1], size)
+        zero_points = None if form.symmetric else self._tensor(f"{stored.name}.zero_points")[rows]
         # The width of the last group is padding where the matrix does not fill it.
-        width = node.attributes["K"].as_int() if not gather else scales.shape[1] * group_size
-        return unpack(form, width, codes, scales, zero_points)
+        return unpack(form, self._shapes[key][1], codes, scales, zero_points)
 
     def dequantized(self, key: str) -> Tensor | None:
         """The matrix that the runtime computes with, fp32; None if it is stored in full precision."""

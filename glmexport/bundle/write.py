@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from glmexport import __version__
 from glmexport.architecture import Architecture
 from glmexport.bundle.external import write_graphs
-from glmexport.bundle.genai import MODEL, genai_config
+from glmexport.bundle.genai import MODEL, loop_config
 from glmexport.bundle.manifest import (
     MANIFEST,
     CalibrationSource,
@@ -28,7 +28,7 @@ from glmexport.checkpoint.fold import as_tensors
 from glmexport.graph import build_graph
 from glmexport.lowering import lower
 from glmexport.progress import Progress
-from glmexport.quantization import AllocatedGroup, QuantizedMatrix, write_atomically
+from glmexport.quantization import AllocatedGroup, QuantizedMatrix, coverage, write_atomically
 from glmexport.quantization.linear import stored_bits
 from glmexport.quantization.weights import Weights
 from glmexport.recipe import Recipe
@@ -66,8 +66,8 @@ def write_bundle(
     write_graphs(graphs, directory, progress)
     if weights.checkpoint.folds:
         save_file(as_tensors(weights.checkpoint.folds), directory / FOLDS)
-    config = json.dumps(genai_config(architecture, target), indent=2) + "\n"
-    (directory / "genai_config.json").write_text(config, encoding="utf-8")
+    name, config = loop_config(architecture, target)
+    (directory / name).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     files = list(tokenizer_files)
     for file in files:
         # Copied, not linked: runtimes refuse links that leave the directory. The first is tokenizer.json;
@@ -78,6 +78,7 @@ def write_bundle(
     for path in sorted(directory.rglob("*")):
         if path.is_file():
             _flush(path)
+    matrices = tuple(records)
     manifest = Manifest(
         glmexport=__version__,
         family=architecture.family,
@@ -87,8 +88,9 @@ def write_bundle(
         target=target,
         calibration=calibration,
         precision=_precision(architecture, weights),
-        matrices=tuple(records),
+        matrices=matrices,
         allocation=tuple(allocation),
+        experts=coverage(matrices),
         files=list_files(directory),
     )
     write_atomically(directory / MANIFEST, (manifest.model_dump_json(indent=2) + "\n").encode())
@@ -103,6 +105,10 @@ def _precision(architecture: Architecture, weights: Weights) -> Precision:
     embedding = bits[architecture.embedding]
     other = sum(bits.values()) - (0 if architecture.tied else embedding)
     row = embedding // architecture.vocabulary_size
+    # A token passes only the experts that it chose.
+    for layer in architecture.layers:
+        routed = sum(bits[key] for key in layer.mlp.routed)
+        other -= round(routed * (1 - layer.mlp.routed_share))
     return Precision(
         bits_per_weight=sum(bits.values()) / sum(math.prod(shape) for shape in shapes.values()),
         bits_per_weight_linears=sum(bits[key] for key in linears) / sum(math.prod(shapes[key]) for key in linears),

@@ -12,7 +12,7 @@ from glmexport.calibration.corpus import (
     user_documents,
 )
 from glmexport.calibration.hessian import Hessian, SecondMoment
-from glmexport.calibration.sequences import CalibrationSet, pack
+from glmexport.calibration.sequences import CalibrationSet, effective_count, pack
 
 __all__ = [
     "USER",
@@ -21,6 +21,7 @@ __all__ = [
     "Hessian",
     "SecondMoment",
     "TextOverlap",
+    "effective_count",
     "evaluation_documents",
     "fingerprint",
     "overlap",

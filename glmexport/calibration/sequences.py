@@ -73,18 +73,17 @@ class CalibrationSet:
 
     @cached_property
     def effective_tokens(self) -> float:
-        """(sum w)^2 / sum w^2: how many equally weighted positions would be as precise as those counted (Kish 1965).
+        """How many equally weighted positions would be as precise as those counted (``effective_count``)."""
+        contexts = self.contexts[~self.selection, self.prefix :]
+        weights = self.weights()[~self.selection, None].expand(contexts.shape)
+        return effective_count(contexts.flatten(), weights.flatten())
 
-        Positions with the same last four tokens count once, with their mean weight: the same text again tells a
-        Hessian nothing new.
-        """
-        fitted = ~self.selection
-        contexts = pad(self.ids[fitted], (_CONTEXT - 1, 0), value=-1).unfold(1, _CONTEXT, 1)[:, self.prefix :]
-        weights = self.weights()[fitted, None].expand(contexts.shape[:2]).flatten().double()
-        flat = contexts.flatten(0, 1)
-        _, context, count = torch.unique(flat, dim=0, return_inverse=True, return_counts=True)
-        once = torch.zeros(len(count), dtype=torch.float64).index_add_(0, context, weights) / count
-        return float(once.sum() ** 2 / once.square().sum())
+    @cached_property
+    def contexts(self) -> Tensor:
+        """A number [sequences, length] for the last four tokens at each position, the same where they are the same."""
+        last = pad(self.ids, (_CONTEXT - 1, 0), value=-1).unfold(1, _CONTEXT, 1)
+        context: Tensor = torch.unique(last.flatten(0, 1), dim=0, return_inverse=True)[1]
+        return context.reshape(self.ids.shape)
 
     def _positions(self, part: Tensor) -> dict[str, int]:
         counted = self.ids.shape[1] - self.prefix
@@ -95,6 +94,19 @@ class CalibrationSet:
         """SHA-256 of the token ids in order, and of which sequences are held out."""
         content = self.ids.numpy().tobytes() + self.selection.numpy().tobytes()
         return "sha256:" + hashlib.sha256(content).hexdigest()
+
+
+def effective_count(contexts: Tensor, weights: Tensor) -> float:
+    """(sum w)^2 / sum w^2 of positions with ``contexts`` [n] int64 and ``weights`` [n] (Kish 1965); 0 of none.
+
+    Positions with the same last four tokens count once, with their mean weight: the same text again tells a Hessian
+    nothing new.
+    """
+    if not len(contexts):
+        return 0.0
+    _, context, count = torch.unique(contexts, return_inverse=True, return_counts=True)
+    once = torch.zeros(len(count), dtype=torch.float64).index_add_(0, context, weights.double()) / count
+    return float(once.sum() ** 2 / once.square().sum())
 
 
 def pack(

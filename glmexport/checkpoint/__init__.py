@@ -11,6 +11,7 @@ knows no family; what a tensor or a key means is the business of the architectur
     index        which tensor is in which shard
     gptq         what a GPTQ checkpoint says of its quantization
     packed       its matrices, decoded a few rows at a time
+    parts        one matrix of a stack of them, and fp8 numbers with a factor a block
     derived      matrices under the name of a weight, whatever tensors they are made of
     config       typed reads of config.json
     source       demo, directory or hub id to a directory; refusal of code and pickles

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING
 from glmexport.checkpoint.adapter import Adapter
 from glmexport.checkpoint.adapter_config import ADAPTER_CONFIG
 from glmexport.checkpoint.config import ConfigReader
-from glmexport.checkpoint.derived import DerivedMatrix, packed_weights, stack
+from glmexport.checkpoint.derived import DerivedMatrix, packed_weights, scaled_weights, stack
 from glmexport.checkpoint.files import contained, files_digest, optional, source_name
 from glmexport.checkpoint.fold import Fold
 from glmexport.checkpoint.gptq import QUANTIZE_CONFIG, GptqFormat, read_settings
 from glmexport.checkpoint.header import TensorEntry
 from glmexport.checkpoint.index import read_index
 from glmexport.checkpoint.packed import Codes, PackedMatrix, find_matrices
+from glmexport.checkpoint.parts import BlockScaled, Page, block_scaled, block_size
 from glmexport.checkpoint.shards import Shards, is_finite
 from glmexport.checkpoint.source import DEMO, refuse_hazards, resolve
 from glmexport.checkpoint.tokenizer import tokenizer_files
@@ -69,10 +70,13 @@ class Checkpoint:
         self.adapter = adapter
         self._plain = dict(tensors)
         self._derived = dict(derived or {})
-        stored = (entry for matrix in self._derived.values() for entry in matrix.stored)
-        self.shards = sorted({entry.path for entry in (*self._plain.values(), *stored)})
+        stored = [entry for matrix in self._derived.values() for entry in matrix.stored]
+        own = {entry.path for entry in (*self._plain.values(), *stored)}
+        self.shards = sorted(own - {entry.path for entry in (adapter.replaced.values() if adapter else ())})
         listed = {name: matrix.entry for name, matrix in self._derived.items()}
-        self.tensors = MappingProxyType({**self._plain, **listed, **(adapter.replaced if adapter else {})})
+        # What an adapter replaces may be part of a derived matrix by now.
+        replaced = {key: entry for key, entry in (adapter.replaced if adapter else {}).items() if key in self._plain}
+        self.tensors = MappingProxyType({**self._plain, **listed, **replaced})
         self.quantized: Mapping[str, GptqFormat] = MappingProxyType(
             {name: matrix.form for name, matrix in self._derived.items() if matrix.form}
         )
@@ -110,25 +114,32 @@ class Checkpoint:
         generation_config = None if generation_path is None else ConfigReader.open(generation_path)
         name = DEMO if source == DEMO else source_name(path)
         tensors = read_index(path, progress)
-        matrices = find_matrices(tensors, read_settings(path, config), path)
-        packed = {entry.name for matrix in matrices.values() for entry in matrix.entries}
-        plain = {key: entry for key, entry in tensors.items() if key not in packed}
-        base = cls(path, name, config, generation_config, plain, derived=packed_weights(matrices))
+        block = block_size(config)
+        if block is None:
+            derived = packed_weights(find_matrices(tensors, read_settings(path, config), path))
+        else:
+            derived = scaled_weights(block_scaled(tensors, block))
+        inside = {entry.name for matrix in derived.values() for entry in matrix.stored}
+        plain = {key: entry for key, entry in tensors.items() if key not in inside}
+        base = cls(path, name, config, generation_config, plain, derived=derived)
         if adapter is None:
             return base
-        if base.quantized:
+        if derived:
             raise CheckpointError(
                 f"{name} is quantized, and codes cannot take up the adapter {adapter}.",
                 next_step="Give the full-precision checkpoint that the adapter was trained on.",
             )
         return cls(path, name, config, generation_config, base.tensors, Adapter.open(adapter, base, progress))
 
-    def stacked(self, stacks: Mapping[str, Sequence[str]]) -> Checkpoint:
-        """The same quantized checkpoint with matrices in place of the ones that hold their rows.
+    def stacked(
+        self, stacks: Mapping[str, Sequence[str]], pages: Mapping[str, tuple[str, int]] | None = None
+    ) -> Checkpoint:
+        """The same checkpoint with matrices in place of the ones that hold their rows, and of stacks of matrices.
 
         Args:
             stacks: Name of a matrix, and the names of those whose rows are its rows, in order. Where the
                 checkpoint has the matrix itself, or lacks one of the others, it is left as it is.
+            pages: Name of a matrix, and that of the tensor [count, rows, columns] it is in, with its place there.
 
         Raises:
             CheckpointError: the others differ in width or in how they are stored.
@@ -136,8 +147,14 @@ class Checkpoint:
         plain, derived = dict(self._plain), dict(self._derived)
         for name, parts in stacks.items():
             if name not in self.tensors and all(part in self.tensors for part in parts):
-                sources = [derived.pop(part) if part in derived else plain.pop(part) for part in parts]
-                derived[name] = stack(name, sources)
+                derived[name] = stack(name, [derived.get(part, self.tensors[part]) for part in parts])
+                for part in parts:
+                    (derived if part in derived else plain).pop(part)
+        for name, (whole, index) in (pages or {}).items():
+            entry = self.tensors.get(whole)
+            if name not in self.tensors and entry is not None and len(entry.shape) == 3 and index < entry.shape[0]:
+                plain.pop(whole, None)
+                derived[name] = DerivedMatrix(name, (Page(entry, index),))
         return Checkpoint(self.path, self.name, self.config, self.generation_config, plain, self.adapter, derived)
 
     def folded(self, folds: Mapping[str, Fold]) -> Checkpoint:
@@ -155,6 +172,11 @@ class Checkpoint:
     def changed(self) -> frozenset[str]:
         """Names of the tensors that are not as the checkpoint's own files have them."""
         return frozenset() if self.adapter is None else frozenset({*self.adapter.replaced, *self.adapter.updates})
+
+    @property
+    def derived(self) -> frozenset[str]:
+        """Names of the matrices that no single tensor of the files holds."""
+        return frozenset(self._derived)
 
     @property
     def parameters(self) -> int:
@@ -277,6 +299,8 @@ class Checkpoint:
             if isinstance(part, PackedMatrix):
                 self._shards.refuse_changed(*part.entries)
                 slab = part.dequantize(begin, end)
+            elif isinstance(part, Page | BlockScaled):
+                slab = part.read(self._shards, begin, end)
             else:
                 slab = self._read(part, part.name, dtype, slice(begin, end))
             rows[filled : filled + len(slab)] = slab

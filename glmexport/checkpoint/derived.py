@@ -1,4 +1,4 @@
-"""Matrices that no single tensor of the files holds: packed ones, and ones whose rows are in several tensors."""
+"""Matrices that no single tensor of the files holds as it is: packed and scaled ones, parts and joins of tensors."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ from dataclasses import dataclass
 from glmexport.checkpoint.gptq import GptqFormat
 from glmexport.checkpoint.header import TensorEntry
 from glmexport.checkpoint.packed import PackedMatrix
+from glmexport.checkpoint.parts import BlockScaled, Page
 from glmexport.errors import CheckpointError
 
 GPTQ = "GPTQ"
 _SLAB_WEIGHTS = 1 << 24
+
+#: What rows can be read from.
+Part = TensorEntry | PackedMatrix | Page | BlockScaled
 
 
 @dataclass(frozen=True)
@@ -19,7 +23,7 @@ class DerivedMatrix:
     """A matrix [rows, columns] under the name of a weight; ``parts`` are its rows, in order."""
 
     name: str
-    parts: tuple[TensorEntry | PackedMatrix, ...]
+    parts: tuple[Part, ...]
 
     @property
     def form(self) -> GptqFormat | None:
@@ -31,18 +35,19 @@ class DerivedMatrix:
     def stored(self) -> tuple[TensorEntry, ...]:
         """The tensors of the files that it is made of."""
         return tuple(
-            entry for part in self.parts for entry in (part.entries if isinstance(part, PackedMatrix) else (part,))
+            entry for part in self.parts for entry in ((part,) if isinstance(part, TensorEntry) else part.entries)
         )
 
     @property
     def entry(self) -> TensorEntry:
         """How the checkpoint lists it: its shape as a weight, its bytes as stored."""
         first = self.parts[0]
-        dtype, columns = (GPTQ, first.columns) if isinstance(first, PackedMatrix) else (first.dtype, first.shape[1])
-        rows, size = sum(map(_rows, self.parts)), sum(entry.bytes for entry in self.stored)
+        dtype = GPTQ if isinstance(first, PackedMatrix) else first.dtype
+        columns = first.shape[1] if isinstance(first, TensorEntry) else first.columns
+        rows, size = sum(map(_rows, self.parts)), sum(map(_bytes, self.parts))
         return TensorEntry(self.name, dtype, (rows, columns), 0, size, self.stored[0].path)
 
-    def slabs(self, start: int, stop: int) -> Iterator[tuple[TensorEntry | PackedMatrix, int, int]]:
+    def slabs(self, start: int, stop: int) -> Iterator[tuple[Part, int, int]]:
         """Rows [start, stop) as pieces of parts, (part, first row, end row), each small enough to decode at once."""
         height = max(1, _SLAB_WEIGHTS // max(1, self.entry.shape[1]))
         first = 0
@@ -57,6 +62,11 @@ def packed_weights(matrices: Mapping[str, PackedMatrix]) -> dict[str, DerivedMat
     """Each quantized matrix under the name that its weight has in full precision."""
     weights = (DerivedMatrix(f"{module}.weight", (matrix,)) for module, matrix in matrices.items())
     return {weight.name: weight for weight in weights}
+
+
+def scaled_weights(matrices: Mapping[str, BlockScaled]) -> dict[str, DerivedMatrix]:
+    """Each fp8 matrix under the name of its weight."""
+    return {name: DerivedMatrix(name, (matrix,)) for name, matrix in matrices.items()}
 
 
 def stack(name: str, parts: Sequence[TensorEntry | DerivedMatrix]) -> DerivedMatrix:
@@ -78,5 +88,9 @@ def stack(name: str, parts: Sequence[TensorEntry | DerivedMatrix]) -> DerivedMat
     return DerivedMatrix(name, tuple(flat))
 
 
-def _rows(part: TensorEntry | PackedMatrix) -> int:
-    return part.rows if isinstance(part, PackedMatrix) else part.shape[0]
+def _rows(part: Part) -> int:
+    return part.shape[0] if isinstance(part, TensorEntry) else part.rows
+
+
+def _bytes(part: Part) -> int:
+    return sum(entry.bytes for entry in part.entries) if isinstance(part, PackedMatrix) else part.bytes

@@ -113,7 +113,8 @@ def _check_method(table: ConfigReader) -> None:
     method = table.text("quant_method", default="gptq")
     if method.lower() != "gptq":
         raise CheckpointError(
-            f"{table.where}: the checkpoint is quantized by {method!r}; accepted are full precision and gptq.",
+            f"{table.where}: the checkpoint is quantized by {method!r}; accepted are full precision, gptq and fp8 "
+            "in blocks.",
             next_step="Use the full-precision checkpoint of this model, or one in the GPTQ format.",
         )
 

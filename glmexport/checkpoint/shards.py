@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +31,7 @@ class Shards:
         dtype: torch.dtype | None = None,
         rows: slice | None = None,
         columns: slice | None = None,
+        accepted: Sequence[str] = WEIGHT_DTYPES,
     ) -> torch.Tensor:
         """A tensor, converted, in memory of its own: nothing of the file stays mapped.
 
@@ -39,22 +40,23 @@ class Shards:
             dtype: Floating-point type of the result; None is float32.
             rows: Part of the first axis; None is all of it.
             columns: Part of the second axis; None is all of it.
+            accepted: What it may be stored as.
 
         Returns:
             Contiguous, of the stored shape less what ``rows`` and ``columns`` leave out, with every value finite.
 
         Raises:
-            CheckpointError: it is not stored as F32, F16 or BF16, a value is not finite or does not fit ``dtype``,
-                or the file changed since its header was checked.
+            CheckpointError: it is not stored as ``accepted``, a value is not finite or does not fit ``dtype``, or the
+                file changed since its header was checked.
             MachineError: the file cannot be read, or there is not enough memory.
         """
         import torch
         from safetensors import safe_open
 
-        if entry.dtype not in WEIGHT_DTYPES:
+        if entry.dtype not in accepted:
             raise CheckpointError(
                 f"{entry.path}: tensor {entry.name!r} is stored as {entry.dtype}; "
-                f"accepted are {', '.join(WEIGHT_DTYPES)}.",
+                f"accepted are {', '.join(accepted)}.",
                 next_step="Use the full-precision checkpoint of this model.",
             )
         self.refuse_changed(entry)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,15 @@ def inspect(
     """Family, parameters by part, context and tokenizer of CHECKPOINT, and an estimate for every target."""
     import torch
 
+    from glmexport.architecture import UNFINISHED
+    from glmexport.checkpoint import Checkpoint
     from glmexport.job import Original
 
     terminal = Terminal()
+    opened = Checkpoint.open(checkpoint, None, adapter)
+    if opened.model_type in UNFINISHED:
+        _tell_missing(terminal, opened, UNFINISHED[opened.model_type](opened), as_json)
+        return
     torch.set_num_threads(threads)
     original = Original.open(checkpoint, terminal, adapter)
     document = {
@@ -48,10 +55,11 @@ def inspect(
             **({"adapter": f"{merged.name} ({merged.path}): {merged.summary}"} if merged else {}),
             "family": document["family"],
             "layers": str(document["layers"]),
+            **_mixture_fact(document["experts"]),
             "context": f"{document['context_length']:,} tokens",
             **_quantization(original),
             "stored": f"{gibibytes(document['bytes'])} of {', '.join(document['dtypes'])}",
-            "KV cache": f"{document['kv_bytes_per_token']:,} bytes a token in fp32",
+            "KV cache": _cache(document),
             "vocabulary": f"{tokenizer['vocabulary']:,} tokens",
             "chat template": "yes" if tokenizer["chat_template"] else "no",
             "prefix": " ".join(tokenizer["prefix"]) or "none",
@@ -66,12 +74,40 @@ def inspect(
     terminal.console.print(_estimates_table(document["estimates"]))
 
 
+def _tell_missing(terminal: Terminal, checkpoint: Any, missing: tuple[str, ...], as_json: bool) -> None:
+    """What a checkpoint is that is known and cannot be built."""
+    document = {
+        "name": checkpoint.name,
+        "path": str(Path(checkpoint.path)),
+        "family": checkpoint.model_type,
+        "parameters": {"all": checkpoint.parameters},
+        "bytes": checkpoint.bytes,
+        "dtypes": sorted({entry.dtype for entry in checkpoint.tensors.values()}),
+        "missing": list(missing),
+    }
+    if as_json:
+        emit(json.dumps(document, indent=2, ensure_ascii=False))
+        return
+    facts = {
+        "path": document["path"],
+        "family": f"{document['family']}, which cannot be built yet",
+        "parameters": f"{checkpoint.parameters:,}",
+        "stored": f"{gibibytes(checkpoint.bytes)} of {', '.join(document['dtypes'])}",
+        **{f"missing {number}": part for number, part in enumerate(missing, 1)},
+    }
+    terminal.facts(checkpoint.name, facts)
+
+
 def _description(original: Any) -> dict[str, Any]:
     checkpoint, architecture = original.checkpoint, original.architecture
+    latents = architecture.latent_values_per_token
     parts: dict[str, int] = {"embedding": architecture.vocabulary_size * architecture.hidden_size}
     for _, linear in architecture.linears:
         if not (linear is architecture.lm_head and architecture.tied):
             parts[linear.part] = parts.get(linear.part, 0) + linear.in_features * linear.out_features
+    routers = sum(math.prod(shape) for layer in architecture.layers for shape in layer.mlp.kept.values())
+    if routers:
+        parts["router"] = routers
     parts["norms and biases"] = checkpoint.parameters - sum(parts.values()) - _unused_elements(original)
     return {
         "name": checkpoint.name,
@@ -80,13 +116,38 @@ def _description(original: Any) -> dict[str, Any]:
         "family": architecture.family,
         "layers": len(architecture.layers),
         "context_length": architecture.context_length,
+        "experts": _experts(architecture),
         "parameters": {**parts, "all": checkpoint.parameters},
         "bytes": checkpoint.bytes,
         "quantization": _formats(checkpoint),
         "dtypes": sorted({entry.dtype for entry in checkpoint.tensors.values()}),
         "kv_bytes_per_token": architecture.kv_values_per_token * 4,
+        "latent_kv_bytes_per_token": None if latents is None else latents * 4,
         "unused": original.unused,
     }
+
+
+def _cache(document: dict[str, Any]) -> str:
+    heads, latents = document["kv_bytes_per_token"], document["latent_kv_bytes_per_token"]
+    if latents is None:
+        return f"{heads:,} bytes a token in fp32"
+    return f"{latents:,} bytes a token in fp32 as latents, {heads:,} as keys and values of every head"
+
+
+def _experts(architecture: Any) -> dict[str, int] | None:
+    """Of the layers that are mixtures of experts; None where there are none."""
+    mixtures = [layer.mlp for layer in architecture.layers if layer.mlp.routed]
+    if not mixtures:
+        return None
+    router = mixtures[0].router
+    return {"layers": len(mixtures), "routed": router.experts, "chosen": router.chosen, "groups": router.groups}
+
+
+def _mixture_fact(experts: dict[str, int] | None) -> dict[str, str]:
+    if experts is None:
+        return {}
+    groups = f", in {experts['groups']} groups" if experts["groups"] > 1 else ""
+    return {"experts": f"{experts['chosen']} of {experts['routed']} a token in {experts['layers']} layers{groups}"}
 
 
 def _formats(checkpoint: Any) -> dict[str, Any] | None:

@@ -7,14 +7,19 @@ from typing import Any
 
 import onnx_ir as ir
 
-from glmexport.architecture import Architecture, DecoderLayer, Linear, Norm
+from glmexport.architecture import (
+    Architecture,
+    DecoderLayer,
+    GatedMlp,
+    LatentAttention,
+    Linear,
+    MixtureOfExperts,
+    Norm,
+)
+from glmexport.graph.latent import LatentLayers
+from glmexport.graph.names import ATTENTION_MASK, INPUT_IDS, LOGITS, PAST, PRESENT
 from glmexport.graph.operators import BLOCK, DOMAIN
 from glmexport.target import GraphLimits
-
-#: Names that onnxruntime-genai and optimum agree on.
-INPUT_IDS, ATTENTION_MASK, LOGITS = "input_ids", "attention_mask", "logits"
-PAST = "past_key_values.{layer}.{kind}"
-PRESENT = "present.{layer}.{kind}"
 
 
 def build_graph(architecture: Architecture, limits: GraphLimits, *, every_position: bool) -> ir.Model:
@@ -25,11 +30,11 @@ def build_graph(architecture: Architecture, limits: GraphLimits, *, every_positi
         limits: opset and IR version.
         every_position: logits [B, S, V] of all new positions instead of [B, 1, V] of the last one.
     """
-    return _Builder(architecture).model(limits, every_position)
+    return _Builder(architecture, limits).model(limits, every_position)
 
 
 class _Builder:
-    def __init__(self, architecture: Architecture) -> None:
+    def __init__(self, architecture: Architecture, limits: GraphLimits) -> None:
         self.architecture = architecture
         self.nodes: list[ir.Node] = []
         self.block = ""
@@ -37,6 +42,7 @@ class _Builder:
         self.mask = _value(ATTENTION_MASK, ir.DataType.INT64, ["batch", "total_sequence"])
         self.inputs = [self.input_ids, self.mask]
         self.outputs: list[ir.Value] = []
+        self.latent = LatentLayers(self, limits.latent_cache)
 
     def model(self, limits: GraphLimits, every_position: bool) -> ir.Model:
         architecture = self.architecture
@@ -66,25 +72,58 @@ class _Builder:
         if layer.attention_output_norm:
             attended = self.norm(layer.attention_output_norm, attended)
         hidden = self.add(attended, hidden)
-        gate_up = self.linears(self.norm(layer.mlp_norm, hidden), [layer.mlp.gate_up])
-        gated = self.op("GatedActivation", [gate_up], intermediate_size=layer.mlp.intermediate_size)
-        output = self.linears(gated, [layer.mlp.down])
+        normed = self.norm(layer.mlp_norm, hidden)
+        output = (
+            self.mixture(layer.mlp, normed) if isinstance(layer.mlp, MixtureOfExperts) else self.mlp(layer.mlp, normed)
+        )
         if layer.mlp_output_norm:
             output = self.norm(layer.mlp_output_norm, output)
         return self.add(output, hidden)
 
+    def mlp(self, mlp: GatedMlp, normed: ir.Value) -> ir.Value:
+        gate_up = self.linears(normed, [mlp.gate_up])
+        gated = self.op("GatedActivation", [gate_up], intermediate_size=mlp.intermediate_size)
+        return self.linears(gated, [mlp.down])
+
+    def mixture(self, mixture: MixtureOfExperts, normed: ir.Value) -> ir.Value:
+        router = mixture.router
+        logits = self.op(
+            "Linear", [normed], weights=[router.weight], in_features=router.in_features, out_features=router.experts
+        )
+        experts, weights = ir.Value(), ir.Value()
+        self.node(
+            "Route",
+            [logits],
+            [experts, weights],
+            bias=router.bias,
+            experts=router.experts,
+            chosen=router.chosen,
+            groups=router.groups,
+            kept_groups=router.kept_groups,
+            normalized=int(router.normalized),
+            scale=router.scale,
+        )
+        routed = self.op(
+            "RoutedExperts",
+            [normed, experts, weights],
+            gate_up=[expert.gate_up.weight for expert in mixture.experts],
+            down=[expert.down.weight for expert in mixture.experts],
+            hidden_size=router.in_features,
+            intermediate_size=mixture.experts[0].intermediate_size,
+        )
+        return routed if mixture.shared is None else self.add(routed, self.mlp(mixture.shared, normed))
+
     def attention(self, layer: DecoderLayer, normed: ir.Value) -> ir.Value:
         attention = layer.attention
+        if isinstance(attention, LatentAttention):
+            return self.latent.attention(layer.index, attention, normed)
         projected = [self.linears(normed, [part]) for part in (attention.query, attention.key, attention.value)]
+        for index, norm in enumerate(attention.norms):
+            projected[index] = self.op(
+                "HeadNorm", [projected[index]], weight=norm.weight, epsilon=norm.epsilon, head_dim=norm.size
+            )
 
-        def cache(name: str, kind: str, length: str) -> ir.Value:
-            shape: list[str | int | None] = ["batch", attention.kv_heads, length, attention.head_dim]
-            return _value(name.format(layer=layer.index, kind=kind), ir.DataType.FLOAT, shape)
-
-        past = [cache(PAST, kind, "past_sequence") for kind in ("key", "value")]
-        present = [cache(PRESENT, kind, "total_sequence") for kind in ("key", "value")]
-        self.inputs += past
-        self.outputs += present
+        past, present = self.head_caches(layer.index, attention.kv_heads, attention.head_dim)
         attended = ir.Value()
         self.node(
             "Attention",
@@ -98,6 +137,18 @@ class _Builder:
             interleaved=int(attention.rotary.interleaved),
         )
         return self.linears(attended, [attention.output])
+
+    def head_caches(self, layer: int, heads: int, size: int) -> tuple[list[ir.Value], list[ir.Value]]:
+        """Keys and values [B, heads, length, size] of the past, and those of the present."""
+        kinds = ("key", "value")
+        past = [self.cache(PAST, layer, kind, [heads, "past_sequence", size]) for kind in kinds]
+        return past, [self.cache(PRESENT, layer, kind, [heads, "total_sequence", size]) for kind in kinds]
+
+    def cache(self, name: str, layer: int, kind: str, shape: Sequence[str | int]) -> ir.Value:
+        """A cache of the graph's inputs or outputs, by its ``name``; ``shape`` without the batch."""
+        value = _value(name.format(layer=layer, kind=kind), ir.DataType.FLOAT, ["batch", *shape])
+        (self.inputs if name == PAST else self.outputs).append(value)
+        return value
 
     def norm(self, norm: Norm, x: ir.Value) -> ir.Value:
         return self.op("RmsNorm", [x], weight=norm.weight, epsilon=norm.epsilon)

@@ -10,8 +10,30 @@ Domain ``glmexport``. Shapes: B sequences, S new positions, P cached positions, 
         present_key [B, kv_heads, T, head_dim], present_value            heads, kv_heads, head_dim, scale,
                                                                          rotary_dimensions, interleaved
         qkv is one packed value, or query, key and value
+    SplitLatent(x [B, S, rank + rope]) -> latent [B, S, rank], rotary key [B, S, rope]      rank, rope
+    ExpandedAttention(query [B, S, heads * (nope + rope)], latent, rotary key, past_key, past_value, attention_mask)
+        -> out [B, S, heads * value], present_key [B, heads, T, size], present_value
+        latent attention with every head's keys and values cached; ``weight`` [heads * (nope + value), rank] makes
+        them of the latent             weight, heads, nope, rope, value, rank, size, scale, interleaved
+    LatentAttention(query, latent, rotary key, past, attention_mask, selection?)
+        -> out [B, S, heads * value], present [B, C, rank + rope]
+        the same with latent and rotary key cached         as ExpandedAttention, without size
+    IndexSelection(query [B, S, heads * head_dim], key [B, S, head_dim], head weights [B, S, heads], past,
+        attention_mask) -> selection [B, S, C] float, present [B, C, head_dim]
+        0 where a cached position is among the ``top_k`` with the highest score, otherwise minus infinity
+                                                           heads, head_dim, rope, top_k, key_norm, epsilon
     GatedActivation(x [..., 2 I]) -> silu(first half) * second half      intermediate_size
+    HeadNorm(x [B, S, heads * head_dim]) -> likewise                     weight, epsilon, head_dim
+        RMSNorm of each head
+    Route(logits [B, S, E]) -> experts [B * S, C] int64, weights [B * S, C]
+                                                                         bias, experts, chosen, groups, kept_groups,
+                                                                         normalized, scale
+    RoutedExperts(x [B, S, D], experts, weights) -> [B, S, D]            gate_up, down, hidden_size, intermediate_size
+        the weighted sum of what the chosen experts give; ``gate_up`` and ``down`` name a matrix an expert
     LastPosition(x [B, S, D], attention_mask) -> [B, 1, D]               the last position that is not padding
+
+A cache of T positions grows with every call. One of C positions, the capacity, is written into: a token's place is its
+position, and what is behind the sequence does not count.
 
 Residual additions are the standard ``Add``. Every node carries the name of the block it belongs to, which decides
 the file that its weights are stored in.
@@ -26,12 +48,28 @@ import onnx_ir as ir
 DOMAIN = "glmexport"
 BLOCK = "glmexport.block"
 
-OPERATORS = frozenset({"Embedding", "RmsNorm", "Linear", "Attention", "GatedActivation", "LastPosition"})
+OPERATORS = frozenset(
+    {
+        "Embedding",
+        "RmsNorm",
+        "HeadNorm",
+        "Linear",
+        "Attention",
+        "SplitLatent",
+        "ExpandedAttention",
+        "LatentAttention",
+        "IndexSelection",
+        "GatedActivation",
+        "Route",
+        "RoutedExperts",
+        "LastPosition",
+    }
+)
 
 
 def nodes_of(model: ir.Model, operator: str) -> Iterator[ir.Node]:
-    """The graph's nodes of one of our operators, in order; the graph may be changed while iterating."""
-    return iter([node for node in model.graph if node.domain == DOMAIN and node.op_type == operator])
+    """The nodes of one of our operators, in order, also inside of others; the graph may be changed while iterating."""
+    return iter([node for node in model.graph.all_nodes() if node.domain == DOMAIN and node.op_type == operator])
 
 
 def violations(model: ir.Model) -> list[str]:

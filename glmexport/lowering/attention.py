@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from glmexport.graph.build import ATTENTION_MASK
+from glmexport.graph import ATTENTION_MASK
 from glmexport.graph.operators import integer, nodes_of, number
 from glmexport.lowering.rewrite import MICROSOFT, SHARED_BLOCK, Rewrite, weight
 
@@ -39,17 +39,7 @@ class LowerAttentionPass(ir.passes.InPlacePass):
         rewrite = Rewrite(model, node)
         *projected, past_key, past_value, _mask = node.inputs
         query, key, value = [*projected, None, None] if len(projected) == 1 else projected
-        caches = [
-            weight(
-                model.graph,
-                name,
-                ir.DataType.FLOAT,
-                tuple(table.shape),
-                table.numpy,
-                SHARED_BLOCK,
-            )
-            for name, table in zip(("cos_cache", "sin_cache"), self.rotary_tables, strict=True)
-        ]
+        caches = rotary_caches(model, self.rotary_tables)
         outputs = rewrite.op(
             "GroupQueryAttention",
             [query, key, value, past_key, past_value, *lengths, *caches],
@@ -64,6 +54,14 @@ class LowerAttentionPass(ir.passes.InPlacePass):
             outputs=3,
         )
         rewrite.finish(*outputs)
+
+
+def rotary_caches(model: ir.Model, tables: tuple[torch.Tensor, torch.Tensor]) -> list[ir.Value]:
+    """Cosines and sines of every position of the context, once a graph."""
+    return [
+        weight(model.graph, name, ir.DataType.FLOAT, tuple(table.shape), table.numpy, SHARED_BLOCK)
+        for name, table in zip(("cos_cache", "sin_cache"), tables, strict=True)
+    ]
 
 
 def shared_lengths(model: ir.Model) -> tuple[ir.Value, ir.Value]:

@@ -8,12 +8,17 @@ import torch
 from glmexport.graph import DOMAIN, violations
 from glmexport.lowering.attention import LowerAttentionPass
 from glmexport.lowering.embedding import LowerEmbeddingPass
+from glmexport.lowering.experts import LowerExpertsPass
+from glmexport.lowering.head_norm import LowerHeadNormPass
 from glmexport.lowering.last_position import LowerLastPositionPass
+from glmexport.lowering.latent import LowerExpandedAttentionPass, LowerLatentAttentionPass, LowerSplitLatentPass
 from glmexport.lowering.linear import LowerLinearPass
 from glmexport.lowering.mlp import LowerGatedActivationPass
 from glmexport.lowering.norm import LowerNormPass
 from glmexport.lowering.pack_qkv import PackQkvPass
 from glmexport.lowering.rewrite import MICROSOFT
+from glmexport.lowering.route import LowerRoutePass
+from glmexport.lowering.selection import LowerIndexSelectionPass
 from glmexport.quantization.weights import Weights
 from glmexport.target import Target
 
@@ -35,8 +40,15 @@ def lower(
     passes += [
         LowerEmbeddingPass(weights),
         LowerNormPass(weights, target),
+        LowerSplitLatentPass(),
+        LowerExpandedAttentionPass(),
+        LowerLatentAttentionPass(weights, rotary_tables),
+        LowerIndexSelectionPass(weights, rotary_tables),
+        LowerHeadNormPass(weights),
         LowerAttentionPass(rotary_tables),
         LowerLastPositionPass(),
+        LowerRoutePass(weights),
+        LowerExpertsPass(),
         LowerGatedActivationPass(),
         LowerLinearPass(weights, target),
     ]
@@ -50,5 +62,5 @@ def lower(
 
 def unsupported(model: ir.Model, target: Target) -> list[str]:
     """Operators of ``model`` that neither the standard opset nor the target's list contains."""
-    used = {(node.domain, node.op_type) for node in model.graph}
+    used = {(node.domain, node.op_type) for node in model.graph.all_nodes()}
     return sorted(f"{domain}::{name}" for domain, name in used if domain and not target.can(f"{domain}::{name}"))

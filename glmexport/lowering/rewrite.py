@@ -23,7 +23,10 @@ class Rewrite:
     """Collects what replaces ``node``; names and block follow from the node's own."""
 
     def __init__(self, model: ir.Model, node: ir.Node) -> None:
+        self.model = model
         self.graph = model.graph
+        #: The graph that the node is in: weights and constants are in the outermost one, wherever they are used.
+        self.place = node.graph or model.graph
         self.node = node
         self.block = str(node.metadata_props[BLOCK])
         self.nodes: list[ir.Node] = []
@@ -83,6 +86,14 @@ class Rewrite:
             self.graph.register_initializer(value)
         return self.graph.initializers[name]
 
+    def integers(self, *values: int) -> ir.Value:
+        """A constant vector of whole numbers, for shapes and axes."""
+        return self.constant(f"integers_{'_'.join(map(str, values))}", np.array(values, np.int64))
+
+    def split(self, x: ir.Value | None, *sizes: int, axis: int = -1) -> tuple[ir.Value, ...]:
+        """``x`` in parts of these sizes."""
+        return self.op("Split", [x, self.integers(*sizes)], {"axis": axis}, outputs=len(sizes))
+
     def finish(self, *outputs: ir.Value | None, also: Sequence[ir.Node] = ()) -> None:
         """Put the new nodes in the node's place; ``outputs`` replace its outputs, in order (None: unused).
 
@@ -90,7 +101,7 @@ class Rewrite:
         """
         pairs = [(old, new) for old, new in zip(self.node.outputs, outputs, strict=True) if new is not None]
         ir.convenience.replace_nodes_and_values(
-            self.graph,
+            self.place,
             self.node,
             [self.node, *also],
             self.nodes,

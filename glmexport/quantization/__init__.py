@@ -5,7 +5,7 @@ from glmexport.quantization.memory import MemoryPlan, plan_memory
 from glmexport.quantization.nearest import round_to_nearest
 from glmexport.quantization.packing import pack_codes, pack_zero_points, unpack
 from glmexport.quantization.problem import Problem
-from glmexport.quantization.record import AllocatedGroup, QuantizedMatrix
+from glmexport.quantization.record import AllocatedGroup, ExpertCoverage, QuantizedMatrix, coverage
 from glmexport.quantization.solve import Solution, gptq
 from glmexport.quantization.store import WorkDirectory, sha256, write_atomically
 from glmexport.quantization.walk import EMBEDDING, HEAD, Walk, block_step
@@ -14,6 +14,7 @@ __all__ = [
     "EMBEDDING",
     "HEAD",
     "AllocatedGroup",
+    "ExpertCoverage",
     "MemoryPlan",
     "Problem",
     "QuantizedLinear",
@@ -22,6 +23,7 @@ __all__ = [
     "Walk",
     "WorkDirectory",
     "block_step",
+    "coverage",
     "gptq",
     "pack_codes",
     "pack_zero_points",

@@ -70,6 +70,9 @@ def _through(block: Block, hidden: list[Tensor], positions: tuple[Tensor, Tensor
     for index in range(len(hidden)):
         stream = hidden[index]
         for branch in layer.branches:
+            if branch.output is None:
+                stream = block.through(branch, stream)
+                continue
             inside = [tap for tap in layer.taps if layer.branch(tap) == branch]
             for tap in inside:
                 read = block.branch_tap(tap, stream, positions)
@@ -111,7 +114,7 @@ def _fold_tap(
             best, least = candidate, error
     if best is None:
         return
-    for linear in linears:
+    for linear in (*linears, *writer.also_read_by):
         exponents.setdefault(linear.weight, {})["columns"] = best.to(torch.int8)
     length = writer.source.size if isinstance(writer.source, Norm) else writer.source.out_features
     rows = torch.zeros(length, dtype=torch.int8)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from glmexport.architecture import Architecture
+from glmexport.architecture import Architecture, DecoderLayer, MixtureOfExperts
+from glmexport.architecture.filling import KEPT_BYTES
 from glmexport.errors import MachineError
 from glmexport.quantization.allocation import tie_groups
 from glmexport.quantization.factor import DOUBLE_LIMIT
@@ -62,16 +64,34 @@ def _peak(architecture: Architecture, recipe: Recipe, batch: int, chunk: int) ->
     solving = widest + chunk * _FP32 * _SOLVER_COPIES
     if not recipe.needs_calibration:
         return BASE_BYTES + solving
-    layer = architecture.layers[0]
+    peaks = [solving]
+    # One layer of each kind.
+    for layer in {len(layer.linears): layer for layer in architecture.layers}.values():
+        peaks += _layer_peaks(layer, recipe, batch, chunk)
+    if recipe.budget:
+        peaks += _probe_peaks(architecture, recipe, recipe.budget.probe_tokens, batch, chunk)
+    return BASE_BYTES + max(peaks)
+
+
+def _layer_peaks(layer: DecoderLayer, recipe: Recipe, batch: int, chunk: int) -> list[int]:
+    """While scales are folded, while each of its taps is measured and solved, and while the streams move on."""
     asymmetric = recipe.solver.asymmetric
     streams = 2 if asymmetric else 1
     held = 0
     before: dict[str, int] = {}
-    # A whole block of the original, while scales are folded.
-    whole = sum(linear.in_features * linear.out_features for linear in layer.linears)
+    mixture = layer.mlp if isinstance(layer.mlp, MixtureOfExperts) else None
+    resident = layer.linears if mixture is None else layer.attention.linears
+    # A whole block of the original, while scales are folded; of a mixture's experts as much as is kept.
+    whole = sum(linear.in_features * linear.out_features for linear in resident) * _FP32
     widest_output = max(linear.out_features for linear in layer.linears)
-    peaks = [solving, (whole + 3 * batch * widest_output) * _FP32]
+    peaks = [whole + 3 * batch * widest_output * _FP32]
+    if mixture is not None:
+        sizes = [linear.in_features * linear.out_features * _FP32 for linear in mixture.linears]
+        peaks[0] += min(KEPT_BYTES + max(sizes), sum(sizes))
+        peaks += _expert_peaks(mixture, batch, chunk)
     for tap, linears in layer.taps.items():
+        if linears[0] not in resident:
+            continue
         branch = layer.branch(tap)
         size = linears[0].in_features
         hessian = size**2 * _FP32
@@ -94,9 +114,23 @@ def _peak(architecture: Architecture, recipe: Recipe, batch: int, chunk: int) ->
         if ends:
             # What the branch adds, from its dequantized matrix, while the batch before it is written.
             peaks.append(held + inside * _FP32 + 4 * batch * max(width, size) * _FP32)
-    if recipe.budget:
-        peaks += _probe_peaks(architecture, recipe, recipe.budget.probe_tokens, batch, chunk)
-    return BASE_BYTES + max(peaks)
+    return peaks
+
+
+def _expert_peaks(mixture: MixtureOfExperts, batch: int, chunk: int) -> Iterator[int]:
+    """Of each kind of expert: what its matrices are solved from, and its outputs."""
+    hidden = mixture.router.in_features
+    pool = hidden**2
+    for mlp in mixture.mlps[:2]:
+        matrices = sum(linear.in_features * linear.out_features for linear in mlp.linears)
+        rows = 3 * batch * max(2 * mlp.intermediate_size, hidden)
+        for linear in mlp.linears:
+            size = linear.in_features
+            # Its own Hessian, that of the pool where it is another, and the factor.
+            hessians = (2 + (4 if size <= DOUBLE_LIMIT else 1)) * size**2
+            sample = SAMPLE_POSITIONS * size
+            yield (pool + hessians + sample + matrices + max(rows, chunk * _SOLVER_COPIES)) * _FP32
+        yield (pool + matrices + rows) * _FP32
 
 
 def _probe_peaks(architecture: Architecture, recipe: Recipe, tokens: int, batch: int, chunk: int) -> list[int]:

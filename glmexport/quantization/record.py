@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 from glmexport.architecture import Linear
+from glmexport.architecture.experts import EXPERT_INPUT
 from glmexport.definition import Definition
 from glmexport.quantization.linear import QuantizedLinear
+from glmexport.quantization.problem import LEAST_TOKENS
 from glmexport.quantization.solve import Solution
 from glmexport.recipe import Format
 
@@ -37,6 +40,8 @@ class QuantizedMatrix(Definition):
     #: Whether fp32 was not precise enough to factor the Hessian, and fp64 did it; nothing is lost by that.
     double: bool = False
     effective_tokens_per_column: float | None = None
+    #: Calibration positions whose router chose it; None: all pass it, or none were run.
+    chosen: int | None = None
     shrinkage: float | None = None
     unpolished_rows: int = 0
     #: Powers of two were moved between its columns and what writes its input.
@@ -80,6 +85,43 @@ class QuantizedMatrix(Definition):
             "fallback": solution.fallback,
         }
         return cls.unmeasured(linear.weight, layer, linear.part, solution.linear).model_copy(update=measured)
+
+
+    def routed(self, linear: Linear, chosen: int | None, own_tokens: float) -> QuantizedMatrix:
+        """The same, of an expert that ``chosen`` positions passed, worth so many different ones."""
+        return self.model_copy(
+            update={"chosen": chosen, "effective_tokens_per_column": own_tokens / linear.in_features}
+        )
+
+
+class ExpertCoverage(Definition):
+    """How the calibration text spread over the routed experts of one layer, by the quantized model's own router."""
+
+    layer: int
+    #: Positions that chose each expert, in order; those that no Hessian sees are left out.
+    tokens: tuple[int, ...]
+    #: Experts whose positions alone would be too few to fit anything to: worth less than ``LEAST_TOKENS`` a column.
+    cold: tuple[int, ...]
+
+
+def coverage(matrices: Iterable[QuantizedMatrix]) -> tuple[ExpertCoverage, ...]:
+    """Of every layer with experts that were measured, from the records of their matrices in the order of the model."""
+    layers: dict[int, list[QuantizedMatrix]] = {}
+    for matrix in matrices:
+        if matrix.chosen is not None and matrix.part == EXPERT_INPUT and matrix.layer is not None:
+            layers.setdefault(matrix.layer, []).append(matrix)
+    return tuple(
+        ExpertCoverage(
+            layer=layer,
+            tokens=tuple(matrix.chosen or 0 for matrix in experts),
+            cold=tuple(
+                index
+                for index, matrix in enumerate(experts)
+                if (matrix.effective_tokens_per_column or 0.0) < LEAST_TOKENS
+            ),
+        )
+        for layer, experts in layers.items()
+    )
 
 
 class AllocatedGroup(Definition):

@@ -61,6 +61,20 @@ class Activations:
                 done += count
         return states.to(self.device)
 
+    def gather(self, positions: Tensor) -> Tensor:
+        """Rows [n, hidden] at ``positions`` [n] int64, counted through all sequences."""
+        return self._mapped(shared=False)[positions.cpu()].to(self.device)
+
+    def add(self, positions: Tensor, rows: Tensor) -> None:
+        """Add ``rows`` [n, hidden] at ``positions`` [n] int64; what was never written is zero."""
+        self._mapped(shared=True).index_add_(0, positions.cpu(), rows.cpu())
+
+    def _mapped(self, *, shared: bool) -> Tensor:
+        # Rows all over the file, for which plain reads would be one call each. Unmapped as soon as it is dropped, so
+        # that only the pages of one call are ever resident.
+        sequences, length, hidden = self.shape
+        return torch.from_file(str(self.path), shared, sequences * length * hidden).reshape(-1, hidden)
+
     def write(self, start: int, states: Tensor) -> None:
         """Sequences from ``start`` on become ``states``; made on first use."""
         _, length, hidden = self.shape

@@ -115,10 +115,7 @@ class Passage:
         """Measure ``tap``; taps are measured in the order in which data passes them."""
         branch, linears = self.layer.branch(tap), self.layer.taps[tap]
         if self._inner is not None and branch != self._inner[0]:
-            moved = self.stream_file(QUANTIZED, self._inner[0])
-            for (start, _), states in zip(self.streams.batches(), self._joined(substitute), strict=True):
-                moved.write(start, states)
-            self.residual[QUANTIZED], self._inner = moved, None
+            self.move_on(substitute)
         asymmetric = self.streams.asymmetric
         inner = self._inner_file(linears[0]) if branch.output in linears else None
         block = self.block(tap, substitute)
@@ -135,6 +132,14 @@ class Passage:
             if wish:
                 self.residual[ORIGINAL] = wish.moved
         return into.result()
+
+    def move_on(self, substitute: Substitute) -> None:
+        """Take the quantized stream behind the branch that waits."""
+        assert self._inner is not None
+        moved = self.stream_file(QUANTIZED, self._inner[0])
+        for (start, _), states in zip(self.streams.batches(), self._joined(substitute), strict=True):
+            moved.write(start, states)
+        self.residual[QUANTIZED], self._inner = moved, None
 
     def outputs(self, substitute: Substitute) -> dict[str, Iterator[Tensor] | Activations]:
         """What the next block reads. A block of which nothing was measured is computed whole."""
@@ -153,6 +158,7 @@ class Passage:
         """The quantized stream behind the branch that waits."""
         assert self._inner is not None
         branch, inner = self._inner
+        assert branch.output is not None
         block = self.streams.reference.block(self.layer, substitute, only={branch.output.tap})
         for start, stop in self.streams.batches():
             output = block.output(branch, inner.read(start, stop))
@@ -182,13 +188,15 @@ class _Wish:
         self._residual = passage.residual[ORIGINAL]
         self._tap = tap
         self._branch = passage.layer.branch(tap)
-        ends = self._branch.output.tap == tap
+        output = self._branch.output
+        assert output is not None
+        ends = output.tap == tap
         self._block = passage.block(tap, None, with_tap=ends)
         norm = self._branch.output_norm
         self._gain = None if norm is None else self._streams.reference.read(norm.weight)
         self._epsilon = 0.0 if norm is None else norm.epsilon
         #: Of the branch's last linear, if the tap is its: then its output is what is wanted.
-        self.weight = self._block.weight(self._branch.output.weight) if ends else None
+        self.weight = self._block.weight(output.weight) if ends else None
         #: The original's stream behind the branch, as far as it is known.
         self.moved = passage.stream_file(ORIGINAL, self._branch)
 

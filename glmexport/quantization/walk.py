@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from glmexport.architecture import Architecture, DecoderLayer, Linear, Reference
+from glmexport.architecture import Architecture, DecoderLayer, GatedMlp, Linear, MixtureOfExperts, Reference
 from glmexport.architecture.reference import CPU, Substitute
 from glmexport.calibration import CalibrationSet
 from glmexport.checkpoint import Checkpoint
@@ -21,6 +21,7 @@ from glmexport.progress import Progress
 from glmexport.quantization.decisions import ALLOCATION, FOLDS, allocated_groups, decide_folds, decide_formats
 from glmexport.quantization.linear import QuantizedLinear
 from glmexport.quantization.memory import MemoryPlan
+from glmexport.quantization.mixture import Mixture
 from glmexport.quantization.moments import Measured
 from glmexport.quantization.nearest import round_to_nearest
 from glmexport.quantization.problem import Problem
@@ -37,6 +38,15 @@ EMBEDDING, HEAD = "embedding", "head"
 def block_step(index: int) -> str:
     """Name under which decoder layer ``index`` is committed."""
     return f"block_{index:03d}"
+
+
+def expert_steps(layer: DecoderLayer) -> dict[str, GatedMlp]:
+    """Names under which the experts of ``layer`` are committed, before the layer itself; none of an ordinary layer."""
+    if not isinstance(layer.mlp, MixtureOfExperts):
+        return {}
+    mixture, step = layer.mlp, block_step(layer.index)
+    steps = {} if mixture.shared is None else {f"{step}.shared": mixture.shared}
+    return steps | {f"{step}.expert_{index:03d}": expert for index, expert in enumerate(mixture.experts)}
 
 
 class Walk:
@@ -67,6 +77,17 @@ class Walk:
         self.streams = self._streams()
         self._allocated: dict[str, Format] = {}
         self.steps = [EMBEDDING, *(block_step(layer.index) for layer in architecture.layers), HEAD]
+        #: What is committed with each step, itself included.
+        self._within = {step: [step] for step in self.steps}
+        if recipe.quantizes_linears:
+            for layer in architecture.layers:
+                self._within[block_step(layer.index)] += expert_steps(layer)
+        self._routed = architecture.routed
+
+    @property
+    def parts(self) -> list[str]:
+        """Everything that is committed, experts included, in the order of the model."""
+        return [part for step in self.steps for part in self._within[step]]
 
     def run(self) -> None:
         """Commit every step that is not committed yet."""
@@ -84,7 +105,9 @@ class Walk:
     def prepare(self) -> None:
         """Decide what holds for all steps: which scales are folded, and under a budget every matrix's format."""
         if self.streams and self.recipe.linears and self.recipe.solver.fold_scales:
-            folds = decide_folds(self.streams, self.recipe.linears, self.memory, self.progress)
+            form = self.recipe.linear(mixture=bool(self._routed), routed=False)
+            assert form is not None
+            folds = decide_folds(self.streams, form, self.memory, self.progress)
             self.checkpoint = self.checkpoint.folded(folds)
             self.streams = self._streams()
         if self.streams and self.recipe.budget:
@@ -93,7 +116,7 @@ class Walk:
     def records(self) -> tuple[list[QuantizedMatrix], float]:
         """How every matrix was quantized, in the order of the walk, and the seconds it took in all."""
         records, seconds = [], 0.0
-        for step in self.steps:
+        for step in self.parts:
             note = (self.work.record(step) or {"note": {}})["note"]
             records += [QuantizedMatrix.model_validate(record) for record in note.get("linears", [])]
             seconds += note.get("seconds", 0.0)
@@ -108,7 +131,7 @@ class Walk:
         """Index of the first step to do: the one after the last committed step whose activations are there."""
         done = 0
         for step in self.steps:
-            if self.work.record(step) is None:
+            if any(self.work.record(part) is None for part in self._within[step]):
                 break
             done += 1
         if done == len(self.steps) or self.streams is None:
@@ -124,6 +147,7 @@ class Walk:
         solved: dict[str, QuantizedLinear] = {}
         records: list[QuantizedMatrix] = []
         activations: dict[str, Iterator[Tensor] | Activations] = {}
+        elsewhere = 0.0
         if step == EMBEDDING:
             solved = self._embedding(records)
             if self.streams:
@@ -134,9 +158,14 @@ class Walk:
             layer = self.architecture.layers[index - 1]
             passage = self.streams.enter(self.steps[index - 1], layer) if self.streams else None
             solved = self._block(layer, passage, records)
-            if passage:
+            if isinstance(layer.mlp, MixtureOfExperts) and self.recipe.quantizes_linears:
+                beginning = time.monotonic()
+                activations = self._mixture(layer, layer.mlp, passage, solved)
+                elsewhere = time.monotonic() - beginning
+            elif passage:
                 activations = passage.outputs(_dequantized(solved))
-        note = {"linears": [record.model_dump() for record in records], "seconds": time.monotonic() - started}
+        seconds = time.monotonic() - started - elsewhere
+        note = {"linears": [record.model_dump() for record in records], "seconds": seconds}
         self.work.commit(step, solved, note, activations)
         if index:
             self.work.drop_activations(self.steps[index - 1])
@@ -168,22 +197,73 @@ class Walk:
         self, layer: DecoderLayer, passage: Passage | None, records: list[QuantizedMatrix]
     ) -> dict[str, QuantizedLinear]:
         solved: dict[str, QuantizedLinear] = {}
+        mixed = isinstance(layer.mlp, MixtureOfExperts)
         if self.recipe.keeps_stored:
-            return self._stored(layer.linears, layer.index, records)
+            return self._stored(layer.attention.linears if mixed else layer.linears, layer.index, records)
         for tap, linears in layer.taps.items():
-            form = self._form(linears[0].weight, self.recipe.linears)
-            if form is None:
+            form = self._linear_form(linears[0])
+            if form is None or (mixed and linears[0] not in layer.attention.linears):
                 continue
             if passage is None:
-                for linear in linears:
-                    solved[linear.weight] = self._nearest(linear.weight, linear.out_features, linear.in_features, form)
-                    records.append(
-                        QuantizedMatrix.unmeasured(linear.weight, layer.index, linear.part, solved[linear.weight])
-                    )
+                solved |= self._unmeasured(linears, layer.index, records)
                 continue
             measured = passage.measure(tap, _dequantized(solved))
             solved |= self._solve(linears, layer.index, measured, form, self.recipe.solver, records)
         return solved
+
+    def _mixture(
+        self,
+        layer: DecoderLayer,
+        experts: MixtureOfExperts,
+        passage: Passage | None,
+        solved: dict[str, QuantizedLinear],
+    ) -> dict[str, Iterator[Tensor] | Activations]:
+        """Commit one expert after the other, the shared one first, and return what the next layer reads."""
+        mixture = None
+        if passage:
+            passage.move_on(_dequantized(solved))
+            mixture = Mixture(passage, experts, self.memory.batch_tokens)
+        for step, mlp in expert_steps(layer).items():
+            if self.work.record(step) is None:
+                self._expert(step, layer.index, mlp, mixture)
+            if mixture:
+                mixture.add(mlp, {key: self.work.linear(step, key) for key in self.work.formats(step)})
+        return mixture.outputs() if mixture else {}
+
+    def _expert(self, step: str, layer: int, mlp: GatedMlp, mixture: Mixture | None) -> None:
+        started = time.monotonic()
+        records: list[QuantizedMatrix] = []
+        solved: dict[str, QuantizedLinear] = {}
+        if self.recipe.keeps_stored:
+            solved = self._stored(mlp.linears, layer, records)
+        elif mixture is None:
+            solved = self._unmeasured(mlp.linears, layer, records)
+        else:
+            for linear in mlp.linears:
+                form = self._linear_form(linear)
+                assert form is not None
+                found = mixture.measure(mlp, linear, solved.get(mlp.gate_up.weight) if solved else None)
+                solver = self.recipe.solver
+                solved |= self._solve((linear,), layer, found.measured, form, solver, records, tokens=found.tokens)
+                records[-1] = records[-1].routed(linear, found.chosen, found.own_tokens)
+        note = {"linears": [record.model_dump() for record in records], "seconds": time.monotonic() - started}
+        self.work.commit(step, solved, note)
+
+    def _unmeasured(
+        self, linears: Iterable[Linear], layer: int | None, records: list[QuantizedMatrix]
+    ) -> dict[str, QuantizedLinear]:
+        """``linears`` rounded to nearest, without any text."""
+        solved = {}
+        for linear in linears:
+            form = self._linear_form(linear)
+            assert form is not None
+            solved[linear.weight] = self._nearest(linear.weight, linear.out_features, linear.in_features, form)
+            records.append(QuantizedMatrix.unmeasured(linear.weight, layer, linear.part, solved[linear.weight]))
+        return solved
+
+    def _linear_form(self, linear: Linear) -> Format | None:
+        default = self.recipe.linear(mixture=bool(self._routed), routed=linear.weight in self._routed)
+        return self._form(linear.weight, default)
 
     def _stored(
         self, linears: Iterable[Linear], layer: int | None, records: list[QuantizedMatrix]
@@ -222,10 +302,11 @@ class Walk:
         form: Format,
         solver: Solver,
         records: list[QuantizedMatrix],
+        tokens: float | None = None,
     ) -> dict[str, QuantizedLinear]:
-        """Quantize the ``linears`` of one tap, whose Hessian is used up."""
+        """Quantize the ``linears`` of one tap, whose Hessian is used up; it rests on ``tokens``, or on all of them."""
         assert self.calibration is not None
-        tokens = self.calibration.effective_tokens
+        tokens = self.calibration.effective_tokens if tokens is None else tokens
         problem = Problem.of(measured.hessian, form, solver, measured.sample, tokens=tokens, consume=True)
         solved = {}
         for linear in linears:

@@ -9,6 +9,7 @@
     compare     two documents: what changed by more than chance
     comparison  what it says; differing what else is not the same
     allocation  the quantized matrices by part and by decoder block
+    coverage    how calibration text spread over routed experts
     speed       its rows, with bounds, and why a figure is not there
     charts      inline SVG from numbers
     svg         its elements, escaped

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from glmexport.report.document import GroupResult, LinearResult
 
 _LAYERS_PER_BAND = 20
-_PARTS = ("embedding", "qkv", "o", "gate_up", "down", "lm_head")
+_PARTS = ("embedding", "qkv", "q_a", "kv_a", "q_b", "kv_b", "o", "gate_up", "down", "lm_head")
 
 
 @dataclass(frozen=True)

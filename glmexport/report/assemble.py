@@ -11,6 +11,7 @@ from glmexport.bundle import MANIFEST, Manifest
 from glmexport.quantization import AllocatedGroup, QuantizedMatrix
 from glmexport.report.document import (
     CalibrationSummary,
+    CoverageResult,
     GroupResult,
     LinearResult,
     Machine,
@@ -104,6 +105,9 @@ def _quantization(manifest: Manifest, build: BuildCost | None) -> QuantizationSu
     return QuantizationSummary(
         linears=tuple(_linear(matrix) for matrix in manifest.matrices),
         groups=tuple(_group(group) for group in manifest.allocation),
+        experts=tuple(
+            CoverageResult(layer=layer.layer, tokens=layer.tokens, cold=layer.cold) for layer in manifest.experts
+        ),
         fallbacks=tuple(f"{matrix.key}: {matrix.fallback}" for matrix in manifest.matrices if matrix.fallback),
         seconds=build.seconds if build else math.nan,
         peak_memory_bytes=build.peak_memory_bytes if build else 0,

@@ -136,12 +136,25 @@ class GroupResult(Record):
     """False if the loss follows from that of another group size by the ratio of the errors at the matrices' outputs."""
 
 
+class CoverageResult(Record):
+    """How the calibration text spread over the routed experts of one decoder block."""
+
+    layer: int
+    tokens: tuple[Count, ...]
+    """Positions that chose each expert, by the quantized model's own router."""
+    cold: tuple[Count, ...]
+    """Experts, from 0, whose own positions are too few to fit anything to; their Hessians rest mostly on what they
+    would read if every position chose them."""
+
+
 class QuantizationSummary(Record):
     """The build's own account of quantization."""
 
     linears: tuple[LinearResult, ...]
     groups: tuple[GroupResult, ...] = ()
     """What a budget's bits were given to, in the order of the model; empty for a recipe without a budget."""
+    experts: tuple[CoverageResult, ...] = ()
+    """By decoder block; empty where there are no routed experts, or nothing was calibrated."""
     fallbacks: tuple[str, ...]
     """Each departure from the recipe, in a sentence; empty if there was none."""
     seconds: Number

@@ -15,6 +15,7 @@ from glmexport.languages import language_name
 from glmexport.report import charts, speed, text
 from glmexport.report.allocation import summarize
 from glmexport.report.behaviour import LANGUAGE_HEADS, answer_rows, kind, language_row, parted
+from glmexport.report.coverage import COVERAGE_HEADS, coverage_rows
 from glmexport.validation.results import Gate, LanguageFidelity, Verdict
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ def render_html(report: Report) -> str:
             allocation=(
                 summarize(report.quantization.linears, report.quantization.groups) if report.quantization else None
             ),
+            coverage_heads=COVERAGE_HEADS,
+            coverage=coverage_rows(report.quantization.experts) if report.quantization else [],
             margin_text=_margin_text,
             answer_rows=answer_rows(report.behaviour) if report.behaviour else [],
         )

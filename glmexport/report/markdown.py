@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from glmexport.report import speed, text
 from glmexport.report.behaviour import LANGUAGE_HEADS, answer_rows, language_row
+from glmexport.report.coverage import COVERAGE_HEADS, coverage_rows
 from glmexport.report.gfm import foreign as _foreign
 from glmexport.report.gfm import table as _table
 
@@ -40,6 +41,12 @@ def render_markdown(report: Report) -> str:
         _table(("", "Original", "Bounds", "Bundle", "Bounds", "Bundle against original"), _costs(report)),
         _speed_notes(report),
     ]
+    if report.quantization and report.quantization.experts:
+        parts += [
+            "## Calibration text per expert",
+            "Experts of each block by the number of positions that chose them.",
+            _table(COVERAGE_HEADS, coverage_rows(report.quantization.experts)),
+        ]
     if report.quantization and report.quantization.fallbacks:
         parts += ["## Fallbacks", *(f"- {_foreign(fallback)}" for fallback in report.quantization.fallbacks)]
     parts += [

@@ -90,7 +90,9 @@ def comparison(row: SpeedRow) -> str:
 
 
 def _turned(ratio: float, upright: bool) -> float:
-    return ratio if upright else 1 / ratio
+    if upright:
+        return ratio
+    return 1 / ratio if ratio else math.inf
 
 
 def reached(performance: Performance) -> str:

@@ -11,6 +11,8 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from glmexport.bundle import Manifest
+from glmexport.quantization import ExpertCoverage
 from glmexport.target import Gates
 from glmexport.validation.losses import Loss, losses
 from glmexport.validation.results import (
@@ -107,6 +109,25 @@ def build_gates(fallbacks: int, effective_tokens: float | None, matrices: int) -
             )
         )
     return tuple(gates)
+
+
+def coverage_gate(experts: Sequence[ExpertCoverage]) -> Gate:
+    """No routed expert may rest on other experts' text instead of its own; a WARN where one does."""
+    sample = f"{sum(len(layer.tokens) for layer in experts)} experts of {len(experts)} layers"
+    cold = sum(len(layer.cold) for layer in experts)
+    return _counted("Cold experts", None, cold, 0, "experts", sample, otherwise=Verdict.WARN)
+
+
+def manifest_gates(manifest: Manifest) -> tuple[Gate, ...]:
+    """``build_gates`` and ``coverage_gate`` of what the build wrote down, as far as it quantized anything."""
+    if not manifest.matrices:
+        return ()
+    fallbacks = sum(matrix.fallback is not None for matrix in manifest.matrices)
+    # Those of routed experts have a gate of their own.
+    tokens = [matrix.effective_tokens_per_column for matrix in manifest.matrices if matrix.chosen is None]
+    fewest = min((count for count in tokens if count is not None), default=None)
+    gates = build_gates(fallbacks, fewest, len(manifest.matrices))
+    return (*gates, *((coverage_gate(manifest.experts),) if manifest.experts else ()))
 
 
 def prompt_gate(parity: PromptParity) -> Gate:

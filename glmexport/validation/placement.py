@@ -7,11 +7,13 @@ import json
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from glmexport.definition import Definition
+from glmexport.loop import LoopConfig, read_loop
 from glmexport.validation.results import PlacedOperators, Placement
 
 CPU = "CPUExecutionProvider"
@@ -43,7 +45,10 @@ class Node(Definition):
 
 
 def profile(directory: Path, prompt: Sequence[int], threads: int) -> tuple[Node, ...]:
-    """Every node of model.onnx that onnxruntime-genai ran for a few tokens, in the bundle's own settings."""
+    """Every node of model.onnx that the bundle's loop ran for a few tokens, in the bundle's own settings."""
+    latents = read_loop(directory)
+    if latents:
+        return _profile_latents(directory, latents, prompt, threads)
     import numpy as np
     import onnxruntime_genai
 
@@ -66,6 +71,18 @@ def profile(directory: Path, prompt: Sequence[int], threads: int) -> tuple[Node,
         files = sorted(Path(folder).iterdir())
         events = [event for file in files for event in json.loads(file.read_text(encoding="utf-8"))]
     return nodes_of(events)
+
+
+def _profile_latents(
+    directory: Path, config: LoopConfig, prompt: Sequence[int], threads: int
+) -> tuple[Node, ...]:
+    from glmexport.validation.latent_loop import LatentLoop
+
+    with tempfile.TemporaryDirectory() as folder:
+        loop = LatentLoop(directory, config, threads, profile=Path(folder) / "profile")
+        for _ in islice(loop.start([prompt[:_PROMPT]]), _GENERATED):
+            pass
+        return nodes_of(json.loads(loop.end_profile().read_text(encoding="utf-8")))
 
 
 def nodes_of(events: Iterable[dict[str, Any]]) -> tuple[Node, ...]:

@@ -14,12 +14,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from glmexport.architecture import Reference
-from glmexport.architecture.reference import Substitute
+from glmexport.architecture.reference import Block, Substitute
 from glmexport.progress import Progress
 from glmexport.quantization import WorkDirectory
 from glmexport.validation.texts import EvaluationText
 
 _STATES = "states"
+#: Positions that routed experts see together: enough that computing takes longer than reading the experts.
+_TOGETHER = 1 << 13
 
 
 class ReferenceStates:
@@ -62,6 +64,37 @@ class ReferenceStates:
         return self.load(index)[0, text.prefix - 1 : -1]
 
 
+class _Selections:
+    """What the tokens of each batch attend to, from a layer that chose it to those that share it, in a file.
+
+    Of batches no longer than ``attended`` nothing is kept: there a token attends to all.
+    """
+
+    def __init__(self, directory: Path, attended: int | None) -> None:
+        self._attended = attended
+        self._file = TemporaryFile(dir=directory)  # noqa: SIM115 - lives as long as this object
+        weakref.finalize(self, self._file.close)
+        self._places: dict[int, tuple[int, torch.Size]] = {}
+        self._end = 0
+
+    def load(self, batch: int) -> Tensor | None:
+        """[sequences, length, chosen] int32, or None."""
+        if batch not in self._places:
+            return None
+        offset, shape = self._places[batch]
+        self._file.seek(offset)
+        return torch.frombuffer(bytearray(self._file.read(4 * shape.numel())), dtype=torch.int32).reshape(shape)
+
+    def save(self, batch: int, selection: Tensor | None) -> None:
+        """Replace that of the batch, whose shape stays the same."""
+        if selection is None or self._attended is None or selection.shape[1] <= self._attended:
+            return
+        offset, _ = self._places.setdefault(batch, (self._end, selection.shape))
+        self._end = max(self._end, offset + 4 * selection.numel())
+        self._file.seek(offset)
+        self._file.write(selection.int().cpu().contiguous().numpy().data.cast("B"))
+
+
 def reference_states(
     reference: Reference,
     texts: Sequence[EvaluationText],
@@ -89,24 +122,48 @@ def reference_states(
         del embedded
     lengths = {len(text.ids) for text in texts}
     positions = {length: reference.position_embeddings(length) for length in lengths}
+    selections = _Selections(directory, reference.architecture.attended_tokens)
+    committed = finished
     with progress.track(label, len(layers)) as track:
         track.advance(finished)
-        for layer in layers[finished:]:
+        for index, layer in enumerate(layers[finished:], finished + 1):
             block = reference.block(layer, substitute)
+            routed = bool(layer.mlp.routed)
             for start in range(0, len(texts), batch):
                 group = range(start, min(start + batch, len(texts)))
-                longest = max(len(texts[index].ids) for index in group)
-                padded = [pad(states.load(index), (0, 0, 0, longest - len(texts[index].ids))) for index in group]
-                outputs = block.forward(torch.cat(padded), positions[longest])
-                for index, output in zip(group, outputs, strict=True):
-                    states.save(index, output[: len(texts[index].ids)])
-            if kept:
+                longest = max(len(texts[text].ids) for text in group)
+                padded = [pad(states.load(text), (0, 0, 0, longest - len(texts[text].ids))) for text in group]
+                run = block.attended if routed else block.selecting
+                outputs, selection = run(torch.cat(padded), positions[longest], selections.load(start))
+                selections.save(start, selection)
+                for text, output in zip(group, outputs, strict=True):
+                    states.save(text, output[: len(texts[text].ids)])
+            if routed:
+                _through_experts(block, states)
+            # What is behind a block that goes on with the selection of this one is not enough to resume from.
+            if kept and not (index < len(layers) and layers[index].attention.shared_selection):
                 kept.commit(_step(layer.index), {}, {}, {_STATES: (states.load(i) for i in range(len(texts)))})
-                kept.forget(_step(layer.index - 1))
+                kept.forget(_step(committed - 1))
+                committed = index
             track.advance()
     for index in range(len(texts)):
         states.save(index, reference.final_norm(states.load(index)))
     return states
+
+
+def _through_experts(block: Block, states: ReferenceStates) -> None:
+    """Take texts that are behind a block's attention through its experts, many of them at a time."""
+    waiting: list[int] = []
+    lengths = [len(text.ids) for text in states.texts]
+    for index in range(len(lengths)):
+        waiting.append(index)
+        if index + 1 < len(lengths) and sum(lengths[i] for i in waiting) + lengths[index + 1] <= _TOGETHER:
+            continue
+        rows = torch.cat([states.load(i) for i in waiting], 1)
+        outputs = block.through(block.layer.branches[1], rows)
+        for i, output in zip(waiting, torch.split(outputs, [lengths[i] for i in waiting], 1), strict=True):
+            states.save(i, output)
+        waiting = []
 
 
 def _step(layer: int) -> str:

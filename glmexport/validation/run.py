@@ -23,7 +23,7 @@ from glmexport.validation.behaviour.plane import BehaviourPlan, ask, ask_bundle,
 from glmexport.validation.behaviour.tasks import Task
 from glmexport.validation.capture import CapturedReference
 from glmexport.validation.fidelity import Answers, Streamed, compare, statistics_of, summarize
-from glmexport.validation.gates import apply_gates, build_gates, capture_gate, prompt_gate, verdict_of, weight_gates
+from glmexport.validation.gates import apply_gates, capture_gate, manifest_gates, prompt_gate, verdict_of, weight_gates
 from glmexport.validation.generation import GenerationSession
 from glmexport.validation.performance import measure_performance
 from glmexport.validation.performance_gates import performance_gates
@@ -228,11 +228,7 @@ def _judged(
     if prompts:
         gates += (prompt_gate(prompts),)
     gates += performance_gates(performance, policy)
-    if manifest.matrices:
-        fallbacks = sum(matrix.fallback is not None for matrix in manifest.matrices)
-        tokens = [matrix.effective_tokens_per_column for matrix in manifest.matrices]
-        fewest = min((count for count in tokens if count is not None), default=None)
-        gates += build_gates(fallbacks, fewest, len(manifest.matrices))
+    gates += manifest_gates(manifest)
     return Validation(fidelity, weights, prompts, behaviour, shares, performance, gates, verdict_of(gates))
 
 

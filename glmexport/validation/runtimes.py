@@ -13,10 +13,12 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Protocol, TextIO
 
 from glmexport.definition import Definition
+from glmexport.loop import LoopConfig, read_loop
 from glmexport.validation.energy import Rapl, open_rapl
 from glmexport.validation.machine import peak_memory_and_source
 from glmexport.validation.placement import Node, profile
@@ -100,6 +102,24 @@ class _Genai:
             yield
 
 
+class _Latents:
+    """A bundle whose caches onnxruntime-genai does not know, in its own loop."""
+
+    def __init__(self, request: RuntimeRequest, config: LoopConfig) -> None:
+        import onnxruntime
+
+        from glmexport.validation.latent_loop import LatentLoop
+
+        self.name = f"onnxruntime {onnxruntime.__version__} over latents"
+        self._loop = LatentLoop(Path(request.directory), config, request.threads)
+        self._prompt = request.prompt
+        self._tokens = request.generated_tokens
+
+    def generate(self) -> Iterator[None]:
+        for _ in islice(self._loop.start([self._prompt]), self._tokens):
+            yield
+
+
 class _Transformers:
     def __init__(self, request: RuntimeRequest) -> None:
         import torch
@@ -126,6 +146,13 @@ class _Transformers:
             yield
 
 
+def _opened(request: RuntimeRequest) -> _Runtime:
+    if request.runtime == "transformers":
+        return _Transformers(request)
+    latents = read_loop(Path(request.directory))
+    return _Latents(request, latents) if latents else _Genai(request)
+
+
 def serve(request: RuntimeRequest, commands: TextIO, replies: TextIO) -> None:
     """Answer ``commands`` until there are no more."""
 
@@ -134,7 +161,7 @@ def serve(request: RuntimeRequest, commands: TextIO, replies: TextIO) -> None:
         replies.flush()
 
     started = time.perf_counter()
-    model: _Runtime = _Genai(request) if request.runtime == "onnxruntime-genai" else _Transformers(request)
+    model = _opened(request)
     load = time.perf_counter() - started
     energy = open_rapl()
     counters = energy if isinstance(energy, Rapl) else None

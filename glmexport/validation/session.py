@@ -47,7 +47,7 @@ class ScoringSession:
                 next_step="Build the bundle again with this version of glmexport.",
             ) from error
         self._caches = {
-            value.name: (value.shape[1], value.shape[3])
+            value.name: value.shape
             for value in self._session.get_inputs()
             if value.name not in (INPUT_IDS, ATTENTION_MASK)
         }
@@ -55,7 +55,9 @@ class ScoringSession:
     def logits(self, ids: Tensor) -> Tensor:
         """Logits [length, vocabulary] fp32 after each of ``ids`` [length] int64, from an empty cache."""
         feeds = {INPUT_IDS: ids[None].numpy(), ATTENTION_MASK: np.ones((1, len(ids)), np.int64)}
-        for name, (heads, size) in self._caches.items():
-            feeds[name] = np.zeros((1, heads, 0, size), np.float32)
+        # A cache that grows begins empty; one of fixed capacity has room for all.
+        sizes = {"batch": 1, "past_sequence": 0, "capacity": len(ids)}
+        for name, shape in self._caches.items():
+            feeds[name] = np.zeros([sizes.get(size, size) for size in shape], np.float32)
         (logits,) = self._session.run([LOGITS], feeds)
         return torch.from_numpy(logits[0])

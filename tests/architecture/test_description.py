@@ -113,7 +113,7 @@ def test_what_is_not_supported_is_said(tmp_path: Path, changes: dict[str, Any], 
 
 
 def test_the_families_of_this_version() -> None:
-    assert set(FAMILIES) == {"glm", "glm4"}
+    assert set(FAMILIES) == {"glm", "glm4", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa"}
 
 
 @pytest.mark.parametrize("family", ["glm", "glm4"])

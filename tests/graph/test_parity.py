@@ -8,7 +8,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from models import write_checkpoint
+from models import MIXTURE, write_checkpoint
 from transformers import AutoModelForCausalLM
 
 from glmexport.architecture import Reference, describe
@@ -27,6 +27,7 @@ TOLERANCE = 1e-4
 def export(path: Path, out: Path, packed: bool = True) -> onnxruntime.InferenceSession:
     checkpoint = Checkpoint.open(path)
     architecture = describe(checkpoint)
+    checkpoint = architecture.presented(checkpoint)
     target = open_target("x86-avx2")
     if not packed:
         target = target.model_copy(update={"graph": target.graph.model_copy(update={"packed_qkv": False})})
@@ -68,6 +69,12 @@ VARIANTS = {
                 "partial_rotary_factor": 0.5,
             }
         },
+    ),
+    "glm4_moe": ("glm4_moe", MIXTURE),
+    "glm4_moe with qk-norm": ("glm4_moe", MIXTURE | {"use_qk_norm": True, "norm_topk_prob": False}),
+    "glm4_moe in one group, two dense layers": (
+        "glm4_moe",
+        MIXTURE | {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 2, "n_shared_experts": 2},
     ),
 }
 

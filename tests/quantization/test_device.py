@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import MIXTURE
 from tiny import NEAREST, RECIPE, Model, digests
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -50,8 +51,9 @@ class Pretended(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func == Tensor.device.__get__:
             return CUDA
-        if func is torch.nn.functional.scaled_dot_product_attention:
-            # Chooses its kernel below the dispatcher, and there is none here for CUDA.
+        if func in (torch.nn.functional.scaled_dot_product_attention, torch.nn.functional.one_hot):
+            # One chooses its kernel below the dispatcher, and there is none here for CUDA; the other makes a tensor on
+            # the device that torch's own C++ sees.
             return on_device(func, args, kwargs or {})
         # The inherited one would make results of this class whatever device they are on.
         with torch._C.DisableTorchFunctionSubclass():
@@ -145,6 +147,15 @@ def test_a_walk_on_a_device_ends_where_one_on_the_processor_does(
     assert not COPIES
     there = model.walk(tmp_path_factory.mktemp("there"), recipe, device=CUDA)
     there.run()
+    assert "to" in COPIES and "from" in COPIES
+    assert digests(there) == digests(here)
+
+
+def test_a_mixture_of_experts_on_a_device(tmp_path_factory: pytest.TempPathFactory, cuda: None) -> None:
+    model = Model(tmp_path_factory.mktemp("model"), model_type="glm4_moe", **MIXTURE)
+    here, there = (model.walk(tmp_path_factory.mktemp("walk"), device=device) for device in (CPU, CUDA))
+    for walk in (here, there):
+        walk.run()
     assert "to" in COPIES and "from" in COPIES
     assert digests(there) == digests(here)
 

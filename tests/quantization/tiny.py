@@ -49,9 +49,10 @@ class Model:
     """A checkpoint, what it describes, and calibration sequences for it."""
 
     def __init__(self, path: Path, **changes: Any) -> None:
-        write_checkpoint(path, **TINY, **changes)
-        self.checkpoint = Checkpoint.open(path)
-        self.architecture: Architecture = describe(self.checkpoint)
+        write_checkpoint(path, **(TINY | changes))
+        checkpoint = Checkpoint.open(path)
+        self.architecture: Architecture = describe(checkpoint)
+        self.checkpoint = self.architecture.presented(checkpoint)
         documents = shipped_documents("calibration", ["zh", "en"])
         assert RECIPE.calibration is not None
         self.calibration = pack(documents, Tokenizer.open(path), RECIPE.calibration, self.architecture.context_length)

@@ -5,18 +5,22 @@ from __future__ import annotations
 import copy
 import gc
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from builds import THREADS, Sample, session, small_checkpoint
+from models import write_checkpoint
 
-from glmexport.architecture import Reference
+from glmexport.architecture import Block, DecoderLayer, Reference
 from glmexport.bundle import read_manifest
 from glmexport.calibration import Document, shipped_documents
 from glmexport.checkpoint import Tokenizer
 from glmexport.errors import BundleError, MachineError
 from glmexport.job import Original
 from glmexport.progress import Silent
+from glmexport.quantization import WorkDirectory
 from glmexport.validation.fidelity import Streamed, compare
 from glmexport.validation.reference import reference_states
 from glmexport.validation.session import ScoringSession
@@ -55,6 +59,46 @@ def check(checkpoint: Path, model: torch.nn.Module, scratch: Path) -> None:
 def test_states_and_logits_of_glm4(sample: Sample, tmp_path: Path) -> None:
     check(sample.checkpoint, sample.model, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_layer_selects_goes_on_to_those_that_share_it(tmp_path: Path) -> None:
+    """Texts longer and shorter than what a token attends to, one and several at a time, and after a kill."""
+    types = ["full", "shared", "full", "shared", "shared"]
+    sizes = {"index_topk": 8, "index_n_heads": 32, "index_head_dim": 24, "num_hidden_layers": 5}
+    model = write_checkpoint(tmp_path / "checkpoint", "glm_moe_dsa", indexer_types=types, **sizes)
+    original = Original.open(str(tmp_path / "checkpoint"), Silent())
+    reference = Reference(original.checkpoint, original.architecture)
+    generator = torch.Generator().manual_seed(0)
+    texts = [
+        EvaluationText(str(length), "en", torch.randint(0, 250, (length,), generator=generator), 1)
+        for length in (30, 24, 6, 8, 21)
+    ]
+    whole = [model.model(text.ids[None]).last_hidden_state for text in texts]
+    for batch in (1, 2, 5):
+        states = reference_states(reference, texts, tmp_path, Silent(), batch=batch)
+        assert all(float((states.load(i) - expected).abs().max()) < TOLERANCE for i, expected in enumerate(whole))
+
+    kept = WorkDirectory(tmp_path / "work", {})
+    blocks: list[int] = []
+    fill = reference.block
+
+    def killed_at(last: int) -> None:
+        def block(layer: DecoderLayer, *arguments: Any, **named: Any) -> Block:
+            if layer.index == last:
+                raise KeyboardInterrupt
+            blocks.append(layer.index)
+            return fill(layer, *arguments, **named)
+
+        with patch.object(reference, "block", block):
+            states = reference_states(reference, texts, tmp_path, Silent(), kept=kept)
+        assert all(float((states.load(i) - expected).abs().max()) < TOLERANCE for i, expected in enumerate(whole))
+
+    for last in (1, 4):
+        with pytest.raises(KeyboardInterrupt):
+            killed_at(last)
+    killed_at(99)
+    # From the block that selects: what is behind it is not enough to go on from.
+    assert blocks == [0, 0, 1, 2, 3, 2, 3, 4]
 
 
 def test_padding_and_choosing_change_nothing(sample: Sample, tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -1,0 +1,152 @@
+"""Matrices that a file holds in another shape or precision than that of a weight: one of a stack, or scaled fp8 blocks.
+
+fp8 checkpoints hold a linear as ``weight`` F8_E4M3 [N, K] and ``weight_scale_inv`` [ceil(N / n), ceil(K / k)], one
+factor a block of n x k weights: the weight is the product of the two (transformers, FineGrainedFP8Config).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from glmexport.checkpoint.config import ConfigReader
+from glmexport.checkpoint.header import TensorEntry
+from glmexport.checkpoint.shards import Shards
+from glmexport.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_SECTION = "quantization_config"
+_METHOD = "fp8"
+_FACTORS = ".weight_scale_inv"
+_FP8 = "F8_E4M3"
+
+
+@dataclass(frozen=True)
+class Page:
+    """Matrix ``index`` of the tensor ``stack`` [count, rows, columns]."""
+
+    stack: TensorEntry
+    index: int
+
+    @property
+    def entries(self) -> tuple[TensorEntry, ...]:
+        """The stored tensors that it is part of."""
+        return (self.stack,)
+
+    @property
+    def dtype(self) -> str:
+        """As stored."""
+        return self.stack.dtype
+
+    @property
+    def rows(self) -> int:
+        """Of the matrix."""
+        return self.stack.shape[1]
+
+    @property
+    def columns(self) -> int:
+        """Of the matrix."""
+        return self.stack.shape[2]
+
+    @property
+    def bytes(self) -> int:
+        """Of this matrix in the file."""
+        return self.stack.bytes // self.stack.shape[0]
+
+    def read(self, shards: Shards, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) fp32; raises as ``Shards.read`` does."""
+        return shards.read(self.stack, None, slice(self.index, self.index + 1), slice(start, stop))[0]
+
+
+@dataclass(frozen=True)
+class BlockScaled:
+    """A matrix of fp8 numbers with a factor for every block of ``block`` rows and columns."""
+
+    weight: TensorEntry
+    factors: TensorEntry
+    block: tuple[int, int]
+
+    @property
+    def entries(self) -> tuple[TensorEntry, ...]:
+        """The stored tensors that it consists of."""
+        return (self.weight, self.factors)
+
+    @property
+    def dtype(self) -> str:
+        """As stored."""
+        return self.weight.dtype
+
+    @property
+    def rows(self) -> int:
+        """Of the matrix."""
+        return self.weight.shape[0]
+
+    @property
+    def columns(self) -> int:
+        """Of the matrix."""
+        return self.weight.shape[1]
+
+    @property
+    def bytes(self) -> int:
+        """Of both tensors in their files."""
+        return sum(entry.bytes for entry in self.entries)
+
+    def read(self, shards: Shards, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) fp32; raises as ``Shards.read`` does."""
+        height, width = self.block
+        values = shards.read(self.weight, None, slice(start, stop), accepted=(_FP8,))
+        first, last = start // height, -(-stop // height)
+        factors = shards.read(self.factors, None, slice(first, last)).repeat_interleave(height, 0)
+        factors = factors[start - first * height :][: stop - start]
+        return values.mul_(factors.repeat_interleave(width, 1)[:, : self.columns])
+
+
+def block_size(config: ConfigReader) -> tuple[int, int] | None:
+    """Rows and columns that share a factor, of an fp8 checkpoint; None for every other.
+
+    Raises:
+        CheckpointError: fp8 with other than a factor a block.
+    """
+    if not config.has(_SECTION):
+        return None
+    table = config.section(_SECTION)
+    if table.text("quant_method", default="") != _METHOD:
+        return None
+    size = table.integers("weight_block_size", minimum=1)
+    if len(size) != 2:
+        raise CheckpointError(
+            f"{table.where}: weight_block_size is {list(size)}, and accepted are two integers.",
+            next_step="Correct the file, or use the bf16 checkpoint of this model.",
+        )
+    return size[0], size[1]
+
+
+def block_scaled(tensors: Mapping[str, TensorEntry], block: tuple[int, int]) -> dict[str, BlockScaled]:
+    """The matrices that have factors, by the name of their weight.
+
+    Raises:
+        CheckpointError: factors without their matrix, or of another shape than it needs; an fp8 matrix without any.
+    """
+    found = {}
+    for key, factors in tensors.items():
+        if key.endswith(_FACTORS):
+            weight = tensors.get(f"{key.removesuffix(_FACTORS)}.weight")
+            needed = None if weight is None else tuple(-(-n // b) for n, b in zip(weight.shape, block, strict=False))
+            if weight is None or len(weight.shape) != 2 or weight.dtype != _FP8 or factors.shape != needed:
+                shown = "absent" if weight is None else f"{weight.dtype} {list(weight.shape)}"
+                raise CheckpointError(
+                    f"{factors.path}: {key} has shape {list(factors.shape)}, and its matrix is {shown}; blocks are of "
+                    f"{block[0]} x {block[1]}.",
+                    next_step="Download the checkpoint again, or use the bf16 one.",
+                )
+            found[weight.name] = BlockScaled(weight, factors, block)
+    bare = next((key for key, entry in tensors.items() if entry.dtype == _FP8 and key not in found), None)
+    if bare is not None:
+        raise CheckpointError(
+            f"{tensors[bare].path}: {bare} is fp8, and there is no {bare}_scale_inv.",
+            next_step="Download the checkpoint again, or use the bf16 one.",
+        )
+    return found

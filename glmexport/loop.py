@@ -1,0 +1,45 @@
+"""loop.json: what our own decode loop reads of a bundle whose caches onnxruntime-genai does not know."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from glmexport.definition import Definition
+from glmexport.errors import BundleError
+from glmexport.target import Provider
+
+LOOP_CONFIG = "loop.json"
+
+
+class LoopConfig(Definition):
+    """The graph's names, and what a loop has to know beside it."""
+
+    #: The graph's file.
+    graph: str
+    provider: Provider
+    context_length: int
+    eos_token_id: tuple[int, ...]
+    #: Names of the graph's token ids [B, S], mask [B, T] and logits [B, 1, V].
+    input_ids: str
+    attention_mask: str
+    logits: str
+    #: Output by input of every cache [B, C, width].
+    caches: dict[str, str]
+
+
+def read_loop(bundle: Path) -> LoopConfig | None:
+    """The file of a bundle; None: it has none, and onnxruntime-genai runs it.
+
+    Raises:
+        BundleError: it cannot be read.
+    """
+    path = bundle / LOOP_CONFIG
+    if not path.is_file():
+        return None
+    try:
+        return LoopConfig.model_validate_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BundleError(
+            f"{path} is not what a loop reads: {str(error).splitlines()[0]}.",
+            next_step="Build the bundle again with this version of glmexport.",
+        ) from error

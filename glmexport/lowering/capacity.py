@@ -1,0 +1,88 @@
+"""Caches of a fixed capacity, which new positions are written into: where they go, and what they see."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from glmexport.graph import INPUT_IDS
+from glmexport.lowering.attention import shared_lengths
+from glmexport.lowering.rewrite import MICROSOFT, Rewrite
+
+_POSITIONS, _PLACES, _CAUSAL = "positions", "cache_places", "causal_bias"
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Of the new tokens: values that all layers of a graph share."""
+
+    #: [B, S] int64.
+    positions: ir.Value
+    #: [B, S, 2] int64: sequence and position, as ScatterND takes them.
+    places: ir.Value
+    #: [B, S, C] fp32: 0 where a cached position is not behind the token's own, otherwise minus infinity.
+    causal: ir.Value
+
+
+def shared_positions(model: ir.Model, node: ir.Node) -> Positions:
+    """Of the graph's input; ``node`` is one that reads a cache.
+
+    The first new token of a sequence comes behind what the attention mask has ones for, less the new tokens. Padding
+    is to the right, and in the first call only: there the sequences begin at 0, however few ones they have.
+    """
+    found = {value.name: value for other in model.graph for value in other.outputs}
+    if _CAUSAL in found:
+        return Positions(found[_POSITIONS], found[_PLACES], found[_CAUSAL])
+    lengths, total = shared_lengths(model)
+    graph = model.graph
+    ids = next(value for value in graph.inputs if value.name == INPUT_IDS)
+    cache = node.inputs[3]
+    # The last one of those that the lengths are computed by.
+    before_all = total.producer()
+    assert before_all is not None
+    rewrite = Rewrite(model, before_all)
+    one, zero = rewrite.constant("one", np.array(1, np.int64)), rewrite.constant("zero", np.array(0, np.int64))
+    (shape,) = rewrite.op("Shape", [ids])
+    (batch,) = rewrite.op("Gather", [shape, zero], {"axis": 0})
+    (count,) = rewrite.op("Gather", [shape, one], {"axis": 0})
+    (last,) = rewrite.op("Cast", [lengths], {"to": int(ir.DataType.INT64)})
+    (ones,) = rewrite.op("Add", [last, one])
+    (before,) = rewrite.op("Sub", [ones, count])
+    (start,) = rewrite.op("Max", [before, zero])
+    (start,) = rewrite.op("Unsqueeze", [start, rewrite.integers(1)])
+    (steps,) = rewrite.op("Range", [zero, count, one])
+    (positions,) = rewrite.op("Add", [start, steps])
+    (rows,) = rewrite.op("Range", [zero, batch, one])
+    (rows,) = rewrite.op("Unsqueeze", [rows, rewrite.integers(1)])
+    (rows,) = rewrite.op("Expand", [rows, shape])
+    parts = [rewrite.op("Unsqueeze", [part, rewrite.integers(2)])[0] for part in (rows, positions)]
+    (places,) = rewrite.op("Concat", parts, {"axis": -1})
+    (sizes,) = rewrite.op("Shape", [cache])
+    (capacity,) = rewrite.op("Gather", [sizes, one], {"axis": 0})
+    (cached,) = rewrite.op("Range", [zero, capacity, one])
+    (seen,) = rewrite.op("LessOrEqual", [cached, parts[1]])
+    choices = [rewrite.constant(name, np.array(value, np.float32)) for name, value in SEEN.items()]
+    (causal,) = rewrite.op("Where", [seen, *choices])
+    positions.name, places.name, causal.name = _POSITIONS, _PLACES, _CAUSAL
+    graph.insert_after(before_all, rewrite.nodes)
+    return Positions(positions, places, causal)
+
+
+#: What is added to the score of a position: constants by their names.
+SEEN = {"seen": 0.0, "unseen": -np.inf}
+
+
+def written(rewrite: Rewrite, cache: ir.Value | None, positions: Positions, new: ir.Value) -> ir.Value:
+    """``cache`` [B, C, width] with ``new`` [B, S, width] in its places; in place where both are one buffer."""
+    return rewrite.op("ScatterND", [cache, positions.places, new])[0]
+
+
+def rotated(
+    rewrite: Rewrite, x: ir.Value | None, positions: Positions, tables: list[ir.Value], interleaved: int
+) -> ir.Value:
+    """``x`` [B, S, size] or [B, heads, S, size], rotated as its positions tell."""
+    return rewrite.op(
+        "RotaryEmbedding", [x, positions.positions, *tables], {"interleaved": interleaved}, domain=MICROSOFT
+    )[0]

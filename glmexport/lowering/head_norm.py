@@ -1,0 +1,37 @@
+"""RMSNorm of every head of the queries and keys."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from glmexport.graph.operators import integer, nodes_of, number, text
+from glmexport.lowering.rewrite import Rewrite
+from glmexport.quantization.weights import Weights
+
+
+class LowerHeadNormPass(ir.passes.InPlacePass):
+    """HeadNorm becomes SimplifiedLayerNormalization over the last axis of [B, S, heads, head_dim].
+
+    GroupQueryAttention takes the gains itself on other providers; ONNX Runtime's CPU kernel refuses them.
+    """
+
+    def __init__(self, weights: Weights) -> None:
+        super().__init__()
+        self.weights = weights
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Lower every HeadNorm."""
+        modified = False
+        for node in nodes_of(model, "HeadNorm"):
+            modified = True
+            rewrite = Rewrite(model, node)
+            key, size = text(node, "weight"), integer(node, "head_dim")
+            gain = rewrite.weight(key, ir.DataType.FLOAT, (size,), lambda key=key: self.weights.tensor(key).numpy())  # type: ignore[misc]
+            apart = rewrite.constant(f"heads_of_{size}", np.array([0, 0, -1, size], np.int64))
+            together = rewrite.constant("heads_together", np.array([0, 0, -1], np.int64))
+            (heads,) = rewrite.op("Reshape", [node.inputs[0], apart])
+            attributes = {"axis": -1, "epsilon": number(node, "epsilon"), "stash_type": 1}
+            (normed,) = rewrite.op("SimplifiedLayerNormalization", [heads, gain], attributes)
+            rewrite.finish(*rewrite.op("Reshape", [normed, together]))
+        return ir.passes.PassResult(model, modified)

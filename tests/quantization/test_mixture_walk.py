@@ -1,0 +1,292 @@
+"""The walk through a mixture of experts: natural routing, one expert at a time, cold ones on what all would read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import MIXTURE
+from tiny import MEMORY, RECIPE, W4G32, W8G32, Model, digests
+
+from glmexport.architecture import Reference, describe
+from glmexport.calibration import effective_count
+from glmexport.checkpoint import Checkpoint
+from glmexport.progress import Silent
+from glmexport.quantization import QuantizedMatrix, Walk, WorkDirectory, coverage, mixture, plan_memory
+from glmexport.quantization.mixture import PRIOR, Mixture
+from glmexport.quantization.streams import ORIGINAL, QUANTIZED
+from glmexport.quantization.weights import Weights
+from glmexport.recipe import Format, Solver
+
+EXPERTS = MIXTURE["n_routed_experts"]
+NEAREST = RECIPE.model_copy(update={"solver": Solver(method="round-to-nearest"), "calibration": None})
+
+
+def mixture_model(path: Path, **changes: Any) -> Model:
+    """One dense layer and one of experts, and calibration sequences."""
+    return Model(path, model_type="glm4_moe", **(MIXTURE | changes))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return mixture_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def walked(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Walk:
+    walk = model.walk(tmp_path_factory.mktemp("walked"))
+    walk.run()
+    return walk
+
+
+def weights_of(walk: Walk) -> Weights:
+    return Weights(walk.checkpoint, walk.architecture, walk.work, walk.parts)
+
+
+def test_experts_are_committed_one_by_one_in_their_format_and_the_rest_in_that_of_all(
+    model: Model, walked: Walk
+) -> None:
+    weights, routed = weights_of(walked), model.architecture.routed
+    assert len(routed) == 2 * EXPERTS
+    for _, linear in model.architecture.linears:
+        assert weights.form(linear.weight) == (W4G32 if linear.weight in routed else W8G32)
+    router = model.architecture.layers[1].mlp.router
+    assert weights.form(router.weight) is None and weights.form(router.bias) is None
+    assert "block_001.shared" in walked.parts and f"block_001.expert_{EXPERTS - 1:03d}" in walked.parts
+    assert set(digests(walked)) == {f"{part}.safetensors" for part in ("folds", *walked.parts)}
+    records, _ = walked.records()
+    expected = {model.architecture.embedding} | {linear.weight for _, linear in model.architecture.linears}
+    assert {record.key for record in records} == expected and len(records) == len(expected)
+
+
+def test_the_recipe_says_what_every_token_passes(model: Model, tmp_path: Path) -> None:
+    walk = model.walk(tmp_path, NEAREST.model_copy(update={"shared": Format(bits=4, group_size=64)}))
+    walk.run()
+    weights = weights_of(walk)
+    layer = model.architecture.layers[1]
+    assert weights.form(layer.mlp.shared.down.weight) == Format(bits=4, group_size=64)
+    assert weights.form(layer.attention.query.weight) == Format(bits=4, group_size=64)
+    assert weights.form(layer.mlp.experts[3].down.weight) == W4G32
+
+
+def routes(model: Model, walk: Walk, layer: int) -> torch.Tensor:
+    """Experts [sequences, length, chosen] of every position, by transformers' own router behind quantized layers."""
+    weights = weights_of(walk)
+
+    def substitute(key: str) -> torch.Tensor | None:
+        return weights.quantized(key).dequantize() if weights.form(key) else None
+
+    reference = Reference(walk.checkpoint, model.architecture)
+    ids = model.calibration.ids
+    hidden = weights.quantized(model.architecture.embedding).lookup(ids)
+    positions = reference.position_embeddings(ids.shape[1])
+    for before in model.architecture.layers[:layer]:
+        hidden = reference.block(before, substitute).forward(hidden, positions)
+    block = reference.block(model.architecture.layers[layer], substitute)
+    chosen: list[torch.Tensor] = []
+    block.module.mlp.gate.register_forward_hook(lambda _module, _inputs, outputs: chosen.append(outputs[2]))
+    block.forward(hidden, positions)
+    return chosen[0].reshape(*ids.shape, -1)
+
+
+def test_coverage_counts_the_positions_that_the_router_of_the_quantized_model_sends(model: Model, walked: Walk) -> None:
+    calibration = model.calibration
+    experts = routes(model, walked, 1)[~calibration.selection, calibration.prefix :]
+    records, _ = walked.records()
+    (layer,) = coverage(records)
+    assert layer.layer == 1 and len(layer.tokens) == EXPERTS
+    expected = [int((experts == index).any(-1).sum()) for index in range(EXPERTS)]
+    # A position may sit on the edge between two experts, where batches of another size decide otherwise.
+    assert sum(abs(a - b) for a, b in zip(layer.tokens, expected, strict=True)) <= 4
+    assert sum(layer.tokens) == experts.numel()
+    assert max(layer.tokens) > 2 * min(layer.tokens)
+    for index, tokens in enumerate(layer.tokens):
+        assert (index in layer.cold) or tokens >= model.architecture.hidden_size / 16
+
+
+def test_the_quantized_stream_behind_the_layer_is_that_of_the_committed_weights(
+    model: Model, tmp_path: Path, walked: Walk
+) -> None:
+    walk = model.walk(tmp_path)
+    walk.prepare()
+    for index in range(3):
+        walk._step(index)
+    weights = weights_of(walked)
+
+    def substitute(key: str) -> torch.Tensor | None:
+        return weights.quantized(key).dequantize() if weights.form(key) else None
+
+    reference = Reference(walk.checkpoint, model.architecture)
+    plain = Reference(model.checkpoint, model.architecture)
+    ids = model.calibration.ids
+    positions = reference.position_embeddings(ids.shape[1])
+    quantized, original = weights.quantized(model.architecture.embedding).lookup(ids), plain.embed(ids)
+    for layer in model.architecture.layers:
+        quantized = reference.block(layer, substitute).forward(quantized, positions)
+        original = plain.block(layer).forward(original, positions)
+    shape = (*ids.shape, model.architecture.hidden_size)
+    given = walk.work.activations("block_001", QUANTIZED, shape).read(0, len(ids))
+    # Where a position sits on the edge between two experts, one of them may be another.
+    near = (given - quantized).abs().amax(-1) < 1e-4
+    assert near.float().mean() > 0.999
+    given = walk.work.activations("block_001", ORIGINAL, shape).read(0, len(ids))
+    assert ((given - original).abs().amax(-1) < 1e-4).float().mean() > 0.999
+
+
+@pytest.mark.parametrize("killed_at", [0, 1, 7])
+def test_a_walk_that_is_killed_between_experts_goes_on_with_the_next(
+    model: Model, walked: Walk, tmp_path: Path, killed_at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = model.walk(tmp_path)
+    commit, left = WorkDirectory.commit, [killed_at]
+
+    def killed(self: WorkDirectory, step: str, *rest: Any, **more: Any) -> None:
+        if "expert" in step:
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+        commit(self, step, *rest, **more)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(WorkDirectory, "commit", killed)
+        first.run()
+    solved: list[str] = []
+    expert = Walk._expert
+    monkeypatch.setattr(Walk, "_expert", lambda self, step, *rest: (solved.append(step), expert(self, step, *rest)))
+    second = model.walk(tmp_path)
+    second.run()
+    assert solved == [f"block_001.expert_{index:03d}" for index in range(killed_at, EXPERTS)]
+    assert digests(second) == digests(walked)
+
+
+def passage_of(model: Model, walk: Walk) -> Any:
+    """Behind the attention of the layer of experts."""
+    walk.prepare()
+    for index in range(2):
+        walk._step(index)
+    layer = model.architecture.layers[1]
+    passage = walk.streams.enter("block_000", layer)
+    solved = walk._block(layer, passage, [])
+    passage.move_on(lambda key: solved[key].dequantize() if key in solved else None)
+    return passage
+
+
+def test_hessians_are_means_over_the_positions_that_chose_the_expert_shrunk_toward_all(
+    model: Model, tmp_path: Path
+) -> None:
+    passage = passage_of(model, model.walk(tmp_path))
+    layer, calibration = model.architecture.layers[1], model.calibration
+    measured = Mixture(passage, layer.mlp, MEMORY.batch_tokens)
+    block = passage.streams.reference.block(layer, only=())
+    shape = (*calibration.ids.shape, model.architecture.hidden_size)
+    inputs = block.normed(layer.branches[1], passage.residual[QUANTIZED].read(0, shape[0])).flatten(0, 1)
+    experts, shares = block.route(inputs)
+    counted = torch.ones(shape[:2], dtype=torch.bool)
+    counted[calibration.selection] = False
+    counted[:, : calibration.prefix] = False
+    text = (calibration.weights()[:, None] * counted).flatten().double()
+
+    def mean(weights: torch.Tensor) -> torch.Tensor:
+        return (inputs.double().T * (weights / weights.sum())) @ inputs.double()
+
+    torch.testing.assert_close(measured.pool.double(), mean(text), atol=1e-5, rtol=1e-4)
+    for index in (0, 5):
+        mlp = layer.mlp.experts[index]
+        mine = (experts == index).double() * shares.double()
+        weights = text * mine.sum(-1).square()
+        found = measured.measure(mlp, mlp.gate_up, None)
+        inside = weights > 0
+        tokens = effective_count(calibration.contexts.flatten()[inside], weights[inside])
+        assert found.own_tokens == pytest.approx(tokens) and found.chosen == int(inside.sum())
+        prior = PRIOR * mlp.gate_up.in_features
+        expected = (tokens * mean(weights) + prior * mean(text)) / (tokens + prior)
+        torch.testing.assert_close(found.measured.hessian.double(), expected, atol=1e-5, rtol=1e-3)
+
+
+def test_an_expert_that_nobody_chose_is_fitted_to_what_all_would_give_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = mixture_model(tmp_path / "model", n_group=1, topk_group=1)
+    path = tmp_path / "model" / "model.safetensors"
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(path)
+    key = "model.layers.1.mlp.gate.e_score_correction_bias"
+    tensors[key][3] = -10.0
+    save_file(tensors, path, {"format": "pt"})
+    model.checkpoint = model.architecture.presented(Checkpoint.open(tmp_path / "model"))
+    walk = model.walk(tmp_path / "walk")
+    walk.run()
+    records, _ = walk.records()
+    (layer,) = coverage(records)
+    assert layer.tokens[3] == 0 and 3 in layer.cold
+    cold = [record for record in records if ".experts.3." in record.key]
+    assert all(record.fallback is None and record.relative_error is not None for record in cold)
+    # Without a pool there is nothing to fit it to, and that is said.
+    monkeypatch.setattr(mixture, "PRIOR", 0.0)
+    progress = Silent()
+    again = model.walk(tmp_path / "again", progress=progress)
+    again.run()
+    records, _ = again.records()
+    refused = [record for record in records if ".experts.3." in record.key]
+    assert all("rounded to nearest" in str(record.fallback) for record in refused)
+    assert sum("experts.3." in remark for remark in progress.remarks) == 2
+
+
+def test_calibrated_experts_lose_less_than_rounded_ones(model: Model, walked: Walk, tmp_path: Path) -> None:
+    nearest = model.walk(tmp_path, NEAREST)
+    nearest.run()
+    ids = model.calibration.ids[model.calibration.selection]
+
+    def loss(walk: Walk) -> float:
+        weights = weights_of(walk)
+        reference = Reference(walk.checkpoint, model.architecture)
+
+        def answers(*substitute: Any) -> torch.Tensor:
+            hidden = reference.embed(ids)
+            for layer in model.architecture.layers:
+                block = reference.block(layer, *substitute)
+                hidden = block.forward(hidden, reference.position_embeddings(ids.shape[1]))
+            return hidden
+
+        given = answers(lambda key: weights.quantized(key).dequantize() if weights.form(key) else None)
+        return float((given - answers()).square().sum())
+
+    assert loss(walked) < 0.8 * loss(nearest)
+
+
+def test_memory_is_that_of_one_expert(model: Model) -> None:
+    published = describe(_published(256))
+    fewer = describe(_published(64))
+    gptq = RECIPE.model_copy(update={"solver": Solver()})
+    assert plan_memory(published, gptq, 16 << 30).peak_bytes <= 16 << 30
+    assert plan_memory(published, gptq).peak_bytes == plan_memory(fewer, gptq).peak_bytes
+
+
+def _published(experts: int) -> Any:
+    """What ``describe`` reads of a checkpoint of the largest published shape."""
+    from types import SimpleNamespace
+
+    from glmexport.checkpoint import ConfigReader
+
+    values = {
+        "model_type": "glm4_moe", "hidden_act": "silu", "hidden_size": 6144, "num_attention_heads": 96,
+        "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 12288, "num_hidden_layers": 4,
+        "vocab_size": 151552, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "attention_bias": True,
+        "eos_token_id": [151329], "n_routed_experts": experts, "num_experts_per_tok": 8,
+        "moe_intermediate_size": 2048, "first_k_dense_replace": 3, "pad_token_id": 151329,
+    }  # fmt: skip
+    return SimpleNamespace(config=ConfigReader(values, "config.json"), generation_config=None, model_type="glm4_moe")
+
+
+def test_a_matrix_that_every_token_passes_is_in_no_coverage() -> None:
+    whole = QuantizedMatrix(
+        key="a", layer=1, part="expert_gate_up", bits=4, group_size=32, symmetric=False, bits_per_weight=4.5
+    )
+    assert coverage([whole]) == ()
+    warm = whole.model_copy(update={"chosen": 90, "effective_tokens_per_column": 1 / 16})
+    cold = whole.model_copy(update={"chosen": 3, "effective_tokens_per_column": 0.05})
+    (layer,) = coverage([warm, cold, warm])
+    assert layer.tokens == (90, 3, 90) and layer.cold == (1,)
