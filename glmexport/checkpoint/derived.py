@@ -77,7 +77,8 @@ def stack(name: str, parts: Sequence[TensorEntry | DerivedMatrix]) -> DerivedMat
     """
     listed = [part.entry if isinstance(part, DerivedMatrix) else part for part in parts]
     forms = {part.form if isinstance(part, DerivedMatrix) else None for part in parts}
-    if len(forms) > 1 or len({(entry.dtype, entry.shape[1:]) for entry in listed}) > 1:
+    # Full precision is read as fp32, whatever it is stored in.
+    if len(forms) > 1 or len({entry.shape[1:] for entry in listed}) > 1:
         shown = " and ".join(f"{entry.name} ({entry.dtype} {list(entry.shape)})" for entry in listed)
         formats = sorted("full precision" if form is None else form.label for form in forms)
         raise CheckpointError(

@@ -18,9 +18,8 @@ class LowerExpertsPass(ir.passes.InPlacePass):
        the outer graph, where ONNX Runtime packs them when it loads the model as it does those of every layer.
     3. The weighted sum over a position's experts is a matrix product.
 
-    Measured against QMoE on ONNX Runtime 1.32 (Zen 3, two threads; 128 experts of 768, 8 chosen, hidden 2048, 4 bits
-    in groups of 32): a decode step takes 11.0 ms against 12.1 ms, 128 positions take 290 ms against 400 ms, and every
-    format that MatMulNBits has is allowed.
+    QMoE computes the same, in fewer formats and no faster: a decode step takes as long, 128 positions take half as long
+    again (ONNX Runtime 1.32 on Zen 3; benchmarks/README.md, "Experts in the graph").
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -47,14 +46,14 @@ class LowerExpertsPass(ir.passes.InPlacePass):
         (ends,) = rewrite.op("CumSum", [counts, rewrite.constant("axis_0_scalar", np.array(0, np.int64))])
         (starts,) = rewrite.op("Sub", [ends, counts])
         zero = rewrite.constant("zero", np.array(0, np.int64))
+        (hits,) = rewrite.op("Greater", [counts, zero])
         bounds = [
             rewrite.op("Split", [value], {"axis": 0, "num_outputs": len(keys)}, outputs=len(keys))
-            for value in (counts, starts, ends)
+            for value in (hits, starts, ends)
         ]
         nothing = rewrite.constant(f"no_rows_of_{size}", np.zeros((0, size), np.float32))
         outputs: list[ir.Value] = []
-        for index, (count, start, end) in enumerate(zip(*bounds, strict=True)):
-            (hit,) = rewrite.op("Greater", [count, zero])
+        for index, (hit, start, end) in enumerate(zip(*bounds, strict=True)):
             bodies = _bodies(rewrite, index, keys[index], (inputs, start, end, first), nothing)
             outputs += rewrite.op("If", [hit], bodies)
         (together,) = rewrite.op("Concat", outputs, {"axis": 0})

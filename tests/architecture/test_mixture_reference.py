@@ -238,3 +238,25 @@ def test_texts_that_pass_the_experts_together_pass_them_as_alone(
         with torch.inference_mode():
             expected = model(text.ids[None]).logits[0, :-1]
         torch.testing.assert_close(reference.logits(states.states(index)), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_an_adapter_on_halves_of_stacked_matrices_is_merged_into_them(tmp_path: Path) -> None:
+    from adapters import PREFIX, factors, write_adapter
+
+    write_checkpoint(tmp_path / "base", "glm4_moe", **MIXTURE)
+    stored = load_file(tmp_path / "base" / "model.safetensors")
+    up, gate = "model.layers.1.mlp.shared_experts.up_proj", "model.layers.0.mlp.gate_proj"
+    whole = torch.randn(64, 128, generator=torch.Generator().manual_seed(1))
+    tensors = {**factors(gate, 256, 128), f"{PREFIX}{up}.weight": whole}
+    adapter = write_adapter(tmp_path / "adapter", tensors)
+    checkpoint = Checkpoint.open(tmp_path / "base", adapter=adapter)
+    merged = checkpoint.read(f"{gate}.weight")
+    architecture = describe(checkpoint)
+    checkpoint = architecture.presented(checkpoint)
+    assert architecture.account(checkpoint) == []
+    dense, mixture = architecture.layers[0].mlp, architecture.layers[1].mlp
+    assert not torch.equal(merged, stored[f"{gate}.weight"].float())
+    assert torch.equal(checkpoint.read(dense.gate_up.weight)[:256], merged)
+    assert torch.equal(checkpoint.read(mixture.shared.gate_up.weight)[64:], whole)
+    halves = stored["model.layers.1.mlp.shared_experts.gate_proj.weight"].float()
+    assert torch.equal(checkpoint.read(mixture.shared.gate_up.weight)[:64], halves)
