@@ -83,6 +83,7 @@ def assemble(
         prompts=validation.prompts,
         behaviour=validation.behaviour,
         shares=validation.shares,
+        routing=validation.routing,
         performance=validation.performance,
         quantization=_quantization(manifest, build),
         calibration=_calibration(manifest),

@@ -15,6 +15,7 @@ from glmexport.validation.results import (
     Count,
     Fidelity,
     Gate,
+    LayerRouting,
     Number,
     Overlap,
     Performance,
@@ -212,6 +213,8 @@ class Report(Record):
     behaviour: Behaviour | None = None
     """None where no answers were asked for, or the captured original has none."""
     shares: tuple[Share, ...]
+    routing: tuple[LayerRouting, ...] = ()
+    """Of a mixture of experts, layer by layer; empty for other models, or where it was not measured."""
     performance: Performance
     quantization: QuantizationSummary | None
     """None for a recipe that quantizes nothing, or if the build's record is not at hand."""

@@ -34,6 +34,7 @@ def render_markdown(report: Report) -> str:
             ("Language", "Documents", "Positions", "KL mean", "± error", "p99", "p99.9", "Top-1", "ln PPL ratio"),
             map(_language, _rows(report)),
         ),
+        *_routing(report),
         *_prompts(report),
         *_behaviour(report),
         *_weights(report),
@@ -82,6 +83,16 @@ def _gate(gate: Gate) -> tuple[str, ...]:
         f"**{gate.verdict}**",
         _foreign(text.sample(gate)),
     )
+
+
+def _routing(report: Report) -> list[str]:
+    if not report.routing:
+        return []
+    rows = (
+        (str(row.layer), text.number(row.positions), text.percent(row.same_set), text.percent(row.same_experts))
+        for row in report.routing
+    )
+    return ["## Routing", _table(("Block", "Positions", "All experts the same", "Choices the same"), rows)]
 
 
 def _prompts(report: Report) -> list[str]:

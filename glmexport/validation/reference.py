@@ -17,6 +17,7 @@ from glmexport.architecture import Reference
 from glmexport.architecture.reference import Block, Substitute
 from glmexport.progress import Progress
 from glmexport.quantization import WorkDirectory
+from glmexport.validation.routing import Routes
 from glmexport.validation.texts import EvaluationText
 
 _STATES = "states"
@@ -106,11 +107,13 @@ def reference_states(
     embed: Callable[[Tensor], Tensor] | None = None,
     batch: int = 1,
     kept: WorkDirectory | None = None,
+    routes: Routes | None = None,
 ) -> ReferenceStates:
     """Run the original over ``texts``; with ``substitute`` and ``embed``, with weights of theirs in its place.
 
     ``batch`` texts at a time, the shorter ones padded behind their end, where a causal model does not look. Each
-    finished block is committed to ``kept``, where the next call with the same texts goes on.
+    finished block is committed to ``kept``, where the next call with the same texts goes on. What experts every
+    position is sent to is added to ``routes``.
     """
     states = ReferenceStates(texts, reference.architecture.hidden_size, directory)
     layers = reference.architecture.layers
@@ -139,7 +142,7 @@ def reference_states(
                 for text, output in zip(group, outputs, strict=True):
                     states.save(text, output[: len(texts[text].ids)])
             if routed:
-                _through_experts(block, states)
+                _through_experts(block, states, routes)
             # What is behind a block that goes on with the selection of this one is not enough to resume from.
             if kept and not (index < len(layers) and layers[index].attention.shared_selection):
                 kept.commit(_step(layer.index), {}, {}, {_STATES: (states.load(i) for i in range(len(texts)))})
@@ -151,7 +154,7 @@ def reference_states(
     return states
 
 
-def _through_experts(block: Block, states: ReferenceStates) -> None:
+def _through_experts(block: Block, states: ReferenceStates, routes: Routes | None) -> None:
     """Take texts that are behind a block's attention through its experts, many of them at a time."""
     waiting: list[int] = []
     lengths = [len(text.ids) for text in states.texts]
@@ -160,7 +163,11 @@ def _through_experts(block: Block, states: ReferenceStates) -> None:
         if index + 1 < len(lengths) and sum(lengths[i] for i in waiting) + lengths[index + 1] <= _TOGETHER:
             continue
         rows = torch.cat([states.load(i) for i in waiting], 1)
-        outputs = block.through(block.layer.branches[1], rows)
+        branch = block.layer.branches[1]
+        if routes is not None:
+            experts, _ = block.route(block.normed(branch, rows).flatten(0, 1))
+            routes.add(block.layer.index, experts)
+        outputs = block.through(branch, rows)
         for i, output in zip(waiting, torch.split(outputs, [lengths[i] for i in waiting], 1), strict=True):
             states.save(i, output)
         waiting = []

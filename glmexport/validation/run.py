@@ -34,12 +34,14 @@ from glmexport.validation.results import (
     Fidelity,
     Gate,
     LanguageFidelity,
+    LayerRouting,
     Performance,
     PromptParity,
     Share,
     Verdict,
     WeightCheck,
 )
+from glmexport.validation.routing import Routes, routing_agreement
 from glmexport.validation.session import ScoringSession
 from glmexport.validation.texts import EvaluationText, evaluation_texts
 from glmexport.validation.weights import check_weights
@@ -77,6 +79,8 @@ class Validation:
     #: None where nothing was asked.
     behaviour: Behaviour | None
     shares: tuple[Share, ...]
+    #: Of mixtures of experts, on the texts of the shares.
+    routing: tuple[LayerRouting, ...]
     performance: Performance
     gates: tuple[Gate, ...]
     verdict: Verdict
@@ -142,14 +146,16 @@ def validate(
             Streamed(states, reference), partial(_bundle_answer, session, texts), progress, _IN_ONNX_RUNTIME
         )
         sample = Streamed(states.only(first_texts(texts, max(1, plan.share_texts))), reference)
-        noise = noise_floor(sample, threads, Path(folder), progress)
+        before, after = Routes(), Routes()
+        noise = noise_floor(sample, threads, Path(folder), progress, before)
         fidelity = summarize(texts, divergences, tokenizer, arithmetic(manifest), noise)
-        shares = _shares(directory, manifest, sample, plan, session, Path(folder), progress)
+        shares = _shares(directory, manifest, sample, plan, session, Path(folder), progress, after)
+        routing = routing_agreement(before, after) if shares else ()
         behaviour = _behaviour(directory, documents, tasks, session, reference, plan, threads, Path(folder), progress)
     weights = check_weights(directory, manifest, reference, progress)
     performance = _performance(directory, manifest, checkpoint, texts, plan, policy, threads, progress)
     prompts = prompt_parity(golden_prompts(checkpoint, documents), Tokenizer.open(directory))
-    return _judged(fidelity, weights, prompts, behaviour, shares, performance, manifest, policy)
+    return _judged(fidelity, weights, prompts, behaviour, shares, routing, performance, manifest, policy)
 
 
 def validate_captured(
@@ -183,7 +189,7 @@ def validate_captured(
             plan=plan.behaviour,
             progress=progress,
         )
-    return _judged(fidelity, None, parity, behaviour, (), performance, manifest, policy)
+    return _judged(fidelity, None, parity, behaviour, (), (), performance, manifest, policy)
 
 
 def _behaviour(
@@ -216,6 +222,7 @@ def _judged(
     prompts: PromptParity | None,
     behaviour: Behaviour | None,
     shares: tuple[Share, ...],
+    routing: tuple[LayerRouting, ...],
     performance: Performance,
     manifest: Manifest,
     policy: Gates,
@@ -229,7 +236,8 @@ def _judged(
         gates += (prompt_gate(prompts),)
     gates += performance_gates(performance, policy)
     gates += manifest_gates(manifest)
-    return Validation(fidelity, weights, prompts, behaviour, shares, performance, gates, verdict_of(gates))
+    verdict = verdict_of(gates)
+    return Validation(fidelity, weights, prompts, behaviour, shares, routing, performance, gates, verdict)
 
 
 def arithmetic(manifest: Manifest) -> str:
@@ -251,13 +259,24 @@ def _bundle_answer(session: ScoringSession, texts: Sequence[EvaluationText], ind
     return session.logits(text.ids)[text.prefix - 1 : -1]
 
 
-def noise_floor(original: Streamed, threads: int, scratch: Path, progress: Progress) -> LanguageFidelity:
-    """The original against itself with another batch and another number of threads: what is no difference at all."""
+def noise_floor(
+    original: Streamed, threads: int, scratch: Path, progress: Progress, routes: Routes | None = None
+) -> LanguageFidelity:
+    """The original against itself with another batch and another number of threads: what is no difference at all.
+
+    The experts that it sends every position to are added to ``routes``.
+    """
     reference = original.reference
     torch.set_num_threads(threads // 2 if threads > 1 else 2)
     try:
         again = reference_states(
-            reference, original.texts, scratch, progress, label="Original again, in batches", batch=_OTHER_BATCH
+            reference,
+            original.texts,
+            scratch,
+            progress,
+            label="Original again, in batches",
+            batch=_OTHER_BATCH,
+            routes=routes,
         )
     finally:
         torch.set_num_threads(threads)
@@ -276,11 +295,13 @@ def _shares(
     session: ScoringSession,
     scratch: Path,
     progress: Progress,
+    routes: Routes,
 ) -> tuple[Share, ...]:
     """What the linears, the head and embedding, and the runtime's arithmetic each add to the mean KL.
 
     The bundle's own weights are run in the reference's fp32 arithmetic: first only the linears of the blocks in the
-    original's place, then the embedding and lm_head too; the exported graph itself is the last step.
+    original's place, then the embedding and lm_head too; the exported graph itself is the last step. The experts that
+    all the bundle's weights together choose are added to ``routes``.
     """
     recipe = manifest.recipe
     if recipe.linears is None or not plan.share_texts:
@@ -307,6 +328,7 @@ def _shares(
         label="Shares: all weights",
         substitute=weights.dequantized,
         embed=table.lookup if table else None,
+        routes=routes,
     )
     project = head.apply if head else reference.logits
     all_weights = mean(lambda index: project(whole.states(index)))

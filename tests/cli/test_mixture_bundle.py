@@ -50,6 +50,12 @@ def test_the_bundle_says_how_its_experts_were_covered(mixture: Path) -> None:
     gate = next(gate for gate in report.gates if gate.name == "Cold experts")
     assert gate.value == len(layer.cold) and (gate.verdict == "WARN") == bool(layer.cold)
     assert "Calibration text per expert" in (bundle / "report.html").read_text(encoding="utf-8")
+    (routing,) = report.routing
+    # Random routers decide many positions by next to nothing; most choices stay all the same.
+    assert routing.layer == 1 and routing.positions > 21 * 24
+    assert 0 < routing.same_set <= routing.same_experts <= 1 and routing.same_experts > 0.5
+    assert "Routing by layer" in (bundle / "report.html").read_text(encoding="utf-8")
+    assert "## Routing" in (bundle / "report.md").read_text(encoding="utf-8")
     assert report.weights is not None and not report.weights.faults
     assert report.weights.matrices == len(manifest.matrices)
     # What a decoded token reads: a quarter of the experts' bytes and all others.

@@ -31,6 +31,7 @@ from glmexport.validation.results.performance import (
 )
 from glmexport.validation.results.prompts import PromptDifference, PromptParity
 from glmexport.validation.results.record import Count, Number, Record, Verdict, badness, worst
+from glmexport.validation.results.routing import LayerRouting
 from glmexport.validation.results.weights import WeightCheck, WeightFault
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "Interval",
     "LanguageBehaviour",
     "LanguageFidelity",
+    "LayerRouting",
     "Number",
     "Overlap",
     "Paired",
