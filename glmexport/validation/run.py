@@ -354,6 +354,8 @@ def _performance(
         absent = "The original was captured elsewhere; it is not on this machine."
     elif checkpoint.quantized:
         absent = "The original is a GPTQ checkpoint, whose speed is that of the kernels it would be loaded with."
+    elif checkpoint.scaled:
+        absent = "The original is an fp8 checkpoint, which transformers has kernels for on accelerators only."
     elif needed > psutil.virtual_memory().available * 0.8:
         absent = f"The original needs about {needed / 2**30:.0f} GiB in fp32, more than this machine has free."
 
