@@ -179,6 +179,12 @@ class Checkpoint:
         return frozenset(self._derived)
 
     @property
+    def scaled(self) -> bool:
+        """Whether any matrix is stored as fp8 numbers with a factor a block."""
+        parts = (part for matrix in self._derived.values() for part in matrix.parts)
+        return any(isinstance(part, BlockScaled) for part in parts)
+
+    @property
     def parameters(self) -> int:
         """Number of elements of all tensors."""
         return sum(entry.elements for entry in self.tensors.values())

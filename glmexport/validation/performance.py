@@ -90,6 +90,8 @@ def _absent(manifest: Manifest, checkpoint: Checkpoint | None) -> str | None:
         return "The original was captured elsewhere; it is not on this machine."
     if checkpoint.quantized:
         return "The original is a GPTQ checkpoint, whose speed is that of the kernels it would be loaded with."
+    if checkpoint.scaled:
+        return "The original is an fp8 checkpoint, which transformers has kernels for on accelerators only."
     original, bundle = manifest.source.parameters * 4, manifest.precision.weight_bytes
     if original + bundle > psutil.virtual_memory().available * _SHARE:
         return (

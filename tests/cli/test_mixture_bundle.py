@@ -12,6 +12,7 @@ import pytest
 import torch
 from builds import RECIPE, TARGET, THREADS, Run, build, bundle_weights, digests, session, write_recipe, write_target
 from models import MIXTURE, write_checkpoint
+from safetensors.torch import load_file, save_file
 
 from glmexport.architecture import Reference
 from glmexport.bundle import read_manifest, verify_files
@@ -139,6 +140,28 @@ def test_the_command_line_builds_what_the_same_build_is(mixture: Path, tmp_path:
     assert outcome.document["experts"] == {"layers": 1, "routed": 16, "chosen": 4, "groups": 4}
     assert outcome.document["parameters"]["router"] == 16 * 128 + 16
     assert "4 of 16 a token" in run("inspect", mixture / "checkpoint").stderr
+
+
+def test_an_fp8_checkpoint_is_built_from_and_judged_by_what_its_numbers_stand_for(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "checkpoint", "glm4_moe", **SHAPE)
+    path = tmp_path / "checkpoint" / "model.safetensors"
+    stored = {}
+    for key, tensor in load_file(path).items():
+        stored[key] = tensor
+        if key.endswith("_proj.weight"):
+            blocks = [-(-size // 128) for size in tensor.shape]
+            stored[key] = (tensor.float() / 0.001).to(torch.float8_e4m3fn)
+            stored[f"{key}_scale_inv"] = torch.full(blocks, 0.001)
+    save_file(stored, path, {"format": "pt"})
+    config = tmp_path / "checkpoint" / "config.json"
+    table = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": table}))
+    (built,) = build(tmp_path / "checkpoint", tmp_path / "bundle", write_recipe(tmp_path))
+    assert built.report.fidelity.overall.kl_mean_nats < 0.05
+    assert built.report.weights is not None and not built.report.weights.faults
+    # transformers cannot be timed on it here, and that is said.
+    assert built.report.performance.original is None
+    assert "fp8" in str(built.report.performance.original_absent_because)
 
 
 def test_a_budget_is_refused(mixture: Path, tmp_path: Path, run: Run) -> None:
