@@ -3,6 +3,7 @@
 Run from the repository root: `python -m benchmarks.moe_checkpoint.train --text DIR --out STATE --minutes N`.
 """
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from transformers import Glm4MoeLiteConfig, PreTrainedModel
 
 from benchmarks.demo_checkpoint.train import LONG, Run, arguments, finish
 
-CHECKPOINT = Path("benchmarks/moe_checkpoint/checkpoint")
+CHECKPOINT, DEMO = Path("benchmarks/moe_checkpoint/checkpoint"), Path("glmexport/demo/checkpoint")
 #: How much the bias of a router moves after a step, towards experts with less than their share of tokens
 #: (Wang et al., arXiv 2408.15664).
 BALANCE_RATE = 0.003
@@ -77,6 +78,9 @@ def count(router: nn.Module, _inputs: object, outputs: tuple[Tensor, Tensor, Ten
 def main() -> None:
     """Train from the demo's tokenizer and text."""
     options = arguments(__doc__, CHECKPOINT)
+    options.export.mkdir(parents=True, exist_ok=True)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copyfile(DEMO / name, options.export / name)
     torch.set_num_threads(options.threads)
     run = Balanced(options, model_config)
     replicas = [run.replicas.get() for _ in range(options.threads)]
