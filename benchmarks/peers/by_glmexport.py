@@ -92,7 +92,7 @@ def main() -> None:
         walk.run()
         records, _ = walk.records()
         folds = walk.checkpoint.folds
-        stored = Weights(walk.checkpoint, architecture, walk.work, walk.steps)
+        stored = Weights(walk.checkpoint, architecture, walk.work, walk.parts)
         quantized = {record.key: stored.quantized(record.key) for record in records}
     asked.write(
         # In the original's place, next to norms that nothing was folded into.
