@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from rich.console import Console
@@ -13,7 +14,7 @@ from glmexport.errors import EXIT_BLOCK, EXIT_INCONCLUSIVE, EXIT_PASS
 from glmexport.report.allocation import summarize
 from glmexport.report.behaviour import answer_rows
 from glmexport.report.document import HTML_NAME, Report
-from glmexport.report.speed import bounded, speed_rows, value
+from glmexport.report.speed import bounded, reached, speed_rows, value
 from glmexport.validation.results import Behaviour, CaptureBound, Interval, LanguageFidelity, Verdict, WeightCheck
 
 _EXIT = {
@@ -148,14 +149,14 @@ def _spending(report: Report) -> Table | str:
 def _cost(report: Report) -> Table:
     table = titled_table("\nSize and speed", "", "original", "bounds", "bundle", "bounds", "ratio", "bounds")
     size = report.size
-    before = size.original_bytes * 8 / size.parameters
+    before = size.original_bytes * 8 / size.parameters if size.parameters else math.nan
     table.add_row(
         "size", gibibytes(size.original_bytes), "", gibibytes(size.bundle_bytes), "",
-        f"{size.bundle_bytes / size.original_bytes:.2f}x",
+        _times(size.bundle_bytes, size.original_bytes),
     )  # fmt: skip
     table.add_row(
         "bits per weight", f"{before:.2f}", "", f"{size.bits_per_weight:.2f}", "",
-        f"{size.bits_per_weight / before:.2f}x",
+        _times(size.bits_per_weight, before),
     )  # fmt: skip
     for row in speed_rows(report.performance):
         name, scale, form = _SPEED_FORMS[row.name]
@@ -166,6 +167,10 @@ def _cost(report: Report) -> Table:
         ]
         table.add_row(name, *sides, *(("", "") if row.ratio is None else _cells(row.ratio, 1, ".2f", "x")))
     return table
+
+
+def _times(value: float, base: float) -> str:
+    return f"{value / base:.2f}x" if base else "-"
 
 
 def _cells(cell: Interval | float, scale: float, form: str, unit: str = "") -> tuple[str, str]:
@@ -186,7 +191,7 @@ def _conditions(report: Report) -> str:
         f"{runtimes}, {speed.bundle.threads} threads; {speed.prompt_tokens} prompt and {speed.generated_tokens} "
         f"generated tokens, medians of {speed.rounds} rounds in turns; memory bandwidth bounds decoding at "
         f"{speed.roofline_decode_tokens_per_s:.0f} tokens/s, of which "
-        f"{speed.bundle.decode_tokens_per_s.value / speed.roofline_decode_tokens_per_s:.0%} is reached; "
+        f"{reached(speed)} is reached; "
         f"peak memory by {speed.bundle.peak_memory_source}"
         + (f"; energy not measured: {energy}" if energy else "")
     )  # fmt: skip

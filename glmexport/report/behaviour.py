@@ -69,7 +69,7 @@ def answer_rows(behaviour: Behaviour) -> list[AnswerRow]:
         rows.append(_kept("Well-formed tool calls", behaviour.tool_calls))
     if behaviour.tool_calls_together is not None:
         rows.append(_kept("Well-formed tool calls, in a batch", behaviour.tool_calls_together))
-    if behaviour.translation is not None:
+    if behaviour.translation is not None and behaviour.translations:
         sentences = [row.sentences for row in behaviour.translations]
         before, after = (
             sum(getattr(row, side) * row.sentences for row in behaviour.translations) / sum(sentences)

@@ -179,7 +179,7 @@ def _measured(speed: Speed, field: str) -> _Measured:
     figure = getattr(speed, field)
     if not isinstance(figure, Interval):
         return _Measured(float(figure))
-    known = figure.lower > 0 and math.isfinite(figure.upper)
+    known = 0 < figure.lower <= figure.upper < math.inf
     return _Measured(figure.value, (figure.lower, figure.upper) if known else None, figure.confidence)
 
 

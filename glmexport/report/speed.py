@@ -97,7 +97,8 @@ def _turned(ratio: float, upright: bool) -> float:
 
 def reached(performance: Performance) -> str:
     """How much of what the memory allows decoding reaches."""
-    share = performance.bundle.decode_tokens_per_s.value / performance.roofline_decode_tokens_per_s
+    bound = performance.roofline_decode_tokens_per_s
+    share = performance.bundle.decode_tokens_per_s.value / bound if bound else math.nan
     return text.percent(share) if math.isfinite(share) else "–"
 
 

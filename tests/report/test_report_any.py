@@ -2,13 +2,17 @@
 
 import contextlib
 import copy
+import io
 import json
+from pathlib import Path
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from rich.console import Console
 from sample_report import groups, make_report
 
+from glmexport.cli.verdict import show
 from glmexport.errors import InputError
 from glmexport.report.compare import compare
 from glmexport.report.document import Report
@@ -53,6 +57,7 @@ def test_a_report_with_any_value_anywhere(path, value):
         return
     for render in (render_html, render_markdown, render_junit):
         assert render(report)
+    show(Console(file=io.StringIO(), width=140), report, Path("bundle"))
     for old, new in ((REPORT, report), (report, REPORT), (report, report)):
         # Without a language in common.
         with contextlib.suppress(InputError):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
+
+from pydantic import model_validator
 
 from glmexport.validation.results.paired import Paired
 from glmexport.validation.results.record import Count, Number, Record
@@ -26,6 +28,12 @@ class Answer(Record):
     score_original: Number | None = None
     """Of a translation or task, 0 to 1."""
     score_bundle: Number | None = None
+
+    @model_validator(mode="after")
+    def _both_are_scored_or_none(self) -> Self:
+        if (self.score_original is None) != (self.score_bundle is None):
+            raise ValueError("give the scores of both answers, or of none")
+        return self
 
 
 class LanguageBehaviour(Record):
