@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 
@@ -19,7 +21,7 @@ class LowerExpertsPass(ir.passes.InPlacePass):
     3. The weighted sum over a position's experts is a matrix product.
 
     QMoE computes the same, in fewer formats and no faster: a decode step takes as long, 128 positions take half as long
-    again (ONNX Runtime 1.32 on Zen 3; benchmarks/README.md, "Experts in the graph").
+    again (ONNX Runtime 1.32 on Zen 4; benchmarks/README.md, "Experts in the graph").
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -103,9 +105,9 @@ def _bodies(
     name = f"{node.name}/{index}"
     nodes: list[ir.Node] = []
 
-    def op(operator: str, inputs: list[ir.Value], domain: str = DOMAIN, **attributes: object) -> ir.Value:
+    def op(operator: str, inputs: list[ir.Value], domain: str = DOMAIN, **attributes: Any) -> ir.Value:
         output = ir.Value(name=f"{name}/{operator}_{len(nodes)}.0")
-        values = ir.convenience.convert_attributes(attributes)  # type: ignore[arg-type]
+        values = ir.convenience.convert_attributes(attributes)
         label = f"{name}/{operator}_{len(nodes)}"
         nodes.append(
             ir.Node(

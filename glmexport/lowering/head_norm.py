@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from glmexport.graph.operators import integer, nodes_of, number, text
 from glmexport.lowering.rewrite import Rewrite
@@ -27,7 +31,7 @@ class LowerHeadNormPass(ir.passes.InPlacePass):
             modified = True
             rewrite = Rewrite(model, node)
             key, size = text(node, "weight"), integer(node, "head_dim")
-            gain = rewrite.weight(key, ir.DataType.FLOAT, (size,), lambda key=key: self.weights.tensor(key).numpy())  # type: ignore[misc]
+            gain = rewrite.weight(key, ir.DataType.FLOAT, (size,), partial(self._read, key))
             apart = rewrite.constant(f"heads_of_{size}", np.array([0, 0, -1, size], np.int64))
             together = rewrite.constant("heads_together", np.array([0, 0, -1], np.int64))
             (heads,) = rewrite.op("Reshape", [node.inputs[0], apart])
@@ -35,3 +39,6 @@ class LowerHeadNormPass(ir.passes.InPlacePass):
             (normed,) = rewrite.op("SimplifiedLayerNormalization", [heads, gain], attributes)
             rewrite.finish(*rewrite.op("Reshape", [normed, together]))
         return ir.passes.PassResult(model, modified)
+
+    def _read(self, key: str) -> NDArray[Any]:
+        return self.weights.tensor(key).numpy()

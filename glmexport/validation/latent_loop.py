@@ -14,8 +14,8 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from glmexport.errors import BundleError, MachineError
 from glmexport.loop import LoopConfig
+from glmexport.validation.session import open_session
 
 #: Positions that a cache grows by.
 GROWTH = 256
@@ -32,30 +32,8 @@ class LatentLoop:
     """
 
     def __init__(self, bundle: Path, config: LoopConfig, threads: int, profile: Path | None = None) -> None:
-        self._config, provider, graph = config, config.provider, bundle / config.graph
-        available = onnxruntime.get_available_providers()
-        if provider.name not in available:
-            raise MachineError(
-                f"The bundle runs on {provider.name}, which this ONNX Runtime does not have.",
-                next_step=f"It has {', '.join(available)}. Run it on a machine of its target's class.",
-            )
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        if profile:
-            options.enable_profiling, options.profile_file_prefix = True, str(profile)
-        try:
-            self._session = onnxruntime.InferenceSession(
-                graph, options, providers=[(provider.name, dict(provider.options))]
-            )
-        except MemoryError:
-            raise
-        except Exception as error:  # onnxruntime has no common base class of its own
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise BundleError(
-                f"ONNX Runtime cannot load {graph}: {reason}.",
-                next_step="Build the bundle again with this version of glmexport.",
-            ) from error
+        self._config = config
+        self._session = open_session(bundle / config.graph, config.provider, threads, profile)
         self.context_length = config.context_length
         #: Width by name of every cache among the inputs.
         self._widths: dict[str, int] = {

@@ -12,6 +12,40 @@ from torch import Tensor
 from glmexport.bundle import SCORING, Manifest
 from glmexport.errors import BundleError, MachineError
 from glmexport.graph import ATTENTION_MASK, INPUT_IDS, LOGITS
+from glmexport.target import Provider
+
+
+def open_session(
+    graph: Path, provider: Provider, threads: int, profile: Path | None = None
+) -> onnxruntime.InferenceSession:
+    """A graph of a bundle on its target's provider; ``profile`` begins the name of a profile.
+
+    Raises:
+        MachineError: this ONNX Runtime has no execution provider of that name.
+        BundleError: ONNX Runtime refuses the graph.
+    """
+    available = onnxruntime.get_available_providers()
+    if provider.name not in available:
+        raise MachineError(
+            f"The bundle's target runs on {provider.name}, which this ONNX Runtime does not have.",
+            next_step=f"It has {', '.join(available)}. Take a machine of the target's class.",
+        )
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    if profile:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
+    try:
+        return onnxruntime.InferenceSession(graph, options, providers=[(provider.name, dict(provider.options))])
+    except MemoryError:
+        # The machine's: building the bundle again would not help.
+        raise
+    except Exception as error:  # onnxruntime has no common base class of its own
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise BundleError(
+            f"ONNX Runtime cannot load {graph}: {reason}.",
+            next_step="Build the bundle again with this version of glmexport.",
+        ) from error
 
 
 class ScoringSession:
@@ -23,29 +57,7 @@ class ScoringSession:
     """
 
     def __init__(self, directory: Path, manifest: Manifest, threads: int) -> None:
-        provider = manifest.target.provider
-        available = onnxruntime.get_available_providers()
-        if provider.name not in available:
-            raise MachineError(
-                f"The target {manifest.target.name} runs on {provider.name}, which this ONNX Runtime does not have.",
-                next_step=f"It has {', '.join(available)}. Validate on a machine of the target's class.",
-            )
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        try:
-            self._session = onnxruntime.InferenceSession(
-                directory / SCORING, options, providers=[(provider.name, dict(provider.options))]
-            )
-        except MemoryError:
-            # The machine's: building the bundle again would not help.
-            raise
-        except Exception as error:  # onnxruntime has no common base class of its own
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise BundleError(
-                f"ONNX Runtime cannot load {directory / SCORING}: {reason}.",
-                next_step="Build the bundle again with this version of glmexport.",
-            ) from error
+        self._session = open_session(directory / SCORING, manifest.target.provider, threads)
         self._caches = {
             value.name: value.shape
             for value in self._session.get_inputs()
