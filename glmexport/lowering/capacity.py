@@ -86,3 +86,16 @@ def rotated(
     return rewrite.op(
         "RotaryEmbedding", [x, positions.positions, *tables], {"interleaved": interleaved}, domain=MICROSOFT
     )[0]
+
+
+def scores_of(rewrite: Rewrite, query: ir.Value, cache: ir.Value, width: int) -> tuple[ir.Value, ir.Value]:
+    """Products [B, heads, S, C] of ``query`` [B, heads, S, width] with every row of ``cache`` [B, C, width].
+
+    All heads are rows of one matrix product. Also the shape [B, heads, S, -1], to take such rows apart again.
+    """
+    (shape,) = rewrite.op("Shape", [query], {"end": 3})
+    (apart,) = rewrite.op("Concat", [shape, rewrite.integers(-1)], {"axis": 0})
+    (flat,) = rewrite.op("Reshape", [query, rewrite.integers(0, -1, width)])
+    (turned,) = rewrite.op("Transpose", [cache], {"perm": [0, 2, 1]})
+    (scores,) = rewrite.op("MatMul", [flat, turned])
+    return rewrite.op("Reshape", [scores, apart])[0], apart

@@ -8,7 +8,7 @@ import torch
 
 from glmexport.graph.operators import DOMAIN, integer, nodes_of, number, text
 from glmexport.lowering.attention import rotary_caches
-from glmexport.lowering.capacity import rotated, shared_positions, written
+from glmexport.lowering.capacity import rotated, scores_of, shared_positions, written
 from glmexport.lowering.constant import constant_matrix
 from glmexport.lowering.rewrite import Rewrite
 from glmexport.quantization.weights import Weights
@@ -136,7 +136,7 @@ class LowerLatentAttentionPass(ir.passes.InPlacePass):
         tables = rotary_caches(model, self.rotary_tables)
         rewrite = Rewrite(model, node)
         heads, nope, rope, rank = (integer(node, name) for name in ("heads", "nope", "rope", "rank"))
-        width, interleaved = rank + rope, integer(node, "interleaved")
+        interleaved = integer(node, "interleaved")
         query, latent, rotary_key, past, _mask, *selection = node.inputs
 
         keys, values = self._halves(rewrite)
@@ -147,16 +147,11 @@ class LowerLatentAttentionPass(ir.passes.InPlacePass):
         turned = rotated(rewrite, query_rotary, positions, tables, interleaved)
         (query,) = rewrite.op("Concat", [absorbed, turned], {"axis": -1})
         (query,) = rewrite.op("Mul", [query, rewrite.constant(f"{node.name}/scale", _scalar(number(node, "scale")))])
-        (query,) = rewrite.op("Reshape", [query, rewrite.integers(0, -1, width)])
 
         key = rotated(rewrite, rotary_key, positions, tables, interleaved)
         (new,) = rewrite.op("Concat", [latent, key], {"axis": -1})
         cache = written(rewrite, past, positions, new)
-        (turned_cache,) = rewrite.op("Transpose", [cache], {"perm": [0, 2, 1]})
-        (scores,) = rewrite.op("MatMul", [query, turned_cache])
-        (shape,) = rewrite.op("Shape", [absorbed], {"end": 3})
-        (row,) = rewrite.op("Concat", [shape, rewrite.integers(-1)], {"axis": 0})
-        (scores,) = rewrite.op("Reshape", [scores, row])
+        scores, row = scores_of(rewrite, query, cache, rank + rope)
         visible = selection[0] if selection else positions.causal
         (bias,) = rewrite.op("Unsqueeze", [visible, rewrite.integers(1)])
         (scores,) = rewrite.op("Add", [scores, bias])

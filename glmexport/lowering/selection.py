@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from glmexport.graph.operators import integer, nodes_of, number, text
 from glmexport.lowering.attention import rotary_caches
-from glmexport.lowering.capacity import SEEN, Positions, rotated, shared_positions, written
+from glmexport.lowering.capacity import SEEN, Positions, rotated, scores_of, shared_positions, written
 from glmexport.lowering.rewrite import Rewrite
 from glmexport.quantization.weights import Weights
 
@@ -53,12 +53,7 @@ class LowerIndexSelectionPass(ir.passes.InPlacePass):
         def scaled(x: ir.Value | None, factor: float) -> ir.Value:
             return rewrite.op("Mul", [x, rewrite.constant(f"factor_{factor!r}", np.array(factor, np.float32))])[0]
 
-        (flat,) = rewrite.op("Reshape", [query, rewrite.integers(0, -1, size)])
-        (turned,) = rewrite.op("Transpose", [cache], {"perm": [0, 2, 1]})
-        (scores,) = rewrite.op("MatMul", [scaled(flat, size**-0.5), turned])
-        (shape,) = rewrite.op("Shape", [query], {"end": 3})
-        (row,) = rewrite.op("Concat", [shape, rewrite.integers(-1)], {"axis": 0})
-        (scores,) = rewrite.op("Reshape", [scores, row])
+        scores, _ = scores_of(rewrite, scaled(query, size**-0.5), cache, size)
         (scores,) = rewrite.op("Relu", [scores])
         (by_head,) = rewrite.op("Transpose", [scaled(head_weights, heads**-0.5)], {"perm": [0, 2, 1]})
         (by_head,) = rewrite.op("Unsqueeze", [by_head, rewrite.integers(3)])
