@@ -69,16 +69,17 @@ class Problem:
         refusal = "the Hessian could not be factored: rounded to nearest" if factor is None else None
         return cls(order, factor, column_importance(diagonal), sample, refusal)
 
-    def cost(self, error: Tensor, projected: Tensor, missed: Tensor | None) -> Tensor:
-        """What ``error`` [K, N] = G - Q costs each row, [N]: on held-out text, and without any by tr(E H E^T).
+    def cost(self, error: Tensor, quadratic: Tensor | None, missed: Tensor | None) -> Tensor:
+        """What ``error`` [K, N] = G - Q costs each row, [N]: on held-out text, and without any by e^T H e.
 
         Args:
             error: in sweep order.
-            projected: H @ error, H damped.
+            quadratic: e^T H e of every row, [N], H damped; needed only without held-out text.
             missed: what G itself leaves of the goal on the held-out text, [S, N]; None where G is the matrix.
         """
         if self.sample is None:
-            return (error * projected).sum(0)
+            assert quadratic is not None
+            return quadratic
         outputs = self.sample.inputs @ error
         return self.sample.errors(outputs if missed is None else outputs.add_(missed))
 

@@ -23,14 +23,22 @@ from glmexport.quantization.polish import polish
 from glmexport.quantization.problem import Problem
 from glmexport.recipe import Format, Solver
 
+#: Up to twice this width errors are told of every row.
+_TOLD_SIZE = 512
+#: By how much two ways of adding up the same cost differ at the most, relatively.
+_ROUNDING = 1e-4
+#: Columns whose part of a cost is computed together.
+_STEPS = 256
+
 
 @dataclass(frozen=True)
 class Solution:
     """A quantized matrix and how it was found.
 
-    Errors are tr(E H E^T) / tr(G H G^T) on the calibration inputs, without the damping. That of round-to-nearest is
-    with the recipe's search for scales, weighted by the mean square of each column's input: the best that can be done
-    without compensation, and a harder comparison than plain round-to-nearest.
+    Errors are tr(E H E^T) / tr(G H G^T) on the calibration inputs, without the damping; of wide matrices over some of
+    the rows (``_stride``). That of round-to-nearest is with the recipe's search for scales, weighted by the mean square
+    of each column's input: the best that can be done without compensation, and a harder comparison than plain
+    round-to-nearest.
     """
 
     linear: QuantizedLinear
@@ -80,26 +88,27 @@ def gptq(
     parts = []
     error = nearest_error = norm = kept = 0.0
     start = unpolished = replaced = 0
+    stride = _stride(len(order.columns))
     for chunk in chunks:
         sweep = _start(chunk, order)
         missed: Tensor | None = None
         if goal is not None and sample is not None:
             factors, missed = _aim(sweep, factor, order, sample, *goal.rows(chunk, start))
             kept += float(factors.sum())
-        _sweep(sweep, factor, order, form, solver)
-        projected = _project(factor, sweep.error)
-        taken_back, cost = _polish(sweep, problem, factor, form, solver.polish_rounds, projected, missed)
-        errors = _quadratic(factor, sweep.error, projected)
-        norm += _total(_quadratic(factor, sweep.weights, _project(factor, sweep.weights)))
+        swept = _sweep(sweep, factor, order, form, solver)
+        cost = problem.cost(sweep.error, swept, missed)
+        if solver.polish_rounds:
+            taken_back, cost = _polish(sweep, problem, factor, form, solver.polish_rounds, cost, missed)
+            unpolished += taken_back
         nearest = round_to_nearest(chunk, form, importance)
         rounded = sweep.weights - nearest.dequantize().T[order.columns]
-        projected = _project(factor, rounded)
-        nearest_errors = _quadratic(factor, rounded, projected)
-        better = problem.surely_less(problem.cost(rounded, projected, missed), cost, rounded, sweep.error, missed)
-        error += _total(torch.where(better, nearest_errors, errors))
-        nearest_error += _total(nearest_errors)
-        unpolished += taken_back
+        better = _cheaper(problem, factor, rounded, sweep.error, cost, missed)
         replaced += int(better.sum())
+        told = slice(-start % stride, None, stride)
+        taken, left = better[told], rounded[:, told]
+        norm += _total(_quadratic(factor, sweep.weights[:, told]))
+        nearest_error += _total(_quadratic(factor, left))
+        error += _total(_quadratic(factor, torch.where(taken, left, sweep.error[:, told])))
         parts.append(_stored(sweep, order, form).with_rows(better, nearest))
         start += chunk.shape[0]
     norm = max(norm, 1e-30)
@@ -160,37 +169,72 @@ def _polish(
     factor: Factor,
     form: Format,
     rounds: int,
-    projected: Tensor,
+    before: Tensor,
     missed: Tensor | None,
 ) -> tuple[int, Tensor]:
     """Polish, and take back the rows that it makes worse on held-out text.
 
-    ``projected`` and ``missed`` as for ``Problem.cost``; the first is kept up to date.
+    ``before`` [N] is what every row costs, ``missed`` as for ``Problem.cost``.
 
     Returns:
         How many rows were taken back, and what every row costs now, [N].
     """
-    if not rounds or problem.sample is None:
+    projected = _project(factor, sweep.error)
+    if problem.sample is None:
         # Without held-out text the cost is what polishing lowers: no row can get worse.
         polish(sweep, factor, problem.order, form, rounds=rounds, projected=projected)
-        return 0, problem.cost(sweep.error, projected, missed)
-    before = problem.cost(sweep.error, projected, missed)
-    fields = (sweep.codes, sweep.scales, sweep.error, projected)
+        return 0, (sweep.error * projected).sum(0)
+    fields = (sweep.codes, sweep.scales, sweep.error)
     copies = [field.clone() for field in fields]
     polish(sweep, factor, problem.order, form, rounds=rounds, projected=projected)
-    after = problem.cost(sweep.error, projected, missed)
+    after = problem.cost(sweep.error, None, missed)
     worse = after > before
     for field, copy in zip(fields, copies, strict=True):
         torch.where(worse, copy, field, out=field)
     return int(worse.sum()), torch.minimum(before, after)
 
 
-def _sweep(sweep: Sweep, factor: Factor, order: ColumnOrder, form: Format, solver: Solver) -> None:
+def _cheaper(
+    problem: Problem, factor: Factor, error: Tensor, other: Tensor, than: Tensor, missed: Tensor | None
+) -> Tensor:
+    """The rows [N] bool that ``error`` [K, N] costs less than ``other``, which costs ``than`` [N]."""
+    if problem.sample is None:
+        # The two are added up differently: where they are the same but for rounding, nothing changes.
+        return ~_reaches(factor, error, than * (1 - _ROUNDING))
+    return problem.surely_less(problem.cost(error, None, missed), than, error, other, missed)
+
+
+def _reaches(factor: Factor, columns: Tensor, limit: Tensor) -> Tensor:
+    """Which of the ``columns`` c [K, N] have c^T H c >= ``limit`` [N], H damped.
+
+    The sum over the steps of the sweep only grows, and the first steps are the shortest and weigh most: most columns
+    are decided long before the last one, and are left out of the steps behind it.
+    """
+    backwards, total = columns.flip(0), torch.zeros_like(limit)
+    undecided = torch.arange(len(limit), device=limit.device)
+    reached = torch.zeros_like(limit, dtype=torch.bool)
+    for stop in range(len(backwards), 0, -_STEPS):
+        start = max(0, stop - _STEPS)
+        terms = factor.lower[start:, start:stop].T @ backwards[start:]
+        total += terms.square_().sum(0)
+        over = total >= limit[undecided]
+        reached[undecided[over]] = True
+        if 2 * int(over.sum()) >= len(undecided) or stop == len(backwards):
+            undecided, total, backwards = undecided[~over], total[~over], backwards[:, ~over]
+        if not len(undecided):
+            break
+    return reached
+
+
+def _sweep(sweep: Sweep, factor: Factor, order: ColumnOrder, form: Format, solver: Solver) -> Tensor:
     """Round column after column; each sees the error of those before it. Fills codes, grids and error.
+
+    Returns e^T H e [N] of every row's error, H damped: the sum of what each column's rounding still costs.
 
     The grid of a group is fitted when the sweep enters it, on weights that carry the compensation they will be
     rounded with; grids fitted beforehand would cover weights that no longer exist.
     """
+    cost = sweep.weights.new_zeros(sweep.weights.shape[1])
     for group, (start, stop) in enumerate(order.bounds):
         upper, conditional = factor.columns(start, stop)
         incoming = upper[:start].T @ sweep.error[:start]
@@ -205,17 +249,21 @@ def _sweep(sweep: Sweep, factor: Factor, order: ColumnOrder, form: Format, solve
             scale, zero_point = minmax_grid(entering, form)
         error, centred = sweep.error[start:stop], torch.empty_like(compensated)
         inverse, limits = 1 / scale, (-zero_point, 2**form.bits - 1 - zero_point)
+        price = conditional.tolist()
         for first, last in strips(stop - start):
             for column in range(first, last):
                 goal = compensated[column]
                 if column > first:
                     goal = torch.addmv(goal, error[first:column].T, upper[start + first : start + column, column])
                 torch.mul(goal, inverse, out=centred[column]).round_().clamp_(*limits)
+                left = torch.addcmul(goal, centred[column], scale, value=-1)
+                cost.addcmul_(left, left, value=price[column])
                 weight = sweep.weights[start + column]
                 torch.addcmul(weight, centred[column], scale, value=-1, out=error[column])
             compensated[last:].addmm_(upper[start + first : start + last, last:].T, error[first:last])
         sweep.codes[start:stop] = centred.add_(zero_point).to(torch.uint8)
         sweep.scales[group], sweep.zero_points[group] = scale, zero_point
+    return cost
 
 
 def _stored(sweep: Sweep, order: ColumnOrder, form: Format) -> QuantizedLinear:
@@ -235,9 +283,14 @@ def _project(factor: Factor, columns: Tensor) -> Tensor:
     return (factor.hessian @ columns.flip(0)).flip(0)
 
 
-def _quadratic(factor: Factor, columns: Tensor, projected: Tensor) -> Tensor:
+def _stride(size: int) -> int:
+    """Of which rows errors are told: each one's takes time by the square of its ``size``."""
+    return max(1, size // _TOLD_SIZE)
+
+
+def _quadratic(factor: Factor, columns: Tensor) -> Tensor:
     """c^T H c [N] fp64 of each of the ``columns`` [K, N], H as measured: without damping and fill of dead columns."""
-    whole = torch.sum(columns * projected, 0, dtype=torch.float64)
+    whole = torch.sum(columns * _project(factor, columns), 0, dtype=torch.float64)
     return whole - torch.sum(factor.added[:, None] * columns.square(), 0, dtype=torch.float64)
 
 

@@ -10,6 +10,7 @@ from matrices import EVERY_FORM, correlated, generator, output_error, relative_e
 from torch import Tensor
 
 from glmexport.quantization import Problem, QuantizedLinear, Solution, gptq, round_to_nearest
+from glmexport.quantization import solve as solving
 from glmexport.quantization.grid import decode, encode, minmax_grid
 from glmexport.recipe import Format, Solver
 
@@ -264,3 +265,46 @@ def test_the_inputs_are_left_as_they_were() -> None:
     before = weight.clone(), hessian.clone()
     solve(weight, hessian, W4G32)
     assert torch.equal(weight, before[0]) and torch.equal(hessian, before[1])
+
+
+@form_cases
+def test_what_a_sweep_leaves_is_added_up_on_the_way(form: Format) -> None:
+    weight, hessian = weights(20, 200, 3), correlated(200, 3)
+    problem = Problem.of(hessian, form, DEFAULT)
+    assert problem.factor is not None
+    sweep = solving._start(weight, problem.order)
+    cost = solving._sweep(sweep, problem.factor, problem.order, form, DEFAULT)
+    damped = hessian + DEFAULT.damping * hessian.diagonal().mean() * torch.eye(200)
+    damped = damped[problem.order.columns][:, problem.order.columns]
+    torch.testing.assert_close(cost.double(), row_errors(sweep.error.T, damped), rtol=1e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize("size", [96, 700])
+def test_what_costs_more_is_found_without_adding_up_everything(size: int) -> None:
+    hessian = correlated(size)
+    problem = Problem.of(hessian, W4G32, DEFAULT)
+    assert problem.factor is not None
+    columns = weights(50, size).T[problem.order.columns]
+    damped = hessian + DEFAULT.damping * hessian.diagonal().mean() * torch.eye(size)
+    damped = damped[problem.order.columns][:, problem.order.columns]
+    whole = row_errors(columns.T, damped)
+    for share in (0.01, 0.5, 0.99, 1.01, 2.0):
+        # Half of the rows have a limit that they do not reach at any share.
+        limit = (whole * share).float()
+        limit[::2] = whole[::2].float() * 3
+        reached = solving._reaches(problem.factor, columns, limit)
+        assert torch.equal(reached, whole >= limit.double())
+
+
+def test_errors_of_a_wide_matrix_are_told_of_some_of_its_rows() -> None:
+    weight, hessian = weights(64, 1024), correlated(1024)
+    form = Format(bits=4, group_size=128)
+    solution = solve(weight, hessian, form, chunk=25)
+    told = weight[::2]
+    quantized = QuantizedLinear(
+        form, solution.linear.codes[::2], solution.linear.scales[::2], solution.linear.zero_points[::2]
+    )
+    assert solution.relative_error == pytest.approx(relative_error(told, quantized, hessian), rel=1e-3)
+    everywhere = relative_error(weight, solution.linear, hessian)
+    assert solution.relative_error != pytest.approx(everywhere, rel=1e-6)
+    assert solution.relative_error == pytest.approx(everywhere, rel=0.1)
