@@ -93,7 +93,6 @@ def _forward_flops(architecture: Architecture) -> float:
 
 def _flops(architecture: Architecture, recipe: Recipe) -> float:
     """Of quantization; multiply-adds count twice. Forward passes, Hessians, factorisations, sweeps, rounds."""
-    weights = [(linear.out_features, linear.in_features) for _, linear in architecture.linears]
     forward, total = _forward_flops(architecture), 0.0
     if recipe.budget:
         # Every trial goes through half of the model on average, and through the lm_head.
@@ -110,7 +109,12 @@ def _flops(architecture: Architecture, recipe: Recipe) -> float:
             for layer, linear in architecture.linears
         }
         total += sum(2.0 * streams * tokens * part * size**2 + size**3 / 3 for size, part in taps.values())
-        # Sweep (half a product), three projections for the errors, each round's projection, and the correction.
-        products = 3.5 + recipe.solver.polish_rounds + (streams - 1)
-        total += sum(products * 2.0 * rows * columns**2 for rows, columns in weights)
+        # Sweep (half a product), comparison with round-to-nearest (at most the same), each round's projection and one
+        # before them, and the correction to the original's outputs, which routed experts do not get.
+        solver, routed = recipe.solver, architecture.routed
+        for _, linear in architecture.linears:
+            expert = linear.weight in routed
+            rounds = solver.expert_polish_rounds if expert else solver.polish_rounds
+            products = 1 + (rounds + 1 if rounds else 0) + (0 if expert else streams - 1)
+            total += products * 2.0 * linear.out_features * linear.in_features**2
     return total

@@ -49,6 +49,8 @@ class Solver(Definition):
     asymmetric: bool = True
     #: Rounds of coordinate descent over the codes followed by a closed-form refit of the scales.
     polish_rounds: int = Field(default=2, ge=0, le=16)
+    #: The same of routed experts. A large mixture has tens of thousands of matrices, and rounds are most of the time.
+    expert_polish_rounds: int = Field(default=0, ge=0, le=16)
 
 
 class CalibrationPlan(Definition):

@@ -234,6 +234,9 @@ class Walk:
         started = time.monotonic()
         records: list[QuantizedMatrix] = []
         solved: dict[str, QuantizedLinear] = {}
+        solver = self.recipe.solver
+        if mlp.gate_up.weight in self._routed:
+            solver = solver.model_copy(update={"polish_rounds": solver.expert_polish_rounds})
         if self.recipe.keeps_stored:
             solved = self._stored(mlp.linears, layer, records)
         elif mixture is None:
@@ -243,7 +246,6 @@ class Walk:
                 form = self._linear_form(linear)
                 assert form is not None
                 found = mixture.measure(mlp, linear, solved.get(mlp.gate_up.weight) if solved else None)
-                solver = self.recipe.solver
                 solved |= self._solve((linear,), layer, found.measured, form, solver, records, tokens=found.tokens)
                 records[-1] = records[-1].routed(linear, found.chosen, found.own_tokens)
         note = {"linears": [record.model_dump() for record in records], "seconds": time.monotonic() - started}
