@@ -1,10 +1,12 @@
 """Peak resident memory of a build: it must not grow with the number of layers, and a 32B block must fit 8 GiB.
 
-    python -m benchmarks.memory [layers] [block-32b] [experts] [--output FILE]
+    python -m benchmarks.memory [layers] [block-32b] [experts] [block-glm-5.2] [--output FILE]
 
 ``layers`` quantizes and writes synthetic checkpoints of one width with 8 and 32 layers and compares the peaks.
 ``block-32b`` does the same with one decoder block of the dense 32B shape (hidden 6144, ffn 23040, 48 heads / 8 KV)
 under --max-memory 8GiB. ``experts`` compares one layer of 8 experts with one of 32, of 2,048 x 1,024.
+``block-glm-5.2`` is one layer of GLM-5.2: latent attention, indexer, and 256 experts of 6,144 x 2,048, 8 a token, under
+--max-memory 16GiB; it needs 45 GB of disk and hours.
 Each runs in a process of its own, whose peak is what the kernel recorded (VmHWM).
 """
 
@@ -57,6 +59,31 @@ MIXTURE = {
     "vocab_size": 8192,
     "max_position_embeddings": 2048,
 }
+#: One of the 75 layers with experts of the published GLM-5.2; the other three are dense.
+GLM_5_2_BLOCK = {
+    "model_type": "glm_moe_dsa",
+    "hidden_size": 6144,
+    "moe_intermediate_size": 2048,
+    "n_routed_experts": 256,
+    "num_experts_per_tok": 8,
+    "routed_scaling_factor": 2.5,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 64,
+    "q_lora_rank": 2048,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 192,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 256,
+    "index_n_heads": 32,
+    "index_head_dim": 128,
+    "index_topk": 2048,
+    "num_hidden_layers": 1,
+    "mlp_layer_types": ["sparse"],
+    "indexer_types": ["full"],
+    "vocab_size": 8192,
+    "max_position_embeddings": 2048,
+}
+GLM_5_2_LAYERS, GLM_5_2_DENSE = 78, 3
 GIB = 2**30
 
 
@@ -84,12 +111,12 @@ def child(checkpoint: Path, tokens: int, threads: int, limit: int) -> None:
     documents = shipped_documents("calibration")
     calibration = pack(documents, original.tokenizer, plan, original.architecture.context_length)
     memory = plan_memory(original.architecture, recipe, limit)
-    started = time.monotonic()
+    started, processed = time.monotonic(), time.process_time()
     work = WorkDirectory.for_job(checkpoint.parent, {"checkpoint": checkpoint.name})
     walk = Walk(original.checkpoint, original.architecture, recipe, calibration, work, memory, terminal)
     walk.run()
     walked = machine.peak_memory()
-    seconds = time.monotonic() - started
+    seconds, processor = time.monotonic() - started, time.process_time() - processed
     reference = Reference(original.checkpoint, original.architecture)
     write_bundle(
         checkpoint.parent / f"{checkpoint.name}-bundle",
@@ -106,6 +133,7 @@ def child(checkpoint: Path, tokens: int, threads: int, limit: int) -> None:
     )
     figures = {
         "quantize_seconds": seconds,
+        "quantize_processor_seconds": processor,
         "peak_bytes": walked,
         "peak_bytes_after_writing": machine.peak_memory(),
         "planned_bytes": memory.peak_bytes,
@@ -169,6 +197,16 @@ def main() -> None:
             count, peak = run["config"]["n_routed_experts"], run["peak_bytes_after_writing"] / GIB
             print(f"{count:3} experts: peak {peak:.3f} GiB (planned {run['planned_bytes'] / GIB:.2f})")
         print(f"32 experts against 8: {growth:+.1%}")
+    if "block-glm-5.2" in options.parts:
+        run = measured(GLM_5_2_BLOCK, 4096, options.threads, 16 * GIB)
+        document["block_glm_5_2"] = run
+        sparse = GLM_5_2_LAYERS - GLM_5_2_DENSE
+        wall, processor = run["quantize_seconds"], run["quantize_processor_seconds"]
+        print(
+            f"block of GLM-5.2: peak {run['peak_bytes'] / GIB:.2f} GiB (planned {run['planned_bytes'] / GIB:.2f}, at "
+            f"most 16); {wall:.0f} s, {processor:.0f} processor seconds, {run['calibration_tokens']} tokens; its "
+            f"{sparse} layers of {GLM_5_2_LAYERS}: {wall * sparse / 3600:.0f} and {processor * sparse / 3600:.0f} hours"
+        )
     if options.output:
         options.output.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 

@@ -3,87 +3,89 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from glmexport.demo import demo_checkpoint
 
+#: A shard is closed once it has so many bytes.
+_SHARD = 1 << 30
+
 
 def write_synthetic(directory: Path, config: dict[str, Any], seed: int = 0) -> None:
-    """A ``glm4`` checkpoint, or ``glm4_moe`` if ``config`` says so, one shard a layer, with the demo's tokenizer."""
+    """A checkpoint in bf16 of the family that ``config`` names, ``glm4`` otherwise, with the demo's tokenizer.
+
+    Names and shapes are those of transformers' model, with a tensor for each matrix of an expert, as published.
+    """
     directory.mkdir(parents=True)
     for file in demo_checkpoint().iterdir():
         if file.name not in ("config.json", "model.safetensors", "README.md"):
             shutil.copyfile(file, directory / file.name)
     base = json.loads((demo_checkpoint() / "config.json").read_text(encoding="utf-8"))
-    config = base | config
-    (directory / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    kind = config.get("model_type", "glm4")
+    if kind != "glm4":
+        # Sizes of heads, rotary settings and biases are the family's own.
+        base = {key: base[key] for key in ("vocab_size", "eos_token_id", "pad_token_id", "tie_word_embeddings")}
+    settings = AutoConfig.for_model(**{"model_type": kind, **base, **config})
+    settings.dtype = torch.bfloat16
+    settings.save_pretrained(directory)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(settings)
     generator = torch.Generator().manual_seed(seed)
-    weight_map, layers = {}, config["num_hidden_layers"]
-    for shard in range(layers + 1):
-        shapes = _outer(config) if shard == layers else _layer(config, shard)
-        name = f"model-{shard + 1:05d}-of-{layers + 1:05d}.safetensors"
-        save_file({key: _random(key, shape, generator) for key, shape in shapes.items()}, directory / name)
-        weight_map |= dict.fromkeys(shapes, name)
-    index = {"metadata": {}, "weight_map": weight_map}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    shards: list[list[str]] = []
+    waiting: dict[str, torch.Tensor] = {}
+
+    def close() -> None:
+        save_file(waiting, directory / f"shard-{len(shards):05d}.safetensors")
+        shards.append(list(waiting))
+        waiting.clear()
+
+    for key, shape in _published(model):
+        waiting[key] = _random(key, shape, generator)
+        if sum(tensor.nbytes for tensor in waiting.values()) >= _SHARD:
+            close()
+    if waiting:
+        close()
+    weight_map = {}
+    for index, keys in enumerate(shards):
+        name = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
+        (directory / f"shard-{index:05d}.safetensors").rename(directory / name)
+        weight_map |= dict.fromkeys(keys, name)
+    index_file = directory / "model.safetensors.index.json"
+    index_file.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}), encoding="utf-8")
+
+
+def _published(model: torch.nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of every tensor, stacked experts taken apart."""
+    for key, tensor in model.state_dict().items():
+        shape = tuple(tensor.shape)
+        if ".experts." not in key:
+            yield key, shape
+            continue
+        layer, matrix = key.rsplit(".", 1)
+        for expert in range(shape[0]):
+            if matrix == "gate_up_proj":
+                for part in ("gate_proj", "up_proj"):
+                    yield f"{layer}.{expert}.{part}.weight", (shape[1] // 2, shape[2])
+            else:
+                yield f"{layer}.{expert}.{matrix}.weight", shape[1:]
 
 
 def _random(key: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    values = torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02, generator=generator)
-    return values + 1 if "norm" in key else values
+    if key.endswith("e_score_correction_bias"):
+        # As large as published ones, of which bf16 would keep a few values only.
+        return 7 + 0.06 * torch.randn(shape, generator=generator)
+    values = torch.empty(shape, dtype=torch.bfloat16).normal_(std=_spread(key, shape), generator=generator)
+    return values + 1 if "norm" in key and key.endswith("weight") else values
 
 
-def _outer(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    hidden, vocabulary = config["hidden_size"], config["vocab_size"]
-    return {
-        "model.embed_tokens.weight": (vocabulary, hidden),
-        "model.norm.weight": (hidden,),
-        "lm_head.weight": (vocabulary, hidden),
-    }
-
-
-def _layer(config: dict[str, Any], index: int) -> dict[str, tuple[int, ...]]:
-    hidden, inner, size = config["hidden_size"], config["intermediate_size"], config["head_dim"]
-    heads, kv_heads = config["num_attention_heads"] * size, config["num_key_value_heads"] * size
-    shapes: dict[str, tuple[int, ...]] = {
-        "self_attn.q_proj.weight": (heads, hidden),
-        "self_attn.k_proj.weight": (kv_heads, hidden),
-        "self_attn.v_proj.weight": (kv_heads, hidden),
-        "self_attn.o_proj.weight": (hidden, heads),
-        **_mlp("mlp", hidden, inner),
-    }
-    mixture = config["model_type"] == "glm4_moe"
-    if mixture and index >= config["first_k_dense_replace"]:
-        shapes = {name: shape for name, shape in shapes.items() if not name.startswith("mlp.")}
-        shapes |= _experts(hidden, config["moe_intermediate_size"], config["n_routed_experts"])
-    if config["attention_bias"]:
-        shapes |= {
-            "self_attn.q_proj.bias": (heads,),
-            "self_attn.k_proj.bias": (kv_heads,),
-            "self_attn.v_proj.bias": (kv_heads,),
-        }
-    norms = ["input_layernorm", "post_attention_layernorm"]
-    if not mixture:
-        norms += ["post_self_attn_layernorm", "post_mlp_layernorm"]
-    shapes |= {f"{norm}.weight": (hidden,) for norm in norms}
-    return {f"model.layers.{index}.{name}": shape for name, shape in shapes.items()}
-
-
-def _mlp(name: str, hidden: int, inner: int) -> dict[str, tuple[int, ...]]:
-    return {f"{name}.gate_up_proj.weight": (2 * inner, hidden), f"{name}.down_proj.weight": (hidden, inner)}
-
-
-def _experts(hidden: int, inner: int, count: int) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {
-        "mlp.gate.weight": (count, hidden),
-        "mlp.gate.e_score_correction_bias": (count,),
-        **_mlp("mlp.shared_experts", hidden, inner),
-    }
-    for index in range(count):
-        shapes |= _mlp(f"mlp.experts.{index}", hidden, inner)
-    return shapes
+def _spread(key: str, shape: tuple[int, ...]) -> float:
+    # Router logits of order one, so that experts differ in how often they are chosen.
+    return 1 / math.sqrt(shape[-1]) if key.endswith("mlp.gate.weight") else 0.02
