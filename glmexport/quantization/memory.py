@@ -88,7 +88,7 @@ def _layer_peaks(layer: DecoderLayer, recipe: Recipe, batch: int, chunk: int) ->
     if mixture is not None:
         sizes = [linear.in_features * linear.out_features * _FP32 for linear in mixture.linears]
         peaks[0] += min(KEPT_BYTES + max(sizes), sum(sizes))
-        peaks += _expert_peaks(mixture, batch, chunk)
+        peaks += _expert_peaks(mixture, batch, chunk, asymmetric=asymmetric)
     for tap, linears in layer.taps.items():
         if linears[0] not in resident:
             continue
@@ -117,8 +117,11 @@ def _layer_peaks(layer: DecoderLayer, recipe: Recipe, batch: int, chunk: int) ->
     return peaks
 
 
-def _expert_peaks(mixture: MixtureOfExperts, batch: int, chunk: int) -> Iterator[int]:
-    """Of each kind of expert: what its matrices are solved from, and its outputs."""
+def _expert_peaks(mixture: MixtureOfExperts, batch: int, chunk: int, *, asymmetric: bool) -> Iterator[int]:
+    """Of each kind of expert: what its matrices are solved from, and its outputs.
+
+    The shared one is also fitted to the original's stream.
+    """
     hidden = mixture.router.in_features
     pool = hidden**2
     for mlp in mixture.mlps[:2]:
@@ -129,6 +132,9 @@ def _expert_peaks(mixture: MixtureOfExperts, batch: int, chunk: int) -> Iterator
             # Its own Hessian, that of the pool where it is another, and the factor.
             hessians = (2 + (4 if size <= DOUBLE_LIMIT else 1)) * size**2
             sample = SAMPLE_POSITIONS * size
+            if asymmetric and mlp is mixture.shared:
+                wide = hidden if linear is mlp.down else size
+                sample += (size + SAMPLE_POSITIONS) * wide + matrices
             yield (pool + hessians + sample + matrices + max(rows, chunk * _SOLVER_COPIES)) * _FP32
         yield (pool + matrices + rows) * _FP32
 

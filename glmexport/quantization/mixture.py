@@ -6,6 +6,9 @@ before the next one is read, so that one expert's weights and one Hessian are in
 A Hessian of few positions says little of most directions. It is shrunk toward what the expert would read if every
 position chose it (``pooled``): H = (n H_e + p H_pool) / (n + p), where n is the number of positions that its own are
 worth, and p, what the pool is worth, a fixed share of the number of columns.
+
+The shared expert comes last: every position passes it, so that it is fitted to what the routed ones leave of the way to
+the original's stream.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from glmexport.quantization.goal import Sample
 from glmexport.quantization.linear import QuantizedLinear
 from glmexport.quantization.moments import SAMPLE_POSITIONS, Measured
 from glmexport.quantization.store import Activations
-from glmexport.quantization.streams import QUANTIZED, Passage
+from glmexport.quantization.streams import ORIGINAL, QUANTIZED, Passage
 
 #: What the pool is worth in a Hessian, in positions a column.
 PRIOR = 1.0
@@ -85,15 +88,33 @@ class Mixture:
         fitted = (weights > 0) & ~self._held[share.positions]
         tokens = effective_count(self._contexts[share.positions[fitted]], weights[fitted])
         if mlp is self.mixture.shared:
-            hessian = self.pool.clone() if gate_up is None else self._hessian(share, fitted, weights, inside, linear)
-            sample = self._sample(share, weights, inside)
-            return MeasuredExpert(Measured(hessian, sample, {}), None, tokens, tokens)
+            return MeasuredExpert(self._measure_shared(mlp, linear, inside), None, tokens, tokens)
         prior = min(PRIOR * linear.in_features, self.streams.calibration.effective_tokens)
         pool = self.pool if gate_up is None else self._pooled(inside, linear)
         own = self._hessian(share, fitted, weights, inside, linear)
         hessian = own.mul_(tokens).add_(pool, alpha=prior).div_(tokens + prior)
         sample = self._sample(share, weights, inside)
         return MeasuredExpert(Measured(hessian, sample, {}), int(fitted.sum()), tokens, tokens + prior)
+
+    def _measure_shared(self, mlp: GatedMlp, linear: Linear, inside: Callable[[Tensor], Tensor]) -> Measured:
+        """On all positions; with the original's stream also what the matrix ought to read, or the last one to give."""
+        streams, branch, block = self.streams, self._branch, self._block
+        assert branch.output_norm is None
+        ends = linear is mlp.down
+        gate_up, down = (streams.reference.read(each.weight) for each in mlp.linears) if ends else (None, None)
+        into = streams.moments((linear,), down if streams.asymmetric else None)
+        for start, stop in streams.batches():
+            stream = self.residual[QUANTIZED].read(start, stop)
+            wanted = None
+            if streams.asymmetric:
+                theirs = self.residual[ORIGINAL].read(start, stop)
+                wanted = block.normed(branch, theirs)
+                if gate_up is not None and down is not None:
+                    added = self._added[ORIGINAL].read(start, stop) + block.gated(wanted @ gate_up.T) @ down.T
+                    ours = block.add(branch, stream, self._added[QUANTIZED].read(start, stop))
+                    wanted = block.add(branch, theirs, added) - ours
+            into.add(start, inside(block.normed(branch, stream)), wanted)
+        return into.result()
 
     def add(self, mlp: GatedMlp, solved: dict[str, QuantizedLinear]) -> None:
         """Let the outputs of ``mlp`` join the streams: as ``solved`` in the quantized one, as it was in the other."""

@@ -218,12 +218,12 @@ class Walk:
         passage: Passage | None,
         solved: dict[str, QuantizedLinear],
     ) -> dict[str, Iterator[Tensor] | Activations]:
-        """Commit one expert after the other, the shared one first, and return what the next layer reads."""
+        """Commit one expert after the other, the shared one last, and return what the next layer reads."""
         mixture = None
         if passage:
             passage.move_on(_dequantized(solved))
             mixture = Mixture(passage, experts, self.memory.batch_tokens)
-        for step, mlp in expert_steps(layer).items():
+        for step, mlp in sorted(expert_steps(layer).items(), key=lambda item: item[1] is experts.shared):
             if self.work.record(step) is None:
                 self._expert(step, layer.index, mlp, mixture)
             if mixture:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +158,7 @@ def test_a_walk_that_is_killed_between_experts_goes_on_with_the_next(
     monkeypatch.setattr(Walk, "_expert", lambda self, step, *rest: (solved.append(step), expert(self, step, *rest)))
     second = model.walk(tmp_path)
     second.run()
-    assert solved == [f"block_001.expert_{index:03d}" for index in range(killed_at, EXPERTS)]
+    assert solved == [*(f"block_001.expert_{index:03d}" for index in range(killed_at, EXPERTS)), "block_001.shared"]
     assert digests(second) == digests(walked)
 
 
@@ -290,3 +291,24 @@ def test_a_matrix_that_every_token_passes_is_in_no_coverage() -> None:
     cold = whole.model_copy(update={"chosen": 3, "effective_tokens_per_column": 0.05})
     (layer,) = coverage([warm, cold, warm])
     assert layer.tokens == (90, 3, 90) and layer.cold == (1,)
+
+
+def test_the_shared_expert_takes_the_layer_back_to_the_original(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fitted to the original's stream it leaves less of what the routed experts lost than fitted to its own output."""
+
+    def distance(directory: Path) -> float:
+        walk = model.walk(directory)
+        walk.prepare()
+        for index in range(3):
+            walk._step(index)
+        streams = [walk.streams.committed("block_001", name) for name in (QUANTIZED, ORIGINAL)]
+        sequences = len(model.calibration.languages)
+        ours, theirs = (stream.read(0, sequences)[:, model.calibration.prefix :] for stream in streams)
+        return float((ours - theirs).square().mean())
+
+    fitted = distance(tmp_path / "fitted")
+    measure = Mixture._measure_shared
+    monkeypatch.setattr(Mixture, "_measure_shared", lambda self, *rest: replace(measure(self, *rest), goals={}))
+    assert fitted < 0.97 * distance(tmp_path / "plain")
