@@ -13,7 +13,15 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from glmexport.architecture import Architecture, DecoderLayer, GatedMlp, Linear, MixtureOfExperts, Reference
+from glmexport.architecture import (
+    Architecture,
+    DecoderLayer,
+    GatedMlp,
+    Linear,
+    MixtureOfExperts,
+    Reference,
+    TokenPrediction,
+)
 from glmexport.architecture.reference import CPU, Substitute
 from glmexport.calibration import CalibrationSet
 from glmexport.checkpoint import Checkpoint
@@ -47,6 +55,16 @@ def expert_steps(layer: DecoderLayer) -> dict[str, GatedMlp]:
     mixture, step = layer.mlp, block_step(layer.index)
     steps = {} if mixture.shared is None else {f"{step}.shared": mixture.shared}
     return steps | {f"{step}.expert_{index:03d}": expert for index, expert in enumerate(mixture.experts)}
+
+
+def draft_steps(draft: TokenPrediction | None) -> dict[str, tuple[Linear, ...]]:
+    """Names under which the layer that predicts further ahead is committed, and the linears of each."""
+    if draft is None:
+        return {}
+    apart = expert_steps(draft.layer)
+    inside = {linear for mlp in apart.values() for linear in mlp.linears}
+    rest = tuple(linear for linear in draft.matrices if linear not in inside)
+    return {block_step(draft.layer.index): rest} | {step: mlp.linears for step, mlp in apart.items()}
 
 
 class Walk:
@@ -89,6 +107,11 @@ class Walk:
         """Everything that is committed, experts included, in the order of the model."""
         return [part for step in self.steps for part in self._within[step]]
 
+    @property
+    def draft_parts(self) -> list[str]:
+        """What is committed of the layer that predicts further ahead."""
+        return list(draft_steps(self.architecture.token_prediction))
+
     def run(self) -> None:
         """Commit every step that is not committed yet."""
         self.prepare()
@@ -101,6 +124,7 @@ class Walk:
                 self._step(index)
                 track.advance(1, self.steps[index])
         self.work.drop_scratch()
+        self._draft()
 
     def prepare(self) -> None:
         """Decide what holds for all steps: which scales are folded, and under a budget every matrix's format."""
@@ -115,13 +139,21 @@ class Walk:
 
     def records(self) -> tuple[list[QuantizedMatrix], float]:
         """How every matrix was quantized, in the order of the walk, and the seconds it took in all."""
+        records, seconds = self._records(self.parts)
+        before = [self.work.record(step) for step in (FOLDS, ALLOCATION)]
+        return records, seconds + sum(record["note"]["seconds"] for record in before if record)
+
+    def draft_records(self) -> list[QuantizedMatrix]:
+        """The same of the matrices that only drafts are made with."""
+        return self._records(self.draft_parts)[0]
+
+    def _records(self, steps: Iterable[str]) -> tuple[list[QuantizedMatrix], float]:
         records, seconds = [], 0.0
-        for step in self.parts:
+        for step in steps:
             note = (self.work.record(step) or {"note": {}})["note"]
             records += [QuantizedMatrix.model_validate(record) for record in note.get("linears", [])]
             seconds += note.get("seconds", 0.0)
-        before = [self.work.record(step) for step in (FOLDS, ALLOCATION)]
-        return records, seconds + sum(record["note"]["seconds"] for record in before if record)
+        return records, seconds
 
     def allocation(self) -> tuple[AllocatedGroup, ...]:
         """What the budget's bits were given to, in the order of the model; nothing for a recipe without one."""
@@ -169,6 +201,28 @@ class Walk:
         self.work.commit(step, solved, note, activations)
         if index:
             self.work.drop_activations(self.steps[index - 1])
+
+    def _draft(self) -> None:
+        """Round the layer that predicts further ahead to nearest, in the format of what every token passes.
+
+        It decides how often a draft is right, and never what is answered, so that nothing is measured for it.
+        """
+        draft, recipe = self.architecture.token_prediction, self.recipe
+        for step, linears in draft_steps(draft).items():
+            if draft is None or self.work.record(step) is not None:
+                continue
+            started, layer = time.monotonic(), draft.layer.index
+            records: list[QuantizedMatrix] = []
+            solved = self._stored(linears, layer, records) if recipe.keeps_stored else {}
+            inside = None if recipe.keeps_stored else recipe.linear(mixture=True, routed=False)
+            for linear in linears:
+                form = {"lm_head": recipe.lm_head, "embedding": recipe.embedding}.get(linear.part, inside)
+                if form is not None and linear.weight not in solved:
+                    matrix = self._nearest(linear.weight, linear.out_features, linear.in_features, form)
+                    solved[linear.weight] = matrix
+                    records.append(QuantizedMatrix.unmeasured(linear.weight, layer, linear.part, matrix))
+            note = {"linears": [record.model_dump() for record in records], "seconds": time.monotonic() - started}
+            self.work.commit(step, solved, note)
 
     def _streams(self) -> Streams | None:
         if self.calibration is None:
