@@ -96,12 +96,15 @@ class _Builder:
             self.declare(stream, HIDDEN, ["sequence", architecture.hidden_size])
         recent = self.op("RecentPositions", [stream, self.mask], most=SHORT_STEP)
         normed = recent if drafts else self.norm(architecture.final_norm, recent)
-        hidden = [stream] if drafts else []
         if own_loop(architecture, self.limits):
-            return [self.logits(LOGITS, normed, "recent"), *hidden]
-        every = self.logits(RECENT_LOGITS, normed, "recent")
-        last = self.op("LastPosition", [every, self.mask])
-        return [self.declare(last, LOGITS, [1, architecture.vocabulary_size]), every, *hidden]
+            last = self.logits(LOGITS, normed, "recent")
+        else:
+            every = self.logits(RECENT_LOGITS, normed, "recent")
+            last = self.declare(self.op("LastPosition", [every, self.mask]), LOGITS, [1, architecture.vocabulary_size])
+            self.outputs.append(every)
+        if drafts:
+            self.outputs.append(stream)
+        return [last]
 
     def draft(self, draft: TokenPrediction) -> list[ir.Value]:
         past = _value(PAST_HIDDEN, ir.DataType.FLOAT, ["batch", "sequence", draft.hidden_size])

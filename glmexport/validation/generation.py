@@ -15,8 +15,8 @@ from glmexport.bundle.genai import GENAI_CONFIG
 from glmexport.errors import BundleError, InputError
 from glmexport.graph import RECENT_LOGITS, SHORT_STEP
 from glmexport.loop import read_loop
-from glmexport.validation.latent_loop import LatentLoop
-from glmexport.validation.speculation import PromptLookup, Speculation, Step, Tally, speculate
+from glmexport.validation.latent_loop import LatentLoop, LatentSequences
+from glmexport.validation.speculation import Drafter, PromptLookup, Speculation, Step, speculate
 
 
 class GenerationSession:
@@ -33,8 +33,6 @@ class GenerationSession:
     def __init__(self, bundle: Path, threads: int, speculation: Speculation | None = None) -> None:
         self._loop: GenaiLoop | LatentLoop
         self._speculation = speculation
-        #: Of all guesses so far.
-        self.tally = Tally()
         latents = read_loop(bundle)
         if latents:
             self._loop = LatentLoop(bundle, latents, threads, speculation=speculation)
@@ -87,11 +85,14 @@ class GenerationSession:
     def _speculated(self, prompt: Sequence[int], max_tokens: int) -> Iterator[int]:
         """The same tokens, guessed and verified."""
         assert self._speculation is not None
-        count, most = self._room(len(prompt), max_tokens), self._speculation.tokens
+        count = self._room(len(prompt), max_tokens)
+        sequence: LatentSequences | GenaiSequence
+        drafter: Drafter
         if isinstance(self._loop, LatentLoop):
-            return speculate(self._loop.start([prompt]), self._loop.drafter(), prompt, count, most, self.tally)
-        sequence = self._loop.sequence(prompt, len(prompt) + count)
-        return speculate(sequence, PromptLookup(), prompt, count, most, self.tally)
+            sequence, drafter = self._loop.start([prompt]), self._loop.drafter()
+        else:
+            sequence, drafter = self._loop.sequence(prompt, len(prompt) + count), PromptLookup()
+        return speculate(sequence, drafter, prompt, count, self._speculation)
 
     def _room(self, length: int, max_tokens: int) -> int:
         """How many tokens a prompt of that ``length`` can have behind it."""

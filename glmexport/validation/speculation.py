@@ -8,11 +8,13 @@ several positions than for one, as it may in a batch.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from glmexport.errors import InputError
 
 Method = Literal["lookup", "mtp"]
 
@@ -22,14 +24,6 @@ DEFAULT_TOKENS: dict[Method, int] = {"lookup": 8, "mtp": 1}
 _NGRAMS = (4, 3, 2)
 
 
-@dataclass(frozen=True)
-class Speculation:
-    """How to guess, and how many tokens at a time at most."""
-
-    method: Method
-    tokens: int
-
-
 @dataclass
 class Tally:
     """What became of the guesses: tokens ``drafted`` and ``accepted``, and ``steps`` of the model behind the prompt."""
@@ -37,6 +31,29 @@ class Tally:
     steps: int = 0
     drafted: int = 0
     accepted: int = 0
+
+
+@dataclass(frozen=True)
+class Speculation:
+    """How to guess, how many ``tokens`` at a time at most, and what became of it so far."""
+
+    method: Method
+    tokens: int
+    tally: Tally = field(default_factory=Tally)
+
+
+def open_speculation(method: str, tokens: int | None) -> Speculation | None:
+    """``method`` lookup or mtp with the usual number of ``tokens``, if none is given; None for the method none.
+
+    Raises:
+        InputError: a number of tokens for the method none.
+    """
+    if method == "none":
+        if tokens is not None:
+            raise InputError("--draft-tokens is given, and nothing is guessed.", next_step="Add --speculate lookup.")
+        return None
+    named: Method = "mtp" if method == "mtp" else "lookup"
+    return Speculation(named, DEFAULT_TOKENS[named] if tokens is None else tokens)
 
 
 @dataclass(frozen=True)
@@ -51,7 +68,7 @@ class Step:
     hidden: NDArray[np.float32] | None = None
 
 
-class Sequence1(Protocol):
+class Verified(Protocol):
     """One sequence in a loop that can take tokens back."""
 
     @property
@@ -81,17 +98,16 @@ class Drafter(Protocol):
 
 
 def speculate(
-    sequence: Sequence1, drafter: Drafter, prompt: Sequence[int], count: int, most: int, tally: Tally
+    sequence: Verified, drafter: Drafter, prompt: Sequence[int], count: int, speculation: Speculation
 ) -> Iterator[int]:
     """``count`` greedy tokens behind ``prompt``.
 
     Args:
         sequence: nothing of it is computed yet.
-        drafter: guesses, ``most`` tokens at a time.
+        drafter: guesses.
         prompt: at least one token.
         count: what the context has room for.
-        most: less than a short step has positions.
-        tally: is added to.
+        speculation: as many tokens as a short step has positions, less one; its tally is added to.
     """
     ids = np.array([prompt], np.int64)
     for start in range(0, len(prompt), sequence.chunk):
@@ -105,12 +121,13 @@ def speculate(
         if left == 0:
             return
         # The step gives one token more than there are right guesses, and no more than are left are wanted.
-        drafts = drafter.propose(token, min(most, left - 1)) if left > 1 else []
+        drafts = drafter.propose(token, min(speculation.tokens, left - 1)) if left > 1 else []
         step = sequence.advance(np.array([[token, *drafts]], np.int64))
         given = step.likely[0].tolist()
         right = next((at for at, draft in enumerate(drafts) if draft != given[at]), len(drafts))
         sequence.forget(len(drafts) - right)
         drafter.follow([token, *drafts[:right]], None if step.hidden is None else step.hidden[:, : right + 1])
+        tally = speculation.tally
         tally.steps += 1
         tally.drafted += len(drafts)
         tally.accepted += right
