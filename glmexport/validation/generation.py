@@ -15,8 +15,8 @@ from glmexport.bundle.genai import GENAI_CONFIG
 from glmexport.errors import BundleError, InputError
 from glmexport.graph import RECENT_LOGITS, SHORT_STEP
 from glmexport.loop import read_loop
-from glmexport.validation.latent_loop import LatentLoop, LatentSequences
-from glmexport.validation.speculation import Drafter, PromptLookup, Speculation, Step, speculate
+from glmexport.validation.latent_loop import LatentLoop
+from glmexport.validation.speculation import Drafter, PromptLookup, Speculation, Step, Verified, speculate
 
 
 class GenerationSession:
@@ -86,13 +86,11 @@ class GenerationSession:
         """The same tokens, guessed and verified."""
         assert self._speculation is not None
         count = self._room(len(prompt), max_tokens)
-        sequence: LatentSequences | GenaiSequence
-        drafter: Drafter
-        if isinstance(self._loop, LatentLoop):
-            sequence, drafter = self._loop.start([prompt]), self._loop.drafter()
-        else:
-            sequence, drafter = self._loop.sequence(prompt, len(prompt) + count), PromptLookup()
-        return speculate(sequence, drafter, prompt, count, self._speculation)
+        return speculate(self.single(prompt, count), self._loop.drafter(), prompt, count, self._speculation)
+
+    def single(self, prompt: Sequence[int], count: int) -> Verified:
+        """A sequence of ``prompt`` and ``count`` tokens behind it, of which nothing is computed yet."""
+        return self._loop.single(prompt, len(prompt) + count)
 
     def _room(self, length: int, max_tokens: int) -> int:
         """How many tokens a prompt of that ``length`` can have behind it."""
@@ -137,9 +135,13 @@ class GenaiLoop:
             generator.generate_next_token()
             yield [int(token) for token in generator.get_next_tokens()]
 
-    def sequence(self, prompt: Sequence[int], max_length: int) -> GenaiSequence:
+    def single(self, prompt: Sequence[int], max_length: int) -> Verified:
         """One sequence of at most ``max_length`` tokens, which begins with ``prompt``; nothing of it is computed."""
         return GenaiSequence(self._generator(1, max_length), len(prompt))
+
+    def drafter(self) -> Drafter:
+        """What guesses the tokens of a sequence, of which it knows nothing yet."""
+        return PromptLookup()
 
     def _generator(self, batch: int, max_length: int) -> Any:
         parameters: Any = self._genai.GeneratorParams(self._model)

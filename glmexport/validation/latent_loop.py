@@ -12,7 +12,7 @@ from glmexport.errors import InputError
 from glmexport.loop import LoopConfig
 from glmexport.validation.capacity import CapacityGraph
 from glmexport.validation.session import open_session
-from glmexport.validation.speculation import Drafter, PromptLookup, Speculation, Step
+from glmexport.validation.speculation import Drafter, PromptLookup, Speculation, Step, Verified
 from glmexport.validation.token_prediction import TokenPredictor
 
 #: Positions of a prompt that are computed together: their scores against the whole cache are held for every head.
@@ -60,6 +60,11 @@ class LatentLoop:
     def start(self, prompts: Sequence[Sequence[int]]) -> LatentSequences:
         """Sequences of one length, of which nothing is computed yet."""
         return LatentSequences(self.graph, self._config, np.array(prompts, np.int64), drafting=self._draft is not None)
+
+    def single(self, prompt: Sequence[int], max_length: int) -> Verified:
+        """One sequence of at most ``max_length`` tokens, which begins with ``prompt``; nothing of it is computed."""
+        assert max_length <= self.context_length
+        return self.start([prompt])
 
     def drafter(self) -> Drafter:
         """What guesses the tokens of a sequence, of which it knows nothing yet."""
