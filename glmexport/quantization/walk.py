@@ -20,13 +20,13 @@ from glmexport.architecture import (
     Linear,
     MixtureOfExperts,
     Reference,
-    TokenPrediction,
 )
 from glmexport.architecture.reference import CPU, Substitute
 from glmexport.calibration import CalibrationSet
 from glmexport.checkpoint import Checkpoint
 from glmexport.progress import Progress
 from glmexport.quantization.decisions import ALLOCATION, FOLDS, allocated_groups, decide_folds, decide_formats
+from glmexport.quantization.draft import round_draft
 from glmexport.quantization.linear import QuantizedLinear
 from glmexport.quantization.memory import MemoryPlan
 from glmexport.quantization.mixture import Mixture
@@ -35,36 +35,11 @@ from glmexport.quantization.nearest import round_to_nearest
 from glmexport.quantization.problem import Problem
 from glmexport.quantization.record import AllocatedGroup, QuantizedMatrix
 from glmexport.quantization.solve import gptq
+from glmexport.quantization.steps import EMBEDDING, HEAD, block_step, draft_steps, expert_steps
 from glmexport.quantization.store import Activations, WorkDirectory
 from glmexport.quantization.stored import stored_linear
 from glmexport.quantization.streams import Passage, Streams
 from glmexport.recipe import Format, Recipe, Solver
-
-EMBEDDING, HEAD = "embedding", "head"
-
-
-def block_step(index: int) -> str:
-    """Name under which decoder layer ``index`` is committed."""
-    return f"block_{index:03d}"
-
-
-def expert_steps(layer: DecoderLayer) -> dict[str, GatedMlp]:
-    """Names under which the experts of ``layer`` are committed, before the layer itself; none of an ordinary layer."""
-    if not isinstance(layer.mlp, MixtureOfExperts):
-        return {}
-    mixture, step = layer.mlp, block_step(layer.index)
-    steps = {} if mixture.shared is None else {f"{step}.shared": mixture.shared}
-    return steps | {f"{step}.expert_{index:03d}": expert for index, expert in enumerate(mixture.experts)}
-
-
-def draft_steps(draft: TokenPrediction | None) -> dict[str, tuple[Linear, ...]]:
-    """Names under which the layer that predicts further ahead is committed, and the linears of each."""
-    if draft is None:
-        return {}
-    apart = expert_steps(draft.layer)
-    inside = {linear for mlp in apart.values() for linear in mlp.linears}
-    rest = tuple(linear for linear in draft.matrices if linear not in inside)
-    return {block_step(draft.layer.index): rest} | {step: mlp.linears for step, mlp in apart.items()}
 
 
 class Walk:
@@ -124,7 +99,9 @@ class Walk:
                 self._step(index)
                 track.advance(1, self.steps[index])
         self.work.drop_scratch()
-        self._draft()
+        if self.architecture.token_prediction:
+            draft = self.architecture.token_prediction
+            round_draft(draft, self.recipe, self.work, self.progress, self._nearest_one, self._stored_one)
 
     def prepare(self) -> None:
         """Decide what holds for all steps: which scales are folded, and under a budget every matrix's format."""
@@ -202,27 +179,8 @@ class Walk:
         if index:
             self.work.drop_activations(self.steps[index - 1])
 
-    def _draft(self) -> None:
-        """Round the layer that predicts further ahead to nearest, in the format of what every token passes.
-
-        It decides how often a draft is right, and never what is answered, so that nothing is measured for it.
-        """
-        draft, recipe = self.architecture.token_prediction, self.recipe
-        for step, linears in draft_steps(draft).items():
-            if draft is None or self.work.record(step) is not None:
-                continue
-            started, layer = time.monotonic(), draft.layer.index
-            records: list[QuantizedMatrix] = []
-            solved = self._stored(linears, layer, records) if recipe.keeps_stored else {}
-            inside = None if recipe.keeps_stored else recipe.linear(mixture=True, routed=False)
-            for linear in linears:
-                form = {"lm_head": recipe.lm_head, "embedding": recipe.embedding}.get(linear.part, inside)
-                if form is not None and linear.weight not in solved:
-                    matrix = self._nearest(linear.weight, linear.out_features, linear.in_features, form)
-                    solved[linear.weight] = matrix
-                    records.append(QuantizedMatrix.unmeasured(linear.weight, layer, linear.part, matrix))
-            note = {"linears": [record.model_dump() for record in records], "seconds": time.monotonic() - started}
-            self.work.commit(step, solved, note)
+    def _stored_one(self, linear: Linear) -> QuantizedLinear | None:
+        return stored_linear(self.checkpoint, linear.weight, self.memory.chunk_weights)
 
     def _streams(self) -> Streams | None:
         if self.calibration is None:
@@ -311,7 +269,7 @@ class Walk:
         for linear in linears:
             form = self._linear_form(linear)
             assert form is not None
-            solved[linear.weight] = self._nearest(linear.weight, linear.out_features, linear.in_features, form)
+            solved[linear.weight] = self._nearest_one(linear, form)
             records.append(QuantizedMatrix.unmeasured(linear.weight, layer, linear.part, solved[linear.weight]))
         return solved
 
@@ -325,7 +283,7 @@ class Walk:
         """Those of ``linears`` that the checkpoint stores quantized."""
         kept = {}
         for linear in linears:
-            stored = stored_linear(self.checkpoint, linear.weight, self.memory.chunk_weights)
+            stored = self._stored_one(linear)
             if stored is not None:
                 kept[linear.weight] = stored
                 records.append(QuantizedMatrix.unmeasured(linear.weight, layer, linear.part, stored))
@@ -340,7 +298,7 @@ class Walk:
             # A tied head is the embedding, whose codes are fixed before any activation exists.
             return {}
         if self.streams is None:
-            linear = self._nearest(head.weight, head.out_features, head.in_features, form)
+            linear = self._nearest_one(head, form)
             records.append(QuantizedMatrix.unmeasured(head.weight, None, head.part, linear))
             return {head.weight: linear}
         # At 8 bits the sweep already leaves next to nothing, and the head has the most rows of all.
@@ -373,6 +331,9 @@ class Walk:
             folded = fold is not None and fold.columns is not None
             records.append(QuantizedMatrix.solved(linear, layer, solution, tokens, folded=folded))
         return solved
+
+    def _nearest_one(self, linear: Linear, form: Format) -> QuantizedLinear:
+        return self._nearest(linear.weight, linear.out_features, linear.in_features, form)
 
     def _nearest(self, key: str, rows: int, columns: int, form: Format) -> QuantizedLinear:
         # Without a Hessian every column counts the same; at 8 bits the search finds nothing to gain.
