@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from glmexport import __version__
-from glmexport.architecture import Reference
+from glmexport.architecture import Architecture, Reference
 from glmexport.architecture.reference import CPU
 from glmexport.bundle import (
     Manifest,
@@ -88,6 +88,8 @@ def build(original: Original, jobs: Sequence[Job], options: BuildOptions, progre
     for job in jobs:
         refuse_formats(original, job)
         refuse_existing(job.directory, options.force)
+    if any(original.drafts(job.target) for job in jobs):
+        original = original.sharing_tables()
     prepared = []
     for recipe in {job.recipe.digest(): job.recipe for job in jobs}.values():
         same = [job for job in jobs if job.recipe.digest() == recipe.digest()]
@@ -112,7 +114,9 @@ def build(original: Original, jobs: Sequence[Job], options: BuildOptions, progre
         built: list[Built] = []
         try:
             for (recipe, same, memory, documents, calibration), work in zip(prepared, works, strict=True):
-                walk = _walked(original, recipe, calibration, work, memory, options, progress)
+                drafting = next((job.target for job in same if original.drafts(job.target)), same[0].target)
+                architecture = original.architecture_for(drafting)
+                walk = _walked(original, architecture, recipe, calibration, work, memory, options, progress)
                 for job in same:
                     built.append(_finish(original, job, walk, calibration, documents, options, progress))
             for bundle in built:
@@ -129,6 +133,7 @@ def build(original: Original, jobs: Sequence[Job], options: BuildOptions, progre
 
 def _walked(
     original: Original,
+    architecture: Architecture,
     recipe: Recipe,
     calibration: CalibrationSet | None,
     work: WorkDirectory,
@@ -138,7 +143,7 @@ def _walked(
 ) -> Walk:
     """Quantized to the end."""
     device = options.device
-    walk = Walk(original.checkpoint, original.architecture, recipe, calibration, work, memory, progress, device)
+    walk = Walk(original.checkpoint, architecture, recipe, calibration, work, memory, progress, device)
     with running_on(device):
         walk.run()
     return walk
@@ -258,18 +263,19 @@ def _write(
     documents: Sequence[Document],
     progress: Progress,
 ) -> Manifest:
-    architecture = original.architecture
+    architecture = original.architecture_for(job.target)
     return write_bundle(
         directory,
         architecture,
-        Weights(walk.checkpoint, architecture, walk.work, walk.parts),
+        Weights(walk.checkpoint, architecture, walk.work, [*walk.parts, *walk.draft_parts]),
         Reference(original.checkpoint, architecture).rotary_tables(architecture.context_length),
         recipe=job.recipe,
         target=job.target,
-        source=source_of(original, progress),
+        source=source_of(original, progress, job.target),
         calibration=calibration_source(calibration, documents),
         records=records,
         allocation=walk.allocation(),
+        draft_records=walk.draft_records() if original.drafts(job.target) else (),
         tokenizer_files=original.tokenizer.files,
         progress=progress,
     )

@@ -46,12 +46,24 @@ def estimate(
     if recipe.budget:
         bits = total_bits(architecture, recipe.budget)
     return Estimate(
-        bundle_bytes=bits // 8 + architecture.rotary_bytes,
+        bundle_bytes=(bits + _draft_bits(architecture, recipe)) // 8 + architecture.rotary_bytes,
         bits_per_weight=bits / sum(math.prod(shape) for shape in shapes.values()),
         peak_memory_bytes=plan_memory(architecture, recipe, limit_bytes).peak_bytes,
         seconds=_flops(architecture, recipe) / (device_flops_per_s or flops_per_s)
         + _forward_flops(architecture) * _VALIDATION_TOKEN_PASSES / flops_per_s,
     )
+
+
+def _draft_bits(architecture: Architecture, recipe: Recipe) -> int:
+    """Of the layer that drafts, if ``architecture`` has one, where it stores copies of no table."""
+    draft = architecture.token_prediction
+    if draft is None:
+        return 0
+    form = recipe.linear(mixture=True, routed=False)
+    linears = {linear.weight for linear in (draft.projection, *draft.layer.linears)}
+    copied = {draft.embedding, draft.lm_head.weight}
+    shapes = {key: shape for key, shape in draft.own_shapes().items() if key not in copied}
+    return sum(stored_bits(shape, form if key in linears else None) for key, shape in shapes.items())
 
 
 def measured_flops(device: torch.device = CPU) -> float:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from glmexport.checkpoint import Tokenizer
 from glmexport.validation.generation import GenerationSession
+from glmexport.validation.speculation import Speculation
 
 
 @dataclass(frozen=True)
@@ -19,15 +20,21 @@ class Piece:
 
 
 def generate(
-    bundle: Path, tokenizer: Tokenizer, prompt: Sequence[int], *, max_tokens: int, threads: int
+    bundle: Path,
+    tokenizer: Tokenizer,
+    prompt: Sequence[int],
+    *,
+    max_tokens: int,
+    threads: int,
+    speculation: Speculation | None = None,
 ) -> Iterator[Piece]:
     """Tokens after ``prompt`` until an end token, ``max_tokens`` or the context's end; end tokens are not yielded.
 
     Raises:
-        BundleError: onnxruntime-genai cannot load the bundle.
-        InputError: the prompt fills the context.
+        BundleError: the bundle's loop cannot load it.
+        InputError: the prompt fills the context, or the bundle cannot do that ``speculation``.
     """
-    session = GenerationSession(bundle, threads)
+    session = GenerationSession(bundle, threads, speculation)
     tokens: list[int] = []
     shown = ""
     for token in session.stream(prompt, max_tokens):

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from glmexport.architecture import Architecture, describe
+from glmexport.architecture.token_prediction import share_tables
 from glmexport.checkpoint import Checkpoint, Tokenizer
 from glmexport.errors import InputError, MachineError
 from glmexport.estimate import estimate
+from glmexport.graph import own_loop
 from glmexport.progress import Progress
 from glmexport.quantization.allocation import probe_bytes, require_fit
 from glmexport.recipe import STORED, Budget, Format, Recipe, open_recipe
 from glmexport.target import Target
+
+#: Why a bundle that onnxruntime-genai decodes has no draft graph.
+NO_DRAFTS = (
+    "predicts a token further ahead, for speculative decoding, and no answer depends on it; only glmexport's own loop "
+    "drafts with it, and onnxruntime-genai runs this bundle"
+)
 
 
 @dataclass(frozen=True)
@@ -43,6 +52,26 @@ class Original:
                 next_step="Use the tokenizer files that belong to these weights.",
             )
         return cls(checkpoint, architecture, tokenizer, unused)
+
+    def sharing_tables(self) -> Original:
+        """With one embedding and one lm_head where the layer that predicts further ahead stores copies: reads them."""
+        architecture = share_tables(self.architecture, self.checkpoint)
+        return replace(self, architecture=architecture, unused=dict(architecture.account(self.checkpoint)))
+
+    def drafts(self, target: Target) -> bool:
+        """Whether a bundle for ``target`` can draft tokens by the layer that predicts further ahead."""
+        return self.architecture.token_prediction is not None and own_loop(self.architecture, target.graph)
+
+    def architecture_for(self, target: Target) -> Architecture:
+        """What a bundle for ``target`` consists of."""
+        return self.architecture if self.drafts(target) else replace(self.architecture, token_prediction=None)
+
+    def unused_for(self, target: Target) -> dict[str, str]:
+        """Tensors that a bundle for ``target`` leaves out, and why."""
+        draft = self.architecture.token_prediction
+        if draft is None or self.drafts(target):
+            return self.unused
+        return self.unused | dict.fromkeys(draft.own_shapes(), NO_DRAFTS)
 
 
 @dataclass(frozen=True)
@@ -170,7 +199,8 @@ def refuse_formats(original: Original, job: Job) -> None:
         )
     candidates = recipe.budget.candidates if recipe.budget else ()
     stored = (form.exact for form in original.checkpoint.quantized.values())
-    shared = recipe.linear(mixture=True, routed=False) if original.architecture.routed else None
+    mixed = original.architecture.routed or original.drafts(job.target)
+    shared = recipe.linear(mixture=True, routed=False) if mixed else None
     for form in filter(None, (recipe.linears, shared, recipe.lm_head, recipe.embedding, *candidates, *stored)):
         if form.bits not in offered.bits or form.group_size not in offered.group_sizes:
             raise InputError(
@@ -211,6 +241,18 @@ def refuse_existing(directory: Path, force: bool, mark: str = "bundle.json", kin
             f"{directory} exists and is not {kind}, so --force does not replace it.",
             next_step="Choose another directory with -o.",
         )
+
+
+def listed_unused(unused: Mapping[str, str]) -> dict[str, str]:
+    """The same for people: tensors of one layer that are left out for one reason are one entry."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for key, reason in unused.items():
+        layer = re.match(r"model\.layers\.\d+\.", key)
+        groups.setdefault((layer[0] if layer else key, reason), []).append(key)
+    return {
+        keys[0] if len(keys) == 1 else f"{name}* ({len(keys)} tensors)": reason
+        for (name, reason), keys in groups.items()
+    }
 
 
 def require_space(original: Original, recipe: Recipe, parent: Path) -> None:

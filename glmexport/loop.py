@@ -11,6 +11,21 @@ from glmexport.target import Provider
 LOOP_CONFIG = "loop.json"
 
 
+class DraftConfig(Definition):
+    """The graph that drafts tokens, and its names: what a loop needs to decode speculatively with it."""
+
+    graph: str
+    #: Names of its token ids [B, S], mask [B, T], and hidden states [B, S, D], and of what it gives of the last
+    #: position: logits [B, 1, V], and hidden states [B, 1, D] for the token after.
+    input_ids: str
+    attention_mask: str
+    past_hidden: str
+    logits: str
+    hidden: str
+    #: Output by input of every cache [B, C, width].
+    caches: dict[str, str]
+
+
 class LoopConfig(Definition):
     """The graph's names, and what a loop has to know beside it."""
 
@@ -19,12 +34,17 @@ class LoopConfig(Definition):
     provider: Provider
     context_length: int
     eos_token_id: tuple[int, ...]
-    #: Names of the graph's token ids [B, S], mask [B, T] and logits [B, 1, V].
+    #: Names of the graph's token ids [B, S], mask [B, T] and logits [B, R, V]: R is S in a short step, and otherwise 1.
     input_ids: str
     attention_mask: str
     logits: str
     #: Output by input of every cache [B, C, width].
     caches: dict[str, str]
+    #: Most positions of a short step; 1 in bundles of before all of its logits left the graph.
+    short_step: int = 1
+    #: Name of the hidden states [B, S, D] behind the final norm, and what drafts with them.
+    hidden: str | None = None
+    draft: DraftConfig | None = None
 
 
 def read_loop(bundle: Path) -> LoopConfig | None:

@@ -8,10 +8,11 @@ from glmexport.bundle import AdapterSource, CalibrationSource, Source
 from glmexport.calibration import USER, CalibrationSet, Document, fingerprint, overlap, shipped_documents
 from glmexport.job import Original
 from glmexport.progress import Progress
+from glmexport.target import Target
 
 
-def source_of(original: Original, progress: Progress) -> Source:
-    """What the manifest says of the original."""
+def source_of(original: Original, progress: Progress, target: Target | None = None) -> Source:
+    """What the manifest of a bundle for ``target`` says of the original."""
     checkpoint = original.checkpoint
     adapter = checkpoint.adapter
     return Source(
@@ -20,7 +21,7 @@ def source_of(original: Original, progress: Progress) -> Source:
         model_type=checkpoint.model_type,
         parameters=checkpoint.parameters,
         bytes=checkpoint.bytes,
-        unused=original.unused,
+        unused=original.unused_for(target) if target else original.unused,
         adapter=AdapterSource(name=adapter.name, digest=adapter.digest(progress)) if adapter else None,
     )
 

@@ -92,6 +92,38 @@ def write_checkpoint(directory: Path, model_type: str = "glm4", seed: int = 0, *
     return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval().requires_grad_(False)
 
 
+def write_predicting(
+    directory: Path, model_type: str, *, copies: bool = True, seed: int = 0, **changes: Any
+) -> tuple[Any, Any]:
+    """As ``write_checkpoint``, with a layer behind the last one that predicts a token further ahead.
+
+    With ``copies`` it stores embedding and lm_head once more, as GLM-4.5 does. Returns the model in transformers, and
+    that layer's decoder layer there.
+    """
+    layers = changes.pop("num_hidden_layers", 3)
+    lists = {key: [*value, value[-1]] for key, value in changes.items() if isinstance(value, list) and "types" in key}
+    if "indexer_types" in lists:
+        lists["indexer_types"][-1] = "full"
+    deeper = write_checkpoint(directory, model_type, seed, num_hidden_layers=layers + 1, **changes | lists)
+    generator = torch.Generator().manual_seed(seed + 1)
+    tensors = load_file(directory / "model.safetensors")
+    size = tensors["model.norm.weight"].shape[0]
+    prefix = f"model.layers.{layers}"
+    for norm in ("enorm", "hnorm", "shared_head.norm"):
+        tensors[f"{prefix}.{norm}.weight"] = (1 + 0.2 * torch.randn(size, generator=generator)).bfloat16()
+    tensors[f"{prefix}.eh_proj.weight"] = (0.05 * torch.randn(size, 2 * size, generator=generator)).bfloat16()
+    if copies:
+        tensors[f"{prefix}.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
+        tensors[f"{prefix}.shared_head.head.weight"] = tensors["lm_head.weight"].clone()
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    config |= {"num_hidden_layers": layers, "num_nextn_predict_layers": 1}
+    config |= {key: config[key][:layers] for key in config if key.endswith("_types") and config[key]}
+    (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval().requires_grad_(False)
+    return model, deeper.model.layers[layers]
+
+
 def _write_router_biases(directory: Path, seed: int) -> None:
     """In fp32 and around 7, as published checkpoints have them: bf16 would make 8 of 238 values of a real one."""
     path = directory / "model.safetensors"

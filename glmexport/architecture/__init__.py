@@ -14,6 +14,7 @@ from glmexport.architecture.grouped import GroupedQueryAttention
 from glmexport.architecture.latent import Indexer, LatentAttention
 from glmexport.architecture.reference import Block, Reference
 from glmexport.architecture.registry import FAMILIES, UNFINISHED, describe
+from glmexport.architecture.token_prediction import TokenPrediction
 
 __all__ = [
     "FAMILIES",
@@ -31,6 +32,7 @@ __all__ = [
     "Reference",
     "Rotary",
     "Router",
+    "TokenPrediction",
     "Unused",
     "describe",
 ]

@@ -126,6 +126,11 @@ def dense_architecture(checkpoint: Checkpoint, family: str, *, sandwich_norms: b
     )
 
 
+def dense_layer(config: ConfigReader, index: int) -> DecoderLayer:
+    """Layer ``index`` of a dense GLM without sandwich norms, also one behind the model's last."""
+    return _layer(DenseSizes.read(config), index, sandwich_norms=False)
+
+
 def _or(value: int | None, otherwise: int) -> int:
     return otherwise if value is None else value
 

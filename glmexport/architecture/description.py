@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from glmexport.architecture.experts import MixtureOfExperts
     from glmexport.architecture.grouped import GroupedQueryAttention
     from glmexport.architecture.latent import LatentAttention
+    from glmexport.architecture.token_prediction import TokenPrediction
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,12 @@ class Linear:
     def bias_key(self) -> str | None:
         """Checkpoint key of b [out_features], if there is one."""
         return f"{self.key}.bias" if self.bias else None
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Checkpoint key and shape of W and b."""
+        weight = {self.weight: (self.out_features, self.in_features)}
+        return weight | ({self.bias_key: (self.out_features,)} if self.bias_key else {})
 
 
 @dataclass(frozen=True)
@@ -239,6 +246,8 @@ class Architecture:
     eos_token_ids: tuple[int, ...]
     pad_token_id: int
     unused: tuple[Unused, ...] = ()
+    #: What drafts tokens for speculative decoding; no answer depends on it, and it is in none of the figures below.
+    token_prediction: TokenPrediction | None = None
 
     @property
     def linears(self) -> Iterator[tuple[int | None, Linear]]:
@@ -273,9 +282,7 @@ class Architecture:
         """Checkpoint key and shape of every tensor that the model consists of."""
         shapes: dict[str, tuple[int, ...]] = {self.embedding: (self.vocabulary_size, self.hidden_size)}
         for _, linear in self.linears:
-            shapes[linear.weight] = (linear.out_features, linear.in_features)
-            if linear.bias_key:
-                shapes[linear.bias_key] = (linear.out_features,)
+            shapes |= linear.shapes
         for norm in (*(norm for layer in self.layers for norm in layer.norms), self.final_norm):
             shapes[norm.weight] = (norm.size,)
         for layer in self.layers:
@@ -298,7 +305,8 @@ class Architecture:
     def presented(self, checkpoint: Checkpoint) -> Checkpoint:
         """``checkpoint`` with matrices under the keys of this description, however its files hold them."""
         pages = {key: place for layer in self.layers for key, place in layer.mlp.pages.items()}
-        return checkpoint.stacked(self.stacks(), pages)
+        stacked = checkpoint.stacked(self.stacks(), pages)
+        return self.token_prediction.presented(stacked) if self.token_prediction else stacked
 
     def account(self, checkpoint: Checkpoint) -> list[tuple[str, str]]:
         """Check that every tensor of the checkpoint is used once or unused for a stated reason.
@@ -310,7 +318,7 @@ class Architecture:
             CheckpointError: a tensor is missing, has another shape, or is not part of the description; or an adapter
                 changes a tensor that is left out, or one of two tied matrices.
         """
-        wanted = self.shapes()
+        wanted = self.shapes() | (self.token_prediction.own_shapes() if self.token_prediction else {})
         _check_shapes(checkpoint, wanted)
         unused, unknown = [], []
         for key in sorted(set(checkpoint.tensors) - set(wanted)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from glmexport.architecture.dense import dense_architecture
+from glmexport.architecture.dense import dense_architecture, dense_layer
 from glmexport.architecture.description import (
     Architecture,
     DecoderLayer,
@@ -12,16 +12,14 @@ from glmexport.architecture.description import (
     Linear,
     Norm,
     Rotary,
-    Unused,
 )
 from glmexport.architecture.experts import EXPERT_INPUT, EXPERT_OUTPUT, MixtureOfExperts, Router
 from glmexport.architecture.grouped import GroupedQueryAttention
+from glmexport.architecture.token_prediction import mixture_at, with_token_prediction
 from glmexport.checkpoint import Checkpoint, ConfigReader
 from glmexport.errors import CheckpointError
 
 MODEL_TYPE = "glm4_moe"
-
-MTP = "predicts a token further ahead, for speculative decoding; no answer depends on it"
 
 
 def describe(checkpoint: Checkpoint) -> Architecture:
@@ -33,13 +31,15 @@ def describe(checkpoint: Checkpoint) -> Architecture:
     dense = dense_architecture(checkpoint, MODEL_TYPE, sandwich_norms=False)
     normed = config.flag("use_qk_norm", default=False)
     first = config.integer("first_k_dense_replace", minimum=0)
-    layers = []
-    for layer in dense.layers:
+
+    def described(layer: DecoderLayer, sparse: bool) -> DecoderLayer:
         rotated = _rotate_half(layer, normed)
-        layers.append(
-            rotated if layer.index < first else replace(rotated, mlp=mixture(config, layer.prefix, dense.hidden_size))
-        )
-    return replace(dense, layers=tuple(layers), unused=(*dense.unused, *mtp_layers(config, len(layers))))
+        return replace(rotated, mlp=mixture(config, layer.prefix, dense.hidden_size)) if sparse else rotated
+
+    layers = tuple(described(layer, layer.index >= first) for layer in dense.layers)
+    ahead = dense_layer(config, len(layers))
+    ahead = described(ahead, mixture_at(checkpoint, ahead.prefix))
+    return with_token_prediction(replace(dense, layers=layers), checkpoint, ahead)
 
 
 def _rotate_half(layer: DecoderLayer, normed: bool) -> DecoderLayer:
@@ -98,10 +98,3 @@ def mixture(config: ConfigReader, prefix: str, hidden: int) -> MixtureOfExperts:
         experts=tuple(mlp(f"experts.{index}", inner, (EXPERT_INPUT, EXPERT_OUTPUT)) for index in range(experts)),
         shared=mlp("shared_experts", inner * shared, ("shared_gate_up", "shared_down")),
     )
-
-
-def mtp_layers(config: ConfigReader, layers: int) -> tuple[Unused, ...]:
-    """The layers behind the last one of the model, if the checkpoint has any."""
-    key = "num_nextn_predict_layers" if config.has("num_nextn_predict_layers") else "num_mtp_layers"
-    count = config.integer(key, default=0, minimum=0)
-    return tuple(Unused(rf"model\.layers\.{layers + index}\..+", MTP) for index in range(count))

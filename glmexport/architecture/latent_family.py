@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 
 from glmexport.architecture.dense import STATIC_ROPE_TYPES
 from glmexport.architecture.description import Architecture, DecoderLayer, GatedMlp, Linear, Norm, Rotary, Unused
-from glmexport.architecture.glm4_moe import mixture, mtp_layers
+from glmexport.architecture.glm4_moe import mixture
 from glmexport.architecture.latent import Indexer, LatentAttention
+from glmexport.architecture.token_prediction import mixture_at, with_token_prediction
 from glmexport.checkpoint import Checkpoint, ConfigReader
 from glmexport.errors import CheckpointError
 
@@ -123,11 +124,16 @@ def latent_architecture(
     if any(map(sparse, range(sizes.layers))):
         # transformers' default differs from family to family, and there is none here.
         config.number("routed_scaling_factor")
-    layers = [_layer(sizes, index, indexers) for index in range(sizes.layers)]
-    layers = [
-        replace(layer, mlp=mixture(config, layer.prefix, sizes.hidden)) if sparse(layer.index) else layer
-        for layer in layers
-    ]
+
+    def described(index: int, sparse: bool, indexers: IndexerPlan | None) -> DecoderLayer:
+        layer = _layer(sizes, index, indexers)
+        return replace(layer, mlp=mixture(config, layer.prefix, sizes.hidden)) if sparse else layer
+
+    layers = [described(index, sparse(index), indexers) for index in range(sizes.layers)]
+    # A layer behind the last one selects by itself, if at all: in none of the published models does it share.
+    ahead, own = f"model.layers.{sizes.layers}", None
+    if indexers is not None:
+        own = replace(indexers, full=(*indexers.full, True))
     # As in transformers: what ends a generation is generation_config.json's to say, if it does.
     generation = checkpoint.generation_config
     ends = (generation if generation is not None and generation.has("eos_token_id") else config).integers(
@@ -135,7 +141,7 @@ def latent_architecture(
     )
     pad = config.optional_integer("pad_token_id")
     head = "model.embed_tokens" if sizes.tied else "lm_head"
-    return Architecture(
+    model = Architecture(
         family=family,
         hidden_size=sizes.hidden,
         vocabulary_size=sizes.vocabulary,
@@ -148,11 +154,9 @@ def latent_architecture(
         bos_token_id=config.optional_integer("bos_token_id"),
         eos_token_ids=ends,
         pad_token_id=ends[0] if pad is None else pad,
-        unused=(
-            *((Unused(r"lm_head\.weight", "tied to the embedding"),) if sizes.tied else ()),
-            *mtp_layers(config, sizes.layers),
-        ),
+        unused=(Unused(r"lm_head\.weight", "tied to the embedding"),) if sizes.tied else (),
     )
+    return with_token_prediction(model, checkpoint, described(sizes.layers, mixture_at(checkpoint, ahead), own))
 
 
 def _layer(sizes: LatentSizes, index: int, indexers: IndexerPlan | None) -> DecoderLayer:

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
-from glmexport.architecture import Architecture, LatentAttention
-from glmexport.graph import ATTENTION_MASK, INDEX, INPUT_IDS, LATENT, LOGITS, PAST, PRESENT
-from glmexport.loop import LOOP_CONFIG, LoopConfig
+from glmexport.architecture import Architecture, DecoderLayer, LatentAttention, TokenPrediction
+from glmexport.graph import (
+    ATTENTION_MASK,
+    HIDDEN,
+    INDEX,
+    INPUT_IDS,
+    LATENT,
+    LOGITS,
+    PAST,
+    PAST_HIDDEN,
+    PRESENT,
+    SHORT_STEP,
+    own_loop,
+)
+from glmexport.loop import LOOP_CONFIG, DraftConfig, LoopConfig
 from glmexport.target import Target
 
 MODEL = "model.onnx"
+DRAFT = "draft.onnx"
 GENAI_CONFIG = "genai_config.json"
 
 
@@ -18,13 +32,9 @@ def loop_config(architecture: Architecture, target: Target) -> tuple[str, dict[s
 
     onnxruntime-genai knows no cache but keys and values of heads; a bundle with another one gets no file of its.
     """
-    if not (target.graph.latent_cache and architecture.latent_values_per_token):
+    if not own_loop(architecture, target.graph):
         return GENAI_CONFIG, genai_config(architecture, target)
-    kinds = [
-        (layer.index, kind)
-        for layer in architecture.layers
-        for kind in ((LATENT, INDEX) if layer.attention.attended else (LATENT,))
-    ]
+    draft = architecture.token_prediction
     config = LoopConfig(
         graph=MODEL,
         provider=target.provider,
@@ -33,9 +43,31 @@ def loop_config(architecture: Architecture, target: Target) -> tuple[str, dict[s
         input_ids=INPUT_IDS,
         attention_mask=ATTENTION_MASK,
         logits=LOGITS,
-        caches={PAST.format(layer=at, kind=kind): PRESENT.format(layer=at, kind=kind) for at, kind in kinds},
+        caches=_caches(architecture.layers),
+        short_step=SHORT_STEP,
+        hidden=HIDDEN if draft else None,
+        draft=_draft_config(draft) if draft else None,
     )
     return LOOP_CONFIG, config.model_dump(mode="json")
+
+
+def _draft_config(draft: TokenPrediction) -> DraftConfig:
+    return DraftConfig(
+        graph=DRAFT,
+        input_ids=INPUT_IDS,
+        attention_mask=ATTENTION_MASK,
+        past_hidden=PAST_HIDDEN,
+        logits=LOGITS,
+        hidden=HIDDEN,
+        caches=_caches([draft.layer]),
+    )
+
+
+def _caches(layers: Iterable[DecoderLayer]) -> dict[str, str]:
+    kinds = [
+        (layer.index, kind) for layer in layers for kind in ((LATENT, INDEX) if layer.attention.attended else (LATENT,))
+    ]
+    return {PAST.format(layer=at, kind=kind): PRESENT.format(layer=at, kind=kind) for at, kind in kinds}
 
 
 def genai_config(architecture: Architecture, target: Target) -> dict[str, Any]:

@@ -77,6 +77,15 @@ class Precision(Definition):
     bytes_per_decoded_token: int
 
 
+class DraftGraph(Definition):
+    """The graph that drafts tokens for speculative decoding; no answer depends on it."""
+
+    file: str
+    #: Of its matrices, scales and zero points included, what the model itself does not have.
+    weight_bytes: int
+    matrices: tuple[QuantizedMatrix, ...]
+
+
 class Manifest(Definition):
     """The content of bundle.json."""
 
@@ -95,6 +104,8 @@ class Manifest(Definition):
     allocation: tuple[AllocatedGroup, ...] = ()
     #: Of a mixture of experts that was calibrated.
     experts: tuple[ExpertCoverage, ...] = ()
+    #: Of a model with a layer that predicts tokens further ahead, where a loop of ours decodes.
+    draft: DraftGraph | None = None
     files: tuple[FileEntry, ...]
 
     def digest(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,14 +39,22 @@ class _Stored:
 
 
 class BundleWeights:
-    """Codes, scales and zero points of scoring.onnx, read from its external data on demand."""
+    """Codes, scales and zero points of one of a bundle's graphs, read from its external data on demand.
 
-    def __init__(self, directory: Path, architecture: Architecture) -> None:
-        graph = ir.load(directory / SCORING).graph
+    ``shapes``: those of the tensors that may be in it, by checkpoint key; by default of the model.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        architecture: Architecture,
+        name: str = SCORING,
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> None:
+        graph = ir.load(directory / name).graph
         self._initializers = graph.initializers
         self._quantized: dict[str, _Stored] = {}
-        self._shapes = {linear.weight: (linear.out_features, linear.in_features) for _, linear in architecture.linears}
-        self._shapes.setdefault(architecture.embedding, (architecture.vocabulary_size, architecture.hidden_size))
+        self._shapes = architecture.shapes() if shapes is None else shapes
         for node in graph.all_nodes():
             if node.op_type in ("MatMulNBits", "GatherBlockQuantized"):
                 gather = node.op_type == "GatherBlockQuantized"
@@ -58,7 +66,7 @@ class BundleWeights:
                 shape = self._initializers[_name(node, 0)].shape
                 assert shape is not None
                 self._add(_name(node, 0), bits, int(shape.numpy()[-1]) * 8 // bits)
-        self._others = dict(self._stored_as_they_are(architecture))
+        self._others = dict(self._stored_as_they_are())
 
     def _add(self, codes: str, bits: int, group_size: int) -> None:
         """Note the matrices whose rows the initializer ``codes`` has."""
@@ -70,9 +78,9 @@ class BundleWeights:
                 self._quantized[key] = _Stored(codes, name, bits, group_size, start, stop)
             start = stop
 
-    def _stored_as_they_are(self, architecture: Architecture) -> Iterator[tuple[str, tuple[str, slice]]]:
+    def _stored_as_they_are(self) -> Iterator[tuple[str, tuple[str, slice]]]:
         """Checkpoint key, and the initializer and rows in it; several tensors can be stacked in one."""
-        shapes = architecture.shapes()
+        shapes = self._shapes
         for name in self._initializers:
             keys = _keys(name)
             if all(key in shapes and key not in self._quantized for key in keys):

@@ -15,17 +15,18 @@ from safetensors.torch import save_file
 from glmexport import __version__
 from glmexport.architecture import Architecture
 from glmexport.bundle.external import write_graphs
-from glmexport.bundle.genai import MODEL, loop_config
+from glmexport.bundle.genai import DRAFT, MODEL, loop_config
 from glmexport.bundle.manifest import (
     MANIFEST,
     CalibrationSource,
+    DraftGraph,
     Manifest,
     Precision,
     Source,
     list_files,
 )
 from glmexport.checkpoint.fold import as_tensors
-from glmexport.graph import build_graph
+from glmexport.graph import build_draft, build_graph
 from glmexport.lowering import lower
 from glmexport.progress import Progress
 from glmexport.quantization import AllocatedGroup, QuantizedMatrix, coverage, write_atomically
@@ -51,6 +52,7 @@ def write_bundle(
     calibration: CalibrationSource | None,
     records: Iterable[QuantizedMatrix],
     allocation: Iterable[AllocatedGroup] = (),
+    draft_records: Iterable[QuantizedMatrix] = (),
     tokenizer_files: Iterable[Path],
     progress: Progress,
 ) -> Manifest:
@@ -59,10 +61,10 @@ def write_bundle(
     The manifest is written last, so a directory without one is not a bundle. Returns it.
     """
     directory.mkdir(parents=True)
-    graphs = {
-        name: lower(build_graph(architecture, target.graph, every_position=every), target, weights, rotary_tables)
-        for name, every in ((MODEL, False), (SCORING, True))
-    }
+    built = {name: build_graph(architecture, target.graph, every_position=name == SCORING) for name in (MODEL, SCORING)}
+    if architecture.token_prediction:
+        built[DRAFT] = build_draft(architecture, target.graph)
+    graphs = {name: lower(graph, target, weights, rotary_tables) for name, graph in built.items()}
     write_graphs(graphs, directory, progress)
     if weights.checkpoint.folds:
         save_file(as_tensors(weights.checkpoint.folds), directory / FOLDS)
@@ -91,10 +93,21 @@ def write_bundle(
         matrices=matrices,
         allocation=tuple(allocation),
         experts=coverage(matrices),
+        draft=_draft(architecture, weights, tuple(draft_records)),
         files=list_files(directory),
     )
     write_atomically(directory / MANIFEST, (manifest.model_dump_json(indent=2) + "\n").encode())
     return manifest
+
+
+def _draft(
+    architecture: Architecture, weights: Weights, records: tuple[QuantizedMatrix, ...]
+) -> DraftGraph | None:
+    draft = architecture.token_prediction
+    if draft is None:
+        return None
+    bits = sum(stored_bits(shape, weights.form(key)) for key, shape in draft.own_shapes().items())
+    return DraftGraph(file=DRAFT, weight_bytes=bits // 8, matrices=records)
 
 
 def _precision(architecture: Architecture, weights: Weights) -> Precision:

@@ -81,7 +81,7 @@ def build(
     from glmexport.device import device_name as name_of
     from glmexport.device import open_device
     from glmexport.estimate import estimate, measured_flops
-    from glmexport.job import Original, budget_of, formats_of, jobs_of
+    from glmexport.job import Original, budget_of, formats_of, jobs_of, listed_unused
     from glmexport.target import open_policy, open_target
     from glmexport.validation.behaviour.tasks import read_tasks
     from glmexport.validation.run import ValidationPlan
@@ -98,7 +98,7 @@ def build(
     flops = measured_flops()
     device_flops = flops if device.type == "cpu" else measured_flops(device)
     for job in jobs:
-        expected = estimate(original.architecture, job.recipe, flops, max_memory, device_flops)
+        expected = estimate(original.architecture_for(job.target), job.recipe, flops, max_memory, device_flops)
         terminal.facts(
             "Build",
             {
@@ -120,8 +120,8 @@ def build(
                 "time": f"about {duration(expected.seconds)} of arithmetic",
             },
         )
-    for key, reason in original.unused.items():
-        terminal.remark(f"{key} is not used: {reason}.")
+        for name, reason in listed_unused(original.unused_for(job.target)).items():
+            terminal.remark(f"{name} is not used: {reason}.")
     options = BuildOptions(
         threads,
         max_memory,

@@ -30,7 +30,7 @@ def inspect(
 
     from glmexport.architecture import UNFINISHED
     from glmexport.checkpoint import Checkpoint
-    from glmexport.job import Original
+    from glmexport.job import Original, listed_unused
 
     terminal = Terminal()
     opened = Checkpoint.open(checkpoint, None, adapter)
@@ -67,7 +67,8 @@ def inspect(
             "tokens a character": ", ".join(
                 f"{name} {value:.2f}" for name, value in tokenizer["tokens_per_character"].items()
             ),
-            **{f"unused {key}": reason for key, reason in original.unused.items()},
+            **({"MTP layer": _drafting(document)} if document["token_prediction"] else {}),
+            **{f"unused {name}": reason for name, reason in listed_unused(original.unused).items()},
         },
     )
     terminal.console.print(_parts_table(document["parameters"]))
@@ -108,6 +109,9 @@ def _description(original: Any) -> dict[str, Any]:
     routers = sum(math.prod(shape) for layer in architecture.layers for shape in layer.mlp.kept.values())
     if routers:
         parts["router"] = routers
+    if architecture.token_prediction:
+        shapes = architecture.token_prediction.own_shapes()
+        parts["MTP layer"] = sum(math.prod(shape) for shape in shapes.values())
     parts["norms and biases"] = checkpoint.parameters - sum(parts.values()) - _unused_elements(original)
     return {
         "name": checkpoint.name,
@@ -124,7 +128,32 @@ def _description(original: Any) -> dict[str, Any]:
         "kv_bytes_per_token": architecture.kv_values_per_token * 4,
         "latent_kv_bytes_per_token": None if latents is None else latents * 4,
         "unused": original.unused,
+        "token_prediction": _token_prediction(original),
     }
+
+
+def _token_prediction(original: Any) -> dict[str, Any] | None:
+    """What becomes of the layer that predicts further ahead, target by target; None where there is none."""
+    from glmexport.job import NO_DRAFTS
+    from glmexport.target import shipped_targets
+
+    draft = original.architecture.token_prediction
+    if draft is None:
+        return None
+    fates = {target.name: "drafts" if original.drafts(target) else NO_DRAFTS for target in shipped_targets()}
+    return {"layer": draft.layer.index, "tensors": len(draft.own_shapes()), "targets": fates}
+
+
+def _drafting(document: dict[str, Any]) -> str:
+    found = document["token_prediction"]
+    by_fate: dict[str, list[str]] = {}
+    for target, fate in found["targets"].items():
+        by_fate.setdefault(fate, []).append(target)
+    told = "; ".join(
+        f"{', '.join(names)}: {'a draft graph, for run --speculate mtp' if fate == 'drafts' else f'unused, it {fate}'}"
+        for fate, names in by_fate.items()
+    )
+    return f"layer {found['layer']}, {found['tensors']} tensors. {told}"
 
 
 def _cache(document: dict[str, Any]) -> str:
@@ -209,7 +238,7 @@ def _estimates(original: Any, recipe: str | None, max_memory: int | None) -> lis
     rows = []
     for target in shipped_targets():
         chosen = recipe_for(original, recipe, target)
-        expected = estimate(original.architecture, chosen, flops, max_memory)
+        expected = estimate(original.architecture_for(target), chosen, flops, max_memory)
         rows.append({"target": target.name, "recipe": chosen.name, **vars(expected)})
     return rows
 

@@ -18,15 +18,36 @@ from glmexport.cli.options import json_option, threads_option
 @click.option("--system", help="A system message before it.")
 @click.option("--raw", is_flag=True, help="Continue the prompt as text, without the chat template.")
 @click.option("--max-tokens", type=click.IntRange(min=1), default=256, show_default=True)
+@click.option(
+    "--speculate", type=click.Choice(["none", "lookup", "mtp"]), default="none", show_default=True,
+    help="Guess tokens and verify several in one step: by what followed earlier in the text, or by the model's MTP "
+    "layer where the bundle has it. The answer is the same but for rounding; whether it is faster depends on the text.",
+)  # fmt: skip
+@click.option(
+    "--draft-tokens", type=click.IntRange(min=1), show_default="8 by lookup, 1 by mtp",
+    help="Tokens guessed at a time, at most.",
+)  # fmt: skip
 @threads_option
 @json_option
-def run(bundle: Path, prompt: str, system: str | None, raw: bool, max_tokens: int, threads: int, as_json: bool) -> None:
-    """Generate from BUNDLE with onnxruntime-genai, greedily, and print the text as it comes."""
+def run(
+    bundle: Path,
+    prompt: str,
+    system: str | None,
+    raw: bool,
+    max_tokens: int,
+    speculate: str,
+    draft_tokens: int | None,
+    threads: int,
+    as_json: bool,
+) -> None:
+    """Generate from BUNDLE as it is deployed, greedily, and print the text as it comes."""
     from glmexport.bundle import read_manifest, verify_files
     from glmexport.checkpoint import Tokenizer
     from glmexport.generation import generate
+    from glmexport.validation.speculation import open_speculation
 
     terminal = Terminal()
+    speculation = open_speculation(speculate, draft_tokens)
     manifest = read_manifest(bundle)
     verify_files(bundle, manifest)
     tokenizer = Tokenizer.open(bundle)
@@ -45,10 +66,11 @@ def run(bundle: Path, prompt: str, system: str | None, raw: bool, max_tokens: in
             "digest": manifest.digest(),
             "prompt": f"{len(ids)} tokens",
             "threads": str(threads),
+            **({"speculation": f"{speculate}, {speculation.tokens} tokens at a time"} if speculation else {}),
         },
     )
     pieces = []
-    for piece in generate(bundle, tokenizer, ids, max_tokens=max_tokens, threads=threads):
+    for piece in generate(bundle, tokenizer, ids, max_tokens=max_tokens, threads=threads, speculation=speculation):
         pieces.append(piece)
         if not as_json:
             sys.stdout.write(piece.text)
@@ -58,7 +80,13 @@ def run(bundle: Path, prompt: str, system: str | None, raw: bool, max_tokens: in
             "prompt_tokens": len(ids),
             "tokens": [piece.token for piece in pieces],
             "text": "".join(piece.text for piece in pieces),
+            "speculation": {"method": speculate, **vars(speculation.tally)} if speculation else None,
         }
         emit(json.dumps(document, indent=2, ensure_ascii=False))
     else:
         sys.stdout.write("\n")
+        sys.stdout.flush()
+    if speculation:
+        tally = speculation.tally
+        share = f" ({tally.accepted / tally.drafted:.0%})" if tally.drafted else ""
+        terminal.remark(f"{tally.accepted} of {tally.drafted} guessed tokens accepted{share}, in {tally.steps} steps.")

@@ -15,27 +15,58 @@ from glmexport.architecture import (
     Linear,
     MixtureOfExperts,
     Norm,
+    TokenPrediction,
 )
 from glmexport.graph.latent import LatentLayers
-from glmexport.graph.names import ATTENTION_MASK, INPUT_IDS, LOGITS, PAST, PRESENT
+from glmexport.graph.names import (
+    ATTENTION_MASK,
+    HIDDEN,
+    INPUT_IDS,
+    LOGITS,
+    PAST,
+    PAST_HIDDEN,
+    PRESENT,
+    RECENT_LOGITS,
+    SHORT_STEP,
+)
 from glmexport.graph.operators import BLOCK, DOMAIN
 from glmexport.target import GraphLimits
+
+
+def own_loop(architecture: Architecture, limits: GraphLimits) -> bool:
+    """Whether a loop of ours decodes with the graph, and not onnxruntime-genai."""
+    return limits.latent_cache and architecture.latent_values_per_token is not None
 
 
 def build_graph(architecture: Architecture, limits: GraphLimits, *, every_position: bool) -> ir.Model:
     """The graph of ``architecture``: token ids and cache in, logits and grown cache out.
 
+    The graph that generates gives logits [B, R, V] of all new positions of a step of at most ``SHORT_STEP``, so that
+    drafted tokens can be verified, and of the last one of a longer step. onnxruntime-genai wants [B, 1, V] of the last
+    one, and gets the others by another name. Where drafts are made of them, hidden states [B, S, D] leave it too.
+
     Args:
         architecture: what to build.
         limits: opset and IR version.
-        every_position: logits [B, S, V] of all new positions instead of [B, 1, V] of the last one.
+        every_position: logits [B, S, V] of all new positions, whatever their number, and nothing but those.
     """
-    return _Builder(architecture, limits).model(limits, every_position)
+    builder = _Builder(architecture, limits)
+    return builder.finished(builder.scores(architecture) if every_position else builder.generates(architecture))
+
+
+def build_draft(architecture: Architecture, limits: GraphLimits) -> ir.Model:
+    """The graph of the layer that predicts further ahead: token ids, the hidden states that led to them, and caches in.
+
+    Out come logits [B, 1, V] and hidden states [B, 1, D] of the last position, and the caches.
+    """
+    assert architecture.token_prediction is not None
+    builder = _Builder(architecture, limits)
+    return builder.finished(builder.draft(architecture.token_prediction))
 
 
 class _Builder:
     def __init__(self, architecture: Architecture, limits: GraphLimits) -> None:
-        self.architecture = architecture
+        self.architecture, self.limits = architecture, limits
         self.nodes: list[ir.Node] = []
         self.block = ""
         self.input_ids = _value(INPUT_IDS, ir.DataType.INT64, ["batch", "sequence"])
@@ -44,28 +75,75 @@ class _Builder:
         self.outputs: list[ir.Value] = []
         self.latent = LatentLayers(self, limits.latent_cache)
 
-    def model(self, limits: GraphLimits, every_position: bool) -> ir.Model:
-        architecture = self.architecture
-        self.block = "embedding"
-        hidden = self.op("Embedding", [self.input_ids], weight=architecture.embedding)
+    def finished(self, results: Sequence[ir.Value]) -> ir.Model:
+        limits = self.limits
+        graph = ir.Graph(
+            self.inputs,
+            [*results, *self.outputs],
+            nodes=self.nodes,
+            opset_imports={"": limits.opset, DOMAIN: 1},
+            name=self.architecture.family,
+        )
+        return ir.Model(graph, ir_version=limits.ir_version, producer_name="glmexport")
+
+    def scores(self, architecture: Architecture) -> list[ir.Value]:
+        return [self.logits(LOGITS, self.norm(architecture.final_norm, self.stream(architecture)), "sequence")]
+
+    def generates(self, architecture: Architecture) -> list[ir.Value]:
+        stream, drafts = self.stream(architecture), bool(architecture.token_prediction)
+        if drafts:
+            stream = self.norm(architecture.final_norm, stream)
+            self.declare(stream, HIDDEN, ["sequence", architecture.hidden_size])
+        recent = self.op("RecentPositions", [stream, self.mask], most=SHORT_STEP)
+        normed = recent if drafts else self.norm(architecture.final_norm, recent)
+        if own_loop(architecture, self.limits):
+            last = self.logits(LOGITS, normed, "recent")
+        else:
+            every = self.logits(RECENT_LOGITS, normed, "recent")
+            last = self.declare(self.op("LastPosition", [every, self.mask]), LOGITS, [1, architecture.vocabulary_size])
+            self.outputs.append(every)
+        if drafts:
+            self.outputs.append(stream)
+        return [last]
+
+    def draft(self, draft: TokenPrediction) -> list[ir.Value]:
+        past = _value(PAST_HIDDEN, ir.DataType.FLOAT, ["batch", "sequence", draft.hidden_size])
+        self.inputs.append(past)
+        self.block = "draft"
+        embedded = self.norm(draft.embedding_norm, self.embedding(draft.embedding))
+        joined = ir.Value()
+        self.node("Concat", [embedded, self.norm(draft.hidden_norm, past)], [joined], domain="", axis=-1)
+        stream = self.layer(draft.layer, self.linears(joined, [draft.projection]))
+        last = self.norm(draft.final_norm, self.op("LastPosition", [stream, self.mask]))
+        return [self.logits(LOGITS, last, 1, draft.lm_head), self.declare(last, HIDDEN, [1, draft.hidden_size])]
+
+    def embedding(self, key: str) -> ir.Value:
+        block, self.block = self.block, "embedding"
+        embedded = self.op("Embedding", [self.input_ids], weight=key)
+        self.block = block
+        return embedded
+
+    def stream(self, architecture: Architecture) -> ir.Value:
+        """What the final norm reads, [B, S, D]."""
+        hidden = self.embedding(architecture.embedding)
         for layer in architecture.layers:
             self.block = f"block_{layer.index:03d}"
             hidden = self.layer(layer, hidden)
         self.block = "head"
-        if not every_position:
-            hidden = self.op("LastPosition", [hidden, self.mask])
-        logits = self.linears(self.norm(architecture.final_norm, hidden), [architecture.lm_head])
-        logits.name = LOGITS
-        logits.dtype = ir.DataType.FLOAT
-        logits.shape = ir.Shape(["batch", "sequence" if every_position else 1, architecture.vocabulary_size])
-        graph = ir.Graph(
-            self.inputs,
-            [logits, *self.outputs],
-            nodes=self.nodes,
-            opset_imports={"": limits.opset, DOMAIN: 1},
-            name=architecture.family,
-        )
-        return ir.Model(graph, ir_version=limits.ir_version, producer_name="glmexport")
+        return hidden
+
+    def logits(self, name: str, normed: ir.Value, positions: str | int, head: Linear | None = None) -> ir.Value:
+        head = head or self.architecture.lm_head
+        block, self.block = self.block, "head"
+        logits = self.linears(normed, [head])
+        self.block = block
+        return self.declare(logits, name, [positions, head.out_features])
+
+    @staticmethod
+    def declare(value: ir.Value, name: str, shape: Sequence[str | int]) -> ir.Value:
+        """Name and type of an output of the graph; ``shape`` without the batch."""
+        value.name, value.dtype, value.shape = name, ir.DataType.FLOAT, ir.Shape(["batch", *shape])
+        return value
 
     def layer(self, layer: DecoderLayer, hidden: ir.Value) -> ir.Value:
         attended = self.attention(layer, self.norm(layer.attention_norm, hidden))

@@ -5,6 +5,12 @@ from __future__ import annotations
 #: Names that onnxruntime-genai and optimum agree on; ``kind`` is key or value, or for the caches that only our own
 #: loop holds, latent or index.
 INPUT_IDS, ATTENTION_MASK, LOGITS = "input_ids", "attention_mask", "logits"
+#: Logits of every new position of a short step, where LOGITS are those of the last one only.
+RECENT_LOGITS = "recent_logits"
+#: Of every new position behind the final norm, and the input of the same that a draft graph has.
+HIDDEN, PAST_HIDDEN = "hidden_states", "past_hidden_states"
+#: New positions of a step of which all have logits; of a longer one, as a prefill is, only the last has.
+SHORT_STEP = 16
 PAST = "past_key_values.{layer}.{kind}"
 PRESENT = "present.{layer}.{kind}"
 LATENT, INDEX = "latent", "index"

@@ -31,12 +31,14 @@ Domain ``glmexport``. Shapes: B sequences, S new positions, P cached positions, 
     RoutedExperts(x [B, S, D], experts, weights) -> [B, S, D]            gate_up, down, hidden_size, intermediate_size
         the weighted sum of what the chosen experts give; ``gate_up`` and ``down`` name a matrix an expert
     LastPosition(x [B, S, D], attention_mask) -> [B, 1, D]               the last position that is not padding
+    RecentPositions(x [B, S, D], attention_mask) -> [B, R, D]            most
+        all positions of a step of at most ``most``, R = S; of a longer one the last that is not padding, R = 1
 
 A cache of T positions grows with every call. One of C positions, the capacity, is written into: a token's place is its
 position, and what is behind the sequence does not count.
 
-Residual additions are the standard ``Add``. Every node carries the name of the block it belongs to, which decides
-the file that its weights are stored in.
+Residual additions are the standard ``Add``; what is read side by side is joined by the standard ``Concat``. Every node
+carries the name of the block it belongs to, which decides the file that its weights are stored in.
 """
 
 from __future__ import annotations
@@ -63,6 +65,7 @@ OPERATORS = frozenset(
         "Route",
         "RoutedExperts",
         "LastPosition",
+        "RecentPositions",
     }
 )
 
@@ -79,7 +82,7 @@ def violations(model: ir.Model) -> list[str]:
         if node.domain == DOMAIN:
             if node.op_type not in OPERATORS:
                 found.append(f"{node.name}: {node.op_type} is not an operator of ours")
-        elif (node.domain, node.op_type) != ("", "Add"):
+        elif (node.domain, node.op_type) not in {("", "Add"), ("", "Concat")}:
             found.append(f"{node.name}: {node.domain}::{node.op_type} before lowering")
         if BLOCK not in node.metadata_props:
             found.append(f"{node.name}: belongs to no block")

@@ -1,11 +1,11 @@
-"""The last position of each sequence, so that a prefill computes one row of logits and not one a token."""
+"""The positions whose logits are computed: one row in a prefill and not one a token, and all in a short step."""
 
 from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
 
-from glmexport.graph.operators import nodes_of
+from glmexport.graph.operators import integer, nodes_of
 from glmexport.lowering.attention import shared_lengths
 from glmexport.lowering.rewrite import Rewrite
 
@@ -22,16 +22,50 @@ class LowerLastPositionPass(ir.passes.InPlacePass):
         modified = False
         for node in nodes_of(model, "LastPosition"):
             modified = True
-            lengths, _ = shared_lengths(model)
             rewrite = Rewrite(model, node)
-            hidden = node.inputs[0]
-            one = rewrite.constant("one", np.array(1, np.int64))
+            _, index = _last(rewrite)
             axes = rewrite.constant("axes_1_2", np.array([1, 2], np.int64))
-            (shape,) = rewrite.op("Shape", [hidden])
-            (positions,) = rewrite.op("Gather", [shape, one], {"axis": 0})
-            (last,) = rewrite.op("Sub", [positions, one])
-            (real,) = rewrite.op("Cast", [lengths], {"to": int(ir.DataType.INT64)})
-            (index,) = rewrite.op("Min", [last, real])
             (indices,) = rewrite.op("Unsqueeze", [index, axes])
-            rewrite.finish(*rewrite.op("GatherND", [hidden, indices], {"batch_dims": 1}))
+            rewrite.finish(*rewrite.op("GatherND", [node.inputs[0], indices], {"batch_dims": 1}))
         return ir.passes.PassResult(model, modified)
+
+
+class LowerRecentPositionsPass(ir.passes.InPlacePass):
+    """RecentPositions becomes GatherND at consecutive positions of each sequence.
+
+    1. Of at most ``most`` positions all are gathered, from 0 on.
+    2. Of more, one: the one that LastPosition gives.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Lower every RecentPositions."""
+        modified = False
+        for node in nodes_of(model, "RecentPositions"):
+            modified = True
+            rewrite = Rewrite(model, node)
+            positions, index = _last(rewrite)
+            zero, one = (rewrite.constant(name, np.array(n, np.int64)) for name, n in (("zero", 0), ("one", 1)))
+            most = rewrite.constant("short_step", np.array(integer(node, "most"), np.int64))
+            (short,) = rewrite.op("LessOrEqual", [positions, most])
+            (count,) = rewrite.op("Where", [short, positions, one])
+            (first,) = rewrite.op("Where", [short, zero, index])
+            # One number for all sequences, or one for each.
+            (rows,) = rewrite.op("Shape", [index])
+            (first,) = rewrite.op("Expand", [first, rows])
+            (first,) = rewrite.op("Unsqueeze", [first, rewrite.integers(1)])
+            (steps,) = rewrite.op("Range", [zero, count, one])
+            (chosen,) = rewrite.op("Add", [first, steps])
+            (indices,) = rewrite.op("Unsqueeze", [chosen, rewrite.integers(2)])
+            rewrite.finish(*rewrite.op("GatherND", [node.inputs[0], indices], {"batch_dims": 1}))
+        return ir.passes.PassResult(model, modified)
+
+
+def _last(rewrite: Rewrite) -> tuple[ir.Value, ir.Value]:
+    """Number of positions of the node's input [B, S, D], and the last one [B] that is not padding; int64."""
+    lengths, _ = shared_lengths(rewrite.model)
+    one = rewrite.constant("one", np.array(1, np.int64))
+    (shape,) = rewrite.op("Shape", [rewrite.node.inputs[0]])
+    (positions,) = rewrite.op("Gather", [shape, one], {"axis": 0})
+    (last,) = rewrite.op("Sub", [positions, one])
+    (real,) = rewrite.op("Cast", [lengths], {"to": int(ir.DataType.INT64)})
+    return positions, rewrite.op("Min", [last, real])[0]

@@ -10,7 +10,7 @@ from glmexport.lowering.attention import LowerAttentionPass
 from glmexport.lowering.embedding import LowerEmbeddingPass
 from glmexport.lowering.experts import LowerExpertsPass
 from glmexport.lowering.head_norm import LowerHeadNormPass
-from glmexport.lowering.last_position import LowerLastPositionPass
+from glmexport.lowering.last_position import LowerLastPositionPass, LowerRecentPositionsPass
 from glmexport.lowering.latent import LowerExpandedAttentionPass, LowerLatentAttentionPass, LowerSplitLatentPass
 from glmexport.lowering.linear import LowerLinearPass
 from glmexport.lowering.mlp import LowerGatedActivationPass
@@ -47,6 +47,7 @@ def lower(
         LowerHeadNormPass(weights),
         LowerAttentionPass(rotary_tables),
         LowerLastPositionPass(),
+        LowerRecentPositionsPass(),
         LowerRoutePass(weights),
         LowerExpertsPass(),
         LowerGatedActivationPass(),

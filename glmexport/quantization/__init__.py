@@ -7,8 +7,9 @@ from glmexport.quantization.packing import pack_codes, pack_zero_points, unpack
 from glmexport.quantization.problem import Problem
 from glmexport.quantization.record import AllocatedGroup, ExpertCoverage, QuantizedMatrix, coverage
 from glmexport.quantization.solve import Solution, gptq
+from glmexport.quantization.steps import EMBEDDING, HEAD, block_step
 from glmexport.quantization.store import WorkDirectory, sha256, write_atomically
-from glmexport.quantization.walk import EMBEDDING, HEAD, Walk, block_step
+from glmexport.quantization.walk import Walk
 
 __all__ = [
     "EMBEDDING",

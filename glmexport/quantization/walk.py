@@ -13,12 +13,20 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from glmexport.architecture import Architecture, DecoderLayer, GatedMlp, Linear, MixtureOfExperts, Reference
+from glmexport.architecture import (
+    Architecture,
+    DecoderLayer,
+    GatedMlp,
+    Linear,
+    MixtureOfExperts,
+    Reference,
+)
 from glmexport.architecture.reference import CPU, Substitute
 from glmexport.calibration import CalibrationSet
 from glmexport.checkpoint import Checkpoint
 from glmexport.progress import Progress
 from glmexport.quantization.decisions import ALLOCATION, FOLDS, allocated_groups, decide_folds, decide_formats
+from glmexport.quantization.draft import round_draft
 from glmexport.quantization.linear import QuantizedLinear
 from glmexport.quantization.memory import MemoryPlan
 from glmexport.quantization.mixture import Mixture
@@ -27,26 +35,11 @@ from glmexport.quantization.nearest import round_to_nearest
 from glmexport.quantization.problem import Problem
 from glmexport.quantization.record import AllocatedGroup, QuantizedMatrix
 from glmexport.quantization.solve import gptq
+from glmexport.quantization.steps import EMBEDDING, HEAD, block_step, draft_steps, expert_steps
 from glmexport.quantization.store import Activations, WorkDirectory
 from glmexport.quantization.stored import stored_linear
 from glmexport.quantization.streams import Passage, Streams
 from glmexport.recipe import Format, Recipe, Solver
-
-EMBEDDING, HEAD = "embedding", "head"
-
-
-def block_step(index: int) -> str:
-    """Name under which decoder layer ``index`` is committed."""
-    return f"block_{index:03d}"
-
-
-def expert_steps(layer: DecoderLayer) -> dict[str, GatedMlp]:
-    """Names under which the experts of ``layer`` are committed, before the layer itself; none of an ordinary layer."""
-    if not isinstance(layer.mlp, MixtureOfExperts):
-        return {}
-    mixture, step = layer.mlp, block_step(layer.index)
-    steps = {} if mixture.shared is None else {f"{step}.shared": mixture.shared}
-    return steps | {f"{step}.expert_{index:03d}": expert for index, expert in enumerate(mixture.experts)}
 
 
 class Walk:
@@ -89,6 +82,11 @@ class Walk:
         """Everything that is committed, experts included, in the order of the model."""
         return [part for step in self.steps for part in self._within[step]]
 
+    @property
+    def draft_parts(self) -> list[str]:
+        """What is committed of the layer that predicts further ahead."""
+        return list(draft_steps(self.architecture.token_prediction))
+
     def run(self) -> None:
         """Commit every step that is not committed yet."""
         self.prepare()
@@ -101,6 +99,9 @@ class Walk:
                 self._step(index)
                 track.advance(1, self.steps[index])
         self.work.drop_scratch()
+        if self.architecture.token_prediction:
+            draft = self.architecture.token_prediction
+            round_draft(draft, self.recipe, self.work, self.progress, self._nearest_one, self._stored_one)
 
     def prepare(self) -> None:
         """Decide what holds for all steps: which scales are folded, and under a budget every matrix's format."""
@@ -115,13 +116,21 @@ class Walk:
 
     def records(self) -> tuple[list[QuantizedMatrix], float]:
         """How every matrix was quantized, in the order of the walk, and the seconds it took in all."""
+        records, seconds = self._records(self.parts)
+        before = [self.work.record(step) for step in (FOLDS, ALLOCATION)]
+        return records, seconds + sum(record["note"]["seconds"] for record in before if record)
+
+    def draft_records(self) -> list[QuantizedMatrix]:
+        """The same of the matrices that only drafts are made with."""
+        return self._records(self.draft_parts)[0]
+
+    def _records(self, steps: Iterable[str]) -> tuple[list[QuantizedMatrix], float]:
         records, seconds = [], 0.0
-        for step in self.parts:
+        for step in steps:
             note = (self.work.record(step) or {"note": {}})["note"]
             records += [QuantizedMatrix.model_validate(record) for record in note.get("linears", [])]
             seconds += note.get("seconds", 0.0)
-        before = [self.work.record(step) for step in (FOLDS, ALLOCATION)]
-        return records, seconds + sum(record["note"]["seconds"] for record in before if record)
+        return records, seconds
 
     def allocation(self) -> tuple[AllocatedGroup, ...]:
         """What the budget's bits were given to, in the order of the model; nothing for a recipe without one."""
@@ -169,6 +178,9 @@ class Walk:
         self.work.commit(step, solved, note, activations)
         if index:
             self.work.drop_activations(self.steps[index - 1])
+
+    def _stored_one(self, linear: Linear) -> QuantizedLinear | None:
+        return stored_linear(self.checkpoint, linear.weight, self.memory.chunk_weights)
 
     def _streams(self) -> Streams | None:
         if self.calibration is None:
@@ -259,7 +271,7 @@ class Walk:
         for linear in linears:
             form = self._linear_form(linear)
             assert form is not None
-            solved[linear.weight] = self._nearest(linear.weight, linear.out_features, linear.in_features, form)
+            solved[linear.weight] = self._nearest_one(linear, form)
             records.append(QuantizedMatrix.unmeasured(linear.weight, layer, linear.part, solved[linear.weight]))
         return solved
 
@@ -273,7 +285,7 @@ class Walk:
         """Those of ``linears`` that the checkpoint stores quantized."""
         kept = {}
         for linear in linears:
-            stored = stored_linear(self.checkpoint, linear.weight, self.memory.chunk_weights)
+            stored = self._stored_one(linear)
             if stored is not None:
                 kept[linear.weight] = stored
                 records.append(QuantizedMatrix.unmeasured(linear.weight, layer, linear.part, stored))
@@ -288,7 +300,7 @@ class Walk:
             # A tied head is the embedding, whose codes are fixed before any activation exists.
             return {}
         if self.streams is None:
-            linear = self._nearest(head.weight, head.out_features, head.in_features, form)
+            linear = self._nearest_one(head, form)
             records.append(QuantizedMatrix.unmeasured(head.weight, None, head.part, linear))
             return {head.weight: linear}
         # At 8 bits the sweep already leaves next to nothing, and the head has the most rows of all.
@@ -321,6 +333,9 @@ class Walk:
             folded = fold is not None and fold.columns is not None
             records.append(QuantizedMatrix.solved(linear, layer, solution, tokens, folded=folded))
         return solved
+
+    def _nearest_one(self, linear: Linear, form: Format) -> QuantizedLinear:
+        return self._nearest(linear.weight, linear.out_features, linear.in_features, form)
 
     def _nearest(self, key: str, rows: int, columns: int, form: Format) -> QuantizedLinear:
         # Without a Hessian every column counts the same; at 8 bits the search finds nothing to gain.

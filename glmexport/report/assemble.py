@@ -96,7 +96,7 @@ def assemble(
         ),
         versions=machine.library_versions(),
         command=command,
-        limits=_limits(validation),
+        limits=(*_limits(validation), *_drafts(manifest), *_left_out(manifest)),
     )
 
 
@@ -187,6 +187,25 @@ def _limits(validation: Validation) -> tuple[str, ...]:
         "Speed is that of this machine, with one sequence at a time, at the time of the measurement.",
         "The bounds say what other documents of the same kind would show; text of another kind they do not cover.",
         *_captured(validation),
+    )
+
+
+def _drafts(manifest: Manifest) -> tuple[str, ...]:
+    if manifest.draft is None:
+        return ()
+    return (
+        f"How often the drafts of {manifest.draft.file} are accepted is not measured; the speed is that without them.",
+    )
+
+
+def _left_out(manifest: Manifest) -> tuple[str, ...]:
+    """What the bundle has not of its original, one sentence a reason."""
+    keys: dict[str, list[str]] = {}
+    for key, reason in manifest.source.unused.items():
+        keys.setdefault(reason, []).append(key)
+    return tuple(
+        f"Not in the bundle: {names[0]}{f' and {len(names) - 1} more tensors' if len(names) > 1 else ''} ({reason})."
+        for reason, names in keys.items()
     )
 
 

@@ -9,30 +9,37 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from glmexport.bundle.genai import GENAI_CONFIG
 from glmexport.errors import BundleError, InputError
+from glmexport.graph import RECENT_LOGITS, SHORT_STEP
 from glmexport.loop import read_loop
 from glmexport.validation.latent_loop import LatentLoop
+from glmexport.validation.speculation import Drafter, PromptLookup, Speculation, Step, Verified, speculate
 
 
 class GenerationSession:
     """model.onnx of a bundle in the loop that its caches need.
 
+    With a ``speculation`` single answers are guessed ahead and verified; several in one batch are not.
+
     Raises:
+        InputError: the bundle cannot do that speculation.
         BundleError: the loop cannot load it.
         MachineError: this ONNX Runtime has no execution provider of the bundle's.
     """
 
-    def __init__(self, bundle: Path, threads: int) -> None:
+    def __init__(self, bundle: Path, threads: int, speculation: Speculation | None = None) -> None:
         self._loop: GenaiLoop | LatentLoop
+        self._speculation = speculation
         latents = read_loop(bundle)
         if latents:
-            self._loop = LatentLoop(bundle, latents, threads)
+            self._loop = LatentLoop(bundle, latents, threads, speculation=speculation)
             self.ends, self.context_length = frozenset(latents.eos_token_id), latents.context_length
         else:
             config = json.loads((bundle / GENAI_CONFIG).read_text(encoding="utf-8"))["model"]
-            self._loop = GenaiLoop(bundle, threads)
+            self._loop = GenaiLoop(bundle, threads, speculation)
             self.ends, self.context_length = frozenset(config["eos_token_id"]), int(config["context_length"])
 
     def stream(self, prompt: Sequence[int], max_tokens: int) -> Iterator[int]:
@@ -41,9 +48,9 @@ class GenerationSession:
         Raises:
             InputError: the prompt fills the context.
         """
-        for step in self._steps([prompt], max_tokens):
-            yield step[0]
-            if step[0] in self.ends:
+        for token in self._speculated(prompt, max_tokens) if self._speculation else self._alone(prompt, max_tokens):
+            yield token
+            if token in self.ends:
                 return
 
     def tokens(self, prompt: Sequence[int], max_tokens: int) -> list[int]:
@@ -64,29 +71,49 @@ class GenerationSession:
 
     def _steps(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> Iterator[list[int]]:
         """The next token of every sequence, as often as the context allows."""
-        length = len(prompts[0])
+        count = self._room(len(prompts[0]), max_tokens)
+        if isinstance(self._loop, LatentLoop):
+            for tokens in islice(self._loop.start(prompts), count):
+                yield tokens.tolist()
+        else:
+            yield from self._loop.steps(prompts, len(prompts[0]) + count)
+
+    def _alone(self, prompt: Sequence[int], max_tokens: int) -> Iterator[int]:
+        for step in self._steps([prompt], max_tokens):
+            yield step[0]
+
+    def _speculated(self, prompt: Sequence[int], max_tokens: int) -> Iterator[int]:
+        """The same tokens, guessed and verified."""
+        assert self._speculation is not None
+        count = self._room(len(prompt), max_tokens)
+        return speculate(self.single(prompt, count), self._loop.drafter(), prompt, count, self._speculation)
+
+    def single(self, prompt: Sequence[int], count: int) -> Verified:
+        """A sequence of ``prompt`` and ``count`` tokens behind it, of which nothing is computed yet."""
+        return self._loop.single(prompt, len(prompt) + count)
+
+    def _room(self, length: int, max_tokens: int) -> int:
+        """How many tokens a prompt of that ``length`` can have behind it."""
         if length >= self.context_length:
             raise InputError(
                 f"The prompt has {length} tokens and the context {self.context_length}.",
                 next_step="Shorten the prompt.",
             )
-        count = min(max_tokens, self.context_length - length)
-        if isinstance(self._loop, LatentLoop):
-            for tokens in islice(self._loop.start(prompts), count):
-                yield tokens.tolist()
-        else:
-            yield from self._loop.steps(prompts, length + count)
+        return min(max_tokens, self.context_length - length)
 
 
 class GenaiLoop:
     """A bundle in onnxruntime-genai.
 
     Raises:
+        InputError: ``speculation`` is none that it can do.
         BundleError: onnxruntime-genai cannot load it.
     """
 
-    def __init__(self, bundle: Path, threads: int) -> None:
+    def __init__(self, bundle: Path, threads: int, speculation: Speculation | None = None) -> None:
         import onnxruntime_genai
+
+        _refuse(bundle, speculation)
 
         self._genai = onnxruntime_genai
         try:
@@ -102,10 +129,63 @@ class GenaiLoop:
 
     def steps(self, prompts: Sequence[Sequence[int]], max_length: int) -> Iterator[list[int]]:
         """The next token of every sequence, until all have ended or are ``max_length`` long."""
-        parameters: Any = self._genai.GeneratorParams(self._model)
-        parameters.set_search_options(max_length=max_length, do_sample=False, batch_size=len(prompts))
-        generator = self._genai.Generator(self._model, parameters)
+        generator = self._generator(len(prompts), max_length)
         generator.append_tokens(np.array(prompts, np.int32))
         while not generator.is_done():
             generator.generate_next_token()
             yield [int(token) for token in generator.get_next_tokens()]
+
+    def single(self, prompt: Sequence[int], max_length: int) -> Verified:
+        """One sequence of at most ``max_length`` tokens, which begins with ``prompt``; nothing of it is computed."""
+        return GenaiSequence(self._generator(1, max_length), len(prompt))
+
+    def drafter(self) -> Drafter:
+        """What guesses the tokens of a sequence, of which it knows nothing yet."""
+        return PromptLookup()
+
+    def _generator(self, batch: int, max_length: int) -> Any:
+        parameters: Any = self._genai.GeneratorParams(self._model)
+        parameters.set_search_options(max_length=max_length, do_sample=False, batch_size=batch)
+        return self._genai.Generator(self._model, parameters)
+
+
+def _refuse(bundle: Path, speculation: Speculation | None) -> None:
+    if speculation and speculation.method == "mtp":
+        raise InputError(
+            f"{bundle} runs in onnxruntime-genai, and drafts by MTP are made only where latents are cached.",
+            next_step="Take --speculate lookup or none.",
+        )
+    if speculation and speculation.tokens >= SHORT_STEP:
+        raise InputError(
+            f"The graph verifies {SHORT_STEP - 1} tokens at a time, and {speculation.tokens} are to be guessed.",
+            next_step="Guess fewer.",
+        )
+
+
+class GenaiSequence:
+    """One sequence in onnxruntime-genai, whose prompt of ``length`` tokens is computed in one step.
+
+    Its generator gives the last logits only; those of every position of a short step leave the graph by a name of
+    their own.
+    """
+
+    def __init__(self, generator: Any, length: int) -> None:
+        self._generator = generator
+        self.chunk = length
+
+    def advance(self, ids: NDArray[np.int64]) -> Step:
+        """Compute ``ids`` [1, new] behind what was computed before."""
+        self._generator.append_tokens(ids.astype(np.int32))
+        try:
+            logits = self._generator.get_output(RECENT_LOGITS)
+        except RuntimeError as error:
+            raise BundleError(
+                f"The bundle's graph gives no {RECENT_LOGITS}, by which guesses are verified.",
+                next_step="Build the bundle again with this version of glmexport, or leave --speculate out.",
+            ) from error
+        return Step(logits.argmax(-1))
+
+    def forget(self, count: int) -> None:
+        """Take the last ``count`` tokens back."""
+        if count:
+            self._generator.rewind_to(self._generator.token_count() - count)

@@ -1,24 +1,20 @@
-"""Greedy generation over caches of a fixed capacity, by ONNX Runtime itself: latents, and keys of an indexer.
-
-A cache is one buffer, the graph's input and its output: new positions are written into it and nothing is copied. It
-grows by whole steps, so that little of it is empty.
-"""
+"""Greedy generation over caches of a fixed capacity, by ONNX Runtime itself: latents, and keys of an indexer."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 
+from glmexport.errors import InputError
 from glmexport.loop import LoopConfig
+from glmexport.validation.capacity import CapacityGraph
 from glmexport.validation.session import open_session
+from glmexport.validation.speculation import Drafter, PromptLookup, Speculation, Step, Verified
+from glmexport.validation.token_prediction import TokenPredictor
 
-#: Positions that a cache grows by.
-GROWTH = 256
 #: Positions of a prompt that are computed together: their scores against the whole cache are held for every head.
 CHUNK = 256
 
@@ -26,24 +22,36 @@ CHUNK = 256
 class LatentLoop:
     """The graph of a bundle in ONNX Runtime. ``config`` is its loop.json; ``profile`` begins the name of a profile.
 
+    With a ``speculation`` by MTP the draft graph is loaded, too.
+
     Raises:
+        InputError: the bundle has no graph for that speculation.
         MachineError: this ONNX Runtime has no execution provider of that name.
-        BundleError: ONNX Runtime refuses the graph.
+        BundleError: ONNX Runtime refuses a graph.
     """
 
-    def __init__(self, bundle: Path, config: LoopConfig, threads: int, profile: Path | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Path,
+        config: LoopConfig,
+        threads: int,
+        profile: Path | None = None,
+        speculation: Speculation | None = None,
+    ) -> None:
+        _refuse(bundle, config, speculation)
         self._config = config
         self._session = open_session(bundle / config.graph, config.provider, threads, profile)
+        self.graph = CapacityGraph(self._session, config, config.context_length)
         self.context_length = config.context_length
-        #: Width by name of every cache among the inputs.
-        self._widths: dict[str, int] = {
-            value.name: value.shape[2] for value in self._session.get_inputs() if value.name in config.caches
-        }
+        self._draft: CapacityGraph | None = None
+        if speculation and speculation.method == "mtp" and config.draft:
+            session = open_session(bundle / config.draft.graph, config.provider, threads)
+            self._draft = CapacityGraph(session, config.draft, config.context_length)
 
     @property
     def cache_bytes_per_token(self) -> int:
         """Of one sequence, over all layers."""
-        return 4 * sum(self._widths.values())
+        return 4 * sum(self.graph.widths.values())
 
     def end_profile(self) -> Path:
         """The file of the profile, which is whole then."""
@@ -51,70 +59,71 @@ class LatentLoop:
 
     def start(self, prompts: Sequence[Sequence[int]]) -> LatentSequences:
         """Sequences of one length, of which nothing is computed yet."""
-        return LatentSequences(self, np.array(prompts, np.int64))
+        return LatentSequences(self.graph, self._config, np.array(prompts, np.int64), drafting=self._draft is not None)
 
-    def run(
-        self, ids: NDArray[np.int64], length: int, caches: dict[str, onnxruntime.OrtValue]
-    ) -> NDArray[np.float32]:
-        """Logits [batch, vocabulary] behind ``ids`` [batch, new], which end at ``length``; writes the caches."""
-        binding = self._session.io_binding()
-        binding.bind_cpu_input(self._config.input_ids, np.ascontiguousarray(ids))
-        binding.bind_cpu_input(self._config.attention_mask, np.ones((len(ids), length), np.int64))
-        binding.bind_output(self._config.logits, "cpu")
-        for name, cache in caches.items():
-            binding.bind_ortvalue_input(name, cache)
-            binding.bind_ortvalue_output(self._config.caches[name], cache)
-        self._session.run_with_iobinding(binding)
-        logits: NDArray[np.float32] = binding.get_outputs()[0].numpy()
-        return logits[:, -1]
+    def single(self, prompt: Sequence[int], max_length: int) -> Verified:
+        """One sequence of at most ``max_length`` tokens, which begins with ``prompt``; nothing of it is computed."""
+        assert max_length <= self.context_length
+        return self.start([prompt])
 
-    def caches(
-        self, batch: int, capacity: int, former: Mapping[str, onnxruntime.OrtValue]
-    ) -> dict[str, onnxruntime.OrtValue]:
-        """New caches [batch, capacity, width], which begin with what the ``former`` ones hold."""
-        grown = {}
-        for name, width in self._widths.items():
-            values = np.zeros((batch, capacity, width), np.float32)
-            if name in former:
-                held = former[name].numpy()
-                values[:, : held.shape[1]] = held
-            grown[name] = onnxruntime.OrtValue.ortvalue_from_numpy(values)
-        return grown
+    def drafter(self) -> Drafter:
+        """What guesses the tokens of a sequence, of which it knows nothing yet."""
+        if self._draft and self._config.draft:
+            return TokenPredictor(self._draft, self._config.draft)
+        return PromptLookup()
+
+
+def _refuse(bundle: Path, config: LoopConfig, speculation: Speculation | None) -> None:
+    if speculation and speculation.tokens >= config.short_step:
+        raise InputError(
+            f"The graph of {bundle} verifies {config.short_step - 1} tokens at a time, and {speculation.tokens} are to "
+            "be guessed.",
+            next_step="Guess fewer, or build the bundle again with this version of glmexport.",
+        )
+    if speculation and speculation.method == "mtp" and not config.draft:
+        raise InputError(
+            f"{bundle} has no draft graph: the original has no layer that predicts further ahead.",
+            next_step="Take --speculate lookup or none.",
+        )
 
 
 class LatentSequences:
-    """Sequences that are generated together, and their caches."""
+    """Sequences that are generated together, and their caches; hidden states are read if they are for ``drafting``."""
 
-    def __init__(self, loop: LatentLoop, ids: NDArray[np.int64]) -> None:
-        self._loop = loop
+    def __init__(self, graph: CapacityGraph, config: LoopConfig, ids: NDArray[np.int64], *, drafting: bool) -> None:
+        self._caches = graph.begin(len(ids))
+        self._outputs = [config.logits, *([config.hidden] if drafting and config.hidden else [])]
         self._new = ids
-        self._length = 0
-        self._capacity = 0
-        self._caches: dict[str, onnxruntime.OrtValue] = {}
+
+    @property
+    def chunk(self) -> int:
+        """Positions of a prompt that are computed together."""
+        return CHUNK
 
     @property
     def cache_bytes(self) -> int:
         """What all caches take."""
-        return sum(4 * math.prod(cache.shape()) for cache in self._caches.values())
+        return self._caches.bytes
 
     @property
     def capacity(self) -> int:
         """Positions that the caches have room for."""
-        return self._capacity
+        return self._caches.capacity
 
     def __iter__(self) -> Iterator[NDArray[np.int64]]:
         """The most likely token [batch] of every sequence, again and again, each added to its sequence."""
         while True:
             for start in range(0, self._new.shape[1], CHUNK):
-                logits = self._advance(self._new[:, start : start + CHUNK])
-            tokens: NDArray[np.int64] = logits.argmax(-1)
+                step = self.advance(self._new[:, start : start + CHUNK])
+            tokens = step.likely[:, -1]
             self._new = tokens[:, None]
             yield tokens
 
-    def _advance(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        self._length += ids.shape[1]
-        if self._length > self._capacity:
-            wanted = -(-self._length // GROWTH) * GROWTH
-            self._capacity = min(wanted, self._loop.context_length)
-            self._caches = self._loop.caches(len(ids), self._capacity, self._caches)
-        return self._loop.run(ids, self._length, self._caches)
+    def advance(self, ids: NDArray[np.int64]) -> Step:
+        """Compute ``ids`` [batch, new] behind what was computed before."""
+        logits, *hidden = self._caches.run(ids, {}, self._outputs)
+        return Step(logits.argmax(-1), hidden[0] if hidden else None)
+
+    def forget(self, count: int) -> None:
+        """Take the last ``count`` tokens of every sequence back."""
+        self._caches.forget(count)

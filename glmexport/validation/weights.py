@@ -90,27 +90,27 @@ def check_weights(directory: Path, manifest: Manifest, reference: Reference, pro
     architecture = reference.architecture
     weights = BundleWeights(directory, architecture)
     checkpoint = reference.checkpoint.folded(bundle_folds(directory))
-    records = {matrix.key: matrix for matrix in manifest.matrices}
+    # Of every graph: what is in it, and the tensors that are in no graph before it.
+    graphs = [(weights, manifest.matrices, [*weights.quantized_keys, *weights.other_keys])]
+    draft = architecture.token_prediction
+    if manifest.draft and draft:
+        drafts = BundleWeights(directory, architecture, manifest.draft.file, draft.shapes() | architecture.shapes())
+        keys = [key for key in (*drafts.quantized_keys, *drafts.other_keys) if draft.has_own(key)]
+        graphs.append((drafts, manifest.draft.matrices, keys))
     faults: list[WeightFault] = []
-    undecided = 0
-    quantized, others = weights.quantized_keys, weights.other_keys
-    with progress.track("Weights", len(quantized) + len(others) + 1) as track:
-        for key in quantized:
-            linear = weights.quantized(key)
-            assert linear is not None
-            decided = records[key].digest if key in records else None
-            undecided += decided is None
-            rows = row_distances(linear, _rows(checkpoint, key, linear.codes.shape))
-            if decided is not None and linear.digest() != decided:
-                faults.append(WeightFault(tensor=key, kind="other", detail=_told(rows)))
-            elif len(rows.lost) or rows.shifted:
-                faults.append(WeightFault(tensor=key, kind="far", detail=_told(rows)))
-            track.advance(1, key)
-        for key in others:
-            tensor, original = weights.tensor(key), checkpoint.read(key)
-            if tensor.shape != original.shape or not torch.equal(tensor.float(), original):
-                faults.append(WeightFault(tensor=key, kind="other", detail="not the original's"))
-            track.advance(1, key)
+    undecided = quantized = others = 0
+    with progress.track("Weights", sum(len(keys) for *_, keys in graphs) + 1) as track:
+        for held, matrices, keys in graphs:
+            decided = {matrix.key: matrix.digest for matrix in matrices}
+            for key in keys:
+                if held.form(key) is None:
+                    others += 1
+                    faults += _kept(key, held, checkpoint)
+                else:
+                    quantized += 1
+                    undecided += decided.get(key) is None
+                    faults += _rounded(key, held, checkpoint, decided.get(key))
+                track.advance(1, key)
         for name, table in zip(
             ("cos_cache", "sin_cache"), reference.rotary_tables(manifest.context_length), strict=True
         ):
@@ -118,7 +118,25 @@ def check_weights(directory: Path, manifest: Manifest, reference: Reference, pro
             if given is not None and not _near(given.float(), table):
                 faults.append(WeightFault(tensor=name, kind="other", detail="not the original's rotary table"))
         track.advance()
-    return WeightCheck(matrices=len(quantized), undecided=undecided, tensors=len(others), faults=tuple(faults))
+    return WeightCheck(matrices=quantized, undecided=undecided, tensors=others, faults=tuple(faults))
+
+
+def _rounded(key: str, held: BundleWeights, checkpoint: Checkpoint, decided: str | None) -> Iterator[WeightFault]:
+    """What is wrong with a matrix that is stored quantized; ``decided`` is the digest of what it should be."""
+    linear = held.quantized(key)
+    assert linear is not None
+    rows = row_distances(linear, _rows(checkpoint, key, linear.codes.shape))
+    if decided is not None and linear.digest() != decided:
+        yield WeightFault(tensor=key, kind="other", detail=_told(rows))
+    elif len(rows.lost) or rows.shifted:
+        yield WeightFault(tensor=key, kind="far", detail=_told(rows))
+
+
+def _kept(key: str, held: BundleWeights, checkpoint: Checkpoint) -> Iterator[WeightFault]:
+    """What is wrong with a tensor that is stored as it is."""
+    tensor, original = held.tensor(key), checkpoint.read(key)
+    if tensor.shape != original.shape or not torch.equal(tensor.float(), original):
+        yield WeightFault(tensor=key, kind="other", detail="not the original's")
 
 
 def _near(given: Tensor, table: Tensor) -> bool:

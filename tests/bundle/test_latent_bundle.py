@@ -19,8 +19,9 @@ from glmexport.errors import BundleError, InputError
 from glmexport.job import Original
 from glmexport.loop import read_loop
 from glmexport.progress import Silent
+from glmexport.validation.capacity import GROWTH
 from glmexport.validation.generation import GenerationSession
-from glmexport.validation.latent_loop import GROWTH, LatentLoop
+from glmexport.validation.latent_loop import LatentLoop
 from glmexport.validation.runtimes import RuntimeRequest
 from glmexport.validation.session import ScoringSession
 from glmexport.validation.speed import take_turns
