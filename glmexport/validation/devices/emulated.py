@@ -157,7 +157,7 @@ def _download_wheels(partial: Path, minor: str) -> dict[str, str]:
         versions[name] = version
         with zipfile.ZipFile(wheel) as archive:
             # zipfile keeps every name inside the directory.
-            archive.extractall(partial / "packages")  # noqa: S202
+            archive.extractall(partial / "packages")
     shutil.rmtree(wheels)
     return versions
 

@@ -6,7 +6,7 @@ import asyncio
 import io
 import json
 import zipfile
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
@@ -62,7 +62,15 @@ class Ended(MachineError):
 async def follow(
     readline: Callable[[], Awaitable[bytes]], progress: Progress, who: str, silence: float = SILENCE_S
 ) -> None:
-    """Read the program's events until ``done``.
+    """Show the program's events until it is done; see ``events``."""
+    async for _ in events(readline, progress, who, silence):
+        pass
+
+
+async def events(
+    readline: Callable[[], Awaitable[bytes]], progress: Progress, who: str, silence: float = SILENCE_S
+) -> AsyncIterator[dict[str, Any]]:
+    """What the program tells until it is done.
 
     Args:
         readline: its next line, empty at the end of its output.
@@ -88,6 +96,7 @@ async def follow(
                 message, next_step = (str(event.get(name, "")) for name in ("message", "next_step"))
                 raise MachineError(f"{who}: {message}", next_step=next_step or "Run the same command again.")
             shown.show(event)
+            yield event
 
 
 def _event(line: bytes) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Answer a job, or what is left of it.
 
     python3 program.pyz JOB RESULTS [--emulated REASON] [--attended]
+    python3 program.pyz JOB --missing    only names the job's files that are not there, or are others
     python3 program.pyz          in a kit: the job beside it, and results.zip when it is done
 
 Every answer is flushed and renamed into its place: the same command goes on with a run that ended at any moment, and
@@ -30,6 +31,7 @@ from glmexport.validation.devices.program.facts import cores, device_facts
 from glmexport.validation.devices.program.files import (
     Failure,
     Tell,
+    looked_at,
     read_tensors,
     replace,
     sha256,
@@ -45,13 +47,10 @@ _PATIENCE = 60
 
 def answer(folder: Path, results: Path, emulated: str | None, tell: Tell) -> None:
     """Do everything that is still to be done of the job in ``folder``."""
-    content = (folder / "job.json").read_bytes()
-    job = json.loads(content)
-    if (job.get("format"), job.get("version")) != ("glmexport-job", 1):
-        raise Failure("files", f"{folder / 'job.json'} is no job that this program knows.", "Bring both again.")
+    job, digest = _read(folder)
     verify(job, folder, tell)
     threads = job["threads"] or cores()
-    result = _begun(results, hashlib.sha256(content).hexdigest())
+    result = _begun(results, digest)
 
     def save() -> None:
         replace(results / "result.json", [(json.dumps(result, indent=1) + "\n").encode()])
@@ -90,6 +89,14 @@ def answer(folder: Path, results: Path, emulated: str | None, tell: Tell) -> Non
     ]
     result["complete"] = True
     save()
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], str]:
+    content = (folder / "job.json").read_bytes()
+    job = json.loads(content)
+    if (job.get("format"), job.get("version")) != ("glmexport-job", 1):
+        raise Failure("files", f"{folder / 'job.json'} is no job that this program knows.", "Bring both again.")
+    return job, hashlib.sha256(content).hexdigest()
 
 
 def _answers(results: Path) -> list[Path]:
@@ -171,13 +178,21 @@ def main(arguments: list[str]) -> int:
         arguments.remove("--attended")
         threading.Thread(target=_end_with_input, daemon=True).start()
     kit = not arguments
-    folder, results = (here / "job", here / "results") if kit else map(Path, arguments)
+    missing = "--missing" in arguments
+    if missing:
+        arguments.remove("--missing")
+    folder, results = (here / "job", here / "results") if kit else map(Path, (*arguments, ".")[:2])
 
     def tell(event: dict[str, Any]) -> None:
         events.write(json.dumps(event) + "\n")
         events.flush()
 
     try:
+        if missing:
+            for name, there in looked_at(_read(folder)[0], folder):
+                tell({"event": "there" if there else "missing", "path": name})
+            tell({"event": "done"})
+            return 0
         with _alone(results):
             answer(folder, results, emulated, tell)
             if kit:

@@ -28,6 +28,9 @@ def device_facts(provider: str, emulated: str | None) -> dict[str, Any]:
     fields, cores = _processor()
     flags = (fields.get("flags") or fields.get("Features") or "").split()
     name = fields.get("model name") or fields.get("Model") or platform.processor() or platform.machine()
+    if name == platform.machine() and "CPU part" in fields:
+        # arm64 has numbers for names.
+        name = f"{name} {fields.get('CPU implementer')} {fields['CPU part']}"
     return {
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "processor": name,

@@ -8,7 +8,7 @@ import itertools
 import json
 import os
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -94,11 +94,22 @@ def sha256(path: Path) -> str:
 
 def verify(job: dict[str, Any], folder: Path, tell: Tell) -> None:
     """Check that every file of the job is there, byte for byte."""
-    for number, entry in enumerate(job["files"], 1):
+    for number, (path, there) in enumerate(looked_at(job, folder), 1):
+        if not there:
+            raise Failure(
+                "files", f"{folder / path} is missing or not the file of the job (its sha256 differs).", _AGAIN
+            )
+        tell({"event": "verified", "index": number, "of": len(job["files"])})
+
+
+def looked_at(job: dict[str, Any], folder: Path) -> Iterator[tuple[str, bool]]:
+    """Path of every file of the job, and whether it is there, byte for byte."""
+    for entry in job["files"]:
         relative = Path(entry["path"])
         if relative.is_absolute() or ".." in relative.parts:
             raise Failure("files", f"The job names a file outside of its folder: {relative}.", _AGAIN)
         path = folder / relative
-        if not path.is_file() or path.stat().st_size != entry["size"] or sha256(path) != entry["sha256"]:
-            raise Failure("files", f"{path} is missing or not the file of the job (its sha256 differs).", _AGAIN)
-        tell({"event": "verified", "index": number, "of": len(job["files"])})
+        yield (
+            entry["path"],
+            path.is_file() and path.stat().st_size == entry["size"] and sha256(path) == entry["sha256"],
+        )
