@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import shlex
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -27,7 +27,7 @@ from glmexport.quantization import write_atomically
 from glmexport.validation.devices import transfer
 from glmexport.validation.devices.answers import RESULT_BYTES, read_result
 from glmexport.validation.devices.job import BUNDLE, JOB, QUESTIONS, RESULT, Job, read_job
-from glmexport.validation.devices.runner import PROGRAM, SILENCE_S, Ended, events, follow, program
+from glmexport.validation.devices.runner import PROGRAM, SILENCE_S, Ended, events, program
 
 if TYPE_CHECKING:
     import asyncssh
@@ -81,7 +81,7 @@ class SshRunner:
                 async with self._connected(first=lost == 0) as connection:
                     await _Visit(self, connection, job, results, progress).make()
                 return
-            except (asyncssh.DisconnectError, asyncssh.ChannelOpenError) as error:
+            except (asyncssh.DisconnectError, asyncssh.ChannelOpenError, ConnectionError) as error:
                 lost += 1
                 if lost > self.reconnects:
                     raise MachineError(
@@ -235,36 +235,29 @@ class _Visit:
 
     async def _missing(self) -> list[FileEntry]:
         """Files of the job that the device does not have, byte for byte."""
-        process = await self._start("--missing", results=False)
-        names = [
-            event["path"]
-            async for event in events(process.stdout.readline, self.progress, self.runner.name, self.runner.silence)
-            if event.get("event") == "missing"
-        ]
+        names = [event["path"] async for event in self._run("--missing") if event.get("event") == "missing"]
         return [entry for entry in self.job.files if entry.path in names]
 
-    async def _start(self, *arguments: str, results: bool = True) -> asyncssh.SSHClientProcess[bytes]:
-        command: Sequence[str] = (
-            self.runner.python.removeprefix("~/"),
-            str(self.place / PROGRAM),
-            str(self.place),
-            *([str(self.place / "results")] if results else []),
-            *arguments,
-        )
-        return await self.connection.create_process(shlex.join(command), encoding=None)
-
-    async def _answer(self) -> None:
+    async def _run(self, *arguments: str) -> AsyncIterator[dict[str, Any]]:
+        """What the program on the device tells."""
         import asyncssh
 
-        process = await self._start("--attended")
+        command = (self.runner.python.removeprefix("~/"), str(self.place / PROGRAM), str(self.place), *arguments)
+        process = await self.connection.create_process(shlex.join(command), encoding=None)
         try:
-            await follow(process.stdout.readline, self.progress, self.runner.name, self.runner.silence)
+            async for event in events(process.stdout.readline, self.progress, self.runner.name, self.runner.silence):
+                yield event
         except Ended as error:
+            died = await self._died(process, error)
             if self.connection.is_closed():
                 raise asyncssh.ConnectionLost("while the job ran") from error
-            raise await self._died(process, error) from error
+            raise died from error
         finally:
             process.close()
+
+    async def _answer(self) -> None:
+        async for _ in self._run(str(self.place / "results"), "--attended"):
+            pass
 
     async def _died(self, process: asyncssh.SSHClientProcess[bytes], error: Ended) -> MachineError:
         import asyncssh
@@ -274,8 +267,6 @@ class _Visit:
             await asyncio.wait_for(process.wait_closed(), 2)
         except (TimeoutError, asyncssh.Error):
             said = b""
-        if self.connection.is_closed():
-            return asyncssh.ConnectionLost("while the job ran")  # type: ignore[return-value]
         last = (said.decode("utf-8", "replace").strip().splitlines() or ["no message"])[-1]
         how = f"killed by {process.exit_signal[0]}" if process.exit_signal else f"exit {process.exit_status}"
         return MachineError(

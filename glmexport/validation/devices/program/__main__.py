@@ -109,6 +109,10 @@ def _begun(results: Path, digest: str) -> dict[str, Any]:
     with contextlib.suppress(OSError, ValueError):
         former = json.loads(path.read_text("utf-8"))
         if former.get("job_digest") == digest:
+            # Of a run that was finished, what has changed since is answered again.
+            for entry in former["files"]:
+                if sha256(results / entry["path"]) != entry["sha256"]:
+                    (results / entry["path"]).unlink()
             return {**former, "complete": False}
     for old in [path, *_answers(results), *results.glob("profile*.json")]:
         with contextlib.suppress(FileNotFoundError):
