@@ -8,7 +8,7 @@ import re
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from glmexport.validation.devices.emulated import QEMU_ARM64, open_emulated
 from glmexport.validation.devices.kit import KIT, KIT_RESULT, KitResultRunner
 from glmexport.validation.devices.local import LocalRunner
 from glmexport.validation.devices.runner import Runner
-from glmexport.validation.devices.ssh import SCHEME, open_ssh
+from glmexport.validation.devices.ssh import SCHEME, SshRunner, open_ssh
 
 #: Every form of DEVICE, for messages.
 FORMS = f"local, {SCHEME}user@host, {QEMU_ARM64}, browser, {KIT}FILE.zip, {KIT_RESULT}FILE.zip"
@@ -62,6 +62,11 @@ class Member:
     name: str
     device_class: str
     runner: Runner
+
+    @property
+    def here(self) -> bool:
+        """Whether it takes this machine's processor."""
+        return not isinstance(self.runner, (SshRunner, KitResultRunner))
 
     @property
     def folder(self) -> str:
@@ -123,19 +128,23 @@ def _browser(address: str) -> Runner:
 def ask(members: Sequence[Member], job: Path, results: Path, progress: Progress) -> dict[str, GlmexportError]:
     """Have every device answer the job into a folder of its own below ``results``; of those that did not, why.
 
-    Side by side, each in a thread. A device that fails takes nobody with it; whatever else is raised ends all.
+    Side by side, each in a thread, but those on this machine one after the other: they would slow each other down. A
+    device that fails takes nobody with it; whatever else is raised ends all.
     """
     for member in members:
         (results / member.folder).mkdir(parents=True, exist_ok=True)
     if len(members) == 1:
-        failure = _asked(members[0], job, results, progress)
+        failure = _asked(members[0], job, results, progress, nullcontext())
         return {members[0].name: failure} if failure else {}
     failures: dict[str, GlmexportError] = {}
-    shared = _Shared(progress)
+    shared, here = _Shared(progress), threading.Lock()
     with progress.track("Devices", len(members)) as track, ThreadPoolExecutor(len(members)) as pool:
         shared.bar = track
         futures = {
-            pool.submit(_asked, member, job, results, _Watched(shared, member.name)): member for member in members
+            pool.submit(
+                _asked, member, job, results, _Watched(shared, member.name), here if member.here else nullcontext()
+            ): member
+            for member in members
         }
         waiting = set(futures)
         try:
@@ -153,9 +162,12 @@ def ask(members: Sequence[Member], job: Path, results: Path, progress: Progress)
     return failures
 
 
-def _asked(member: Member, job: Path, results: Path, progress: Progress) -> GlmexportError | None:
+def _asked(
+    member: Member, job: Path, results: Path, progress: Progress, turn: AbstractContextManager[Any]
+) -> GlmexportError | None:
     try:
-        member.runner(job, results / member.folder, progress)
+        with turn:
+            member.runner(job, results / member.folder, progress)
     except GlmexportError as error:
         return error
     return None

@@ -86,7 +86,7 @@ def test_a_wrong_host_key_is_refused(job: Path, sshd: Sshd, tmp_path: Path) -> N
     known.write_text(f"[127.0.0.1]:{sshd.port} {kind} {key}\n")
     for text in (known.read_text(), ""):
         known.write_text(text)
-        with pytest.raises(MachineError, match="host key of 127.0.0.1 is refused"):
+        with pytest.raises(MachineError, match=r"host key of 127\.0\.0\.1 is refused"):
             sshd.runner(tmp_path / "work", known_hosts=known)(job, tmp_path / "results", Silent())
         assert known.read_text() == text
     assert not (tmp_path / "work").exists() and not (tmp_path / "results").exists()
@@ -130,8 +130,8 @@ def test_a_disk_that_fills_up_while_files_are_sent(
     job: Path, sshd: Sshd, small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("glmexport.validation.devices.ssh._Visit._require_free", _nothing)
-    (small_disk / "filler").write_bytes(bytes(1 << 21 - 0)[: (1 << 21) - (300 << 10)])
-    with pytest.raises(MachineError, match="device refused a file|no space left"):
+    (small_disk / "filler").write_bytes(bytes((1 << 21) - (300 << 10)))
+    with pytest.raises(MachineError, match=r"device refused a file|no space left"):
         sshd.runner(small_disk / "work")(job, tmp_path / "results", Silent())
     # With room it goes on.
     (small_disk / "filler").unlink()
@@ -171,7 +171,7 @@ def test_a_device_that_dies_says_how(job: Path, sshd: Sshd, tmp_path: Path) -> N
             if any("program.pyz" in word for word in child.cmdline()) and "--attended" in child.cmdline():
                 child.kill()
 
-    with pytest.raises(MachineError, match="killed by KILL|exit 137"):
+    with pytest.raises(MachineError, match=r"killed by KILL|exit 137"):
         sshd.runner(tmp_path / "work")(job, tmp_path / "results", Hooked("Texts", 1, kill))
 
 
