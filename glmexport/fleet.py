@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from glmexport import __version__
 from glmexport.bundle import Manifest
@@ -39,6 +42,35 @@ class Asking:
     job: Path
 
 
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Nobody else asks devices about the bundle in ``directory`` meanwhile.
+
+    Raises:
+        MachineError: somebody does.
+    """
+    place = _place(directory)
+    place.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(place / "lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise MachineError(
+            f"Another process validates {directory} on devices.",
+            next_step=f"Wait for it. If there is none, remove {place / 'lock'}.",
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+        if place.is_dir() and {path.name for path in place.iterdir()} <= {"lock"}:
+            shutil.rmtree(place)
+
+
+def _place(directory: Path) -> Path:
+    return directory.absolute().with_name(f".{directory.absolute().name}.devices")
+
+
 def prepare_job(
     directory: Path,
     original: Original | CapturedReference,
@@ -53,7 +85,7 @@ def prepare_job(
     Raises:
         BundleError: the bundle was made from another checkpoint, or its files are not those of its manifest.
     """
-    place = directory.absolute().with_name(f".{directory.absolute().name}.devices")
+    place = _place(directory)
     if isinstance(original, Original):
         manifest = open_bundle(directory, original, progress)
         captured = _captured(directory, manifest, original, options, place, progress)

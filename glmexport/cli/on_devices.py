@@ -30,7 +30,7 @@ def on_devices(
 ) -> int:
     """Write the kits that are asked for, have all other devices answer, and show what they did."""
     from glmexport.cli.verdict import exit_code, show
-    from glmexport.fleet import discard, prepare_job, validate_on_devices, write_kits
+    from glmexport.fleet import discard, locked, prepare_job, validate_on_devices, write_kits
     from glmexport.job import Original
     from glmexport.validation.devices.kit import KIT, KIT_RESULT
 
@@ -43,22 +43,23 @@ def on_devices(
         )
     # Before anything is computed: a name that is none should not take minutes to tell.
     members = _members([address for address in addresses if not address.startswith(KIT)], fleet)
-    asking = prepare_job(bundle, original, options, threads, terminal)
-    try:
-        write_kits(asking, kits, terminal)
-    except BaseException:
-        discard(asking)
-        raise
-    for kit in kits:
-        terminal.remark(
-            f"{kit} is to be carried to the device; what it brings back is read with --device {KIT_RESULT}FILE."
-        )
-    if not members:
-        discard(asking)
-        if as_json:
-            emit(json.dumps({"kits": [str(kit) for kit in kits]}, indent=2))
-        return EXIT_PASS
-    built = validate_on_devices(asking, members, terminal)
+    with locked(bundle):
+        asking = prepare_job(bundle, original, options, threads, terminal)
+        try:
+            write_kits(asking, kits, terminal)
+        except BaseException:
+            discard(asking)
+            raise
+        for kit in kits:
+            terminal.remark(
+                f"{kit} is to be carried to the device; what it brings back is read with --device {KIT_RESULT}FILE."
+            )
+        if not members:
+            discard(asking)
+            if as_json:
+                emit(json.dumps({"kits": [str(kit) for kit in kits]}, indent=2))
+            return EXIT_PASS
+        built = validate_on_devices(asking, members, terminal)
     show(terminal.console, built.report, bundle)
     if as_json:
         emit(built.report.model_dump_json(indent=2))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from glmexport.errors import MachineError
 from glmexport.quantization import sha256
-from glmexport.validation.devices.job import QUESTIONS, RESULT, Job, Result, answer_path, tokens_path
+from glmexport.validation.devices.job import QUESTIONS, RESULT, Job, Result, answer_path, read_job, tokens_path
 from glmexport.validation.divergence import Divergence
 from glmexport.validation.partition import Partition, cells_divergence
 
@@ -26,8 +26,8 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 _AGAIN = "Run the job again on that device, from nothing."
 
 
-def read_result(content: bytes, job: Job, digest: str, who: str) -> Result:
-    """What result.json says, if it answers the job of ``digest`` with the files of it and no others.
+def read_result(content: bytes, folder: Path, who: str) -> Result:
+    """What result.json says, if it answers the job in ``folder`` with the files of it and no others.
 
     Raises:
         MachineError: it does not.
@@ -38,6 +38,8 @@ def read_result(content: bytes, job: Job, digest: str, who: str) -> Result:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"])) or "(top level)"
         raise MachineError(f"{who}: {RESULT}: {place}: {first['msg']}.", next_step=_AGAIN) from error
+    job = read_job(folder)
+    digest = job.digest(folder)
     if result.job_digest != digest:
         raise MachineError(
             f"{who}: {RESULT} answers another job ({result.job_digest[:12]}..., not {digest[:12]}...).",
@@ -47,7 +49,7 @@ def read_result(content: bytes, job: Job, digest: str, who: str) -> Result:
         raise MachineError(f"{who}: {RESULT} says that the run was not finished.", next_step="Let it finish.")
     if (result.speed is None) == (result.speed_absent_because is None):
         raise MachineError(f"{who}: {RESULT} needs either a speed or why there is none.", next_step=_AGAIN)
-    limits = _limits(job)
+    limits = _limits(job, folder)
     given = {entry.path: entry for entry in result.files}
     if len(given) != len(result.files) or given.keys() != limits.keys():
         wrong = sorted(given.keys() ^ limits.keys())
@@ -61,17 +63,17 @@ def read_result(content: bytes, job: Job, digest: str, who: str) -> Result:
     return result
 
 
-def _limits(job: Job) -> dict[str, int]:
+def _limits(job: Job, folder: Path) -> dict[str, int]:
     """Every file that answers ``job``, and the most bytes that it can have."""
-    most = _HEADER + 4 * job.context_length
-    return {
-        **{tokens_path(index): most for index in range(len(job.prompts))},
-        # Whole logits of every position would be more than is asked for.
-        **{
-            answer_path(index): most + 4 * job.context_length * (job.vocabulary_size + 4)
-            for index in range(len(job.texts))
-        },
-    }
+    limits = {tokens_path(index): _HEADER + 4 * most for index, most in enumerate(job.prompts)}
+    with safe_open(folder / QUESTIONS, "pt") as file:
+        names = set(file.keys())
+        for index in range(len(job.texts)):
+            rows, kept = file.get_slice(f"text.{index}.tokens").get_shape()
+            audit = f"text.{index}.audit"
+            whole = file.get_slice(audit).get_shape()[0] if audit in names else 0
+            limits[answer_path(index)] = _HEADER + 4 * (rows * (kept + 3) + whole * job.vocabulary_size)
+    return limits
 
 
 @dataclass(frozen=True)
@@ -91,11 +93,10 @@ class DeviceAnswers:
         Raises:
             MachineError: a file is missing, changed, of another shape, or holds what is no number.
         """
-        job = Job.model_validate_json((folder / "job.json").read_bytes())
         path = directory / RESULT
         if path.is_symlink() or not path.is_file() or path.stat().st_size > RESULT_BYTES:
             raise MachineError(f"{who}: there is no {RESULT} among the results.", next_step=_AGAIN)
-        result = read_result(path.read_bytes(), job, job.digest(folder), who)
+        result = read_result(path.read_bytes(), folder, who)
         for entry in result.files:
             file = directory / entry.path
             if file.is_symlink() or file.parent.is_symlink() or not file.is_file():
@@ -106,6 +107,7 @@ class DeviceAnswers:
                 )
         with safe_open(folder / QUESTIONS, "pt") as file:
             questions = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        job = read_job(folder)
         answers = cls(who, job, directory, result, questions)
         for index in range(len(job.texts)):
             answers._check(index)

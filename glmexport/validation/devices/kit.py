@@ -60,11 +60,10 @@ class KitResultRunner:
 
     def __call__(self, job: Path, results: Path, progress: Progress) -> None:
         """See ``Runner``."""
-        asked = read_job(job)
         try:
             with zipfile.ZipFile(self.archive) as archive:
                 content = self._read(archive, RESULT, RESULT_BYTES)
-                result = read_result(content, asked, asked.digest(job), self.name)
+                result = read_result(content, job, self.name)
                 with progress.track("Unpacking", len(result.files)) as track:
                     for entry in result.files:
                         self._unpack(archive, entry.path, entry.size, results / entry.path)

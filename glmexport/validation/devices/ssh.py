@@ -277,7 +277,7 @@ class _Visit:
     async def _fetch(self) -> None:
         remote = self.place / "results"
         content = await transfer.get_bytes(self.sftp, remote / RESULT, RESULT_BYTES, self.runner.name)
-        result = read_result(content, self.job, self.digest, self.runner.name)
+        result = read_result(content, self.folder, self.runner.name)
         wanted = [entry for entry in result.files if not transfer.has(self.results, entry)]
         with self.progress.track("Fetching", len(wanted)) as track:
             for entry in wanted:
