@@ -19,6 +19,19 @@ from glmexport.validation.latent_loop import LatentLoop
 from glmexport.validation.speculation import Drafter, PromptLookup, Speculation, Step, Verified, speculate
 
 
+def loop_facts(bundle: Path) -> tuple[frozenset[int], int]:
+    """End tokens of a bundle, and how many tokens its context holds.
+
+    Raises:
+        BundleError: the file that says so cannot be read.
+    """
+    latents = read_loop(bundle)
+    if latents:
+        return frozenset(latents.eos_token_id), latents.context_length
+    config = json.loads((bundle / GENAI_CONFIG).read_text(encoding="utf-8"))["model"]
+    return frozenset(config["eos_token_id"]), int(config["context_length"])
+
+
 class GenerationSession:
     """model.onnx of a bundle in the loop that its caches need.
 
@@ -36,11 +49,9 @@ class GenerationSession:
         latents = read_loop(bundle)
         if latents:
             self._loop = LatentLoop(bundle, latents, threads, speculation=speculation)
-            self.ends, self.context_length = frozenset(latents.eos_token_id), latents.context_length
         else:
-            config = json.loads((bundle / GENAI_CONFIG).read_text(encoding="utf-8"))["model"]
             self._loop = GenaiLoop(bundle, threads, speculation)
-            self.ends, self.context_length = frozenset(config["eos_token_id"]), int(config["context_length"])
+        self.ends, self.context_length = loop_facts(bundle)
 
     def stream(self, prompt: Sequence[int], max_tokens: int) -> Iterator[int]:
         """Tokens after ``prompt`` until an end token, which is the last, ``max_tokens`` or the context's end.

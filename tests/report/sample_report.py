@@ -20,6 +20,8 @@ from glmexport.validation.results import (
     Answer,
     Behaviour,
     Concurrency,
+    DeviceFacts,
+    DeviceResult,
     Estimate,
     Fidelity,
     Figure,
@@ -403,3 +405,41 @@ def make_report(layers: int = 40) -> Report:
             "Whether the original itself is right, safe or fair is not asked here.",
         ),
     )  # fmt: skip
+
+
+def with_devices(report: Report) -> Report:
+    """The report as the worst of two of one class, beside an emulated device and one that did not answer."""
+
+    def facts(processor: str, emulated: str | None = None) -> DeviceFacts:
+        return DeviceFacts(
+            system="Linux 6.1 aarch64",
+            processor=processor,
+            instruction_sets=("asimd", "asimddp"),
+            cores=4,
+            memory_bytes=8 << 30,
+            runtime="onnxruntime 1.32.0",
+            provider="CPUExecutionProvider",
+            adapter=None,
+            versions={"numpy": "2.4.6", ATTACK: ATTACK},
+            emulated=emulated,
+        )
+
+    edge = DeviceResult(
+        name="edge-1", device_class="arm-edge", verdict=report.verdict, failure=None, facts=facts("Cortex-A78"),
+        fidelity=report.fidelity, behaviour=report.behaviour, performance=report.performance,
+        performance_absent_because=None, gates=report.gates,
+    )  # fmt: skip
+    hot = {"performance": None, "performance_absent_because": "It was hot."}
+    slower = edge.model_copy(update={"name": "edge-2", **hot})
+    copied = edge.model_copy(
+        update={
+            "name": "qemu-arm64", "device_class": "qemu-arm64", "facts": facts("aarch64", "Emulated by QEMU."),
+            "performance": None, "performance_absent_because": "Emulated by QEMU.",
+        }
+    )  # fmt: skip
+    gone = DeviceResult(
+        name=ATTACK, device_class="lost", verdict=Verdict.INCONCLUSIVE, failure=f"{ATTACK} burned down.", facts=None,
+        fidelity=None, behaviour=None, performance=None, performance_absent_because=None, gates=(),
+    )  # fmt: skip
+    changes = {"devices": (edge, slower, copied, gone), "detailed": "edge-1"}
+    return Report.model_validate({**dict(report), **changes})

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from rich.console import Console
-from sample_report import groups, make_report
+from sample_report import groups, make_report, with_devices
 
 from glmexport.cli.verdict import show
 from glmexport.errors import InputError
@@ -27,7 +27,7 @@ def whole():
     report = make_report(layers=2)
     linears = report.quantization.linears
     quantization = report.quantization.model_copy(update={"groups": groups(linears)})
-    return report.model_copy(update={"quantization": quantization})
+    return with_devices(report.model_copy(update={"quantization": quantization}))
 
 
 REPORT = whole()

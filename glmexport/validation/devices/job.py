@@ -1,0 +1,272 @@
+"""A job: everything that a device is asked about one bundle, in a folder, and the form of what it answers.
+
+    job/job.json               what is asked of which files
+    job/questions.safetensors  token ids, and what is to be kept of the answers
+    job/bundle/                the bundle's files
+
+    results/result.json               the device, its speed, and the digest of every other file
+    results/answers/0.safetensors …   of each text
+    results/tokens/0.safetensors …    of each prompt
+
+The digest of ``job.json`` stands for all of the job: it lists every file with its own.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import onnx_ir as ir
+import torch
+from pydantic import Field
+from safetensors.torch import save_file
+from torch import Tensor
+
+from glmexport.bundle import MODEL, SCORING, Manifest
+from glmexport.bundle.external import WEIGHTS
+from glmexport.bundle.manifest import FileEntry
+from glmexport.definition import Definition
+from glmexport.graph import ATTENTION_MASK, INPUT_IDS, LOGITS, PAST, PRESENT
+from glmexport.quantization import sha256, write_atomically
+from glmexport.target import Provider
+from glmexport.validation.generation import loop_facts
+from glmexport.validation.placement import Node
+from glmexport.validation.results import DeviceFacts
+
+JOB, QUESTIONS, BUNDLE, RESULT = "job.json", "questions.safetensors", "bundle", "result.json"
+#: Symbolic sizes of a cache; every other size is a number.
+BATCH, PAST_SEQUENCE, CAPACITY = "batch", "past_sequence", "capacity"
+
+
+class Cache(Definition):
+    """An input of a graph and the output that follows it."""
+
+    input: str
+    output: str
+    #: With the symbolic sizes above.
+    shape: tuple[int | str, ...]
+    dtype: Literal["float32", "float16"]
+
+
+class Graphs(Definition):
+    """The bundle's two graphs, which differ in the positions whose logits they give."""
+
+    #: Logits [batch, sequence, vocabulary] of every position.
+    scoring: str
+    #: Logits [batch, 1, vocabulary] of the last one.
+    generation: str
+    #: Token ids [batch, sequence] int64, and a mask of ones [batch, past and new tokens] int64.
+    input_ids: str
+    attention_mask: str
+    logits: str
+    caches: tuple[Cache, ...]
+    #: growing: the output is the input with the new positions behind it, from none. capacity: one buffer is both, and
+    #: new positions are written into it.
+    cache_kind: Literal["growing", "capacity"]
+
+
+class SpeedRequest(Definition):
+    """How speed is measured: the prompt is read and ``generated_tokens`` follow, end tokens or not."""
+
+    prompt: tuple[int, ...] = Field(min_length=1)
+    generated_tokens: int = Field(ge=2)
+    #: At least so many, after one that does not count; and until ``seconds`` have passed.
+    rounds: int = Field(ge=1)
+    seconds: float = Field(ge=0)
+
+
+class Job(Definition):
+    """The content of job.json."""
+
+    format: Literal["glmexport-job"] = "glmexport-job"
+    version: Literal[1] = 1
+    bundle_digest: str
+    #: Paths relative to the job's folder.
+    files: tuple[FileEntry, ...]
+    graphs: Graphs
+    provider: Provider
+    #: None: as many as the device has cores.
+    threads: int | None
+    end_tokens: tuple[int, ...]
+    context_length: int
+    vocabulary_size: int
+    #: Of each text, the tokens that are given. Position i is the prediction of token prefix + i.
+    texts: tuple[int, ...] = Field(min_length=1)
+    #: Of each prompt, the tokens at which its answer is cut.
+    prompts: tuple[int, ...]
+    speed: SpeedRequest | None
+
+    def digest(self, directory: Path) -> str:
+        """SHA-256 of job.json as it is in ``directory``."""
+        return sha256(directory / JOB)
+
+
+@dataclass(frozen=True)
+class TextQuestion:
+    """One text. ``ids`` [length], ``tokens`` [positions, k] and ``targets`` [positions] int64; ``audit`` positions
+    whose whole logits are wanted.
+    """
+
+    ids: Tensor
+    prefix: int
+    tokens: Tensor
+    audit: Tensor | None
+
+
+@dataclass(frozen=True)
+class PromptQuestion:
+    """A prompt, and where its answer is cut."""
+
+    ids: Sequence[int]
+    max_tokens: int
+
+
+def write_job(
+    directory: Path,
+    bundle: Path,
+    manifest: Manifest,
+    texts: Sequence[TextQuestion],
+    prompts: Sequence[PromptQuestion],
+    *,
+    vocabulary_size: int,
+    speed: SpeedRequest | None,
+    threads: int | None,
+) -> Job:
+    """Write the job into the new ``directory``; the same arguments give the same bytes.
+
+    Raises:
+        BundleError: the bundle's loop cannot be read.
+    """
+    directory.mkdir(parents=True)
+    _link(bundle, directory / BUNDLE, manifest)
+    tensors: dict[str, Tensor] = {}
+    for index, text in enumerate(texts):
+        tensors[f"text.{index}.ids"] = text.ids.int()
+        tensors[f"text.{index}.tokens"] = text.tokens.int().contiguous()
+        tensors[f"text.{index}.targets"] = text.ids[text.prefix :].int()
+        if text.audit is not None:
+            tensors[f"text.{index}.audit"] = text.audit.int()
+    for index, prompt in enumerate(prompts):
+        tensors[f"prompt.{index}.ids"] = torch.tensor(list(prompt.ids), dtype=torch.int32)
+    save_file(tensors, directory / QUESTIONS)
+    questions = directory / QUESTIONS
+    ends, context = loop_facts(bundle)
+    job = Job(
+        bundle_digest=manifest.digest(),
+        files=(
+            FileEntry(path=QUESTIONS, size=questions.stat().st_size, sha256=sha256(questions)),
+            *(entry.model_copy(update={"path": f"{BUNDLE}/{entry.path}"}) for entry in needed_files(manifest)),
+        ),
+        graphs=_graphs(bundle),
+        provider=manifest.target.provider,
+        threads=threads,
+        end_tokens=tuple(sorted(ends)),
+        context_length=context,
+        vocabulary_size=vocabulary_size,
+        texts=tuple(text.prefix for text in texts),
+        prompts=tuple(prompt.max_tokens for prompt in prompts),
+        speed=speed,
+    )
+    write_atomically(directory / JOB, (job.model_dump_json(indent=1) + "\n").encode())
+    return job
+
+
+def needed_files(manifest: Manifest) -> tuple[FileEntry, ...]:
+    """Those of the bundle that a device reads: the graphs and their weights."""
+    return tuple(
+        entry for entry in manifest.files if entry.path in (MODEL, SCORING) or entry.path.startswith(f"{WEIGHTS}/")
+    )
+
+
+def read_job(directory: Path) -> Job:
+    """The job in ``directory``."""
+    return Job.model_validate_json((directory / JOB).read_bytes())
+
+
+def _link(bundle: Path, place: Path, manifest: Manifest) -> None:
+    """The bundle under the job's folder: one link to the directory, in which files are real; a copy without links."""
+    try:
+        place.symlink_to(bundle.resolve(), target_is_directory=True)
+    except OSError:
+        for entry in needed_files(manifest):
+            (place / entry.path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(bundle / entry.path, place / entry.path)
+
+
+def _graphs(bundle: Path) -> Graphs:
+    # The weights stay where they are: only the graph itself is read.
+    inputs = ir.load(bundle / MODEL).graph.inputs
+    caches = []
+    for value in inputs:
+        if value.name in (INPUT_IDS, ATTENTION_MASK):
+            continue
+        assert value.name is not None and value.shape is not None and value.dtype is not None
+        layer, kind = value.name.split(".")[1:]
+        caches.append(
+            Cache(
+                input=PAST.format(layer=layer, kind=kind),
+                output=PRESENT.format(layer=layer, kind=kind),
+                shape=tuple(size if isinstance(size, int) else str(size.value) for size in value.shape),
+                dtype="float16" if value.dtype == ir.DataType.FLOAT16 else "float32",
+            )
+        )
+    sizes = {size for cache in caches for size in cache.shape}
+    return Graphs(
+        scoring=f"{BUNDLE}/{SCORING}",
+        generation=f"{BUNDLE}/{MODEL}",
+        input_ids=INPUT_IDS,
+        attention_mask=ATTENTION_MASK,
+        logits=LOGITS,
+        caches=tuple(caches),
+        cache_kind="capacity" if CAPACITY in sizes else "growing",
+    )
+
+
+class Round(Definition):
+    """One generation: seconds to the first token, and of each further one."""
+
+    ttft_s: float = Field(gt=0)
+    steps_s: tuple[float, ...] = Field(min_length=1)
+
+
+class SpeedResult(Definition):
+    """What was timed in a process that did nothing before but check files."""
+
+    threads: int | None = Field(ge=1)
+    load_s: float = Field(ge=0)
+    rounds: tuple[Round, ...] = Field(min_length=1)
+    peak_memory_bytes: int | None = Field(ge=0)
+    #: What told it, or why nothing did.
+    peak_memory_source: str
+    #: At which memory is read; None where it cannot be measured.
+    memory_bandwidth_bytes_per_s: float | None = Field(gt=0)
+
+
+class Result(Definition):
+    """The content of result.json."""
+
+    format: Literal["glmexport-result"] = "glmexport-result"
+    version: Literal[1] = 1
+    #: SHA-256 of job.json.
+    job_digest: str
+    device: DeviceFacts
+    speed: SpeedResult | None
+    #: Why speed is None; None if it is there.
+    speed_absent_because: str | None
+    #: Which provider ran which node of the generation graph; None: this runtime does not tell.
+    nodes: tuple[Node, ...] | None
+    files: tuple[FileEntry, ...]
+    complete: bool
+
+
+def answer_path(index: int) -> str:
+    """What a device answers to a text."""
+    return f"answers/{index}.safetensors"
+
+
+def tokens_path(index: int) -> str:
+    """What a device answers to a prompt."""
+    return f"tokens/{index}.safetensors"

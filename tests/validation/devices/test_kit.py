@@ -1,0 +1,104 @@
+"""A job that is carried to a device and answered there by one command."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from builds import Run, Sample
+from validation.devices.conftest import answered
+
+from glmexport.errors import EXIT_INPUT, EXIT_MACHINE, InputError, MachineError
+from glmexport.progress import Silent
+from glmexport.report.document import read_report
+from glmexport.validation.devices.answers import DeviceAnswers
+from glmexport.validation.devices.kit import KitResultRunner, write_kit
+from glmexport.validation.devices.local import LocalRunner
+
+
+def carried(kit: Path, place: Path) -> Path:
+    """What somebody does on the device; its results.zip."""
+    with zipfile.ZipFile(kit) as archive:
+        archive.extractall(place)
+        assert "python3 program.pyz" in archive.read("glmexport-kit/README.txt").decode()
+    folder = place / "glmexport-kit"
+    subprocess.run([sys.executable, "program.pyz"], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+    return folder / "results.zip"
+
+
+@pytest.fixture(scope="module")
+def brought(job: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("kit")
+    write_kit(job, place / "kit.zip", Silent())
+    return carried(place / "kit.zip", place)
+
+
+def test_there_and_back(job: Path, brought: Path, tmp_path: Path) -> None:
+    KitResultRunner("kit", brought)(job, tmp_path / "results", Silent())
+    answers = DeviceAnswers.open("kit", job, tmp_path / "results")
+    assert answers.result.speed is not None
+    LocalRunner()(job, tmp_path / "local", Silent())
+    assert answered(tmp_path / "results") == answered(tmp_path / "local")
+
+
+def test_nothing_is_overwritten(job: Path, tmp_path: Path) -> None:
+    (tmp_path / "kit.zip").write_text("mine")
+    with pytest.raises(InputError, match=r"kit\.zip exists"):
+        write_kit(job, tmp_path / "kit.zip", Silent())
+    assert (tmp_path / "kit.zip").read_text() == "mine"
+
+
+def test_a_hostile_archive(job: Path, brought: Path, tmp_path: Path) -> None:
+    """Names outside of the results are never written, and nothing larger than announced."""
+    archive = tmp_path / "results.zip"
+    shutil.copyfile(brought, archive)
+    with zipfile.ZipFile(archive, "a") as file:
+        file.writestr("../escaped", "x")
+        file.writestr("/tmp/escaped", "x")
+    KitResultRunner("kit", archive)(job, tmp_path / "deep/results", Silent())
+    assert not (tmp_path / "deep/escaped").exists()
+    DeviceAnswers.open("kit", job, tmp_path / "deep/results")
+
+    with zipfile.ZipFile(brought) as source, zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as target:
+        for name in source.namelist():
+            target.writestr(name, bytes(1 << 26) if name.startswith("answers/0") else source.read(name))
+    KitResultRunner("kit", archive)(job, tmp_path / "large", Silent())
+    sizes = {path.name: path.stat().st_size for path in (tmp_path / "large/answers").iterdir()}
+    assert max(sizes.values()) < 1 << 20
+    with pytest.raises(MachineError, match=r"answers/0\.safetensors is not the file"):
+        DeviceAnswers.open("kit", job, tmp_path / "large")
+
+
+@pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x05\x06" + bytes(18)])
+def test_what_is_no_archive(job: Path, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "results.zip").write_bytes(content)
+    with pytest.raises(MachineError, match="cannot be read"):
+        KitResultRunner("kit", tmp_path / "results.zip")(job, tmp_path / "results", Silent())
+    with pytest.raises(MachineError, match="cannot be read"):
+        KitResultRunner("kit", tmp_path / "none.zip")(job, tmp_path / "results", Silent())
+
+
+def test_from_the_command_line(sample: Sample, captured: Path, tmp_path: Path, run: Run) -> None:
+    bundle = shutil.copytree(sample.bundle, tmp_path / "bundle")
+    ask = ("validate", bundle, "--reference", captured, "--device")
+    outcome = run(*ask, f"kit:{tmp_path / 'kit.zip'}", "--json")
+    assert outcome.code == 0 and outcome.document == {"kits": [str(tmp_path / "kit.zip")]}
+    assert "kit-result:FILE" in outcome.stderr
+    results = carried(tmp_path / "kit.zip", tmp_path)
+    outcome = run(*ask, f"kit-result:{results}", "--json")
+    assert outcome.code == 2 and outcome.document["devices"][0]["facts"]["runtime"].startswith("onnxruntime ")
+    report = read_report(bundle / "report.json")
+    assert report.detailed == f"kit-result:{results}" and report.performance is not None
+    # For a checkpoint, the questions would not be found again.
+    refused = run("validate", bundle, "--against", sample.checkpoint, "--device", f"kit-result:{results}")
+    assert refused.code == EXIT_INPUT and "glmexport reference" in refused.stderr
+    # Results of another job.
+    outcome = run("validate", bundle, "--reference", captured, "--threads", 2, "--device", f"kit-result:{results}")
+    assert outcome.code == EXIT_MACHINE and "answers another job" in outcome.stderr
+    assert json.loads((bundle / "report.json").read_text())["detailed"] == report.detailed
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.endswith(".partial")) == []

@@ -1,0 +1,185 @@
+"""The device's program: what it answers is what this machine answers, however often it is killed."""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from builds import THREADS, Sample
+from safetensors import safe_open
+from safetensors.torch import load_file
+from validation.devices.conftest import PROMPTS, TEXTS, Hooked, answered
+
+from glmexport.bundle import read_manifest
+from glmexport.errors import MachineError
+from glmexport.progress import Silent
+from glmexport.validation.capture import CapturedReference
+from glmexport.validation.devices.answers import DeviceAnswers
+from glmexport.validation.devices.job import RESULT, read_job
+from glmexport.validation.devices.local import LocalRunner
+from glmexport.validation.devices.runner import program
+from glmexport.validation.generation import GenerationSession
+from glmexport.validation.session import ScoringSession
+
+
+def test_it_answers_as_this_machine_does(
+    sample: Sample, job: Path, reference: CapturedReference, tmp_path: Path
+) -> None:
+    LocalRunner()(job, tmp_path, Silent())
+    answers = DeviceAnswers.open("local", job, tmp_path)
+    session = ScoringSession(sample.bundle, read_manifest(sample.bundle), THREADS)
+    for index, text in enumerate(reference.texts[:TEXTS]):
+        whole = session.logits(text.ids)[text.prefix - 1 : -1]
+        ours, theirs = reference.divergence(index, whole), answers.divergence(index, reference.kept(index))
+        for name in vars(ours):
+            torch.testing.assert_close(getattr(theirs, name), getattr(ours, name), rtol=1e-5, atol=1e-6)
+        audited = reference.audited(index)
+        assert audited is not None and torch.equal(answers.audit(index), whole[audited])
+    generation = GenerationSession(sample.bundle, THREADS)
+    for index in range(PROMPTS):
+        assert answers.tokens(index) == generation.tokens(reference.texts[index].ids[:8].tolist(), 6)
+    speed = answers.result.speed
+    assert speed is not None and len(speed.rounds) == 2 and all(len(each.steps_s) == 3 for each in speed.rounds)
+    assert answers.result.nodes and {node.provider for node in answers.result.nodes} == {"CPUExecutionProvider"}
+
+
+@pytest.mark.parametrize(("label", "steps"), [("Free answers", 1), ("Texts", 2)])
+def test_a_killed_run_ends_with_the_same_bytes(job: Path, tmp_path: Path, label: str, steps: int) -> None:
+    LocalRunner()(job, tmp_path / "whole", Silent())
+
+    class Killed(KeyboardInterrupt):
+        pass
+
+    def stop() -> None:
+        raise Killed
+
+    with pytest.raises(Killed):
+        LocalRunner()(job, tmp_path / "results", Hooked(label, steps, stop))
+    before = answered(tmp_path / "results")
+    assert before and not json.loads((tmp_path / "results" / RESULT).read_text())["complete"]
+    times = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "results").glob("*/*.safetensors")}
+    LocalRunner()(job, tmp_path / "results", Silent())
+    assert answered(tmp_path / "results") == answered(tmp_path / "whole")
+    # What there was is not answered again, nor timed.
+    assert all((tmp_path / "results" / name).stat().st_mtime_ns == times[Path(name).name] for name in before)
+
+
+def test_sigkill_at_any_moment(job: Path, tmp_path: Path) -> None:
+    LocalRunner()(job, tmp_path / "whole", Silent())
+    path = tmp_path / "program.pyz"
+    path.write_bytes(program())
+    for events in range(1, 12, 3):
+        process = subprocess.Popen(
+            [sys.executable, path, job, tmp_path / "results"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        )
+        assert process.stdout is not None
+        for _ in range(events):
+            process.stdout.readline()
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+    LocalRunner()(job, tmp_path / "results", Silent())
+    assert answered(tmp_path / "results") == answered(tmp_path / "whole")
+
+
+def test_it_ends_with_whoever_attends_it(job: Path, tmp_path: Path) -> None:
+    path = tmp_path / "program.pyz"
+    path.write_bytes(program())
+    process = subprocess.Popen(
+        [sys.executable, path, job, tmp_path / "results", "--attended"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert process.stdin is not None and process.stdout is not None
+    process.stdout.readline()
+    process.stdin.close()
+    assert process.wait(30) == 3
+    process.stdout.close()
+
+
+def test_results_of_another_job_are_not_gone_on_with(job: Path, tmp_path: Path) -> None:
+    (tmp_path / "answers").mkdir()
+    (tmp_path / "answers/0.safetensors").write_bytes(b"of another job")
+    (tmp_path / "answers/99.safetensors").write_bytes(b"of another job")
+    (tmp_path / RESULT).write_text(json.dumps({"job_digest": "0" * 64, "files": []}))
+    LocalRunner()(job, tmp_path, Silent())
+    assert DeviceAnswers.open("local", job, tmp_path).result.complete
+    assert not (tmp_path / "answers/99.safetensors").exists()
+
+
+def test_a_file_that_was_changed_on_the_way_is_named(job: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "job"
+    folder.mkdir()
+    for path in ("job.json", "questions.safetensors"):
+        (folder / path).write_bytes((job / path).read_bytes())
+    (folder / "bundle").symlink_to((job / "bundle").resolve())
+    content = bytearray((folder / "questions.safetensors").read_bytes())
+    content[-1] ^= 1
+    (folder / "questions.safetensors").write_bytes(content)
+    with pytest.raises(MachineError, match=r"questions\.safetensors is missing or not the job's") as error:
+        LocalRunner()(folder, tmp_path / "results", Silent())
+    assert error.value.next_step == "Bring the job again."
+
+
+def test_a_provider_that_the_device_lacks_is_named(job: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "job"
+    folder.mkdir()
+    asked = read_job(job)
+    changed = asked.model_copy(update={"provider": asked.provider.model_copy(update={"name": "CUDAExecutionProvider"})})
+    (folder / "job.json").write_text(changed.model_dump_json())
+    (folder / "questions.safetensors").write_bytes((job / "questions.safetensors").read_bytes())
+    (folder / "bundle").symlink_to((job / "bundle").resolve())
+    with pytest.raises(MachineError, match="runs on CUDAExecutionProvider, which the device's ONNX Runtime does not"):
+        LocalRunner()(folder, tmp_path / "results", Silent())
+
+
+def test_a_python_without_libraries_is_told(job: Path, tmp_path: Path) -> None:
+    with pytest.raises(MachineError, match=r"has no numpy|has no onnxruntime") as error:
+        LocalRunner(command=(sys.executable, "-S", "-E"), environment={"PYTHONPATH": ""})(job, tmp_path, Silent())
+    assert error.value.next_step.startswith("Install numpy and onnxruntime")
+    with pytest.raises(MachineError, match="/no/python cannot be run"):
+        LocalRunner(command=("/no/python",))(job, tmp_path, Silent())
+    with pytest.raises(MachineError, match=r"the run ended before it was done\..*exit 7"):
+        LocalRunner(command=(sys.executable, "-c", "import sys; sys.exit(7)"))(job, tmp_path, Silent())
+
+
+def test_a_device_that_says_nothing_is_given_up(job: Path, tmp_path: Path) -> None:
+    slow = (sys.executable, "-c", "import time; time.sleep(600)")
+    with pytest.raises(MachineError, match="has not said a word for 1 s"):
+        LocalRunner(command=slow, silence=1)(job, tmp_path, Silent())
+
+
+def test_it_is_the_same_file_and_runs_where_nothing_of_ours_is() -> None:
+    content = program()
+    assert content == program()
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        sources = {name: archive.read(name).decode() for name in archive.namelist()}
+    for name, source in sources.items():
+        tree = ast.parse(source, name, feature_version=(3, 9))
+        names = {
+            name.partition(".")[0] + ("." + name.split(".", 1)[1] if name.startswith("glmexport") else "")
+            for node in ast.walk(tree)
+            for name in (
+                [alias.name for alias in node.names]
+                if isinstance(node, ast.Import)
+                else [str(node.module)]
+                if isinstance(node, ast.ImportFrom)
+                else []
+            )
+        }
+        own = {name for name in names if name.startswith("glmexport")}
+        assert all(name.startswith("glmexport.validation.devices.program.") for name in own)
+        assert names - own <= {*sys.stdlib_module_names, "numpy", "onnxruntime"}
+
+
+def test_its_tensors_are_safetensors(job: Path, tmp_path: Path) -> None:
+    LocalRunner()(job, tmp_path, Silent())
+    for path in tmp_path.glob("*/*.safetensors"):
+        with safe_open(path, "pt") as file:
+            assert set(file.keys()) == set(load_file(path))
