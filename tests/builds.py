@@ -22,6 +22,7 @@ from glmexport.bundle.read import BundleWeights
 from glmexport.cli import main
 from glmexport.compile import BuildOptions, Built
 from glmexport.definition import shipped_folder
+from glmexport.graph import LOGITS
 from glmexport.job import Job, Original
 from glmexport.progress import Progress, Silent
 from glmexport.recipe import open_recipe
@@ -165,6 +166,11 @@ def session(bundle: Path, name: str) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = THREADS
     return onnxruntime.InferenceSession(bundle / name, options, providers=["CPUExecutionProvider"])
+
+
+def carried(graph: onnxruntime.InferenceSession) -> list[str]:
+    """Names of the logits and, in the order of its caches, of what a graph hands on to the next step."""
+    return [value.name for value in graph.get_outputs() if value.name == LOGITS or value.name.startswith("present")]
 
 
 def bundle_weights(bundle: Path, checkpoint: Path) -> BundleWeights:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
+from builds import carried
 
 from glmexport.calibration import shipped_documents
 from glmexport.compile import BuildOptions, Built, build
@@ -93,7 +94,7 @@ def greedy(directory: Path, prompt: list[int], steps: int) -> list[int]:
     for _ in range(steps):
         feeds = {"input_ids": ids, "attention_mask": np.ones((1, length), np.int64)}
         feeds |= {value.name: cache for value, cache in zip(caches, past, strict=True)}
-        logits, *past = session.run(None, feeds)
+        logits, *past = session.run(carried(session), feeds)
         tokens.append(int(logits[0, -1].argmax()))
         ids, length = np.array([[tokens[-1]]]), length + 1
     return tokens

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from builds import THREADS, Run, Sample, session
+from builds import THREADS, Run, Sample, carried, session
 
 from glmexport.checkpoint import Tokenizer
 from glmexport.errors import BundleError, InputError
@@ -28,7 +28,7 @@ def greedy(bundle: Path, prompt: list[int], count: int, ends: set[int]) -> list[
     while len(tokens) < count:
         feeds = {"input_ids": np.array([ids], np.int64), "attention_mask": np.ones((1, length), np.int64)}
         feeds |= {value.name: content for value, content in zip(caches, past, strict=True)}
-        logits, *past = runtime.run(None, feeds)
+        logits, *past = runtime.run(carried(runtime), feeds)
         token = int(logits[0, -1].argmax())
         if token in ends:
             break

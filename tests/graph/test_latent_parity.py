@@ -9,6 +9,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from builds import carried
 from models import MIXTURE, write_checkpoint
 from safetensors.torch import load_file, save_file
 
@@ -69,7 +70,7 @@ class Session:
         if past is None:
             past = [np.zeros(self.shape(entry, len(ids)), np.float32) for entry in self.caches]
         inputs = {entry.name: value for entry, value in zip(self.caches, past, strict=True)}
-        return list(self.session.run(None, {"input_ids": ids, "attention_mask": mask, **inputs}))
+        return list(self.session.run(carried(self.session), {"input_ids": ids, "attention_mask": mask, **inputs}))
 
     @staticmethod
     def shape(entry: Any, batch: int) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from builds import carried
 from models import MIXTURE, write_checkpoint
 from transformers import AutoModelForCausalLM
 
@@ -108,14 +109,14 @@ def test_prefill_and_decode(exported) -> None:
     session = sessions["model.onnx"]
     ids = np.random.default_rng(2).integers(0, 250, (1, 24))
     expected = original(model, ids, np.ones_like(ids))
-    logits, *past = session.run(None, feeds(session, ids[:, :10], np.ones((1, 10), np.int64)))
+    logits, *past = session.run(carried(session), feeds(session, ids[:, :10], np.ones((1, 10), np.int64)))
     assert np.abs(logits[:, 0] - expected[:, 9]).max() <= TOLERANCE
     # A prefill that continues a cache, then single steps.
-    logits, *past = session.run(None, feeds(session, ids[:, 10:16], np.ones((1, 16), np.int64), past))
+    logits, *past = session.run(carried(session), feeds(session, ids[:, 10:16], np.ones((1, 16), np.int64), past))
     assert np.abs(logits[:, 0] - expected[:, 15]).max() <= TOLERANCE
     for position in range(16, 24):
         mask = np.ones((1, position + 1), np.int64)
-        logits, *past = session.run(None, feeds(session, ids[:, position : position + 1], mask, past))
+        logits, *past = session.run(carried(session), feeds(session, ids[:, position : position + 1], mask, past))
         assert np.abs(logits[:, 0] - expected[:, position]).max() <= TOLERANCE
 
 
@@ -130,13 +131,13 @@ def test_padded_batch(exported) -> None:
     (every, *_) = sessions["scoring.onnx"].run(None, feeds(sessions["scoring.onnx"], ids, mask))
     assert np.abs(every[0] - expected[0][0, :12]).max() <= TOLERANCE
     assert np.abs(every[1, :5] - expected[1][0, :5]).max() <= TOLERANCE
-    logits, *past = session.run(None, feeds(session, ids, mask))
+    logits, *past = session.run(carried(session), feeds(session, ids, mask))
     assert np.abs(logits[0, 0] - expected[0][0, 11]).max() <= TOLERANCE
     assert np.abs(logits[1, 0] - expected[1][0, 4]).max() <= TOLERANCE
     for step in range(4):
         tokens = np.stack([long[0, 12 + step : 13 + step], short[0, 5 + step : 6 + step]])
         mask = np.concatenate([mask, np.ones((2, 1), np.int64)], axis=1)
-        logits, *past = session.run(None, feeds(session, tokens, mask, past))
+        logits, *past = session.run(carried(session), feeds(session, tokens, mask, past))
         assert np.abs(logits[0, 0] - expected[0][0, 12 + step]).max() <= TOLERANCE
         assert np.abs(logits[1, 0] - expected[1][0, 5 + step]).max() <= TOLERANCE
 
@@ -146,5 +147,5 @@ def test_separate_projections_compute_the_same(tmp_path: Path) -> None:
     session = export(tmp_path / "checkpoint", tmp_path / "bundle", packed=False)["scoring.onnx"]
     ids = np.random.default_rng(4).integers(0, 250, (1, 20))
     mask = np.ones_like(ids)
-    (logits, *_) = session.run(None, feeds(session, ids, mask))
+    (logits, *_) = session.run(carried(session), feeds(session, ids, mask))
     assert np.abs(logits - original(model, ids, mask)).max() <= TOLERANCE
