@@ -143,7 +143,7 @@ def test_a_report_keeps_the_shipped_schema(report, changed):
         (("subject", "target"), 7),
         (("size", "bundle_bytes"), -1),
         (("fidelity", "overall", "kl_mean_nats"), "large"),
-        (("machine", "cores"), None),
+        (("machine", "processor"), None),
     ],
 )
 def test_the_shipped_schema_refuses_what_reading_refuses(report, tmp_path, path, value):

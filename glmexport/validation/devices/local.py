@@ -7,6 +7,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -56,7 +57,7 @@ class LocalRunner:
             try:
                 await follow(process.stdout.readline, progress, self.name, self.silence)
             except Ended as error:
-                code = await _ended(process)
+                code = await _ended(process, patience=1)
                 said.seek(0)
                 last = (said.read().decode("utf-8", "replace").strip().splitlines() or ["no message"])[-1]
                 raise Ended(f"{error.message} (exit {code}: {last})", next_step=error.next_step) from error
@@ -64,12 +65,14 @@ class LocalRunner:
                 await _ended(process)
 
 
-async def _ended(process: asyncio.subprocess.Process) -> int:
-    """Its exit code, after it was killed if it had none."""
+async def _ended(process: asyncio.subprocess.Process, patience: float = 0) -> int:
+    """Its exit code, after it was killed if it had none.
+
+    ``patience``: seconds for one that is about to end by itself, with a code that says why.
+    """
+    if process.returncode is None and patience:
+        with suppress(TimeoutError):
+            return await asyncio.wait_for(process.wait(), patience)
     if process.returncode is None:
-        try:
-            # It may be about to end by itself, with a code that says why.
-            return await asyncio.wait_for(process.wait(), 1)
-        except TimeoutError:
-            process.kill()
+        process.kill()
     return await process.wait()

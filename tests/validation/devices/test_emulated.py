@@ -42,10 +42,11 @@ def test_it_computes_what_this_machine_does(machine: Path, job: Path, tmp_path: 
     assert emulated.result.speed is None and emulated.result.speed_absent_because == EMULATED
     for index in range(TEXTS):
         ours, theirs = (each._answer(index, "logits") for each in (local, emulated))
-        distance = (ours - theirs).abs()
-        # An activation that is rounded to its other neighbour moves the logits of its position.
-        assert float(distance.median()) < 1e-5 and float(distance.max()) < 0.1
-        torch.testing.assert_close(local._answer(index, "top"), emulated._answer(index, "top"))
+        distance = (ours - theirs).abs().amax(-1)
+        # Where an activation is rounded to its other neighbour, all later positions of the text read it.
+        assert float(distance[:3].max()) < 2e-5 and float(distance.max()) < 0.1
+    tops = [torch.cat([each._answer(index, "top") for index in range(TEXTS)]) for each in (local, emulated)]
+    assert float((tops[0] == tops[1]).double().mean()) > 0.95
     assert [emulated.tokens(index) for index in range(PROMPTS)] == [local.tokens(index) for index in range(PROMPTS)]
 
 

@@ -6,15 +6,17 @@ import shutil
 import threading
 import time
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from builds import Run, Sample
+from builds import QUICK, Run, Sample
 from validation.devices.conftest import Sshd
 
 from glmexport.errors import EXIT_INPUT, EXIT_MACHINE, DefinitionError, InputError, MachineError
 from glmexport.progress import Progress, Silent
 from glmexport.report.document import read_report
+from glmexport.validation.behaviour.plane import BehaviourPlan
 from glmexport.validation.devices.fleet import Member, ask, open_device, open_fleet
 from glmexport.validation.devices.local import LocalRunner
 from glmexport.validation.devices.ssh import SshRunner
@@ -181,7 +183,11 @@ def test_a_device_judges_as_this_process_does(sample: Sample, captured: Path, tm
     assert device.prompts == process.prompts and [g.name for g in device.gates] == [g.name for g in process.gates]
 
 
-def test_against_a_checkpoint_it_is_captured_first(sample: Sample, tmp_path: Path, run: Run) -> None:
+def test_against_a_checkpoint_it_is_captured_first(
+    sample: Sample, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some = BehaviourPlan(each=1, translations=0, max_tokens=4, batch=0)
+    monkeypatch.setattr("builds.QUICK", replace(QUICK, behaviour=some))
     bundle = shutil.copytree(sample.bundle, tmp_path / "bundle")
     outcome = run("validate", bundle, "--against", sample.checkpoint, "--device", "local", "--positions", 24)
     assert outcome.code == 2, outcome.stderr
