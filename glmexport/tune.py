@@ -105,7 +105,7 @@ def tune(original: Original, target: Target, output: Path, options: TuneOptions,
     with work.locked():
         measured = tuning.measured(work)
         for kind, reason in measured.illegal.items():
-            progress.remark(f"{kind.recipe} at accuracy_level {kind.accuracy_level} is left out: it {reason}.")
+            progress.remark(f"{kind.recipe} at accuracy_level {kind.accuracy_level} is left out: {reason}.")
         legal = [each for each in tuning.every if measured.is_legal(each)]
         if not legal:
             raise InputError(

@@ -55,7 +55,7 @@ def verdict_of(chosen: Timed | None, confirmed: Gains | None, illegal_start: str
         speed += f" ({gain.lower:.2f} to {gain.upper:.2f})"
     settings = label(chosen.settings)
     if illegal_start:
-        return f"The start is not legal: it {illegal_start}. The best that is: {settings}, {speed}."
+        return f"The start is not legal: {illegal_start}. The best that is: {settings}, {speed}."
     return f"{settings}: {speed}."
 
 

@@ -45,15 +45,16 @@ def too_divergent(
     moved = given.arithmetic
     if _above(moved, allowance):
         return (
-            f"arithmetic moves its own weights by {moved.worst:.3g} nats in {moved.language} "
+            f"its arithmetic moves its own weights by {moved.worst:.3g} nats in {moved.language} "
             f"({moved.mean:.3g} over all), above the allowance of {allowance:.3g}"
         )
     more = given.original.worst - start.original.worst
     if not more <= allowance:
-        return f"diverges by {more:.3g} nats more than the start's formats do, above the allowance of {allowance:.3g}"
+        beyond = f"above the allowance of {allowance:.3g}"
+        return f"it diverges by {more:.3g} nats more than the start's formats do, {beyond}"
     if calibrated_limit is not None and not given.original.worst <= calibrated_limit:
         return (
-            f"diverges by {given.original.worst:.3g} nats in {given.original.language}, above the gate of "
+            f"it diverges by {given.original.worst:.3g} nats in {given.original.language}, above the gate of "
             f"{calibrated_limit:g}"
         )
     return None
