@@ -68,7 +68,7 @@ class Deviation(_Measured):
 
     mean: float
     #: The true mean is above in 5 % of samples of documents; absent where there is one document.
-    upper: float | None
+    upper: float | None = None
     worst: float
     language: str
 
