@@ -21,17 +21,15 @@ from glmexport.bundle import (
     verify_files,
     write_bundle,
 )
+from glmexport.calibrating import calibration_context, calibration_documents
 from glmexport.calibration import (
-    USER,
     CalibrationSet,
     Document,
     evaluation_documents,
     pack,
-    shipped_documents,
-    user_documents,
 )
 from glmexport.device import device_name, peak_device_memory, plan_on, running_on
-from glmexport.errors import BundleError, InputError
+from glmexport.errors import BundleError
 from glmexport.job import Job, Original, refuse_existing, refuse_formats, require_space
 from glmexport.progress import Progress
 from glmexport.provenance import calibration_source, own_fingerprints, source_of
@@ -132,10 +130,10 @@ def _prepared(
 ) -> tuple[MemoryPlan, list[Document], CalibrationSet | None]:
     """What a walk needs beside the checkpoint."""
     memory = plan_on(options.device, original.architecture, recipe, options.max_memory_bytes)
-    documents = _calibration_documents(original, recipe, options)
+    documents = calibration_documents(original, recipe, options.calibration)
     if recipe.calibration is None:
         return memory, documents, None
-    context = _calibration_context(original)
+    context = calibration_context(original)
     return memory, documents, pack(documents, original.tokenizer, recipe.calibration, context)
 
 
@@ -149,7 +147,7 @@ def quantize(original: Original, recipe: Recipe, options: BuildOptions, parent: 
     memory, _, calibration = _prepared(original, recipe, options)
     work = _work_directory(original, recipe, calibration, memory, options, parent, progress)
     with work.locked():
-        walk = _walked(original, recipe, calibration, work, memory, options, progress)
+        walk = _walked(original, original.architecture, recipe, calibration, work, memory, options, progress)
     return Weights(walk.checkpoint, original.architecture, work, walk.parts)
 
 
@@ -352,29 +350,6 @@ def _validated(
     )
     write_report(report, where)
     return report
-
-
-def _calibration_context(original: Original) -> int:
-    """Longest sequence on which every block can be computed by itself, without what others select."""
-    architecture = original.architecture
-    return min(architecture.context_length, architecture.attended_tokens or architecture.context_length)
-
-
-def _calibration_documents(original: Original, recipe: Recipe, options: BuildOptions) -> list[Document]:
-    if recipe.calibration is None:
-        if options.calibration:
-            raise InputError(
-                f"The recipe {recipe.name} uses no calibration text, but --calibration gives some.",
-                next_step="Leave --calibration out, or take a recipe that calibrates.",
-            )
-        return []
-    own = user_documents(options.calibration, original.tokenizer)
-    if own and USER not in recipe.calibration.quota:
-        raise InputError(
-            f"The recipe {recipe.name} has no share for text of yours, but --calibration gives some.",
-            next_step=f"Add '{USER} = 40' to [calibration.quota] of the recipe.",
-        )
-    return [*shipped_documents("calibration", set(recipe.calibration.quota) - {USER}), *own]
 
 
 def _work_directory(

@@ -28,7 +28,7 @@ SHARED = (
 )  # fmt: skip
 #: May import anything: they run the stages.
 OUTSIDE = (
-    "capture", "compile", "convert", "job", "device", "estimate", "fleet", "generation", "lm_eval",
+    "calibrating", "capture", "compile", "convert", "job", "device", "estimate", "fleet", "generation", "lm_eval",
     "plan", "provenance", "tune", "cli", "__main__",
 )  # fmt: skip
 #: A checkpoint that is shipped as a package, for the stage that opens checkpoints.
