@@ -1,7 +1,7 @@
 """From a full-precision GLM checkpoint to a validated ONNX bundle.
 
 The folders are the stages, in the order in which a build passes through them. A stage imports only stages
-above it, and the shared vocabulary in errors, definition, recipe, target, resources and progress.
+above it, and the shared vocabulary in errors, definition, recipe, target, evidence, resources and progress.
 
     checkpoint      files on disk, read lazily and checked before they are mapped
     architecture    what the files describe: one declaration a family, no numbers
@@ -11,10 +11,11 @@ above it, and the shared vocabulary in errors, definition, recipe, target, resou
     lowering        one pass a file: our operators become what the target can run
     bundle          the directory that is deployed, and its manifest
     validation      the bundle's answers against the original's
+    tuning          which of a target's legal settings are fastest on a machine, and what they cost in divergence
     report          results rendered; computes nothing
     cli             one file a verb; the only place that prints and catches errors
 
-``compile`` runs the stages; it is the only module that knows them all.
+``compile`` runs the stages of a build; ``tune`` those of a tuning.
 """
 
 __version__ = "0.1.0"

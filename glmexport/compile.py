@@ -21,17 +21,15 @@ from glmexport.bundle import (
     verify_files,
     write_bundle,
 )
+from glmexport.calibrating import calibration_context, calibration_documents
 from glmexport.calibration import (
-    USER,
     CalibrationSet,
     Document,
     evaluation_documents,
     pack,
-    shipped_documents,
-    user_documents,
 )
 from glmexport.device import device_name, peak_device_memory, plan_on, running_on
-from glmexport.errors import BundleError, InputError
+from glmexport.errors import BundleError
 from glmexport.job import Job, Original, refuse_existing, refuse_formats, require_space
 from glmexport.progress import Progress
 from glmexport.provenance import calibration_source, own_fingerprints, source_of
@@ -66,6 +64,8 @@ class BuildOptions:
     policy: Policy | None = None
     #: Of the user's, asked with the other free answers.
     tasks: tuple[Task, ...] = ()
+    #: Of the bundle's sessions; None: those of its target, or else ``threads``.
+    bundle_threads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -93,13 +93,7 @@ def build(original: Original, jobs: Sequence[Job], options: BuildOptions, progre
     prepared = []
     for recipe in {job.recipe.digest(): job.recipe for job in jobs}.values():
         same = [job for job in jobs if job.recipe.digest() == recipe.digest()]
-        memory = plan_on(options.device, original.architecture, recipe, options.max_memory_bytes)
-        documents = _calibration_documents(original, recipe, options)
-        calibration = (
-            pack(documents, original.tokenizer, recipe.calibration, _calibration_context(original))
-            if recipe.calibration
-            else None
-        )
+        memory, documents, calibration = _prepared(original, recipe, options)
         # Before anything takes long: may it be used?
         evaluation_documents(options.evaluation, original.tokenizer, own_fingerprints(documents))
         prepared.append((recipe, same, memory, documents, calibration))
@@ -129,6 +123,32 @@ def build(original: Original, jobs: Sequence[Job], options: BuildOptions, progre
         for work in works:
             shutil.rmtree(work.path)
     return built
+
+
+def _prepared(
+    original: Original, recipe: Recipe, options: BuildOptions
+) -> tuple[MemoryPlan, list[Document], CalibrationSet | None]:
+    """What a walk needs beside the checkpoint."""
+    memory = plan_on(options.device, original.architecture, recipe, options.max_memory_bytes)
+    documents = calibration_documents(original, recipe, options.calibration)
+    if recipe.calibration is None:
+        return memory, documents, None
+    context = calibration_context(original)
+    return memory, documents, pack(documents, original.tokenizer, recipe.calibration, context)
+
+
+def quantize(original: Original, recipe: Recipe, options: BuildOptions, parent: Path, progress: Progress) -> Weights:
+    """The weights that a bundle of ``recipe`` would have, in a work directory below ``parent`` that stays.
+
+    Raises:
+        InputError: the calibration text is too small.
+        MachineError: memory does not suffice, or somebody else is at work on the same.
+    """
+    memory, _, calibration = _prepared(original, recipe, options)
+    work = _work_directory(original, recipe, calibration, memory, options, parent, progress)
+    with work.locked():
+        walk = _walked(original, original.architecture, recipe, calibration, work, memory, options, progress)
+    return Weights(walk.checkpoint, original.architecture, work, walk.parts)
 
 
 def _walked(
@@ -182,7 +202,7 @@ def validate_captured_bundle(
         captured,
         plan=options.validation,
         policy=policy.gates,
-        threads=options.threads,
+        threads=threads_of(manifest, options),
         progress=progress,
     )
     report = assemble(
@@ -225,6 +245,11 @@ def _require_source(directory: Path, manifest: Manifest, given: Source, next_ste
             f"not from {given.title} ({given.digest[:19]}...).",
             next_step=next_step,
         )
+
+
+def threads_of(manifest: Manifest, options: BuildOptions) -> int:
+    """Threads that the bundle runs in."""
+    return options.bundle_threads or manifest.target.session.threads or options.threads
 
 
 def policy_of(manifest: Manifest, options: BuildOptions) -> Policy:
@@ -315,6 +340,7 @@ def _validated(
         plan=options.validation,
         policy=policy.gates,
         threads=options.threads,
+        bundle_threads=threads_of(manifest, options),
         scratch=where,
         progress=progress,
         tasks=options.tasks,
@@ -324,29 +350,6 @@ def _validated(
     )
     write_report(report, where)
     return report
-
-
-def _calibration_context(original: Original) -> int:
-    """Longest sequence on which every block can be computed by itself, without what others select."""
-    architecture = original.architecture
-    return min(architecture.context_length, architecture.attended_tokens or architecture.context_length)
-
-
-def _calibration_documents(original: Original, recipe: Recipe, options: BuildOptions) -> list[Document]:
-    if recipe.calibration is None:
-        if options.calibration:
-            raise InputError(
-                f"The recipe {recipe.name} uses no calibration text, but --calibration gives some.",
-                next_step="Leave --calibration out, or take a recipe that calibrates.",
-            )
-        return []
-    own = user_documents(options.calibration, original.tokenizer)
-    if own and USER not in recipe.calibration.quota:
-        raise InputError(
-            f"The recipe {recipe.name} has no share for text of yours, but --calibration gives some.",
-            next_step=f"Add '{USER} = 40' to [calibration.quota] of the recipe.",
-        )
-    return [*shipped_documents("calibration", set(recipe.calibration.quota) - {USER}), *own]
 
 
 def _work_directory(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from glmexport.definition import Definition
 from glmexport.errors import BundleError
-from glmexport.target import Provider
+from glmexport.target import Provider, SessionOptions
 
 LOOP_CONFIG = "loop.json"
 
@@ -32,6 +32,7 @@ class LoopConfig(Definition):
     #: The graph's file.
     graph: str
     provider: Provider
+    session: SessionOptions = SessionOptions()
     context_length: int
     eos_token_id: tuple[int, ...]
     #: Names of the graph's token ids [B, S], mask [B, T] and logits [B, R, V]: R is S in a short step, and otherwise 1.

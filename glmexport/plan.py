@@ -6,7 +6,7 @@ from pathlib import Path
 
 from glmexport.architecture import Reference
 from glmexport.calibration import evaluation_documents
-from glmexport.compile import BuildOptions, open_bundle, open_captured_bundle, policy_of
+from glmexport.compile import BuildOptions, open_bundle, open_captured_bundle, policy_of, threads_of
 from glmexport.errors import InputError
 from glmexport.job import Original
 from glmexport.progress import Progress
@@ -42,6 +42,7 @@ def plan_bundle(
             next_step="Run validate without --plan once; every later plan rests on what it finds.",
         )
     with progress.track("Timing", 1) as track:
-        rates = measure_rates(ScoringSession(directory, manifest, options.threads), texts, reference, options.threads)
+        session = ScoringSession(directory, manifest, threads_of(manifest, options))
+        rates = measure_rates(session, texts, reference, options.threads)
         track.advance()
     return plan_validation(report.fidelity.languages, policy_of(manifest, options).gates, rates)

@@ -13,6 +13,7 @@ from pydantic import ByteSize, Field
 
 from glmexport.definition import Definition, locate, names, read_toml
 from glmexport.errors import DefinitionError
+from glmexport.evidence import Evidence
 
 TARGETS = "targets"
 HOST = "host"
@@ -56,6 +57,15 @@ class WeightFormats(Definition):
     default_recipe: str
     #: MatMulNBits accuracy_level: 0 keeps fp32 activations, 4 quantizes them to int8 block by block.
     accuracy_level: Literal[0, 1, 2, 3, 4]
+
+
+class SessionOptions(Definition):
+    """Settings of an ONNX Runtime session that are fast on the target."""
+
+    #: Within an operator; None: as many as the machine has cores.
+    threads: int | None = Field(default=None, ge=1)
+    #: Configuration entries, for example ``"session.intra_op.allow_spinning" = "0"``.
+    config: dict[str, str] = Field(default_factory=dict)
 
 
 class Limits(Definition):
@@ -163,8 +173,11 @@ class Target(Definition):
     probe: Probe
     graph: GraphLimits
     weights: WeightFormats
+    session: SessionOptions = SessionOptions()
     gates: Gates
     provenance: Provenance
+    #: Of a target that ``glmexport tune`` wrote.
+    evidence: Evidence | None = None
 
     def can(self, operator: str) -> bool:
         """Whether ``domain::Operator`` runs on this target's provider."""

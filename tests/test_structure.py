@@ -20,13 +20,16 @@ STAGES = (
     "lowering",
     "bundle",
     "validation",
+    "tuning",
     "report",
 )
-SHARED = ("errors", "definition", "loop", "recipe", "target", "resources", "progress", "divergence", "languages")
+SHARED = (
+    "errors", "definition", "loop", "recipe", "evidence", "target", "resources", "progress", "divergence", "languages",
+)  # fmt: skip
 #: May import anything: they run the stages.
 OUTSIDE = (
-    "capture", "compile", "convert", "job", "device", "estimate", "fleet", "generation", "lm_eval",
-    "plan", "provenance", "cli", "__main__",
+    "calibrating", "capture", "compile", "convert", "job", "device", "estimate", "fleet", "generation", "lm_eval",
+    "plan", "provenance", "tune", "cli", "__main__",
 )  # fmt: skip
 #: A checkpoint that is shipped as a package, for the stage that opens checkpoints.
 ALLOWED = {"checkpoint": ("demo",)}

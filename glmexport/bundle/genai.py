@@ -38,6 +38,7 @@ def loop_config(architecture: Architecture, target: Target) -> tuple[str, dict[s
     config = LoopConfig(
         graph=MODEL,
         provider=target.provider,
+        session=target.session,
         context_length=architecture.context_length,
         eos_token_id=architecture.eos_token_ids,
         input_ids=INPUT_IDS,
@@ -80,6 +81,7 @@ def genai_config(architecture: Architecture, target: Target) -> dict[str, Any]:
         heads, size = attention.kv_heads, attention.head_dim
     provider = target.provider
     options = [] if provider.name == "CPUExecutionProvider" else [{provider.name: dict(provider.options)}]
+    threads = target.session.threads
     return {
         "model": {
             "type": "decoder",
@@ -92,7 +94,13 @@ def genai_config(architecture: Architecture, target: Target) -> dict[str, Any]:
             "pad_token_id": architecture.pad_token_id,
             "decoder": {
                 "filename": MODEL,
-                "session_options": {"log_id": "glmexport", "provider_options": options},
+                "session_options": {
+                    "log_id": "glmexport",
+                    **({"intra_op_num_threads": threads} if threads else {}),
+                    # What onnxruntime-genai does not know by name it hands on as a configuration entry.
+                    **target.session.config,
+                    "provider_options": options,
+                },
                 "hidden_size": architecture.hidden_size,
                 "head_size": size,
                 "num_attention_heads": attention.heads,

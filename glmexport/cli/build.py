@@ -13,6 +13,7 @@ from glmexport.cli.console import Terminal, duration, emit, gibibytes
 from glmexport.cli.options import (
     adapter_option,
     budget_options,
+    bundle_threads,
     checkpoint_argument,
     device_option,
     evaluation_options,
@@ -133,6 +134,7 @@ def build(
         validation=ValidationPlan(positions_per_language=positions),
         policy=policy,
         tasks=tasks,
+        bundle_threads=bundle_threads(threads),
     )
     built = compile_bundles(original, jobs, options, terminal)
     for bundle in built:

@@ -24,6 +24,7 @@ from glmexport.cli.reference import reference
 from glmexport.cli.report import report
 from glmexport.cli.run import run
 from glmexport.cli.targets import targets
+from glmexport.cli.tune import tune
 from glmexport.cli.validate import validate
 from glmexport.errors import (
     EXIT_BUG,
@@ -44,7 +45,7 @@ def cli() -> None:
     """
 
 
-for command in (build, compare, convert, devices, inspect, targets, reference, report, run, validate):
+for command in (build, compare, convert, devices, inspect, targets, reference, report, run, tune, validate):
     cli.add_command(command)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from glmexport.cli.console import Bytes
 from glmexport.validation.machine import cores
@@ -35,8 +36,14 @@ def threads_option(command: Command) -> Command:
         type=click.IntRange(min=1),
         default=cores,
         show_default="physical cores",
-        help="Threads of the build, of the bundle and of the original.",
+        help="Threads of the build, of the bundle and of the original. A tuned target has its own for the bundle.",
     )(command)
+
+
+def bundle_threads(threads: int) -> int | None:
+    """``threads`` if the user gave them; None leaves those of the bundle to its target."""
+    source = click.get_current_context().get_parameter_source("threads")
+    return None if source is ParameterSource.DEFAULT else threads
 
 
 def device_option(command: Command) -> Command:

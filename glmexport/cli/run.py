@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from glmexport.cli.console import Terminal, emit
-from glmexport.cli.options import json_option, threads_option
+from glmexport.cli.options import bundle_threads, json_option, threads_option
 
 
 @click.command()
@@ -50,6 +50,7 @@ def run(
     speculation = open_speculation(speculate, draft_tokens)
     manifest = read_manifest(bundle)
     verify_files(bundle, manifest)
+    threads = bundle_threads(threads) or manifest.target.session.threads or threads
     tokenizer = Tokenizer.open(bundle)
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})

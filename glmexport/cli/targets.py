@@ -52,7 +52,7 @@ def show_target(name: str, as_json: bool) -> None:
         emit(target.model_dump_json(indent=2))
         return
     facts = {"summary": target.summary}
-    for section, values in target.model_dump().items():
+    for section, values in target.model_dump(exclude={"evidence": {"candidates"}}).items():
         if isinstance(values, dict):
             facts |= {f"{section}.{key}": _shown(value) for key, value in values.items()}
     Terminal().facts(target.name, facts)

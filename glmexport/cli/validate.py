@@ -11,6 +11,7 @@ from click.core import ParameterSource
 from glmexport.cli.console import Terminal, emit
 from glmexport.cli.options import (
     adapter_option,
+    bundle_threads,
     evaluation_options,
     json_option,
     policy_option,
@@ -73,7 +74,7 @@ def validate(
     from glmexport.bundle import read_manifest
     from glmexport.cli.plan import show_plan
     from glmexport.cli.verdict import exit_code, show
-    from glmexport.compile import BuildOptions, command_line, validate_bundle, validate_captured_bundle
+    from glmexport.compile import BuildOptions, command_line, threads_of, validate_bundle, validate_captured_bundle
     from glmexport.errors import EXIT_PASS
     from glmexport.job import Original
     from glmexport.plan import plan_bundle
@@ -95,6 +96,7 @@ def validate(
         validation=ValidationPlan(positions_per_language=positions),
         policy=open_policy(policy_path) if policy_path else None,
         tasks=tuple(read_tasks(task_files)) if task_files else (),
+        bundle_threads=bundle_threads(threads),
     )
     manifest = read_manifest(bundle)
     original: Original | CapturedReference
@@ -114,7 +116,7 @@ def validate(
             **against,
             "target": manifest.target.name,
             "recipe": manifest.recipe.name,
-            "threads": str(threads),
+            "threads": f"{threads_of(manifest, options)} of the bundle, {threads} of all else",
             **({"devices": ", ".join([*devices, *([str(fleet)] if fleet else [])])} if devices or fleet else {}),
         },
     )

@@ -1,6 +1,6 @@
 """The decoder as an ONNX graph of our own operators, before anything is decided about the hardware."""
 
-from glmexport.graph.build import build_draft, build_graph, own_loop
+from glmexport.graph.build import build_draft, build_graph, build_part, own_loop
 from glmexport.graph.names import (
     ATTENTION_MASK,
     HIDDEN,
@@ -13,6 +13,8 @@ from glmexport.graph.names import (
     PRESENT,
     RECENT_LOGITS,
     SHORT_STEP,
+    STREAM_IN,
+    STREAM_OUT,
 )
 from glmexport.graph.operators import BLOCK, DOMAIN, violations
 
@@ -30,8 +32,11 @@ __all__ = [
     "PRESENT",
     "RECENT_LOGITS",
     "SHORT_STEP",
+    "STREAM_IN",
+    "STREAM_OUT",
     "build_draft",
     "build_graph",
+    "build_part",
     "own_loop",
     "violations",
 ]

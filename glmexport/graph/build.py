@@ -28,6 +28,8 @@ from glmexport.graph.names import (
     PRESENT,
     RECENT_LOGITS,
     SHORT_STEP,
+    STREAM_IN,
+    STREAM_OUT,
 )
 from glmexport.graph.operators import BLOCK, DOMAIN
 from glmexport.target import GraphLimits
@@ -62,6 +64,16 @@ def build_draft(architecture: Architecture, limits: GraphLimits) -> ir.Model:
     assert architecture.token_prediction is not None
     builder = _Builder(architecture, limits)
     return builder.finished(builder.draft(architecture.token_prediction))
+
+
+def build_part(architecture: Architecture, layers: Sequence[DecoderLayer], limits: GraphLimits) -> ir.Model:
+    """``layers``, which follow each other, from one residual stream [B, S, D] to the next; none: norm and lm_head.
+
+    The parts one after the other compute what the whole graph does, each in a session and in memory of its own. Token
+    ids are an input only for their shape.
+    """
+    builder = _Builder(architecture, limits)
+    return builder.finished([builder.part(layers)])
 
 
 class _Builder:
@@ -131,6 +143,18 @@ class _Builder:
             hidden = self.layer(layer, hidden)
         self.block = "head"
         return hidden
+
+    def part(self, layers: Sequence[DecoderLayer]) -> ir.Value:
+        sizes: tuple[str | int, ...] = ("sequence", self.architecture.hidden_size)
+        stream = _value(STREAM_IN, ir.DataType.FLOAT, ["batch", *sizes])
+        self.inputs.append(stream)
+        for layer in layers:
+            self.block = f"block_{layer.index:03d}"
+            stream = self.layer(layer, stream)
+        if layers:
+            return self.declare(stream, STREAM_OUT, sizes)
+        self.block = "head"
+        return self.logits(LOGITS, self.norm(self.architecture.final_norm, stream), "sequence")
 
     def logits(self, name: str, normed: ir.Value, positions: str | int, head: Linear | None = None) -> ir.Value:
         head = head or self.architecture.lm_head

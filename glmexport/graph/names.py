@@ -14,3 +14,5 @@ SHORT_STEP = 16
 PAST = "past_key_values.{layer}.{kind}"
 PRESENT = "present.{layer}.{kind}"
 LATENT, INDEX = "latent", "index"
+#: The residual stream before and behind a part of the model.
+STREAM_IN, STREAM_OUT = "stream_in", "stream_out"

@@ -40,12 +40,12 @@ class LatentLoop:
     ) -> None:
         _refuse(bundle, config, speculation)
         self._config = config
-        self._session = open_session(bundle / config.graph, config.provider, threads, profile)
+        self._session = open_session(bundle / config.graph, config.provider, threads, profile, config.session.config)
         self.graph = CapacityGraph(self._session, config, config.context_length)
         self.context_length = config.context_length
         self._draft: CapacityGraph | None = None
         if speculation and speculation.method == "mtp" and config.draft:
-            session = open_session(bundle / config.draft.graph, config.provider, threads)
+            session = open_session(bundle / config.draft.graph, config.provider, threads, config=config.session.config)
             self._draft = CapacityGraph(session, config.draft, config.context_length)
 
     @property

@@ -32,6 +32,7 @@ def measure_performance(
     confidence: float,
     threads: int,
     progress: Progress,
+    bundle_threads: int | None = None,
 ) -> Performance:
     """Measure the bundle in ``directory``, and the original if it is at hand and this machine holds both.
 
@@ -43,8 +44,9 @@ def measure_performance(
         generated_tokens: after it, at least 2.
         seconds: of rounds; see ``take_turns``.
         confidence: of each bound by itself.
-        threads: of either.
+        threads: of the original, and to read memory with.
         progress: who watches.
+        bundle_threads: of the bundle, if it has others.
 
     Raises:
         MachineError: a process failed, for example for lack of memory.
@@ -52,7 +54,7 @@ def measure_performance(
     bandwidth = memory_bandwidth(threads)
     absent = _absent(manifest, checkpoint)
 
-    def request(runtime: RuntimeName, where: Path) -> RuntimeRequest:
+    def request(runtime: RuntimeName, where: Path, threads: int) -> RuntimeRequest:
         return RuntimeRequest(
             runtime=runtime,
             directory=str(where),
@@ -61,11 +63,11 @@ def measure_performance(
             threads=threads,
         )
 
-    requests = [request("onnxruntime-genai", directory)]
+    requests = [request("onnxruntime-genai", directory, bundle_threads or threads)]
     if not absent and checkpoint is not None:
         # The directory is that of the base: transformers would need the whole model to merge an adapter, and a merged
         # matrix has the same shape and so the same speed.
-        requests.append(request("transformers", checkpoint.path))
+        requests.append(request("transformers", checkpoint.path, threads))
     bundle, *others = take_turns(requests, seconds, progress)
     original = others[0] if others else None
     per_token = manifest.precision.bytes_per_decoded_token

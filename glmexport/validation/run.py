@@ -118,6 +118,7 @@ def validate(
     plan: ValidationPlan,
     policy: Gates,
     threads: int,
+    bundle_threads: int,
     scratch: Path,
     progress: Progress,
     tasks: Sequence[Task] = (),
@@ -133,7 +134,8 @@ def validate(
         documents: evaluation text, disjoint from what the bundle was calibrated on.
         plan: how much to measure.
         policy: what the bundle has to keep.
-        threads: of the bundle and of the original.
+        threads: of the original.
+        bundle_threads: of the bundle.
         scratch: where the original's hidden states are kept meanwhile.
         progress: who watches.
         tasks: of the user's, to be asked as well.
@@ -142,7 +144,7 @@ def validate(
     torch.set_num_threads(threads)
     reference = Reference(checkpoint, architecture)
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
-        session = ScoringSession(directory, manifest, threads)
+        session = ScoringSession(directory, manifest, bundle_threads)
         states = reference_states(reference, texts, Path(folder), progress)
         divergences = compare(
             Streamed(states, reference), partial(_bundle_answer, session, texts), progress, _IN_ONNX_RUNTIME
@@ -153,9 +155,11 @@ def validate(
         fidelity = summarize(texts, divergences, tokenizer, arithmetic(manifest), noise)
         shares = _shares(directory, manifest, sample, plan, session, Path(folder), progress, after)
         routing = routing_agreement(before, after) if shares else ()
-        behaviour = _behaviour(directory, documents, tasks, session, reference, plan, threads, Path(folder), progress)
+        behaviour = _behaviour(
+            directory, documents, tasks, session, reference, plan, bundle_threads, Path(folder), progress
+        )
     weights = check_weights(directory, manifest, reference, progress)
-    performance = _performance(directory, manifest, checkpoint, texts, plan, policy, threads, progress)
+    performance = _performance(directory, manifest, checkpoint, texts, plan, policy, threads, bundle_threads, progress)
     prompts = prompt_parity(golden_prompts(checkpoint, documents), Tokenizer.open(directory))
     return judged(fidelity, weights, prompts, behaviour, shares, routing, performance, manifest, policy)
 
@@ -179,7 +183,7 @@ def validate_captured(
     divergences = compare(captured, answers, progress, _IN_ONNX_RUNTIME)
     capture = captured.capture
     fidelity = summarize(texts, divergences, tokenizer, arithmetic(manifest), capture.noise, captured.audit(answers))
-    performance = _performance(directory, manifest, None, texts, plan, policy, threads, progress)
+    performance = _performance(directory, manifest, None, texts, plan, policy, threads, threads, progress)
     parity = prompt_parity(capture.prompts, tokenizer)
     behaviour = None
     if plan.behaviour and capture.answers:
@@ -374,6 +378,7 @@ def _performance(
     plan: ValidationPlan,
     policy: Gates,
     threads: int,
+    bundle_threads: int,
     progress: Progress,
 ) -> Performance:
     return measure_performance(
@@ -385,5 +390,6 @@ def _performance(
         seconds=plan.speed_seconds,
         confidence=policy.confidence,
         threads=threads,
+        bundle_threads=bundle_threads,
         progress=progress,
     )

@@ -2,7 +2,7 @@
 
 A process of its own, because peak memory is a property of a process and because two runtimes in one would share
 thread pools and caches. ``python -m glmexport.validation.runtimes REQUEST`` answers each line of its standard input
-(``generate``, ``memory``, ``place``) by one line of JSON, and ends with its input.
+(``generate``, ``generate N``, ``memory``, ``place``) by one line of JSON, and ends with its input.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ class Nodes(Definition):
 class _Runtime(Protocol):
     name: str
 
-    def generate(self) -> Iterator[None]:
-        """Yields after each token; the first step is the prefill."""
+    def generate(self, prompt_tokens: int | None = None) -> Iterator[None]:
+        """Yields after each token; the first step is the prefill, of the first ``prompt_tokens`` if they are given."""
         ...
 
 
@@ -90,13 +90,14 @@ class _Genai:
         self._prompt = np.array([request.prompt], np.int32)
         self._tokens = request.generated_tokens
 
-    def generate(self) -> Iterator[None]:
+    def generate(self, prompt_tokens: int | None = None) -> Iterator[None]:
         parameters = self._library.GeneratorParams(self._model)
-        total = self._prompt.shape[1] + self._tokens
+        prompt = self._prompt[:, :prompt_tokens]
+        total = prompt.shape[1] + self._tokens
         # No end token ends it earlier.
         parameters.set_search_options(max_length=total, min_length=total, do_sample=False)
         generator = self._library.Generator(self._model, parameters)
-        generator.append_tokens(self._prompt)
+        generator.append_tokens(prompt)
         for _ in range(self._tokens):
             generator.generate_next_token()
             yield
@@ -115,8 +116,8 @@ class _Latents:
         self._prompt = request.prompt
         self._tokens = request.generated_tokens
 
-    def generate(self) -> Iterator[None]:
-        for _ in islice(self._loop.start([self._prompt]), self._tokens):
+    def generate(self, prompt_tokens: int | None = None) -> Iterator[None]:
+        for _ in islice(self._loop.start([self._prompt[:prompt_tokens]]), self._tokens):
             yield
 
 
@@ -134,10 +135,10 @@ class _Transformers:
         self._prompt = torch.tensor([request.prompt])
         self._tokens = request.generated_tokens
 
-    def generate(self) -> Iterator[None]:
+    def generate(self, prompt_tokens: int | None = None) -> Iterator[None]:
         import torch
 
-        ids, cache = self._prompt, None
+        ids, cache = self._prompt[:, :prompt_tokens], None
         for _ in range(self._tokens):
             with torch.inference_mode():
                 output: Any = self._model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -168,24 +169,26 @@ def serve(request: RuntimeRequest, commands: TextIO, replies: TextIO) -> None:
     _time(model, counters)
     reply(Loaded(runtime=model.name, load_s=load))
     for command in commands:
-        match command.strip():
-            case "generate":
+        match command.split():
+            case ["generate"]:
                 reply(_time(model, counters))
-            case "memory":
+            case ["generate", tokens]:
+                reply(_time(model, counters, int(tokens)))
+            case ["memory"]:
                 used, source = peak_memory_and_source()
                 reply(Memory(bytes=used, source=source, energy_absent_because=None if counters else str(energy)))
-            case "place":
+            case ["place"]:
                 # Not two models in memory at a time; nothing can be generated after this.
                 del model
                 gc.collect()
                 reply(Nodes(nodes=profile(Path(request.directory), request.prompt, request.threads)))
-            case other:
-                raise ValueError(f"no such command: {other!r}")
+            case _:
+                raise ValueError(f"no such command: {command!r}")
 
 
-def _time(runtime: _Runtime, energy: Rapl | None) -> Round:
+def _time(runtime: _Runtime, energy: Rapl | None, prompt_tokens: int | None = None) -> Round:
     started = time.perf_counter()
-    steps = runtime.generate()
+    steps = runtime.generate(prompt_tokens)
     next(steps)
     first = time.perf_counter() - started
     before = energy.read() if energy else ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,15 @@ from glmexport.target import Provider
 
 
 def open_session(
-    graph: Path, provider: Provider, threads: int, profile: Path | None = None
+    graph: Path,
+    provider: Provider,
+    threads: int,
+    profile: Path | None = None,
+    config: Mapping[str, str] | None = None,
 ) -> onnxruntime.InferenceSession:
     """A graph of a bundle on its target's provider; ``profile`` begins the name of a profile.
+
+    ``config`` are entries of the session's configuration.
 
     Raises:
         MachineError: this ONNX Runtime has no execution provider of that name.
@@ -33,6 +40,8 @@ def open_session(
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
+    for name, value in (config or {}).items():
+        options.add_session_config_entry(name, value)
     if profile:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
     try:
@@ -57,7 +66,9 @@ class ScoringSession:
     """
 
     def __init__(self, directory: Path, manifest: Manifest, threads: int) -> None:
-        self._session = open_session(directory / SCORING, manifest.target.provider, threads)
+        self._session = open_session(
+            directory / SCORING, manifest.target.provider, threads, config=manifest.target.session.config
+        )
         self._caches = {
             value.name: value.shape
             for value in self._session.get_inputs()

@@ -1,0 +1,186 @@
+"""What a target leaves open: every legal combination of formats, arithmetic, projections and session settings."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from glmexport.architecture import Architecture, GroupedQueryAttention
+from glmexport.evidence import Settings
+from glmexport.recipe import Recipe
+from glmexport.target import Target
+
+#: Providers that have kernels for more than one accuracy_level; others ignore it.
+_LEVELS = {"CPUExecutionProvider": (0, 4), "WebGpuExecutionProvider": (0, 4)}
+#: fp32 activations: the arithmetic that the others are compared with.
+EXACT_LEVEL = 0
+#: Whether idle threads of the CPU's pool wait in a loop, which saves waking them and takes the processor from others.
+SPINNING = "session.intra_op.allow_spinning"
+_SESSION: dict[str, dict[str, tuple[str, ...]]] = {"CPUExecutionProvider": {SPINNING: ("1", "0")}}
+#: Of the cores, for the candidates of threads.
+_SHARES = (1.0, 0.75, 0.5, 0.25)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, order=True)
+class Numerics:
+    """What of the settings decides the numbers that come out; all else decides only how fast."""
+
+    recipe: str
+    accuracy_level: int
+
+    @property
+    def exact(self) -> Numerics:
+        """The same weights in fp32 arithmetic."""
+        return Numerics(self.recipe, EXACT_LEVEL)
+
+
+def numerics(settings: Settings) -> Numerics:
+    """Those of ``settings``."""
+    return Numerics(settings.recipe, settings.accuracy_level)
+
+
+@dataclass(frozen=True)
+class Axes:
+    """Alternatives of every setting; a candidate is one of each."""
+
+    recipes: tuple[str, ...]
+    accuracy_levels: tuple[int, ...]
+    packed_qkv: tuple[bool, ...]
+    threads: tuple[int, ...]
+    #: By name of a session entry and of a provider option.
+    session: Mapping[str, tuple[str, ...]]
+    provider: Mapping[str, tuple[str, ...]]
+
+
+def start_settings(target: Target, recipe: str, cores: int) -> Settings:
+    """What ``target`` says now; what it leaves to the runtime is the runtime's default."""
+    return Settings(
+        recipe=recipe,
+        accuracy_level=target.weights.accuracy_level,
+        packed_qkv=target.graph.packed_qkv,
+        threads=target.session.threads or cores,
+        session=target.session.config,
+        provider=target.provider.options,
+    )
+
+
+def axes_of(
+    target: Target,
+    architecture: Architecture,
+    recipes: Mapping[str, Recipe],
+    start: Settings,
+    cores: int,
+    *,
+    threads: Sequence[int] = (),
+    session: Mapping[str, tuple[str, ...]] | None = None,
+    provider: Mapping[str, tuple[str, ...]] | None = None,
+) -> Axes:
+    """The alternatives that are legal for ``target`` and make a difference for ``architecture``.
+
+    Args:
+        target: what the hardware can do; what it cannot is no candidate.
+        architecture: whose graph is lowered.
+        recipes: whose formats the target has kernels for, by the name or file that a target calls them by.
+        start: always among the candidates.
+        cores: that the threads go up to, if none are given.
+        threads: numbers to try in place of shares of the cores.
+        session: further entries of the session's configuration, each with values to try.
+        provider: options of the provider, each with values to try.
+    """
+    quantizes = any(recipe.quantizes_linears for recipe in recipes.values())
+    levels = _LEVELS.get(target.provider.name, ()) if quantizes else ()
+    packs = any(
+        isinstance(layer.attention, GroupedQueryAttention) and not layer.attention.norms
+        for layer in architecture.layers
+    )
+    counts = tuple(threads) or tuple(max(1, round(cores * share)) for share in _SHARES)
+    entries = {**_SESSION.get(target.provider.name, {}), **(session or {})}
+    return Axes(
+        recipes=_unique(start.recipe, *recipes),
+        accuracy_levels=_unique(start.accuracy_level, *levels),
+        # A target that cannot multiply with packed projections says so.
+        packed_qkv=_unique(start.packed_qkv, *([False] if packs and target.graph.packed_qkv else [])),
+        threads=_unique(start.threads, *counts),
+        session=entries,
+        provider=provider or {},
+    )
+
+
+def candidates(start: Settings, axes: Axes) -> list[Settings]:
+    """Every combination, the start first; none twice."""
+    found = {identity(start): start}
+    product = itertools.product(
+        axes.recipes,
+        axes.accuracy_levels,
+        axes.packed_qkv,
+        axes.threads,
+        _combinations(axes.session),
+        _combinations(axes.provider),
+    )
+    for recipe, level, packed, threads, session, provider in product:
+        settings = Settings.model_validate(
+            {
+                "recipe": recipe,
+                "accuracy_level": level,
+                "packed_qkv": packed,
+                "threads": threads,
+                "session": _with_defaults(start.session, session),
+                "provider": {**start.provider, **provider},
+            }
+        )
+        found.setdefault(identity(settings), settings)
+    return list(found.values())
+
+
+def _with_defaults(start: Mapping[str, str], changes: Mapping[str, str]) -> dict[str, str]:
+    """An entry that has the runtime's default is left out, so that two spellings are one candidate."""
+    merged = {**start, **changes}
+    return {name: value for name, value in merged.items() if name in start or (name, value) != (SPINNING, "1")}
+
+
+def identity(settings: Settings) -> str:
+    """Equal for equal settings, whatever the order of their entries."""
+    ordered = settings.model_copy(
+        update={"session": dict(sorted(settings.session.items())), "provider": dict(sorted(settings.provider.items()))}
+    )
+    return ordered.model_dump_json()
+
+
+def with_settings(target: Target, settings: Settings) -> Target:
+    """``target`` with every setting of a candidate."""
+    return target.model_copy(
+        update={
+            "provider": target.provider.model_copy(update={"options": settings.provider}),
+            "graph": target.graph.model_copy(update={"packed_qkv": settings.packed_qkv}),
+            "weights": target.weights.model_copy(
+                update={"default_recipe": settings.recipe, "accuracy_level": settings.accuracy_level}
+            ),
+            "session": target.session.model_copy(update={"threads": settings.threads, "config": settings.session}),
+        }
+    )
+
+
+def label(settings: Settings) -> str:
+    """Short, for people."""
+    activations = {0: "fp32", 1: "fp32", 2: "fp16", 3: "bf16", 4: "int8"}[settings.accuracy_level]
+    parts = [
+        settings.recipe,
+        activations,
+        f"{'fused' if settings.packed_qkv else 'split'} QKV",
+        f"{settings.threads} thread{'s' if settings.threads > 1 else ''}",
+        *(f"{name.rpartition('.')[2]}={value}" for name, value in sorted(settings.session.items())),
+        *(f"{name}={value}" for name, value in sorted(settings.provider.items())),
+    ]
+    return ", ".join(parts)
+
+
+def _combinations(values: Mapping[str, tuple[str, ...]]) -> list[dict[str, str]]:
+    return [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
+
+
+def _unique(*values: T) -> tuple[T, ...]:
+    return tuple(dict.fromkeys(values))

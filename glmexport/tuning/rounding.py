@@ -1,0 +1,86 @@
+"""Weights as a recipe stores them, rounded to nearest when they are asked for: nothing is kept, nothing on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from glmexport.architecture import Architecture
+from glmexport.checkpoint import Checkpoint
+from glmexport.quantization.linear import QuantizedLinear
+from glmexport.quantization.nearest import round_to_nearest
+from glmexport.quantization.packing import pack_codes, pack_zero_points
+from glmexport.quantization.stored import stored_linear
+from glmexport.quantization.weights import Weights
+from glmexport.recipe import Format, Recipe
+
+#: Weights that are rounded together.
+_CHUNK = 1 << 24
+
+
+class RoundedWeights(Weights):
+    """Every matrix in its format of ``recipe``, on a ``searched`` grid or on the one that just covers its range.
+
+    The search costs several times the rounding, and changes no speed. Matrices of a quantized checkpoint keep their
+    codes.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, architecture: Architecture, recipe: Recipe, *, searched: bool) -> None:
+        super().__init__(checkpoint, architecture, None, [])
+        self._searched = searched
+        self._stored = {key: form.exact for key, form in checkpoint.quantized.items()} if recipe.keeps_stored else {}
+        self._rounded = _formats(architecture, recipe)
+        #: The last matrices that were asked for: codes, scales and zero points come one after the other.
+        self._last: tuple[tuple[str, ...], QuantizedLinear] | None = None
+
+    def form(self, key: str) -> Format | None:
+        """Format of the matrix with that checkpoint key; None if it stays in full precision."""
+        return self._stored.get(key) or self._rounded.get(key)
+
+    def quantized(self, key: str) -> QuantizedLinear:
+        """A matrix, rounded now."""
+        form = self.form(key)
+        assert form is not None
+        if key in self._stored:
+            stored = stored_linear(self.checkpoint, key, _CHUNK)
+            assert stored is not None
+            return stored
+        # At 8 bits the search finds nothing to gain.
+        importance = torch.ones(self.shape(key)[1]) if self._searched and form.bits < 8 else None
+        return QuantizedLinear.concatenate([round_to_nearest(rows, form, importance) for rows in self._chunks(key)])
+
+    def packed(self, keys: list[str], what: str) -> Tensor:
+        """``codes``, ``scales`` or ``zero_points``, packed and stacked along their rows."""
+        wanted = tuple(keys)
+        if self._last is None or self._last[0] != wanted:
+            self._last = None
+            self._last = (wanted, QuantizedLinear.concatenate([self.quantized(key) for key in keys]))
+        linear = self._last[1]
+        if what == "codes":
+            return pack_codes(linear)
+        if what == "scales":
+            return linear.scales
+        zero_points = pack_zero_points(linear)
+        assert zero_points is not None
+        return zero_points
+
+    def _chunks(self, key: str) -> Iterator[Tensor]:
+        rows, columns = self.shape(key)
+        count = max(64, _CHUNK // columns)
+        for start in range(0, rows, count):
+            yield self.checkpoint.rows(key, start, min(start + count, rows))
+
+
+def _formats(architecture: Architecture, recipe: Recipe) -> dict[str, Format]:
+    """By weight key, of what the recipe rounds."""
+    routed = architecture.routed
+    forms: dict[str, Format | None] = {}
+    if not recipe.keeps_stored:
+        forms = {
+            linear.weight: recipe.linear(mixture=bool(routed), routed=linear.weight in routed)
+            for _, linear in architecture.linears
+        }
+    forms |= {architecture.lm_head.weight: recipe.lm_head, architecture.embedding: recipe.embedding}
+    return {key: form for key, form in forms.items() if form is not None}

@@ -1,0 +1,122 @@
+"""Successive halving over the legal candidates: little time for many of them, more for those that are left.
+
+1. Two rounds each: of every class of equal numerics the faster half goes on.
+2. As many rounds as bounds take: the fastest of each class goes on, unless another class surely beats it.
+3. Rounds for the time given: the front, and the choice.
+4. The choice again, in rounds that took no part in choosing: the best of many is in part the luckiest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+from glmexport.errors import MachineError
+from glmexport.evidence import Divergences, Gains, Outcome, Preference, Settings
+from glmexport.progress import Progress
+from glmexport.quantization import WorkDirectory
+from glmexport.tuning.candidates import Numerics, identity, label, numerics
+from glmexport.tuning.measure import Pair, Side, as_numbers, from_numbers, gains_of, take_pairs
+from glmexport.tuning.pareto import Timed, better_half, contenders, front, pick
+from glmexport.validation.speed import LEAST_ROUNDS
+
+_FEW_ROUNDS = 2
+
+#: Loads a candidate.
+Load = Callable[[Settings], Side]
+
+
+@dataclass(frozen=True)
+class Fate:
+    """What became of a candidate."""
+
+    outcome: Outcome
+    reason: str
+    gains: Gains | None = None
+
+
+@dataclass
+class Search:
+    """Measurements are committed to ``work`` one by one, and taken from there if they are there."""
+
+    start: Settings
+    load: Load
+    divergences: Mapping[Numerics, Divergences]
+    work: WorkDirectory
+    prefer: Preference
+    confidence: float
+    #: Of the rounds of a finalist.
+    seconds: float
+    progress: Progress
+    #: By identity.
+    fates: dict[str, Fate] = field(default_factory=dict)
+
+    def choose(self, legal: Sequence[Settings], *, start_is_legal: bool) -> tuple[Timed | None, Gains | None]:
+        """The choice among ``legal``, without the start, and its speed in rounds of its own; None: the start stays."""
+        first = self._timed("first", legal, _FEW_ROUNDS, 0)
+        speeds = {identity(each.settings): (numerics(each.settings), each.speed) for each in first}
+        hopeful = set(better_half(speeds))
+        self._drop(first, [each for each in first if identity(each.settings) in hopeful], "slower in its class")
+        second = self._timed("second", _settings(first, hopeful), LEAST_ROUNDS, 0)
+        finalists = contenders(second)
+        self._drop(second, finalists, "slower than another that diverges no more")
+        final = self._timed("final", [each.settings for each in finalists], LEAST_ROUNDS, self.seconds)
+        best = front(final)
+        for each in final:
+            outcome: Outcome = "front" if each in best else "beaten"
+            self._note(each, outcome, "none is both faster and less divergent" if each in best else "another is both")
+        chosen = pick(final, start_is_legal=start_is_legal)
+        if chosen is None:
+            return None, None
+        (confirmed,) = self._timed("confirm", [chosen.settings], LEAST_ROUNDS, self.seconds)
+        if start_is_legal and not confirmed.gains.preferred.sure:
+            self._note(chosen, "front", "seemed faster, and was not surely so in rounds of its own")
+            return None, confirmed.gains
+        self._note(chosen, "chosen", "the fastest, or the least divergent that cannot be told from it")
+        return chosen, confirmed.gains
+
+    def _timed(self, stage: str, settings: Sequence[Settings], rounds: int, seconds: float) -> list[Timed]:
+        """Those of ``settings`` that run here, each beside the start, which is loaded once for all."""
+        timed = []
+        with ExitStack() as stack, self.progress.track(f"Speed: {stage} turns", len(settings)) as track:
+            start: Side | None = None
+            for each in settings:
+                step = f"{stage}-{hashlib.sha256(identity(each).encode()).hexdigest()[:16]}"
+                record = self.work.record(step)
+                if record is None:
+                    start = start or stack.enter_context(self.load(self.start))
+                    pairs = self._pairs(start, each, rounds, seconds)
+                    if pairs:
+                        self.work.commit(step, {}, {"pairs": as_numbers(pairs)})
+                else:
+                    pairs = from_numbers(record["note"]["pairs"])
+                if pairs:
+                    gains = gains_of(pairs, self.prefer, self.confidence)
+                    timed.append(Timed(each, gains, self.divergences[numerics(each)]))
+                track.advance(1, label(each))
+        return timed
+
+    def _pairs(self, start: Side, settings: Settings, rounds: int, seconds: float) -> list[Pair]:
+        """Nothing where the candidate does not run, which does not end the search."""
+        try:
+            candidate = self.load(settings)
+        except MachineError as error:
+            self.progress.remark(f"{label(settings)} does not run here: {error.message}")
+            self.fates[identity(settings)] = Fate("illegal", f"does not run here: {error.message}")
+            return []
+        with candidate:
+            return take_pairs(start, candidate, rounds, seconds)
+
+    def _drop(self, before: Sequence[Timed], after: Sequence[Timed], reason: str) -> None:
+        for each in before:
+            if each not in after:
+                self._note(each, "beaten", reason)
+
+    def _note(self, timed: Timed, outcome: Outcome, reason: str) -> None:
+        self.fates[identity(timed.settings)] = Fate(outcome, reason, timed.gains)
+
+
+def _settings(timed: Sequence[Timed], kept: set[str]) -> list[Settings]:
+    return [each.settings for each in timed if identity(each.settings) in kept]

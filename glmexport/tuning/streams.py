@@ -1,0 +1,249 @@
+"""How far each arithmetic and format moves the whole model: its graph in ONNX Runtime, one decoder block at a time.
+
+Each block is lowered as a bundle's would be and run in a session of its own, on the residual stream that the blocks
+before it gave. What comes out behind the last one is what the whole graph gives, with one block in memory. The
+activations of every candidate are committed after each block, so that a measurement that is killed goes on there.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from glmexport.architecture import DecoderLayer, Reference
+from glmexport.bundle.external import write_graphs
+from glmexport.divergence import kl_divergence
+from glmexport.evidence import Deviation, Divergences
+from glmexport.graph import ATTENTION_MASK, INPUT_IDS, LOGITS, STREAM_IN, STREAM_OUT, build_part
+from glmexport.lowering import lower
+from glmexport.progress import Progress, Silent
+from glmexport.quantization import WorkDirectory
+from glmexport.quantization.weights import Weights
+from glmexport.target import Target
+from glmexport.tuning.slices import units
+from glmexport.validation.fidelity import Streamed, position_slices
+from glmexport.validation.results import badness
+from glmexport.validation.session import open_session
+from glmexport.validation.statistics import bounds, clustered_mean
+from glmexport.validation.texts import EvaluationText
+
+#: Of caches.
+_TYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int8)": np.int8,
+    "tensor(uint8)": np.uint8,
+}
+
+
+@dataclass(frozen=True)
+class Document:
+    """Of one text: sums over its positions of the divergence, nats."""
+
+    language: str
+    positions: int
+    original: float
+    arithmetic: float
+
+
+class Streams:
+    """One quantized model in several kinds of arithmetic over ``texts``.
+
+    Args:
+        name: of its steps in ``work``.
+        weights: as its recipe leaves them; the numbers are read block by block.
+        reference: of the same model, for what is not computed by the graph: embedding and rotary tables.
+        targets: that the graph is lowered for, by what the variants are called; one of them is ``exact``.
+        exact: the variant in fp32 arithmetic.
+        texts: what is asked.
+        work: where finished blocks are kept.
+        threads: of the sessions.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        weights: Weights,
+        reference: Reference,
+        targets: Mapping[str, Target],
+        exact: str,
+        texts: Sequence[EvaluationText],
+        work: WorkDirectory,
+        threads: int,
+    ) -> None:
+        self._name = name
+        self._weights = weights
+        self._reference = reference
+        self._targets = targets
+        self._exact = exact
+        self._texts = texts
+        self._work = work
+        self._threads = threads
+        self._units = units(weights.architecture)
+        self._steps = [f"{name}.{index:03d}" for index in range(len(self._units) + 1)]
+        self._spans = list(pairwise(accumulate((len(text.ids) for text in texts), initial=0)))
+        self._tables = reference.rotary_tables(max(len(text.ids) for text in texts))
+
+    def divergences(self, original: Streamed, progress: Progress) -> dict[str, list[Document]]:
+        """Of every variant, from the original's answers and from the exact variant's, text by text."""
+        found = self._work.record(self._name)
+        if found is None:
+            self._run(progress)
+            measured = self._compare(original, progress)
+            note = {key: [vars(document) for document in documents] for key, documents in measured.items()}
+            self._work.commit(self._name, {}, note)
+            for step in self._steps:
+                self._work.forget(step)
+            found = {"note": note}
+        return {key: [Document(**values) for values in rows] for key, rows in found["note"].items()}
+
+    def _run(self, progress: Progress) -> None:
+        """Commit the streams behind every unit that is not committed yet."""
+        done = next((index for index in range(len(self._steps), 0, -1) if self._is_there(self._steps[index - 1])), 0)
+        if not done:
+            ids = torch.cat([text.ids for text in self._texts])
+            embedded = self._embedded(ids)[:, None]
+            self._work.commit(self._steps[0], {}, {}, {key: iter([embedded]) for key in self._targets})
+            done = 1
+        with progress.track(f"Divergence: {self._name}", len(self._units)) as track:
+            track.advance(done - 1)
+            for index in range(done, len(self._steps)):
+                before = self._steps[index - 1]
+                with tempfile.TemporaryDirectory(dir=self._work.path) as folder:
+                    self._write(self._units[index - 1], Path(folder))
+                    streams = {key: self._through(key, Path(folder), before) for key in self._targets}
+                    self._work.commit(self._steps[index], {}, {}, streams)
+                self._work.drop_activations(before)
+                track.advance(1, f"block {self._units[index - 1][-1].index}")
+
+    def _is_there(self, step: str) -> bool:
+        return self._work.record(step) is not None and all(
+            self._work.has_activations(step, key) for key in self._targets
+        )
+
+    def _embedded(self, ids: Tensor) -> Tensor:
+        """[rows, D] fp32: looking up is the same in every arithmetic."""
+        key = self._weights.architecture.embedding
+        if self._weights.form(key) is None:
+            return self._reference.embed(ids)
+        return self._weights.quantized(key).lookup(ids)
+
+    def _write(self, layers: Sequence[DecoderLayer], folder: Path) -> None:
+        """A graph a variant; weights that they have in common are made and stored once."""
+        graphs = {
+            f"{key}.onnx": lower(
+                build_part(self._weights.architecture, layers, target.graph), target, self._weights, self._tables
+            )
+            for key, target in self._targets.items()
+        }
+        write_graphs(graphs, folder, Silent())
+
+    def _through(self, key: str, folder: Path, before: str) -> Iterator[Tensor]:
+        """Rows [length, 1, D] of every text behind the graph in ``folder``."""
+        part = _Part(folder / f"{key}.onnx", self._targets[key], self._threads)
+        for text, span in zip(self._texts, self._spans, strict=True):
+            yield part.run(STREAM_OUT, text.ids, self._rows(before, key, span)).transpose(0, 1)
+
+    def _rows(self, step: str, key: str, span: tuple[int, int]) -> Tensor:
+        """The stream of one text, [1, length, D]."""
+        shape = (self._spans[-1][1], 1, self._weights.architecture.hidden_size)
+        return self._work.activations(step, key, shape).read(*span).transpose(0, 1)
+
+    def _compare(self, original: Streamed, progress: Progress) -> dict[str, list[Document]]:
+        measured: dict[str, list[Document]] = {key: [] for key in self._targets}
+        last = self._steps[-1]
+        with tempfile.TemporaryDirectory(dir=self._work.path) as folder:
+            self._write((), Path(folder))
+            heads = {
+                key: _Part(Path(folder) / f"{key}.onnx", target, self._threads) for key, target in self._targets.items()
+            }
+            with progress.track(f"Divergence: {self._name}, head", len(self._texts)) as track:
+                for index, (text, span) in enumerate(zip(self._texts, self._spans, strict=True)):
+
+                    def logits(key: str, text: EvaluationText = text, span: tuple[int, int] = span) -> Tensor:
+                        return heads[key].run(LOGITS, text.ids, self._rows(last, key, span))[0, text.prefix - 1 : -1]
+
+                    exact = logits(self._exact)
+                    for key in self._targets:
+                        given = exact if key == self._exact else logits(key)
+                        measured[key].append(
+                            Document(
+                                language=text.language,
+                                positions=text.positions,
+                                original=float(original.divergence(index, given).kl.double().sum()),
+                                arithmetic=_sum_of_kl(exact, given),
+                            )
+                        )
+                    track.advance(1, text.language)
+        return measured
+
+
+class _Part:
+    """A graph of some blocks, or of the head, with empty caches before every text."""
+
+    def __init__(self, graph: Path, target: Target, threads: int) -> None:
+        self._session: onnxruntime.InferenceSession = open_session(graph, target.provider, threads)
+        self._inputs = self._session.get_inputs()
+
+    def run(self, output: str, ids: Tensor, stream: Tensor) -> Tensor:
+        """``output`` for the ``stream`` [1, length, D] of token ``ids`` [length]."""
+        length = len(ids)
+        given: dict[str, NDArray[Any]] = {
+            INPUT_IDS: ids[None].numpy(),
+            ATTENTION_MASK: np.ones((1, length), np.int64),
+            STREAM_IN: stream.contiguous().numpy(),
+        }
+        sizes = {"batch": 1, "past_sequence": 0, "capacity": length}
+        feeds = {
+            value.name: given[value.name]
+            if value.name in given
+            # A cache that grows begins empty; one of fixed capacity has room for all.
+            else np.zeros([sizes.get(size, size) for size in value.shape], _TYPES[value.type])
+            for value in self._inputs
+        }
+        (result,) = self._session.run([output], feeds)
+        return torch.from_numpy(result)
+
+
+def _sum_of_kl(exact: Tensor, given: Tensor) -> float:
+    """Over the positions of logits [positions, V]: KL(exact || given), nats."""
+    if exact is given:
+        return 0.0
+    slices = position_slices(len(exact))
+    return sum(
+        float(kl_divergence(exact[each].double().log_softmax(-1), given[each].double().log_softmax(-1)).sum())
+        for each in slices
+    )
+
+
+def summarized(documents: Sequence[Document], confidence: float) -> Divergences:
+    """Over all languages, with documents as the sample."""
+    return Divergences(
+        original=_deviation([(each.language, each.positions, each.original) for each in documents], confidence),
+        arithmetic=_deviation([(each.language, each.positions, each.arithmetic) for each in documents], confidence),
+        positions=sum(each.positions for each in documents),
+    )
+
+
+def _deviation(rows: Sequence[tuple[str, int, float]], confidence: float) -> Deviation:
+    estimate = clustered_mean([total for *_, total in rows], [count for _, count, _ in rows], "positive")
+    upper = bounds(estimate, confidence)[1]
+    languages: dict[str, tuple[float, int]] = {}
+    for language, count, total in rows:
+        before = languages.get(language, (0.0, 0))
+        languages[language] = before[0] + total, before[1] + count
+    means = {language: total / count for language, (total, count) in languages.items()}
+    worst = max(means, key=lambda language: badness(means[language]))
+    return Deviation(
+        mean=estimate.value, upper=upper if np.isfinite(upper) else None, worst=means[worst], language=worst
+    )
