@@ -140,7 +140,7 @@ def score(bundle: Path, ids: np.ndarray, graph: str = "scoring.onnx") -> list[np
     for value in runtime.get_inputs():
         if value.name.startswith("past"):
             feeds[value.name] = np.zeros((len(ids), value.shape[1], 0, value.shape[3]), np.float32)
-    return runtime.run(None, feeds)
+    return list(runtime.run(carried(runtime), feeds))
 
 
 def test_the_configuration_of_onnxruntime_genai(sample: Sample) -> None:
