@@ -24,6 +24,7 @@ from builds import (
     Sample,
     build,
     bundle_weights,
+    carried,
     digests,
     session,
     small_checkpoint,
