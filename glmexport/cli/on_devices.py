@@ -67,10 +67,14 @@ def on_devices(
 
 
 def _members(addresses: list[str], fleet: Path | None) -> list[Member]:
+    from glmexport.validation.devices.emulated import QEMU_ARM64
     from glmexport.validation.devices.fleet import Member, open_device, open_fleet
 
     members = open_fleet(fleet) if fleet else []
-    members += [Member(address, address, open_device(address)) for address in addresses]
+    for address in addresses:
+        # Where its files are is nothing for a report.
+        name = QEMU_ARM64 if address.startswith(f"{QEMU_ARM64}:") else address
+        members.append(Member(name, name, open_device(address)))
     names = [member.name for member in members]
     for name in names:
         if names.count(name) > 1:
