@@ -203,9 +203,20 @@ class CapturedReference:
             for index, text in enumerate(self.capture.texts)
         ]
 
+    def kept(self, index: int) -> Partition:
+        """What was kept of the original's answer to text ``index``."""
+        return Partition(
+            tokens=self._tensor(index, "tokens").long(),
+            **{name: self._tensor(index, name) for name in ("log_probabilities", "log_tail", "nll")},
+        )
+
+    def audited(self, index: int) -> Tensor | None:
+        """Judged positions of text ``index`` at which everything was kept, [n] int64; None if at none."""
+        return self._audit_tensor(index, "positions").long() if index in self._audited else None
+
     def divergence(self, index: int, given: Tensor) -> Divergence:
         """How far logits ``given`` [positions, vocabulary] fp32 are from the original's; ``kl`` is a lower bound."""
-        targets, kept = self.texts[index].targets, self._partition(index)
+        targets, kept = self.texts[index].targets, self.kept(index)
         parts = []
         for each in position_slices(len(targets)):
             part = Partition(*(tensor[each] for tensor in vars(kept).values()))
@@ -218,7 +229,7 @@ class CapturedReference:
         for index in self._audited:
             chosen = self._audit_tensor(index, "positions").long()
             given, targets = answers(index)[chosen], self.texts[index].targets[chosen]
-            kept = Partition(*(tensor[chosen] for tensor in vars(self._partition(index)).values()))
+            kept = Partition(*(tensor[chosen] for tensor in vars(self.kept(index)).values()))
             whole.append(divergence(self._audit_tensor(index, "logits"), given, targets).kl.double())
             bound.append(partition_divergence(kept, given, targets).kl.double())
         return CaptureBound(
@@ -227,12 +238,6 @@ class CapturedReference:
             audit_positions=sum(map(len, whole)),
             kl_mean_nats=float(torch.cat(whole).mean()),
             kl_mean_partition_nats=float(torch.cat(bound).mean()),
-        )
-
-    def _partition(self, index: int) -> Partition:
-        return Partition(
-            tokens=self._tensor(index, "tokens").long(),
-            **{name: self._tensor(index, name) for name in ("log_probabilities", "log_tail", "nll")},
         )
 
     @property

@@ -57,18 +57,31 @@ def partition_divergence(original: Partition, bundle: Tensor, targets: Tensor) -
     log_q = bundle.double().log_softmax(-1)
     kept = log_q.gather(-1, original.tokens)
     others = log_q.scatter(-1, original.tokens, -torch.inf).logsumexp(-1)
+    return cells_divergence(
+        original,
+        torch.cat([kept, others[:, None]], -1),
+        nll=-log_q.gather(-1, targets[:, None])[:, 0].float(),
+        top=log_q.argmax(-1),
+    )
+
+
+def cells_divergence(original: Partition, log_cells: Tensor, *, nll: Tensor, top: Tensor) -> Divergence:
+    """The same where the bundle is known by the same cells.
+
+    ``log_cells`` [positions, k + 1] fp64, normalized: the original's tokens, and all others; ``nll`` [positions] fp32
+    of the text's own next token; ``top`` [positions] int64, the most likely one.
+    """
     log_p = torch.cat([original.log_probabilities, original.log_tail[:, None]], -1).double()
     # fp32 left the cells with a sum of 1 + 1e-7, which would be that much divergence.
     log_p = log_p - log_p.logsumexp(-1, keepdim=True)
     # An empty cell adds nothing, where -inf less -inf would be no number.
     empty = log_p == -torch.inf
-    log_cells = torch.cat([kept, others[:, None]], -1).masked_fill(empty, 0)
     return Divergence(
-        kl=kl_divergence(log_p.masked_fill(empty, -1e4), log_cells).float(),
+        kl=kl_divergence(log_p.masked_fill(empty, -1e4), log_cells.masked_fill(empty, 0)).float(),
         nll_original=original.nll,
-        nll_bundle=-log_q.gather(-1, targets[:, None])[:, 0].float(),
+        nll_bundle=nll,
         top_original=original.tokens[:, 0],
-        top_bundle=log_q.argmax(-1),
+        top_bundle=top,
         p_original=original.log_probabilities[:, 0].exp(),
-        p_bundle=kept[:, 0].exp().float(),
+        p_bundle=log_cells[:, 0].exp().float(),
     )

@@ -8,6 +8,8 @@
     emulated  the program of another architecture, under QEMU
     kit       an archive that is carried to a device, and what is brought back
     answers   results, checked before they are believed
-    judging   results become what a validation measures
+    judging   what a validation measures, from results
     fleet     several devices side by side
+
+A device is believed in nothing but its own speed: what it answers is compared here.
 """

@@ -1,0 +1,151 @@
+"""What every way to a device has in common: the program that is carried there, and how its run is followed."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import zipfile
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Protocol
+
+from glmexport.errors import MachineError
+from glmexport.progress import Progress, Track
+
+PROGRAM = "program.pyz"
+_SOURCES = Path(__file__).parent / "program"
+_PACKAGE = "glmexport/validation/devices/program"
+_MAIN = f"import sys\n\nfrom {_PACKAGE.replace('/', '.')}.__main__ import main\n\nsys.exit(main(sys.argv[1:]))\n"
+#: Of every entry, so that the program is the same bytes whenever it is packed.
+_DATE = (1980, 1, 1, 0, 0, 0)
+#: Seconds between looks at whether anybody still waits.
+_LOOK = 0.5
+_LABELS = {"verified": "Checking files", "round": "Speed", "prompt": "Free answers", "text": "Texts"}
+#: Longest line of the program's output that is read.
+LINE_BYTES = 1 << 16
+#: Seconds without a word after which a device is given up.
+SILENCE_S = 3600.0
+
+
+class Runner(Protocol):
+    """A way to a device."""
+
+    def __call__(self, job: Path, results: Path, progress: Progress) -> None:
+        """Have the job in the folder ``job`` answered into ``results``, which may hold part of its answers already.
+
+        Advancing ``progress`` may raise: nobody waits any more.
+
+        Raises:
+            MachineError: the device could not be reached, or did not finish.
+        """
+
+
+def program() -> bytes:
+    """The device's program as one file that Python runs: a zip archive of its sources."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        parents = [f"{'/'.join(_PACKAGE.split('/')[:depth])}/__init__.py" for depth in range(1, 4)]
+        contents = {"__main__.py": _MAIN, **dict.fromkeys(parents, "")}
+        for name in ("__init__", "__main__", "facts", "files", "session"):
+            contents[f"{_PACKAGE}/{name}.py"] = (_SOURCES / f"{name}.py").read_text(encoding="utf-8")
+        for path, content in sorted(contents.items()):
+            archive.writestr(zipfile.ZipInfo(path, _DATE), content)
+    return buffer.getvalue()
+
+
+class Ended(MachineError):
+    """The program ended, or its line was cut, before it said that it was done."""
+
+
+async def follow(
+    readline: Callable[[], Awaitable[bytes]], progress: Progress, who: str, silence: float = SILENCE_S
+) -> None:
+    """Show the program's events until it is done; see ``events``."""
+    async for _ in events(readline, progress, who, silence):
+        pass
+
+
+async def events(
+    readline: Callable[[], Awaitable[bytes]], progress: Progress, who: str, silence: float = SILENCE_S
+) -> AsyncIterator[dict[str, Any]]:
+    """What the program tells until it is done.
+
+    Args:
+        readline: its next line, empty at the end of its output.
+        progress: who watches.
+        who: the device, for messages.
+        silence: seconds without a line after which it is given up.
+
+    Raises:
+        Ended: no more events, or silence.
+        MachineError: what the program says went wrong.
+    """
+    with ExitStack() as stack:
+        shown = _Shown(stack, progress)
+        while True:
+            line = await _patient(readline, shown, who, silence)
+            if not line:
+                raise Ended(f"{who}: the run ended before it was done.", next_step="Run the same command again.")
+            event = _event(line)
+            kind = event.get("event")
+            if kind == "done":
+                return
+            if kind == "error":
+                message, next_step = (str(event.get(name, "")) for name in ("message", "next_step"))
+                raise MachineError(f"{who}: {message}", next_step=next_step or "Run the same command again.")
+            shown.show(event)
+            yield event
+
+
+def _event(line: bytes) -> dict[str, Any]:
+    """What a line says; a device may print what it likes, which is not for us."""
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return {}
+    return event if isinstance(event, dict) else {}
+
+
+async def _patient(readline: Callable[[], Awaitable[bytes]], shown: _Shown, who: str, silence: float) -> bytes:
+    """The next line, while somebody waits for it."""
+    reading = asyncio.ensure_future(readline())
+    waited = 0.0
+    try:
+        while not (await asyncio.wait([reading], timeout=_LOOK))[0]:
+            shown.look()
+            waited += _LOOK
+            if waited >= silence:
+                raise Ended(f"{who} has not said a word for {silence:.0f} s.", next_step="Look what it does.")
+        return reading.result()
+    finally:
+        reading.cancel()
+
+
+class _Shown:
+    """Events as bars, one after the other."""
+
+    def __init__(self, stack: ExitStack, progress: Progress) -> None:
+        self._stack, self._progress = stack, progress
+        self._kind = ""
+        self._track: Track | None = None
+        self._done = 0
+
+    def show(self, event: dict[str, Any]) -> None:
+        """Advance to the event's index."""
+        kind, index, of = event.get("event"), event.get("index"), event.get("of", 1)
+        if kind not in _LABELS or not isinstance(index, int) or not isinstance(of, int):
+            return
+        if kind != self._kind:
+            self._stack.close()
+            self._kind, self._done = kind, 0
+            self._track = self._stack.enter_context(self._progress.track(_LABELS[kind], of))
+        assert self._track is not None
+        self._track.advance(max(0, index - self._done), f"round {index}" if kind == "round" else "")
+        self._done = max(self._done, index)
+
+    def look(self) -> None:
+        """Whether anybody still waits."""
+        if self._track is not None:
+            self._track.advance(0)
