@@ -25,7 +25,7 @@ STAGES = (
 SHARED = ("errors", "definition", "loop", "recipe", "target", "resources", "progress", "divergence", "languages")
 #: May import anything: they run the stages.
 OUTSIDE = (
-    "capture", "compile", "convert", "job", "device", "estimate", "generation", "lm_eval",
+    "capture", "compile", "convert", "job", "device", "estimate", "fleet", "generation", "lm_eval",
     "plan", "provenance", "cli", "__main__",
 )  # fmt: skip
 #: A checkpoint that is shipped as a package, for the stage that opens checkpoints.

@@ -18,6 +18,7 @@ from glmexport import __version__
 from glmexport.cli.build import build
 from glmexport.cli.compare import compare
 from glmexport.cli.convert import convert
+from glmexport.cli.devices import devices
 from glmexport.cli.inspect import inspect
 from glmexport.cli.reference import reference
 from glmexport.cli.report import report
@@ -43,7 +44,7 @@ def cli() -> None:
     """
 
 
-for command in (build, compare, convert, inspect, targets, reference, report, run, validate):
+for command in (build, compare, convert, devices, inspect, targets, reference, report, run, validate):
     cli.add_command(command)
 
 

@@ -1,4 +1,4 @@
-"""``glmexport validate``: a bundle against its original, on this machine."""
+"""``glmexport validate``: a bundle against its original, on this machine or on others."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
 from glmexport.cli.console import Terminal, emit
 from glmexport.cli.options import (
@@ -36,9 +37,20 @@ if TYPE_CHECKING:
     "--plan", "only_plan", is_flag=True,
     help="Only say how much text the gates need, and how long a validation takes on this machine.",
 )  # fmt: skip
+@click.option(
+    "--device", "devices", multiple=True, metavar="DEVICE",
+    help="Where the bundle runs, instead of in this process: local, ssh://user@host[:port], qemu-arm64[:DIR], browser, "
+    "kit:FILE.zip to carry to a device, kit-result:FILE.zip that it brought back; repeatable (README, 'On devices').",
+)
+@click.option(
+    "--fleet", type=click.Path(path_type=Path), metavar="FILE",
+    help="A .toml file of devices to ask side by side.",
+)
 @threads_option
 @json_option
+@click.pass_context
 def validate(
+    context: click.Context,
     bundle: Path,
     checkpoint: str | None,
     reference: Path | None,
@@ -48,12 +60,15 @@ def validate(
     positions: int,
     task_files: tuple[Path, ...],
     only_plan: bool,
+    devices: tuple[str, ...],
+    fleet: Path | None,
     threads: int,
     as_json: bool,
 ) -> int:
     """Measure how close BUNDLE is to its original and how fast, and write report.json and report.html into it.
 
-    The original is a checkpoint (--against) or what it answered elsewhere (--reference).
+    The original is a checkpoint (--against) or what it answered elsewhere (--reference). With --device or --fleet the
+    same job runs on each device, and the worst verdict is the whole's.
     """
     from glmexport.bundle import read_manifest
     from glmexport.cli.plan import show_plan
@@ -71,6 +86,8 @@ def validate(
     _require_one_original(checkpoint, reference)
     if checkpoint is None:
         _refuse_what_needs_the_original({"--adapter": adapter, "--evaluation": evaluation, "--tasks": task_files})
+    if devices or fleet:
+        _refuse_beside_devices({"--tasks": task_files, "--plan": only_plan})
     options = BuildOptions(
         threads,
         evaluation=evaluation,
@@ -98,6 +115,7 @@ def validate(
             "target": manifest.target.name,
             "recipe": manifest.recipe.name,
             "threads": str(threads),
+            **({"devices": ", ".join([*devices, *([str(fleet)] if fleet else [])])} if devices or fleet else {}),
         },
     )
     if only_plan:
@@ -106,6 +124,12 @@ def validate(
         if as_json:
             emit(plan.model_dump_json(indent=2))
         return EXIT_PASS
+    if devices or fleet:
+        from glmexport.cli.on_devices import on_devices
+
+        chosen = context.get_parameter_source("threads") is not ParameterSource.DEFAULT
+        of_device = threads if chosen else None
+        return on_devices(bundle, original, devices, fleet, of_device, options, terminal, as_json)
     if isinstance(original, Original):
         built = validate_bundle(bundle, original, options, terminal)
     else:
@@ -128,6 +152,12 @@ def _refuse_what_needs_the_original(given: dict[str, object]) -> None:
     for name, value in given.items():
         if value:
             raise click.UsageError(f"{name} belongs to --against: what was captured cannot be asked anything else.")
+
+
+def _refuse_beside_devices(given: dict[str, object]) -> None:
+    for name, value in given.items():
+        if value:
+            raise click.UsageError(f"{name} is for this process: devices are asked what was captured, and for speed.")
 
 
 def _original_facts(original: Original) -> dict[str, str]:

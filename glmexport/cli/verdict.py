@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -13,9 +14,18 @@ from glmexport.cli.console import gibibytes
 from glmexport.errors import EXIT_BLOCK, EXIT_INCONCLUSIVE, EXIT_PASS
 from glmexport.report.allocation import summarize
 from glmexport.report.behaviour import answer_rows
+from glmexport.report.devices import device_table
 from glmexport.report.document import HTML_NAME, Report
 from glmexport.report.speed import bounded, reached, speed_rows, value
-from glmexport.validation.results import Behaviour, CaptureBound, Interval, LanguageFidelity, Verdict, WeightCheck
+from glmexport.validation.results import (
+    Behaviour,
+    CaptureBound,
+    Interval,
+    LanguageFidelity,
+    Performance,
+    Verdict,
+    WeightCheck,
+)
 
 _EXIT = {
     Verdict.PASS: EXIT_PASS,
@@ -41,6 +51,8 @@ def exit_code(verdicts: list[Verdict]) -> int:
 
 def show(console: Console, report: Report, directory: Path) -> None:
     """Fidelity per language, size and speed beside the original, gates, and where to read more."""
+    if report.devices:
+        console.print(_devices(report))
     console.print(_fidelity(report))
     if report.fidelity.capture:
         console.print(_capture(report.fidelity.capture), style="dim")
@@ -77,9 +89,21 @@ def titled_table(title: str, *columns: str) -> Table:
     return table
 
 
+def _devices(report: Report) -> Group:
+    """A column for each class, and what did not run."""
+    found = device_table(report)
+    assert found is not None
+    table = titled_table("\nDevices", "class", *map(escape, found.classes))
+    table.add_row("verdict", *(f"[{_STYLE[verdict]}]{verdict}[/]" for verdict in found.verdicts))
+    for name, cells in found.rows:
+        table.add_row(Text(name), *map(Text, cells))
+    return Group(table, *(Text(note, style="yellow") for note in found.notes))
+
+
 def _fidelity(report: Report) -> Table:
+    where = f" on {escape(report.detailed)}" if report.detailed else ""
     table = titled_table(
-        f"\nFidelity: {report.fidelity.arithmetic}",
+        f"\nFidelity{where}: {report.fidelity.arithmetic}",
         "language", "positions", "perplexity original", "bundle", "KL mean (nats)", "KL p99 (nats)", "top-1 agreement",
     )  # fmt: skip
     for row in report.fidelity.languages:
@@ -182,19 +206,29 @@ def _cells(cell: Interval | float, scale: float, form: str, unit: str = "") -> t
 
 
 def _conditions(report: Report) -> str:
-    speed, original = report.performance, report.performance.original
+    speed = report.performance
+    if speed is None:
+        return f"speed was not measured: {report.performance_absent_because}"
+    original = speed.original
     runtimes = speed.bundle.runtime + (
         f" against {original.runtime}" if original else f"; {speed.original_absent_because}"
     )
     energy = speed.bundle.energy_absent_because
     return (
         f"{runtimes}, {speed.bundle.threads} threads; {speed.prompt_tokens} prompt and {speed.generated_tokens} "
-        f"generated tokens, medians of {speed.rounds} rounds in turns; memory bandwidth bounds decoding at "
-        f"{speed.roofline_decode_tokens_per_s:.0f} tokens/s, of which "
-        f"{reached(speed)} is reached; "
+        f"generated tokens, medians of {speed.rounds} rounds in turns; {_bound(speed)}; "
         f"peak memory by {speed.bundle.peak_memory_source}"
         + (f"; energy not measured: {energy}" if energy else "")
     )  # fmt: skip
+
+
+def _bound(speed: Performance) -> str:
+    if speed.roofline_decode_tokens_per_s is None:
+        return "how fast memory is read is not known"
+    return (
+        f"memory bandwidth bounds decoding at {speed.roofline_decode_tokens_per_s:.0f} tokens/s, of which "
+        f"{reached(speed)} is reached"
+    )
 
 
 def _faults(check: WeightCheck) -> Table:

@@ -6,6 +6,7 @@
     html        the document as one self-contained page
     markdown    the document for pull requests and wikis; gfm what is foreign to it
     junit       the gates for CI servers
+    devices     several devices side by side
     compare     two documents: what changed by more than chance
     comparison  what it says; differing what else is not the same
     allocation  the quantized matrices by part and by decoder block

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from glmexport.report.document import (
 )
 from glmexport.target import Policy
 from glmexport.validation import machine
-from glmexport.validation.results import Overlap
+from glmexport.validation.results import DeviceResult, Overlap, worst
 from glmexport.validation.run import Validation
 
 
@@ -52,10 +53,91 @@ def assemble(
 
     ``build`` is None where the bundle was built some other time.
     """
+    return _report(
+        manifest,
+        validation,
+        policy,
+        name=name,
+        directory=directory,
+        command=command,
+        build=build,
+        of_machine=_this_machine(),
+        versions=machine.library_versions(),
+    )
+
+
+def assemble_devices(
+    manifest: Manifest,
+    devices: Sequence[DeviceResult],
+    validation: Validation,
+    policy: Policy,
+    *,
+    name: str,
+    directory: Path,
+    command: str,
+) -> Report:
+    """Everything that ``devices`` measured of the bundle in ``directory``.
+
+    ``validation``: of the ``detailed`` one.
+    """
+    chosen = detailed(devices)
+    facts = chosen.facts
+    assert facts is not None
+    return _report(
+        manifest,
+        validation,
+        policy,
+        name=name,
+        directory=directory,
+        command=command,
+        build=None,
+        of_machine=Machine(
+            system=facts.system,
+            processor=facts.processor,
+            cores=facts.cores,
+            memory_bytes=facts.memory_bytes,
+            instruction_sets=facts.instruction_sets,
+        ),
+        versions=machine.library_versions() | {f"{key} of the device": value for key, value in facts.versions.items()},
+        devices=tuple(devices),
+        chosen=chosen.name,
+    )
+
+
+def detailed(devices: Sequence[DeviceResult]) -> DeviceResult:
+    """Of the devices that answered, the first with the worst verdict."""
+    return max((device for device in devices if device.fidelity), key=lambda device: device.verdict.severity)
+
+
+def _not_run(devices: Sequence[DeviceResult]) -> Iterator[str]:
+    for device in devices:
+        if device.failure:
+            yield f"Nothing was measured on {device.name}."
+        elif device.facts and device.facts.emulated:
+            yield (
+                f"{device.name} is not the device itself. {device.facts.emulated} Speed, memory and where "
+                "nodes run were not measured on a real one."
+            )
+
+
+def _report(
+    manifest: Manifest,
+    validation: Validation,
+    policy: Policy,
+    *,
+    name: str,
+    directory: Path,
+    command: str,
+    build: BuildCost | None,
+    of_machine: Machine,
+    versions: dict[str, str],
+    devices: tuple[DeviceResult, ...] = (),
+    chosen: str | None = None,
+) -> Report:
     return Report(
         schema_version=1,
         glmexport_version=__version__,
-        verdict=validation.verdict,
+        verdict=worst([validation.verdict, *(device.verdict for device in devices)]),
         gates=validation.gates,
         policy=PolicySummary(source=policy.source, gates=policy.gates),
         subject=Subject(
@@ -85,18 +167,25 @@ def assemble(
         shares=validation.shares,
         routing=validation.routing,
         performance=validation.performance,
+        performance_absent_because=validation.performance_absent_because,
+        devices=devices,
+        detailed=chosen,
         quantization=_quantization(manifest, build),
         calibration=_calibration(manifest),
-        machine=Machine(
-            system=machine.system_name(),
-            processor=machine.processor_name(),
-            cores=machine.cores(),
-            memory_bytes=machine.memory_bytes(),
-            instruction_sets=machine.instruction_sets(),
-        ),
-        versions=machine.library_versions(),
+        machine=of_machine,
+        versions=versions,
         command=command,
-        limits=_limits(validation),
+        limits=(*_limits(validation), *_not_run(devices)),
+    )
+
+
+def _this_machine() -> Machine:
+    return Machine(
+        system=machine.system_name(),
+        processor=machine.processor_name(),
+        cores=machine.cores(),
+        memory_bytes=machine.memory_bytes(),
+        instruction_sets=machine.instruction_sets(),
     )
 
 
@@ -182,12 +271,17 @@ def _limits(validation: Validation) -> tuple[str, ...]:
         *_answered(validation),
         f"Languages other than the {len(rows)} listed are not covered; the one with the least text, {least.language}, "
         f"rests on {least.positions} positions of {least.documents} documents.",
-        f"Texts are at most a few hundred tokens long, and speed is measured with a prompt of "
-        f"{validation.performance.prompt_tokens} tokens; long contexts are not covered.",
+        _lengths(validation),
         "Speed is that of this machine, with one sequence at a time, at the time of the measurement.",
         "The bounds say what other documents of the same kind would show; text of another kind they do not cover.",
         *_captured(validation),
     )
+
+
+def _lengths(validation: Validation) -> str:
+    speed = validation.performance
+    measured = f"speed is measured with a prompt of {speed.prompt_tokens} tokens; " if speed else ""
+    return f"Texts are at most a few hundred tokens long, and {measured}long contexts are not covered."
 
 
 def _answered(validation: Validation) -> tuple[str, ...]:

@@ -184,10 +184,10 @@ def _measured(speed: Speed, field: str) -> _Measured:
 
 
 def _speed(old: Report, new: Report, confidence: float) -> Iterator[Change]:
-    if not same_run(old, new):
+    if old.performance is None or new.performance is None or not same_run(old, new):
         return
     for name, field, unit, more_is_better in _SPEEDS:
-        first, second = (_measured(report.performance.bundle, field) for report in (old, new))
+        first, second = (_measured(speed.bundle, field) for speed in (old.performance, new.performance))
         positive = all(math.isfinite(each.value) and each.value > 0 for each in (first, second))
         ratio = second.value / first.value if positive else math.nan
         found: Difference | None = None

@@ -36,12 +36,15 @@ def same_conditions(old: Report, new: Report) -> bool:
     return _place(old) == _place(new)
 
 
-def _work(report: Report) -> tuple[int, int]:
+def _work(report: Report) -> tuple[int, int] | None:
+    if report.performance is None:
+        return None
     return report.performance.prompt_tokens, report.performance.generated_tokens
 
 
-def _place(report: Report) -> tuple[str, int, int]:
-    return report.machine.processor, report.machine.cores, report.performance.bundle.threads
+def _place(report: Report) -> tuple[str, int | None, int | None]:
+    threads = report.performance.bundle.threads if report.performance else None
+    return report.machine.processor, report.machine.cores, threads
 
 
 def _facts(report: Report) -> Iterator[tuple[str, str]]:
@@ -67,9 +70,12 @@ def _facts(report: Report) -> Iterator[tuple[str, str]]:
     yield "machine", f"{machine.processor}, {machine.cores} cores, {machine.memory_bytes} bytes"
     yield "system", machine.system
     yield "instruction sets", ", ".join(machine.instruction_sets)
-    yield "threads", str(report.performance.bundle.threads)
-    yield "speed measured with", "{} prompt and {} generated tokens".format(*_work(report))
-    yield "runtime", report.performance.bundle.runtime
+    if report.performance:
+        yield "threads", str(report.performance.bundle.threads)
+        yield "speed measured with", "{} prompt and {} generated tokens".format(*(_work(report) or ()))
+        yield "runtime", report.performance.bundle.runtime
+    if report.detailed:
+        yield "device", report.detailed
     yield "glmexport", report.glmexport_version
     for name, version in report.versions.items():
         if name != "glmexport":

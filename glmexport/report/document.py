@@ -13,6 +13,7 @@ from glmexport.target import Gates
 from glmexport.validation.results import (
     Behaviour,
     Count,
+    DeviceResult,
     Fidelity,
     Gate,
     LayerRouting,
@@ -189,9 +190,9 @@ class Machine(Record):
 
     system: str
     processor: str
-    cores: Annotated[int, Field(ge=1)]
-    """Physical cores."""
-    memory_bytes: Count
+    cores: Annotated[int, Field(ge=1)] | None
+    """Physical cores; None where a device does not tell."""
+    memory_bytes: Count | None
     instruction_sets: tuple[str, ...]
 
 
@@ -215,7 +216,14 @@ class Report(Record):
     shares: tuple[Share, ...]
     routing: tuple[LayerRouting, ...] = ()
     """Of a mixture of experts, layer by layer; empty for other models, or where it was not measured."""
-    performance: Performance
+    performance: Performance | None
+    """None where it would say nothing of the machine, as on an emulated one."""
+    performance_absent_because: str | None = None
+    devices: tuple[DeviceResult, ...] = ()
+    """Each that was asked, where others than this machine were; empty otherwise. What is outside of this list is of the
+    one named ``detailed``."""
+    detailed: str | None = None
+    """Of the devices that answered, the first with the worst verdict."""
     quantization: QuantizationSummary | None
     """None for a recipe that quantizes nothing, or if the build's record is not at hand."""
     calibration: CalibrationSummary | None
@@ -226,8 +234,21 @@ class Report(Record):
     """What this report does not show, one sentence each."""
 
     @model_validator(mode="after")
+    def _absence_has_a_reason(self) -> Self:
+        if (self.performance is None) == (self.performance_absent_because is None):
+            raise ValueError("give either performance or performance_absent_because")
+        return self
+
+    @model_validator(mode="after")
+    def _details_are_of_a_device(self) -> Self:
+        answered = [device.name for device in self.devices if device.fidelity]
+        if (self.detailed not in answered) if self.devices else (self.detailed is not None):
+            raise ValueError("detailed is not a device that answered")
+        return self
+
+    @model_validator(mode="after")
     def _verdict_is_no_better_than_the_gates(self) -> Self:
-        bound = worst(gate.verdict for gate in self.gates)
+        bound = worst([*(gate.verdict for gate in self.gates), *(device.verdict for device in self.devices)])
         if self.verdict.severity < bound.severity:
             raise ValueError(f"verdict {self.verdict} is better than its gates allow ({bound})")
         return self

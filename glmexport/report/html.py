@@ -16,6 +16,7 @@ from glmexport.report import charts, speed, text
 from glmexport.report.allocation import summarize
 from glmexport.report.behaviour import LANGUAGE_HEADS, answer_rows, kind, language_row, parted
 from glmexport.report.coverage import COVERAGE_HEADS, coverage_rows
+from glmexport.report.devices import device_table
 from glmexport.validation.results import Gate, LanguageFidelity, Verdict
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def render_html(report: Report) -> str:
             histogram=_histogram(report),
             speed_rows=speed.speed_rows(report.performance),
             speed=speed,
+            devices=device_table(report),
             decode_chart=_decode_chart(report),
             allocation=(
                 summarize(report.quantization.linears, report.quantization.groups) if report.quantization else None
@@ -237,9 +239,12 @@ def _histogram(report: Report) -> Markup:
 
 def _decode_chart(report: Report) -> Markup:
     performance = report.performance
+    if performance is None:
+        return Markup("")
     rates = [("Bundle", performance.bundle.decode_tokens_per_s.value)]
     if performance.original is not None:
         rates.insert(0, ("Original", performance.original.decode_tokens_per_s.value))
     rows = [charts.Bar(name, ((0.0, rate),), text.number(rate), name.lower()) for name, rate in rates]
-    roofline = charts.Marker("bandwidth bound of the bundle", performance.roofline_decode_tokens_per_s)
+    bound = performance.roofline_decode_tokens_per_s
+    roofline = None if bound is None else charts.Marker("bandwidth bound of the bundle", bound)
     return charts.bars("decode", "Generation speed", "tokens per second, one sequence", rows, limit=roofline)

@@ -6,6 +6,7 @@ was skipped on purpose. WARN passes, with its words in the output.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
@@ -17,30 +18,54 @@ if TYPE_CHECKING:
 
 
 def render_junit(report: Report) -> str:
-    """One test case a gate; the same report gives the same text."""
-    verdicts = [gate.verdict for gate in report.gates]
+    """One test case a gate, one suite a device; the same report gives the same text."""
+    subject = report.subject
+    facts = {
+        "verdict": report.verdict,
+        "target": subject.target,
+        "policy": report.policy.source,
+        "bundle_digest": subject.bundle_digest,
+        "checkpoint_digest": subject.checkpoint_digest,
+    }
+    suites = Element("testsuites", {"name": "glmexport"})
+    if report.devices:
+        for device in report.devices:
+            own = {**facts, "verdict": device.verdict, "device": device.name, "device_class": device.device_class}
+            suite = _suite(f"{subject.bundle} on {device.name}", device.gates, own, subject.target)
+            if device.failure:
+                _failed(suite, device.failure, subject.target)
+            suites.append(suite)
+    else:
+        suites.append(_suite(subject.bundle, report.gates, facts, subject.target))
+    for count in ("tests", "failures", "errors", "skipped"):
+        suites.set(count, str(sum(int(suite.get(count, "0")) for suite in suites)))
+    indent(suites)
+    return f'<?xml version="1.0" encoding="utf-8"?>\n{tostring(suites, encoding="unicode")}\n'
+
+
+def _suite(name: str, gates: Sequence[Gate], facts: Mapping[str, str], target: str) -> Element:
+    verdicts = [gate.verdict for gate in gates]
     counts = {
         "tests": str(len(verdicts)),
         "failures": str(verdicts.count(Verdict.BLOCK)),
         "errors": str(verdicts.count(Verdict.INCONCLUSIVE)),
         "skipped": "0",
     }
-    suites = Element("testsuites", {"name": "glmexport", **counts})
-    suite = SubElement(suites, "testsuite", {"name": text.visible(report.subject.bundle), **counts})
+    suite = Element("testsuite", {"name": text.visible(name), **counts})
     properties = SubElement(suite, "properties")
-    facts = {
-        "verdict": report.verdict,
-        "target": report.subject.target,
-        "policy": report.policy.source,
-        "bundle_digest": report.subject.bundle_digest,
-        "checkpoint_digest": report.subject.checkpoint_digest,
-    }
-    for name, value in facts.items():
-        SubElement(properties, "property", {"name": name, "value": text.visible(value)})
-    for gate in report.gates:
-        _case(suite, gate, report.subject.target)
-    indent(suites)
-    return f'<?xml version="1.0" encoding="utf-8"?>\n{tostring(suites, encoding="unicode")}\n'
+    for key, value in facts.items():
+        SubElement(properties, "property", {"name": key, "value": text.visible(value)})
+    for gate in gates:
+        _case(suite, gate, target)
+    return suite
+
+
+def _failed(suite: Element, failure: str, target: str) -> None:
+    """A device that did not answer is a case that could not be decided."""
+    suite.set("tests", "1")
+    suite.set("errors", "1")
+    case = SubElement(suite, "testcase", {"classname": text.visible(target), "name": "The device answers", "time": "0"})
+    SubElement(case, "error", {"type": Verdict.INCONCLUSIVE, "message": text.visible(failure)})
 
 
 def _case(suite: Element, gate: Gate, target: str) -> None:

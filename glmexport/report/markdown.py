@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from glmexport.report import speed, text
 from glmexport.report.behaviour import LANGUAGE_HEADS, answer_rows, language_row
 from glmexport.report.coverage import COVERAGE_HEADS, coverage_rows
+from glmexport.report.devices import device_table
 from glmexport.report.gfm import foreign as _foreign
 from glmexport.report.gfm import table as _table
 
@@ -25,6 +26,7 @@ def render_markdown(report: Report) -> str:
         f"# {report.verdict}: {_foreign(subject.bundle)}",
         f"From {source} by recipe {_foreign(subject.recipe)}, validated for target {_foreign(subject.target)} in "
         f"{len(subject.languages)} languages by glmexport {_foreign(report.glmexport_version)}.",
+        *_devices(report),
         "## Gates",
         f"Limits: {_foreign(report.policy.source)}; bounds of {text.percent(report.policy.gates.confidence)} each.",
         _table(("Gate", "Language", "Measured", "Bounds", "Limit", "Verdict", "Rests on"), map(_gate, report.gates)),
@@ -58,7 +60,7 @@ def render_markdown(report: Report) -> str:
                 ("Bundle", f"`{subject.bundle_digest}`"),
                 ("Original", f"`{subject.checkpoint_digest}`"),
                 ("Evaluation text", f"`{report.fidelity.text_digest}`" if report.fidelity.text_digest else "–"),
-                ("Machine", _foreign(f"{report.machine.processor}, {report.machine.cores} cores")),
+                ("Machine", _foreign(f"{report.machine.processor}, {report.machine.cores or 'unknown'} cores")),
                 ("Versions", _foreign(", ".join(f"{name} {version}" for name, version in report.versions.items()))),
             ),
         ),
@@ -66,6 +68,20 @@ def render_markdown(report: Report) -> str:
         "\n".join(f"- {_foreign(limit)}" for limit in report.limits),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _devices(report: Report) -> list[str]:
+    table = device_table(report)
+    if table is None or report.detailed is None:
+        return []
+    verdicts = ("Verdict", *(f"**{verdict}**" for verdict in table.verdicts))
+    rows = ((_foreign(name), *map(_foreign, cells)) for name, cells in table.rows)
+    return [
+        "## Devices",
+        _table(("Class", *map(_foreign, table.classes)), [verdicts, *rows]),
+        "\n".join(f"- {_foreign(note)}" for note in table.notes),
+        f"What follows is of {_foreign(report.detailed)}.",
+    ]
 
 
 def _gate(gate: Gate) -> tuple[str, ...]:
@@ -176,13 +192,14 @@ def _costs(report: Report) -> list[tuple[str, ...]]:
 
 def _speed_notes(report: Report) -> str:
     performance = report.performance
+    if performance is None:
+        return f"Speed was not measured: {_foreign(report.performance_absent_because or '')}"
     absent = performance.original_absent_because
     return " ".join(
         (
             f"{text.number(report.size.bits_per_weight)} bits per weight; medians of {performance.rounds} rounds taken "
-            f"in turns, with bounds of {text.percent(performance.bundle.ttft_s.confidence)} each. Memory bandwidth "
-            f"bounds decoding at {text.number(performance.roofline_decode_tokens_per_s)} tokens/s, of which "
-            f"{speed.reached(performance)} is reached.",
+            f"in turns, with bounds of {text.percent(performance.bundle.ttft_s.confidence)} each. "
+            f"{speed.bounded_by(performance)}",
             *([f"The original was not measured: {_foreign(absent)}"] if absent else []),
             _foreign(speed.sources(performance)),
             _foreign(speed.placed(performance)),

@@ -27,8 +27,10 @@ class SpeedRow:
     ratio: Interval | float | None
 
 
-def speed_rows(performance: Performance) -> tuple[SpeedRow, ...]:
-    """Every quantity, also those that this machine does not tell."""
+def speed_rows(performance: Performance | None) -> tuple[SpeedRow, ...]:
+    """Every quantity, also those that this machine does not tell; none where nothing was measured."""
+    if performance is None:
+        return ()
     original, bundle, ratios = performance.original, performance.bundle, performance.ratios
 
     def row(name: str, field: str, unit: str, *, more_is_better: bool = False) -> SpeedRow:
@@ -93,6 +95,15 @@ def _turned(ratio: float, upright: bool) -> float:
     if upright:
         return ratio
     return 1 / ratio if ratio else math.inf
+
+
+def bounded_by(performance: Performance) -> str:
+    """What the memory allows decoding, and how much of that is reached."""
+    bound = performance.roofline_decode_tokens_per_s
+    if bound is None:
+        return "How fast memory is read could not be measured, so that nothing is known to bound decoding."
+    share = reached(performance)
+    return f"Memory bandwidth bounds decoding at {text.number(bound)} tokens/s, of which {share} is reached."
 
 
 def reached(performance: Performance) -> str:

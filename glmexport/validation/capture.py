@@ -7,7 +7,7 @@ hold the token ids of each text and the partition of each judged position, ``aud
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -225,10 +225,14 @@ class CapturedReference:
 
     def audit(self, answers: Answers) -> CaptureBound:
         """What the partition hides of the divergence of ``answers``, where the whole distribution was kept."""
+        return self.audit_at(lambda index, chosen: answers(index)[chosen])
+
+    def audit_at(self, logits: Callable[[int, Tensor], Tensor]) -> CaptureBound:
+        """The same from logits [n, vocabulary] fp32 of a text at judged positions [n] only."""
         whole, bound = [], []
         for index in self._audited:
             chosen = self._audit_tensor(index, "positions").long()
-            given, targets = answers(index)[chosen], self.texts[index].targets[chosen]
+            given, targets = logits(index, chosen), self.texts[index].targets[chosen]
             kept = Partition(*(tensor[chosen] for tensor in vars(self.kept(index)).values()))
             whole.append(divergence(self._audit_tensor(index, "logits"), given, targets).kl.double())
             bound.append(partition_divergence(kept, given, targets).kl.double())

@@ -84,6 +84,31 @@ def measure_performance(
     )
 
 
+def device_performance(
+    turns: Turns,
+    manifest: Manifest,
+    prompt_tokens: int,
+    generated_tokens: int,
+    bandwidth: float | None,
+    confidence: float,
+) -> Performance:
+    """The same of what a device timed, which has no original beside it."""
+    per_token = manifest.precision.bytes_per_decoded_token
+    return Performance(
+        prompt_tokens=prompt_tokens,
+        generated_tokens=generated_tokens,
+        rounds=len(turns.rounds),
+        original=None,
+        original_absent_because=_absent(manifest, None),
+        bundle=_speed(turns, prompt_tokens, confidence),
+        ratios=None,
+        placement=placement(turns.nodes, manifest.target.provider.name),
+        memory_bandwidth_bytes_per_s=bandwidth,
+        bytes_read_per_token=per_token,
+        roofline_decode_tokens_per_s=None if bandwidth is None else bandwidth / per_token,
+    )
+
+
 def _absent(manifest: Manifest, checkpoint: Checkpoint | None) -> str | None:
     """Why the original cannot be measured; None if it can."""
     if checkpoint is None:

@@ -6,13 +6,31 @@ from collections.abc import Iterator
 from math import isfinite
 from typing import Literal
 
-from glmexport.target import Gates
-from glmexport.validation.results import Gate, Interval, Performance, Placement, Speed, Verdict
+from glmexport.target import Gates, PerformanceLimits
+from glmexport.validation.results import Gate, Interval, Performance, Placement, Verdict
 
 
-def performance_gates(performance: Performance, policy: Gates) -> tuple[Gate, ...]:
-    """The placement, and each limit that the policy sets."""
+def performance_gates(performance: Performance | None, policy: Gates, absent: str | None = None) -> tuple[Gate, ...]:
+    """The placement, and each limit that the policy sets; ``absent``: why nothing was measured where nothing was."""
+    if performance is None:
+        return tuple(_unmeasured(*limit, absent) for limit in _set_limits(policy.performance))
     return placement_gate(performance.placement), *_limits(performance, policy)
+
+
+def _set_limits(limits: PerformanceLimits) -> Iterator[tuple[str, float, str, Literal["at most", "at least"]]]:
+    """Name, limit, unit and direction of each limit that is set."""
+    if limits.max_ttft_s:
+        yield "Time to first token", limits.max_ttft_s, "s", "at most"
+    if limits.min_prefill_tokens_per_s:
+        yield "Prefill", limits.min_prefill_tokens_per_s, "tokens/s", "at least"
+    if limits.min_decode_tokens_per_s:
+        yield "Decode", limits.min_decode_tokens_per_s, "tokens/s", "at least"
+    if limits.min_decode_ratio:
+        yield "Decode, bundle / original", limits.min_decode_ratio, "ratio", "at least"
+    if limits.max_peak_memory:
+        yield "Peak memory", limits.max_peak_memory, "bytes", "at most"
+    if limits.max_energy_j_per_token:
+        yield "Energy per token", limits.max_energy_j_per_token, "J", "at most"
 
 
 def placement_gate(placement: Placement) -> Gate:
@@ -37,29 +55,25 @@ def placement_gate(placement: Placement) -> Gate:
 
 
 def _limits(performance: Performance, policy: Gates) -> Iterator[Gate]:
-    limits, bundle, ratios = policy.performance, performance.bundle, performance.ratios
-    if limits.max_ttft_s:
-        yield _estimated("Time to first token", bundle.ttft_s, limits.max_ttft_s, "s", "at most")
-    if limits.min_prefill_tokens_per_s:
-        measured = bundle.prefill_tokens_per_s
-        yield _estimated("Prefill", measured, limits.min_prefill_tokens_per_s, "tokens/s", "at least")
-    if limits.min_decode_tokens_per_s:
-        measured = bundle.decode_tokens_per_s
-        yield _estimated("Decode", measured, limits.min_decode_tokens_per_s, "tokens/s", "at least")
-    if limits.min_decode_ratio:
-        name, limit = "Decode, bundle / original", limits.min_decode_ratio
-        if ratios:
-            yield _estimated(name, ratios.decode_tokens_per_s, limit, "ratio", "at least")
+    bundle, ratios = performance.bundle, performance.ratios
+    measured: dict[str, tuple[Interval | None, str | None]] = {
+        "Time to first token": (bundle.ttft_s, None),
+        "Prefill": (bundle.prefill_tokens_per_s, None),
+        "Decode": (bundle.decode_tokens_per_s, None),
+        "Decode, bundle / original": (
+            ratios.decode_tokens_per_s if ratios else None,
+            performance.original_absent_because,
+        ),
+        "Energy per token": (bundle.energy_j_per_token, bundle.energy_absent_because),
+    }
+    for name, limit, unit, direction in _set_limits(policy.performance):
+        figure, absent = measured.get(name, (None, bundle.peak_memory_source))
+        if figure is not None:
+            yield _estimated(name, figure, limit, unit, direction)
+        elif name == "Peak memory" and bundle.peak_memory_bytes is not None:
+            yield _memory(bundle.peak_memory_bytes, bundle.peak_memory_source, limit)
         else:
-            yield _unmeasured(name, limit, "ratio", "at least", performance.original_absent_because)
-    if limits.max_peak_memory:
-        yield _memory(bundle, limits.max_peak_memory)
-    if limits.max_energy_j_per_token:
-        name, limit = "Energy per token", limits.max_energy_j_per_token
-        if bundle.energy_j_per_token:
-            yield _estimated(name, bundle.energy_j_per_token, limit, "J", "at most")
-        else:
-            yield _unmeasured(name, limit, "J", "at most", bundle.energy_absent_because)
+            yield _unmeasured(name, limit, unit, direction, absent)
 
 
 def _estimated(
@@ -106,14 +120,14 @@ def _unmeasured(name: str, limit: float, unit: str, direction: Literal["at most"
     )
 
 
-def _memory(bundle: Speed, limit: int) -> Gate:
+def _memory(measured: int, source: str, limit: float) -> Gate:
     return Gate(
         name="Peak memory",
         language=None,
-        value=bundle.peak_memory_bytes,
+        value=measured,
         limit=limit,
         unit="bytes",
         direction="at most",
-        sample=f"one process, {bundle.peak_memory_source}",
-        verdict=Verdict.PASS if bundle.peak_memory_bytes <= limit else Verdict.BLOCK,
+        sample=f"one process, {source}",
+        verdict=Verdict.PASS if measured <= limit else Verdict.BLOCK,
     )

@@ -81,9 +81,11 @@ class Validation:
     shares: tuple[Share, ...]
     #: Of mixtures of experts, on the texts of the shares.
     routing: tuple[LayerRouting, ...]
-    performance: Performance
+    #: None where it would say nothing, as on an emulated device.
+    performance: Performance | None
     gates: tuple[Gate, ...]
     verdict: Verdict
+    performance_absent_because: str | None = None
 
 
 def texts_for(
@@ -155,7 +157,7 @@ def validate(
     weights = check_weights(directory, manifest, reference, progress)
     performance = _performance(directory, manifest, checkpoint, texts, plan, policy, threads, progress)
     prompts = prompt_parity(golden_prompts(checkpoint, documents), Tokenizer.open(directory))
-    return _judged(fidelity, weights, prompts, behaviour, shares, routing, performance, manifest, policy)
+    return judged(fidelity, weights, prompts, behaviour, shares, routing, performance, manifest, policy)
 
 
 def validate_captured(
@@ -189,7 +191,7 @@ def validate_captured(
             plan=plan.behaviour,
             progress=progress,
         )
-    return _judged(fidelity, None, parity, behaviour, (), (), performance, manifest, policy)
+    return judged(fidelity, None, parity, behaviour, (), (), performance, manifest, policy)
 
 
 def _behaviour(
@@ -216,17 +218,19 @@ def _behaviour(
     )
 
 
-def _judged(
+def judged(
     fidelity: Fidelity,
     weights: WeightCheck | None,
     prompts: PromptParity | None,
     behaviour: Behaviour | None,
     shares: tuple[Share, ...],
     routing: tuple[LayerRouting, ...],
-    performance: Performance,
+    performance: Performance | None,
     manifest: Manifest,
     policy: Gates,
+    absent: str | None = None,
 ) -> Validation:
+    """Every gate of what was measured, and the verdict; ``absent``: why there is no performance where there is none."""
     gates = apply_gates(fidelity, policy, behaviour)
     if weights:
         gates += weight_gates(weights)
@@ -234,10 +238,10 @@ def _judged(
         gates += (capture_gate(fidelity.capture),)
     if prompts:
         gates += (prompt_gate(prompts),)
-    gates += performance_gates(performance, policy)
+    gates += performance_gates(performance, policy, absent)
     gates += manifest_gates(manifest)
     verdict = verdict_of(gates)
-    return Validation(fidelity, weights, prompts, behaviour, shares, routing, performance, gates, verdict)
+    return Validation(fidelity, weights, prompts, behaviour, shares, routing, performance, gates, verdict, absent)
 
 
 def arithmetic(manifest: Manifest) -> str:

@@ -55,9 +55,9 @@ class Round(Definition):
 
 
 class Memory(Definition):
-    """Peak memory so far, what told it, and why energy is not told if it is not."""
+    """Peak memory so far, or None; what told it, or why nothing does; and why energy is not told if it is not."""
 
-    bytes: int
+    bytes: int | None
     source: str
     energy_absent_because: str | None
 

@@ -38,7 +38,7 @@ class Turns:
     """What one runtime showed. ``nodes`` only of a bundle, for which they were asked."""
 
     runtime: str
-    threads: int
+    threads: int | None
     load_s: float
     rounds: tuple[Round, ...]
     memory: Memory

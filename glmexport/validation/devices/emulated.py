@@ -47,7 +47,7 @@ def default_sysroot() -> Path:
     return Path(cache) / "glmexport" / QEMU_ARM64
 
 
-def open_emulated(directory: Path | None) -> LocalRunner:
+def open_emulated(directory: Path | None, name: str = QEMU_ARM64) -> LocalRunner:
     """The emulated arm64 device whose files ``prepare`` has put into ``directory``.
 
     Raises:
@@ -63,7 +63,7 @@ def open_emulated(directory: Path | None) -> LocalRunner:
         )
     python = place / json.loads(record.read_text(encoding="utf-8"))["python"]
     return LocalRunner(
-        name=QEMU_ARM64,
+        name=name,
         command=(_qemu(), "-L", str(place / "root"), "-cpu", _CPU, str(python)),
         environment={"PYTHONPATH": str(place / "packages")},
         emulated=EMULATED,

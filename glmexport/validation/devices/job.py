@@ -34,6 +34,7 @@ from glmexport.quantization import sha256, write_atomically
 from glmexport.target import Provider
 from glmexport.validation.generation import loop_facts
 from glmexport.validation.placement import Node
+from glmexport.validation.results import DeviceFacts
 
 JOB, QUESTIONS, BUNDLE, RESULT = "job.json", "questions.safetensors", "bundle", "result.json"
 #: Symbolic sizes of a cache; every other size is a number.
@@ -224,26 +225,6 @@ def _graphs(bundle: Path) -> Graphs:
     )
 
 
-class Device(Definition):
-    """What a device says of itself."""
-
-    system: str
-    processor: str
-    #: Of the processor, in Linux's spelling; those that matter to quantized kernels.
-    instruction_sets: tuple[str, ...] = ()
-    cores: int | None = Field(ge=1)
-    memory_bytes: int | None = Field(ge=0)
-    runtime: str
-    #: The execution provider that the session was opened on.
-    provider: str
-    #: The graphics adapter, where there is one.
-    adapter: str | None = None
-    #: Of everything that the arithmetic depends on.
-    versions: dict[str, str] = Field(default_factory=dict)
-    #: Why its speed says nothing about the device; None: it does.
-    emulated: str | None = None
-
-
 class Round(Definition):
     """One generation: seconds to the first token, and of each further one."""
 
@@ -271,7 +252,7 @@ class Result(Definition):
     version: Literal[1] = 1
     #: SHA-256 of job.json.
     job_digest: str
-    device: Device
+    device: DeviceFacts
     speed: SpeedResult | None
     #: Why speed is None; None if it is there.
     speed_absent_because: str | None

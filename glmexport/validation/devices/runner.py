@@ -129,7 +129,7 @@ class _Shown:
     def __init__(self, stack: ExitStack, progress: Progress) -> None:
         self._stack, self._progress = stack, progress
         self._kind = ""
-        self._track: Track | None = None
+        self._track: Track = stack.enter_context(progress.track("Reaching the device", 1))
         self._done = 0
 
     def show(self, event: dict[str, Any]) -> None:
@@ -141,11 +141,9 @@ class _Shown:
             self._stack.close()
             self._kind, self._done = kind, 0
             self._track = self._stack.enter_context(self._progress.track(_LABELS[kind], of))
-        assert self._track is not None
         self._track.advance(max(0, index - self._done), f"round {index}" if kind == "round" else "")
         self._done = max(self._done, index)
 
     def look(self) -> None:
         """Whether anybody still waits."""
-        if self._track is not None:
-            self._track.advance(0)
+        self._track.advance(0)

@@ -139,7 +139,7 @@ class SshRunner:
             yield connection
 
 
-def open_ssh(address: str, **options: Any) -> SshRunner:
+def open_ssh(address: str, name: str | None = None, **options: Any) -> SshRunner:
     """The device of ``ssh://user@host:port``.
 
     Raises:
@@ -155,7 +155,7 @@ def open_ssh(address: str, **options: Any) -> SshRunner:
             f"{address!r} is no device behind SSH.",
             next_step="Write ssh://user@host or ssh://user@host:port; a key is named in a fleet file.",
         )
-    return SshRunner(name=address, host=parts.hostname, user=parts.username, port=port, **options)
+    return SshRunner(name=name or address, host=parts.hostname, user=parts.username, port=port, **options)
 
 
 class _Visit:

@@ -8,6 +8,7 @@ from glmexport.validation.results.behaviour import (
     TaskGroup,
     Translation,
 )
+from glmexport.validation.results.device import DeviceFacts, DeviceResult
 from glmexport.validation.results.fidelity import (
     CaptureBound,
     Estimate,
@@ -40,6 +41,8 @@ __all__ = [
     "CaptureBound",
     "Concurrency",
     "Count",
+    "DeviceFacts",
+    "DeviceResult",
     "Estimate",
     "Fidelity",
     "Figure",

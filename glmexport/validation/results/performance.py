@@ -38,7 +38,8 @@ class Speed(Record):
     """One runtime on the validated machine, in a process of its own."""
 
     runtime: str
-    threads: Annotated[int, Field(ge=1)]
+    threads: Annotated[int, Field(ge=1)] | None
+    """None where nobody tells."""
     load_s: Figure
     """From nothing of the runtime imported to a model that can be asked; with the files in the system's cache."""
     ttft_s: Figure
@@ -47,10 +48,10 @@ class Speed(Record):
     """Prompt tokens over the time to first token."""
     decode_tokens_per_s: Figure
     """Of the generated tokens after the first."""
-    peak_memory_bytes: Count
-    """Of the process, loading included."""
+    peak_memory_bytes: Count | None
+    """Of the process, loading included; None where nothing tells it."""
     peak_memory_source: str
-    """What told it, for example "VmHWM" (Linux, peak resident memory)."""
+    """What told it, for example "VmHWM" (Linux, peak resident memory), or why nothing does."""
     energy_j_per_token: Figure | None
     """Of processor packages and memory over the decoded tokens, whatever else ran meanwhile included; None where the
     machine does not tell."""
@@ -111,11 +112,11 @@ class Performance(Record):
     ratios: SpeedRatios | None
     """None where the original was not measured."""
     placement: Placement
-    memory_bandwidth_bytes_per_s: Number
-    """Measured on this machine, reading."""
+    memory_bandwidth_bytes_per_s: Number | None
+    """Measured on this machine, reading; None where it cannot be."""
     bytes_read_per_token: Count
     """Weights and cache that one decoded token reads at least."""
-    roofline_decode_tokens_per_s: Number
+    roofline_decode_tokens_per_s: Number | None
     """Memory bandwidth over bytes read per token: the upper bound of decoding one sequence."""
 
     @model_validator(mode="after")
