@@ -55,6 +55,21 @@ _PROVIDERS: dict[Backend, str] = {"wasm": "CPUExecutionProvider", "webgpu": "Web
 _PAUSE_MS = 50
 
 
+def open_browser(address: str) -> BrowserRunner:
+    """The browser that ``browser``, ``browser:wasm``, ``browser:webgpu`` or ``browser:webgpu-software`` names.
+
+    Raises:
+        InputError: it names none.
+    """
+    for mode in _OF_MODE:
+        if address == f"browser:{mode}" or (address == "browser" and mode == "wasm"):
+            return BrowserRunner(mode)
+    raise InputError(
+        f"{address!r} is no browser.",
+        next_step=f"Browsers are: {', '.join(f'browser:{mode}' for mode in _OF_MODE)}.",
+    )
+
+
 @dataclass(frozen=True)
 class BrowserRunner:
     """The page in ``chromium`` (None: the first one on PATH), with onnxruntime-web out of ``runtime`` (None: npm)."""

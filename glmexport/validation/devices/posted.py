@@ -19,7 +19,6 @@ from glmexport.quantization import sha256, write_atomically
 from glmexport.validation.devices.job import (
     QUESTIONS,
     RESULT,
-    Device,
     Job,
     Result,
     Round,
@@ -29,7 +28,8 @@ from glmexport.validation.devices.job import (
 )
 from glmexport.validation.devices.web_placement import placed_nodes
 from glmexport.validation.devices.web_runtime import VERSION
-from glmexport.validation.machine import instruction_sets, memory_bytes, processor_name, system_name
+from glmexport.validation.machine import cores, instruction_sets, memory_bytes, processor_name, system_name
+from glmexport.validation.results import DeviceFacts
 
 #: Most bytes of an event, and of a tensor file's header.
 _EVENT, _HEADER = 1 << 22, 1 << 12
@@ -150,7 +150,7 @@ class Posted:
             return {"speed": not device.emulated, "texts": [], "prompts": []}
         return {"speed": False, "texts": self.left("answers"), "prompts": self.left("tokens")}
 
-    def _device(self, facts: dict[str, Any]) -> Device:
+    def _device(self, facts: dict[str, Any]) -> DeviceFacts:
         adapter, name, emulated = facts["adapter"], None, None
         if adapter:
             name = " ".join(filter(None, map(adapter.get, ("vendor", "architecture", "device", "description"))))
@@ -159,11 +159,11 @@ class Posted:
                 f"The WebGPU adapter ({name}) is software: it shows that answers are right, and nothing of speed."
             )
         simd = "relaxed SIMD" if facts["relaxed_simd"] else "SIMD" if facts["simd"] else "no SIMD"
-        return Device(
+        return DeviceFacts(
             system=system_name(),
             processor=processor_name(),
             instruction_sets=instruction_sets(),
-            cores=facts["cores"],
+            cores=cores(),
             memory_bytes=memory_bytes(),
             runtime=f"{_runtime(self._mode)}, {self.browser}, {facts['threads']} threads",
             provider="WebGpuExecutionProvider" if adapter else "CPUExecutionProvider",

@@ -33,8 +33,8 @@ def check_limits(directory: Path, job: Job) -> None:
     if needed > MEMORY:
         weights, packed, scores, most = (size / _GIB for size in (sum(sizes), max(sizes), logits, MEMORY))
         raise InputError(
-            f"The bundle does not fit into a browser: {weights:.2f} GiB of weights, {packed:.2f} GiB to pack the largest "
-            f"file and {scores:.2f} GiB of logits are more than the {most:.0f} GiB that WebAssembly addresses.",
+            f"The bundle does not fit into a browser: {weights:.2f} GiB of weights, {packed:.2f} GiB to pack the "
+            f"largest file and {scores:.2f} GiB of logits are more than the {most:.0f} GiB that WebAssembly addresses.",
             next_step="Build it from a smaller model or with fewer bits, or validate it on another device.",
         )
 
