@@ -45,8 +45,9 @@ class LowerRecentPositionsPass(ir.passes.InPlacePass):
             rewrite = Rewrite(model, node)
             positions, index = _last(rewrite)
             zero, one = (rewrite.constant(name, np.array(n, np.int64)) for name, n in (("zero", 0), ("one", 1)))
-            most = rewrite.constant("short_step", np.array(integer(node, "most"), np.int64))
-            (short,) = rewrite.op("LessOrEqual", [positions, most])
+            # Not LessOrEqual, which ONNX Runtime does not count among what it makes shapes of.
+            long = rewrite.constant("long_step", np.array(integer(node, "most") + 1, np.int64))
+            (short,) = rewrite.op("Less", [positions, long])
             (count,) = rewrite.op("Where", [short, positions, one])
             (first,) = rewrite.op("Where", [short, zero, index])
             # One number for all sequences, or one for each.

@@ -214,7 +214,7 @@ def test_a_killed_page_is_gone_on_with(
     runner: BrowserRunner, job: Path, whole: Path, tmp_path: Path, label: str, steps: int
 ) -> None:
     progress = Hooked(label, steps, kill_renderers)
-    with pytest.raises(MachineError, match="the page ended before it was done: .*") as caught:
+    with pytest.raises(MachineError, match=r"the page ended before it was done: .*") as caught:
         runner(job, tmp_path, progress)
     assert progress.happened == 1 and "it goes on" in caught.value.next_step
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*")}
@@ -247,7 +247,7 @@ def test_a_graph_that_is_refused_says_by_which_operator(runner: BrowserRunner, t
     onnx.save(model, path)
     entries = [entry.model_copy(update={"size": path.stat().st_size, "sha256": sha256(path)})
                if entry.path.endswith(".onnx") else entry for entry in job.files]  # fmt: skip
-    (tmp_path / "job" / "job.json").write_text(job.model_copy(update={"files": entries}).model_dump_json())
+    (tmp_path / "job" / "job.json").write_text(job.model_copy(update={"files": tuple(entries)}).model_dump_json())
     with pytest.raises(BundleError, match=r"opening bundle/graph.onnx: .*Divine"):
         runner(tmp_path / "job", tmp_path / "results", Silent())
 
@@ -257,7 +257,7 @@ def test_an_adapter_in_software_is_none(runner: BrowserRunner, tmp_path: Path) -
     logits_job(tmp_path / "job", table(), 1, WEBGPU)
     if Path("/dev/dri").is_dir():
         pytest.skip("this machine may have a GPU")
-    with pytest.raises(MachineError, match="browser:webgpu: There is no .*adapter") as caught:
+    with pytest.raises(MachineError, match=r"browser:webgpu: There is no .*adapter") as caught:
         open_browser("browser:webgpu")(tmp_path / "job", tmp_path / "results", Silent())
     assert "browser:webgpu-software" in caught.value.next_step
     assert not (tmp_path / "results" / "result.json").exists()

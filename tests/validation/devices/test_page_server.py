@@ -85,6 +85,6 @@ def test_it_listens_on_the_loopback_address_and_ends(server: PageServer, tmp_pat
     with serving({}, {}, receive) as other:
         assert other.token != server.token
         port = other.server_port
-    with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=60)) as late:
-        with pytest.raises(ConnectionRefusedError):
-            late.request("GET", "/")
+    late = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    with closing(late), pytest.raises(ConnectionRefusedError):
+        late.request("GET", "/")

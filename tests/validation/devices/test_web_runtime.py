@@ -31,7 +31,7 @@ def test_npm_gets_nothing(path: Path) -> None:
     npm = path / "npm"
     npm.write_text("#!/bin/sh\necho 'npm error code ENOTFOUND' >&2\nexit 1\n", encoding="utf-8")
     npm.chmod(0o755)
-    with pytest.raises(MachineError, match="npm cannot get onnxruntime-web .*: npm error code ENOTFOUND"):
+    with pytest.raises(MachineError, match=r"npm cannot get onnxruntime-web .*: npm error code ENOTFOUND"):
         web_runtime("wasm")
     assert list(cache_folder().iterdir()) == []
 
@@ -39,7 +39,7 @@ def test_npm_gets_nothing(path: Path) -> None:
 def test_another_archive_is_refused(path: Path) -> None:
     cache_folder().mkdir(parents=True)
     (cache_folder() / ARCHIVE).write_bytes(b"something else")
-    with pytest.raises(MachineError, match="is not the release of onnxruntime-web .* its sha512 differs"):
+    with pytest.raises(MachineError, match=r"is not the release of onnxruntime-web .* its sha512 differs"):
         web_runtime("wasm")
 
 
