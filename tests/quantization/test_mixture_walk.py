@@ -279,7 +279,8 @@ def _published(experts: int) -> Any:
         "eos_token_id": [151329], "n_routed_experts": experts, "num_experts_per_tok": 8,
         "moe_intermediate_size": 2048, "first_k_dense_replace": 3, "pad_token_id": 151329,
     }  # fmt: skip
-    return SimpleNamespace(config=ConfigReader(values, "config.json"), generation_config=None, model_type="glm4_moe")
+    reader = ConfigReader(values, "config.json")
+    return SimpleNamespace(config=reader, generation_config=None, model_type="glm4_moe", tensors={})
 
 
 def test_a_matrix_that_every_token_passes_is_in_no_coverage() -> None:
