@@ -1,14 +1,18 @@
-"""The text that a build calibrates on: which documents, and how long a sequence."""
+"""The text that a build calibrates on: which documents, how long a sequence, and what is kept for caches."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from glmexport.calibration import USER, Document, shipped_documents, user_documents
+from glmexport.calibration import USER, CalibrationSet, Document, shipped_documents, user_documents
 from glmexport.errors import InputError
 from glmexport.job import Original
 from glmexport.recipe import Recipe
+
+#: What the scales of a quantized cache rest on, at most; a magnitude needs less text than a Hessian.
+_CACHE_TOKENS = 16384
 
 
 def calibration_context(original: Original) -> int:
@@ -37,3 +41,12 @@ def calibration_documents(original: Original, recipe: Recipe, paths: Sequence[Pa
             next_step=f"Add '{USER} = 40' to [calibration.quota] of the recipe.",
         )
     return [*shipped_documents("calibration", set(recipe.calibration.quota) - {USER}), *own]
+
+
+def cache_text(calibration: CalibrationSet | None) -> list[list[int]]:
+    """Sequences of calibration text from all over it, for the scales of a quantized cache."""
+    if calibration is None:
+        return []
+    count, length = calibration.ids.shape
+    every = max(1, math.ceil(count * length / _CACHE_TOKENS))
+    return [[int(token) for token in ids] for ids in calibration.ids[::every].tolist()]

@@ -21,13 +21,8 @@ from glmexport.bundle import (
     verify_files,
     write_bundle,
 )
-from glmexport.calibrating import calibration_context, calibration_documents
-from glmexport.calibration import (
-    CalibrationSet,
-    Document,
-    evaluation_documents,
-    pack,
-)
+from glmexport.calibrating import cache_text, calibration_context, calibration_documents
+from glmexport.calibration import CalibrationSet, Document, evaluation_documents, pack
 from glmexport.device import device_name, peak_device_memory, plan_on, running_on
 from glmexport.errors import BundleError
 from glmexport.job import Job, Original, refuse_existing, refuse_formats, require_space
@@ -44,6 +39,7 @@ from glmexport.validation.behaviour.tasks import Task
 from glmexport.validation.capture import CapturedReference
 from glmexport.validation.machine import peak_memory
 from glmexport.validation.run import ValidationPlan, validate, validate_captured
+from glmexport.validation.unrun import Unrun, can_run, validate_unrun
 
 
 @dataclass(frozen=True)
@@ -77,8 +73,21 @@ class Built:
     report: Report
 
 
-def build(original: Original, jobs: Sequence[Job], options: BuildOptions, progress: Progress) -> list[Built]:
+@dataclass(frozen=True)
+class BuiltUnrun:
+    """A bundle in its place that this machine cannot run, and what could be said of it all the same."""
+
+    directory: Path
+    manifest: Manifest
+    unrun: Unrun
+
+
+def build(
+    original: Original, jobs: Sequence[Job], options: BuildOptions, progress: Progress
+) -> list[Built | BuiltUnrun]:
     """Build, validate and put in place every job's bundle. Jobs of one recipe share one quantization.
+
+    A bundle whose execution provider is not on this machine is written all the same, and not run.
 
     Raises:
         InputError: an output exists and ``force`` is off, or the calibration text is too small.
@@ -105,7 +114,7 @@ def build(original: Original, jobs: Sequence[Job], options: BuildOptions, progre
             parent = same[0].directory.parent
             works.append(_work_directory(original, recipe, calibration, memory, options, parent, progress))
             locks.enter_context(works[-1].locked())
-        built: list[Built] = []
+        built: list[Built | BuiltUnrun] = []
         try:
             for (recipe, same, memory, documents, calibration), work in zip(prepared, works, strict=True):
                 drafting = next((job.target for job in same if original.drafts(job.target)), same[0].target)
@@ -265,14 +274,19 @@ def _finish(
     documents: Sequence[Document],
     options: BuildOptions,
     progress: Progress,
-) -> Built:
-    """Write the bundle beside its place and validate it there."""
+) -> Built | BuiltUnrun:
+    """Write the bundle beside its place and validate it there, as far as this machine can."""
     partial = partial_of(job.directory)
     if partial.exists():
         shutil.rmtree(partial)
     # Read once: every committed file is hashed for it.
     records, seconds = walk.records()
     manifest = _write(partial, original, job, walk, records, calibration, documents, progress)
+    if not can_run(manifest):
+        reference = Reference(original.checkpoint, original.architecture)
+        text = evaluation_documents((), original.tokenizer, ())
+        unrun = validate_unrun(partial, manifest, original.checkpoint, reference, text, progress)
+        return BuiltUnrun(job.directory, manifest, unrun)
     cost = BuildCost(seconds, peak_memory(), device_name(options.device), peak_device_memory(options.device))
     report = _validated(partial, job.directory, manifest, original, options, progress, cost)
     return Built(job.directory, manifest, report)
@@ -302,6 +316,7 @@ def _write(
         allocation=walk.allocation(),
         draft_records=walk.draft_records() if original.drafts(job.target) else (),
         tokenizer_files=original.tokenizer.files,
+        cache_text=cache_text(calibration),
         progress=progress,
     )
 

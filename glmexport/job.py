@@ -188,15 +188,10 @@ def refuse_formats(original: Original, job: Job) -> None:
     """Every format of the recipe must be one of the target's, and an embedding's rows must be whole groups.
 
     Raises:
-        InputError: one is not, they are not, or the target cannot hold the caches of the family.
+        InputError: one is not, they are not, or the target cannot run the family or hold its caches.
     """
     recipe, offered = job.recipe, job.target.weights
-    if original.architecture.attended_tokens and not job.target.graph.latent_cache:
-        raise InputError(
-            f"{original.architecture.family} selects what it attends to by a cache of its own, and the target "
-            f"{job.target.name} has keys and values of heads only.",
-            next_step="Take a target with graph.latent_cache = true.",
-        )
+    _refuse_graph(original, job)
     candidates = recipe.budget.candidates if recipe.budget else ()
     stored = (form.exact for form in original.checkpoint.quantized.values())
     mixed = original.architecture.routed or original.drafts(job.target)
@@ -208,6 +203,15 @@ def refuse_formats(original: Original, job: Job) -> None:
                 next_step=f"Take a recipe of {_alternatives(offered.bits)} bits in groups of "
                 f"{_alternatives(offered.group_sizes)}.",
             )
+        # Rows of the embedding are made numbers by arithmetic on every such target, zero points or not.
+        product = form is not recipe.embedding or original.architecture.tied
+        if offered.symmetric_only and product and not form.symmetric:
+            raise InputError(
+                f"The recipe {recipe.name} uses {form.label} with zero points, which the target {job.target.name} has "
+                "no place for.",
+                next_step=f"Take a symmetric recipe, for example {offered.default_recipe}.",
+            )
+    _refuse_sizes(original, job)
     if recipe.budget and original.architecture.routed:
         raise InputError(
             f"{original.checkpoint.name} is a mixture of experts, and a budget tries every matrix in every format.",
@@ -222,6 +226,72 @@ def refuse_formats(original: Original, job: Job) -> None:
             f"{size} they do not divide.",
             next_step="Take a recipe with a smaller embedding.group_size, or without [embedding].",
         )
+
+
+def _refuse_graph(original: Original, job: Job) -> None:
+    """What the target's capabilities rule out, whatever the formats are."""
+    architecture, target, limits = original.architecture, job.target, job.target.graph
+    if limits.static_shapes:
+        raise InputError(
+            f"The target {target.name} runs graphs of fixed shapes only, which cannot be built yet: "
+            f"{' '.join(target.provenance.not_yet) or 'prompts and caches have any length.'}",
+            next_step="Take another target ('glmexport targets list').",
+        )
+    if architecture.attended_tokens and not limits.latent_cache:
+        raise InputError(
+            f"{architecture.family} selects what it attends to by a cache of its own, and the target "
+            f"{target.name} has keys and values of heads only.",
+            next_step="Take a target with graph.latent_cache = true.",
+        )
+    if architecture.routed and (not limits.expert_branches or target.weights.form == "QDQ"):
+        raise InputError(
+            f"{original.checkpoint.name} is a mixture of experts, which the target {target.name} cannot run.",
+            next_step="Take a target with graph.expert_branches = true and weights.form = \"MatMulNBits\".",
+        )
+    if own_loop(architecture, limits) and limits.activations != "float32":
+        raise InputError(
+            f"The loop that runs {original.checkpoint.name} caches latents in float32, and the target {target.name} "
+            f"computes in {limits.activations}.",
+            next_step='Take a target with graph.latent_cache = false or graph.activations = "float32".',
+        )
+    if limits.kv_cache != "activations":
+        if own_loop(architecture, limits):
+            raise InputError(
+                f"{original.checkpoint.name} caches latents for the target {target.name}, which have no "
+                f"{limits.kv_cache} form.",
+                next_step='Take a target with graph.latent_cache = false or graph.kv_cache = "activations".',
+            )
+        if job.recipe.calibration is None:
+            raise InputError(
+                f"The cache of the target {target.name} is quantized with calibrated scales, and the recipe "
+                f"{job.recipe.name} has no calibration text.",
+                next_step='Take a recipe with [calibration], or a target with graph.kv_cache = "activations".',
+            )
+
+
+def _refuse_sizes(original: Original, job: Job) -> None:
+    """What the target's memory rules out: known from shapes and formats before anything is computed."""
+    architecture, recipe, memory = original.architecture, job.recipe, job.target.memory
+    expected = estimate(architecture, recipe, 1.0, None).bundle_bytes
+    if memory.max_weight_bytes is not None and expected > memory.max_weight_bytes:
+        raise InputError(
+            f"The bundle takes about {expected / 2**30:.1f} GiB, and the target {job.target.name} holds "
+            f"{memory.max_weight_bytes / 2**30:.1f} GiB.",
+            next_step="Take a smaller checkpoint or a recipe of fewer bits.",
+        )
+    if memory.max_tensor_bytes is None:
+        return
+    tables = {architecture.embedding: recipe.embedding, architecture.lm_head.weight: recipe.lm_head}
+    shapes = architecture.shapes()
+    for key, shape in shapes.items():
+        form = tables.get(key, recipe.linears)
+        held = math.prod(shape) * (32 if form is None else form.bits) // 8
+        if len(shape) == 2 and held > memory.max_tensor_bytes:
+            raise InputError(
+                f"{key} takes {held / 2**20:,.0f} MiB, and the target {job.target.name} holds tensors of at most "
+                f"{memory.max_tensor_bytes / 2**20:,.0f} MiB.",
+                next_step="Take a recipe of fewer bits for it, or a target with a larger memory.max_tensor_bytes.",
+            )
 
 
 def _alternatives(values: Sequence[int]) -> str:

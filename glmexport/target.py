@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import ByteSize, Field
+from pydantic import ByteSize, Field, model_validator
 
 from glmexport.definition import Definition, locate, names, read_toml
 from glmexport.errors import DefinitionError
 from glmexport.evidence import Evidence
+from glmexport.host import Host
 
 TARGETS = "targets"
 HOST = "host"
@@ -24,13 +22,20 @@ class Provider(Definition):
 
     name: str
     options: dict[str, str] = Field(default_factory=dict)
+    #: Which ONNX Runtime has it: the native one, or that of browsers.
+    runtime: Literal["onnxruntime", "onnxruntime-web"] = "onnxruntime"
+    #: What has to be installed for it.
+    package: str = "onnxruntime"
 
 
 class Probe(Definition):
     """How a host is recognised; of the targets that match, the one with the highest rank is the host's."""
 
-    machine: tuple[str, ...]
+    #: Processor architectures; empty: any.
+    machine: tuple[str, ...] = ()
     cpu_flags: tuple[str, ...] = ()
+    #: Of an NVIDIA GPU, at least.
+    compute_capability: float | None = None
     rank: int
 
 
@@ -41,12 +46,25 @@ class GraphLimits(Definition):
     ir_version: int
     #: Operators beyond the standard opset's that the provider runs, as ``domain::Operator``.
     contrib_operators: tuple[str, ...]
-    activations: Literal["float32"] = "float32"
+    #: Type of activations, norms' gains, biases and scales; token ids are int64 and logits fp32 in any case.
+    activations: Literal["float32", "float16", "bfloat16"] = "float32"
     #: Query, key and value projections as one matrix product.
     packed_qkv: bool
+    #: GroupQueryAttention rotates queries and keys itself; otherwise RotaryEmbedding does before it.
+    rope_in_attention: bool = True
+    #: What keys and values are cached in: the activations' own type, or integers with calibrated scales.
+    kv_cache: Literal["activations", "int8", "int4"] = "activations"
+    #: Whether each channel of a head, or a whole cache, has one scale.
+    kv_scales: Literal["channel", "tensor"] = "channel"
+    #: RMSNorm where no addition is fused with it: the runtime's own operator, or standard arithmetic in fp32.
+    norm: Literal["operator", "arithmetic"] = "operator"
+    #: Routed experts as branches of the graph; otherwise mixtures of experts are refused.
+    expert_branches: bool = True
     #: Latent attention caches one latent a token and layer, which a loop of ours decodes with; otherwise the keys and
     #: values of every head, which onnxruntime-genai decodes with.
     latent_cache: bool = False
+    #: The provider compiles graphs of fixed shapes only.
+    static_shapes: bool = False
 
 
 class WeightFormats(Definition):
@@ -55,8 +73,23 @@ class WeightFormats(Definition):
     bits: tuple[Literal[2, 4, 8], ...]
     group_sizes: tuple[int, ...]
     default_recipe: str
-    #: MatMulNBits accuracy_level: 0 keeps fp32 activations, 4 quantizes them to int8 block by block.
-    accuracy_level: Literal[0, 1, 2, 3, 4]
+    #: Quantized products: MatMulNBits over packed codes, or DequantizeLinear and MatMul (QDQ).
+    form: Literal["MatMulNBits", "QDQ"] = "MatMulNBits"
+    #: Formats without zero points only.
+    symmetric_only: bool = False
+    #: MatMulNBits accuracy_level: 0 keeps the activations as they are, 4 quantizes them to int8 block by block.
+    accuracy_level: Literal[0, 1, 2, 3, 4] = 0
+
+
+class Memory(Definition):
+    """Sizes that a bundle may not exceed on this hardware; None: no limit but the machine's own memory."""
+
+    #: The largest single tensor, which is one buffer of the device.
+    max_tensor_bytes: ByteSize | None = Field(default=None, gt=0)
+    #: The largest file of weights; a block that is larger is split.
+    max_file_bytes: ByteSize | None = Field(default=None, gt=0)
+    #: All weights together.
+    max_weight_bytes: ByteSize | None = Field(default=None, gt=0)
 
 
 class SessionOptions(Definition):
@@ -156,12 +189,28 @@ def open_policy(path: Path) -> Policy:
     return Policy(path.name, read_toml(path, Gates))
 
 
+class Claim(Definition):
+    """Why one key of a target has its value, and how that is known."""
+
+    #: Measured: timed or compared in numbers. Executed: it ran and gave the right numbers. Read: documentation or
+    #: source says so, nothing was run. Chosen: a preference, not a fact.
+    how: Literal["measured", "executed", "read", "chosen"]
+    why: str
+
+
 class Provenance(Definition):
     """Where the figures come from."""
 
+    #: Whether bundles for this target have run on hardware of its class.
+    executed: bool = False
+    #: The machine and the runtime of what was measured or executed; of a target that was not, what was read instead.
     measured_on: str
     date: str
     notes: str = ""
+    #: By the key that each is about, as ``graph.packed_qkv``.
+    claims: dict[str, Claim] = Field(default_factory=dict)
+    #: What cannot be done for this target yet, a sentence each.
+    not_yet: tuple[str, ...] = ()
 
 
 class Target(Definition):
@@ -174,14 +223,58 @@ class Target(Definition):
     graph: GraphLimits
     weights: WeightFormats
     session: SessionOptions = SessionOptions()
+    memory: Memory = Memory()
     gates: Gates
     provenance: Provenance
     #: Of a target that ``glmexport tune`` wrote.
     evidence: Evidence | None = None
 
+    @model_validator(mode="after")
+    def _claims_are_about_keys(self) -> Self:
+        for key in self.provenance.claims:
+            self.value(key)
+        return self
+
+    def value(self, key: str) -> object:
+        """What a key such as ``graph.opset`` has.
+
+        Raises:
+            ValueError: there is no such key.
+        """
+        found: object = self
+        for part in key.split("."):
+            if not isinstance(found, Definition) or part not in type(found).model_fields:
+                raise ValueError(f"provenance.claims: a target has no key {key!r}")
+            found = getattr(found, part)
+        return found
+
     def can(self, operator: str) -> bool:
         """Whether ``domain::Operator`` runs on this target's provider."""
         return operator in self.graph.contrib_operators
+
+    def lacking(self, host: Host) -> list[str]:
+        """What ``host`` lacks to be of this class, a sentence each; empty if it is."""
+        provider, probe = self.provider, self.probe
+        if provider.runtime != "onnxruntime":
+            return [f"It is a browser's, where {provider.runtime} runs; from here no browser can be told."]
+        found = []
+        if provider.name not in host.providers:
+            found.append(
+                f"ONNX Runtime has no {provider.name} here ({', '.join(host.providers)}); pip install "
+                f"{provider.package} has it."
+            )
+        if probe.machine and host.machine not in probe.machine:
+            found.append(f"The processor is {host.machine}, not {' or '.join(probe.machine)}.")
+        absent = [flag for flag in probe.cpu_flags if flag not in host.cpu_flags]
+        if absent:
+            found.append(f"The processor has no {', '.join(absent)}.")
+        if probe.compute_capability is not None:
+            capability = host.compute_capability
+            if capability is None:
+                found.append("No NVIDIA GPU is told of by nvidia-smi.")
+            elif capability < probe.compute_capability:
+                found.append(f"The GPU has compute capability {capability}, and {probe.compute_capability} is needed.")
+        return found
 
 
 def open_target(name_or_path: str) -> Target:
@@ -191,7 +284,7 @@ def open_target(name_or_path: str) -> Target:
         DefinitionError: unknown name, unknown key, or no shipped target matches this host.
     """
     if name_or_path == HOST:
-        return host_target(platform.machine().lower(), cpu_flags())
+        return host_target(Host.this())
     path = locate("target", TARGETS, name_or_path)
     return read_toml(path, Target, {"name": path.stem})
 
@@ -201,34 +294,16 @@ def shipped_targets() -> list[Target]:
     return [open_target(name) for name in names(TARGETS)]
 
 
-def host_target(machine: str, flags: Iterable[str]) -> Target:
-    """The highest-ranked shipped target whose probe matches ``machine`` and CPU ``flags``.
+def host_target(host: Host) -> Target:
+    """The highest-ranked shipped target that ``host`` is of.
 
     Raises:
-        DefinitionError: none matches.
+        DefinitionError: it is of none.
     """
-    present = set(flags)
-    matching = [
-        target
-        for target in shipped_targets()
-        if machine in target.probe.machine and present.issuperset(target.probe.cpu_flags)
-    ]
+    matching = [target for target in shipped_targets() if not target.lacking(host)]
     if not matching:
         raise DefinitionError(
-            f"No shipped target matches this host ({machine}).",
+            f"No shipped target matches this host ({host.machine}).",
             next_step="Name one with --target, or write a .toml file for it (README, 'Add a target').",
         )
     return max(matching, key=lambda target: target.probe.rank)
-
-
-@cache
-def cpu_flags() -> frozenset[str]:
-    """Instruction set flags of this processor in Linux's spelling; empty where they cannot be read."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if not cpuinfo.is_file():
-        return frozenset()
-    for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() in ("flags", "Features"):
-            return frozenset(value.split())
-    return frozenset()

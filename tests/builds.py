@@ -112,6 +112,8 @@ def build(
 ) -> list[Built]:
     """Build with a quick validation; with several targets, each into a directory of its name below ``output``.
 
+    Only bundles that this machine can run.
+
     Speed is measured only if ``measure`` asks for it.
     """
     progress = progress or Silent()
@@ -122,7 +124,9 @@ def build(
     ]
     settings = BuildOptions(THREADS, validation=QUICK, **options)
     with nullcontext() if measure else patch(TURNS, no_turns):
-        return glmexport.compile.build(original, jobs, settings, progress)
+        built = glmexport.compile.build(original, jobs, settings, progress)
+    assert all(isinstance(bundle, Built) for bundle in built)
+    return built
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ from pydantic import ValidationError
 
 from glmexport.definition import names
 from glmexport.errors import DefinitionError
+from glmexport.host import CPU_PROVIDER, Gpu, Host, gpus_in
+from glmexport.lowering.explain import lowerings
 from glmexport.recipe import RECIPES, CalibrationPlan, Format, Recipe, Solver, open_recipe
 from glmexport.resources import shipped
 from glmexport.target import HOST, TARGETS, Limits, host_target, open_policy, open_target, shipped_targets
@@ -54,13 +56,32 @@ def test_every_shipped_target_opens(name: str) -> None:
     for form in (default.linears, default.lm_head, default.embedding):
         assert form is not None
         assert form.bits in target.weights.bits and form.group_size in target.weights.group_sizes
-    assert target.can("com.microsoft::MatMulNBits") and not target.can("com.microsoft::Unheard")
+    assert target.can("com.microsoft::MatMulNBits") == (target.weights.form == "MatMulNBits")
+    assert not target.can("com.microsoft::Unheard")
     assert target in shipped_targets()
+
+
+@pytest.mark.parametrize("name", names(TARGETS))
+def test_every_shipped_target_gives_its_reasons(name: str) -> None:
+    target = open_target(name)
+    decisions = lowerings(target)
+    assert all(lowering.claim is not None for lowering in decisions), decisions
+    assert all(target.value(lowering.key) is not None for lowering in decisions)
+    if not target.provenance.executed:
+        # What nobody ran on such hardware, nobody can have measured there.
+        assert {claim.how for claim in target.provenance.claims.values()} <= {"read", "chosen", "executed"}
+        assert target.provenance.not_yet
 
 
 def test_what_is_shipped() -> None:
     assert {"w4g32", "w4g128", "w4g32-sym", "rtn-w4g32", "fp32"} <= set(names(RECIPES))
-    assert {"x86-avx2", "x86-avx512-vnni"} <= set(names(TARGETS))
+    assert set(names(TARGETS)) == {
+        "x86-avx2", "x86-avx512-vnni", "arm64", "cuda", "trt-rtx", "openvino", "directml", "webgpu", "wasm", "qnn",
+    }  # fmt: skip
+    assert {target.name for target in shipped_targets() if target.provenance.executed} >= {
+        "x86-avx2",
+        "x86-avx512-vnni",
+    }
 
 
 def test_an_unknown_target_suggests_the_nearest() -> None:
@@ -182,26 +203,85 @@ def test_text_without_a_solver_is_refused(tmp_path: Path) -> None:
         open_recipe(write(tmp_path, RECIPE + '\n[solver]\nmethod = "round-to-nearest"\n'))
 
 
+def test_a_reason_for_a_key_that_there_is_not(tmp_path: Path) -> None:
+    text = (shipped(TARGETS) / "x86-avx2.toml").read_text(encoding="utf-8")
+    with pytest.raises(DefinitionError, match=r"edge\.toml: .*no key 'graph\.opsets'"):
+        open_target(write(tmp_path, text.replace('"graph.opset"', '"graph.opsets"'), "edge.toml"))
+
+
 @pytest.mark.parametrize("machine", ["x86_64", "amd64"])
 @pytest.mark.parametrize(
     "flags,name", [(AVX2, "x86-avx2"), (VNNI, "x86-avx512-vnni"), ([*AVX2, "avx512f", "avx512_vnni"], "x86-avx2")]
 )
 def test_a_host_is_recognised_by_its_flags(machine: str, flags: list[str], name: str) -> None:
-    assert host_target(machine, flags).name == name
-    assert host_target(machine, iter(flags)).name == name
+    assert host_target(Host(machine, frozenset(flags))).name == name
+
+
+@pytest.mark.parametrize(
+    "machine,flags,provider,gpu,name",
+    [
+        ("aarch64", ["asimd", "asimddp"], None, None, "arm64"),
+        ("arm64", ["asimddp", "i8mm"], None, None, "arm64"),
+        # A provider without its hardware, and hardware without its provider.
+        ("x86_64", VNNI, "CUDAExecutionProvider", None, "x86-avx512-vnni"),
+        ("x86_64", VNNI, "CUDAExecutionProvider", 7.5, "x86-avx512-vnni"),
+        ("x86_64", VNNI, None, 9.0, "x86-avx512-vnni"),
+        ("x86_64", VNNI, "CUDAExecutionProvider", 8.0, "cuda"),
+        ("aarch64", ["asimddp"], "CUDAExecutionProvider", 9.0, "cuda"),
+        ("x86_64", AVX2, "NvTensorRTRTXExecutionProvider", 12.0, "trt-rtx"),
+        ("amd64", AVX2, "DmlExecutionProvider", None, "directml"),
+        ("arm64", ["asimddp"], "QNNExecutionProvider", None, "qnn"),
+        # Slower than ONNX Runtime's own kernels, so only where somebody asks for it.
+        ("x86_64", VNNI, "OpenVINOExecutionProvider", None, "x86-avx512-vnni"),
+    ],
+)
+def test_an_accelerator_is_recognised_by_provider_and_hardware(
+    machine: str, flags: list[str], provider: str | None, gpu: float | None, name: str
+) -> None:
+    providers = (provider, CPU_PROVIDER) if provider else (CPU_PROVIDER,)
+    gpus = (Gpu("GPU", gpu, 1 << 34),) if gpu else ()
+    assert host_target(Host(machine, frozenset(flags), providers, gpus)).name == name
+
+
+def test_what_a_host_lacks_is_said() -> None:
+    host = Host("x86_64", frozenset(AVX2))
+    assert open_target("x86-avx2").lacking(host) == []
+    assert open_target("x86-avx512-vnni").lacking(host) == [
+        "The processor has no avx512f, avx512bw, avx512vl, avx512_vnni."
+    ]
+    provider, gpu = open_target("cuda").lacking(host)
+    assert "CUDAExecutionProvider" in provider and "onnxruntime-gpu" in provider and "nvidia-smi" in gpu
+    (old,) = open_target("cuda").lacking(
+        Host("x86_64", frozenset(AVX2), ("CUDAExecutionProvider",), (Gpu("T4", 7.5, 1 << 34),))
+    )
+    assert "7.5" in old and "8.0" in old
+    (browser,) = open_target("wasm").lacking(host)
+    assert "browser" in browser
+
+
+def test_gpus_as_nvidia_smi_lists_them() -> None:
+    listing = "NVIDIA H100 80GB HBM3, 9.0, 81559\nNVIDIA GeForce RTX 4090, 8.9, 24564\nNo devices were found\n, ,\n"
+    first, second = gpus_in(listing)
+    assert first == Gpu("NVIDIA H100 80GB HBM3", 9.0, 81559 << 20)
+    assert second.compute_capability == 8.9
+    assert gpus_in("") == ()
+    assert Host("x86_64", gpus=(second, first)).compute_capability == 9.0
 
 
 @pytest.mark.parametrize("machine,flags", [("vax", VNNI), ("x86_64", ["fpu"]), ("x86_64", []), ("s390x", [])])
 def test_an_unknown_host_is_refused(machine: str, flags: list[str]) -> None:
     with pytest.raises(DefinitionError, match=rf"No shipped target matches this host \({machine}\)") as refused:
-        host_target(machine, flags)
+        host_target(Host(machine, frozenset(flags)))
     assert "--target" in refused.value.next_step
 
 
 def test_host_is_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("glmexport.target.platform.machine", lambda: "AMD64")
-    monkeypatch.setattr("glmexport.target.cpu_flags", lambda: frozenset(VNNI))
+    monkeypatch.setattr("glmexport.host.platform.machine", lambda: "AMD64")
+    monkeypatch.setattr("glmexport.host.cpu_flags", lambda: frozenset(VNNI))
     assert open_target(HOST).name == "x86-avx512-vnni"
+    monkeypatch.setattr("glmexport.host.providers", lambda: ("CUDAExecutionProvider", CPU_PROVIDER))
+    monkeypatch.setattr("glmexport.host.gpus", lambda: (Gpu("GPU", 9.0, 1 << 36),))
+    assert open_target(HOST).name == "cuda"
 
 
 def recipe(**changes: object) -> Recipe:

@@ -24,12 +24,13 @@ STAGES = (
     "report",
 )
 SHARED = (
-    "errors", "definition", "loop", "recipe", "evidence", "target", "resources", "progress", "divergence", "languages",
+    "errors", "definition", "host", "loop", "recipe", "evidence", "target", "resources", "progress", "divergence",
+    "languages",
 )  # fmt: skip
 #: May import anything: they run the stages.
 OUTSIDE = (
-    "calibrating", "capture", "compile", "convert", "job", "device", "estimate", "fleet", "generation", "lm_eval",
-    "plan", "provenance", "tune", "cli", "__main__",
+    "calibrating", "capture", "compile", "convert", "job", "device", "estimate", "fit", "fleet", "generation",
+    "lm_eval", "plan", "provenance", "tune", "cli", "__main__",
 )  # fmt: skip
 #: A checkpoint that is shipped as a package, for the stage that opens checkpoints.
 ALLOWED = {"checkpoint": ("demo",)}

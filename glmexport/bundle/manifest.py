@@ -67,6 +67,16 @@ class CalibrationSource(Definition):
     own: tuple[str, ...] = ()
 
 
+class CacheQuantization(Definition):
+    """How keys and values are cached, and what their scales were calibrated on."""
+
+    format: Literal["int8", "int4"]
+    #: What has a scale of its own: every channel of a head, or a layer's whole cache.
+    scales: Literal["channel", "tensor"]
+    sequences: int
+    tokens: int
+
+
 class Precision(Definition):
     """Bits per weight, scales and zero points in the types they are stored in."""
 
@@ -99,6 +109,8 @@ class Manifest(Definition):
     target: Target
     calibration: CalibrationSource | None
     precision: Precision
+    #: None where the cache is not quantized.
+    cache: CacheQuantization | None = None
     matrices: tuple[QuantizedMatrix, ...]
     #: Of a recipe with a budget.
     allocation: tuple[AllocatedGroup, ...] = ()

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from safetensors.torch import load_file
@@ -27,7 +28,11 @@ def bundle_folds(directory: Path) -> dict[str, Fold]:
 
 @dataclass(frozen=True)
 class _Stored:
-    """Where a quantized matrix is: rows ``start`` to ``stop`` of initializers, and how they are packed."""
+    """Where a quantized matrix is: rows ``start`` to ``stop`` of initializers, and how they are packed.
+
+    ``transposed``: codes are numbers [in, out] and scales [groups, out], as DequantizeLinear has them; the codes are
+    signed where there are no zero points.
+    """
 
     codes: str
     #: What the names of scales and zero points begin with.
@@ -36,6 +41,7 @@ class _Stored:
     group_size: int
     start: int
     stop: int
+    transposed: bool = False
 
 
 class BundleWeights:
@@ -60,6 +66,14 @@ class BundleWeights:
                 gather = node.op_type == "GatherBlockQuantized"
                 codes = _name(node, 0 if gather else 1)
                 self._add(codes, node.attributes["bits"].as_int(), node.attributes["block_size"].as_int())
+            elif node.op_type == "DequantizeLinear":
+                dtype = self._initializers[_name(node, 0)].dtype
+                assert dtype is not None
+                bits, block = int(8 * dtype.itemsize), node.attributes["block_size"].as_int()
+                self._add(_name(node, 0), bits, block, transposed=True)
+            elif node.op_type == "Gather" and _name(node, 0).endswith(".codes"):
+                # Rows of an embedding, which its groups fill.
+                self._add(_name(node, 0), *self._embedding_form(architecture, _name(node, 0)))
             elif node.op_type in ("BitwiseAnd", "Cast") and _name(node, 0).endswith(".codes"):
                 # Dequantized by operators of constants.
                 bits = 8 if node.op_type == "Cast" else int(self._tensor(_name(node, 1))).bit_length()
@@ -68,14 +82,23 @@ class BundleWeights:
                 self._add(_name(node, 0), bits, int(shape.numpy()[-1]) * 8 // bits)
         self._others = dict(self._stored_as_they_are())
 
-    def _add(self, codes: str, bits: int, group_size: int) -> None:
+    def _embedding_form(self, architecture: Architecture, codes: str) -> tuple[int, int]:
+        """Bits and group size of the embedding whose packed rows are ``codes``."""
+        size = architecture.hidden_size
+        packed, groups = (
+            self._initializers[name].shape for name in (codes, f"{codes.removesuffix('.codes')}.scales")
+        )
+        assert packed is not None and groups is not None
+        return int(packed.numpy()[1]) * 8 // size, size // int(groups.numpy()[1])
+
+    def _add(self, codes: str, bits: int, group_size: int, *, transposed: bool = False) -> None:
         """Note the matrices whose rows the initializer ``codes`` has."""
         name, start = codes.removesuffix(".q").removesuffix(".codes"), 0
         for key in _keys(name):
             stop = start + self._shapes[key][0]
             # A tied lm_head multiplies with the embedding: what both have is told of the product.
             if key not in self._quantized or codes.endswith(".q"):
-                self._quantized[key] = _Stored(codes, name, bits, group_size, start, stop)
+                self._quantized[key] = _Stored(codes, name, bits, group_size, start, stop, transposed)
             start = stop
 
     def _stored_as_they_are(self) -> Iterator[tuple[str, tuple[str, slice]]]:
@@ -124,12 +147,21 @@ class BundleWeights:
             return None
         stored = self._quantized[key]
         rows = slice(stored.start, stored.stop)
+        if stored.transposed:
+            return self._of_columns(form, stored, rows)
         scales = self._tensor(f"{stored.name}.scales")[rows]
         size = form.group_size * form.bits // 8
         codes = self._tensor(stored.codes)[rows].reshape(stored.stop - stored.start, scales.shape[1], size)
         zero_points = None if form.symmetric else self._tensor(f"{stored.name}.zero_points")[rows]
         # The width of the last group is padding where the matrix does not fill it.
         return unpack(form, self._shapes[key][1], codes, scales, zero_points)
+
+    def _of_columns(self, form: Format, stored: _Stored, rows: slice) -> QuantizedLinear:
+        codes, scales = (self._tensor(name)[:, rows].T.contiguous() for name in (stored.codes, f"{stored.name}.scales"))
+        if form.symmetric:
+            return QuantizedLinear(form, (codes.short() + 2 ** (form.bits - 1)).to(torch.uint8), scales, None)
+        points = self._tensor(f"{stored.name}.zero_points")[:, rows].T.contiguous()
+        return QuantizedLinear(form, codes, scales, points)
 
     def dequantized(self, key: str) -> Tensor | None:
         """The matrix that the runtime computes with, fp32; None if it is stored in full precision."""
@@ -139,7 +171,13 @@ class BundleWeights:
     def _tensor(self, name: str) -> Tensor:
         value = self._initializers[name].const_value
         assert value is not None
-        return torch.from_numpy(value.numpy().copy())
+        array, dtype = value.numpy(), value.dtype
+        # Types that numpy has from another library, and torch does not take from it.
+        if dtype is ir.DataType.BFLOAT16:
+            return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
+        if dtype in (ir.DataType.INT4, ir.DataType.UINT4):
+            return torch.from_numpy(array.astype(np.int8 if dtype is ir.DataType.INT4 else np.uint8))
+        return torch.from_numpy(array.copy())
 
 
 def _name(node: ir.Node, index: int) -> str:

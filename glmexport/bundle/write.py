@@ -6,18 +6,21 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import onnx_ir as ir
 import torch
 from safetensors.torch import save_file
 
 from glmexport import __version__
 from glmexport.architecture import Architecture
+from glmexport.bundle.cache_scales import calibrate_caches, set_scales
 from glmexport.bundle.external import write_graphs
 from glmexport.bundle.genai import DRAFT, MODEL, loop_config
 from glmexport.bundle.manifest import (
     MANIFEST,
+    CacheQuantization,
     CalibrationSource,
     DraftGraph,
     Manifest,
@@ -38,6 +41,8 @@ from glmexport.target import Target
 SCORING = "scoring.onnx"
 #: Which powers of two were moved between tensors: what is needed to make a checkpoint of the bundle.
 FOLDS = "folds.safetensors"
+#: Of a bundle that is being written.
+_CALIBRATION = "calibration.onnx"
 
 
 def write_bundle(
@@ -54,18 +59,39 @@ def write_bundle(
     allocation: Iterable[AllocatedGroup] = (),
     draft_records: Iterable[QuantizedMatrix] = (),
     tokenizer_files: Iterable[Path],
+    cache_text: Sequence[Sequence[int]] = (),
     progress: Progress,
 ) -> Manifest:
     """Write the bundle into ``directory``, which must not exist; the same arguments give the same bytes.
 
-    The manifest is written last, so a directory without one is not a bundle. Returns it.
+    The manifest is written last, so a directory without one is not a bundle. Returns it. ``cache_text``: token ids that
+    the scales of a quantized cache are calibrated on.
     """
     directory.mkdir(parents=True)
-    built = {name: build_graph(architecture, target.graph, every_position=name == SCORING) for name in (MODEL, SCORING)}
+    limits = target.graph
+    built = {name: build_graph(architecture, limits, every_position=name == SCORING) for name in (MODEL, SCORING)}
     if architecture.token_prediction:
-        built[DRAFT] = build_draft(architecture, target.graph)
+        built[DRAFT] = build_draft(architecture, limits)
     graphs = {name: lower(graph, target, weights, rotary_tables) for name, graph in built.items()}
-    write_graphs(graphs, directory, progress)
+    cache = None
+    if limits.kv_cache == "activations":
+        write_graphs(graphs, directory, progress, target.memory.max_file_bytes)
+    else:
+        # The same graph with a cache of floats, over the same weights, tells what has to be quantized.
+        floats = target.model_copy(update={"graph": limits.model_copy(update={"kv_cache": "activations"})})
+        plain = lower(build_graph(architecture, floats.graph, every_position=False), floats, weights, rotary_tables)
+        write_graphs({**graphs, _CALIBRATION: plain}, directory, progress, target.memory.max_file_bytes)
+        scales = calibrate_caches(directory / _CALIBRATION, architecture, limits, cache_text, progress)
+        (directory / _CALIBRATION).unlink()
+        for name, model in graphs.items():
+            set_scales(model, scales)
+            ir.save(model, directory / name)
+        cache = CacheQuantization(
+            format=limits.kv_cache,
+            scales=limits.kv_scales,
+            sequences=len(cache_text),
+            tokens=sum(map(len, cache_text)),
+        )
     if weights.checkpoint.folds:
         save_file(as_tensors(weights.checkpoint.folds), directory / FOLDS)
     name, config = loop_config(architecture, target)
@@ -90,6 +116,7 @@ def write_bundle(
         target=target,
         calibration=calibration,
         precision=_precision(architecture, weights),
+        cache=cache,
         matrices=matrices,
         allocation=tuple(allocation),
         experts=coverage(matrices),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -76,8 +76,8 @@ def build(
     """
     import torch
 
-    from glmexport.cli.verdict import exit_code, show
-    from glmexport.compile import BuildOptions, command_line
+    from glmexport.cli.verdict import exit_code, show, show_unrun
+    from glmexport.compile import BuildOptions, BuiltUnrun, command_line
     from glmexport.compile import build as compile_bundles
     from glmexport.device import device_name as name_of
     from glmexport.device import open_device
@@ -137,20 +137,25 @@ def build(
         bundle_threads=bundle_threads(threads),
     )
     built = compile_bundles(original, jobs, options, terminal)
+    documents: list[dict[str, Any]] = []
+    verdicts = []
     for bundle in built:
-        show(terminal.console, bundle.report, bundle.directory)
+        document: dict[str, Any] = {"bundle": str(bundle.directory), "digest": bundle.manifest.digest()}
+        if isinstance(bundle, BuiltUnrun):
+            show_unrun(terminal.console, bundle.unrun, bundle.manifest.target, bundle.directory, checkpoint)
+            unrun = bundle.unrun
+            gates = [gate.model_dump(mode="json") for gate in unrun.gates]
+            document |= {"report": None, "verdict": unrun.verdict, "not_run": unrun.lacking, "gates": gates}
+            verdicts.append(unrun.verdict)
+        else:
+            show(terminal.console, bundle.report, bundle.directory)
+            # Through text, which is where a number that is not finite becomes a string.
+            document |= {"report": json.loads(bundle.report.model_dump_json())}
+            verdicts.append(bundle.report.verdict)
+        documents.append(document)
     if as_json:
-        documents = [
-            {
-                "bundle": str(bundle.directory),
-                "digest": bundle.manifest.digest(),
-                # Through text, which is where a number that is not finite becomes a string.
-                "report": json.loads(bundle.report.model_dump_json()),
-            }
-            for bundle in built
-        ]
         emit(json.dumps({"bundles": documents}, indent=2, ensure_ascii=False))
-    return exit_code([bundle.report.verdict for bundle in built])
+    return exit_code(verdicts)
 
 
 def calibration_text(recipe: Recipe, own: Sequence[Path]) -> str:

@@ -1,14 +1,21 @@
-"""``glmexport targets``: what is known about hardware."""
+"""``glmexport targets``: what is known about hardware, and what this machine is."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.table import Table
+from rich.text import Text
 
 from glmexport.cli.console import Terminal, emit
 from glmexport.cli.options import json_option
+
+if TYPE_CHECKING:
+    from glmexport.lowering.explain import Lowering
 
 
 @click.group()
@@ -19,7 +26,7 @@ def targets() -> None:
 @targets.command("list")
 @json_option
 def list_targets(as_json: bool) -> None:
-    """Names of the shipped targets, and which of them this host is."""
+    """Names of the shipped targets, whether they have run on such hardware, and which of them this host is."""
     from glmexport.errors import DefinitionError
     from glmexport.target import HOST, open_target, shipped_targets
 
@@ -29,14 +36,15 @@ def list_targets(as_json: bool) -> None:
         host = ""
     known = shipped_targets()
     if as_json:
-        emit(json.dumps({"host": host or None, "targets": [target.name for target in known]}, indent=2))
+        executed = [target.name for target in known if target.provenance.executed]
+        names = [target.name for target in known]
+        emit(json.dumps({"host": host or None, "targets": names, "executed": executed}, indent=2))
         return
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("target", "what it is", "default recipe", ""):
-        table.add_column(column)
+    table = _table("target", "what it is", "default recipe", "executed", "")
     for target in known:
         here = "this host" if target.name == host else ""
-        table.add_row(target.name, target.summary, target.weights.default_recipe, here)
+        executed_here = "yes" if target.provenance.executed else "no"
+        table.add_row(target.name, target.summary, target.weights.default_recipe, executed_here, here)
     Terminal().console.print(table)
 
 
@@ -44,21 +52,119 @@ def list_targets(as_json: bool) -> None:
 @click.argument("name")
 @json_option
 def show_target(name: str, as_json: bool) -> None:
-    """Everything a target claims. NAME is a shipped target, a .toml file, or host."""
+    """What the graphs of a target are made of and why. NAME is a shipped target, a .toml file, or host."""
+    from glmexport.lowering.explain import lowerings
     from glmexport.target import open_target
 
     target = open_target(name)
+    decisions = lowerings(target)
     if as_json:
-        emit(target.model_dump_json(indent=2))
+        document = {**target.model_dump(mode="json"), "lowerings": [_plain(lowering) for lowering in decisions]}
+        emit(json.dumps(document, indent=2, ensure_ascii=False))
         return
-    facts = {"summary": target.summary}
-    for section, values in target.model_dump(exclude={"evidence": {"candidates"}}).items():
-        if isinstance(values, dict):
-            facts |= {f"{section}.{key}": _shown(value) for key, value in values.items()}
-    Terminal().facts(target.name, facts)
+    terminal = Terminal()
+    provenance = target.provenance
+    facts = {"summary": target.summary, "executed": "yes" if provenance.executed else "no, see below"}
+    for section in ("provider", "probe", "gates"):
+        values = getattr(target, section).model_dump(exclude_defaults=True)
+        facts |= {f"{section}.{key}": _shown(value) for key, value in values.items()}
+    facts |= {"evidence": f"{provenance.measured_on} ({provenance.date})", "notes": provenance.notes or "-"}
+    terminal.facts(target.name, facts)
+    table = _table("lowering", "what the graph gets", "why", "known by", "key")
+    for lowering in decisions:
+        why, how = (lowering.claim.why, lowering.claim.how) if lowering.claim else ("not stated", "-")
+        table.add_row(*(Text(part) for part in (lowering.name, lowering.does, why, how, lowering.key)))
+    terminal.console.print(table)
+    for sentence in provenance.not_yet:
+        terminal.remark(f"not yet possible: {sentence}")
+
+
+@targets.command("probe")
+@json_option
+def probe(as_json: bool) -> None:
+    """What this host is: processor, GPUs and providers, which targets it is of, and what it lacks for the others."""
+    from glmexport.host import Host
+    from glmexport.target import host_target, shipped_targets
+    from glmexport.validation.machine import instruction_sets, processor_name
+
+    host = Host.this()
+    lacking = {target.name: target.lacking(host) for target in shipped_targets()}
+    chosen = host_target(host).name if not all(lacking.values()) else None
+    if as_json:
+        document = {
+            "machine": host.machine,
+            "processor": processor_name(),
+            "instruction_sets": instruction_sets(),
+            "gpus": [asdict(gpu) for gpu in host.gpus],
+            "providers": host.providers,
+            "host": chosen,
+            "lacking": lacking,
+        }
+        emit(json.dumps(document, indent=2, ensure_ascii=False))
+        return
+    terminal = Terminal()
+    gpus = [f"{gpu.name} (compute capability {gpu.compute_capability})" for gpu in host.gpus]
+    terminal.facts(
+        f"This host is {chosen or 'none of the shipped targets'}",
+        {
+            "processor": f"{processor_name()} ({host.machine})",
+            "instruction sets": _shown(instruction_sets()),
+            "NVIDIA GPUs": _shown(gpus) or "none",
+            "providers": _shown(host.providers),
+        },
+    )
+    table = _table("target", "", "what this host lacks for it")
+    for name, reasons in lacking.items():
+        fits = Text("no", "yellow") if reasons else Text("yes", "green")
+        table.add_row(name, fits, Text(" ".join(reasons)))
+    terminal.console.print(table)
+
+
+@targets.command("check")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@json_option
+def check(bundle: Path, as_json: bool) -> int:
+    """Whether BUNDLE can run on this host, and why not. Nothing is run; exit code 0 if it can, 1 if it cannot."""
+    from glmexport.bundle import read_manifest
+    from glmexport.errors import EXIT_BLOCK, EXIT_PASS
+    from glmexport.fit import fit
+    from glmexport.host import Host
+
+    manifest = read_manifest(bundle)
+    checks = fit(manifest, Host.this())
+    runs = all(each.holds for each in checks)
+    if as_json:
+        document = {"target": manifest.target.name, "runs": runs, "checks": [asdict(each) for each in checks]}
+        emit(json.dumps(document, indent=2, ensure_ascii=False))
+    else:
+        table = _table("condition", "", "")
+        for each in checks:
+            table.add_row(each.name, Text("yes", "green") if each.holds else Text("no", "red"), Text(each.detail))
+        console = Terminal().console
+        console.print(table)
+        console.print(f"{bundle} was built for {manifest.target.name} and {'can' if runs else 'cannot'} run here.")
+    return EXIT_PASS if runs else EXIT_BLOCK
+
+
+def _plain(lowering: Lowering) -> dict[str, object]:
+    claim = lowering.claim
+    return {
+        "name": lowering.name,
+        "does": lowering.does,
+        "key": lowering.key,
+        "why": claim.why if claim else None,
+        "how": claim.how if claim else None,
+    }
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in columns:
+        table.add_column(column)
+    return table
 
 
 def _shown(value: object) -> str:
-    if isinstance(value, tuple | list):
+    if isinstance(value, tuple | list | frozenset):
         return ", ".join(str(item) for item in value)
     return str(value)

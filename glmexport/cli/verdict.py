@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 from rich.console import Console, Group
@@ -17,15 +18,18 @@ from glmexport.report.behaviour import answer_rows
 from glmexport.report.devices import device_table
 from glmexport.report.document import HTML_NAME, Report
 from glmexport.report.speed import bounded, reached, speed_rows, value
+from glmexport.target import Target
 from glmexport.validation.results import (
     Behaviour,
     CaptureBound,
+    Gate,
     Interval,
     LanguageFidelity,
     Performance,
     Verdict,
     WeightCheck,
 )
+from glmexport.validation.unrun import Unrun
 
 _EXIT = {
     Verdict.PASS: EXIT_PASS,
@@ -62,7 +66,7 @@ def show(console: Console, report: Report, directory: Path) -> None:
     console.print(_spending(report))
     console.print(_cost(report))
     console.print(_conditions(report), style="dim")
-    console.print(_gates(report))
+    console.print(_gates(report.policy.source, report.gates))
     if report.weights and report.weights.faults:
         console.print(_faults(report.weights))
     console.print(f"verdict  [{_STYLE[report.verdict]}]{report.verdict}[/]")
@@ -240,11 +244,23 @@ def _faults(check: WeightCheck) -> Table:
     return table
 
 
-def _gates(report: Report) -> Table:
+def show_unrun(console: Console, unrun: Unrun, target: Target, directory: Path, checkpoint: str) -> None:
+    """Gates of a bundle that was not run, why it was not, and how it is validated where it can be."""
+    console.print(_gates("what needs no run", unrun.gates))
+    for reason in unrun.lacking:
+        console.print(f"not run on the device: {reason}", soft_wrap=True, markup=False)
+    console.print(f"verdict  [{_STYLE[unrun.verdict]}]{unrun.verdict}[/]")
+    console.print(f"bundle   {directory}", soft_wrap=True)
+    step = f"Validate it where {target.provider.package} has {target.provider.name}: "
+    step += f"glmexport validate {directory.name} --against {checkpoint}"
+    console.print(step, soft_wrap=True, markup=False)
+
+
+def _gates(source: str, gates: Iterable[Gate]) -> Table:
     table = titled_table(
-        f"\nGates: {report.policy.source}", "gate", "language", "measured", "bounds", "", "limit", "verdict"
+        f"\nGates: {source}", "gate", "language", "measured", "bounds", "", "limit", "verdict"
     )
-    for gate in report.gates:
+    for gate in gates:
         table.add_row(
             gate.name,
             gate.language or "-",

@@ -3,6 +3,7 @@
 from glmexport.graph.build import build_draft, build_graph, build_part, own_loop
 from glmexport.graph.names import (
     ATTENTION_MASK,
+    BLOCK_NAME,
     HIDDEN,
     INDEX,
     INPUT_IDS,
@@ -21,6 +22,7 @@ from glmexport.graph.operators import BLOCK, DOMAIN, violations
 __all__ = [
     "ATTENTION_MASK",
     "BLOCK",
+    "BLOCK_NAME",
     "DOMAIN",
     "HIDDEN",
     "INDEX",

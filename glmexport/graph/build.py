@@ -20,6 +20,7 @@ from glmexport.architecture import (
 from glmexport.graph.latent import LatentLayers
 from glmexport.graph.names import (
     ATTENTION_MASK,
+    BLOCK_NAME,
     HIDDEN,
     INPUT_IDS,
     LOGITS,
@@ -49,7 +50,7 @@ def build_graph(architecture: Architecture, limits: GraphLimits, *, every_positi
 
     Args:
         architecture: what to build.
-        limits: opset and IR version.
+        limits: opset and IR version, and what is cached.
         every_position: logits [B, S, V] of all new positions, whatever their number, and nothing but those.
     """
     builder = _Builder(architecture, limits)
@@ -74,6 +75,10 @@ def build_part(architecture: Architecture, layers: Sequence[DecoderLayer], limit
     """
     builder = _Builder(architecture, limits)
     return builder.finished([builder.part(layers)])
+
+
+#: Element types of cached keys and values; floats become the target's later. Two 4-bit codes are in a byte.
+_CACHES = {"activations": ir.DataType.FLOAT, "int8": ir.DataType.INT8, "int4": ir.DataType.UINT8}
 
 
 class _Builder:
@@ -139,7 +144,7 @@ class _Builder:
         """What the final norm reads, [B, S, D]."""
         hidden = self.embedding(architecture.embedding)
         for layer in architecture.layers:
-            self.block = f"block_{layer.index:03d}"
+            self.block = BLOCK_NAME.format(layer=layer.index)
             hidden = self.layer(layer, hidden)
         self.block = "head"
         return hidden
@@ -149,7 +154,7 @@ class _Builder:
         stream = _value(STREAM_IN, ir.DataType.FLOAT, ["batch", *sizes])
         self.inputs.append(stream)
         for layer in layers:
-            self.block = f"block_{layer.index:03d}"
+            self.block = BLOCK_NAME.format(layer=layer.index)
             stream = self.layer(layer, stream)
         if layers:
             return self.declare(stream, STREAM_OUT, sizes)
@@ -190,7 +195,12 @@ class _Builder:
     def mixture(self, mixture: MixtureOfExperts, normed: ir.Value) -> ir.Value:
         router = mixture.router
         logits = self.op(
-            "Linear", [normed], weights=[router.weight], in_features=router.in_features, out_features=router.experts
+            "Linear",
+            [normed],
+            weights=[router.weight],
+            in_features=router.in_features,
+            out_features=router.experts,
+            float32=1,
         )
         experts, weights = ir.Value(), ir.Value()
         self.node(
@@ -241,14 +251,20 @@ class _Builder:
         return self.linears(attended, [attention.output])
 
     def head_caches(self, layer: int, heads: int, size: int) -> tuple[list[ir.Value], list[ir.Value]]:
-        """Keys and values [B, heads, length, size] of the past, and those of the present."""
-        kinds = ("key", "value")
-        past = [self.cache(PAST, layer, kind, [heads, "past_sequence", size]) for kind in kinds]
-        return past, [self.cache(PRESENT, layer, kind, [heads, "total_sequence", size]) for kind in kinds]
+        """Keys and values [B, heads, length, size] of the past, and those of the present; half as wide in 4 bits."""
+        dtype = _CACHES[self.limits.kv_cache]
+        width = size // 2 if self.limits.kv_cache == "int4" else size
+        past, present = (
+            [self.cache(name, layer, kind, [heads, length, width], dtype) for kind in ("key", "value")]
+            for name, length in ((PAST, "past_sequence"), (PRESENT, "total_sequence"))
+        )
+        return past, present
 
-    def cache(self, name: str, layer: int, kind: str, shape: Sequence[str | int]) -> ir.Value:
+    def cache(
+        self, name: str, layer: int, kind: str, shape: Sequence[str | int], dtype: ir.DataType = ir.DataType.FLOAT
+    ) -> ir.Value:
         """A cache of the graph's inputs or outputs, by its ``name``; ``shape`` without the batch."""
-        value = _value(name.format(layer=layer, kind=kind), ir.DataType.FLOAT, ["batch", *shape])
+        value = _value(name.format(layer=layer, kind=kind), dtype, ["batch", *shape])
         (self.inputs if name == PAST else self.outputs).append(value)
         return value
 

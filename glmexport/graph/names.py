@@ -13,6 +13,8 @@ HIDDEN, PAST_HIDDEN = "hidden_states", "past_hidden_states"
 SHORT_STEP = 16
 PAST = "past_key_values.{layer}.{kind}"
 PRESENT = "present.{layer}.{kind}"
+#: The block that a decoder layer's nodes and weights belong to.
+BLOCK_NAME = "block_{layer:03d}"
 LATENT, INDEX = "latent", "index"
 #: The residual stream before and behind a part of the model.
 STREAM_IN, STREAM_OUT = "stream_in", "stream_out"

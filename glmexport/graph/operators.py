@@ -5,7 +5,8 @@ Domain ``glmexport``. Shapes: B sequences, S new positions, P cached positions, 
     Embedding(input_ids [B, S] int64) -> [B, S, D]                       weight
     RmsNorm(x [..., D]) -> [..., D]                                      weight, epsilon
     Linear(x [..., K]) -> [..., N]                                       weights, biases, in_features, out_features
-        rows of several checkpoint matrices, stacked; ``biases`` is empty or names one vector a matrix
+        rows of several checkpoint matrices, stacked; ``biases`` is empty or names one vector a matrix; a router's has
+        ``float32``, and is computed so on every target
     Attention(qkv..., past_key, past_value, attention_mask [B, T] int64) -> out [B, S, heads * head_dim],
         present_key [B, kv_heads, T, head_dim], present_value            heads, kv_heads, head_dim, scale,
                                                                          rotary_dimensions, interleaved
@@ -33,6 +34,8 @@ Domain ``glmexport``. Shapes: B sequences, S new positions, P cached positions, 
     LastPosition(x [B, S, D], attention_mask) -> [B, 1, D]               the last position that is not padding
     RecentPositions(x [B, S, D], attention_mask) -> [B, R, D]            most
         all positions of a step of at most ``most``, R = S; of a longer one the last that is not padding, R = 1
+
+Keys and values are cached in the activations' type, or as codes: int8, or two 4-bit ones in a byte.
 
 A cache of T positions grows with every call. One of C positions, the capacity, is written into: a token's place is its
 position, and what is behind the sequence does not count.

@@ -8,10 +8,10 @@ import numpy as np
 import onnx_ir as ir
 
 from glmexport.graph import INPUT_IDS
-from glmexport.lowering.attention import shared_lengths
+from glmexport.lowering.attention import shared, shared_position_ids
 from glmexport.lowering.rewrite import MICROSOFT, Rewrite
 
-_POSITIONS, _PLACES, _CAUSAL = "positions", "cache_places", "causal_bias"
+_PLACES, _CAUSAL = "cache_places", "causal_bias"
 
 
 @dataclass(frozen=True)
@@ -27,33 +27,20 @@ class Positions:
 
 
 def shared_positions(model: ir.Model, node: ir.Node) -> Positions:
-    """Of the graph's input; ``node`` is one that reads a cache.
-
-    The first new token of a sequence comes behind what the attention mask has ones for, less the new tokens. Padding
-    is to the right, and in the first call only: there the sequences begin at 0, however few ones they have.
-    """
-    found = {value.name: value for other in model.graph for value in other.outputs}
+    """Of the graph's input; ``node`` is one that reads a cache."""
+    found = shared(model)
+    positions = shared_position_ids(model)
     if _CAUSAL in found:
-        return Positions(found[_POSITIONS], found[_PLACES], found[_CAUSAL])
-    lengths, total = shared_lengths(model)
+        return Positions(positions, found[_PLACES], found[_CAUSAL])
     graph = model.graph
     ids = next(value for value in graph.inputs if value.name == INPUT_IDS)
     cache = node.inputs[3]
-    # The last one of those that the lengths are computed by.
-    before_all = total.producer()
+    before_all = positions.producer()
     assert before_all is not None
     rewrite = Rewrite(model, before_all)
     one, zero = rewrite.constant("one", np.array(1, np.int64)), rewrite.constant("zero", np.array(0, np.int64))
     (shape,) = rewrite.op("Shape", [ids])
     (batch,) = rewrite.op("Gather", [shape, zero], {"axis": 0})
-    (count,) = rewrite.op("Gather", [shape, one], {"axis": 0})
-    (last,) = rewrite.op("Cast", [lengths], {"to": int(ir.DataType.INT64)})
-    (ones,) = rewrite.op("Add", [last, one])
-    (before,) = rewrite.op("Sub", [ones, count])
-    (start,) = rewrite.op("Max", [before, zero])
-    (start,) = rewrite.op("Unsqueeze", [start, rewrite.integers(1)])
-    (steps,) = rewrite.op("Range", [zero, count, one])
-    (positions,) = rewrite.op("Add", [start, steps])
     (rows,) = rewrite.op("Range", [zero, batch, one])
     (rows,) = rewrite.op("Unsqueeze", [rows, rewrite.integers(1)])
     (rows,) = rewrite.op("Expand", [rows, shape])
@@ -65,7 +52,7 @@ def shared_positions(model: ir.Model, node: ir.Node) -> Positions:
     (seen,) = rewrite.op("LessOrEqual", [cached, parts[1]])
     choices = [rewrite.constant(name, np.array(value, np.float32)) for name, value in SEEN.items()]
     (causal,) = rewrite.op("Where", [seen, *choices])
-    positions.name, places.name, causal.name = _POSITIONS, _PLACES, _CAUSAL
+    places.name, causal.name = _PLACES, _CAUSAL
     graph.insert_after(before_all, rewrite.nodes)
     return Positions(positions, places, causal)
 

@@ -26,7 +26,7 @@ def constant_matrix(rewrite: Rewrite, weights: Weights, key: str) -> ir.Value:
         (rows, groups, form.group_size * form.bits // 8),
         lambda: weights.packed([key], "codes").numpy(),
     )
-    codes = _numbers(rewrite, _unpacked(rewrite, stored, form.bits))
+    codes = as_numbers(rewrite, _unpacked(rewrite, stored, form.bits))
     scales = rewrite.weight(
         f"{key}.scales", ir.DataType.FLOAT16, (rows, groups), lambda: weights.packed([key], "scales").numpy()
     )
@@ -41,13 +41,13 @@ def constant_matrix(rewrite: Rewrite, weights: Weights, key: str) -> ir.Value:
             lambda: weights.packed([key], "zero_points").numpy(),
         )
         # The last byte of a row may be filled up.
-        points = _cut(rewrite, _unpacked(rewrite, packed, form.bits), groups)
-        (points,) = rewrite.op("Unsqueeze", [_numbers(rewrite, points), rewrite.integers(2)])
+        points = first_of(rewrite, _unpacked(rewrite, packed, form.bits), groups)
+        (points,) = rewrite.op("Unsqueeze", [as_numbers(rewrite, points), rewrite.integers(2)])
         (above,) = rewrite.op("Sub", [codes, points])
-    (factors,) = rewrite.op("Unsqueeze", [_numbers(rewrite, scales), rewrite.integers(2)])
+    (factors,) = rewrite.op("Unsqueeze", [as_numbers(rewrite, scales), rewrite.integers(2)])
     (matrix,) = rewrite.op("Mul", [above, factors])
     (matrix,) = rewrite.op("Reshape", [matrix, rewrite.integers(rows, -1)])
-    return _cut(rewrite, matrix, columns)
+    return first_of(rewrite, matrix, columns)
 
 
 def _unpacked(rewrite: Rewrite, packed: ir.Value, bits: int) -> ir.Value:
@@ -71,11 +71,12 @@ def _unpacked(rewrite: Rewrite, packed: ir.Value, bits: int) -> ir.Value:
     return rewrite.op("Reshape", [side_by_side, rewrite.integers(*[0] * (len(shape) - 1), -1)])[0]
 
 
-def _numbers(rewrite: Rewrite, x: ir.Value) -> ir.Value:
+def as_numbers(rewrite: Rewrite, x: ir.Value) -> ir.Value:
+    """``x`` in the type of the activations."""
     return rewrite.op("Cast", [x], {"to": int(ir.DataType.FLOAT)})[0]
 
 
-def _cut(rewrite: Rewrite, x: ir.Value, columns: int) -> ir.Value:
+def first_of(rewrite: Rewrite, x: ir.Value, columns: int) -> ir.Value:
     """The first ``columns`` of the last axis."""
     ends = [rewrite.integers(0), rewrite.integers(columns), rewrite.integers(-1)]
     return rewrite.op("Slice", [x, *ends])[0]

@@ -9,35 +9,39 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from glmexport.graph.operators import integer, nodes_of, number, text
+from glmexport.graph.operators import integer, nodes_of, text
+from glmexport.lowering.norm import normalized
 from glmexport.lowering.rewrite import Rewrite
 from glmexport.quantization.weights import Weights
+from glmexport.target import Target
 
 
 class LowerHeadNormPass(ir.passes.InPlacePass):
-    """HeadNorm becomes SimplifiedLayerNormalization over the last axis of [B, S, heads, head_dim].
+    """HeadNorm becomes the target's RMSNorm over the last axis of [B, S, heads, head_dim].
 
     GroupQueryAttention takes the gains itself on other providers; ONNX Runtime's CPU kernel refuses them.
     """
 
-    def __init__(self, weights: Weights) -> None:
+    def __init__(self, weights: Weights, target: Target) -> None:
         super().__init__()
         self.weights = weights
+        self.form = target.graph.norm
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Lower every HeadNorm."""
         modified = False
         for node in nodes_of(model, "HeadNorm"):
             modified = True
-            rewrite = Rewrite(model, node)
+            rewrite = Rewrite(model, node, float32=self.form == "arithmetic")
             key, size = text(node, "weight"), integer(node, "head_dim")
             gain = rewrite.weight(key, ir.DataType.FLOAT, (size,), partial(self._read, key))
             apart = rewrite.constant(f"heads_of_{size}", np.array([0, 0, -1, size], np.int64))
             together = rewrite.constant("heads_together", np.array([0, 0, -1], np.int64))
             (heads,) = rewrite.op("Reshape", [node.inputs[0], apart])
-            attributes = {"axis": -1, "epsilon": number(node, "epsilon"), "stash_type": 1}
-            (normed,) = rewrite.op("SimplifiedLayerNormalization", [heads, gain], attributes)
-            rewrite.finish(*rewrite.op("Reshape", [normed, together]))
+            normed = normalized(rewrite, heads, gain, self.form)
+            (output,) = rewrite.op("Reshape", [normed, together])
+            output.type = normed.type
+            rewrite.finish(output)
         return ir.passes.PassResult(model, modified)
 
     def _read(self, key: str) -> NDArray[Any]:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import onnx_ir as ir
 import torch
+from numpy.typing import NDArray
 
 from glmexport.graph.operators import integer, nodes_of, texts
 from glmexport.lowering.rewrite import MICROSOFT, Rewrite
@@ -12,18 +16,22 @@ from glmexport.target import Target
 
 
 class LowerLinearPass(ir.passes.InPlacePass):
-    """Linear becomes MatMulNBits, or MatMul and Add.
+    """Linear becomes MatMulNBits, or MatMul and Add, over DequantizeLinear where the target wants that (QDQ).
 
     1. Scales are stored as fp16 and cast in the graph; ONNX Runtime folds the cast when it loads the model.
     2. Zero points are left out of symmetric formats: the operator's default is theirs, 2^(bits - 1).
     3. The bias goes into MatMulNBits.
-    4. A tied lm_head shares the bytes of the embedding's codes, scales and zero points.
+    4. A tied lm_head shares the bytes of the embedding's codes, scales and zero points; not in QDQ form, whose matrices
+       are transposed.
+    5. In QDQ form a symmetric matrix has signed codes and no zero points, another unsigned ones with them. The numbers
+       are those of MatMulNBits, (code - zero point) * scale.
     """
 
     def __init__(self, weights: Weights, target: Target) -> None:
         super().__init__()
         self.weights = weights
         self.accuracy_level = target.weights.accuracy_level
+        self.quantized = self._dequantized if target.weights.form == "QDQ" else self._packed
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Lower every Linear."""
@@ -31,12 +39,12 @@ class LowerLinearPass(ir.passes.InPlacePass):
         for node in nodes_of(model, "Linear"):
             modified = True
             keys = texts(node, "weights")
-            rewrite = Rewrite(model, node)
+            rewrite = Rewrite(model, node, float32="float32" in node.attributes)
             bias = self._bias(rewrite, texts(node, "biases"), integer(node, "out_features"))
             if self.weights.form(keys[0]) is None:
                 rewrite.finish(self._plain(rewrite, keys, bias))
             else:
-                rewrite.finish(self._quantized(rewrite, keys, bias))
+                rewrite.finish(self.quantized(rewrite, keys, bias))
         return ir.passes.PassResult(model, modified)
 
     def _bias(self, rewrite: Rewrite, keys: list[str], size: int) -> ir.Value | None:
@@ -57,10 +65,40 @@ class LowerLinearPass(ir.passes.InPlacePass):
             (integer(node, "in_features"), integer(node, "out_features")),
             lambda: torch.cat([self.weights.tensor(key) for key in keys]).T.contiguous().numpy(),
         )
-        (product,) = rewrite.op("MatMul", [node.inputs[0], matrix])
-        return product if bias is None else rewrite.op("Add", [product, bias])[0]
+        return _product(rewrite, matrix, bias)
 
-    def _quantized(self, rewrite: Rewrite, keys: list[str], bias: ir.Value | None) -> ir.Value:
+    def _dequantized(self, rewrite: Rewrite, keys: list[str], bias: ir.Value | None) -> ir.Value:
+        node, name = rewrite.node, _name(keys)
+        form = self.weights.form(keys[0])
+        assert form is not None
+        rows, size = integer(node, "out_features"), integer(node, "in_features")
+        groups = -(-size // form.group_size)
+        dtype = SIGNED[form.bits] if form.symmetric else UNSIGNED[form.bits]
+
+        def codes() -> NDArray[Any]:
+            unsigned = torch.cat([self.weights.quantized(key).codes for key in keys]).T.numpy()
+            middle = 2 ** (form.bits - 1) if form.symmetric else 0
+            return np.asarray((unsigned.astype(np.int16) - middle).astype(dtype.numpy()))
+
+        def zero_points() -> NDArray[Any]:
+            points = [self.weights.quantized(key).zero_points for key in keys]
+            stacked = torch.cat([each for each in points if each is not None])
+            return np.asarray(stacked.T.numpy().astype(dtype.numpy()))
+
+        def scales() -> NDArray[Any]:
+            steps: NDArray[Any] = self.weights.packed(keys, "scales").T.numpy()
+            return steps
+
+        stored = rewrite.weight(f"{name}.q", dtype, (size, rows), codes)
+        scale = rewrite.weight(f"{name}.scales", ir.DataType.FLOAT16, (groups, rows), scales)
+        (cast,) = rewrite.op("Cast", [scale], {"to": int(ir.DataType.FLOAT)})
+        inputs = [stored, cast]
+        if not form.symmetric:
+            inputs.append(rewrite.weight(f"{name}.zero_points", dtype, (groups, rows), zero_points))
+        (matrix,) = rewrite.op("DequantizeLinear", inputs, {"axis": 0, "block_size": form.group_size})
+        return _product(rewrite, matrix, bias)
+
+    def _packed(self, rewrite: Rewrite, keys: list[str], bias: ir.Value | None) -> ir.Value:
         node, name = rewrite.node, _name(keys)
         form = self.weights.form(keys[0])
         assert form is not None
@@ -104,6 +142,20 @@ class LowerLinearPass(ir.passes.InPlacePass):
             },
             domain=MICROSOFT,
         )[0]
+
+
+#: Element types of codes in QDQ form, by bits. Opset 21 has none of 2 bits.
+SIGNED = {4: ir.DataType.INT4, 8: ir.DataType.INT8}
+UNSIGNED = {4: ir.DataType.UINT4, 8: ir.DataType.UINT8}
+
+
+def _product(rewrite: Rewrite, matrix: ir.Value, bias: ir.Value | None) -> ir.Value:
+    """The node's input times ``matrix`` [in, out]; its type is said where it is not the activations'."""
+    (product,) = rewrite.op("MatMul", [rewrite.node.inputs[0], matrix])
+    if bias is not None:
+        (product,) = rewrite.op("Add", [product, bias])
+    product.type = ir.TensorType(ir.DataType.FLOAT)
+    return product
 
 
 def _name(keys: list[str]) -> str:

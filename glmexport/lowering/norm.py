@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
@@ -21,30 +22,32 @@ class LowerNormPass(ir.passes.InPlacePass):
 
     1. Where its input is the sum of two values and the target has the fused operator, both become one node, whose
        fourth output is the sum that the residual stream goes on with.
-    2. Otherwise SimplifiedLayerNormalization over the last axis, which ONNX Runtime serves in the default domain.
+    2. Otherwise SimplifiedLayerNormalization over the last axis, which ONNX Runtime serves in the default domain, or
+       the standard operators that it consists of.
     """
 
     def __init__(self, weights: Weights, target: Target) -> None:
         super().__init__()
         self.weights = weights
         self.fuse = target.can(FUSED)
+        self.form = target.graph.norm
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Lower every RmsNorm."""
         modified = False
         for node in nodes_of(model, "RmsNorm"):
             modified = True
-            rewrite = Rewrite(model, node)
-            key = text(node, "weight")
-            gain = rewrite.weight(key, ir.DataType.FLOAT, self.weights.shape(key), partial(self._gain, key))
             source = node.inputs[0]
             assert source is not None
             producer = source.producer()
-            if self.fuse and producer is not None and (producer.domain, producer.op_type) == ("", "Add"):
+            fuse = self.fuse and producer is not None and (producer.domain, producer.op_type) == ("", "Add")
+            rewrite = Rewrite(model, node, float32=not fuse and self.form == "arithmetic")
+            key = text(node, "weight")
+            gain = rewrite.weight(key, ir.DataType.FLOAT, self.weights.shape(key), partial(self._gain, key))
+            if fuse and producer is not None:
                 self._fused(rewrite, producer, gain)
             else:
-                attributes = {"axis": -1, "epsilon": number(node, "epsilon"), "stash_type": 1}
-                rewrite.finish(*rewrite.op("SimplifiedLayerNormalization", [source, gain], attributes))
+                rewrite.finish(normalized(rewrite, source, gain, self.form))
         return ir.passes.PassResult(model, modified)
 
     def _gain(self, key: str) -> NDArray[Any]:
@@ -63,3 +66,19 @@ class LowerNormPass(ir.passes.InPlacePass):
         mean.name = deviation.name = ""
         ir.convenience.replace_all_uses_with(addition.outputs[0], total)
         rewrite.finish(normed, also=[addition])
+
+
+def normalized(rewrite: Rewrite, x: ir.Value | None, gain: ir.Value, form: str) -> ir.Value:
+    """RMSNorm of ``x`` over its last axis, with the node's epsilon; sums are in fp32 in either form."""
+    epsilon = number(rewrite.node, "epsilon")
+    if form == "operator":
+        attributes = {"axis": -1, "epsilon": epsilon, "stash_type": 1}
+        return rewrite.op("SimplifiedLayerNormalization", [x, gain], attributes)[0]
+    (square,) = rewrite.op("Mul", [x, x])
+    (mean,) = rewrite.op("ReduceMean", [square, rewrite.integers(-1)], {"keepdims": 1})
+    (above,) = rewrite.op("Add", [mean, rewrite.constant(f"epsilon_{epsilon!r}", np.array(epsilon, np.float32))])
+    (root,) = rewrite.op("Sqrt", [above])
+    (even,) = rewrite.op("Div", [x, root])
+    (output,) = rewrite.op("Mul", [even, gain])
+    output.type = ir.TensorType(ir.DataType.FLOAT)
+    return output

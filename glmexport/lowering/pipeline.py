@@ -16,6 +16,7 @@ from glmexport.lowering.linear import LowerLinearPass
 from glmexport.lowering.mlp import LowerGatedActivationPass
 from glmexport.lowering.norm import LowerNormPass
 from glmexport.lowering.pack_qkv import PackQkvPass
+from glmexport.lowering.precision import ActivationTypePass
 from glmexport.lowering.rewrite import MICROSOFT
 from glmexport.lowering.route import LowerRoutePass
 from glmexport.lowering.selection import LowerIndexSelectionPass
@@ -38,24 +39,26 @@ def lower(
     assert not broken, broken
     passes: list[ir.passes.PassBase] = [PackQkvPass(weights)] if target.graph.packed_qkv else []
     passes += [
-        LowerEmbeddingPass(weights),
+        LowerEmbeddingPass(weights, target),
         LowerNormPass(weights, target),
         LowerSplitLatentPass(),
         LowerExpandedAttentionPass(),
         LowerLatentAttentionPass(weights, rotary_tables),
         LowerIndexSelectionPass(weights, rotary_tables),
-        LowerHeadNormPass(weights),
-        LowerAttentionPass(rotary_tables),
+        LowerHeadNormPass(weights, target),
+        LowerAttentionPass(target, rotary_tables),
         LowerLastPositionPass(),
         LowerRecentPositionsPass(),
         LowerRoutePass(weights),
         LowerExpertsPass(),
         LowerGatedActivationPass(),
         LowerLinearPass(weights, target),
+        ActivationTypePass(target),
     ]
     ir.passes.Sequential(*passes)(model)
     model.graph.opset_imports.pop(DOMAIN)
-    model.graph.opset_imports[MICROSOFT] = 1
+    if any(node.domain == MICROSOFT for node in model.graph.all_nodes()):
+        model.graph.opset_imports[MICROSOFT] = 1
     foreign = unsupported(model, target)
     assert not foreign, foreign
     return model

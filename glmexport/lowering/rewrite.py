@@ -14,21 +14,27 @@ from glmexport.graph.operators import BLOCK
 MICROSOFT = "com.microsoft"
 #: Metadata of an initializer whose bytes another one stores.
 SAME_BYTES = "glmexport.same_bytes_as"
+#: Metadata of nodes and initializers that stay in fp32, whatever the activations are.
+FLOAT32 = "glmexport.float32"
 
 #: Values that several nodes of a graph share, for example the number of cached positions; by name.
 SHARED_BLOCK = "embedding"
 
 
 class Rewrite:
-    """Collects what replaces ``node``; names and block follow from the node's own."""
+    """Collects what replaces ``node``; names and block follow from the node's own.
 
-    def __init__(self, model: ir.Model, node: ir.Node) -> None:
+    With ``float32`` what replaces it stays in fp32.
+    """
+
+    def __init__(self, model: ir.Model, node: ir.Node, *, float32: bool = False) -> None:
         self.model = model
         self.graph = model.graph
         #: The graph that the node is in: weights and constants are in the outermost one, wherever they are used.
         self.place = node.graph or model.graph
         self.node = node
         self.block = str(node.metadata_props[BLOCK])
+        self.metadata = metadata(node) | ({FLOAT32: "1"} if float32 else {})
         self.nodes: list[ir.Node] = []
 
     def op(
@@ -51,7 +57,7 @@ class Rewrite:
                 ir.convenience.convert_attributes(dict(attributes or {})),
                 outputs=values,
                 name=name,
-                metadata_props={BLOCK: self.block},
+                metadata_props=dict(self.metadata),
             )
         )
         return tuple(values)
@@ -108,6 +114,11 @@ class Rewrite:
             [old for old, _ in pairs],
             [new for _, new in pairs],
         )
+
+
+def metadata(node: ir.Node) -> dict[str, str]:
+    """What nodes that come of ``node`` inherit: its block, and whether it stays in fp32."""
+    return {name: value for name, value in node.metadata_props.items() if name in (BLOCK, FLOAT32)}
 
 
 def weight(

@@ -14,7 +14,7 @@ _TINY = np.float32(1e-20)
 
 
 class LowerRoutePass(ir.passes.InPlacePass):
-    """Route becomes TopK over scores and bias, and the scores of what it chose; all of it in fp32.
+    """Route becomes TopK over scores and bias, and the scores of what it chose; all of it in fp32 on every target.
 
     1. The sigmoid is written out: ONNX Runtime's has an absolute error of 6e-8, which small scores cannot afford.
     2. The bias takes part in the choice only.
@@ -30,7 +30,7 @@ class LowerRoutePass(ir.passes.InPlacePass):
         modified = False
         for node in nodes_of(model, "Route"):
             modified = True
-            self._lower(Rewrite(model, node))
+            self._lower(Rewrite(model, node, float32=True))
         return ir.passes.PassResult(model, modified)
 
     def _lower(self, rewrite: Rewrite) -> None:
@@ -59,6 +59,7 @@ class LowerRoutePass(ir.passes.InPlacePass):
         if scale != 1:
             factor = rewrite.constant(f"times_{scale:.9g}", np.array(scale, np.float32))
             (weights,) = rewrite.op("Mul", [weights, factor])
+        weights.type = ir.TensorType(ir.DataType.FLOAT)
         rewrite.finish(indices, weights)
 
     @staticmethod

@@ -58,7 +58,7 @@ def apply_gates(fidelity: Fidelity, policy: Gates, behaviour: Behaviour | None =
     """
     judged = [row for row in fidelity.languages if row.positions >= policy.minimum_positions]
     results = [
-        _counted(
+        counted(
             "Enough text to judge",
             row.language,
             row.positions,
@@ -94,10 +94,10 @@ def build_gates(fallbacks: int, effective_tokens: float | None, matrices: int) -
     text that it describes chance: ``effective_tokens`` is the fewest a column of any matrix, None if unmeasured.
     """
     sample = f"{matrices} matrices"
-    gates = [_counted("Matrices that fell back", None, fallbacks, 0, "matrices", sample, otherwise=Verdict.WARN)]
+    gates = [counted("Matrices that fell back", None, fallbacks, 0, "matrices", sample, otherwise=Verdict.WARN)]
     if effective_tokens is not None:
         gates.append(
-            _counted(
+            counted(
                 "Effective tokens per column",
                 None,
                 effective_tokens,
@@ -115,7 +115,7 @@ def coverage_gate(experts: Sequence[ExpertCoverage]) -> Gate:
     """No routed expert may rest on other experts' text instead of its own; a WARN where one does."""
     sample = f"{sum(len(layer.tokens) for layer in experts)} experts of {len(experts)} layers"
     cold = sum(len(layer.cold) for layer in experts)
-    return _counted("Cold experts", None, cold, 0, "experts", sample, otherwise=Verdict.WARN)
+    return counted("Cold experts", None, cold, 0, "experts", sample, otherwise=Verdict.WARN)
 
 
 def manifest_gates(manifest: Manifest) -> tuple[Gate, ...]:
@@ -134,9 +134,9 @@ def prompt_gate(parity: PromptParity) -> Gate:
     """Not a single conversation may become other tokens; a WARN where that cannot be told."""
     if not parity.compared:
         why = parity.unopened or f"both templates refuse all {parity.refused} conversations"
-        return _counted("Prompts compared", None, 0, 1, "prompts", why, at_least=True, otherwise=Verdict.WARN)
+        return counted("Prompts compared", None, 0, 1, "prompts", why, at_least=True, otherwise=Verdict.WARN)
     sample = f"{parity.compared} conversations"
-    return _counted(
+    return counted(
         "Prompts with other tokens", None, len(parity.differences), 0, "prompts", sample, otherwise=Verdict.BLOCK
     )
 
@@ -153,8 +153,8 @@ def weight_gates(check: WeightCheck) -> tuple[Gate, ...]:
         return f"{check.matrices} matrices and {check.tensors} other tensors{named}"
 
     return (
-        _counted("Tensors that were changed", None, len(other), 0, "tensors", sample(other), otherwise=Verdict.BLOCK),
-        _counted("Matrices with lost rows", None, len(far), 0, "matrices", sample(far), otherwise=Verdict.WARN),
+        counted("Tensors that were changed", None, len(other), 0, "tensors", sample(other), otherwise=Verdict.BLOCK),
+        counted("Matrices with lost rows", None, len(far), 0, "matrices", sample(far), otherwise=Verdict.WARN),
     )
 
 
@@ -162,7 +162,7 @@ def capture_gate(bound: CaptureBound) -> Gate:
     """What is passed on lower bounds has to be near the bound: a WARN where much of the divergence is not seen."""
     # No divergence hides nothing.
     seen = bound.kl_mean_partition_nats / bound.kl_mean_nats if bound.kl_mean_nats else 1.0
-    return _counted(
+    return counted(
         "Divergence hidden by the capture",
         None,
         max(0.0, 1 - seen),
@@ -253,7 +253,7 @@ def _room(gate: Gate) -> float:
     return -badness(gate.upper / gate.limit)
 
 
-def _counted(
+def counted(
     name: str,
     language: str | None,
     value: float,
@@ -264,7 +264,7 @@ def _counted(
     at_least: bool = False,
     otherwise: Verdict,
 ) -> Gate:
-    """Of what is counted: PASS on the right side of the limit, else ``otherwise``; not a number is on no side."""
+    """A gate of what is counted: PASS on the right side of the limit, else ``otherwise``; not a number is on no side."""
     held = value >= limit if at_least else value <= limit
     return Gate(
         name=name,

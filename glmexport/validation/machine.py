@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from glmexport.target import cpu_flags
+from glmexport.host import cpu_flags
 
 _LIBRARIES = (
     "glmexport",

@@ -25,6 +25,7 @@ from glmexport.validation.capture import CapturedReference
 from glmexport.validation.fidelity import Answers, Streamed, compare, statistics_of, summarize
 from glmexport.validation.gates import apply_gates, capture_gate, manifest_gates, prompt_gate, verdict_of, weight_gates
 from glmexport.validation.generation import GenerationSession
+from glmexport.validation.host_gates import host_gate
 from glmexport.validation.performance import measure_performance
 from glmexport.validation.performance_gates import performance_gates
 from glmexport.validation.prompts import golden_prompts, prompt_parity
@@ -161,7 +162,8 @@ def validate(
     weights = check_weights(directory, manifest, reference, progress)
     performance = _performance(directory, manifest, checkpoint, texts, plan, policy, threads, bundle_threads, progress)
     prompts = prompt_parity(golden_prompts(checkpoint, documents), Tokenizer.open(directory))
-    return judged(fidelity, weights, prompts, behaviour, shares, routing, performance, manifest, policy)
+    here = host_gate(manifest)
+    return judged(fidelity, weights, prompts, behaviour, shares, routing, performance, manifest, policy, also=here)
 
 
 def validate_captured(
@@ -195,7 +197,8 @@ def validate_captured(
             plan=plan.behaviour,
             progress=progress,
         )
-    return judged(fidelity, None, parity, behaviour, (), (), performance, manifest, policy)
+    here = host_gate(manifest)
+    return judged(fidelity, None, parity, behaviour, (), (), performance, manifest, policy, also=here)
 
 
 def _behaviour(
@@ -233,8 +236,12 @@ def judged(
     manifest: Manifest,
     policy: Gates,
     absent: str | None = None,
+    also: tuple[Gate, ...] = (),
 ) -> Validation:
-    """Every gate of what was measured, and the verdict; ``absent``: why there is no performance where there is none."""
+    """Every gate of what was measured, and the verdict; ``absent``: why there is no performance where there is none.
+
+    ``also``: gates of what is not measured.
+    """
     gates = apply_gates(fidelity, policy, behaviour)
     if weights:
         gates += weight_gates(weights)
@@ -243,7 +250,7 @@ def judged(
     if prompts:
         gates += (prompt_gate(prompts),)
     gates += performance_gates(performance, policy, absent)
-    gates += manifest_gates(manifest)
+    gates += manifest_gates(manifest) + also
     verdict = verdict_of(gates)
     return Validation(fidelity, weights, prompts, behaviour, shares, routing, performance, gates, verdict, absent)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from torch import Tensor
 from glmexport.bundle import SCORING, Manifest
 from glmexport.errors import BundleError, MachineError
 from glmexport.graph import ATTENTION_MASK, INPUT_IDS, LOGITS
+from glmexport.host import providers
 from glmexport.target import Provider
 
 
@@ -31,11 +34,12 @@ def open_session(
         MachineError: this ONNX Runtime has no execution provider of that name.
         BundleError: ONNX Runtime refuses the graph.
     """
-    available = onnxruntime.get_available_providers()
+    available = providers()
     if provider.name not in available:
         raise MachineError(
             f"The bundle's target runs on {provider.name}, which this ONNX Runtime does not have.",
-            next_step=f"It has {', '.join(available)}. Take a machine of the target's class.",
+            next_step=f"It has {', '.join(available)}. Validate on a machine of the target's class, with "
+            f"{provider.package} installed: 'glmexport targets probe' tells what a machine is of.",
         )
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -57,6 +61,24 @@ def open_session(
         ) from error
 
 
+#: Element types of caches as ONNX Runtime spells them; of bfloat16, which numpy has no type for, the bits.
+CACHE_TYPES: dict[str, np.dtype[Any]] = {
+    "tensor(float)": np.dtype(np.float32),
+    "tensor(float16)": np.dtype(np.float16),
+    "tensor(bfloat16)": np.dtype(np.uint16),
+    "tensor(int8)": np.dtype(np.int8),
+    "tensor(uint8)": np.dtype(np.uint8),
+}
+
+
+def empty_cache(shape: Sequence[int], kind: str) -> onnxruntime.OrtValue:
+    """Zeros of an ONNX Runtime type such as ``tensor(float16)``, on the CPU."""
+    zeros = np.zeros(shape, CACHE_TYPES[kind])
+    if kind == "tensor(bfloat16)":
+        return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(zeros, onnx.TensorProto.BFLOAT16)
+    return onnxruntime.OrtValue.ortvalue_from_numpy(zeros)
+
+
 class ScoringSession:
     """scoring.onnx of a bundle, for logits of every position.
 
@@ -70,17 +92,18 @@ class ScoringSession:
             directory / SCORING, manifest.target.provider, threads, config=manifest.target.session.config
         )
         self._caches = {
-            value.name: value.shape
+            value.name: (value.shape, value.type)
             for value in self._session.get_inputs()
             if value.name not in (INPUT_IDS, ATTENTION_MASK)
         }
 
     def logits(self, ids: Tensor) -> Tensor:
         """Logits [length, vocabulary] fp32 after each of ``ids`` [length] int64, from an empty cache."""
-        feeds = {INPUT_IDS: ids[None].numpy(), ATTENTION_MASK: np.ones((1, len(ids)), np.int64)}
+        given = {INPUT_IDS: ids[None].numpy(), ATTENTION_MASK: np.ones((1, len(ids)), np.int64)}
+        feeds = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in given.items()}
         # A cache that grows begins empty; one of fixed capacity has room for all.
         sizes = {"batch": 1, "past_sequence": 0, "capacity": len(ids)}
-        for name, shape in self._caches.items():
-            feeds[name] = np.zeros([sizes.get(size, size) for size in shape], np.float32)
-        (logits,) = self._session.run([LOGITS], feeds)
-        return torch.from_numpy(logits[0])
+        for name, (shape, kind) in self._caches.items():
+            feeds[name] = empty_cache([sizes.get(size, size) for size in shape], kind)
+        (logits,) = self._session.run_with_ort_values([LOGITS], feeds)
+        return torch.from_numpy(logits.numpy()[0])

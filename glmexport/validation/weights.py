@@ -85,9 +85,11 @@ def check_weights(directory: Path, manifest: Manifest, reference: Reference, pro
     """Every matrix, other tensor and rotary table of the bundle in ``directory``.
 
     Quantized matrices must be those that the quantizer decided on, number by number, and their rows near the
-    original's; all other tensors must equal the original's, with what was folded into it.
+    original's; all other tensors must equal the original's, with what was folded into it, rounded to the type of the
+    target's activations.
     """
     architecture = reference.architecture
+    activations = getattr(torch, manifest.target.graph.activations)
     weights = BundleWeights(directory, architecture)
     checkpoint = reference.checkpoint.folded(bundle_folds(directory))
     # Of every graph: what is in it, and the tensors that are in no graph before it.
@@ -105,7 +107,7 @@ def check_weights(directory: Path, manifest: Manifest, reference: Reference, pro
             for key in keys:
                 if held.form(key) is None:
                     others += 1
-                    faults += _kept(key, held, checkpoint)
+                    faults += _kept(key, held, checkpoint, activations)
                 else:
                     quantized += 1
                     undecided += decided.get(key) is None
@@ -115,7 +117,7 @@ def check_weights(directory: Path, manifest: Manifest, reference: Reference, pro
             ("cos_cache", "sin_cache"), reference.rotary_tables(manifest.context_length), strict=True
         ):
             given = weights.constant(name)
-            if given is not None and not _near(given.float(), table):
+            if given is not None and not _near(given, table):
                 faults.append(WeightFault(tensor=name, kind="other", detail="not the original's rotary table"))
         track.advance()
     return WeightCheck(matrices=quantized, undecided=undecided, tensors=others, faults=tuple(faults))
@@ -132,15 +134,19 @@ def _rounded(key: str, held: BundleWeights, checkpoint: Checkpoint, decided: str
         yield WeightFault(tensor=key, kind="far", detail=_told(rows))
 
 
-def _kept(key: str, held: BundleWeights, checkpoint: Checkpoint) -> Iterator[WeightFault]:
-    """What is wrong with a tensor that is stored as it is."""
+def _kept(
+    key: str, held: BundleWeights, checkpoint: Checkpoint, activations: torch.dtype
+) -> Iterator[WeightFault]:
+    """What is wrong with a tensor that is stored as it is, in fp32 or in the type of the ``activations``."""
     tensor, original = held.tensor(key), checkpoint.read(key)
-    if tensor.shape != original.shape or not torch.equal(tensor.float(), original):
+    same_type = tensor.dtype in (torch.float32, activations)
+    if tensor.shape != original.shape or not (same_type and torch.equal(tensor, original.to(tensor.dtype))):
         yield WeightFault(tensor=key, kind="other", detail="not the original's")
 
 
 def _near(given: Tensor, table: Tensor) -> bool:
-    return given.shape == table.shape and bool(((given - table).abs() <= _ROTARY_TOLERANCE).all())
+    tolerance = max(_ROTARY_TOLERANCE, torch.finfo(given.dtype).eps)
+    return given.shape == table.shape and bool(((given.float() - table).abs() <= tolerance).all())
 
 
 def _rows(checkpoint: Checkpoint, key: str, shape: torch.Size) -> Iterator[Tensor]:

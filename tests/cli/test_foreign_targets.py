@@ -1,0 +1,147 @@
+"""Bundles for hardware that this machine is not: written, compared number by number, run if the provider is here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from builds import RECIPE, Run, Sample, session, small_checkpoint, write_recipe, write_target
+from models import MIXTURE
+
+from glmexport.bundle import read_manifest
+from glmexport.errors import EXIT_INCONCLUSIVE, EXIT_INPUT
+from glmexport.host import CPU_PROVIDER, Host
+from glmexport.target import open_target, shipped_targets
+from glmexport.validation.generation import GenerationSession
+from glmexport.validation.session import CACHE_TYPES
+
+AVX2 = Host("x86_64", frozenset({"avx2", "fma"}))
+#: With this provider and native, bundles of another class run here.
+BY_CPU = [target.name for target in shipped_targets() if target.provider.name == CPU_PROVIDER]
+ELSEWHERE = [t.name for t in shipped_targets() if t.provider.name != CPU_PROVIDER and not t.graph.static_shapes]
+SYMMETRIC = RECIPE.replace("[linears]\nbits = 4", "[linears]\nsymmetric = true\nbits = 4").replace(
+    "[lm_head]\nbits = 8", "[lm_head]\nsymmetric = true\nbits = 8"
+)
+
+
+@pytest.fixture(autouse=True)
+def on_avx2(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Host, "this", classmethod(lambda cls: AVX2))
+
+
+def greedy(bundle: Path, prompt: list[int], count: int) -> list[int]:
+    """model.onnx with a growing cache of whatever type it has."""
+    runtime = session(bundle, "model.onnx")
+    caches = [value for value in runtime.get_inputs() if value.name.startswith("past")]
+    past = [np.zeros((1, value.shape[1], 0, value.shape[3]), CACHE_TYPES[value.type]) for value in caches]
+    ids, length, tokens = prompt, len(prompt), []
+    for _ in range(count):
+        feeds = {"input_ids": np.array([ids], np.int64), "attention_mask": np.ones((1, length), np.int64)}
+        logits, *past = runtime.run(None, feeds | {v.name: held for v, held in zip(caches, past, strict=True)})
+        tokens.append(int(logits[0, -1].argmax()))
+        ids, length = tokens[-1:], length + 1
+    return tokens
+
+
+def recipe_for(name: str, directory: Path) -> Path:
+    signed = open_target(name).weights.symmetric_only
+    return write_recipe(directory, SYMMETRIC if signed else RECIPE, "signed" if signed else "small")
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_a_target_that_is_not_here(run: Run, sample: Sample, tmp_path: Path, name: str) -> None:
+    out = tmp_path / "bundle"
+    recipe = recipe_for(name, tmp_path)
+    outcome = run("build", sample.checkpoint, "--target", name, "--recipe", recipe, "-o", out, "--threads", 1, "--json")
+    assert outcome.code == EXIT_INCONCLUSIVE, outcome.stderr
+    assert "not run on the device" in outcome.stderr and "Validate it where" in outcome.stderr
+    (document,) = outcome.document["bundles"]
+    assert document["report"] is None and document["verdict"] == "INCONCLUSIVE" and document["not_run"]
+    gates = {gate["name"]: gate["verdict"] for gate in document["gates"]}
+    assert gates["Runs on the target's provider"] == "INCONCLUSIVE"
+    assert gates["Tensors that were changed"] == "PASS"
+    assert not (out / "report.json").exists()
+    manifest = read_manifest(out)
+    assert manifest.target == open_target(name)
+    for graph in ("model.onnx", "scoring.onnx"):
+        onnx.checker.check_model(out / graph)
+    # The CPU provider has kernels for all of these forms, so that it can tell whether the graph is right.
+    runtime = session(out, "model.onnx")
+    feeds = {"input_ids": np.array([[3, 4, 5]]), "attention_mask": np.ones((1, 3), np.int64)}
+    for value in runtime.get_inputs():
+        if value.name.startswith("past"):
+            feeds[value.name] = np.zeros((1, value.shape[1], 0, value.shape[3]), CACHE_TYPES[value.type])
+    (logits,) = runtime.run(["logits"], feeds)
+    plain = {name: value.astype(np.float32) if name.startswith("past") else value for name, value in feeds.items()}
+    (expected,) = session(sample.bundle, "model.onnx").run(["logits"], plain)
+    assert logits.dtype == np.float32
+    # Another recipe, or another arithmetic, of the same weights.
+    assert np.corrcoef(logits.ravel(), expected.ravel())[0, 1] > 0.98
+    again = run("validate", out, "--against", sample.checkpoint, "--threads", 1)
+    assert again.code == 69 and "targets probe" in again.stderr and open_target(name).provider.package in again.stderr
+    check = run("targets", "check", out)
+    assert check.code == 1 and "cannot run here" in check.stderr
+
+
+@pytest.mark.parametrize("name", [name for name in BY_CPU if not name.startswith("x86")])
+def test_a_target_whose_provider_is_here(run: Run, sample: Sample, tmp_path: Path, name: str) -> None:
+    out = tmp_path / "bundle"
+    outcome = run(
+        "build", sample.checkpoint, "--target", name, "--recipe", sample.recipe, "-o", out, "--threads", 1, "--json"
+    )
+    report = outcome.document["bundles"][0]["report"]
+    gates = {gate["name"]: gate for gate in report["gates"]}
+    assert gates["Runs on the target's hardware"]["verdict"] == "WARN"
+    assert f"another class of hardware than {name}" in gates["Runs on the target's hardware"]["sample"]
+    assert report["verdict"] != "PASS"
+    assert report["fidelity"]["overall"]["positions"] > 0
+
+
+def test_its_own_hardware_is_no_remark(sample: Sample) -> None:
+    assert not any("hardware" in gate.name for gate in sample.built.report.gates)
+
+
+def test_what_cannot_be_built(run: Run, sample: Sample, tmp_path: Path) -> None:
+    def refused(
+        *words: str, target: object, checkpoint: Path = sample.checkpoint, recipe: Path = sample.recipe
+    ) -> None:
+        arguments = ("--target", str(target), "--recipe", recipe, "-o", tmp_path / "bundle", "--threads", 1)
+        outcome = run("build", checkpoint, *arguments)
+        assert outcome.code == EXIT_INPUT, outcome.stderr
+        assert all(word in outcome.stderr for word in words), outcome.stderr
+        assert not (tmp_path / "bundle").exists()
+
+    refused("fixed shapes", "targets list", target="qnn")
+    refused("with zero points", "w4g128-sym-head", target="trt-rtx")
+    lines = {"packed_qkv = true": 'packed_qkv = true\nkv_cache = "int8"'}
+    int8 = write_target(tmp_path, lines, "int8")
+    nearest = RECIPE.partition("[solver]")[0] + '[solver]\nmethod = "round-to-nearest"\n'
+    refused("no calibration text", target=int8, recipe=write_recipe(tmp_path, nearest, "nearest"))
+    small_checkpoint(tmp_path / "latent", "glm4_moe_lite")
+    refused("caches latents", "latent_cache = false", target=int8, checkpoint=tmp_path / "latent")
+    small_checkpoint(tmp_path / "experts", "glm4_moe", **MIXTURE)
+    refused("mixture of experts", target="webgpu", checkpoint=tmp_path / "experts")
+    limits = {"[gates]": '[memory]\nmax_tensor_bytes = "20KiB"\n\n[gates]'}
+    refused("embed_tokens", "max_tensor_bytes", target=write_target(tmp_path, limits, "narrow"))
+    limits = {"[gates]": '[memory]\nmax_weight_bytes = "40KiB"\n\n[gates]'}
+    refused("holds", "smaller checkpoint", target=write_target(tmp_path, limits, "little"))
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_quantized_cache_in_its_loop(run: Run, sample: Sample, tmp_path: Path, kind: str) -> None:
+    """onnxruntime-genai holds it, and generates what the graph computes."""
+    lines = {"packed_qkv = true": f'packed_qkv = true\nkv_cache = "{kind}"', "accuracy_level = 4": "accuracy_level = 0"}
+    target = write_target(tmp_path, lines, kind)
+    out = tmp_path / "bundle"
+    arguments = ("--target", target, "--recipe", sample.recipe, "-o", out, "--threads", 1, "--json")
+    report = run("build", sample.checkpoint, *arguments).document["bundles"][0]["report"]
+    assert report["fidelity"]["overall"]["kl_mean_nats"] < 0.05
+    cache = read_manifest(out).cache
+    assert cache is not None and (cache.format, cache.scales) == (kind, "channel") and cache.tokens > 0
+    assert not (out / "calibration.onnx").exists()
+    prompt = list(range(30, 60))
+    expected = greedy(out, prompt, 16)
+    found = GenerationSession(out, 1).tokens(prompt, 16)
+    assert found == expected[: len(found)] and len(found) > 4
