@@ -65,10 +65,13 @@ def show_target(name: str, as_json: bool) -> None:
     terminal = Terminal()
     provenance = target.provenance
     facts = {"summary": target.summary, "executed": "yes" if provenance.executed else "no, see below"}
-    for section in ("provider", "probe", "gates"):
+    for section in ("provider", "probe", "session", "gates"):
         values = getattr(target, section).model_dump(exclude_defaults=True)
         facts |= {f"{section}.{key}": _shown(value) for key, value in values.items()}
-    facts |= {"evidence": f"{provenance.measured_on} ({provenance.date})", "notes": provenance.notes or "-"}
+    facts |= {"known from": f"{provenance.measured_on} ({provenance.date})", "notes": provenance.notes or "-"}
+    if target.evidence:
+        tuned = target.evidence.model_dump(exclude={"candidates"}, exclude_none=True)
+        facts |= {f"evidence.{key}": _shown(value) for key, value in tuned.items()}
     terminal.facts(target.name, facts)
     table = _table("lowering", "what the graph gets", "why", "known by", "key")
     for lowering in decisions:

@@ -264,7 +264,7 @@ def counted(
     at_least: bool = False,
     otherwise: Verdict,
 ) -> Gate:
-    """A gate of what is counted: PASS on the right side of the limit, else ``otherwise``; not a number is on no side."""
+    """A gate of what is counted: PASS on the right side of the limit, else ``otherwise``; NaN is on no side."""
     held = value >= limit if at_least else value <= limit
     return Gate(
         name=name,

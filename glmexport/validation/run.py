@@ -238,10 +238,7 @@ def judged(
     absent: str | None = None,
     also: tuple[Gate, ...] = (),
 ) -> Validation:
-    """Every gate of what was measured, and the verdict; ``absent``: why there is no performance where there is none.
-
-    ``also``: gates of what is not measured.
-    """
+    """Every gate of what was measured and ``also``, and the verdict; ``absent``: why there is no performance."""
     gates = apply_gates(fidelity, policy, behaviour)
     if weights:
         gates += weight_gates(weights)
