@@ -75,6 +75,9 @@ class Session:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         self.session = onnxruntime.InferenceSession(path, options, providers=[CPU])
         self.caches = [entry for entry in self.session.get_inputs() if entry.name.startswith("past")]
+        self.outputs = [
+            "logits", *(value.name for value in self.session.get_outputs() if value.name.startswith("present"))
+        ]  # fmt: skip
         self.capacity = capacity
 
     def __call__(
@@ -88,4 +91,4 @@ class Session:
             ]
         inputs = {entry.name: value for entry, value in zip(self.caches, past, strict=True)}
         mask = np.ones((len(ids), length or ids.shape[1]), np.int64)
-        return list(self.session.run(None, {"input_ids": ids, "attention_mask": mask, **inputs}))
+        return list(self.session.run(self.outputs, {"input_ids": ids, "attention_mask": mask, **inputs}))
