@@ -20,7 +20,7 @@ from glmexport.target import GraphLimits
 
 Array = NDArray[np.float32]
 #: Room that a channel's scale leaves above the largest magnitude that was seen: of one channel little text is seen.
-#: On the demo it takes the divergence of int8 from 1.9e-4 to 0.8e-4 nats, and of int4 from 0.0107 to 0.0093.
+#: With 4,096 tokens of calibration text it more than halves the divergence that int8 adds to the demo.
 _HEADROOM = np.float32(1.2)
 #: Shares of the largest magnitude that the largest 4-bit code may stand for.
 _CLIPS = np.linspace(0.5, 1.0, 11, dtype=np.float32)

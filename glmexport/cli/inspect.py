@@ -73,6 +73,9 @@ def inspect(
     )
     terminal.console.print(_parts_table(document["parameters"]))
     terminal.console.print(_estimates_table(document["estimates"]))
+    for row in document["estimates"]:
+        if row["refused"]:
+            terminal.remark(f"{row['target']}: {row['refused']}")
 
 
 def _tell_missing(terminal: Terminal, checkpoint: Any, missing: tuple[str, ...], as_json: bool) -> None:
@@ -230,8 +233,9 @@ def _tokenizer(original: Any) -> dict[str, Any]:
 
 
 def _estimates(original: Any, recipe: str | None, max_memory: int | None) -> list[dict[str, Any]]:
+    from glmexport.errors import InputError
     from glmexport.estimate import estimate, measured_flops
-    from glmexport.job import recipe_for
+    from glmexport.job import Job, recipe_for, refuse_formats
     from glmexport.target import shipped_targets
 
     flops = measured_flops()
@@ -239,7 +243,12 @@ def _estimates(original: Any, recipe: str | None, max_memory: int | None) -> lis
     for target in shipped_targets():
         chosen = recipe_for(original, recipe, target)
         expected = estimate(original.architecture_for(target), chosen, flops, max_memory)
-        rows.append({"target": target.name, "recipe": chosen.name, **vars(expected)})
+        refused = None
+        try:
+            refuse_formats(original, Job(target, chosen, Path()))
+        except InputError as error:
+            refused = error.message
+        rows.append({"target": target.name, "recipe": chosen.name, **vars(expected), "refused": refused})
     return rows
 
 
@@ -271,6 +280,8 @@ def _estimates_table(rows: list[dict[str, Any]]) -> Table:
     for column in ("target", "recipe", "bundle", "bits per weight", "peak memory", "time"):
         table.add_column(column, justify="left" if column in ("target", "recipe") else "right")
     for row in rows:
+        if row["refused"]:
+            continue
         table.add_row(
             row["target"],
             row["recipe"],

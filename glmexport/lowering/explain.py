@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from glmexport.lowering.embedding import FUSED as FUSED_ROWS
 from glmexport.lowering.norm import FUSED
 from glmexport.target import Claim, Target
 
@@ -35,12 +36,13 @@ def _decisions(target: Target) -> Iterator[tuple[str, str, str]]:
     if weights.form == "QDQ":
         codes = "signed, without zero points" if weights.symmetric_only else "unsigned, with zero points"
         yield "linears", f"DequantizeLinear over blocks and MatMul; codes {codes}", "weights.form"
-        yield "embedding", "rows of codes by Gather, made numbers by arithmetic", "weights.form"
     else:
         yield "linears", "MatMulNBits over packed codes, scales and zero points", "weights.form"
-        yield "embedding", "GatherBlockQuantized over packed codes", "weights.form"
         told = "int8 by blocks" if weights.accuracy_level == 4 else f"accuracy_level {weights.accuracy_level}"
         yield "arithmetic of linears", told, "weights.accuracy_level"
+    fused = "GatherBlockQuantized over packed codes"
+    rows = fused if target.can(FUSED_ROWS) else "rows of codes by Gather, made numbers by arithmetic"
+    yield "embedding", rows, "graph.contrib_operators"
     bits, sizes = (" or ".join(map(str, values)) for values in (weights.bits, weights.group_sizes))
     yield "weight formats", f"{bits} bits, by default as in {weights.default_recipe}", "weights.bits"
     yield "group sizes", sizes, "weights.group_sizes"

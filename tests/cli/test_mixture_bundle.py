@@ -139,7 +139,10 @@ def test_the_command_line_builds_what_the_same_build_is(mixture: Path, tmp_path:
     outcome = run("inspect", mixture / "checkpoint", "--json")
     assert outcome.document["experts"] == {"layers": 1, "routed": 16, "chosen": 4, "groups": 4}
     assert outcome.document["parameters"]["router"] == 16 * 128 + 16
-    assert "4 of 16 a token" in run("inspect", mixture / "checkpoint").stderr
+    estimates = {row["target"]: row["refused"] for row in outcome.document["estimates"]}
+    assert estimates["x86-avx2"] is None and "mixture of experts" in estimates["webgpu"]
+    shown = run("inspect", mixture / "checkpoint").stderr
+    assert "4 of 16 a token" in shown and "webgpu: " in shown
 
 
 def test_an_fp8_checkpoint_is_built_from_and_judged_by_what_its_numbers_stand_for(tmp_path: Path) -> None:
