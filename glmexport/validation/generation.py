@@ -15,7 +15,9 @@ from glmexport.bundle.genai import GENAI_CONFIG
 from glmexport.errors import BundleError, InputError
 from glmexport.graph import RECENT_LOGITS, SHORT_STEP
 from glmexport.loop import read_loop
+from glmexport.target import Provider
 from glmexport.validation.latent_loop import LatentLoop
+from glmexport.validation.session import require_provider
 from glmexport.validation.speculation import Drafter, PromptLookup, Speculation, Step, Verified, speculate
 
 
@@ -118,6 +120,7 @@ class GenaiLoop:
 
     Raises:
         InputError: ``speculation`` is none that it can do.
+        MachineError: the bundle's execution provider is not on this machine.
         BundleError: onnxruntime-genai cannot load it.
     """
 
@@ -125,12 +128,16 @@ class GenaiLoop:
         import onnxruntime_genai
 
         _refuse(bundle, speculation)
+        decoder = json.loads((bundle / GENAI_CONFIG).read_text(encoding="utf-8"))["model"]["decoder"]
+        for options in decoder["session_options"].get("provider_options", []):
+            for name in options:
+                require_provider(Provider(name=name, package="an ONNX Runtime that has it"))
 
         self._genai = onnxruntime_genai
         try:
             settings = onnxruntime_genai.Config(str(bundle))
-            options = {"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}
-            settings.overlay(json.dumps(options))
+            overlay = {"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}
+            settings.overlay(json.dumps(overlay))
             self._model = onnxruntime_genai.Model(settings)
         except RuntimeError as error:
             raise BundleError(

@@ -34,13 +34,7 @@ def open_session(
         MachineError: this ONNX Runtime has no execution provider of that name.
         BundleError: ONNX Runtime refuses the graph.
     """
-    available = providers()
-    if provider.name not in available:
-        raise MachineError(
-            f"The bundle's target runs on {provider.name}, which this ONNX Runtime does not have.",
-            next_step=f"It has {', '.join(available)}. Validate on a machine of the target's class, with "
-            f"{provider.package} installed: 'glmexport targets probe' tells what a machine is of.",
-        )
+    require_provider(provider)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
@@ -59,6 +53,17 @@ def open_session(
             f"ONNX Runtime cannot load {graph}: {reason}.",
             next_step="Build the bundle again with this version of glmexport.",
         ) from error
+
+
+def require_provider(provider: Provider) -> None:
+    """Raise MachineError if this ONNX Runtime has no execution provider of that name."""
+    available = providers()
+    if provider.name not in available:
+        raise MachineError(
+            f"The bundle's target runs on {provider.name}, which this ONNX Runtime does not have.",
+            next_step=f"It has {', '.join(available)}. Validate on a machine of the target's class, with "
+            f"{provider.package} installed ('glmexport targets probe'), or by --device.",
+        )
 
 
 #: Element types of caches as ONNX Runtime spells them; of bfloat16, which numpy has no type for, the bits.
