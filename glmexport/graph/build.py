@@ -38,6 +38,8 @@ class _Builder:
         self.architecture = architecture
         self.nodes: list[ir.Node] = []
         self.block = ""
+        #: Nothing behind the attention of the layer at hand is asked of any position but the last.
+        self.last_position_only = False
         self.input_ids = _value(INPUT_IDS, ir.DataType.INT64, ["batch", "sequence"])
         self.mask = _value(ATTENTION_MASK, ir.DataType.INT64, ["batch", "total_sequence"])
         self.inputs = [self.input_ids, self.mask]
@@ -50,10 +52,9 @@ class _Builder:
         hidden = self.op("Embedding", [self.input_ids], weight=architecture.embedding)
         for layer in architecture.layers:
             self.block = f"block_{layer.index:03d}"
+            self.last_position_only = layer is architecture.layers[-1] and not every_position
             hidden = self.layer(layer, hidden)
         self.block = "head"
-        if not every_position:
-            hidden = self.op("LastPosition", [hidden, self.mask])
         logits = self.linears(self.norm(architecture.final_norm, hidden), [architecture.lm_head])
         logits.name = LOGITS
         logits.dtype = ir.DataType.FLOAT
@@ -69,6 +70,8 @@ class _Builder:
 
     def layer(self, layer: DecoderLayer, hidden: ir.Value) -> ir.Value:
         attended = self.attention(layer, self.norm(layer.attention_norm, hidden))
+        if self.last_position_only:
+            hidden = self.op("LastPosition", [hidden, self.mask])
         if layer.attention_output_norm:
             attended = self.norm(layer.attention_output_norm, attended)
         hidden = self.add(attended, hidden)
@@ -136,7 +139,17 @@ class _Builder:
             rotary_dimensions=attention.rotary.dimensions,
             interleaved=int(attention.rotary.interleaved),
         )
-        return self.linears(attended, [attention.output])
+        return self.attention_output(attention.output, attended)
+
+    def attention_output(self, output: Linear, attended: ir.Value) -> ir.Value:
+        """What ``attended`` [B, S, K] adds to the stream; [B, 1, D] where nobody asks for other positions.
+
+        The others have to be cached, but in the last layer a prefill has no further use for them: it spares them the
+        layer's other matrices.
+        """
+        if self.last_position_only:
+            attended = self.op("LastPosition", [attended, self.mask])
+        return self.linears(attended, [output])
 
     def head_caches(self, layer: int, heads: int, size: int) -> tuple[list[ir.Value], list[ir.Value]]:
         """Keys and values [B, heads, length, size] of the past, and those of the present."""

@@ -30,7 +30,8 @@ Domain ``glmexport``. Shapes: B sequences, S new positions, P cached positions, 
                                                                          normalized, scale
     RoutedExperts(x [B, S, D], experts, weights) -> [B, S, D]            gate_up, down, hidden_size, intermediate_size
         the weighted sum of what the chosen experts give; ``gate_up`` and ``down`` name a matrix an expert
-    LastPosition(x [B, S, D], attention_mask) -> [B, 1, D]               the last position that is not padding
+    LastPosition(x [B, S, D], attention_mask) -> [B, 1, D]               the last position that is not padding;
+        behind the last layer's attention and on the stream beside it
 
 A cache of T positions grows with every call. One of C positions, the capacity, is written into: a token's place is its
 position, and what is behind the sequence does not count.
