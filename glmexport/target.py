@@ -58,6 +58,13 @@ class WeightFormats(Definition):
     accuracy_level: Literal[0, 1, 2, 3, 4]
 
 
+class SessionPlan(Definition):
+    """How onnxruntime-genai runs a bundle here."""
+
+    #: Tokens of a prompt that are read at a time, whose activations are in memory together; 0: all at once.
+    prefill_tokens: int = Field(default=0, ge=0)
+
+
 class Limits(Definition):
     """What a bundle must keep in one language; None: as in every other."""
 
@@ -163,6 +170,7 @@ class Target(Definition):
     probe: Probe
     graph: GraphLimits
     weights: WeightFormats
+    session: SessionPlan = SessionPlan()
     gates: Gates
     provenance: Provenance
 

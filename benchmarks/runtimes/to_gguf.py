@@ -2,6 +2,7 @@
 
     python to_gguf.py CHECKPOINT MODEL.gguf                  in bf16
     python to_gguf.py CHECKPOINT MODEL.gguf MIXTURE LIBRARIES BF16.gguf
+    python to_gguf.py --describe MODEL.gguf                  bytes of the blocks' matrices, and read for a token
 
 Without a tokenizer: what is timed is given token ids.
 """
@@ -14,7 +15,7 @@ import sys
 from pathlib import Path
 
 import gguf
-import numpy as np
+import torch
 from by_llama_cpp import library
 from safetensors import safe_open
 
@@ -78,7 +79,7 @@ def write(checkpoint: Path, out: Path) -> None:
                 if tensor.ndim == 1:
                     writer.add_tensor(name_of(key), tensor.float().numpy())
                     continue
-                rows = tensor.contiguous().view(dtype=__import__("torch").int16).numpy().view(np.uint8)
+                rows = tensor.contiguous().view(torch.uint8).numpy()
                 writer.add_tensor(name_of(key), rows, raw_dtype=gguf.GGMLQuantizationType.BF16)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -95,7 +96,18 @@ def quantize(source: Path, out: Path, mixture: str, folder: Path) -> None:
         raise RuntimeError(f"llama_model_quantize: {failed}")
 
 
+def describe(model: Path) -> dict[str, int]:
+    """Bytes of the blocks' matrices, and of all that a decoded token reads."""
+    tensors = gguf.GGUFReader(model).tensors
+    blocks = sum(int(tensor.n_bytes) for tensor in tensors if tensor.name.startswith("blk.") and tensor.data.ndim > 1)
+    read = sum(int(tensor.n_bytes) for tensor in tensors if tensor.name != OUTER["model.embed_tokens.weight"])
+    return {"blocks": blocks, "read": read}
+
+
 if __name__ == "__main__":
+    if sys.argv[1] == "--describe":
+        print(json.dumps(describe(Path(sys.argv[2]))))
+        sys.exit()
     checkpoint, out, *rest = sys.argv[1:]
     if rest:
         mixture, folder, source = rest

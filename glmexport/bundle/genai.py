@@ -48,6 +48,7 @@ def genai_config(architecture: Architecture, target: Target) -> dict[str, Any]:
         heads, size = attention.kv_heads, attention.head_dim
     provider = target.provider
     options = [] if provider.name == "CPUExecutionProvider" else [{provider.name: dict(provider.options)}]
+    at_a_time = target.session.prefill_tokens
     return {
         "model": {
             "type": "decoder",
@@ -80,6 +81,7 @@ def genai_config(architecture: Architecture, target: Target) -> dict[str, Any]:
             },
         },
         "search": {
+            **({"chunk_size": at_a_time} if at_a_time else {}),
             "do_sample": False,
             "max_length": architecture.context_length,
             "min_length": 0,
