@@ -99,6 +99,8 @@ class SessionOptions(Definition):
     threads: int | None = Field(default=None, ge=1)
     #: Configuration entries, for example ``"session.intra_op.allow_spinning" = "0"``.
     config: dict[str, str] = Field(default_factory=dict)
+    #: Tokens of a prompt that onnxruntime-genai reads at a time, whose activations are in memory together; None: all.
+    prefill_tokens: int | None = Field(default=None, ge=1)
 
 
 class Limits(Definition):

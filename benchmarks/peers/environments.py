@@ -27,6 +27,8 @@ REQUIREMENTS: dict[str, tuple[str, ...]] = {
     "nncf": (_TRANSFORMERS, "nncf==3.4.*"),
     # Of wheels with llama.cpp, the one whose library exports ggml's quantizer; releases are llama.cpp's builds.
     "llama-cpp": (_TRANSFORMERS, "xllamacpp==2026.10.11549", "gguf==0.19.*"),
+    # For its speed. optimum-intel refuses transformers above 5.5.
+    "openvino": ("transformers==5.5.4", "openvino==2026.4.*", "optimum-intel==2.2.*", "nncf==3.4.*"),
     # It refuses transformers above 5.17.
     "llm-compressor": ("transformers==5.17.0", "llmcompressor==0.14.*"),
 }

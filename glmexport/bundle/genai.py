@@ -81,7 +81,7 @@ def genai_config(architecture: Architecture, target: Target) -> dict[str, Any]:
         heads, size = attention.kv_heads, attention.head_dim
     provider = target.provider
     options = [] if provider.name == "CPUExecutionProvider" else [{provider.name: dict(provider.options)}]
-    threads = target.session.threads
+    session = target.session
     return {
         "model": {
             "type": "decoder",
@@ -96,7 +96,7 @@ def genai_config(architecture: Architecture, target: Target) -> dict[str, Any]:
                 "filename": MODEL,
                 "session_options": {
                     "log_id": "glmexport",
-                    **({"intra_op_num_threads": threads} if threads else {}),
+                    **({"intra_op_num_threads": session.threads} if session.threads else {}),
                     # What onnxruntime-genai does not know by name it hands on as a configuration entry.
                     **target.session.config,
                     "provider_options": options,
@@ -120,6 +120,7 @@ def genai_config(architecture: Architecture, target: Target) -> dict[str, Any]:
             },
         },
         "search": {
+            **({"chunk_size": session.prefill_tokens} if session.prefill_tokens else {}),
             "do_sample": False,
             "max_length": architecture.context_length,
             "min_length": 0,

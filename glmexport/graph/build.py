@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -86,6 +86,8 @@ class _Builder:
         self.architecture, self.limits = architecture, limits
         self.nodes: list[ir.Node] = []
         self.block = ""
+        #: Of the layer at hand, which positions anything behind its attention is asked for; None: of all.
+        self.asked: Callable[[ir.Value], ir.Value] | None = None
         self.input_ids = _value(INPUT_IDS, ir.DataType.INT64, ["batch", "sequence"])
         self.mask = _value(ATTENTION_MASK, ir.DataType.INT64, ["batch", "total_sequence"])
         self.inputs = [self.input_ids, self.mask]
@@ -107,17 +109,18 @@ class _Builder:
         return [self.logits(LOGITS, self.norm(architecture.final_norm, self.stream(architecture)), "sequence")]
 
     def generates(self, architecture: Architecture) -> list[ir.Value]:
-        stream, drafts = self.stream(architecture), bool(architecture.token_prediction)
-        if drafts:
-            stream = self.norm(architecture.final_norm, stream)
+        if drafts := bool(architecture.token_prediction):
+            # Of all positions, which the draft's layer caches too.
+            stream = self.norm(architecture.final_norm, self.stream(architecture))
             self.declare(stream, HIDDEN, ["sequence", architecture.hidden_size])
-        recent = self.op("RecentPositions", [stream, self.mask], most=SHORT_STEP)
-        normed = recent if drafts else self.norm(architecture.final_norm, recent)
+            normed = self.recent(stream)
+        else:
+            normed = self.norm(architecture.final_norm, self.stream(architecture, self.recent))
         if own_loop(architecture, self.limits):
             last = self.logits(LOGITS, normed, "recent")
         else:
             every = self.logits(RECENT_LOGITS, normed, "recent")
-            last = self.declare(self.op("LastPosition", [every, self.mask]), LOGITS, [1, architecture.vocabulary_size])
+            last = self.declare(self.last(every), LOGITS, [1, architecture.vocabulary_size])
             self.outputs.append(every)
         if drafts:
             self.outputs.append(stream)
@@ -130,8 +133,8 @@ class _Builder:
         embedded = self.norm(draft.embedding_norm, self.embedding(draft.embedding))
         joined = ir.Value()
         self.node("Concat", [embedded, self.norm(draft.hidden_norm, past)], [joined], domain="", axis=-1)
-        stream = self.layer(draft.layer, self.linears(joined, [draft.projection]))
-        last = self.norm(draft.final_norm, self.op("LastPosition", [stream, self.mask]))
+        self.asked = self.last
+        last = self.norm(draft.final_norm, self.layer(draft.layer, self.linears(joined, [draft.projection])))
         return [self.logits(LOGITS, last, 1, draft.lm_head), self.declare(last, HIDDEN, [1, draft.hidden_size])]
 
     def embedding(self, key: str) -> ir.Value:
@@ -140,10 +143,17 @@ class _Builder:
         self.block = block
         return embedded
 
-    def stream(self, architecture: Architecture) -> ir.Value:
-        """What the final norm reads, [B, S, D]."""
+    def recent(self, x: ir.Value) -> ir.Value:
+        return self.op("RecentPositions", [x, self.mask], most=SHORT_STEP)
+
+    def last(self, x: ir.Value) -> ir.Value:
+        return self.op("LastPosition", [x, self.mask])
+
+    def stream(self, architecture: Architecture, asked: Callable[[ir.Value], ir.Value] | None = None) -> ir.Value:
+        """What the final norm reads, [B, S, D], or of the positions that ``asked`` takes out of that."""
         hidden = self.embedding(architecture.embedding)
         for layer in architecture.layers:
+            self.asked = asked if layer is architecture.layers[-1] else None
             self.block = BLOCK_NAME.format(layer=layer.index)
             hidden = self.layer(layer, hidden)
         self.block = "head"
@@ -176,6 +186,8 @@ class _Builder:
 
     def layer(self, layer: DecoderLayer, hidden: ir.Value) -> ir.Value:
         attended = self.attention(layer, self.norm(layer.attention_norm, hidden))
+        if self.asked:
+            hidden = self.asked(hidden)
         if layer.attention_output_norm:
             attended = self.norm(layer.attention_output_norm, attended)
         hidden = self.add(attended, hidden)
@@ -248,7 +260,15 @@ class _Builder:
             rotary_dimensions=attention.rotary.dimensions,
             interleaved=int(attention.rotary.interleaved),
         )
-        return self.linears(attended, [attention.output])
+        return self.attention_output(attention.output, attended)
+
+    def attention_output(self, output: Linear, attended: ir.Value) -> ir.Value:
+        """What ``attended`` [B, S, K] adds to the stream, of the positions that anybody asks for.
+
+        The others have to be cached, but in the last layer a prefill has no further use for them: it spares them the
+        layer's other matrices.
+        """
+        return self.linears(self.asked(attended) if self.asked else attended, [output])
 
     def head_caches(self, layer: int, heads: int, size: int) -> tuple[list[ir.Value], list[ir.Value]]:
         """Keys and values [B, heads, length, size] of the past, and those of the present; half as wide in 4 bits."""

@@ -53,7 +53,7 @@ class LatentLayers:
             past, present = build.head_caches(layer, attention.heads, size)
             inputs = [*read, *past, build.mask]
             build.node("ExpandedAttention", inputs, [attended, *present], size=size, **attributes)
-            return build.linears(attended, [attention.output])
+            return build.attention_output(attention.output, attended)
         if attention.indexer:
             self.selection = self._select(layer, attention.indexer, normed, query_latent)
         selection = self.selection if attention.indexer or attention.shared_selection else None
@@ -62,7 +62,7 @@ class LatentLayers:
         after = build.cache(PRESENT, layer, LATENT, ["capacity", width])
         inputs = [*read, before, build.mask, *([selection] if selection else [])]
         build.node("LatentAttention", inputs, [attended, after], **attributes)
-        return build.linears(attended, [attention.output])
+        return build.attention_output(attention.output, attended)
 
     def _select(self, layer: int, indexer: Indexer, normed: ir.Value, query_latent: ir.Value) -> ir.Value:
         build = self.builder
