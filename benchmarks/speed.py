@@ -138,7 +138,8 @@ def table(document: dict[str, Any]) -> str:
     kinds = [*(f"decode_{context}" for context in CONTEXTS), *(f"prefill_{tokens}" for tokens in PROMPTS)]
     heads = [f"{kind.partition('_')[0]} {int(kind.partition('_')[2]):,}" for kind in kinds]
     lines = [
-        f"| runtime | format | bits per weight | {' | '.join(heads)} | G weights/s | of roofline | at 4k | load s | peak MiB |",
+        f"| runtime | format | bits per weight | {' | '.join(heads)} "
+        "| G weights/s | of roofline | at 4k | load s | peak MiB |",
         f"|---|---|---:|{'---:|' * len(kinds)}---:|---:|---:|---:|---:|",
     ]
     for row in rows:
@@ -212,7 +213,7 @@ def main() -> None:
     parser.add_argument("--long-rounds", type=int, default=2, help="of long prompts")
     parser.add_argument("--steps", type=int, default=12, help="tokens decoded in a round")
     parser.add_argument("--output", type=Path, help="write the figures there as JSON")
-    parser.add_argument("--print", type=Path, nargs="?", const=RESULTS / "speed.json", help="a table of figures at hand")
+    parser.add_argument("--print", type=Path, nargs="?", const=RESULTS / "speed.json", help="table of figures at hand")
     options = parser.parse_args()
     if options.print:
         print(table(json.loads(options.print.read_text(encoding="utf-8"))))

@@ -35,7 +35,7 @@ class Batch(ctypes.Structure):
 
 
 def library(folder: Path) -> ctypes.CDLL:
-    """libllama with its backends, and the types of what is called."""
+    """The library with its backends, and the types of what is called."""
     (base,) = folder.glob("libggml.*so*")
     (path,) = folder.glob("libllama.*so*")
     ggml = ctypes.CDLL(str(base), mode=ctypes.RTLD_GLOBAL)

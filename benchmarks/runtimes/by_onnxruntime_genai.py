@@ -1,6 +1,8 @@
 """onnxruntime-genai on a model folder: our bundles as they are, and what its own builder makes.
 
     python by_onnxruntime_genai.py MODEL CAPACITY THREADS VOCABULARY
+
+Speaks the protocol of common.py.
 """
 
 from __future__ import annotations

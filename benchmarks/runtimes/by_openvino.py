@@ -2,6 +2,8 @@
 
     python by_openvino.py MODEL CAPACITY THREADS VOCABULARY
     python by_openvino.py --describe MODEL          bytes of the blocks' matrices, and read for a token
+
+Speaks the protocol of common.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """transformers in bf16, the original as it is.
 
     python by_transformers.py CHECKPOINT CAPACITY THREADS VOCABULARY
+
+Speaks the protocol of common.py.
 """
 
 from __future__ import annotations

@@ -70,7 +70,8 @@ def glmexport(at: Preparation, form: str) -> Runnable:
 
 def genai(at: Preparation, form: str) -> Runnable:
     """What onnxruntime-genai's own builder makes of a Llama of the same matrices, at its defaults for CPUs."""
-    llama = at.once("llama", lambda out: run([sys.executable, "-m", "benchmarks.runtimes.to_llama", at.checkpoint, out]))
+    convert = [sys.executable, "-m", "benchmarks.runtimes.to_llama", at.checkpoint]
+    llama = at.once("llama", lambda out: run([*convert, out]))
     builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", llama, "-p", "int4", "-e", "cpu"]
     builder += ["-c", at.work / "cache"]
     level = ["--extra_options", "int4_accuracy_level=4"]
