@@ -45,14 +45,14 @@ class LowerRecentPositionsPass(ir.passes.InPlacePass):
         """Lower every RecentPositions."""
         nodes = list(nodes_of(model, "RecentPositions"))
         for node in nodes:
-            indices = _shared_indices(model, integer(node, "most"))
+            indices = _shared_indices(model, node)
             rewrite = Rewrite(model, node)
             rewrite.finish(*rewrite.op("GatherND", [node.inputs[0], indices], {"batch_dims": 1}))
         return ir.passes.PassResult(model, bool(nodes))
 
 
-def _shared_indices(model: ir.Model, most: int) -> ir.Value:
-    """Recent positions [B, R, 1] int64 of the graph's input, computed once a graph."""
+def _shared_indices(model: ir.Model, node: ir.Node) -> ir.Value:
+    """Recent positions [B, R, 1] int64 of the graph's input, computed once a graph, when its first ``node`` asks."""
     found = shared(model)
     if _RECENT in found:
         return found[_RECENT]
@@ -61,11 +61,11 @@ def _shared_indices(model: ir.Model, most: int) -> ir.Value:
     # The last one of those that the lengths are computed by.
     before_all = shared(model)[TOTAL_LENGTH].producer()
     assert before_all is not None
-    rewrite = Rewrite(model, before_all)
+    rewrite = Rewrite(model, node)
     positions, index = _last(rewrite, ids)
     zero, one = (rewrite.constant(name, np.array(n, np.int64)) for name, n in (("zero", 0), ("one", 1)))
     # Not LessOrEqual, which ONNX Runtime does not count among what it makes shapes of.
-    long = rewrite.constant("long_step", np.array(most + 1, np.int64))
+    long = rewrite.constant("long_step", np.array(integer(node, "most") + 1, np.int64))
     (short,) = rewrite.op("Less", [positions, long])
     (count,) = rewrite.op("Where", [short, positions, one])
     (first,) = rewrite.op("Where", [short, zero, index])
