@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
-from builds import carried
+from builds import Run, carried
+from components import emulated_arm64, require_browser
 
 from glmexport.calibration import shipped_documents
 from glmexport.compile import BuildOptions, Built, build
@@ -21,6 +22,8 @@ from glmexport.target import HOST, open_target
 from glmexport.validation.results import Verdict
 from glmexport.validation.run import ValidationPlan
 
+#: Targets of devices that this machine can be, in a browser and under emulation.
+ELSEWHERE = ("wasm", "arm64")
 #: Less text than a real build takes, so that four builds fit a test run.
 CALIBRATION_TOKENS = 16384
 PLAN = ValidationPlan(positions_per_language=400, prompt_tokens=16, generated_tokens=8, speed_seconds=0, behaviour=None)
@@ -36,11 +39,17 @@ def bundles(original: Original, tmp_path_factory: pytest.TempPathFactory) -> dic
     folder = tmp_path_factory.mktemp("bundles")
     built = {}
     for name in ("w4g32", "rtn-w4g32", "w4g128", "rtn-w4g128"):
-        (job,) = jobs_of(original, [open_target(HOST)], name, folder / name)
-        if job.recipe.calibration:
-            plan = job.recipe.calibration.model_copy(update={"tokens": CALIBRATION_TOKENS})
-            job = replace(job, recipe=job.recipe.model_copy(update={"calibration": plan}))
-        (built[name],) = build(original, [job], BuildOptions(threads=2, validation=PLAN), Silent())
+        # One quantization for all three targets.
+        targets = [HOST, *ELSEWHERE] if name == "w4g32" else [HOST]
+        jobs = jobs_of(original, [open_target(target) for target in targets], name, folder / name)
+        if calibration := jobs[0].recipe.calibration:
+            plan = calibration.model_copy(update={"tokens": CALIBRATION_TOKENS})
+            jobs = [replace(job, recipe=job.recipe.model_copy(update={"calibration": plan})) for job in jobs]
+        for target, one in zip(
+            targets, build(original, jobs, BuildOptions(threads=2, validation=PLAN), Silent()), strict=True
+        ):
+            assert isinstance(one, Built)
+            built[name if target == HOST else target] = one
     return built
 
 
@@ -83,6 +92,30 @@ def test_genai_and_onnxruntime_generate_the_same_tokens(
     cut = next((index for index, token in enumerate(expected) if token in ends), len(expected))
     pieces = list(generate(directory, tokenizer, prompt, max_tokens=64, threads=2))
     assert [piece.token for piece in pieces] == expected[:cut]
+
+
+@pytest.mark.parametrize("target", ELSEWHERE)
+def test_a_device_of_the_targets_class_gives_the_originals_answers(
+    bundles: dict[str, Built], run: Run, target: str
+) -> None:
+    """In a real browser, and under emulation, on a few positions of every language."""
+    if target == "wasm":
+        require_browser()
+        device = "browser"
+    else:
+        device = f"qemu-arm64:{emulated_arm64()}"
+    directory = bundles[target].directory
+    outcome = run("validate", directory, "--against", "demo", "--device", device, "--positions", 24)
+    (answered,) = read_report(directory / "report.json").devices
+    assert answered.fidelity is not None, outcome.stderr
+    # So little text decides nothing, but it may not contradict the limits.
+    assert answered.verdict is not Verdict.BLOCK, outcome.stderr
+    limits, languages = open_target(target).gates, answered.fidelity.languages
+    assert len(languages) >= 19 and answered.fidelity.overall.positions >= 300
+    assert max(row.kl_mean_nats for row in languages) < limits.kl_mean_nats
+    # Other kernels of the same arithmetic: what they add is small beside what 4 bits do.
+    here = bundles[target].report.fidelity.overall.kl_mean_nats
+    assert answered.fidelity.overall.kl_mean_nats == pytest.approx(here, rel=0.5)
 
 
 def greedy(directory: Path, prompt: list[int], steps: int) -> list[int]:

@@ -12,6 +12,7 @@ import onnx
 import psutil
 import pytest
 from builds import Sample, build
+from components import require_browser
 from models import write_checkpoint
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
@@ -27,7 +28,6 @@ from glmexport.validation.devices.browser import BrowserRunner, open_browser
 from glmexport.validation.devices.job import Job, PromptQuestion, TextQuestion, read_job, write_job
 from glmexport.validation.devices.local import LocalRunner
 from glmexport.validation.devices.program.session import text_answer
-from glmexport.validation.devices.web_runtime import web_runtime
 from glmexport.validation.placement import placement
 
 VOCABULARY, LONG = 50, 12
@@ -37,12 +37,7 @@ WEBGPU = "WebGpuExecutionProvider"
 @pytest.fixture(scope="module")
 def runner() -> BrowserRunner:
     """The browser, where it and onnxruntime-web can be installed."""
-    if shutil.which("chromium") is None:
-        pytest.skip("no Chromium on PATH to run a bundle in (apt-get install chromium)")
-    try:
-        web_runtime("wasm")
-    except MachineError as error:
-        pytest.skip(f"no onnxruntime-web to run a bundle with: {error.message}")
+    require_browser()
     return BrowserRunner()
 
 

@@ -5,32 +5,23 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import onnxruntime
 import pytest
 import torch
 from builds import Run, Sample
+from components import emulated_arm64
 from validation.devices.conftest import PROMPTS, TEXTS
 
 from glmexport.errors import InputError, MachineError
 from glmexport.progress import Silent
 from glmexport.report.document import read_report
 from glmexport.validation.devices.answers import DeviceAnswers
-from glmexport.validation.devices.emulated import EMULATED, default_sysroot, open_emulated, prepare
+from glmexport.validation.devices.emulated import EMULATED, open_emulated, prepare
 from glmexport.validation.devices.local import LocalRunner
 
 
 @pytest.fixture(scope="module")
 def machine() -> Path:
-    """Its files, fetched once and kept in the user's cache."""
-    if not (shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")):
-        pytest.skip("QEMU's emulation of arm64 is not installed (apt-get install qemu-user-static)")
-    place = default_sysroot().with_name(f"qemu-arm64-{onnxruntime.__version__}")
-    if not place.exists():
-        try:
-            prepare(place, Silent())
-        except MachineError as error:
-            pytest.skip(f"an emulated arm64 machine cannot be made here: {error}")
-    return place
+    return emulated_arm64()
 
 
 def test_it_computes_what_this_machine_does(machine: Path, job: Path, tmp_path: Path) -> None:
