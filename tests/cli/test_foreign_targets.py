@@ -143,3 +143,9 @@ def test_a_quantized_cache_in_its_loop(run: Run, sample: Sample, tmp_path: Path,
     expected = greedy(out, prompt, 16)
     found = GenerationSession(out, 1).tokens(prompt, 16)
     assert found == expected[: len(found)] and len(found) > 4
+    # A device's program holds such caches too.
+    again = run("validate", out, "--against", sample.checkpoint, "--device", "local", "--threads", 1, "--json")
+    (device,) = again.document["devices"]
+    assert device["fidelity"]["overall"]["kl_mean_nats"] == pytest.approx(
+        report["fidelity"]["overall"]["kl_mean_nats"], rel=0.02
+    )

@@ -39,6 +39,14 @@ from glmexport.validation.results import DeviceFacts
 JOB, QUESTIONS, BUNDLE, RESULT = "job.json", "questions.safetensors", "bundle", "result.json"
 #: Symbolic sizes of a cache; every other size is a number.
 BATCH, PAST_SEQUENCE, CAPACITY = "batch", "past_sequence", "capacity"
+CacheType = Literal["float32", "float16", "bfloat16", "int8", "uint8"]
+_CACHE_TYPES: dict[ir.DataType, CacheType] = {
+    ir.DataType.FLOAT: "float32",
+    ir.DataType.FLOAT16: "float16",
+    ir.DataType.BFLOAT16: "bfloat16",
+    ir.DataType.INT8: "int8",
+    ir.DataType.UINT8: "uint8",
+}
 
 
 class Cache(Definition):
@@ -48,7 +56,7 @@ class Cache(Definition):
     output: str
     #: With the symbolic sizes above.
     shape: tuple[int | str, ...]
-    dtype: Literal["float32", "float16"]
+    dtype: CacheType
 
 
 class Graphs(Definition):
@@ -88,6 +96,8 @@ class Job(Definition):
     files: tuple[FileEntry, ...]
     graphs: Graphs
     provider: Provider
+    #: Configuration entries of a session.
+    config: dict[str, str] = Field(default_factory=dict)
     #: None: as many as the device has cores.
     threads: int | None
     end_tokens: tuple[int, ...]
@@ -162,6 +172,7 @@ def write_job(
         ),
         graphs=_graphs(bundle),
         provider=manifest.target.provider,
+        config=manifest.target.session.config,
         threads=threads,
         end_tokens=tuple(sorted(ends)),
         context_length=context,
@@ -210,7 +221,7 @@ def _graphs(bundle: Path) -> Graphs:
                 input=PAST.format(layer=layer, kind=kind),
                 output=PRESENT.format(layer=layer, kind=kind),
                 shape=tuple(size if isinstance(size, int) else str(size.value) for size in value.shape),
-                dtype="float16" if value.dtype == ir.DataType.FLOAT16 else "float32",
+                dtype=_CACHE_TYPES[value.dtype],
             )
         )
     sizes = {size for cache in caches for size in cache.shape}

@@ -8,6 +8,7 @@ const HERE = new URL(".", import.meta.url);
 // As in program.py: positions that a cache of fixed capacity grows by, and those of a prompt computed together.
 const GROWTH = 256, CHUNK = 256;
 const ELEMENT = {F32: Float32Array, I32: Int32Array};
+const CACHED = {float32: Float32Array, float16: Uint16Array, int8: Int8Array, uint8: Uint8Array};
 // As long as what it says does not change: the smallest module with an instruction of SIMD, and of relaxed SIMD.
 const SIMD = [0, 97, 115, 109, 1, 0, 0, 0, 1, 5, 1, 96, 0, 1, 123, 3, 2, 1, 0, 10, 10, 1, 8, 0, 65, 0, 253, 15, 253, 98, 11];
 const RELAXED = [
@@ -152,7 +153,7 @@ class Device {
     const sizes = {batch: 1, past_sequence: 0, capacity};
     const full = shape.map((size) => sizes[size] ?? size);
     const count = full.reduce((product, size) => product * size, 1);
-    const data = dtype === "float16" ? new Uint16Array(count) : new Float32Array(count);
+    const data = new CACHED[dtype](count);
     if (former) data.set(former);
     return new this.ort.Tensor(dtype, data, full);
   }

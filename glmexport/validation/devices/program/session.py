@@ -21,6 +21,8 @@ _PROFILED = 8, 3
 _INTEGERS = frozenset(("int64", "int32", "uint64", "uint32", "bool"))
 #: ONNX Runtime's own bound of what is small, elements.
 _SMALL = 100
+#: ONNX's number of the type.
+_BFLOAT16 = 16
 
 
 class Session:
@@ -41,6 +43,8 @@ class Session:
             )
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
+        for entry, value in job["config"].items():
+            options.add_session_config_entry(entry, value)
         if profile:
             options.enable_profiling, options.profile_file_prefix = True, str(profile)
         path = str(folder / self._graphs[graph])
@@ -51,12 +55,13 @@ class Session:
         """Logits [length, vocabulary] fp32 after each of ``ids`` [length], from an empty cache."""
         import numpy as np
 
+        value = self._ort.OrtValue.ortvalue_from_numpy
         feeds = {
-            self._graphs["input_ids"]: ids.astype(np.int64)[None],
-            self._graphs["attention_mask"]: np.ones((1, len(ids)), np.int64),
+            self._graphs["input_ids"]: value(ids.astype(np.int64)[None]),
+            self._graphs["attention_mask"]: value(np.ones((1, len(ids)), np.int64)),
             **self._empty(len(ids)),
         }
-        return self._session.run([self._graphs["logits"]], feeds)[0][0]
+        return self._session.run_with_ort_values([self._graphs["logits"]], feeds)[0].numpy()[0]
 
     def stream(self, prompt: Sequence[int], most: int) -> Iterator[int]:
         """The most likely token after ``prompt``, each added to it, until the context or ``most`` tokens are full."""
@@ -64,8 +69,7 @@ class Session:
 
         most = min(most, self._context - len(prompt))
         room = min(-(-(len(prompt) + most) // _CHUNK) * _CHUNK, self._context)
-        value = self._ort.OrtValue.ortvalue_from_numpy
-        caches = {name: value(array) for name, array in self._empty(room).items()}
+        caches = self._empty(room)
         new, length = np.asarray(prompt, np.int64), 0
         for _ in range(most):
             for start in range(0, len(new), _CHUNK):
@@ -85,10 +89,16 @@ class Session:
         import numpy as np
 
         sizes = {"batch": 1, "past_sequence": 0, "capacity": capacity}
-        return {
-            cache["input"]: np.zeros([sizes.get(size, size) for size in cache["shape"]], cache["dtype"])
-            for cache in self._graphs["caches"]
-        }
+        found = {}
+        for cache in self._graphs["caches"]:
+            shape = [sizes.get(size, size) for size in cache["shape"]]
+            if cache["dtype"] == "bfloat16":
+                # numpy has no such type, so its bits.
+                bits = np.zeros(shape, np.uint16)
+                found[cache["input"]] = self._ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, _BFLOAT16)
+            else:
+                found[cache["input"]] = self._ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, cache["dtype"]))
+        return found
 
     def _step(self, ids: Any, length: int, caches: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Logits [1, 1, vocabulary] behind ``ids`` [1, new], which end at ``length``, and the caches then."""
