@@ -235,6 +235,7 @@ def _tokenizer(original: Any) -> dict[str, Any]:
 def _estimates(original: Any, recipe: str | None, max_memory: int | None) -> list[dict[str, Any]]:
     from glmexport.errors import InputError
     from glmexport.estimate import estimate, measured_flops
+    from glmexport.graph import cache_bytes_per_token
     from glmexport.job import Job, recipe_for, refuse_formats
     from glmexport.target import shipped_targets
 
@@ -248,7 +249,9 @@ def _estimates(original: Any, recipe: str | None, max_memory: int | None) -> lis
             refuse_formats(original, Job(target, chosen, Path()))
         except InputError as error:
             refused = error.message
-        rows.append({"target": target.name, "recipe": chosen.name, **vars(expected), "refused": refused})
+        cached = cache_bytes_per_token(original.architecture_for(target), target.graph)
+        sizes = {**vars(expected), "cache_bytes_per_token": cached}
+        rows.append({"target": target.name, "recipe": chosen.name, **sizes, "refused": refused})
     return rows
 
 
@@ -277,7 +280,7 @@ def _estimates_table(rows: list[dict[str, Any]]) -> Table:
         pad_edge=False,
         header_style="dim",
     )
-    for column in ("target", "recipe", "bundle", "bits per weight", "peak memory", "time"):
+    for column in ("target", "recipe", "bundle", "bits per weight", "KV a token", "peak memory", "time"):
         table.add_column(column, justify="left" if column in ("target", "recipe") else "right")
     for row in rows:
         if row["refused"]:
@@ -287,6 +290,7 @@ def _estimates_table(rows: list[dict[str, Any]]) -> Table:
             row["recipe"],
             gibibytes(row["bundle_bytes"]),
             f"{row['bits_per_weight']:.2f}",
+            f"{row['cache_bytes_per_token']:,} B",
             gibibytes(row["peak_memory_bytes"]),
             duration(row["seconds"]),
         )

@@ -1,6 +1,6 @@
 """The decoder as an ONNX graph of our own operators, before anything is decided about the hardware."""
 
-from glmexport.graph.build import build_draft, build_graph, build_part, own_loop
+from glmexport.graph.build import build_draft, build_graph, build_part, cache_bytes_per_token, own_loop
 from glmexport.graph.names import (
     ATTENTION_MASK,
     BLOCK_NAME,
@@ -39,6 +39,7 @@ __all__ = [
     "build_draft",
     "build_graph",
     "build_part",
+    "cache_bytes_per_token",
     "own_loop",
     "violations",
 ]

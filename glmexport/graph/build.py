@@ -41,6 +41,15 @@ def own_loop(architecture: Architecture, limits: GraphLimits) -> bool:
     return limits.latent_cache and architecture.latent_values_per_token is not None
 
 
+def cache_bytes_per_token(architecture: Architecture, limits: GraphLimits) -> int:
+    """What a token of context adds to the caches of all layers, bytes; scales of a quantized cache are per layer."""
+    if own_loop(architecture, limits):
+        assert architecture.latent_values_per_token is not None
+        return 4 * architecture.latent_values_per_token
+    bits = {"activations": 32 if limits.activations == "float32" else 16, "int8": 8, "int4": 4}[limits.kv_cache]
+    return architecture.kv_values_per_token * bits // 8
+
+
 def build_graph(architecture: Architecture, limits: GraphLimits, *, every_position: bool) -> ir.Model:
     """The graph of ``architecture``: token ids and cache in, logits and grown cache out.
 

@@ -19,10 +19,12 @@ from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKern
 from glmexport.bundle.cache_scales import calibrate_caches, set_scales
 from glmexport.bundle.read import BundleWeights
 from glmexport.errors import InputError
+from glmexport.graph import cache_bytes_per_token
 from glmexport.lowering.precision import as_type
 from glmexport.progress import Silent
 from glmexport.quantization.weights import Weights
 from glmexport.recipe import Format
+from glmexport.validation.session import CACHE_TYPES
 
 W4, W8 = Format(bits=4, group_size=32), Format(bits=8, group_size=32)
 SIGNED = Format(bits=4, group_size=32, symmetric=True)
@@ -122,6 +124,30 @@ def test_rotation_before_attention(checkpoints: dict[str, Path], tmp_path: Path,
     attention = [node for node in nodes if node.op_type == "GroupQueryAttention"]
     assert {node.attributes["do_rotary"].as_int() for node in attention} == {0}
     assert sum(node.op_type == "RotaryEmbedding" for node in nodes) == 2 * len(attention)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {},
+        {"activations": "float16", "latent_cache": False},
+        {"kv_cache": "int8", "latent_cache": False},
+        {"kv_cache": "int4", "latent_cache": False},
+    ],
+    ids=lambda limits: "-".join(map(str, limits.values())) or "plain",
+)
+def test_a_token_of_context_takes_what_is_said(
+    checkpoints: dict[str, Path], tmp_path: Path, family: str, limits: dict[str, Any]
+) -> None:
+    weights, target = weights_of(checkpoints[family], tmp_path / "work", None), changed(graph=limits)
+    export(weights, target, tmp_path / "out")
+    sizes = {"batch": 1, "past_sequence": 10, "capacity": 10}
+    allocated = sum(
+        np.zeros([sizes.get(size, size) for size in entry.shape], CACHE_TYPES[entry.type]).nbytes
+        for entry in Session(tmp_path / "out" / "model.onnx").caches
+    )
+    assert allocated == 10 * cache_bytes_per_token(weights.architecture, target.graph)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
