@@ -8,6 +8,9 @@ from pydantic import ConfigDict, Field
 
 from glmexport.definition import Definition
 
+#: What keys and values are cached in: the activations' type, or integers with calibrated scales.
+KvCache = Literal["activations", "int8", "int4"]
+FLOATS: KvCache = "activations"
 Preference = Literal["decode", "prefill", "balanced"]
 #: ``start``: what the target says; ``chosen``: what the tuned target says; ``front``: no other candidate is both faster
 #: and less divergent; ``beaten``: another one is; ``illegal``: it diverges too far, or does not run here.
@@ -26,6 +29,7 @@ class Settings(Definition):
     recipe: str
     accuracy_level: Literal[0, 1, 2, 3, 4]
     packed_qkv: bool
+    kv_cache: KvCache = FLOATS
     #: Within an operator.
     threads: int = Field(ge=1)
     #: Entries of ONNX Runtime's session configuration.

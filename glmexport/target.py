@@ -10,7 +10,7 @@ from pydantic import ByteSize, Field, model_validator
 
 from glmexport.definition import Definition, locate, names, read_toml
 from glmexport.errors import DefinitionError
-from glmexport.evidence import Evidence
+from glmexport.evidence import FLOATS, Evidence, KvCache
 from glmexport.host import Host
 
 TARGETS = "targets"
@@ -53,7 +53,7 @@ class GraphLimits(Definition):
     #: GroupQueryAttention rotates queries and keys itself; otherwise RotaryEmbedding does before it.
     rope_in_attention: bool = True
     #: What keys and values are cached in: the activations' own type, or integers with calibrated scales.
-    kv_cache: Literal["activations", "int8", "int4"] = "activations"
+    kv_cache: KvCache = FLOATS
     #: Whether each channel of a head, or a whole cache, has one scale.
     kv_scales: Literal["channel", "tensor"] = "channel"
     #: RMSNorm where no addition is fused with it: the runtime's own operator, or standard arithmetic in fp32.
@@ -99,8 +99,6 @@ class SessionOptions(Definition):
     threads: int | None = Field(default=None, ge=1)
     #: Configuration entries, for example ``"session.intra_op.allow_spinning" = "0"``.
     config: dict[str, str] = Field(default_factory=dict)
-    #: Tokens of a prompt that onnxruntime-genai reads at a time, whose activations are in memory together; None: all.
-    prefill_tokens: int | None = Field(default=None, ge=1)
 
 
 class Limits(Definition):

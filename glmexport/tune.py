@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -12,12 +13,13 @@ import torch
 
 from glmexport import __version__
 from glmexport.architecture import Reference
-from glmexport.calibration import evaluation_documents
+from glmexport.calibrating import cache_text, calibration_context, calibration_documents
+from glmexport.calibration import evaluation_documents, pack
 from glmexport.compile import BuildOptions, quantize
 from glmexport.definition import names
 from glmexport.errors import InputError
 from glmexport.estimate import estimate
-from glmexport.evidence import Divergences, Evidence, Gains, Preference, Settings
+from glmexport.evidence import FLOATS, Divergences, Evidence, Gains, KvCache, Preference, Settings
 from glmexport.job import Job, Original, recipe_for, refuse_formats, require_free
 from glmexport.progress import Progress
 from glmexport.provenance import source_of
@@ -48,6 +50,8 @@ from glmexport.validation.reference import reference_states
 from glmexport.validation.run import ValidationPlan, texts_for
 from glmexport.validation.texts import text_digest
 
+#: Calibration text for the scales of quantized caches, less than a build takes: every candidate passes over it.
+_CACHE_TOKENS, _CACHE_SEQUENCE = 2048, 256
 #: Tokens of the short prompt.
 _SHORT = 32
 
@@ -63,6 +67,8 @@ class TuneOptions:
     allowance: float = 0.25
     #: To try in place of the shipped recipes of the start's bits.
     recipes: tuple[str, ...] = ()
+    #: To try in place of floats and 8 bits.
+    kv_caches: tuple[KvCache, ...] = ()
     threads: tuple[int, ...] = ()
     session: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     provider: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -105,7 +111,7 @@ def tune(original: Original, target: Target, output: Path, options: TuneOptions,
     with work.locked():
         measured = tuning.measured(work)
         for kind, reason in measured.illegal.items():
-            progress.remark(f"{kind.recipe} at accuracy_level {kind.accuracy_level} is left out: {reason}.")
+            progress.remark(f"{_told(kind)} is left out: {reason}.")
         legal = [each for each in tuning.every if measured.is_legal(each)]
         if not legal:
             raise InputError(
@@ -141,6 +147,7 @@ class _Tuning:
             self.recipes,
             self.start,
             options.cores,
+            kv_caches=options.kv_caches,
             threads=options.threads,
             session=options.session,
             provider=options.provider,
@@ -166,9 +173,10 @@ class _Tuning:
             for recipe in self.recipes.values()
             for architecture in self.slices.architectures
         )
-        rows = sum(len(text.ids) for text in self.texts)
-        streams = 2 * (len(self.axes.accuracy_levels) + 1) + 3
+        rows = sum(len(text.ids) for text in self.texts) + _CACHE_TOKENS * (len(self.axes.kv_caches) > 1)
+        streams = 2 * (len(self.axes.accuracy_levels) * len(self.axes.kv_caches) + 1) + 3
         states = streams * rows * self.original.architecture.hidden_size * 4
+        # Weights are stored once for all caches.
         require_free(parent, bundles * len(self.axes.packed_qkv) + states, "Tuning")
 
     def work_directory(self, parent: Path) -> WorkDirectory:
@@ -190,13 +198,11 @@ class _Tuning:
         original, options = self.original, self.options
         reference = Reference(original.checkpoint, original.architecture)
         states = reference_states(reference, self.texts, work.path, self.progress, kept=work)
-        levels = {f"level-{level}": level for level in (EXACT_LEVEL, *self.axes.accuracy_levels)}
-        targets = {
-            key: self.target.model_copy(
-                update={"weights": self.target.weights.model_copy(update={"accuracy_level": level})}
-            )
-            for key, level in levels.items()
-        }
+        wanted = itertools.product(self.axes.accuracy_levels, self.axes.kv_caches)
+        # Those with floats are what the scales of the others rest on.
+        floats = [(level, FLOATS) for level in (EXACT_LEVEL, *self.axes.accuracy_levels)]
+        kinds = {_key(*kind): kind for kind in (*floats, *wanted)}
+        targets = {key: _arithmetic(self.target, *kind) for key, kind in kinds.items()}
         found: dict[Numerics, Divergences] = {}
         for index, (name, recipe) in enumerate(self.recipes.items()):
             weights = self._weights(recipe, work)
@@ -206,19 +212,21 @@ class _Tuning:
                 # Scales may have been folded out of the embedding's neighbours.
                 Reference(weights.checkpoint, original.architecture),
                 targets,
-                f"level-{EXACT_LEVEL}",
+                _key(EXACT_LEVEL, FLOATS),
                 self.texts,
                 work,
                 options.cores,
+                {key: _key(level, FLOATS) for key, (level, cached) in kinds.items() if cached != FLOATS},
+                self.cache_text(recipe),
             )
             for key, documents in streams.divergences(Streamed(states, reference), self.progress).items():
-                found[Numerics(name, levels[key])] = summarized(documents, self.target.gates.confidence)
+                found[Numerics(name, *kinds[key])] = summarized(documents, self.target.gates.confidence)
         limit = self.target.gates.kl_mean_nats if options.calibrated else None
         base = found[numerics(self.start).exact]
         reasons = {
             kind: too_divergent(found[kind], base, self._allowance, calibrated_limit=limit)
             for kind in found
-            if kind.accuracy_level in self.axes.accuracy_levels
+            if kind.accuracy_level in self.axes.accuracy_levels and kind.kv_cache in self.axes.kv_caches
         }
         return Measured(found, {kind: reason for kind, reason in reasons.items() if reason})
 
@@ -271,6 +279,15 @@ class _Tuning:
             candidates=tuple(tried(each, start, measured, search.fates) for each in self.every),
         )
 
+    def cache_text(self, recipe: Recipe) -> list[list[int]]:
+        """Token ids of calibration text for the scales of quantized caches; nothing where there are none to try."""
+        if recipe.calibration is None or self.axes.kv_caches == (FLOATS,):
+            return []
+        sizes = {"tokens": _CACHE_TOKENS, "sequence_length": _CACHE_SEQUENCE}
+        plan = recipe.calibration.model_copy(update=sizes)
+        documents = calibration_documents(self.original, recipe, ())
+        return cache_text(pack(documents, self.original.tokenizer, plan, calibration_context(self.original)))
+
     @property
     def _allowance(self) -> float:
         """Nats per token."""
@@ -281,6 +298,25 @@ class _Tuning:
         if options.calibrated and recipe.needs_calibration:
             return quantize(original, recipe, BuildOptions(options.cores), work.path, self.progress)
         return RoundedWeights(original.checkpoint, original.architecture, recipe, searched=True)
+
+
+def _key(level: int, cached: KvCache) -> str:
+    """What a kind of arithmetic is called in the work directory."""
+    return f"level-{level}" if cached == FLOATS else f"level-{level}-{cached}"
+
+
+def _arithmetic(target: Target, level: int, cached: KvCache) -> Target:
+    return target.model_copy(
+        update={
+            "weights": target.weights.model_copy(update={"accuracy_level": level}),
+            "graph": target.graph.model_copy(update={"kv_cache": cached}),
+        }
+    )
+
+
+def _told(kind: Numerics) -> str:
+    cache = "" if kind.kv_cache == FLOATS else f" with a cache in {kind.kv_cache}"
+    return f"{kind.recipe} at accuracy_level {kind.accuracy_level}{cache}"
 
 
 def _refuse(output: Path, force: bool) -> None:

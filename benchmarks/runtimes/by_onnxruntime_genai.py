@@ -1,6 +1,8 @@
 """onnxruntime-genai on a model folder: our bundles as they are, and what its own builder makes.
 
-    python by_onnxruntime_genai.py MODEL CAPACITY THREADS VOCABULARY
+    python by_onnxruntime_genai.py MODEL PIECE CAPACITY THREADS VOCABULARY
+
+PIECE: tokens of a prompt that are read at a time, 0 for all.
 
 Speaks the protocol of common.py.
 """
@@ -19,7 +21,7 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 
 class Genai(Runtime):
-    def __init__(self, model: Path, capacity: int, threads: int) -> None:
+    def __init__(self, model: Path, piece: int, capacity: int, threads: int) -> None:
         import onnxruntime_genai
 
         config = onnxruntime_genai.Config(str(model))
@@ -28,7 +30,8 @@ class Genai(Runtime):
         self.model = onnxruntime_genai.Model(config)
         self.parameters = onnxruntime_genai.GeneratorParams(self.model)
         # No end token ends it earlier.
-        self.parameters.set_search_options(max_length=capacity, min_length=capacity, do_sample=False)
+        options = {"chunk_size": piece} if piece else {}
+        self.parameters.set_search_options(max_length=capacity, min_length=capacity, do_sample=False, **options)
         self.generator: onnxruntime_genai.Generator | None = None
         self.name = f"onnxruntime-genai {onnxruntime_genai.__version__}"
 
@@ -49,5 +52,5 @@ class Genai(Runtime):
 
 if __name__ == "__main__":
     model, *numbers = sys.argv[1:]
-    capacity, threads, vocabulary = map(int, numbers)
-    serve(Genai, Path(model), capacity, threads, vocabulary=vocabulary)
+    piece, capacity, threads, vocabulary = map(int, numbers)
+    serve(Genai, Path(model), piece, capacity, threads, vocabulary=vocabulary)

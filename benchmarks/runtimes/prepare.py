@@ -15,6 +15,7 @@ import onnx
 
 from benchmarks.peers.environments import create, interpreter
 from benchmarks.runtimes import Runnable, RuntimeFailed, run
+from glmexport.validation.generation import PREFILL_TOKENS
 
 _SCRIPTS = Path(__file__).parent
 #: Of the releases with every processor's kernels in one package: llama.cpp's libraries as node-llama-cpp ships them.
@@ -65,7 +66,8 @@ def glmexport(at: Preparation, form: str) -> Runnable:
     """The graph and the configuration of our bundles."""
     module = [sys.executable, "-m", "benchmarks.runtimes.to_bundle", at.checkpoint.resolve()]
     bundle = at.once(f"ours-{form}", lambda out: run([*module, out, form, at.target]))
-    return _genai("glmexport", form, bundle, at)
+    # As glmexport run reads a prompt.
+    return _genai("glmexport", form, bundle, at, PREFILL_TOKENS)
 
 
 def genai(at: Preparation, form: str) -> Runnable:
@@ -79,7 +81,7 @@ def genai(at: Preparation, form: str) -> Runnable:
     return _genai("onnxruntime-genai", form, model, at)
 
 
-def _genai(tool: str, form: str, model: Path, at: Preparation) -> Runnable:
+def _genai(tool: str, form: str, model: Path, at: Preparation, piece: int = 0) -> Runnable:
     blocks = read = 0
     for tensor in onnx.load(model / "model.onnx", load_external_data=False).graph.initializer:
         dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
@@ -87,8 +89,8 @@ def _genai(tool: str, form: str, model: Path, at: Preparation) -> Runnable:
         if not any(part in tensor.name for part in _UNREAD):
             read += size
             blocks += size if ".layers." in tensor.name and len(tensor.dims) > 1 else 0
-    script = str(_SCRIPTS / "by_onnxruntime_genai.py")
-    return Runnable(tool, form, (sys.executable, script, str(model)), 8 * blocks / at.block_weights, read, 4)
+    command = (sys.executable, str(_SCRIPTS / "by_onnxruntime_genai.py"), str(model), str(piece))
+    return Runnable(tool, form, command, 8 * blocks / at.block_weights, read, 4)
 
 
 def llama_cpp(at: Preparation, form: str) -> Runnable:

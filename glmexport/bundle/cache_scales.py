@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import onnx_ir as ir
 import onnxruntime
 from numpy.typing import NDArray
 
-from glmexport.architecture import Architecture
+from glmexport.architecture import Architecture, DecoderLayer
 from glmexport.architecture.description import Rotary
 from glmexport.graph import ATTENTION_MASK, BLOCK_NAME, INPUT_IDS, PRESENT
 from glmexport.lowering.attention import CACHE_BITS, CACHE_SCALE
@@ -65,29 +65,50 @@ def calibrate_caches(
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-    levels = 2 ** (CACHE_BITS[limits.kv_cache] - 1) - 1
-    gauges = {
-        PRESENT.format(layer=layer.index, kind=kind): _Gauge(
-            rotation_of(layer.attention.rotary) if kind == "key" else Rotation((), ()), levels
-        )
-        for layer in architecture.layers
-        for kind in ("key", "value")
-    }
-    searching = limits.kv_cache == "int4"
-    with progress.track("Calibrating the cache", len(sequences) * (2 if searching else 1)) as track:
-        for measure in (_Gauge.widen, _Gauge.compare)[: 2 if searching else 1]:
+    gauges = CacheGauges(architecture.layers, limits)
+    with progress.track("Calibrating the cache", len(sequences) * gauges.passes) as track:
+        for turn in range(gauges.passes):
             for ids in sequences:
-                for name, cached in zip(gauges, _cached(session, ids, list(gauges)), strict=True):
-                    measure(gauges[name], cached)
+                gauges.see(turn, _cached(session, ids, gauges.outputs))
                 track.advance()
-    scales = {}
-    for layer in architecture.layers:
-        for kind in ("key", "value"):
-            steps = gauges[PRESENT.format(layer=layer.index, kind=kind)].scales()
-            name = CACHE_SCALE.format(block=BLOCK_NAME.format(layer=layer.index), kind=kind)
-            by_channel = limits.kv_scales == "channel"
-            scales[name] = _HEADROOM * steps[:, None] if by_channel else steps.max(keepdims=True).reshape(1)
-    return scales
+    return gauges.scales()
+
+
+class CacheGauges:
+    """What is found out of the caches of some layers, over ``passes`` over the same text."""
+
+    def __init__(self, layers: Sequence[DecoderLayer], limits: GraphLimits) -> None:
+        self._layers = layers
+        self._by_channel = limits.kv_scales == "channel"
+        levels = 2 ** (CACHE_BITS[limits.kv_cache] - 1) - 1
+        self._gauges = {
+            PRESENT.format(layer=layer.index, kind=kind): _Gauge(
+                rotation_of(layer.attention.rotary) if kind == "key" else Rotation((), ()), levels
+            )
+            for layer in layers
+            for kind in ("key", "value")
+        }
+        self.passes = 2 if limits.kv_cache == "int4" else 1
+
+    @property
+    def outputs(self) -> list[str]:
+        """Names of the graph's outputs that ``see`` takes, in this order."""
+        return list(self._gauges)
+
+    def see(self, turn: int, caches: Iterable[Array]) -> None:
+        """Keys or values [heads, length, size] of every output, in the pass ``turn``."""
+        for gauge, cached in zip(self._gauges.values(), caches, strict=True):
+            (gauge.widen, gauge.compare)[turn](cached)
+
+    def scales(self) -> dict[str, Array]:
+        """By the name of their initializer, after all passes."""
+        scales = {}
+        for layer in self._layers:
+            for kind in ("key", "value"):
+                steps = self._gauges[PRESENT.format(layer=layer.index, kind=kind)].scales()
+                name = CACHE_SCALE.format(block=BLOCK_NAME.format(layer=layer.index), kind=kind)
+                scales[name] = _HEADROOM * steps[:, None] if self._by_channel else steps.max(keepdims=True).reshape(1)
+        return scales
 
 
 def set_scales(model: ir.Model, scales: dict[str, Array]) -> None:

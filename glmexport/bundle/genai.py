@@ -120,7 +120,6 @@ def genai_config(architecture: Architecture, target: Target) -> dict[str, Any]:
             },
         },
         "search": {
-            **({"chunk_size": session.prefill_tokens} if session.prefill_tokens else {}),
             "do_sample": False,
             "max_length": architecture.context_length,
             "min_length": 0,

@@ -63,6 +63,10 @@ class Alternatives(click.ParamType[tuple[str, tuple[str, ...]]]):
     help="Threads to try. May be repeated. Default: all, three quarters, half and a quarter of the cores.",
 )  # fmt: skip
 @click.option(
+    "--kv-cache", "kv_caches", type=click.Choice(["activations", "int8", "int4"]), multiple=True,
+    help="A type of keys and values to try. May be repeated. Default: activations and int8, where there are kernels.",
+)  # fmt: skip
+@click.option(
     "--session-config", "session", type=Alternatives(), multiple=True, metavar="KEY=V,V",
     help="An entry of ONNX Runtime's session configuration and values to try. May be repeated.",
 )  # fmt: skip
@@ -95,6 +99,7 @@ def tune(
     allowance: float,
     recipes: tuple[str, ...],
     threads: tuple[int, ...],
+    kv_caches: tuple[str, ...],
     session: tuple[tuple[str, tuple[str, ...]], ...],
     provider: tuple[tuple[str, tuple[str, ...]], ...],
     seconds: float,
@@ -126,6 +131,7 @@ def tune(
         allowance=allowance,
         recipes=recipes,
         threads=threads,
+        kv_caches=kv_caches,  # type: ignore[arg-type]
         session=dict(session),
         provider=dict(provider),
         seconds=seconds,

@@ -8,12 +8,16 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from glmexport.architecture import Architecture, GroupedQueryAttention
-from glmexport.evidence import Settings
+from glmexport.evidence import FLOATS, KvCache, Settings
+from glmexport.graph import own_loop
 from glmexport.recipe import Recipe
 from glmexport.target import Target
 
 #: Providers that have kernels for more than one accuracy_level; others ignore it.
 _LEVELS = {"CPUExecutionProvider": (0, 4), "WebGpuExecutionProvider": (0, 4)}
+#: Providers that have kernels for quantized caches, and the kinds that are tried if none are named.
+_CACHES: dict[str, tuple[KvCache, ...]] = {"CPUExecutionProvider": (FLOATS, "int8", "int4")}
+_TRIED_CACHES: tuple[KvCache, ...] = (FLOATS, "int8")
 #: fp32 activations: the arithmetic that the others are compared with.
 EXACT_LEVEL = 0
 #: Whether idle threads of the CPU's pool wait in a loop, which saves waking them and takes the processor from others.
@@ -31,6 +35,7 @@ class Numerics:
 
     recipe: str
     accuracy_level: int
+    kv_cache: KvCache = FLOATS
 
     @property
     def exact(self) -> Numerics:
@@ -40,7 +45,7 @@ class Numerics:
 
 def numerics(settings: Settings) -> Numerics:
     """Those of ``settings``."""
-    return Numerics(settings.recipe, settings.accuracy_level)
+    return Numerics(settings.recipe, settings.accuracy_level, settings.kv_cache)
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,7 @@ class Axes:
     recipes: tuple[str, ...]
     accuracy_levels: tuple[int, ...]
     packed_qkv: tuple[bool, ...]
+    kv_caches: tuple[KvCache, ...]
     threads: tuple[int, ...]
     #: By name of a session entry and of a provider option.
     session: Mapping[str, tuple[str, ...]]
@@ -62,6 +68,7 @@ def start_settings(target: Target, recipe: str, cores: int) -> Settings:
         recipe=recipe,
         accuracy_level=target.weights.accuracy_level,
         packed_qkv=target.graph.packed_qkv,
+        kv_cache=target.graph.kv_cache,
         threads=target.session.threads or cores,
         session=target.session.config,
         provider=target.provider.options,
@@ -75,6 +82,7 @@ def axes_of(
     start: Settings,
     cores: int,
     *,
+    kv_caches: Sequence[KvCache] = (),
     threads: Sequence[int] = (),
     session: Mapping[str, tuple[str, ...]] | None = None,
     provider: Mapping[str, tuple[str, ...]] | None = None,
@@ -87,6 +95,7 @@ def axes_of(
         recipes: whose formats the target has kernels for, by the name or file that a target calls them by.
         start: always among the candidates.
         cores: that the threads go up to, if none are given.
+        kv_caches: to try in place of floats and 8 bits, where the provider and every recipe have them.
         threads: numbers to try in place of shares of the cores.
         session: further entries of the session's configuration, each with values to try.
         provider: options of the provider, each with values to try.
@@ -97,6 +106,11 @@ def axes_of(
         isinstance(layer.attention, GroupedQueryAttention) and not layer.attention.norms
         for layer in architecture.layers
     )
+    # Scales of quantized caches are calibrated, and latents are not quantized.
+    calibrates = all(recipe.calibration for recipe in recipes.values())
+    quantizable = calibrates and not own_loop(architecture, target.graph)
+    offered = _CACHES.get(target.provider.name, ()) if quantizable else ()
+    caches = [kind for kind in kv_caches or _TRIED_CACHES if kind in offered]
     counts = tuple(threads) or tuple(max(1, round(cores * share)) for share in _SHARES)
     entries = {**_SESSION.get(target.provider.name, {}), **(session or {})}
     return Axes(
@@ -104,6 +118,7 @@ def axes_of(
         accuracy_levels=_unique(start.accuracy_level, *levels),
         # A target that cannot multiply with packed projections says so.
         packed_qkv=_unique(start.packed_qkv, *([False] if packs and target.graph.packed_qkv else [])),
+        kv_caches=_unique(start.kv_cache, *caches),
         threads=_unique(start.threads, *counts),
         session=entries,
         provider=provider or {},
@@ -117,16 +132,18 @@ def candidates(start: Settings, axes: Axes) -> list[Settings]:
         axes.recipes,
         axes.accuracy_levels,
         axes.packed_qkv,
+        axes.kv_caches,
         axes.threads,
         _combinations(axes.session),
         _combinations(axes.provider),
     )
-    for recipe, level, packed, threads, session, provider in product:
+    for recipe, level, packed, cached, threads, session, provider in product:
         settings = Settings.model_validate(
             {
                 "recipe": recipe,
                 "accuracy_level": level,
                 "packed_qkv": packed,
+                "kv_cache": cached,
                 "threads": threads,
                 "session": _with_defaults(start.session, session),
                 "provider": {**start.provider, **provider},
@@ -155,7 +172,7 @@ def with_settings(target: Target, settings: Settings) -> Target:
     return target.model_copy(
         update={
             "provider": target.provider.model_copy(update={"options": settings.provider}),
-            "graph": target.graph.model_copy(update={"packed_qkv": settings.packed_qkv}),
+            "graph": target.graph.model_copy(update={"packed_qkv": settings.packed_qkv, "kv_cache": settings.kv_cache}),
             "weights": target.weights.model_copy(
                 update={"default_recipe": settings.recipe, "accuracy_level": settings.accuracy_level}
             ),
@@ -171,6 +188,7 @@ def label(settings: Settings) -> str:
         settings.recipe,
         activations,
         f"{'fused' if settings.packed_qkv else 'split'} QKV",
+        *([f"{settings.kv_cache} cache"] if settings.kv_cache != FLOATS else []),
         f"{settings.threads} thread{'s' if settings.threads > 1 else ''}",
         *(f"{name.rpartition('.')[2]}={value}" for name, value in sorted(settings.session.items())),
         *(f"{name}={value}" for name, value in sorted(settings.provider.items())),

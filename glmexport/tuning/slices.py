@@ -29,6 +29,8 @@ from glmexport.tuning.rounding import RoundedWeights
 
 #: Weights of a model that is timed whole, and at least those of the blocks that one slice has more than the other:
 #: in 4 bits several times the caches of a processor.
+#: That scales of a quantized cache are calibrated on here: their values change no speed.
+_CACHED_TOKENS = range(16)
 WHOLE_WEIGHTS, ADDED_WEIGHTS = 1 << 30, 1 << 29
 
 
@@ -140,7 +142,7 @@ class SliceBundles:
         """A bundle of each slice."""
         target = with_settings(self._target, settings)
         graph = [settings.recipe.replace("/", "--"), f"level-{settings.accuracy_level}"]
-        graph.append("fused" if settings.packed_qkv else "split")
+        graph += ["fused" if settings.packed_qkv else "split", settings.kv_cache]
         directories = []
         for index, architecture in enumerate(self._slices.architectures):
             graphs = self._directory / f"{'-'.join(graph)}-{index}"
@@ -162,6 +164,7 @@ class SliceBundles:
             calibration=None,
             records=(),
             tokenizer_files=(),
+            cache_text=[list(_CACHED_TOKENS)],
             # Somebody else's progress is under way.
             progress=Silent(),
         )

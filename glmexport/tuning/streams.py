@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import onnxruntime
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from glmexport.architecture import DecoderLayer, Reference
+from glmexport.bundle.cache_scales import CacheGauges, set_scales
 from glmexport.bundle.external import write_graphs
 from glmexport.divergence import kl_divergence
 from glmexport.evidence import Deviation, Divergences
@@ -33,17 +35,9 @@ from glmexport.target import Target
 from glmexport.tuning.slices import units
 from glmexport.validation.fidelity import Streamed, position_slices
 from glmexport.validation.results import badness
-from glmexport.validation.session import open_session
+from glmexport.validation.session import CACHE_TYPES, open_session
 from glmexport.validation.statistics import bounds, clustered_mean
 from glmexport.validation.texts import EvaluationText
-
-#: Of caches.
-_TYPES = {
-    "tensor(float)": np.float32,
-    "tensor(float16)": np.float16,
-    "tensor(int8)": np.int8,
-    "tensor(uint8)": np.uint8,
-}
 
 
 @dataclass(frozen=True)
@@ -57,7 +51,7 @@ class Document:
 
 
 class Streams:
-    """One quantized model in several kinds of arithmetic over ``texts``.
+    """One quantized model in several kinds of arithmetic over ``texts``, with caches in floats or in codes.
 
     Args:
         name: of its steps in ``work``.
@@ -68,6 +62,8 @@ class Streams:
         texts: what is asked.
         work: where finished blocks are kept.
         threads: of the sessions.
+        floats: of each variant with a quantized cache, the one that caches floats and is like it otherwise.
+        cache_text: token ids that the scales of quantized caches are calibrated on.
     """
 
     def __init__(
@@ -80,6 +76,8 @@ class Streams:
         texts: Sequence[EvaluationText],
         work: WorkDirectory,
         threads: int,
+        floats: Mapping[str, str] | None = None,
+        cache_text: Sequence[Sequence[int]] = (),
     ) -> None:
         self._name = name
         self._weights = weights
@@ -91,8 +89,11 @@ class Streams:
         self._threads = threads
         self._units = units(weights.architecture)
         self._steps = [f"{name}.{index:03d}" for index in range(len(self._units) + 1)]
-        self._spans = list(pairwise(accumulate((len(text.ids) for text in texts), initial=0)))
-        self._tables = reference.rotary_tables(max(len(text.ids) for text in texts))
+        self._floats = floats or {}
+        #: Texts, and behind them what caches are calibrated on, which passes through every variant too.
+        self._sequences = [*(text.ids for text in texts), *(torch.tensor(list(ids)) for ids in cache_text)]
+        self._spans = list(pairwise(accumulate((len(ids) for ids in self._sequences), initial=0)))
+        self._tables = reference.rotary_tables(max(len(ids) for ids in self._sequences))
 
     def divergences(self, original: Streamed, progress: Progress) -> dict[str, list[Document]]:
         """Of every variant, from the original's answers and from the exact variant's, text by text."""
@@ -111,8 +112,7 @@ class Streams:
         """Commit the streams behind every unit that is not committed yet."""
         done = next((index for index in range(len(self._steps), 0, -1) if self._is_there(self._steps[index - 1])), 0)
         if not done:
-            ids = torch.cat([text.ids for text in self._texts])
-            embedded = self._embedded(ids)[:, None]
+            embedded = self._embedded(torch.cat(self._sequences))[:, None]
             self._work.commit(self._steps[0], {}, {}, {key: iter([embedded]) for key in self._targets})
             done = 1
         with progress.track(f"Divergence: {self._name}", len(self._units)) as track:
@@ -121,6 +121,8 @@ class Streams:
                 before = self._steps[index - 1]
                 with tempfile.TemporaryDirectory(dir=self._work.path) as folder:
                     self._write(self._units[index - 1], Path(folder))
+                    for key in self._floats:
+                        self._calibrate(key, self._units[index - 1], Path(folder), before)
                     streams = {key: self._through(key, Path(folder), before) for key in self._targets}
                     self._work.commit(self._steps[index], {}, {}, streams)
                 self._work.drop_activations(before)
@@ -151,8 +153,22 @@ class Streams:
     def _through(self, key: str, folder: Path, before: str) -> Iterator[Tensor]:
         """Rows [length, 1, D] of every text behind the graph in ``folder``."""
         part = _Part(folder / f"{key}.onnx", self._targets[key], self._threads)
-        for text, span in zip(self._texts, self._spans, strict=True):
-            yield part.run(STREAM_OUT, text.ids, self._rows(before, key, span)).transpose(0, 1)
+        for ids, span in zip(self._sequences, self._spans, strict=True):
+            yield part.run(STREAM_OUT, ids, self._rows(before, key, span)).transpose(0, 1)
+
+    def _calibrate(self, key: str, layers: Sequence[DecoderLayer], folder: Path, before: str) -> None:
+        """Put scales into the graph of a variant with a quantized cache."""
+        floats, path = self._floats[key], folder / f"{key}.onnx"
+        part = _Part(folder / f"{floats}.onnx", self._targets[floats], self._threads)
+        gauges = CacheGauges(layers, self._targets[key].graph)
+        first = len(self._texts)
+        for turn in range(gauges.passes):
+            for ids, span in zip(self._sequences[first:], self._spans[first:], strict=True):
+                caches = part.all(gauges.outputs, ids, self._rows(before, floats, span))
+                gauges.see(turn, (cached[0] for cached in caches))
+        model = ir.load(path)
+        set_scales(model, gauges.scales())
+        ir.save(model, path)
 
     def _rows(self, step: str, key: str, span: tuple[int, int]) -> Tensor:
         """The stream of one text, [1, length, D]."""
@@ -168,7 +184,8 @@ class Streams:
                 key: _Part(Path(folder) / f"{key}.onnx", target, self._threads) for key, target in self._targets.items()
             }
             with progress.track(f"Divergence: {self._name}, head", len(self._texts)) as track:
-                for index, (text, span) in enumerate(zip(self._texts, self._spans, strict=True)):
+                # Without what caches were calibrated on.
+                for index, (text, span) in enumerate(zip(self._texts, self._spans, strict=False)):
 
                     def logits(key: str, text: EvaluationText = text, span: tuple[int, int] = span) -> Tensor:
                         return heads[key].run(LOGITS, text.ids, self._rows(last, key, span))[0, text.prefix - 1 : -1]
@@ -197,6 +214,10 @@ class _Part:
 
     def run(self, output: str, ids: Tensor, stream: Tensor) -> Tensor:
         """``output`` for the ``stream`` [1, length, D] of token ``ids`` [length]."""
+        return torch.from_numpy(self.all([output], ids, stream)[0])
+
+    def all(self, outputs: list[str], ids: Tensor, stream: Tensor) -> list[NDArray[np.float32]]:
+        """Several of them."""
         length = len(ids)
         given: dict[str, NDArray[Any]] = {
             INPUT_IDS: ids[None].numpy(),
@@ -208,11 +229,10 @@ class _Part:
             value.name: given[value.name]
             if value.name in given
             # A cache that grows begins empty; one of fixed capacity has room for all.
-            else np.zeros([sizes.get(size, size) for size in value.shape], _TYPES[value.type])
+            else np.zeros([sizes.get(size, size) for size in value.shape], CACHE_TYPES[value.type])
             for value in self._inputs
         }
-        (result,) = self._session.run([output], feeds)
-        return torch.from_numpy(result)
+        return list(self._session.run(outputs, feeds))
 
 
 def _sum_of_kl(exact: Tensor, given: Tensor) -> float:

@@ -20,6 +20,10 @@ from glmexport.validation.latent_loop import LatentLoop
 from glmexport.validation.session import require_provider
 from glmexport.validation.speculation import Drafter, PromptLookup, Speculation, Step, Verified, speculate
 
+#: Tokens of a prompt whose activations are in memory together: as fast as all at once, in a third of the memory at
+#: 2,048 tokens (benchmarks/README.md, 'Speed').
+PREFILL_TOKENS = 256
+
 
 def loop_facts(bundle: Path) -> tuple[frozenset[int], int]:
     """End tokens of a bundle, and how many tokens its context holds.
@@ -115,6 +119,16 @@ class GenerationSession:
         return min(max_tokens, self.context_length - length)
 
 
+def search_options(bundle: Path, batch: int) -> dict[str, int]:
+    """What onnxruntime-genai is told beside lengths: a prompt alone is read ``PREFILL_TOKENS`` at a time on a CPU.
+
+    Not in the bundle, since it takes several prompts together in one piece only.
+    """
+    decoder = json.loads((bundle / GENAI_CONFIG).read_text(encoding="utf-8"))["model"]["decoder"]
+    on_cpu = not decoder["session_options"].get("provider_options")
+    return {"chunk_size": PREFILL_TOKENS} if on_cpu and batch == 1 else {}
+
+
 class GenaiLoop:
     """A bundle in onnxruntime-genai.
 
@@ -133,7 +147,7 @@ class GenaiLoop:
             for name in options:
                 require_provider(Provider(name=name, package="an ONNX Runtime that has it"))
 
-        self._genai = onnxruntime_genai
+        self._genai, self._bundle = onnxruntime_genai, bundle
         try:
             settings = onnxruntime_genai.Config(str(bundle))
             overlay = {"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}
@@ -163,7 +177,8 @@ class GenaiLoop:
 
     def _generator(self, batch: int, max_length: int) -> Any:
         parameters: Any = self._genai.GeneratorParams(self._model)
-        parameters.set_search_options(max_length=max_length, do_sample=False, batch_size=batch)
+        options = search_options(self._bundle, batch)
+        parameters.set_search_options(max_length=max_length, do_sample=False, batch_size=batch, **options)
         return self._genai.Generator(self._model, parameters)
 
 

@@ -81,6 +81,8 @@ class _Genai:
         import numpy as np
         import onnxruntime_genai
 
+        from glmexport.validation.generation import search_options
+
         config = onnxruntime_genai.Config(request.directory)
         options = {"model": {"decoder": {"session_options": {"intra_op_num_threads": request.threads}}}}
         config.overlay(json.dumps(options))
@@ -89,13 +91,14 @@ class _Genai:
         self._model = onnxruntime_genai.Model(config)
         self._prompt = np.array([request.prompt], np.int32)
         self._tokens = request.generated_tokens
+        self._options = search_options(Path(request.directory), 1)
 
     def generate(self, prompt_tokens: int | None = None) -> Iterator[None]:
         parameters = self._library.GeneratorParams(self._model)
         prompt = self._prompt[:, :prompt_tokens]
         total = prompt.shape[1] + self._tokens
         # No end token ends it earlier.
-        parameters.set_search_options(max_length=total, min_length=total, do_sample=False)
+        parameters.set_search_options(max_length=total, min_length=total, do_sample=False, **self._options)
         generator = self._library.Generator(self._model, parameters)
         generator.append_tokens(prompt)
         for _ in range(self._tokens):

@@ -25,7 +25,10 @@ from glmexport.tuning.measure import Times
 from glmexport.tuning.streams import Streams
 
 SPINNING = "session.intra_op.allow_spinning"
-FEW = ("--target", TARGET, "--recipe", "w4g32", "--threads", "2", "--positions", "4", "--seconds", "0")
+FEW = (
+    "--target", TARGET, "--recipe", "w4g32", "--kv-cache", "activations", "--threads", "2", "--positions", "4",
+    "--seconds", "0",
+)  # fmt: skip
 CORES = 1
 
 

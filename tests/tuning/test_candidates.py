@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +51,27 @@ def test_every_combination_once_and_the_start_first(target: Target, architecture
     axes = axes_of(target, architecture, RECIPES, start, 4)
     every = candidates(start, axes)
     assert every[0] == start
-    # Recipes, levels, fused or split, threads 4, 3, 2 and 1, spinning or not.
-    assert len(every) == len({identity(each) for each in every}) == 2 * 2 * 2 * 4 * 2
+    # Recipes, levels, fused or split, the cache in floats or int8, threads 4, 3, 2 and 1, spinning or not.
+    assert len(every) == len({identity(each) for each in every}) == 2 * 2 * 2 * 2 * 4 * 2
     assert {each.threads for each in every} == {1, 2, 3, 4}
     # An entry with the runtime's default is the same as none.
     assert {each.session.get(SPINNING) for each in every} == {None, "0"}
-    assert {numerics(each) for each in every} == {Numerics(r, level) for r in RECIPES for level in (0, 4)}
+    kinds = itertools.product(RECIPES, (0, 4), ("activations", "int8"))
+    assert {numerics(each) for each in every} == {Numerics(*kind) for kind in kinds}
+
+
+def test_caches_are_quantized_where_they_can_be(target: Target, architecture: Architecture, tmp_path: Path) -> None:
+    def caches(target: Target, architecture: Architecture, recipe: str = "w4g32", **given: Any) -> tuple[str, ...]:
+        start = start_settings(target, recipe, 1)
+        return axes_of(target, architecture, {recipe: open_recipe(recipe)}, start, 1, **given).kv_caches
+
+    assert caches(target, architecture) == ("activations", "int8")
+    assert caches(target, architecture, kv_caches=("int4",)) == ("activations", "int4")
+    # Without calibration text there are no scales; latents have no form in codes.
+    assert caches(target, architecture, "rtn-w4g32") == ("activations",)
+    assert caches(target, described(tmp_path, "glm4_moe_lite", **FAMILY["glm4_moe_lite"])) == ("activations",)
+    elsewhere = target.model_copy(update={"provider": Provider(name="CUDAExecutionProvider")})
+    assert caches(elsewhere, architecture) == ("activations",)
 
 
 def test_what_is_given_is_tried(target: Target, architecture: Architecture) -> None:

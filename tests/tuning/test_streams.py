@@ -106,6 +106,51 @@ def test_blocks_one_by_one_are_the_whole_graph(family: str, tmp_path: Path) -> N
         assert (logits - session.logits(text.ids)).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_quantized_cache_block_by_block_is_the_bundles(kind: str, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "checkpoint", "glm4", num_hidden_layers=2)
+    original = Original.open(str(tmp_path / "checkpoint"), Silent())
+    weights = RoundedWeights(original.checkpoint, original.architecture, open_recipe("w4g32"), searched=False)
+    exact = at_level(0)
+    target = exact.model_copy(update={"graph": exact.graph.model_copy(update={"kv_cache": kind})})
+    reference = Reference(original.checkpoint, original.architecture)
+    text = [list(range(20, 60)), list(range(100, 130))]
+    manifest = write_bundle(
+        tmp_path / "bundle",
+        original.architecture,
+        weights,
+        reference.rotary_tables(original.architecture.context_length),
+        recipe=open_recipe("w4g32"),
+        target=target,
+        source=source(original),
+        calibration=None,
+        records=(),
+        tokenizer_files=(),
+        cache_text=text,
+        progress=Silent(),
+    )
+    session = ScoringSession(tmp_path / "bundle", manifest, 1)
+    variants = {"exact": exact, "codes": target}
+    work = WorkDirectory(tmp_path / "work", {})
+    parts = Streams("n", weights, reference, variants, "exact", TEXTS, work, 1, {"codes": "exact"}, text)
+    parts._run(Silent())
+    folder = tmp_path / "head"
+    folder.mkdir()
+    parts._write((), folder)
+    found = {key: _Part(folder / f"{key}.onnx", variants[key], 1) for key in variants}
+    for index, (ids, span) in enumerate(zip((text.ids for text in TEXTS), parts._spans, strict=False)):
+        logits = {
+            key: part.run(LOGITS, ids, parts._rows(parts._steps[-1], key, span))[0] for key, part in found.items()
+        }
+        # The scales are the bundle's, so the numbers are, but for a code that rounds the other way.
+        apart = (logits["codes"] - session.logits(ids)).abs().mean()
+        moved = (logits["codes"] - logits["exact"]).abs().mean()
+        assert apart < 0.1 * moved and moved > 0, index
+    measured = parts.divergences(answers(original, work), Silent())
+    assert [row.language for row in measured["codes"]] == [text.language for text in TEXTS]
+    assert sum(row.arithmetic for row in measured["codes"]) > 0
+
+
 def test_blocks_that_share_a_selection_stay_together(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, "glm_moe_dsa", **INDEXED)
     architecture = Original.open(str(tmp_path), Silent()).architecture
