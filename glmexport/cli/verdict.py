@@ -253,6 +253,8 @@ def show_unrun(console: Console, unrun: Unrun, target: Target, directory: Path, 
     console.print(f"bundle   {directory}", soft_wrap=True)
     step = f"Validate it where {target.provider.package} has {target.provider.name}: "
     step += f"glmexport validate {directory.name} --against {checkpoint}"
+    if target.provider.runtime == "onnxruntime-web":
+        step += " --device browser"
     console.print(step, soft_wrap=True, markup=False)
 
 
