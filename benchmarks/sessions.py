@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
+from numpy.typing import NDArray
 
 from glmexport.graph import ATTENTION_MASK, INPUT_IDS, LOGITS, PAST, PRESENT
 from glmexport.validation import machine
@@ -38,6 +39,30 @@ OPTIONS: dict[str, dict[str, Any]] = {
 _STEPS = 24
 
 
+class Decoder:
+    """A session whose caches, of ``capacity`` positions of noise, are bound in place."""
+
+    def __init__(self, session: onnxruntime.InferenceSession, capacity: int) -> None:
+        self._session, self._binding = session, session.io_binding()
+        rng = np.random.default_rng(0)
+        prefixes = [name.partition(".")[0] for name in (PAST, PRESENT)]
+        for value in session.get_inputs():
+            if value.name.startswith(prefixes[0]):
+                shape = (1, value.shape[1], capacity, value.shape[3])
+                cache = onnxruntime.OrtValue.ortvalue_from_numpy(rng.standard_normal(shape).astype(np.float32))
+                self._binding.bind_ortvalue_input(value.name, cache)
+                self._binding.bind_ortvalue_output(value.name.replace(*prefixes), cache)
+        self._binding.bind_output(LOGITS)
+
+    def run(self, ids: NDArray[np.int64], before: int) -> float:
+        """Seconds of computing ``ids`` [1, new] behind ``before`` positions."""
+        self._binding.bind_cpu_input(INPUT_IDS, ids)
+        self._binding.bind_cpu_input(ATTENTION_MASK, np.ones((1, before + ids.shape[1]), np.int64))
+        started = time.perf_counter()
+        self._session.run_with_iobinding(self._binding)
+        return time.perf_counter() - started
+
+
 def child(bundle: Path, threads: int, context: int, options: dict[str, Any]) -> dict[str, Any]:
     """One session's figures."""
     settings = onnxruntime.SessionOptions()
@@ -50,23 +75,8 @@ def child(bundle: Path, threads: int, context: int, options: dict[str, Any]) -> 
     started = time.perf_counter()
     session = onnxruntime.InferenceSession(bundle / "model.onnx", settings, providers=["CPUExecutionProvider"])
     load_s, loaded = time.perf_counter() - started, machine.peak_memory()
-    rng = np.random.default_rng(0)
-    binding = session.io_binding()
-    prefixes = [name.partition(".")[0] for name in (PAST, PRESENT)]
-    for value in session.get_inputs():
-        if value.name.startswith(prefixes[0]):
-            shape = (1, value.shape[1], context + _STEPS + 1, value.shape[3])
-            cache = onnxruntime.OrtValue.ortvalue_from_numpy(rng.standard_normal(shape).astype(np.float32))
-            binding.bind_ortvalue_input(value.name, cache)
-            binding.bind_ortvalue_output(value.name.replace(*prefixes), cache)
-    binding.bind_output(LOGITS)
-    steps = []
-    for step in range(_STEPS):
-        binding.bind_cpu_input(INPUT_IDS, np.full((1, 1), step, np.int64))
-        binding.bind_cpu_input(ATTENTION_MASK, np.ones((1, context + step + 1), np.int64))
-        started = time.perf_counter()
-        session.run_with_iobinding(binding)
-        steps.append(time.perf_counter() - started)
+    decoder = Decoder(session, context + _STEPS + 1)
+    steps = [decoder.run(np.full((1, 1), step, np.int64), context + step) for step in range(_STEPS)]
     return {"load_s": load_s, "loaded_bytes": loaded, "peak_bytes": machine.peak_memory(), "steps_s": steps[1:]}
 
 
