@@ -42,6 +42,8 @@ CONTEXTS = (128, 4096)
 #: What all others are divided by.
 BASELINE = ("llama.cpp", "Q4_K_M")
 _MARGIN = 256
+#: A runtime that takes longer for the short prompt is not asked the long one, of four times as many tokens.
+_SLOW_S = 20
 
 Row = dict[str, Any]
 
@@ -59,10 +61,12 @@ class Contest:
         self.energy: Rapl | None = energy if isinstance(energy, Rapl) else None
         self.energy_absent_because = None if self.energy else str(energy)
         self._turn = 0
+        #: That are not asked long prompts.
+        self._slow: set[str] = set()
 
     def round(self, do: str, tokens: int, kept_as: str | None) -> None:
         """Every worker once, in the opposite order every other time; times are kept under a name, or not at all."""
-        names = list(self.workers)
+        names = [name for name in self.workers if name not in self._slow]
         self._turn += 1
         for name in names if self._turn % 2 else names[::-1]:
             before = self.energy.read() if self.energy else ()
@@ -77,7 +81,8 @@ class Contest:
             if do == "steps" and self.energy:
                 self.joules[name].append(self.energy.joules(before, self.energy.read()) / len(taken))
         self.loads.append(os.getloadavg()[0])
-        print(f"{do} {tokens}: " + ", ".join(self._said(name, kept_as) for name in self.workers), flush=True)
+        asked = [name for name in names if name in self.workers]
+        print(f"{do} {tokens}: " + ", ".join(self._said(name, kept_as) for name in asked), flush=True)
 
     def _said(self, name: str, kept_as: str | None) -> str:
         return f"{name} {median(self.seconds[name][kept_as]) * 1e3:.1f} ms" if kept_as else name
@@ -93,6 +98,9 @@ class Contest:
         for _ in range(2 * rounds):
             self.round("steps", steps, f"decode_{few}")
         self.bandwidths.append(machine.memory_bandwidth(threads))
+        for name in self.workers:
+            if median(self.seconds[name][f"prefill_{short}"]) > _SLOW_S:
+                self._slow.add(name)
         for _ in range(long_rounds):
             self.round("start", long, f"prefill_{long}")
         self.round("extend", many - long, None)
@@ -116,10 +124,12 @@ def row_of(runnable: Runnable, worker: Worker, taken: dict[str, list[float]], at
         "weight_bytes_per_token": runnable.bytes_per_token,
     }
     for tokens in PROMPTS:
-        seconds = taken[f"prefill_{tokens}"]
+        if not (seconds := taken.get(f"prefill_{tokens}")):
+            continue
         row[f"prefill_{tokens}"] = {"median": tokens / median(seconds), "best": tokens / min(seconds)}
     for context in CONTEXTS:
-        seconds = taken[f"decode_{context}"]
+        if not (seconds := taken.get(f"decode_{context}")):
+            continue
         read = runnable.bytes_per_token + context * cached * runnable.cache_bytes
         row[f"decode_{context}"] = {
             "median": 1 / median(seconds),
@@ -145,13 +155,17 @@ def table(document: dict[str, Any]) -> str:
     for row in rows:
         cells = []
         for kind in kinds:
+            if kind not in row:
+                cells.append("-")
+                continue
             rate = row[kind]["median"]
             times = f", {rate / base[kind]['median']:.2f}×" if base and row is not base else ""
             cells.append(f"{rate:.1f} ({row[kind]['best']:.1f}){times}")
-        shares = [row[f"decode_{context}"]["best"] / row[f"decode_{context}"]["roofline"] for context in CONTEXTS]
+        decoded = [row.get(f"decode_{context}") for context in CONTEXTS]
+        shares = [f"{each['best'] / each['roofline']:.0%}" if each else "-" for each in decoded]
         lines.append(
             f"| {row['tool']} | {row['format']} | {row['bits_per_weight']:.2f} | {' | '.join(cells)} "
-            f"| {row[f'decode_{CONTEXTS[0]}']['weights_per_s'] / 1e9:.1f} | {shares[0]:.0%} | {shares[1]:.0%} "
+            f"| {row[f'decode_{CONTEXTS[0]}']['weights_per_s'] / 1e9:.1f} | {shares[0]} | {shares[1]} "
             f"| {row['load_s']:.1f} | {row['peak_bytes'] / 2**20:.0f} |"
         )
     lines += ["", *(f"Not run: {name}: {reason}" for name, reason in document["not_run"].items())]
