@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
-from builds import Run, carried
+from builds import Run, carried, run
 from components import emulated_arm64, require_browser
 
 from glmexport.calibration import shipped_documents
@@ -22,6 +22,7 @@ from glmexport.target import HOST, open_target
 from glmexport.validation.results import Verdict
 from glmexport.validation.run import ValidationPlan
 
+__all__ = ["run"]
 #: Targets of devices that this machine can be, in a browser and under emulation.
 ELSEWHERE = ("wasm", "arm64")
 #: Less text than a real build takes, so that four builds fit a test run.
