@@ -6,7 +6,7 @@
 ``block-32b`` does the same with one decoder block of the dense 32B shape (hidden 6144, ffn 23040, 48 heads / 8 KV)
 under --max-memory 8GiB. ``experts`` compares one layer of 8 experts with one of 32, of 2,048 x 1,024.
 ``block-glm-5.2`` is one layer of GLM-5.2: latent attention, indexer, and 256 experts of 6,144 x 2,048, 8 a token, under
---max-memory 16GiB; it needs 45 GB of disk and hours.
+--max-memory 16GiB; it needs 45 GB of disk and an hour and a half on two cores.
 Each runs in a process of its own, whose peak is what the kernel recorded (VmHWM).
 """
 
