@@ -145,7 +145,7 @@ def transformers(at: Preparation, form: str) -> Runnable:
 
 #: By name: how it is prepared, and the formats it is run in.
 RUNTIMES: dict[str, tuple[Callable[[Preparation, str], Runnable], tuple[str, ...]]] = {
-    "glmexport": (glmexport, ("w4g32", "w4g64", "w4g128", "w4g128-sym")),
+    "glmexport": (glmexport, ("w4g32", "w4g32-sym", "w4g64", "w4g128", "w4g128-sym")),
     "onnxruntime-genai": (genai, ("int4",)),
     "llama.cpp": (llama_cpp, ("Q4_0", "Q4_K_M")),
     "openvino": (openvino, ("w4g128",)),
