@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint clean
+.PHONY: demo test release-test lint clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -16,6 +16,10 @@ test: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pytest
+
+# The wheel in an environment of its own, which takes five minutes more.
+release-test: $(INSTALLED)
+	$(BIN)/pytest -m release
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

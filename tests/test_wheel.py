@@ -45,7 +45,7 @@ def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(arguments, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_the_wheel_builds_the_demo_in_a_fresh_environment(tmp_path: Path) -> None:
     root = Path(__file__).parents[1]
     wheels = tmp_path / "wheels"
