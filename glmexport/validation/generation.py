@@ -20,8 +20,7 @@ from glmexport.validation.latent_loop import LatentLoop
 from glmexport.validation.session import require_provider
 from glmexport.validation.speculation import Drafter, PromptLookup, Speculation, Step, Verified, speculate
 
-#: Tokens of a prompt whose activations are in memory together: as fast as all at once, in a third of the memory at
-#: 2,048 tokens (benchmarks/README.md, 'Speed').
+#: Tokens of a prompt whose activations are in memory together, so that they do not grow with its length.
 PREFILL_TOKENS = 256
 
 
