@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +20,8 @@ from glmexport.validation.devices.runner import PROGRAM, program
 KIT, KIT_RESULT = "kit:", "kit-result:"
 _NAME = "glmexport-kit"
 _CHUNK = 1 << 20
+#: By what zipfile tells of a file that is none, is damaged or cut off, is encrypted, or lacks a member.
+_UNREADABLE = (OSError, EOFError, zipfile.BadZipFile, zlib.error, KeyError, NotImplementedError, RuntimeError)
 _README = f"""Unpack this archive on the device, then run in the folder {_NAME}
 
     python3 {PROGRAM}
@@ -60,23 +65,30 @@ class KitResultRunner:
 
     def __call__(self, job: Path, results: Path, progress: Progress) -> None:
         """See ``Runner``."""
+        with self._reading():
+            archive = zipfile.ZipFile(self.archive)
+        with archive:
+            content = self._read(archive, RESULT, RESULT_BYTES)
+            result = read_result(content, job, self.name)
+            with progress.track("Unpacking", len(result.files)) as track:
+                for entry in result.files:
+                    self._unpack(archive, entry.path, entry.size, results / entry.path)
+                    track.advance(1, entry.path)
+        write_atomically(results / RESULT, content)
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Whatever cannot be read of the archive is told of it; what cannot be written here is none of its faults."""
         try:
-            with zipfile.ZipFile(self.archive) as archive:
-                content = self._read(archive, RESULT, RESULT_BYTES)
-                result = read_result(content, job, self.name)
-                with progress.track("Unpacking", len(result.files)) as track:
-                    for entry in result.files:
-                        self._unpack(archive, entry.path, entry.size, results / entry.path)
-                        track.advance(1, entry.path)
-        except (OSError, zipfile.BadZipFile, KeyError, NotImplementedError, RuntimeError) as error:
+            yield
+        except _UNREADABLE as error:
             raise MachineError(
                 f"{self.name}: {self.archive} cannot be read: {error}.",
                 next_step="Bring the device's results.zip again.",
             ) from error
-        write_atomically(results / RESULT, content)
 
     def _read(self, archive: zipfile.ZipFile, name: str, most: int) -> bytes:
-        with archive.open(name) as file:
+        with self._reading(), archive.open(name) as file:
             content = file.read(most + 1)
         if len(content) > most:
             raise MachineError(f"{self.name}: {name} has more than {most} bytes.", next_step="Refuse the archive.")
@@ -85,6 +97,12 @@ class KitResultRunner:
     def _unpack(self, archive: zipfile.ZipFile, name: str, size: int, path: Path) -> None:
         """No more than ``size`` bytes; whether they are the right ones is looked at later, as of any device."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        with archive.open(name) as source, path.open("wb") as target:
-            while (left := size - target.tell()) > 0 and (block := source.read(min(left, _CHUNK))):
+        with self._reading():
+            source = archive.open(name)
+        with source, path.open("wb") as target:
+            while (left := size - target.tell()) > 0:
+                with self._reading():
+                    block = source.read(min(left, _CHUNK))
+                if not block:
+                    break
                 target.write(block)

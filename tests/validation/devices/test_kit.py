@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from builds import Run, Sample
@@ -81,6 +83,37 @@ def test_what_is_no_archive(job: Path, tmp_path: Path, content: bytes) -> None:
         KitResultRunner("kit", tmp_path / "results.zip")(job, tmp_path / "results", Silent())
     with pytest.raises(MachineError, match="cannot be read"):
         KitResultRunner("kit", tmp_path / "none.zip")(job, tmp_path / "results", Silent())
+
+
+def test_a_damaged_member(job: Path, brought: Path, tmp_path: Path) -> None:
+    """Of an archive that somebody has packed again: its directory is whole, and what it holds is not."""
+    archive = tmp_path / "packed.zip"
+    with zipfile.ZipFile(brought) as source, zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+    with zipfile.ZipFile(archive) as whole:
+        member = whole.getinfo("answers/0.safetensors")
+    content = bytearray(archive.read_bytes())
+    start = member.header_offset + 30 + len(member.filename)
+    content[start : start + 40] = b"\xff" * 40
+    archive.write_bytes(content)
+    with pytest.raises(MachineError, match="cannot be read"):
+        KitResultRunner("kit", archive)(job, tmp_path / "results", Silent())
+
+
+def test_a_full_disk_is_not_the_archives_fault(
+    job: Path, brought: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Path.open
+
+    def full(path: Path, mode: str = "r", *arguments: Any, **options: Any) -> Any:
+        if mode == "wb" and path.is_relative_to(tmp_path / "results"):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return real(path, mode, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(OSError, match="No space left"):
+        KitResultRunner("kit", brought)(job, tmp_path / "results", Silent())
 
 
 def test_from_the_command_line(sample: Sample, captured: Path, tmp_path: Path, run: Run) -> None:
