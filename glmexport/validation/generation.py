@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ from glmexport.bundle.genai import GENAI_CONFIG
 from glmexport.errors import BundleError, InputError
 from glmexport.graph import RECENT_LOGITS, SHORT_STEP
 from glmexport.loop import read_loop
-from glmexport.target import Provider
 from glmexport.validation.latent_loop import LatentLoop
 from glmexport.validation.session import require_provider
 from glmexport.validation.speculation import Drafter, PromptLookup, Speculation, Step, Verified, speculate
@@ -33,8 +33,44 @@ def loop_facts(bundle: Path) -> tuple[frozenset[int], int]:
     latents = read_loop(bundle)
     if latents:
         return frozenset(latents.eos_token_id), latents.context_length
-    config = json.loads((bundle / GENAI_CONFIG).read_text(encoding="utf-8"))["model"]
-    return frozenset(config["eos_token_id"]), int(config["context_length"])
+    config = GenaiConfig.read(bundle)
+    return config.ends, config.context_length
+
+
+@dataclass(frozen=True)
+class GenaiConfig:
+    """What of a bundle's genai_config.json the loops here go by."""
+
+    ends: frozenset[int]
+    context_length: int
+    #: Execution providers that it asks for; none: the CPU's.
+    providers: tuple[str, ...]
+
+    @classmethod
+    def read(cls, bundle: Path) -> GenaiConfig:
+        """Read it.
+
+        Raises:
+            BundleError: it is missing or is none.
+        """
+        path = bundle / GENAI_CONFIG
+        try:
+            model = json.loads(path.read_text(encoding="utf-8"))["model"]
+            options = model["decoder"]["session_options"].get("provider_options", [])
+            providers = tuple(str(name) for each in options for name in each)
+            return cls(frozenset(map(int, model["eos_token_id"])), int(model["context_length"]), providers)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BundleError(
+                f"{path} cannot be read: {type(error).__name__}: {error}.",
+                next_step="Build the bundle again, or copy it again from where it was built.",
+            ) from error
+
+    def search_options(self, batch: int) -> dict[str, int]:
+        """What onnxruntime-genai is told beside lengths: a prompt alone is read in pieces on a CPU.
+
+        Not in the bundle, since it takes several prompts together in one piece only.
+        """
+        return {"chunk_size": PREFILL_TOKENS} if not self.providers and batch == 1 else {}
 
 
 class GenerationSession:
@@ -118,16 +154,6 @@ class GenerationSession:
         return min(max_tokens, self.context_length - length)
 
 
-def search_options(bundle: Path, batch: int) -> dict[str, int]:
-    """What onnxruntime-genai is told beside lengths: a prompt alone is read ``PREFILL_TOKENS`` at a time on a CPU.
-
-    Not in the bundle, since it takes several prompts together in one piece only.
-    """
-    decoder = json.loads((bundle / GENAI_CONFIG).read_text(encoding="utf-8"))["model"]["decoder"]
-    on_cpu = not decoder["session_options"].get("provider_options")
-    return {"chunk_size": PREFILL_TOKENS} if on_cpu and batch == 1 else {}
-
-
 class GenaiLoop:
     """A bundle in onnxruntime-genai.
 
@@ -141,12 +167,9 @@ class GenaiLoop:
         import onnxruntime_genai
 
         _refuse(bundle, speculation)
-        decoder = json.loads((bundle / GENAI_CONFIG).read_text(encoding="utf-8"))["model"]["decoder"]
-        for options in decoder["session_options"].get("provider_options", []):
-            for name in options:
-                require_provider(Provider(name=name, package="an ONNX Runtime that has it"))
-
-        self._genai, self._bundle = onnxruntime_genai, bundle
+        self._genai, self._config = onnxruntime_genai, GenaiConfig.read(bundle)
+        for name in self._config.providers:
+            require_provider(name, "an ONNX Runtime that has it")
         try:
             settings = onnxruntime_genai.Config(str(bundle))
             overlay = {"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}
@@ -176,7 +199,7 @@ class GenaiLoop:
 
     def _generator(self, batch: int, max_length: int) -> Any:
         parameters: Any = self._genai.GeneratorParams(self._model)
-        options = search_options(self._bundle, batch)
+        options = self._config.search_options(batch)
         parameters.set_search_options(max_length=max_length, do_sample=False, batch_size=batch, **options)
         return self._genai.Generator(self._model, parameters)
 

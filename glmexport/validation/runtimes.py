@@ -81,7 +81,7 @@ class _Genai:
         import numpy as np
         import onnxruntime_genai
 
-        from glmexport.validation.generation import search_options
+        from glmexport.validation.generation import GenaiConfig
 
         config = onnxruntime_genai.Config(request.directory)
         options = {"model": {"decoder": {"session_options": {"intra_op_num_threads": request.threads}}}}
@@ -91,7 +91,7 @@ class _Genai:
         self._model = onnxruntime_genai.Model(config)
         self._prompt = np.array([request.prompt], np.int32)
         self._tokens = request.generated_tokens
-        self._options = search_options(Path(request.directory), 1)
+        self._options = GenaiConfig.read(Path(request.directory)).search_options(1)
 
     def generate(self, prompt_tokens: int | None = None) -> Iterator[None]:
         parameters = self._library.GeneratorParams(self._model)

@@ -34,7 +34,7 @@ def open_session(
         MachineError: this ONNX Runtime has no execution provider of that name.
         BundleError: ONNX Runtime refuses the graph.
     """
-    require_provider(provider)
+    require_provider(provider.name, provider.package)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
@@ -55,14 +55,14 @@ def open_session(
         ) from error
 
 
-def require_provider(provider: Provider) -> None:
-    """Raise MachineError if this ONNX Runtime has no execution provider of that name."""
+def require_provider(name: str, package: str) -> None:
+    """Raise MachineError if this ONNX Runtime has no execution provider of that ``name``, which ``package`` has."""
     available = providers()
-    if provider.name not in available:
+    if name not in available:
         raise MachineError(
-            f"The bundle's target runs on {provider.name}, which this ONNX Runtime does not have.",
+            f"The bundle's target runs on {name}, which this ONNX Runtime does not have.",
             next_step=f"It has {', '.join(available)}. Validate on a machine of the target's class, with "
-            f"{provider.package} installed ('glmexport targets probe'), or by --device.",
+            f"{package} installed ('glmexport targets probe'), or by --device.",
         )
 
 
