@@ -155,11 +155,7 @@ def shared_position_ids(model: ir.Model) -> ir.Value:
     if POSITIONS in found:
         return found[POSITIONS]
     lengths, total = shared_lengths(model)
-    graph = model.graph
-    ids = next(value for value in graph.inputs if value.name == INPUT_IDS)
-    # The last one of those that the lengths are computed by.
-    before_all = total.producer()
-    assert before_all is not None
+    ids, before_all = input_ids(model), computing(total)
     rewrite = Rewrite(model, before_all)
     one, zero = rewrite.constant("one", np.array(1, np.int64)), rewrite.constant("zero", np.array(0, np.int64))
     (shape,) = rewrite.op("Shape", [ids])
@@ -172,8 +168,20 @@ def shared_position_ids(model: ir.Model) -> ir.Value:
     (steps,) = rewrite.op("Range", [zero, count, one])
     (positions,) = rewrite.op("Add", [start, steps])
     positions.name = POSITIONS
-    graph.insert_after(before_all, rewrite.nodes)
+    model.graph.insert_after(before_all, rewrite.nodes)
     return positions
+
+
+def input_ids(model: ir.Model) -> ir.Value:
+    """The graph's input [B, S] int64."""
+    return next(value for value in model.graph.inputs if value.name == INPUT_IDS)
+
+
+def computing(value: ir.Value) -> ir.Node:
+    """The node that ``value`` comes of. Behind that of a shared value, nodes that follow from it are inserted."""
+    producer = value.producer()
+    assert producer is not None, value.name
+    return producer
 
 
 def shared(model: ir.Model) -> dict[str | None, ir.Value]:

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from glmexport.graph import INPUT_IDS
-from glmexport.lowering.attention import shared, shared_position_ids
+from glmexport.lowering.attention import computing, input_ids, shared, shared_position_ids
 from glmexport.lowering.rewrite import MICROSOFT, Rewrite
 
 _PLACES, _CAUSAL = "cache_places", "causal_bias"
@@ -32,11 +31,8 @@ def shared_positions(model: ir.Model, node: ir.Node) -> Positions:
     positions = shared_position_ids(model)
     if _CAUSAL in found:
         return Positions(positions, found[_PLACES], found[_CAUSAL])
-    graph = model.graph
-    ids = next(value for value in graph.inputs if value.name == INPUT_IDS)
+    ids, before_all = input_ids(model), computing(positions)
     cache = node.inputs[3]
-    before_all = positions.producer()
-    assert before_all is not None
     rewrite = Rewrite(model, before_all)
     one, zero = rewrite.constant("one", np.array(1, np.int64)), rewrite.constant("zero", np.array(0, np.int64))
     (shape,) = rewrite.op("Shape", [ids])
@@ -53,7 +49,7 @@ def shared_positions(model: ir.Model, node: ir.Node) -> Positions:
     choices = [rewrite.constant(name, np.array(value, np.float32)) for name, value in SEEN.items()]
     (causal,) = rewrite.op("Where", [seen, *choices])
     places.name, causal.name = _PLACES, _CAUSAL
-    graph.insert_after(before_all, rewrite.nodes)
+    model.graph.insert_after(before_all, rewrite.nodes)
     return Positions(positions, places, causal)
 
 

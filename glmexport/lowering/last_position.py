@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from glmexport.graph import INPUT_IDS
 from glmexport.graph.operators import integer, nodes_of
-from glmexport.lowering.attention import TOTAL_LENGTH, shared, shared_lengths
+from glmexport.lowering.attention import computing, input_ids, shared, shared_lengths
 from glmexport.lowering.rewrite import Rewrite
 
 _RECENT = "recent_positions"
@@ -56,13 +55,9 @@ def _shared_indices(model: ir.Model, node: ir.Node) -> ir.Value:
     found = shared(model)
     if _RECENT in found:
         return found[_RECENT]
-    shared_lengths(model)
-    ids = next(value for value in model.graph.inputs if value.name == INPUT_IDS)
-    # The last one of those that the lengths are computed by.
-    before_all = shared(model)[TOTAL_LENGTH].producer()
-    assert before_all is not None
+    _, total = shared_lengths(model)
     rewrite = Rewrite(model, node)
-    positions, index = _last(rewrite, ids)
+    positions, index = _last(rewrite, input_ids(model))
     zero, one = (rewrite.constant(name, np.array(n, np.int64)) for name, n in (("zero", 0), ("one", 1)))
     # Not LessOrEqual, which ONNX Runtime does not count among what it makes shapes of.
     long = rewrite.constant("long_step", np.array(integer(node, "most") + 1, np.int64))
@@ -77,7 +72,7 @@ def _shared_indices(model: ir.Model, node: ir.Node) -> ir.Value:
     (chosen,) = rewrite.op("Add", [first, steps])
     (indices,) = rewrite.op("Unsqueeze", [chosen, rewrite.integers(2)])
     indices.name = _RECENT
-    model.graph.insert_after(before_all, rewrite.nodes)
+    model.graph.insert_after(computing(total), rewrite.nodes)
     return indices
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from glmexport.graph.operators import integer, nodes_of, texts
 from glmexport.lowering.rewrite import MICROSOFT, Rewrite
 from glmexport.quantization.weights import Weights
+from glmexport.recipe import Format
 from glmexport.target import Target
 
 
@@ -67,12 +68,16 @@ class LowerLinearPass(ir.passes.InPlacePass):
         )
         return _product(rewrite, matrix, bias)
 
-    def _dequantized(self, rewrite: Rewrite, keys: list[str], bias: ir.Value | None) -> ir.Value:
-        node, name = rewrite.node, _name(keys)
+    def _layout(self, node: ir.Node, keys: list[str]) -> tuple[Format, int, int, int]:
+        """Format, rows, columns and groups a row of the stacked matrices."""
         form = self.weights.form(keys[0])
         assert form is not None
-        rows, size = integer(node, "out_features"), integer(node, "in_features")
-        groups = -(-size // form.group_size)
+        size = integer(node, "in_features")
+        return form, integer(node, "out_features"), size, -(-size // form.group_size)
+
+    def _dequantized(self, rewrite: Rewrite, keys: list[str], bias: ir.Value | None) -> ir.Value:
+        name = _name(keys)
+        form, rows, size, groups = self._layout(rewrite.node, keys)
         dtype = SIGNED[form.bits] if form.symmetric else UNSIGNED[form.bits]
 
         def codes() -> NDArray[Any]:
@@ -100,11 +105,7 @@ class LowerLinearPass(ir.passes.InPlacePass):
 
     def _packed(self, rewrite: Rewrite, keys: list[str], bias: ir.Value | None) -> ir.Value:
         node, name = rewrite.node, _name(keys)
-        form = self.weights.form(keys[0])
-        assert form is not None
-        rows, size = integer(node, "out_features"), integer(node, "in_features")
-        groups = -(-size // form.group_size)
-
+        form, rows, size, groups = self._layout(node, keys)
         codes = rewrite.weight(
             f"{name}.q",
             ir.DataType.UINT8,
