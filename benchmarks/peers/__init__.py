@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from benchmarks.commands import exit_status
 
 _SECONDS = 4 * 3600
 #: Of what a peer prints, its warnings are kept, so that a fallback does not pass unseen.
@@ -177,19 +178,9 @@ def run_peer(
     environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "NO_COLOR": "1"}
     # Peers leave logs and working folders where they run; progress bars go to a file, not to memory.
     with tempfile.TemporaryDirectory() as folder, (Path(folder) / "output").open("w+b") as output:
-        try:
-            code = subprocess.run(
-                [str(part) for part in command],
-                cwd=folder,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                check=False,
-                timeout=seconds,
-            ).returncode
-        except subprocess.TimeoutExpired as error:
-            raise PeerFailed(f"{name} {setting}: longer than {seconds} s\n{_tail(output)}") from error
+        code = exit_status(command, output, seconds, cwd=Path(folder), env=environment)
+        if code is None:
+            raise PeerFailed(f"{name} {setting}: longer than {seconds} s\n{_tail(output)}")
         if code:
             raise PeerFailed(f"{name} {setting}: exit status {code}\n{_tail(output)}")
         return metadata(out) | {"warnings": list(_telling(Path(output.name)))}

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from benchmarks.commands import exit_status
+
 #: Threads of the one before spin a little before they sleep.
 _PAUSE = 0.3
 
@@ -109,17 +111,9 @@ def run(command: Sequence[object], seconds: int = 3600) -> None:
         RuntimeFailed: it failed or took longer.
     """
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
-        try:
-            code = subprocess.run(
-                [str(part) for part in command],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                check=False,
-                timeout=seconds,
-            ).returncode
-        except subprocess.TimeoutExpired as error:
-            raise RuntimeFailed(f"{command[1]}: longer than {seconds} s") from error
+        code = exit_status(command, output, seconds)
+        if code is None:
+            raise RuntimeFailed(f"{command[1]}: longer than {seconds} s")
         if code:
             output.seek(0)
             raise RuntimeFailed(f"{command[1]}: exit status {code}\n{output.read()[-2000:]}")

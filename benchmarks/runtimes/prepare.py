@@ -63,11 +63,14 @@ class Preparation:
 
 
 def glmexport(at: Preparation, form: str) -> Runnable:
-    """The graph and the configuration of our bundles."""
+    """The graph and the configuration of our bundles, FORMAT or FORMAT@TOKENS: of a prompt at a time, 0 for all.
+
+    Without it as many as glmexport run reads.
+    """
+    name, _, piece = form.partition("@")
     module = [sys.executable, "-m", "benchmarks.runtimes.to_bundle", at.checkpoint.resolve()]
-    bundle = at.once(f"ours-{form}", lambda out: run([*module, out, form, at.target]))
-    # As glmexport run reads a prompt.
-    return _genai("glmexport", form, bundle, at, PREFILL_TOKENS)
+    bundle = at.once(f"ours-{name}", lambda out: run([*module, out, name, at.target]))
+    return _genai("glmexport", form, bundle, at, int(piece or PREFILL_TOKENS))
 
 
 def genai(at: Preparation, form: str) -> Runnable:
