@@ -16,7 +16,7 @@ from glmexport.cli.options import adapter_option, checkpoint_argument, json_opti
 from glmexport.cli.verdict import titled_table
 
 if TYPE_CHECKING:
-    from glmexport.evidence import Evidence, Gain, Outcome, Tried
+    from glmexport.evidence import Evidence, Gain, KvCache, Outcome, Preference, Tried
 
 _STYLE = {"chosen": "bold green", "start": "bold", "front": "", "beaten": "dim", "illegal": "yellow"}
 
@@ -95,11 +95,11 @@ def tune(
     adapter: str | None,
     target_name: str,
     output: Path | None,
-    prefer: str,
+    prefer: Preference,
     allowance: float,
     recipes: tuple[str, ...],
     threads: tuple[int, ...],
-    kv_caches: tuple[str, ...],
+    kv_caches: tuple[KvCache, ...],
     session: tuple[tuple[str, tuple[str, ...]], ...],
     provider: tuple[tuple[str, tuple[str, ...]], ...],
     seconds: float,
@@ -124,14 +124,13 @@ def tune(
     target = open_target(target_name)
     path = output or Path(f"{target.name}-tuned.toml")
     original = Original.open(checkpoint, terminal, adapter)
-    # click has checked it to be one of three.
     options = TuneOptions(
         cores(),
-        prefer=prefer,  # type: ignore[arg-type]
+        prefer=prefer,
         allowance=allowance,
         recipes=recipes,
         threads=threads,
-        kv_caches=kv_caches,  # type: ignore[arg-type]
+        kv_caches=kv_caches,
         session=dict(session),
         provider=dict(provider),
         seconds=seconds,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -185,7 +186,7 @@ def test_the_digest_is_taken_once_and_reports_every_byte(tmp_path: Path) -> None
     class Watched(Silent):
         done = total = 0
 
-        def track(self, label: str, total: int):  # type: ignore[no-untyped-def]
+        def track(self, label: str, total: int) -> Any:
             self.total += total
             context = super().track(label, total)
             advance = self

@@ -205,6 +205,7 @@ def main(arguments: list[str]) -> int:
                         archive.write(path, path.relative_to(results).as_posix())
                 tell({"event": "packed", "path": str(here / "results.zip")})
     except Exception as error:
+        # Whatever it is, the machine that asked is told of it: it sees nothing of this one but the events.
         tell(_failure(error, results).event)
         return 1
     tell({"event": "done"})
