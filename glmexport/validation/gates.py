@@ -64,7 +64,7 @@ def apply_gates(fidelity: Fidelity, policy: Gates, behaviour: Behaviour | None =
             row.positions,
             policy.minimum_positions,
             "positions",
-            f"{row.documents} documents",
+            _documents(row.documents),
             at_least=True,
             otherwise=Verdict.INCONCLUSIVE,
         )
@@ -212,7 +212,7 @@ def _estimated(test: Judged, broken: bool, policy: Gates, tests: int) -> Gate:
         limit=limit,
         unit=test.unit,
         direction="at least" if test.complement else "at most",
-        sample=f"{test.row.positions} positions of {test.row.documents} documents",
+        sample=f"{test.row.positions} positions of {_documents(test.row.documents)}",
         verdict=verdict,
         lower=lower,
         upper=upper,
@@ -251,6 +251,10 @@ def _room(gate: Gate) -> float:
     if gate.direction == "at least":
         return -badness((1 - gate.lower) / (1 - gate.limit))
     return -badness(gate.upper / gate.limit)
+
+
+def _documents(count: int) -> str:
+    return "1 document" if count == 1 else f"{count} documents"
 
 
 def counted(
