@@ -22,10 +22,12 @@ STAGES = (
     "validation",
     "tuning",
     "report",
+    "release",
+    "deployment",
 )
 SHARED = (
     "errors", "definition", "host", "loop", "recipe", "evidence", "target", "resources", "progress", "divergence",
-    "languages",
+    "languages", "ssh",
 )  # fmt: skip
 #: May import anything: they run the stages.
 OUTSIDE = (

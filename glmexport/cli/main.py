@@ -18,6 +18,7 @@ from glmexport import __version__
 from glmexport.cli.build import build
 from glmexport.cli.compare import compare
 from glmexport.cli.convert import convert
+from glmexport.cli.deploy import deploy, prune, rollback, status, units
 from glmexport.cli.devices import devices
 from glmexport.cli.inspect import inspect
 from glmexport.cli.reference import reference
@@ -45,7 +46,10 @@ def cli() -> None:
     """
 
 
-for command in (build, compare, convert, devices, inspect, targets, reference, report, run, tune, validate):
+for command in (
+    build, compare, convert, deploy, devices, inspect, prune, reference, report, rollback, run, status, targets, tune,
+    units, validate,
+):  # fmt: skip
     cli.add_command(command)
 
 

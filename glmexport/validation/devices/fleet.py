@@ -18,11 +18,12 @@ from pydantic import Field
 from glmexport.definition import Definition, read_toml
 from glmexport.errors import DefinitionError, GlmexportError, InputError
 from glmexport.progress import Progress, Track
+from glmexport.ssh import SCHEME
 from glmexport.validation.devices.emulated import QEMU_ARM64, open_emulated
 from glmexport.validation.devices.kit import KIT, KIT_RESULT, KitResultRunner
 from glmexport.validation.devices.local import LocalRunner
 from glmexport.validation.devices.runner import Runner
-from glmexport.validation.devices.ssh import SCHEME, SshRunner, open_ssh
+from glmexport.validation.devices.ssh import SshRunner, open_ssh
 
 #: Every form of DEVICE, for messages.
 FORMS = f"local, {SCHEME}user@host, {QEMU_ARM64}, browser, {KIT}FILE.zip, {KIT_RESULT}FILE.zip"

@@ -6,18 +6,20 @@ import asyncio
 import io
 import json
 import zipfile
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
+import glmexport
 from glmexport.errors import MachineError
 from glmexport.progress import Progress, Track
 
 PROGRAM = "program.pyz"
-_SOURCES = Path(__file__).parent / "program"
-_PACKAGE = "glmexport/validation/devices/program"
-_MAIN = f"import sys\n\nfrom {_PACKAGE.replace('/', '.')}.__main__ import main\n\nsys.exit(main(sys.argv[1:]))\n"
+_PACKAGE = "glmexport.validation.devices.program"
+#: What the package is in.
+_ROOT = Path(glmexport.__file__).parents[1]
+_MAIN = "import sys\n\nfrom {} import main\n\nsys.exit(main(sys.argv[1:]))\n"
 #: Of every entry, so that the program is the same bytes whenever it is packed.
 _DATE = (1980, 1, 1, 0, 0, 0)
 #: Seconds between looks at whether anybody still waits.
@@ -43,13 +45,21 @@ class Runner(Protocol):
 
 
 def program() -> bytes:
-    """The device's program as one file that Python runs: a zip archive of its sources."""
+    """The device's program as one file that Python runs."""
+    return packed(f"{_PACKAGE}.__main__", *(f"{_PACKAGE}.{name}" for name in ("facts", "files", "session")))
+
+
+def packed(main: str, *modules: str) -> bytes:
+    """A zip archive of sources that Python runs: ``main`` of the module of that name, and what it imports."""
+    contents = {"__main__.py": _MAIN.format(main)}
+    for module in (main, *modules):
+        *packages, _ = parts = module.split(".")
+        for depth in range(1, len(packages) + 1):
+            contents.setdefault(f"{'/'.join(packages[:depth])}/__init__.py", "")
+        path = "/".join(parts) + ".py"
+        contents[path] = (_ROOT / path).read_text(encoding="utf-8")
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
-        parents = [f"{'/'.join(_PACKAGE.split('/')[:depth])}/__init__.py" for depth in range(1, 4)]
-        contents = {"__main__.py": _MAIN, **dict.fromkeys(parents, "")}
-        for name in ("__init__", "__main__", "facts", "files", "session"):
-            contents[f"{_PACKAGE}/{name}.py"] = (_SOURCES / f"{name}.py").read_text(encoding="utf-8")
         for path, content in sorted(contents.items()):
             archive.writestr(zipfile.ZipInfo(path, _DATE), content)
     return buffer.getvalue()
@@ -57,6 +67,14 @@ def program() -> bytes:
 
 class Ended(MachineError):
     """The program ended, or its line was cut, before it said that it was done."""
+
+
+class Told(MachineError):
+    """What the program says went wrong, and the ``kind`` of it."""
+
+    def __init__(self, kind: str, message: str, next_step: str) -> None:
+        super().__init__(message, next_step=next_step)
+        self.kind = kind
 
 
 async def follow(
@@ -68,7 +86,11 @@ async def follow(
 
 
 async def events(
-    readline: Callable[[], Awaitable[bytes]], progress: Progress, who: str, silence: float = SILENCE_S
+    readline: Callable[[], Awaitable[bytes]],
+    progress: Progress,
+    who: str,
+    silence: float = SILENCE_S,
+    labels: Mapping[str, str] = _LABELS,
 ) -> AsyncIterator[dict[str, Any]]:
     """What the program tells until it is done.
 
@@ -77,13 +99,14 @@ async def events(
         progress: who watches.
         who: the device, for messages.
         silence: seconds without a line after which it is given up.
+        labels: what work is called whose events have an index, by the event.
 
     Raises:
         Ended: no more events, or silence.
-        MachineError: what the program says went wrong.
+        Told: what the program says went wrong.
     """
     with ExitStack() as stack:
-        shown = _Shown(stack, progress)
+        shown = _Shown(stack, progress, labels)
         while True:
             line = await _patient(readline, shown, who, silence)
             if not line:
@@ -94,7 +117,7 @@ async def events(
                 return
             if kind == "error":
                 message, next_step = (str(event.get(name, "")) for name in ("message", "next_step"))
-                raise MachineError(f"{who}: {message}", next_step=next_step or "Run the same command again.")
+                raise Told(str(event.get("kind")), f"{who}: {message}", next_step or "Run the same command again.")
             shown.show(event)
             yield event
 
@@ -126,8 +149,8 @@ async def _patient(readline: Callable[[], Awaitable[bytes]], shown: _Shown, who:
 class _Shown:
     """Events as bars, one after the other."""
 
-    def __init__(self, stack: ExitStack, progress: Progress) -> None:
-        self._stack, self._progress = stack, progress
+    def __init__(self, stack: ExitStack, progress: Progress, labels: Mapping[str, str]) -> None:
+        self._stack, self._progress, self._labels = stack, progress, labels
         self._kind = ""
         self._track: Track = stack.enter_context(progress.track("Reaching the device", 1))
         self._done = 0
@@ -135,12 +158,12 @@ class _Shown:
     def show(self, event: dict[str, Any]) -> None:
         """Advance to the event's index."""
         kind, index, of = event.get("event"), event.get("index"), event.get("of", 1)
-        if kind not in _LABELS or not isinstance(index, int) or not isinstance(of, int):
+        if kind not in self._labels or not isinstance(index, int) or not isinstance(of, int):
             return
         if kind != self._kind:
             self._stack.close()
             self._kind, self._done = kind, 0
-            self._track = self._stack.enter_context(self._progress.track(_LABELS[kind], of))
+            self._track = self._stack.enter_context(self._progress.track(self._labels[kind], of))
         self._track.advance(max(0, index - self._done), f"round {index}" if kind == "round" else "")
         self._done = max(self._done, index)
 

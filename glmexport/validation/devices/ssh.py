@@ -14,16 +14,15 @@ from __future__ import annotations
 import asyncio
 import shlex
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from glmexport.bundle.manifest import FileEntry
-from glmexport.errors import InputError, MachineError
+from glmexport.errors import MachineError
 from glmexport.progress import Progress
 from glmexport.quantization import write_atomically
+from glmexport.ssh import SshAddress, parse_address, persist, require_asyncssh
 from glmexport.validation.devices import transfer
 from glmexport.validation.devices.answers import RESULT_BYTES, read_result
 from glmexport.validation.devices.job import BUNDLE, JOB, QUESTIONS, RESULT, Job, read_job
@@ -32,130 +31,48 @@ from glmexport.validation.devices.runner import PROGRAM, SILENCE_S, Ended, event
 if TYPE_CHECKING:
     import asyncssh
 
-SCHEME = "ssh://"
 #: Below the home directory that sshd begins in.
 WORK = ".cache/glmexport-device"
-#: Seconds to connect, to log in, and between signs of life, of which four may be missed.
-_CONNECT_S, _ALIVE_S = 30, 15
-#: After a lost connection; each further time twice as long, up to half a minute.
-_WAIT_S = 1.0
 #: Left free on the device for results beyond what their shapes take.
 _SPARE = 1 << 24
 
 
 @dataclass(frozen=True)
 class SshRunner:
-    """A device behind ``ssh://user@host:port``.
+    """A device behind SSH.
 
-    ``key`` is a private key's file; without one, the agent's and the user's usual ones are tried. ``python`` has numpy
-    and onnxruntime. ``reconnects`` is how often a lost connection is taken up again.
+    ``python`` has numpy and onnxruntime. ``reconnects`` is how often a lost connection is taken up again.
     """
 
-    name: str
-    host: str
-    user: str | None = None
-    port: int | None = None
-    key: Path | None = None
-    known_hosts: Path = Path("~/.ssh/known_hosts")
+    address: SshAddress
     python: str = "python3"
     work: str = WORK
     reconnects: int = 5
     silence: float = SILENCE_S
 
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return self.address.name
+
     def __call__(self, job: Path, results: Path, progress: Progress) -> None:
         """See ``Runner``."""
-        try:
-            import asyncssh  # noqa: F401
-        except ImportError as error:
-            raise MachineError(
-                "Devices behind SSH need the package asyncssh.", next_step="pip install 'glmexport[devices]'"
-            ) from error
-        asyncio.run(self._run(job, results, progress))
+        require_asyncssh("devices")
 
-    async def _run(self, job: Path, results: Path, progress: Progress) -> None:
-        import asyncssh
+        async def visit(connection: asyncssh.SSHClientConnection) -> None:
+            await _Visit(self, connection, job, results, progress).make()
 
-        lost = 0
-        while True:
-            try:
-                async with self._connected(first=lost == 0) as connection:
-                    await _Visit(self, connection, job, results, progress).make()
-                return
-            except (asyncssh.DisconnectError, asyncssh.ChannelOpenError, ConnectionError) as error:
-                lost += 1
-                if lost > self.reconnects:
-                    raise MachineError(
-                        f"{self.name}: the connection was lost {lost} times; last: {error}.",
-                        next_step="Look at the network and the device, then run the same command again: it goes on.",
-                    ) from error
-                progress.remark(f"{self.name}: connection lost ({error}); going on, {lost} of {self.reconnects} times.")
-                await asyncio.sleep(min(30, _WAIT_S * 2 ** (lost - 1)))
-
-    @asynccontextmanager
-    async def _connected(self, *, first: bool) -> AsyncIterator[asyncssh.SSHClientConnection]:
-        import asyncssh
-
-        known = self.known_hosts.expanduser()
-        if not known.is_file():
-            raise InputError(
-                f"{self.name}: there is no file of known hosts {known}.",
-                next_step="Ask the device's administrator for its host key and write it there; "
-                "ssh-keyscan prints a line to compare.",
-            )
-        options: dict[str, Any] = {"port": self.port} if self.port else {}
-        if self.user:
-            options["username"] = self.user
-        if self.key:
-            options["client_keys"] = [str(self.key.expanduser())]
-        try:
-            connection = await asyncssh.connect(
-                self.host,
-                known_hosts=str(known),
-                connect_timeout=_CONNECT_S,
-                login_timeout=_CONNECT_S,
-                keepalive_interval=_ALIVE_S,
-                keepalive_count_max=4,
-                **options,
-            )
-        except asyncssh.HostKeyNotVerifiable as error:
-            raise MachineError(
-                f"{self.name}: the host key of {self.host} is refused: {known} does not have it for this host.",
-                next_step="Ask the device's administrator which key is right. A changed key can be another machine.",
-            ) from error
-        except asyncssh.PermissionDenied as error:
-            raise MachineError(
-                f"{self.name}: {self.host} does not let this user in: {error.reason}.",
-                next_step="Name the user and the private key that are meant for this device.",
-            ) from error
-        except (OSError, asyncssh.Error, asyncssh.KeyImportError) as error:
-            reason = str(error) or type(error).__name__
-            if first or isinstance(error, asyncssh.KeyImportError):
-                raise MachineError(
-                    f"{self.name}: {self.host} cannot be reached: {reason}.",
-                    next_step="Correct the address or the key, or see that the device is up.",
-                ) from error
-            raise asyncssh.ConnectionLost(reason) from error
-        async with connection:
-            yield connection
+        asyncio.run(persist(self.address, self.reconnects, progress, visit))
 
 
 def open_ssh(address: str, name: str | None = None, **options: Any) -> SshRunner:
-    """The device of ``ssh://user@host:port``.
+    """The device of ``ssh://user@host:port``; ``options`` are those of its address and of its runner.
 
     Raises:
         InputError: it is none.
     """
-    try:
-        parts = urlsplit(address)
-        port = parts.port
-    except ValueError:
-        parts, port = urlsplit(""), None
-    if parts.scheme != "ssh" or not parts.hostname or parts.path.strip("/") or parts.query or parts.password:
-        raise InputError(
-            f"{address!r} is no device behind SSH.",
-            next_step="Write ssh://user@host or ssh://user@host:port; a key is named in a fleet file.",
-        )
-    return SshRunner(name=name or address, host=parts.hostname, user=parts.username, port=port, **options)
+    where = {key: options.pop(key) for key in ("key", "known_hosts") if key in options}
+    return SshRunner(parse_address(address, name, **where), **options)
 
 
 class _Visit:

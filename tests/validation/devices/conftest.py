@@ -10,8 +10,9 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -21,6 +22,7 @@ from glmexport.bundle import read_manifest
 from glmexport.capture import CaptureOptions, capture_reference
 from glmexport.job import Original
 from glmexport.progress import Silent, Track
+from glmexport.ssh import SshAddress
 from glmexport.validation.capture import CapturedReference
 from glmexport.validation.devices.job import PromptQuestion, SpeedRequest, TextQuestion, write_job
 from glmexport.validation.devices.ssh import SshRunner
@@ -116,13 +118,14 @@ class Sshd:
     def key(self) -> Path:
         return self.directory / "user"
 
-    def runner(self, work: Path, **options: object) -> SshRunner:
-        settings: dict[str, object] = {
-            "name": "device", "host": "127.0.0.1", "user": getpass.getuser(), "port": self.port, "key": self.key,
-            "known_hosts": self.known_hosts, "python": os.environ.get("GLMEXPORT_DEVICE_PYTHON", PYTHON),
-            "work": str(work),
-        }  # fmt: skip
-        return SshRunner(**{**settings, **options})  # type: ignore[arg-type]
+    @property
+    def address(self) -> SshAddress:
+        return SshAddress("device", "127.0.0.1", getpass.getuser(), self.port, self.key, self.known_hosts)
+
+    def runner(self, work: Path, **options: Any) -> SshRunner:
+        where = {key: options.pop(key) for key in ("key", "known_hosts") if key in options}
+        python = os.environ.get("GLMEXPORT_DEVICE_PYTHON", PYTHON)
+        return SshRunner(replace(self.address, **where), **{"python": python, "work": str(work), **options})
 
     def cut(self) -> None:
         """Kill every connection, with all that runs in it, as when a line breaks for good."""

@@ -17,6 +17,7 @@ from glmexport.errors import EXIT_INPUT, EXIT_MACHINE, DefinitionError, InputErr
 from glmexport.progress import Progress, Silent
 from glmexport.report.document import read_report
 from glmexport.validation.behaviour.plane import BehaviourPlan
+from glmexport.ssh import SshAddress
 from glmexport.validation.devices.fleet import Member, ask, open_device, open_fleet
 from glmexport.validation.devices.local import LocalRunner
 from glmexport.validation.devices.ssh import SshRunner
@@ -44,8 +45,8 @@ def test_a_fleet_file(tmp_path: Path) -> None:
     """
     edge, here = open_fleet(write(tmp_path / "fleet.toml", text))
     assert edge.runner == SshRunner(
-        name="edge", host="edge", user="me", port=2222, key=tmp_path / "keys/edge",
-        known_hosts=tmp_path / "known_hosts", python="venv/bin/python", work="/data/work", reconnects=2, silence=60,
+        SshAddress("edge", "edge", "me", 2222, tmp_path / "keys/edge", tmp_path / "known_hosts"),
+        python="venv/bin/python", work="/data/work", reconnects=2, silence=60,
     )  # fmt: skip
     assert (edge.device_class, here.device_class, here.name) == ("arm-edge", "here", "here")
     assert isinstance(here.runner, LocalRunner) and here.here and not edge.here

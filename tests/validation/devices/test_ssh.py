@@ -52,7 +52,7 @@ def test_a_killed_connection_is_taken_up_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(transfer, "CHUNK", 1 << 14)
-    monkeypatch.setattr("glmexport.validation.devices.ssh._WAIT_S", 0.05)
+    monkeypatch.setattr("glmexport.ssh._WAIT_S", 0.05)
     progress = Hooked(label, steps, sshd.cut)
     sshd.runner(tmp_path / "work")(job, tmp_path / "results", progress)
     assert progress.happened == 1
@@ -64,7 +64,7 @@ def test_a_killed_connection_is_taken_up_again(
 def test_a_connection_that_is_always_lost_is_given_up(
     job: Path, sshd: Sshd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("glmexport.validation.devices.ssh._WAIT_S", 0.01)
+    monkeypatch.setattr("glmexport.ssh._WAIT_S", 0.01)
 
     class Always(Hooked):
         def __init__(self) -> None:
@@ -198,5 +198,6 @@ def test_what_is_no_address(address: str) -> None:
 
 def test_an_address() -> None:
     runner = open_ssh("ssh://me@edge-7:2222")
-    assert (runner.user, runner.host, runner.port) == ("me", "edge-7", 2222)
-    assert replace(runner, python="x").python == "x" and os.fspath(runner.known_hosts) == "~/.ssh/known_hosts"
+    address = runner.address
+    assert (address.user, address.host, address.port) == ("me", "edge-7", 2222)
+    assert replace(runner, python="x").python == "x" and os.fspath(address.known_hosts) == "~/.ssh/known_hosts"

@@ -1,0 +1,192 @@
+"""One server, by SSH: what it lacks is sent by SFTP, and a program of the standard library does the rest there."""
+
+from __future__ import annotations
+
+import secrets
+import shlex
+from collections.abc import AsyncIterator
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from glmexport.deployment.program.layout import contained
+from glmexport.deployment.signed import SignedBundle
+from glmexport.deployment.site import Server, Site
+from glmexport.errors import InputError, MachineError
+from glmexport.progress import Progress
+from glmexport.validation.devices import transfer
+from glmexport.validation.devices.runner import Ended, events, packed
+
+if TYPE_CHECKING:
+    import asyncssh
+
+_PROGRAM = "deploy.pyz"
+_PACKAGE = "glmexport.deployment.program"
+_MODULES = ("activation", "answering", "facts", "layout", "ledger", "receiving", "verifying")
+_ELSEWHERE = (
+    "glmexport.release.golden_answers",
+    "glmexport.release.verifier",
+    "glmexport.validation.devices.program.files",
+)
+_LABELS = {"assembled": "Assembling", "golden": "Golden prompts"}
+#: Seconds without a word: weights of hundreds of gigabytes are read twice, and a release may take minutes to load.
+_SILENCE_S = 7200.0
+#: Left free beyond what a release takes.
+_SPARE = 1 << 26
+
+
+def program() -> bytes:
+    """The server's program as one file that Python runs."""
+    return packed(f"{_PACKAGE}.__main__", *(f"{_PACKAGE}.{name}" for name in _MODULES), *_ELSEWHERE)
+
+
+class Remote:
+    """A server in one connection. ``options`` are what an order has beside the release and the server's settings."""
+
+    def __init__(self, site: Site, name: str, connection: asyncssh.SSHClientConnection, progress: Progress) -> None:
+        self.name, self.server = name, site.servers[name]
+        self._site, self._connection, self._progress = site, connection, progress
+        self._root = PurePosixPath(self.server.root.removeprefix("~/"))
+
+    async def order(self, release: SignedBundle | None, name: str, **options: Any) -> None:
+        """Write what is asked for to the server, with the program that does it."""
+        await self._put({f"orders/{name}.json": order(self._site, self.server, release, **options)})
+
+    async def install(self) -> None:
+        """Write the program to the server."""
+        await self._put({})
+
+    async def _put(self, contents: dict[str, bytes]) -> None:
+        import asyncssh
+
+        async with self._connection.start_sftp_client() as sftp:
+            try:
+                await sftp.makedirs(str(self._root / "orders"), exist_ok=True)
+                for path, content in {_PROGRAM: program(), **contents}.items():
+                    await transfer.put_bytes(sftp, content, self._root / path)
+            except (asyncssh.SFTPConnectionLost, asyncssh.SFTPNoConnection) as error:
+                raise asyncssh.ConnectionLost(error.reason) from error
+            except asyncssh.SFTPError as error:
+                raise self._refused(error) from error
+
+    def _refused(self, error: asyncssh.SFTPError) -> MachineError:
+        return MachineError(
+            f"{self.name}: the server refused a file below {self._root}: {error.reason}.",
+            next_step="See to its owner, permissions, quota and free space, then run the same command again.",
+        )
+
+    async def run(self, command: str, *arguments: str) -> AsyncIterator[dict[str, Any]]:
+        """What the program tells.
+
+        Raises:
+            Told: what went wrong, by the program.
+            MachineError: it did not run.
+        """
+        import asyncssh
+
+        words = (self.server.python, str(self._root / _PROGRAM), command, str(self._root), *arguments)
+        process = await self._connection.create_process(shlex.join(words), encoding=None)
+        try:
+            async for event in events(process.stdout.readline, self._progress, self.name, _SILENCE_S, _LABELS):
+                yield event
+        except Ended as error:
+            if self._connection.is_closed():
+                raise asyncssh.ConnectionLost(f"while {command} ran") from error
+            said = (await process.stderr.read()).decode("utf-8", "replace").strip().splitlines()[-1:]
+            raise MachineError(
+                f"{error.message} ({self.server.python}: {''.join(said) or 'no message'})",
+                next_step="Name a Python of the server, 3.9 or later, as 'python' in the site's file.",
+            ) from error
+        finally:
+            process.close()
+
+    async def result(self, command: str, event: str, *arguments: str) -> dict[str, Any]:
+        """The last ``event`` of a command."""
+        found: dict[str, Any] = {}
+        async for told in self.run(command, *arguments):
+            if told.get("event") == event:
+                found = told
+        return found
+
+    async def send(self, release: SignedBundle, order_name: str) -> int:
+        """Send the files that the server does not have; bytes of them."""
+        import asyncssh
+
+        missing = {told["path"] async for told in self.run("missing", order_name) if told.get("event") == "missing"}
+        # One file of several with the same content is enough.
+        wanted = list({entry.sha256: entry for entry in release.files if entry.path in missing}.values())
+        chunks = sum(-(-entry.size // transfer.CHUNK) for entry in wanted)
+        async with self._connection.start_sftp_client() as sftp:
+            try:
+                with self._progress.track(f"Sending to {self.name}", chunks) as track:
+                    for entry in wanted:
+                        remote = self._root / "incoming" / entry.sha256
+                        await transfer.put(sftp, release.directory / entry.path, remote, entry, track)
+            except (asyncssh.SFTPConnectionLost, asyncssh.SFTPNoConnection) as error:
+                raise asyncssh.ConnectionLost(error.reason) from error
+            except asyncssh.SFTPError as error:
+                raise self._refused(error) from error
+        return sum(entry.size for entry in wanted)
+
+
+def order(site: Site, server: Server, release: SignedBundle | None, **options: Any) -> bytes:
+    """What orders/ID.json says."""
+    import json
+
+    settings: dict[str, Any] = {
+        "format": "glmexport-order",
+        "version": 1,
+        "release": release.name if release else None,
+        "files": [entry.model_dump() for entry in release.files] if release else [],
+        "trust": site.trusted(),
+        "serve": server.serve_command,
+        "restart": server.restart,
+        "host": server.local_address,
+        "port": server.port,
+        "smoke_port": server.smoke_port,
+        "api_key_file": server.api_key_file,
+        "ready_s": server.ready_s,
+        "tolerance_nats": server.tolerance_nats,
+        "allow_older": False,
+        "replace_trust": False,
+        "reason": "deployment",
+        **options,
+    }
+    return (json.dumps(settings, indent=1) + "\n").encode()
+
+
+def order_name() -> str:
+    """A new one: of two deployments of one release, each is told what became of itself."""
+    return secrets.token_hex(16)
+
+
+def require_fit(who: str, release: SignedBundle, facts: dict[str, Any]) -> None:
+    """See that a release can come to a server that is as ``facts`` say.
+
+    Raises:
+        MachineError: no space, no openssl, no glmexport, or another kind of machine.
+    """
+    needed = release.bytes - min(facts["received_bytes"], release.bytes) + _SPARE
+    if facts["free_bytes"] < needed:
+        raise MachineError(
+            f"{who}: {facts['free_bytes'] >> 20} MiB are free, and the release needs {needed >> 20} MiB.",
+            next_step="Free space there; glmexport prune removes former releases.",
+        )
+    if facts["free_inodes"] is not None and facts["free_inodes"] < 2 * len(release.files) + 100:
+        raise MachineError(f"{who}: there are no inodes left for the release.", next_step="Remove files there.")
+    if not facts["openssl"]:
+        raise MachineError(
+            f"{who} has no openssl, by which signatures are verified.", next_step="Install it there (openssl)."
+        )
+    if facts["host"] is None:
+        raise MachineError(
+            f"{who}: glmexport does not run there: {facts['host_unknown_because']}.",
+            next_step="Install it there, and name it as 'glmexport' in the site's file.",
+        )
+    lacking = facts["host"]["lacking"].get(release.target)
+    if lacking:
+        raise MachineError(
+            f"{who} is no machine of the target {release.target}: {' '.join(lacking)}",
+            next_step=f"Build for it: it is of {facts['host']['host']}.",
+        )
+    if any(not contained(entry.path) for entry in release.files):
+        raise InputError(f"{release.directory} has a file outside of itself.", next_step="Build the bundle again.")
