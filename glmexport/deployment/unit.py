@@ -1,4 +1,4 @@
-"""systemd units for a server: the socket is systemd's, so that a restart loses no connection, and the service is shut in.
+"""systemd units: the socket is systemd's, so that a restart loses no connection, and the service is shut in.
 
 systemd.exec(5) and systemd.socket(5) say what each line does.
 """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Optional
+from typing import Any
 
 
 def difference(
@@ -11,7 +11,7 @@ def difference(
     tokens: Sequence[int],
     logprobs: Sequence[Mapping[int, float]],
     tolerance: float,
-) -> Optional[str]:
+) -> str | None:
     """Why what a device answered to the same prompt is not the golden answer; None if it is.
 
     As long as the tokens agree, their log-probabilities have to within ``tolerance``. At the first that differs the

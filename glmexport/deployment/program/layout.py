@@ -133,7 +133,7 @@ class Root:
 
     def held(self, entry: dict[str, Any], listed: dict[tuple[str, int], Path]) -> Path | None:
         """A file with the content of ``entry``, byte for byte; None where there is none."""
-        candidates = [self.incoming / entry["sha256"], listed.get((entry["sha256"], entry["size"]))]
+        candidates: list[Path | None] = [self.incoming / entry["sha256"], listed.get((entry["sha256"], entry["size"]))]
         for path in candidates:
             if path and path.is_file() and path.stat().st_size == entry["size"] and sha256(path) == entry["sha256"]:
                 return path

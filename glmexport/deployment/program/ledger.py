@@ -80,12 +80,8 @@ class Ledger:
     @property
     def unfinished(self) -> dict[str, Any] | None:
         """A switch of which it is not known how it ended: what did it was killed."""
-        for entry in reversed(self.entries):
-            if entry["event"] in (CONFIRMED, BACK):
-                return None
-            if entry["event"] == SWITCHING:
-                return entry
-        return None
+        ends = [entry for entry in self.entries if entry["event"] in (SWITCHING, CONFIRMED, BACK)]
+        return ends[-1] if ends and ends[-1]["event"] == SWITCHING else None
 
     def confirmed(self) -> list[str]:
         """Releases in the order in which they were last confirmed."""

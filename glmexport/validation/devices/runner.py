@@ -157,7 +157,7 @@ class _Shown:
 
     def show(self, event: dict[str, Any]) -> None:
         """Advance to the event's index."""
-        kind, index, of = event.get("event"), event.get("index"), event.get("of", 1)
+        kind, index, of = str(event.get("event")), event.get("index"), event.get("of", 1)
         if kind not in self._labels or not isinstance(index, int) or not isinstance(of, int):
             return
         if kind != self._kind:

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 from builds import QUICK, Run, Sample
-from validation.devices.conftest import Sshd
+from sshd import Sshd
 
 from glmexport.errors import EXIT_INPUT, EXIT_MACHINE, DefinitionError, InputError, MachineError
 from glmexport.progress import Progress, Silent
 from glmexport.report.document import read_report
-from glmexport.validation.behaviour.plane import BehaviourPlan
 from glmexport.ssh import SshAddress
+from glmexport.validation.behaviour.plane import BehaviourPlan
 from glmexport.validation.devices.fleet import Member, ask, open_device, open_fleet
 from glmexport.validation.devices.local import LocalRunner
 from glmexport.validation.devices.ssh import SshRunner

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from validation.devices.conftest import PROMPTS, TEXTS, Hooked, Sshd, answered
+from sshd import Sshd
+from validation.devices.conftest import PROMPTS, TEXTS, Hooked, answered
 
 from glmexport.errors import InputError, MachineError
 from glmexport.progress import Silent
