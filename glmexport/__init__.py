@@ -13,7 +13,7 @@ above it, and the shared vocabulary in errors, definition, recipe, target, evide
     validation      the bundle's answers against the original's
     tuning          which of a target's legal settings are fastest on a machine, and what they cost in divergence
     report          results rendered; computes nothing
-    release         a bundle signed, verified, attested and packed for transport
+    release         a bundle signed, attested, verified, packed and carried
     deployment      signed bundles on servers: sent, verified there, switched to, taken back
     cli             one file a verb; the only place that prints and catches errors
 

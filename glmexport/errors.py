@@ -5,6 +5,7 @@
     │   ├── CheckpointError     the checkpoint on disk
     │   ├── DefinitionError     a recipe, target or corpora file
     │   └── BundleError         a bundle on disk
+    │       └── UnverifiedError     one that is not what was signed                        65
     └── MachineError        the environment's: disk, memory, permissions, network         69
 
 Any other exception is a bug of ours and ends with 70 and a traceback. Verdicts end with 0 (PASS or WARN),
@@ -20,6 +21,7 @@ EXIT_PASS = 0
 EXIT_BLOCK = 1
 EXIT_INCONCLUSIVE = 2
 EXIT_INPUT = 64
+EXIT_UNVERIFIED = 65
 EXIT_MACHINE = 69
 EXIT_BUG = 70
 EXIT_INTERRUPTED = 130
@@ -55,6 +57,12 @@ class DefinitionError(InputError):
 
 class BundleError(InputError):
     """A bundle that is incomplete, changed since it was written, or of an unknown version."""
+
+
+class UnverifiedError(BundleError):
+    """A bundle that is not what was signed, or that nobody known has signed."""
+
+    exit_code = EXIT_UNVERIFIED
 
 
 class MachineError(GlmexportError):

@@ -14,8 +14,13 @@ from glmexport.recipe import Recipe
 from glmexport.target import Target
 
 MANIFEST = "bundle.json"
+#: What validation writes into a bundle.
+REPORTS = frozenset({"report.json", "report.html", "report.md", "report.xml"})
+#: What signing writes into it, beside the folder of attestations.
+RELEASE_FILES = frozenset({"release.json", "golden.json", "verify.py", "model.sig"})
+ATTESTATIONS = "attestations"
 #: Evidence about a bundle, written after it and therefore not part of what its digest covers.
-EVIDENCE = frozenset({"report.json", "report.html", "report.md", "report.xml"})
+EVIDENCE = REPORTS | RELEASE_FILES
 
 
 class FileEntry(Definition):
@@ -127,12 +132,19 @@ class Manifest(Definition):
         return "sha256:" + hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
 
+def is_evidence(path: str) -> bool:
+    """Whether a file at ``path`` in a bundle is evidence about it: at its top, or an attestation."""
+    folder, _, name = path.partition("/")
+    return path in EVIDENCE or (folder == ATTESTATIONS and "/" not in name and name.endswith(".json"))
+
+
 def list_files(directory: Path) -> tuple[FileEntry, ...]:
     """Entries of every file under ``directory`` but the manifest and the evidence, by path."""
+    files = {path.relative_to(directory).as_posix(): path for path in sorted(directory.rglob("*")) if path.is_file()}
     return tuple(
-        FileEntry(path=path.relative_to(directory).as_posix(), size=path.stat().st_size, sha256=sha256(path))
-        for path in sorted(directory.rglob("*"))
-        if path.is_file() and path.name not in EVIDENCE | {MANIFEST}
+        FileEntry(path=name, size=path.stat().st_size, sha256=sha256(path))
+        for name, path in files.items()
+        if name != MANIFEST and not is_evidence(name)
     )
 
 
@@ -166,7 +178,8 @@ def verify_files(directory: Path, manifest: Manifest) -> None:
     listed = {entry.path: entry for entry in manifest.files}
     files = (path for path in directory.rglob("*") if path.is_symlink() or not path.is_dir())
     present = {path.relative_to(directory).as_posix() for path in files}
-    additional = sorted(present - set(listed) - EVIDENCE - {MANIFEST})
+    beside = {name for name in present if name == MANIFEST or is_evidence(name)}
+    additional = sorted(present - set(listed) - beside)
     if additional:
         raise BundleError(
             f"{directory} has a file that its manifest does not list: {additional[0]}.",

@@ -24,9 +24,11 @@ from glmexport.cli.inspect import inspect
 from glmexport.cli.reference import reference
 from glmexport.cli.report import report
 from glmexport.cli.run import run
+from glmexport.cli.sign import sign
 from glmexport.cli.targets import targets
 from glmexport.cli.tune import tune
 from glmexport.cli.validate import validate
+from glmexport.cli.verify import verify
 from glmexport.errors import (
     EXIT_BUG,
     EXIT_INPUT,
@@ -41,14 +43,14 @@ from glmexport.errors import (
 def cli() -> None:
     """Open-weight GLM checkpoints to validated ONNX bundles on hardware of your own.
 
-    Exit codes: 0 PASS or WARN, 1 BLOCK, 2 INCONCLUSIVE, 64 unusable input, 69 the machine (disk, memory, network),
-    70 a bug, 130 interrupted.
+    Exit codes: 0 PASS or WARN, 1 BLOCK, 2 INCONCLUSIVE, 64 unusable input, 65 not what was signed, 69 the machine
+    (disk, memory, network), 70 a bug, 130 interrupted.
     """
 
 
 for command in (
-    build, compare, convert, deploy, devices, inspect, prune, reference, report, rollback, run, status, targets, tune,
-    units, validate,
+    build, compare, convert, deploy, devices, inspect, prune, reference, report, rollback, run, sign, status, targets,
+    tune, units, validate, verify,
 ):  # fmt: skip
     cli.add_command(command)
 

@@ -121,6 +121,20 @@ def budget_options(command: Command) -> Command:
     return size(bpw(command))
 
 
+def verification_options(command: Command) -> Command:
+    """--key, --root and --newer-than."""
+    key = click.option("--key", type=click.Path(path_type=Path), metavar="PUBLIC.pem", help="Public key of who signed.")
+    root = click.option(
+        "--root", type=click.Path(path_type=Path), metavar="CA.pem",
+        help="Root certificate that vouches for who signed; instead of --key.",
+    )  # fmt: skip
+    newer = click.option(
+        "--newer-than", type=click.IntRange(min=0), metavar="COUNTER",
+        help="Refuse a release whose counter is not above this one.",
+    )  # fmt: skip
+    return key(root(newer(command)))
+
+
 def json_option(command: Command) -> Command:
     """--json."""
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")(command)

@@ -109,6 +109,17 @@ class GenerationSession:
         """All that ``stream`` gives."""
         return list(self.stream(prompt, max_tokens))
 
+    def distributions(self, prompt: Sequence[int], max_tokens: int) -> Iterator[NDArray[np.float32]]:
+        """Logits [vocabulary] fp32 before each greedy token behind ``prompt``, as many as ``stream`` gives tokens.
+
+        Raises:
+            InputError: the prompt fills the context.
+        """
+        for logits in islice(self._loop.distributions(prompt, self._room(len(prompt), max_tokens)), max_tokens):
+            yield logits
+            if int(logits.argmax()) in self.ends:
+                return
+
     def together(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
         """The same for several prompts of one length in one batch, none of which may be padded."""
         answers: list[list[int]] = [[] for _ in prompts]
@@ -188,6 +199,14 @@ class GenaiLoop:
         while not generator.is_done():
             generator.generate_next_token()
             yield [int(token) for token in generator.get_next_tokens()]
+
+    def distributions(self, prompt: Sequence[int], count: int) -> Iterator[NDArray[np.float32]]:
+        """Logits [vocabulary] fp32 before each of at most ``count`` greedy tokens behind ``prompt``."""
+        generator = self._generator(1, len(prompt) + count)
+        generator.append_tokens(np.array([prompt], np.int32))
+        while not generator.is_done():
+            yield np.array(generator.get_logits(), np.float32)[0, -1]
+            generator.generate_next_token()
 
     def single(self, prompt: Sequence[int], max_length: int) -> Verified:
         """One sequence of at most ``max_length`` tokens, which begins with ``prompt``; nothing of it is computed."""

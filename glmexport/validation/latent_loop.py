@@ -61,6 +61,15 @@ class LatentLoop:
         """Sequences of one length, of which nothing is computed yet."""
         return LatentSequences(self.graph, self._config, np.array(prompts, np.int64), drafting=self._draft is not None)
 
+    def distributions(self, prompt: Sequence[int], count: int) -> Iterator[NDArray[np.float32]]:
+        """Logits [vocabulary] fp32 before each of ``count`` greedy tokens behind ``prompt``."""
+        caches, ids = self.graph.begin(1), np.array([prompt], np.int64)
+        for _ in range(count):
+            for start in range(0, ids.shape[1], CHUNK):
+                (logits,) = caches.run(ids[:, start : start + CHUNK], {}, [self._config.logits])
+            yield logits[0, -1]
+            ids = logits[:, -1:].argmax(-1)
+
     def single(self, prompt: Sequence[int], max_length: int) -> Verified:
         """One sequence of at most ``max_length`` tokens, which begins with ``prompt``; nothing of it is computed."""
         assert max_length <= self.context_length

@@ -4,7 +4,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from glmexport.bundle.manifest import EVIDENCE
+from glmexport.bundle.manifest import REPORTS
 from glmexport.report.document import HTML_NAME, JSON_NAME, JUNIT_NAME, MARKDOWN_NAME
 from glmexport.report.junit import render_junit
 from glmexport.report.markdown import render_markdown
@@ -14,7 +14,7 @@ HOSTILE = "a|b\n# <script>alert(1)</script> [x](javascript:y) `z` \u202e\x00&amp
 
 
 def test_every_rendering_is_evidence_and_not_part_of_the_bundle():
-    assert {JSON_NAME, HTML_NAME, MARKDOWN_NAME, JUNIT_NAME} == EVIDENCE
+    assert {JSON_NAME, HTML_NAME, MARKDOWN_NAME, JUNIT_NAME} == REPORTS
 
 
 def cells(line):

@@ -1,0 +1,139 @@
+"""golden.json: prompts, and what the bundle answered to them where it was signed.
+
+A device that answers otherwise runs something else: another model, a broken kernel, a damaged file. It need not answer
+to the last bit, as runtimes and processors add in different orders; so distributions are compared, with a tolerance,
+and only as long as both have read the same tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from glmexport import __version__
+from glmexport.bundle import Manifest
+from glmexport.calibration import Document, shipped_documents
+from glmexport.checkpoint import Tokenizer
+from glmexport.definition import Definition
+from glmexport.host import Host
+from glmexport.progress import Progress
+from glmexport.release.golden_answers import difference
+from glmexport.validation.generation import GenerationSession
+from glmexport.validation.unrun import can_run
+
+GOLDEN = "golden.json"
+TOKENS = 16
+TOP = 5
+#: Nats. Kernels that quantize activations differ by a few hundredths from those that do not; a wrong weight, template
+#: or rotation by several.
+TOLERANCE = 0.5
+#: Prompts at least; one of each language of the evaluation text.
+_PROMPTS = 12
+_CHARACTERS = 160
+
+
+class GoldenStep(Definition):
+    """One token of an answer, its log-probability in nats, and the most likely tokens with theirs."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+class GoldenAnswer(Definition):
+    """A prompt in token ids, and the greedy answer to it, its end token included."""
+
+    language: str
+    prompt: tuple[int, ...]
+    steps: tuple[GoldenStep, ...]
+
+
+class Golden(Definition):
+    """The content of golden.json."""
+
+    format: Literal["glmexport-golden"] = "glmexport-golden"
+    version: Literal[1] = 1
+    glmexport: str
+    #: Execution provider that it was recorded on, and the type of the processor.
+    provider: str
+    machine: str
+    #: Nats that an answer of another device may differ by.
+    tolerance: float = TOLERANCE
+    answers: tuple[GoldenAnswer, ...]
+
+
+def absent_because(manifest: Manifest) -> str | None:
+    """Why nothing can be recorded on this machine; None: it can."""
+    if can_run(manifest):
+        return None
+    return f"The bundle does not run where it was signed. {' '.join(manifest.target.lacking(Host.this()))}"
+
+
+def record(bundle: Path, manifest: Manifest, threads: int, progress: Progress) -> Golden:
+    """What the bundle answers, greedily, to a prompt of each language.
+
+    Raises:
+        MachineError: this ONNX Runtime has no execution provider of the bundle's.
+        BundleError: its loop cannot load it.
+    """
+    session, tokenizer = GenerationSession(bundle, threads), Tokenizer.open(bundle)
+    documents = list(_documents(shipped_documents("evaluation")))
+    answers = []
+    with progress.track("golden answers", len(documents)) as track:
+        for document in documents:
+            prompt = _prompt(tokenizer, document.text[:_CHARACTERS], session.context_length - TOKENS)
+            steps = tuple(_step(logits) for logits in session.distributions(prompt, TOKENS))
+            answers.append(GoldenAnswer(language=document.language, prompt=tuple(prompt), steps=steps))
+            track.advance(detail=document.language)
+    return Golden(
+        glmexport=__version__,
+        provider=manifest.target.provider.name,
+        machine=Host.this().machine,
+        answers=tuple(answers),
+    )
+
+
+def compare(
+    golden_answer: GoldenAnswer,
+    got_tokens: Sequence[int],
+    got_logprobs: Sequence[Mapping[int, float]],
+    tolerance: float = TOLERANCE,
+) -> str | None:
+    """Why what a device answered to the same prompt is not the golden answer; None if it is.
+
+    ``got_logprobs``: of each of ``got_tokens``, the log-probabilities of that token and of the most likely ones. See
+    ``difference``.
+    """
+    return difference(golden_answer.model_dump(), got_tokens, got_logprobs, tolerance)
+
+
+def _documents(documents: Sequence[Document]) -> Iterator[Document]:
+    """The first of every language; of few languages, the second and so on, too."""
+    languages = list(dict.fromkeys(document.language for document in documents))
+    of = {language: [each for each in documents if each.language == language] for language in languages}
+    rounds = -(-_PROMPTS // len(languages))
+    for index in range(rounds):
+        yield from (of[language][index] for language in languages if index < len(of[language]))
+
+
+def _prompt(tokenizer: Tokenizer, text: str, longest: int) -> list[int]:
+    """What the model is given for ``text``: by its chat template, if it has one."""
+    if tokenizer.has_chat_template:
+        ids = tokenizer.encode_chat([{"role": "user", "content": text}], add_generation_prompt=True)
+    else:
+        ids = tokenizer.prefix + tokenizer.encode(text)
+    return ids if len(ids) <= longest or len(text) < 2 else _prompt(tokenizer, text[: len(text) // 2], longest)
+
+
+def _step(logits: NDArray[np.float32]) -> GoldenStep:
+    values = logits.astype(np.float64)
+    logprobs = values - values.max()
+    logprobs -= np.log(np.exp(logprobs).sum())
+    most = np.argsort(-logprobs, kind="stable")[:TOP]
+    top = tuple((int(token), round(float(logprobs[token]), 6)) for token in most)
+    return GoldenStep(token=top[0][0], logprob=top[0][1], top=top)

@@ -1,0 +1,176 @@
+"""Signing: what is known of a bundle is written into it, and every file in it is signed together."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from glmexport import __version__
+from glmexport.bundle import MANIFEST, Manifest, read_manifest, verify_files
+from glmexport.bundle.manifest import ATTESTATIONS, RELEASE_FILES, REPORTS
+from glmexport.errors import BundleError, MachineError
+from glmexport.progress import Progress
+from glmexport.quantization import sha256
+from glmexport.release import verifier
+from glmexport.release.attestations import (
+    PROVENANCE_TYPE,
+    TEST_RESULT_TYPE,
+    provenance,
+    report_of,
+    subject,
+    test_result,
+)
+from glmexport.release.bom import BOM_TYPE, bill_of_materials
+from glmexport.release.golden import GOLDEN, absent_because, record
+from glmexport.release.keys import Signatory
+from glmexport.release.release import Release, next_counter
+from glmexport.release.verifier import RELEASE, SIGNATURE
+
+VERIFIER = "verify.py"
+PROVENANCE = f"{ATTESTATIONS}/provenance.json"
+TEST_RESULT = f"{ATTESTATIONS}/test-result.json"
+BOM = f"{ATTESTATIONS}/ml-bom.json"
+#: What a signature replaces in a bundle, the signature itself last.
+_REPLACED = (*sorted(RELEASE_FILES - {SIGNATURE}), ATTESTATIONS, SIGNATURE)
+
+
+@dataclass(frozen=True)
+class Signed:
+    """A release, and the names of all files that its signature covers."""
+
+    release: Release
+    files: tuple[str, ...]
+
+
+def sign(
+    bundle: Path,
+    signatory: Signatory,
+    *,
+    counter: int | None = None,
+    force: bool = False,
+    golden: bool = True,
+    threads: int = 1,
+    progress: Progress,
+) -> Signed:
+    """Sign a bundle whose files are those of its manifest; one that fails leaves it as it was.
+
+    If the machine dies while the last files are put in place, the signature does not hold, and signing again mends it.
+
+    Raises:
+        BundleError: its files are not those of the manifest, or its report is of another bundle.
+        InputError: the counter is not above that of the release that is there, and ``force`` is off.
+        MachineError: the key does not sign, or the disk refuses.
+    """
+    bundle = bundle.resolve()
+    manifest = read_manifest(bundle)
+    counter = next_counter(bundle, counter, force=force)
+    verify_files(bundle, manifest)
+    try:
+        verifier.files_in(bundle)
+        verifier.check_names([entry.path for entry in manifest.files], MANIFEST)
+    except verifier.Refused as error:
+        raise BundleError(f"{bundle} cannot be signed: {error}", next_step="Build it again.") from error
+    with _staging(bundle) as staging:
+        absent = absent_because(manifest) if golden else "It was not asked for (--no-golden)."
+        if absent is None:
+            answers = record(bundle, manifest, threads, progress)
+            (staging / GOLDEN).write_text(answers.model_dump_json() + "\n", encoding="utf-8")
+        elif golden:
+            progress.remark(f"No golden answers are recorded. {absent}")
+        release = Release(
+            bundle=manifest.digest(),
+            target=manifest.target.name,
+            counter=counter,
+            glmexport=__version__,
+            golden=None if absent else f"sha256:{sha256(staging / GOLDEN)}",
+            golden_absent_because=absent,
+        )
+        (staging / RELEASE).write_text(release.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        shutil.copyfile(verifier.__file__, staging / VERIFIER)
+        _attest(bundle, manifest, signatory, staging)
+        digests = _digests(bundle, manifest, staging)
+        (staging / SIGNATURE).write_bytes(signatory.model_signature(bundle.name, digests))
+        signatory.require_chain(staging / SIGNATURE)
+        _put_in_place(staging, bundle)
+    return Signed(release, tuple(digests))
+
+
+def _attest(bundle: Path, manifest: Manifest, signatory: Signatory, staging: Path) -> None:
+    """Write the attestations, each signed by itself, so that it can be handed on without the bundle."""
+    report = report_of(bundle, manifest)
+    statements = {
+        PROVENANCE: (PROVENANCE_TYPE, provenance(manifest, report)),
+        BOM: (BOM_TYPE, bill_of_materials(manifest, report)),
+    }
+    if report:
+        statements[TEST_RESULT] = (TEST_RESULT_TYPE, test_result(bundle, report))
+    (staging / ATTESTATIONS).mkdir()
+    about = subject(bundle)
+    for name, (kind, predicate) in statements.items():
+        (staging / name).write_bytes(signatory.envelope(kind, predicate, about))
+
+
+def _digests(bundle: Path, manifest: Manifest, staging: Path) -> dict[str, str]:
+    """SHA-256 by name of every file that will be in the bundle; those of the manifest have just been verified."""
+    digests = {entry.path: entry.sha256 for entry in manifest.files}
+    for name in (MANIFEST, *REPORTS):
+        if (bundle / name).is_file():
+            digests[name] = sha256(bundle / name)
+    for name in verifier.files_in(staging):
+        digests[name] = sha256(staging / name)
+    return dict(sorted(digests.items()))
+
+
+@contextlib.contextmanager
+def _staging(bundle: Path) -> Iterator[Path]:
+    """A folder beside the bundle, in which nothing remains."""
+    try:
+        staging = Path(tempfile.mkdtemp(prefix=f".{bundle.name}.signing-", dir=bundle.parent))
+    except OSError as error:
+        raise MachineError(
+            f"{bundle.parent} does not let us write beside the bundle: {error.strerror}.",
+            next_step="Sign the bundle where its folder can be written to.",
+        ) from error
+    try:
+        yield staging
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _put_in_place(staging: Path, bundle: Path) -> None:
+    """Exchange what a signature replaces; what was there comes back if anything fails."""
+    for name in verifier.files_in(staging):
+        path = staging / name
+        path.chmod(0o644)
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+    before = staging / ".before"
+    before.mkdir()
+    moved: list[tuple[Path, Path]] = []
+    try:
+        for name in _REPLACED:
+            for here, there in ((bundle / name, before / name), (staging / name, bundle / name)):
+                if here.exists():
+                    here.rename(there)
+                    moved.append((here, there))
+        _flush_directory(bundle)
+    except BaseException:
+        for here, there in reversed(moved):
+            there.rename(here)
+        raise
+
+
+def _flush_directory(path: Path) -> None:
+    if os.name == "nt":
+        return  # Windows has no handle of a folder to flush.
+    for folder in (path, path / ATTESTATIONS):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,101 @@
+"""Verification of a signed bundle by model-signing; what it does not know of, bundles and releases, by the verifier.
+
+The verifier that is shipped asks openssl instead. That both come to the same is tested case by case.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from pathlib import Path
+from typing import Any
+
+from glmexport.errors import BundleError, InputError, MachineError, UnverifiedError
+from glmexport.release import verifier
+from glmexport.release.keys import missing
+from glmexport.release.verifier import SIGNATURE, Envelope, Verified
+
+_AGAIN = "Copy the bundle again from where it was signed; if that is no better, do not use it."
+
+
+def verify(
+    bundle: Path, key: Path | None = None, *, root: Path | None = None, newer_than: int | None = None
+) -> Verified:
+    """Verify that the bundle is what the owner of the public ``key``, or who has a certificate of ``root``, signed.
+
+    With ``newer_than`` a release whose counter is not above it is refused.
+
+    Raises:
+        UnverifiedError: it is not; names the file.
+        InputError: the key or the certificate cannot be used.
+        MachineError: model-signing is not installed, or a file cannot be read.
+    """
+    try:
+        if not bundle.is_dir():
+            raise BundleError(f"There is no bundle {bundle}.", next_step="Give the directory of a bundle.")
+        return _verified(bundle.resolve(), key, root, newer_than)
+    except verifier.Refused as error:
+        if error.code == verifier.EXIT_USAGE:
+            raise InputError(str(error), next_step="Give the public key or the root certificate in PEM.") from error
+        raise UnverifiedError(f"{bundle}: {error}", next_step=_AGAIN) from error
+    except OSError as error:
+        raise MachineError(
+            f"{error.filename or bundle} cannot be read: {error.strerror}.", next_step="Check permissions and the disk."
+        ) from error
+
+
+def _verified(bundle: Path, key: Path | None, root: Path | None, newer_than: int | None) -> Verified:
+    envelope = verifier.read_envelope(bundle)
+    verifier.check_material(envelope, key, root)
+    verify_model = _model_verifier(envelope, key, root)
+    try:
+        # It warns of old signatures on stdout, which is for one JSON document.
+        with contextlib.redirect_stdout(io.StringIO()):
+            verify_model.verify(bundle, bundle / SIGNATURE)
+    except (MemoryError, OSError):
+        raise
+    except Exception as error:
+        if str(error).startswith(("Signature mismatch", "Cannot use")):
+            # The signature holds and the files are others: which, and how?
+            verifier.check_files(bundle, verifier.signed_files(envelope.payload))
+        raise verifier.Refused(f"{SIGNATURE} does not hold: {_reason(error)}.") from error
+    signed = verifier.signed_files(envelope.payload)
+    # Byte for byte they are verified; that no file was overlooked is not left to what the signature says to overlook.
+    verifier.check_files(bundle, signed, hashed=False)
+    verifier.check_manifest(bundle, signed)
+    return verifier.check_release(bundle, signed, newer_than)
+
+
+def _model_verifier(envelope: Envelope, key: Path | None, root: Path | None) -> Any:
+    """model-signing's, for that key or root."""
+    try:
+        from cryptography import x509
+        from cryptography.hazmat.primitives.asymmetric import ec
+        from cryptography.hazmat.primitives.serialization import load_pem_public_key
+        from model_signing import verifying
+    except ImportError as error:
+        raise missing(error) from error
+
+    config: Any = verifying.Config
+    try:
+        if key:
+            public = load_pem_public_key(key.read_bytes())
+            chosen = None
+        else:
+            assert root is not None
+            chosen = config().use_certificate_verifier(certificate_chain=[root])
+    except ValueError as error:
+        raise verifier.Refused(f"{key or root} cannot be read: {_reason(error)}.", verifier.EXIT_USAGE) from error
+    if root:
+        try:
+            public = x509.load_der_x509_certificate(envelope.certificates[0]).public_key()
+        except ValueError as error:
+            raise verifier.Refused(f"{SIGNATURE} has a damaged certificate.") from error
+    curves = (ec.SECP256R1, ec.SECP384R1, ec.SECP521R1)
+    if not (isinstance(public, ec.EllipticCurvePublicKey) and isinstance(public.curve, curves)):
+        raise verifier.Refused(f"{SIGNATURE} was made with a key of a kind that is not used here.")
+    return chosen or config().use_elliptic_key_verifier(public_key=key)
+
+
+def _reason(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__).strip(" .")
