@@ -12,7 +12,7 @@ from glmexport.deployment.program.layout import contained
 from glmexport.deployment.signed import SignedBundle
 from glmexport.deployment.site import Server, Site
 from glmexport.errors import InputError, MachineError
-from glmexport.progress import Progress
+from glmexport.progress import Progress, Silent
 from glmexport.validation.devices import transfer
 from glmexport.validation.devices.runner import Ended, events, packed
 
@@ -27,6 +27,8 @@ _ELSEWHERE = (
     "glmexport.release.verifier",
     "glmexport.validation.devices.program.files",
 )
+#: What takes its time, by the command; the others are done before a bar could be read.
+_SHOWN = {"assemble": "Assembling on {}", "activate": "Switching {}", "rollback": "Switching {}"}
 _LABELS = {"assembled": "Assembling", "golden": "Golden prompts"}
 #: Seconds without a word: weights of hundreds of gigabytes are read twice, and a release may take minutes to load.
 _SILENCE_S = 7200.0
@@ -86,7 +88,10 @@ class Remote:
         words = (self.server.python, str(self._root / _PROGRAM), command, str(self._root), *arguments)
         process = await self._connection.create_process(shlex.join(words), encoding=None)
         try:
-            async for event in events(process.stdout.readline, self._progress, self.name, _SILENCE_S, _LABELS):
+            label = _SHOWN.get(command, "").format(self.name)
+            progress: Progress = self._progress if label else Silent()
+            told = events(process.stdout.readline, progress, self.name, _SILENCE_S, _LABELS, label)
+            async for event in told:
                 yield event
         except Ended as error:
             if self._connection.is_closed():

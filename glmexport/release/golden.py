@@ -7,7 +7,6 @@ and only as long as both have read the same tokens.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal

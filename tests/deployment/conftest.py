@@ -54,7 +54,7 @@ class Releases:
                 shutil.copytree(next(iter(self.made.values())), directory)
             else:
                 shutil.copytree(self.original, directory)
-            signatory = open_signatory(KeyFiles(key=self.private))
+            signatory = open_signatory(KeyFiles(self.private))
             sign(directory, signatory, counter=counter, force=True, progress=Silent())
             self.made[counter] = directory
         return self.made[counter]

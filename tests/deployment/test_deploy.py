@@ -18,10 +18,9 @@ from sshd import Sshd
 from glmexport.deployment import deploy, prune, roll_back, status
 from glmexport.deployment.rollout import Wishes
 from glmexport.deployment.signed import SignedBundle
-from glmexport.errors import EXIT_BLOCK, EXIT_INPUT, EXIT_MACHINE, EXIT_PASS, DefinitionError, UnverifiedError
+from glmexport.errors import EXIT_BLOCK, EXIT_MACHINE, EXIT_PASS, EXIT_UNVERIFIED, DefinitionError, UnverifiedError
 from glmexport.progress import Silent
 from glmexport.release.verifier import verify
-from glmexport.validation.devices import transfer
 
 pytest.importorskip("asyncssh", reason="the extra 'deploy' is not installed")
 
@@ -77,9 +76,7 @@ def test_wrong_answers_are_taken_back(releases: Releases, places: Places, sshd: 
     assert outcome.why and "nothing is now" in outcome.why
 
 
-def test_smoke_test_refuses_without_switching(
-    releases: Releases, places: Places, sshd: Sshd, tmp_path: Path
-) -> None:
+def test_smoke_test_refuses_without_switching(releases: Releases, places: Places, sshd: Sshd, tmp_path: Path) -> None:
     place = places()
     site = write_site(tmp_path / "site.toml", releases, place.toml("a", sshd, smoke_port=free_port()))
     good, bad = releases.signed(1), releases.signed(DAMAGED)
@@ -271,9 +268,7 @@ def test_a_full_disk(
     assert not [path for path in (small_disk / "releases").iterdir() if not path.name.startswith(".")]
 
 
-def test_the_command_line(
-    run: Run, releases: Releases, places: Places, sshd: Sshd, tmp_path: Path
-) -> None:
+def test_the_command_line(run: Run, releases: Releases, places: Places, sshd: Sshd, tmp_path: Path) -> None:
     place = places()
     write_site(tmp_path / "site.toml", releases, place.toml("a", sshd))
     site = str(tmp_path / "site.toml")
@@ -295,12 +290,12 @@ def test_the_command_line(
     plain = tmp_path / "plain"
     shutil.copytree(releases.original, plain)
     done = run("deploy", plain, site)
-    assert done.code == EXIT_INPUT and "model.sig" in done.stderr
+    assert done.code == EXIT_UNVERIFIED and "model.sig" in done.stderr
     changed = tmp_path / "changed"
     shutil.copytree(releases(2), changed)
     (changed / "tokenizer.json").write_text("{}")
     done = run("deploy", changed, site)
-    assert done.code in (EXIT_BLOCK, EXIT_INPUT) and "tokenizer.json" in done.stderr
+    assert done.code == EXIT_UNVERIFIED and "tokenizer.json" in done.stderr
     assert place.current == releases.signed(1).name
 
 

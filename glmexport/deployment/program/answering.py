@@ -94,5 +94,6 @@ def golden(endpoint: Endpoint, release: Path, tolerance: float, tell: Callable[[
 def _steps(answer: Any) -> tuple[list[int], list[dict[int, float]]]:
     """Token ids, and the log-probabilities of the likeliest ones of every step by token id."""
     choice = answer["choices"][0]
-    tops = choice["logprobs"]["top_token_logprobs"]
-    return choice["token_ids"], [{int(token): value for token, value in step} for step in tops]
+    likely = choice["logprobs"]
+    tops = zip(likely["top_token_ids"], likely["top_token_logprobs"])
+    return choice["token_ids"], [dict(zip(tokens, values)) for tokens, values in tops]

@@ -91,6 +91,7 @@ async def events(
     who: str,
     silence: float = SILENCE_S,
     labels: Mapping[str, str] = _LABELS,
+    begin: str = "Reaching the device",
 ) -> AsyncIterator[dict[str, Any]]:
     """What the program tells until it is done.
 
@@ -100,13 +101,14 @@ async def events(
         who: the device, for messages.
         silence: seconds without a line after which it is given up.
         labels: what work is called whose events have an index, by the event.
+        begin: what is shown before the first of them.
 
     Raises:
         Ended: no more events, or silence.
         Told: what the program says went wrong.
     """
     with ExitStack() as stack:
-        shown = _Shown(stack, progress, labels)
+        shown = _Shown(stack, progress, labels, begin)
         while True:
             line = await _patient(readline, shown, who, silence)
             if not line:
@@ -149,10 +151,10 @@ async def _patient(readline: Callable[[], Awaitable[bytes]], shown: _Shown, who:
 class _Shown:
     """Events as bars, one after the other."""
 
-    def __init__(self, stack: ExitStack, progress: Progress, labels: Mapping[str, str]) -> None:
+    def __init__(self, stack: ExitStack, progress: Progress, labels: Mapping[str, str], begin: str) -> None:
         self._stack, self._progress, self._labels = stack, progress, labels
         self._kind = ""
-        self._track: Track = stack.enter_context(progress.track("Reaching the device", 1))
+        self._track: Track = stack.enter_context(progress.track(begin, 1))
         self._done = 0
 
     def show(self, event: dict[str, Any]) -> None:
