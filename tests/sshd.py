@@ -42,7 +42,7 @@ class Sshd:
         return SshAddress("device", "127.0.0.1", getpass.getuser(), self.port, self.key, self.known_hosts)
 
     def runner(self, work: Path, **options: Any) -> SshRunner:
-        where = {key: options.pop(key) for key in ("key", "known_hosts") if key in options}
+        where = {key: options.pop(key) for key in ("key", "known_hosts", "port") if key in options}
         python = os.environ.get("GLMEXPORT_DEVICE_PYTHON", PYTHON)
         return SshRunner(replace(self.address, **where), **{"python": python, "work": str(work), **options})
 

@@ -120,7 +120,7 @@ def test_a_bug_ends_all(tmp_path: Path) -> None:
             waits(job, results, progress)
 
     with pytest.raises(ZeroDivisionError):
-        ask([member("waits", Remote(name="x", host="x")), member("bug", bug)], tmp_path, tmp_path / "results", Silent())
+        ask([member("waits", Remote(SshAddress("x", "x"))), member("bug", bug)], tmp_path, tmp_path / "results", Silent())
     assert ended.is_set()
 
 
@@ -136,7 +136,7 @@ def test_one_report_of_all(
         at = "local"
         class = "x86"
         [devices.lab]
-        at = "ssh://{runner.user}@127.0.0.1:{sshd.port}"
+        at = "ssh://{runner.address.user}@127.0.0.1:{sshd.port}"
         class = "x86"
         key = "{sshd.key}"
         known_hosts = "{sshd.known_hosts}"
