@@ -13,6 +13,7 @@ above it, and the shared vocabulary in errors, definition, recipe, target, evide
     validation      the bundle's answers against the original's
     tuning          which of a target's legal settings are fastest on a machine, and what they cost in divergence
     report          results rendered; computes nothing
+    serving         a server that speaks OpenAI's API, and GLM's grammar of reasoning and tool calls
     cli             one file a verb; the only place that prints and catches errors
 
 ``compile`` runs the stages of a build; ``tune`` those of a tuning.

@@ -22,6 +22,7 @@ STAGES = (
     "validation",
     "tuning",
     "report",
+    "serving",
 )
 SHARED = (
     "errors", "definition", "host", "loop", "recipe", "evidence", "target", "resources", "progress", "divergence",

@@ -23,6 +23,7 @@ from glmexport.cli.inspect import inspect
 from glmexport.cli.reference import reference
 from glmexport.cli.report import report
 from glmexport.cli.run import run
+from glmexport.cli.serve import serve
 from glmexport.cli.targets import targets
 from glmexport.cli.tune import tune
 from glmexport.cli.validate import validate
@@ -45,7 +46,7 @@ def cli() -> None:
     """
 
 
-for command in (build, compare, convert, devices, inspect, targets, reference, report, run, tune, validate):
+for command in (build, compare, convert, devices, inspect, targets, reference, report, run, serve, tune, validate):
     cli.add_command(command)
 
 
