@@ -71,7 +71,8 @@ class Service:
             Route("/readyz", self._ready, methods=["GET"]),
             Route("/metrics", self._measures, methods=["GET"]),
         ]
-        application = Starlette(routes=routes, exception_handlers={HTTPException: _unrouted})
+        handlers: dict[Any, Any] = {HTTPException: _unrouted, Refused: _refused, Gone: _gone, Exception: _failed}
+        application = Starlette(routes=routes, exception_handlers=handlers)
         application.router.redirect_slashes = False
         return application
 
@@ -252,8 +253,20 @@ async def _body(request: Request, most: int) -> bytes:
     return b"".join(parts)
 
 
-async def _unrouted(request: Request, error: Exception) -> Response:
+async def _refused(request: Request, error: Refused) -> Response:
+    return error.response
+
+
+async def _gone(request: Request, error: Gone) -> Response:
+    # Nobody reads it; counters do.
+    return Response(status_code=499)
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    return Refused(500, "The server failed; its log says how.").response
+
+
+async def _unrouted(request: Request, error: HTTPException) -> Response:
     """There is nothing at a path, or not by that method."""
-    assert isinstance(error, HTTPException)
     message = "There is nothing here." if error.status_code == 404 else "This path has other methods."
     return Refused(error.status_code, message, headers=error.headers or {}).response

@@ -38,6 +38,11 @@ class Decoder:
         self._context: list[int] = []
         self._new: list[int] = []
 
+    @property
+    def within_character(self) -> bool:
+        """Whether the last tokens are the first part of a character."""
+        return bool(self._new)
+
     def add(self, token: int) -> str:
         """What became certain with ``token``."""
         if token in self._hidden:
@@ -101,7 +106,8 @@ class AnswerText:
 
     def _release(self, count: int) -> Part:
         text, self._held = self._held[:count], self._held[count:]
-        # Where no text is held, a token without text of its own is not held either.
-        ready = [token for at, token in self._waiting if at < count or not self._held]
+        # Where no text is held, a token without text of its own is not held either, unless it begins a character.
+        held = self._held or self._decoder.within_character
+        ready = [token for at, token in self._waiting if at < count or not held]
         self._waiting = [(at - count, token) for at, token in self._waiting[len(ready) :]]
         return Part(text, tuple(ready))
