@@ -15,6 +15,7 @@ above it, and the shared vocabulary in errors, definition, recipe, target, evide
     report          results rendered; computes nothing
     release         a bundle signed, attested, verified, packed and carried
     deployment      signed bundles on servers: sent, verified there, switched to, taken back
+    serving         a server that speaks OpenAI's API, and GLM's grammar of reasoning and tool calls
     cli             one file a verb; the only place that prints and catches errors
 
 ``compile`` runs the stages of a build; ``tune`` those of a tuning.

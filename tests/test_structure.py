@@ -24,6 +24,7 @@ STAGES = (
     "report",
     "release",
     "deployment",
+    "serving",
 )
 SHARED = (
     "errors", "definition", "host", "loop", "recipe", "evidence", "target", "resources", "progress", "divergence",

@@ -24,6 +24,7 @@ from glmexport.cli.inspect import inspect
 from glmexport.cli.reference import reference
 from glmexport.cli.report import report
 from glmexport.cli.run import run
+from glmexport.cli.serve import serve
 from glmexport.cli.sign import sign
 from glmexport.cli.targets import targets
 from glmexport.cli.tune import tune
@@ -49,8 +50,8 @@ def cli() -> None:
 
 
 for command in (
-    build, compare, convert, deploy, devices, inspect, prune, reference, report, rollback, run, sign, status, targets,
-    tune, units, validate, verify,
+    build, compare, convert, deploy, devices, inspect, prune, reference, report, rollback, run, serve, sign, status,
+    targets, tune, units, validate, verify,
 ):  # fmt: skip
     cli.add_command(command)
 

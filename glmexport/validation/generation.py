@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -165,6 +165,14 @@ class GenerationSession:
         return min(max_tokens, self.context_length - length)
 
 
+@dataclass(frozen=True)
+class Guide:
+    """What every answer must follow."""
+
+    kind: Literal["json_schema"]
+    text: str
+
+
 class GenaiLoop:
     """A bundle in onnxruntime-genai.
 
@@ -194,7 +202,7 @@ class GenaiLoop:
 
     def steps(self, prompts: Sequence[Sequence[int]], max_length: int) -> Iterator[list[int]]:
         """The next token of every sequence, until all have ended or are ``max_length`` long."""
-        generator = self._generator(len(prompts), max_length)
+        generator = self.generator(len(prompts), max_length)
         generator.append_tokens(np.array(prompts, np.int32))
         while not generator.is_done():
             generator.generate_next_token()
@@ -210,17 +218,37 @@ class GenaiLoop:
 
     def single(self, prompt: Sequence[int], max_length: int) -> Verified:
         """One sequence of at most ``max_length`` tokens, which begins with ``prompt``; nothing of it is computed."""
-        return GenaiSequence(self._generator(1, max_length), len(prompt))
+        return GenaiSequence(self.generator(1, max_length), len(prompt))
 
     def drafter(self) -> Drafter:
         """What guesses the tokens of a sequence, of which it knows nothing yet."""
         return PromptLookup()
 
-    def _generator(self, batch: int, max_length: int) -> Any:
+    @property
+    def chunk(self) -> int | None:
+        """Positions of a single prompt that are computed together; None: all of them."""
+        return self._config.search_options(1).get("chunk_size")
+
+    def generator(self, batch: int, max_length: int, guide: Guide | None = None, **options: Any) -> Any:
+        """A generator of onnxruntime-genai, greedy unless its search ``options`` say otherwise.
+
+        Raises:
+            InputError: what guides its answer is no grammar.
+        """
         parameters: Any = self._genai.GeneratorParams(self._model)
-        options = self._config.search_options(batch)
-        parameters.set_search_options(max_length=max_length, do_sample=False, batch_size=batch, **options)
-        return self._genai.Generator(self._model, parameters)
+        given = {"do_sample": False, **self._config.search_options(batch), **options}
+        parameters.set_search_options(max_length=max_length, batch_size=batch, **given)
+        try:
+            if guide:
+                parameters.set_guidance(guide.kind, guide.text)
+            return self._genai.Generator(self._model, parameters)
+        except RuntimeError as error:
+            if guide is None:
+                raise
+            reason = str(error).splitlines()[0]
+            raise InputError(
+                f"onnxruntime-genai cannot hold an answer to this {guide.kind}: {reason}.", next_step="Simplify it."
+            ) from error
 
 
 def _refuse(bundle: Path, speculation: Speculation | None) -> None:

@@ -1,0 +1,24 @@
+"""A bundle behind the HTTP API that clients of OpenAI's speak.
+
+    limits      how much one request may ask for
+    sampling    tokens from logits
+    text        text as it becomes certain
+    grammar     reasoning and tool calls in it
+    model       the bundle in memory
+    answer      one request on its way through the model
+    kept        sequences that later requests go on with
+    metrics     what is counted
+    engine      the thread that owns the model
+    failure     errors as clients read them
+    fields      what of a request is read, ignored or refused
+    messages    conversations as templates read them
+    orders      what a request asks of the model
+    reply       answers as clients read them
+    stream      server-sent events
+    app         paths
+    guard       who may ask
+    listen      the socket, and how it is left
+    server      all of it
+
+Importing the package is quick; ``server`` needs the extra ``serve``.
+"""

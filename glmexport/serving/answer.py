@@ -1,0 +1,234 @@
+"""One request on its way through the model: its prompt piece by piece, then its answer token by token."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from glmexport.serving.model import Computed, GuidedSequence
+from glmexport.serving.sampling import Sampling, Uniforms, choose, likelihood
+from glmexport.serving.text import AnswerText, Part, Token
+from glmexport.validation.generation import Guide
+from glmexport.validation.speculation import PromptLookup
+
+Reason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a request asks of the model.
+
+    ``top``: how many of the most likely tokens to tell at each place; None: no likelihoods at all.
+    """
+
+    prompt: tuple[int, ...]
+    max_tokens: int
+    sampling: Sampling
+    stops: tuple[str, ...] = ()
+    #: Token ids that end the answer.
+    ends: frozenset[int] = frozenset()
+    top: int | None = None
+    guide: Guide | None = None
+
+
+@dataclass
+class Timing:
+    """Moments of a request, by the monotonic clock; 0: not yet."""
+
+    submitted: float = field(default_factory=time.monotonic)
+    begun: float = 0.0
+    first: float = 0.0
+    last: float = 0.0
+    tokens: int = 0
+
+    @property
+    def queue_s(self) -> float:
+        """Until it was begun."""
+        return max(0.0, self.begun - self.submitted)
+
+    @property
+    def ttft_s(self) -> float | None:
+        """From its arrival to the first token; None without one."""
+        return self.first - self.submitted if self.tokens else None
+
+    @property
+    def tpot_s(self) -> float | None:
+        """Between two tokens, on average; None with fewer."""
+        return (self.last - self.first) / (self.tokens - 1) if self.tokens > 1 else None
+
+    def token(self) -> float | None:
+        """Take note of a token; seconds since the one before."""
+        now, before = time.monotonic(), self.last
+        self.last = now
+        self.tokens += 1
+        if self.tokens == 1:
+            self.first = now
+            return None
+        return now - before
+
+
+@dataclass(frozen=True)
+class End:
+    """How an answer ended, and how many tokens its prompt and it have.
+
+    ``cached``: tokens of the prompt that were computed for an earlier request.
+    """
+
+    reason: Reason
+    timing: Timing
+    prompt_tokens: int
+    tokens: int
+    cached: int
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The answer cannot go on, for the ``error``."""
+
+    error: Exception
+
+
+Event = Part | End | Failed
+
+
+class Answer:
+    """An ``order`` being answered. ``listener`` is told parts and the end; ``gap`` seconds between two tokens."""
+
+    def __init__(
+        self, order: Order, text: AnswerText, listener: Callable[[Event], None], gap: Callable[[float], None]
+    ) -> None:
+        self.order = order
+        self.timing = Timing()
+        #: Set by another thread when nobody waits for the rest.
+        self.cancelled = False
+        self.cached = 0
+        self.tokens: list[int] = []
+        self._text = text
+        self._listener = listener
+        self._gap = gap
+
+    def tell(self, event: Event) -> None:
+        """To whoever asked; one who is no longer there has cancelled."""
+        try:
+            self._listener(event)
+        except RuntimeError:
+            self.cancelled = True
+
+    def say(self, token: int, logits: NDArray[np.float32]) -> Reason | None:
+        """Go on with a ``token`` chosen by ``logits`` [V]; what ended the answer, if that did."""
+        if (since := self.timing.token()) is not None:
+            self._gap(since)
+        if token in self.order.ends:
+            return self._finish("stop")
+        self.tokens.append(token)
+        top = self.order.top
+        self._hand_on(self._text.add(Token(token, None if top is None else likelihood(logits, token, top))))
+        if self._text.stopped:
+            return self._finish("stop")
+        if len(self.tokens) >= self.order.max_tokens:
+            return self._finish("length")
+        return None
+
+    def end(self, reason: Reason) -> None:
+        """Tell how it ended."""
+        self.tell(End(reason, self.timing, len(self.order.prompt), len(self.tokens), self.cached))
+
+    def _finish(self, reason: Reason) -> Reason:
+        self._hand_on(self._text.finish())
+        return reason
+
+    def _hand_on(self, part: Part) -> None:
+        if part.text or part.tokens:
+            self.tell(part)
+
+
+class Turns(Protocol):
+    """The work of an answer in turns, so that others have theirs in between."""
+
+    answer: Answer
+
+    def turn(self) -> Reason | None:
+        """One piece of the prompt or one step; how the answer ended, if it did."""
+        ...
+
+
+class FreeTurns:
+    """An answer whose tokens are chosen here. Of its prompt, what ``sequence`` begins with is computed already.
+
+    ``guesses``: tokens guessed at a time by what followed earlier in the text. One is right if it is what would be
+    chosen at its place anyway, so that guessing changes no answer but for rounding.
+    """
+
+    def __init__(self, answer: Answer, sequence: Computed, chunk: int | None, guesses: int = 0) -> None:
+        self.answer = answer
+        self.sequence = sequence
+        self.drafted = self.accepted = 0
+        prompt = list(answer.order.prompt)
+        answer.cached = len(sequence.tokens)
+        self._left = prompt[answer.cached :]
+        self._chunk = chunk or len(prompt)
+        self._uniforms = Uniforms(answer.order.sampling.seed)
+        self._guesses = guesses
+        self._drafter = PromptLookup()
+        #: The token that was chosen last, and is not computed yet.
+        self._said: int | None = None
+        if guesses:
+            self._drafter.follow(prompt, None)
+
+    def turn(self) -> Reason | None:
+        """As ``Turns``."""
+        if self._said is None:
+            piece, self._left = self._left[: self._chunk], self._left[self._chunk :]
+            logits = self.sequence.advance(piece)
+            return None if self._left else self._say(logits, [])
+        drafts = self._drafts(self._said)
+        logits = self.sequence.advance([self._said, *drafts], every=bool(drafts))
+        if self._guesses:
+            self._drafter.follow([self._said], None)
+        return self._say(logits, drafts)
+
+    def _drafts(self, following: int) -> list[int]:
+        """Guesses of the tokens behind ``following``, as many as there is room for."""
+        left = self.answer.order.max_tokens - len(self.answer.tokens)
+        room = min(self._guesses, left - 1, self.sequence.capacity - len(self.sequence.tokens) - 1)
+        return self._drafter.propose(following, room) if room > 0 else []
+
+    def _say(self, logits: NDArray[np.float32], drafts: Sequence[int]) -> Reason | None:
+        """The token behind what was computed, and one more behind every draft that is right."""
+        reason, right = None, 0
+        for row in logits:
+            self._said = choose(row, self.answer.order.sampling, self._uniforms.next())
+            reason = self.answer.say(self._said, row)
+            if reason or right == len(drafts) or self._said != drafts[right]:
+                break
+            right += 1
+        self.sequence.forget(len(drafts) - right)
+        if self._guesses:
+            self._drafter.follow(drafts[:right], None)
+        self.drafted += len(drafts)
+        self.accepted += right
+        return reason
+
+
+class GuidedTurns:
+    """An answer whose tokens onnxruntime-genai chooses, among those that a grammar allows."""
+
+    def __init__(self, answer: Answer, sequence: GuidedSequence, chunk: int | None) -> None:
+        self.answer = answer
+        self._sequence = sequence
+        self._left = list(answer.order.prompt)
+        self._chunk = chunk or len(self._left)
+
+    def turn(self) -> Reason | None:
+        """As ``Turns``."""
+        if self._left:
+            piece, self._left = self._left[: self._chunk], self._left[self._chunk :]
+            self._sequence.advance(piece)
+            return None
+        chosen = self._sequence.next()
+        return "stop" if chosen is None else self.answer.say(*chosen)

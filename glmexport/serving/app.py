@@ -1,0 +1,272 @@
+"""The HTTP surface: what each path answers."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from glmexport.errors import InputError
+from glmexport.serving.answer import Answer, End, Event, Failed, Order
+from glmexport.serving.engine import Closed, Engine, Full
+from glmexport.serving.failure import Gone, Refused
+from glmexport.serving.fields import Asked, ChatAsked, TextAsked, read_body
+from glmexport.serving.metrics import Metrics
+from glmexport.serving.orders import Reader
+from glmexport.serving.reply import ChatReply, Head, Reply, TextReply
+from glmexport.serving.stream import EventStream
+from glmexport.serving.text import AnswerText, Part
+
+#: When one who was refused for a while may try again, in seconds.
+_RETRY = {"Retry-After": "1"}
+
+_log = logging.getLogger("glmexport.serving")
+
+T = TypeVar("T", bound=Asked)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is served. ``created``: when the bundle was written, in Unix time."""
+
+    name: str
+    digest: str
+    family: str
+    target: str
+    context_length: int
+    created: int
+
+
+class Service:
+    """One bundle, answered by ``engine``. ``draining``: whether the server is about to end."""
+
+    def __init__(self, facts: Facts, reader: Reader, engine: Engine, metrics: Metrics) -> None:
+        self._facts = facts
+        self._reader = reader
+        self._engine = engine
+        self._metrics = metrics
+        self._limits = reader.limits
+        self.draining = False
+        #: Of every answer that somebody waits for.
+        self._queues: set[asyncio.Queue[Event | None]] = set()
+
+    def application(self) -> Starlette:
+        """The routes."""
+        routes = [
+            Route("/v1/chat/completions", self._chat, methods=["POST"]),
+            Route("/v1/completions", self._text, methods=["POST"]),
+            Route("/v1/models", self._models, methods=["GET"]),
+            Route("/v1/models/{name:path}", self._model, methods=["GET"]),
+            Route("/healthz", self._health, methods=["GET"]),
+            Route("/readyz", self._ready, methods=["GET"]),
+            Route("/metrics", self._measures, methods=["GET"]),
+        ]
+        handlers: dict[Any, Any] = {HTTPException: _unrouted, Refused: _refused, Gone: _gone, Exception: _failed}
+        application = Starlette(routes=routes, exception_handlers=handlers)
+        application.router.redirect_slashes = False
+        return application
+
+    def give_up(self) -> None:
+        """End every answer, and tell so."""
+        for queue in self._queues:
+            queue.put_nowait(Failed(_ending()))
+
+    async def _chat(self, request: Request) -> Response:
+        asked = await self._read(request, ChatAsked)
+        # Templates and tokenizers take their time with long conversations, which others need not wait for.
+        order, grammar = await asyncio.to_thread(self._reader.chat, asked)
+        head = Head.new("chatcmpl", self._facts.name)
+        reply = ChatReply(head, grammar, self._reader.spell, self._metrics, logprobs=asked.logprobs)
+        return await self._answered(request, asked, order, self._reader.decoding(order, chat=True), reply)
+
+    async def _text(self, request: Request) -> Response:
+        asked = await self._read(request, TextAsked)
+        order = await asyncio.to_thread(self._reader.text, asked)
+        head = Head.new("cmpl", self._facts.name)
+        likely, ids = asked.logprobs is not None, asked.return_token_ids
+        reply = TextReply(head, self._reader.spell, order.prompt, logprobs=likely, ids=ids)
+        return await self._answered(request, asked, order, self._reader.decoding(order, chat=False), reply)
+
+    async def _models(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._described]})
+
+    async def _model(self, request: Request) -> Response:
+        self._known(request.path_params["name"])
+        return JSONResponse(self._described)
+
+    async def _health(self, request: Request) -> Response:
+        return JSONResponse({"status": "alive"})
+
+    async def _ready(self, request: Request) -> Response:
+        status = "draining" if self.draining else "ready" if self._engine.ready else "loading"
+        facts = {"digest": self._facts.digest, "family": self._facts.family, "target": self._facts.target}
+        return JSONResponse({"status": status, "model": self._facts.name, **facts}, 200 if status == "ready" else 503)
+
+    async def _measures(self, request: Request) -> Response:
+        return Response(self._metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @property
+    def _described(self) -> dict[str, object]:
+        facts = self._facts
+        named = {"id": facts.name, "object": "model", "created": facts.created, "owned_by": "glmexport"}
+        return {**named, "max_model_len": facts.context_length, "digest": facts.digest}
+
+    def _known(self, name: str | None) -> None:
+        if name not in (None, self._facts.name):
+            raise Refused(404, f"There is no such model; this is {self._facts.name}.", "model", "model_not_found")
+
+    async def _read(self, request: Request, model: type[T]) -> T:
+        """The request's body as ``model``."""
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise Refused(400, "The body has to be application/json.", code="unsupported_content_type")
+        try:
+            async with asyncio.timeout(self._limits.body_s):
+                data = await _body(request, self._limits.body_bytes)
+        except TimeoutError as error:
+            raise Refused(408, "The body did not arrive in time.", headers={"Connection": "close"}) from error
+        asked = await asyncio.to_thread(read_body, data, model, self._limits)
+        self._known(asked.model)
+        return asked
+
+    async def _answered(self, request: Request, asked: Asked, order: Order, text: AnswerText, reply: Reply) -> Response:
+        """The answer, as a stream if that was asked for."""
+        events = self._events(request, order, text)
+        if asked.stream:
+            # What fails before there is anything to show is told by the status.
+            first = await anext(events)
+            usage = bool(asked.stream_options and asked.stream_options.include_usage)
+            return EventStream(_chunks(first, events, reply, usage), self._limits.send_s)
+        async with aclosing(events):
+            async for event in events:
+                if isinstance(event, End):
+                    deque(reply.end(event), 0)
+                    return JSONResponse(reply.whole(event))
+                deque(reply.part(event), 0)
+        raise Gone
+
+    async def _events(self, request: Request, order: Order, text: AnswerText) -> AsyncGenerator[Part | End]:
+        """Parts and the end of the answer to ``order``; when nobody listens any more, it is cancelled.
+
+        Raises:
+            Refused: it cannot be given, or not be finished.
+            Gone: the client has gone.
+        """
+        queue: asyncio.Queue[Event | None] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def listen(event: Event) -> None:
+            loop.call_soon_threadsafe(queue.put_nowait, event)
+
+        answer = Answer(order, text, listen, self._metrics.gap.observe)
+        try:
+            self._engine.submit(answer)
+        except Full as error:
+            raise Refused(429, "Too many requests wait.", code="queue_full", headers=_RETRY) from error
+        except Closed as error:
+            raise _ending() from error
+        self._queues.add(queue)
+        watch = asyncio.create_task(_until_gone(request, queue))
+        try:
+            while not isinstance(event := await queue.get(), End):
+                if event is None:
+                    raise Gone
+                if isinstance(event, Failed):
+                    raise _refusal(event.error)
+                yield event
+            yield event
+        finally:
+            answer.cancelled = True
+            self._queues.discard(queue)
+            watch.cancel()
+
+
+async def _until_gone(request: Request, queue: asyncio.Queue[Event | None]) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    queue.put_nowait(None)
+
+
+async def _chunks(
+    first: Part | End, rest: AsyncGenerator[Part | End], reply: Reply, usage: bool
+) -> AsyncGenerator[dict[str, Any]]:
+    """Everything that a stream carries, ``first`` being what came before it was begun."""
+    async with aclosing(rest):
+        for chunk in reply.begin():
+            yield chunk
+        event: Part | End = first
+        while isinstance(event, Part):
+            for chunk in reply.part(event):
+                yield chunk
+            event = await anext(rest)
+        for chunk in reply.end(event):
+            yield chunk
+        if usage:
+            yield reply.usage_chunk(event)
+
+
+def _ending() -> Refused:
+    return Refused(503, "The server is about to end.", code="draining", headers=_RETRY)
+
+
+def _refusal(error: Exception) -> Refused:
+    """What a client is told of a failure in the engine."""
+    if isinstance(error, Refused):
+        return error
+    if isinstance(error, InputError):
+        return Refused(400, str(error))
+    _log.error("An answer failed.", exc_info=error)
+    if isinstance(error, MemoryError):
+        return Refused(503, "There is not enough memory for this request.", headers=_RETRY)
+    return Refused(500, "The model failed on this request; the server's log says how.")
+
+
+async def _body(request: Request, most: int) -> bytes:
+    """The whole body.
+
+    Raises:
+        Refused: it is longer than ``most`` bytes.
+        Gone: the client has gone.
+    """
+    length = request.headers.get("content-length", "")
+    large = Refused(413, f"A body has at most {most} bytes.", code="too_large", headers={"Connection": "close"})
+    if length.isdigit() and int(length) > most:
+        raise large
+    parts, size = [], 0
+    try:
+        async for part in request.stream():
+            size += len(part)
+            if size > most:
+                raise large
+            parts.append(part)
+    except ClientDisconnect as error:
+        raise Gone from error
+    return b"".join(parts)
+
+
+async def _refused(request: Request, error: Refused) -> Response:
+    return error.response
+
+
+async def _gone(request: Request, error: Gone) -> Response:
+    # Nobody reads it; counters do.
+    return Response(status_code=499)
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    return Refused(500, "The server failed; its log says how.").response
+
+
+async def _unrouted(request: Request, error: HTTPException) -> Response:
+    """There is nothing at a path, or not by that method."""
+    message = "There is nothing here." if error.status_code == 404 else "This path has other methods."
+    return Refused(error.status_code, message, headers=error.headers or {}).response

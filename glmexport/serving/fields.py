@@ -1,0 +1,216 @@
+"""Fields of a request: what is read of it, what changes nothing, and what is refused because it would.
+
+A field that this server does not know, or cannot heed, is refused where it could change the answer: a client would
+otherwise take an answer for one that it is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from glmexport.checkpoint.files import json_object
+from glmexport.serving.failure import Refused
+from glmexport.serving.limits import Limits
+
+#: Of the client's own bookkeeping: read by nobody.
+IGNORED = frozenset(
+    {
+        "metadata",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "safety_identifier",
+        "service_tier",
+        "store",
+        "user",
+    }
+)
+#: Values with which a field changes nothing; with any other, it is refused.
+NEUTRAL: Mapping[str, tuple[object, ...]] = {
+    "best_of": (1,),
+    "echo": (False,),
+    "frequency_penalty": (0,),
+    "logit_bias": ({},),
+    "min_p": (0,),
+    "modalities": (["text"],),
+    "n": (1,),
+    "parallel_tool_calls": (True,),
+    "presence_penalty": (0,),
+    "repetition_penalty": (1,),
+    "suffix": ("",),
+    "top_k": (0, -1),
+}
+#: Below this, sampling differs from taking the most likely token in nothing but overflows.
+_COLDEST = 1e-4
+
+
+class _Fields(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class StreamOptions(_Fields):
+    """What a stream carries beside text."""
+
+    include_usage: bool = False
+    #: Padding against the sizes of packets, which this server never adds.
+    include_obfuscation: bool = False
+
+
+class Asked(_Fields):
+    """What both kinds of requests have."""
+
+    model: str | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    temperature: float = Field(default=1, ge=0, le=2, allow_inf_nan=False)
+    top_p: float = Field(default=1, gt=0, le=1, allow_inf_nan=False)
+    seed: int | None = None
+    stop: str | list[str] = []
+    max_tokens: int | None = Field(default=None, ge=1)
+
+    @property
+    def warmth(self) -> float:
+        """The temperature; 0 for the most likely token."""
+        return self.temperature if self.temperature > _COLDEST else 0
+
+    def stops(self, limits: Limits) -> tuple[str, ...]:
+        """Its stop strings.
+
+        Raises:
+            Refused: too many, too long, or an empty one.
+        """
+        stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        if len(stops) > limits.stops or any(not 0 < len(stop) <= limits.stop_characters for stop in stops):
+            raise Refused(
+                400,
+                f"At most {limits.stops} stop strings are taken, each of 1 to {limits.stop_characters} characters.",
+                "stop",
+            )
+        return stops
+
+
+class Function(_Fields):
+    """A tool's declaration."""
+
+    name: str = Field(min_length=1, max_length=256, pattern=r"^\S+$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    #: Whether arguments must follow the schema, which a free answer cannot promise.
+    strict: Literal[False] | None = None
+
+
+class Tool(_Fields):
+    """A tool that the model may call."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class JsonSchema(_Fields):
+    """The schema of an answer."""
+
+    name: str = ""
+    description: str | None = None
+    #: Answers follow the schema in any case.
+    strict: bool | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+
+
+class ResponseFormat(_Fields):
+    """What an answer must be."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _schema(self) -> Self:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema belongs to the type json_schema")
+        return self
+
+
+class TemplateSettings(_Fields):
+    """Variables of the chat template that a request may set."""
+
+    enable_thinking: bool | None = None
+
+
+class ChatAsked(Asked):
+    """A body of /v1/chat/completions."""
+
+    messages: list[dict[str, Any]]
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int = Field(default=0, ge=0)
+    tools: list[Tool] = []
+    tool_choice: Literal["auto", "none"] = "auto"
+    response_format: ResponseFormat | None = None
+    chat_template_kwargs: TemplateSettings = TemplateSettings()
+
+
+class TextAsked(Asked):
+    """A body of /v1/completions."""
+
+    prompt: str | list[int] | list[str] | list[list[int]]
+    logprobs: int | None = Field(default=None, ge=0)
+    return_token_ids: bool = False
+
+
+T = TypeVar("T", bound=Asked)
+
+
+def read_body(data: bytes, model: type[T], limits: Limits) -> T:
+    """The request in a body.
+
+    Raises:
+        Refused: no JSON object, nested beyond reason, or with a field that is wrong, unknown or cannot be heeded.
+    """
+    try:
+        given = json_object(data)
+    except ValueError as error:
+        raise Refused(400, f"The body cannot be read: {error}.", code="invalid_json") from error
+    if _depth(given) > limits.depth:
+        raise Refused(400, f"The body has more than {limits.depth} levels.", code="invalid_json")
+    fields = {name: value for name, value in given.items() if value is not None and name not in IGNORED}
+    for name, values in NEUTRAL.items():
+        if name in fields and name not in model.model_fields:
+            value = fields.pop(name)
+            if value not in values or isinstance(value, bool) != isinstance(values[0], bool):
+                raise Refused(400, f"{name} is not supported but as {values[0]!r}.", name, "unsupported_value")
+    try:
+        return model.model_validate(fields)
+    except ValidationError as error:
+        raise _wrong(error) from error
+
+
+def _wrong(error: ValidationError) -> Refused:
+    """The first thing that is wrong, without the value, which may be long."""
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return Refused(400, f"{where} is not a field that this server knows.", where, "unknown_parameter")
+    if where.startswith("tool_choice"):
+        return Refused(
+            400, "tool_choice is not supported but as 'auto' or 'none': no answer is forced.", "tool_choice",
+            "unsupported_value",
+        )  # fmt: skip
+    if where.endswith("function.strict"):
+        return Refused(400, "strict tools are not supported: no answer is forced.", where, "unsupported_value")
+    return Refused(400, f"{where or 'The body'}: {first['msg']}.", where or None, first["type"])
+
+
+def _depth(value: object) -> int:
+    """Levels of arrays and objects, without recursion."""
+    level, depth = [value], 0
+    while level:
+        within: list[object] = []
+        for item in level:
+            if isinstance(item, dict):
+                within += item.values()
+            elif isinstance(item, list):
+                within += item
+        depth += bool(any(isinstance(item, (dict, list)) for item in level))
+        level = within
+    return depth

@@ -1,0 +1,119 @@
+"""Who may ask: the host that is named, the origin that a browser tells, and the key.
+
+A page that a browser on this machine shows can send requests to loopback; by DNS rebinding even under a name that it
+takes for its own. So the name in the Host header has to be one of ours, on every method, and an origin that of the
+host.
+"""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from glmexport.serving.failure import Gone, Refused
+from glmexport.serving.metrics import Metrics
+
+_LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
+#: Answered without a key, so that whoever starts the server can see whether it is there.
+_OPEN = frozenset({"/healthz", "/readyz"})
+
+_log = logging.getLogger("glmexport.serving")
+
+
+@dataclass(frozen=True)
+class Access:
+    """``keys``: any of them opens; none: all are let in. ``hosts``: names of the server beside loopback's."""
+
+    keys: tuple[bytes, ...] = ()
+    hosts: frozenset[str] = frozenset()
+
+
+class Guard:
+    """An application behind ``access``; what it raises becomes a response, never a traceback."""
+
+    def __init__(self, application: ASGIApp, access: Access, metrics: Metrics) -> None:
+        self._application = application
+        self._access = access
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As ASGI has it."""
+        if scope["type"] != "http":
+            return
+        begun = False
+
+        async def noting(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            if message["type"] == "http.response.start" and message["status"] >= 400:
+                self._metrics.refused.labels(str(message["status"])).inc()
+            await send(message)
+
+        try:
+            self._check(scope)
+            await self._application(scope, receive, noting)
+        except Refused as refused:
+            if not begun:
+                await refused.response(scope, receive, noting)
+        except Gone:
+            pass
+        except Exception:
+            _log.exception("A request failed.")
+            if not begun:
+                await Refused(500, "The server failed; its log says how.").response(scope, receive, noting)
+
+    def _check(self, scope: Scope) -> None:
+        """Raise Refused unless the request may be answered."""
+        headers: dict[bytes, list[bytes]] = {}
+        for name, value in scope["headers"]:
+            headers.setdefault(name, []).append(value)
+        hosts, origins = headers.get(b"host", []), headers.get(b"origin", [])
+        host = hosts[0].decode("latin-1").lower() if len(hosts) == 1 else ""
+        if not self._is_ours(host, scope.get("server")):
+            raise Refused(403, "The Host header names no host of this server (--allow-host).", code="host_refused")
+        if origins and (len(origins) > 1 or origins[0].decode("latin-1").lower() not in _own_origins(host)):
+            raise Refused(403, "Pages of other origins are not answered.", code="origin_refused")
+        if self._access.keys and scope["path"] not in _OPEN and not self._opens(headers.get(b"authorization", [])):
+            raise Refused(
+                401, "The key is missing or wrong.", code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"}
+            )
+
+    def _is_ours(self, host: str, server: Iterable[object] | None) -> bool:
+        name = _name(host)
+        if name is None:
+            return False
+        # An address cannot be rebound: it is the one that the client came to, or it is not.
+        return name in _LOOPBACK | self._access.hosts or (server is not None and name == next(iter(server), None))
+
+    def _opens(self, given: list[bytes]) -> bool:
+        scheme, _, key = given[0].partition(b" ") if len(given) == 1 else (b"", b"", b"")
+        # Every key is compared, so that time tells nothing about which one was near.
+        right = [hmac.compare_digest(key.strip(), mine) for mine in self._access.keys]
+        return scheme.lower() == b"bearer" and any(right)
+
+
+def _own_origins(host: str) -> tuple[str, str]:
+    return f"http://{host}", f"https://{host}"
+
+
+def _name(host: str) -> str | None:
+    """The name or address in a Host header; None if it is none."""
+    if host.startswith("["):
+        name, _, port = host[1:].partition("]")
+        port = port.removeprefix(":") if not port or port.startswith(":") else "none"
+    else:
+        name, _, port = host.partition(":")
+    return name if name and (not port or (port.isascii() and port.isdigit())) else None
+
+
+def is_loopback(address: str) -> bool:
+    """Whether nobody but this machine reaches an address or name."""
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return address == "localhost"

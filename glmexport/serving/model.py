@@ -1,0 +1,160 @@
+"""A bundle in memory, and sequences in it that are computed step by step; used by one thread."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from glmexport.errors import InputError
+from glmexport.graph import RECENT_LOGITS, SHORT_STEP
+from glmexport.loop import LoopConfig, read_loop
+from glmexport.serving.sampling import Sampling
+from glmexport.validation.capacity import CapacityGraph
+from glmexport.validation.generation import GenaiLoop, Guide, loop_facts
+from glmexport.validation.latent_loop import CHUNK, LatentLoop
+
+#: Room of a sequence is given out in steps of so many tokens, so that a conversation has some to go on in.
+ROOM = 1024
+
+
+class Computed(Protocol):
+    """A sequence and its caches. ``tokens``: what is computed; ``capacity``: how many of them there can be."""
+
+    tokens: list[int]
+    capacity: int
+
+    def advance(self, ids: Sequence[int], *, every: bool = False) -> NDArray[np.float32]:
+        """Compute ``ids`` behind ``tokens``; logits [1, V] behind the last, or [S, V] behind ``every`` one of a few."""
+        ...
+
+    def forget(self, count: int) -> None:
+        """Take the last ``count`` tokens back."""
+        ...
+
+
+class Model:
+    """The bundle in ``directory``, in the loop that its caches need.
+
+    Raises:
+        BundleError: the loop cannot load it.
+        MachineError: this ONNX Runtime has no execution provider of the bundle's.
+    """
+
+    def __init__(self, directory: Path, threads: int) -> None:
+        self.ends, self.context_length = loop_facts(directory)
+        self._loop: GenaiLoop | LatentLoop
+        latents = read_loop(directory)
+        if latents:
+            self._loop = LatentLoop(directory, latents, threads)
+            self._latents: LoopConfig | None = latents
+            #: Positions of a prompt that are computed together; None: all of them.
+            self.chunk: int | None = CHUNK
+            #: Most tokens of a step of which the logits of each are given.
+            self.short_step = latents.short_step
+        else:
+            self._loop, self._latents = GenaiLoop(directory, threads), None
+            self.chunk, self.short_step = self._loop.chunk, SHORT_STEP
+
+    @property
+    def guides(self) -> bool:
+        """Whether answers can be held to a grammar."""
+        return self._latents is None
+
+    def begin(self, length: int) -> Computed:
+        """A sequence of which nothing is computed, with room for at least ``length`` tokens."""
+        if isinstance(self._loop, LatentLoop):
+            assert self._latents is not None
+            return LatentSequence(self._loop.graph, self._latents, self.context_length)
+        capacity = min(-(-length // ROOM) * ROOM, self.context_length)
+        return GenaiSequence(self._loop.generator(1, capacity), capacity)
+
+    def guided(self, length: int, guide: Guide, sampling: Sampling) -> GuidedSequence:
+        """A sequence of at most ``length`` tokens whose answer follows ``guide``.
+
+        Raises:
+            InputError: it is no grammar, or the loop of this bundle follows none.
+        """
+        if not isinstance(self._loop, GenaiLoop):
+            raise InputError(
+                "Answers of this bundle cannot be held to a grammar: it is not run by onnxruntime-genai.",
+                next_step="Leave response_format out.",
+            )
+        options: dict[str, Any] = {}
+        if not sampling.greedy:
+            options = {
+                "do_sample": True,
+                "top_k": 0,
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+                # It takes 31 bits of a seed.
+                "random_seed": sampling.seed % 2**31,
+            }
+        return GuidedSequence(self._loop.generator(1, length, guide, **options))
+
+
+class GenaiSequence:
+    """One sequence in onnxruntime-genai."""
+
+    def __init__(self, generator: Any, capacity: int) -> None:
+        self._generator = generator
+        self.capacity = capacity
+        self.tokens: list[int] = []
+
+    def advance(self, ids: Sequence[int], *, every: bool = False) -> NDArray[np.float32]:
+        """As ``Computed``."""
+        self._generator.append_tokens(np.array(ids, np.int32))
+        logits = self._generator.get_output(RECENT_LOGITS) if every else self._generator.get_logits()
+        self.tokens += ids
+        rows: NDArray[np.float32] = logits.reshape(-1, logits.shape[-1]).astype(np.float32, copy=False)
+        return rows
+
+    def forget(self, count: int) -> None:
+        """As ``Computed``."""
+        if count:
+            del self.tokens[-count:]
+            self._generator.rewind_to(len(self.tokens))
+
+
+class LatentSequence:
+    """One sequence over latents; its caches grow as it does."""
+
+    def __init__(self, graph: CapacityGraph, config: LoopConfig, capacity: int) -> None:
+        self._caches = graph.begin(1)
+        self._logits = config.logits
+        self.capacity = capacity
+        self.tokens: list[int] = []
+
+    def advance(self, ids: Sequence[int], *, every: bool = False) -> NDArray[np.float32]:
+        """As ``Computed``."""
+        (logits,) = self._caches.run(np.array([ids], np.int64), {}, [self._logits])
+        self.tokens += ids
+        return logits[0, slice(None) if every else slice(-1, None)].astype(np.float32, copy=False)
+
+    def forget(self, count: int) -> None:
+        """As ``Computed``."""
+        if count:
+            del self.tokens[-count:]
+            self._caches.forget(count)
+
+
+class GuidedSequence:
+    """One sequence whose tokens onnxruntime-genai chooses, since the grammar is its own."""
+
+    def __init__(self, generator: Any) -> None:
+        self._generator = generator
+
+    def advance(self, ids: Sequence[int]) -> None:
+        """Compute ``ids`` of the prompt."""
+        self._generator.append_tokens(np.array(ids, np.int32))
+
+    def next(self) -> tuple[int, NDArray[np.float32]] | None:
+        """A token, and the logits [V] that it was chosen by before the grammar; None: the answer has ended."""
+        if self._generator.is_done():
+            return None
+        logits = self._generator.get_logits().reshape(-1).astype(np.float32)
+        self._generator.generate_next_token()
+        return int(self._generator.get_next_tokens()[0]), logits

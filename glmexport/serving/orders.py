@@ -1,0 +1,152 @@
+"""From a request to what the model is asked, and to how its answer is read."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from glmexport.checkpoint import Tokenizer
+from glmexport.checkpoint.tokenizer import GLM_PREFIX
+from glmexport.errors import CheckpointError
+from glmexport.serving.answer import Order
+from glmexport.serving.failure import Refused
+from glmexport.serving.fields import Asked, ChatAsked, TextAsked
+from glmexport.serving.grammar import TAGS, THINK, Grammar
+from glmexport.serving.limits import Limits
+from glmexport.serving.messages import template_messages
+from glmexport.serving.sampling import Sampling
+from glmexport.serving.text import AnswerText, Decoder
+from glmexport.validation.generation import Guide
+
+#: Tokens of an answer to a text where the request says nothing, as OpenAI has it.
+_TEXT_TOKENS = 16
+_ANY_OBJECT = '{"type": "object"}'
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reads requests to one bundle.
+
+    ``guides``: whether the bundle's loop can hold answers to a schema. ``lenient``: whether calls are repaired.
+    """
+
+    tokenizer: Tokenizer
+    ends: frozenset[int]
+    context_length: int
+    limits: Limits
+    guides: bool
+    lenient: bool
+
+    def chat(self, asked: ChatAsked) -> tuple[Order, Grammar]:
+        """The order of a conversation, and what reads its answer.
+
+        Raises:
+            Refused: the conversation, or what is asked about it, cannot be answered.
+        """
+        if not self.tokenizer.has_chat_template:
+            raise Refused(400, "This model has no chat template; ask /v1/completions.", "messages")
+        if len(asked.tools) > self.limits.tools:
+            raise Refused(400, f"At most {self.limits.tools} tools are taken.", "tools")
+        if asked.top_logprobs > self.limits.top_logprobs or (asked.top_logprobs and not asked.logprobs):
+            raise Refused(400, f"top_logprobs is at most {self.limits.top_logprobs}, with logprobs.", "top_logprobs")
+        guide = self._guide(asked)
+        tools = [tool.model_dump(exclude_none=True) for tool in asked.tools] if asked.tool_choice == "auto" else []
+        settings: dict[str, object] = {"tools": tools} if tools else {}
+        thinking = asked.chat_template_kwargs.enable_thinking
+        if thinking is None and guide:
+            # What the answer is held to has no place for reasoning.
+            thinking = False
+        if thinking is not None:
+            settings["enable_thinking"] = thinking
+        messages = template_messages(asked.messages, self.limits.messages)
+        try:
+            prompt = self.tokenizer.render(messages, add_generation_prompt=True, **settings)
+        except CheckpointError as error:
+            raise Refused(400, str(error), "messages") from error
+        limit = asked.max_completion_tokens or asked.max_tokens
+        if asked.max_completion_tokens and asked.max_tokens not in (None, asked.max_completion_tokens):
+            raise Refused(400, "max_tokens and max_completion_tokens differ.", "max_tokens")
+        top = asked.top_logprobs if asked.logprobs else None
+        order = self._order(asked, self.tokenizer.encode(prompt), limit or self.limits.answer_tokens, top, guide)
+        opened = prompt.rstrip().endswith(THINK)
+        reasons = self.tokenizer.template_mentions(THINK) and guide is None
+        grammar = Grammar(tools or None, opened if reasons else None, lenient=self.lenient)
+        return order, grammar
+
+    def text(self, asked: TextAsked) -> Order:
+        """The order of a text that is to be gone on with.
+
+        Raises:
+            Refused: it cannot be.
+        """
+        if asked.logprobs is not None and asked.logprobs > self.limits.top_logprobs:
+            raise Refused(400, f"logprobs is at most {self.limits.top_logprobs}.", "logprobs")
+        return self._order(asked, self._prompt(asked), asked.max_tokens or _TEXT_TOKENS, asked.logprobs, None)
+
+    def decoding(self, order: Order, *, chat: bool) -> AnswerText:
+        """What makes text of the answer to an order."""
+        return AnswerText(Decoder(self.tokenizer, TAGS if chat else ()), order.stops)
+
+    def spell(self, token: int) -> str:
+        """The text of one token, special ones included."""
+        return self.tokenizer.decode([token], skip_special=False)
+
+    def _prompt(self, asked: TextAsked) -> list[int]:
+        prompt = asked.prompt
+        if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
+            if len(prompt) > 1:
+                raise Refused(400, "One prompt a request is answered.", "prompt", "unsupported_value")
+            (prompt,) = prompt
+        if isinstance(prompt, str):
+            begun = prompt.startswith("".join(GLM_PREFIX))
+            return [*([] if begun else self.tokenizer.prefix), *self.tokenizer.encode(prompt)]
+        ids = [token for token in prompt if isinstance(token, int)]
+        if any(not 0 <= token < self.tokenizer.vocabulary_size for token in ids):
+            raise Refused(400, f"Token ids are 0 to {self.tokenizer.vocabulary_size - 1}.", "prompt")
+        return ids
+
+    def _order(self, asked: Asked, prompt: Sequence[int], limit: int, top: int | None, guide: Guide | None) -> Order:
+        if limit > self.limits.answer_tokens:
+            raise Refused(
+                400, f"An answer has at most {self.limits.answer_tokens} tokens on this server.", "max_tokens"
+            )
+        if not prompt:
+            raise Refused(400, "The prompt is empty.", "prompt")
+        room = self.context_length - len(prompt)
+        if room < 1:
+            raise Refused(
+                400, f"The prompt has {len(prompt)} tokens and the context {self.context_length}.",
+                "messages" if isinstance(asked, ChatAsked) else "prompt", "context_length_exceeded",
+            )  # fmt: skip
+        # A stop string that is a special token, which no text shows, is an end token.
+        special = self.tokenizer.special_tokens
+        stops = asked.stops(self.limits)
+        return Order(
+            prompt=tuple(prompt),
+            max_tokens=min(limit, room),
+            sampling=Sampling(
+                asked.warmth, asked.top_p, secrets.randbits(63) if asked.seed is None else asked.seed % 2**64
+            ),
+            stops=tuple(stop for stop in stops if stop not in special),
+            ends=self.ends | {special[stop] for stop in stops if stop in special},
+            top=top,
+            guide=guide,
+        )
+
+    def _guide(self, asked: ChatAsked) -> Guide | None:
+        """What the answer is held to, if that is asked for."""
+        form = asked.response_format
+        if form is None or form.type == "text":
+            return None
+        if not self.guides:
+            raise Refused(
+                400, "Answers of this bundle cannot be held to JSON: onnxruntime-genai, which can, does not run it.",
+                "response_format", "unsupported_value",
+            )  # fmt: skip
+        if asked.tools and asked.tool_choice != "none":
+            raise Refused(400, "An answer is either held to JSON or may call tools.", "response_format")
+        if asked.chat_template_kwargs.enable_thinking:
+            raise Refused(400, "An answer that is held to JSON has no reasoning.", "chat_template_kwargs")
+        return Guide("json_schema", json.dumps(form.json_schema.schema_) if form.json_schema else _ANY_OBJECT)

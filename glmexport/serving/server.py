@@ -1,0 +1,192 @@
+"""From a bundle and options to a server that ends when it is told to."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import stat
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from glmexport.bundle import MANIFEST, Manifest, read_manifest, verify_files
+from glmexport.checkpoint import Tokenizer
+from glmexport.errors import InputError, MachineError
+from glmexport.loop import read_loop
+from glmexport.serving.app import Facts, Service
+from glmexport.serving.engine import Engine, EngineOptions
+from glmexport.serving.guard import Access, Guard
+from glmexport.serving.limits import Limits
+from glmexport.serving.listen import Server, inherited_socket, notify, own_socket, reached_from_outside, url_of
+from glmexport.serving.metrics import Metrics
+from glmexport.serving.orders import Reader
+from glmexport.validation.generation import loop_facts
+
+#: A shorter key can be guessed.
+_KEY_CHARACTERS = 16
+#: How long the engine has to end its step once nobody waits for it.
+_LAST_STEP_S = 10
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """How to serve. ``threads`` None: as many as the bundle's target says, else ``cores``."""
+
+    cores: int
+    threads: int | None = None
+    host: str = "127.0.0.1"
+    port: int = 8000
+    key_file: Path | None = None
+    name: str | None = None
+    hosts: tuple[str, ...] = ()
+    drain_s: float = 30
+    lenient: bool = False
+    parallel: int = 4
+    waiting: int = 64
+    guesses: int = 0
+    reuse: bool = True
+    limits: Limits = field(default_factory=Limits)
+
+
+@dataclass(frozen=True)
+class Serving:
+    """A server that is ready."""
+
+    url: str
+    name: str
+    digest: str
+    threads: int
+    inherited: bool
+
+
+def serve(bundle: Path, options: ServeOptions, told: Callable[[Serving], None]) -> bool:
+    """Answer requests until SIGTERM or SIGINT; ``told`` once the model is in memory.
+
+    Returns: whether the thread that computes has ended, without which the process should not be torn down.
+
+    Raises:
+        InputError: the bundle, the key file or the address cannot be used.
+        MachineError: the address is taken, or the model cannot be run here.
+    """
+    # What a link names may change while files are opened one after the other.
+    directory = Path(os.path.realpath(bundle))
+    keys = read_keys(options.key_file, os.environ) if options.key_file else ()
+    inherited = inherited_socket(os.environ)
+    listener = inherited or own_socket(options.host, options.port)
+    with listener:
+        if reached_from_outside(listener) and not keys:
+            raise InputError(
+                f"{url_of(listener)} can be reached from other machines, and there is no key.",
+                next_step="Give --api-key-file, or listen on 127.0.0.1.",
+            )
+        manifest = read_manifest(directory)
+        verify_files(directory, manifest)
+        return _Served(directory, manifest, options, keys, listener, inherited is not None).run(told)
+
+
+class _Served:
+    """The parts, put together."""
+
+    def __init__(
+        self,
+        directory: Path,
+        manifest: Manifest,
+        options: ServeOptions,
+        keys: tuple[bytes, ...],
+        listener: socket.socket,
+        inherited: bool,
+    ) -> None:
+        self._threads = options.threads or manifest.target.session.threads or options.cores
+        self._serving = Serving(
+            url_of(listener), options.name or manifest.source.name, manifest.digest(), self._threads, inherited
+        )
+        ends, context_length = loop_facts(directory)
+        guides = read_loop(directory) is None
+        tokenizer = Tokenizer.open(directory)
+        reader = Reader(tokenizer, ends, context_length, options.limits, guides, options.lenient)
+        metrics = Metrics()
+        settings = EngineOptions(self._threads, options.parallel, options.waiting, options.guesses, options.reuse)
+        self._engine = Engine(directory, settings, metrics, self._loaded, self._broken)
+        facts = Facts(
+            name=self._serving.name,
+            digest=self._serving.digest,
+            family=manifest.family,
+            target=manifest.target.name,
+            context_length=context_length,
+            created=int((directory / MANIFEST).stat().st_mtime),
+        )
+        self._service = Service(facts, reader, self._engine, metrics)
+        hosts = {host.lower() for host in options.hosts}
+        if options.host not in ("0.0.0.0", "::"):  # noqa: S104
+            hosts.add(options.host.lower())
+        guard = Guard(self._service.application(), Access(keys, frozenset(hosts)), metrics)
+        self._server = Server(guard, listener, options.limits, options.drain_s, self._drain, self._service.give_up)
+        self._error: Exception | None = None
+
+    def run(self, told: Callable[[Serving], None]) -> bool:
+        """Until the server has ended."""
+        self._told = told
+        asyncio.run(self._run())
+        if self._error:
+            raise self._error
+        return self._engine.join(_LAST_STEP_S)
+
+    async def _run(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._engine.start()
+        try:
+            await self._server.listen()
+        finally:
+            self._engine.close()
+
+    def _loaded(self) -> None:
+        self._loop.call_soon_threadsafe(self._tell)
+
+    def _tell(self) -> None:
+        notify("READY=1")
+        self._told(self._serving)
+
+    def _broken(self, error: Exception) -> None:
+        self._error = error
+        self._loop.call_soon_threadsafe(self._server.stop)
+
+    def _drain(self) -> None:
+        notify("STOPPING=1")
+        self._service.draining = True
+
+
+def read_keys(path: Path, environment: Mapping[str, str]) -> tuple[bytes, ...]:
+    """The keys in a file, one a line; several, so that a key can be changed without a pause.
+
+    Raises:
+        InputError: others can read the file, or it has no key, or one that is too short or no plain text.
+        MachineError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as stream:
+            status = os.fstat(stream.fileno())
+            # Of what was opened, and not of what may be in its place by now.
+            _check_secret(path, status, environment)
+            lines = stream.read(1 << 16).splitlines()
+    except OSError as error:
+        raise MachineError(f"{path} cannot be read: {error.strerror}.", next_step="Check its permissions.") from error
+    keys = tuple(line.strip() for line in lines if line.strip())
+    if not keys or any(len(key) < _KEY_CHARACTERS or not key.isascii() or b" " in key for key in keys):
+        raise InputError(
+            f"{path} has no key, or one that is not {_KEY_CHARACTERS} or more ASCII characters without spaces.",
+            next_step="Write one with: openssl rand -hex 32.",
+        )
+    return keys
+
+
+def _check_secret(path: Path, status: os.stat_result, environment: Mapping[str, str]) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise InputError(f"{path} is no file.", next_step="Give a file with the key in it.")
+    # systemd guards its credentials by an access list, whose mask is where the group's rights are.
+    credentials = environment.get("CREDENTIALS_DIRECTORY")
+    listed = credentials is not None and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(credentials))
+    if status.st_mode & (0o007 if listed else 0o077):
+        raise InputError(f"{path} can be read by others.", next_step=f"chmod 600 {path}")
+    if status.st_uid not in (0, os.geteuid()):
+        raise InputError(f"{path} belongs to another user.", next_step="Make it yours, or root's.")

@@ -1,0 +1,52 @@
+"""Server-sent events, as OpenAI's clients read them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from glmexport.serving.failure import Gone, Refused
+
+_DONE = b"data: [DONE]\n\n"
+
+
+def event(document: dict[str, Any]) -> bytes:
+    """One event; JSON has no line break of its own."""
+    return b"data: " + json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+class EventStream(Response):
+    """``documents`` as they come. A client that takes nothing for ``patience_s`` is left."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, documents: AsyncGenerator[dict[str, Any]], patience_s: float) -> None:
+        super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._documents = documents
+        self._patience_s = patience_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As ASGI has it."""
+        async with aclosing(self._documents):
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+
+            async def pass_on(data: bytes, more: bool = True) -> None:
+                try:
+                    async with asyncio.timeout(self._patience_s):
+                        await send({"type": "http.response.body", "body": data, "more_body": more})
+                except TimeoutError as error:
+                    raise Gone from error
+
+            try:
+                async for document in self._documents:
+                    await pass_on(event(document))
+            except Refused as refused:
+                await pass_on(event(refused.document))
+            await pass_on(_DONE, more=False)
