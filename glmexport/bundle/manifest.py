@@ -17,7 +17,8 @@ MANIFEST = "bundle.json"
 #: What validation writes into a bundle.
 REPORTS = frozenset({"report.json", "report.html", "report.md", "report.xml"})
 #: What signing writes into it, beside the folder of attestations.
-RELEASE_FILES = frozenset({"release.json", "golden.json", "verify.py", "model.sig"})
+SIGNATURE = "model.sig"
+RELEASE_FILES = frozenset({"release.json", "golden.json", "verify.py", SIGNATURE})
 ATTESTATIONS = "attestations"
 #: Evidence about a bundle, written after it and therefore not part of what its digest covers.
 EVIDENCE = REPORTS | RELEASE_FILES

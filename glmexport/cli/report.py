@@ -25,14 +25,17 @@ def report() -> None:
 @json_option
 def render(path: Path, output: Path | None, as_json: bool) -> None:
     """Write report.html, report.md and report.xml from REPORT.json (or from that of a bundle) once more."""
+    from glmexport.cli.signature import telling_of_signature
     from glmexport.report.document import HTML_NAME, JUNIT_NAME, MARKDOWN_NAME, report_path
     from glmexport.report.write import render_report
 
     path = report_path(path)
     directory = output or path.parent
-    written = render_report(path, directory)
+    terminal = Terminal()
+    with telling_of_signature(terminal, directory):
+        written = render_report(path, directory)
     files = [str(directory / name) for name in (HTML_NAME, MARKDOWN_NAME, JUNIT_NAME)]
-    Terminal().facts("Report", {"report": str(path), "verdict": written.verdict, "written": "\n".join(files)})
+    terminal.facts("Report", {"report": str(path), "verdict": written.verdict, "written": "\n".join(files)})
     if as_json:
         document = {"report": str(path), "verdict": written.verdict, "files": files}
         emit(json.dumps(document, indent=2, ensure_ascii=False))

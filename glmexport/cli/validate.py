@@ -78,6 +78,7 @@ def validate(
     """
     from glmexport.bundle import read_manifest
     from glmexport.cli.plan import show_plan
+    from glmexport.cli.signature import telling_of_signature
     from glmexport.cli.verdict import exit_code, show
     from glmexport.compile import BuildOptions, command_line, threads_of, validate_bundle, validate_captured_bundle
     from glmexport.errors import EXIT_PASS
@@ -136,11 +137,13 @@ def validate(
 
         chosen = context.get_parameter_source("threads") is not ParameterSource.DEFAULT
         of_device = threads if chosen else None
-        return on_devices(bundle, original, devices, fleet, of_device, options, terminal, as_json)
-    if isinstance(original, Original):
-        built = validate_bundle(bundle, original, options, terminal)
-    else:
-        built = validate_captured_bundle(bundle, original, options, terminal)
+        with telling_of_signature(terminal, bundle):
+            return on_devices(bundle, original, devices, fleet, of_device, options, terminal, as_json)
+    with telling_of_signature(terminal, bundle):
+        if isinstance(original, Original):
+            built = validate_bundle(bundle, original, options, terminal)
+        else:
+            built = validate_captured_bundle(bundle, original, options, terminal)
     show(terminal.console, built.report, bundle)
     if as_json:
         emit(built.report.model_dump_json(indent=2))

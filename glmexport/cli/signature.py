@@ -1,0 +1,25 @@
+"""What verbs say that write into a bundle which may be signed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from glmexport.cli.console import Terminal
+
+
+@contextmanager
+def telling_of_signature(terminal: Terminal, directory: Path) -> Iterator[None]:
+    """Say so if what is done within changes the report of a bundle under a signature, which covers it."""
+    from glmexport.bundle.manifest import REPORTS, SIGNATURE
+    from glmexport.quantization import sha256
+
+    def reports() -> dict[str, str]:
+        return {name: sha256(directory / name) for name in sorted(REPORTS) if (directory / name).is_file()}
+
+    signed = (directory / SIGNATURE).is_file()
+    before = reports() if signed else {}
+    yield
+    if signed and reports() != before:
+        terminal.remark(f"The report in {directory} changed, so its signature no longer holds; sign it again.")
