@@ -33,6 +33,8 @@ class Order:
     #: Token ids that end the answer.
     ends: frozenset[int] = frozenset()
     top: int | None = None
+    #: Whether the end token is told, too.
+    tells_end: bool = False
     guide: Guide | None = None
 
 
@@ -123,11 +125,14 @@ class Answer:
         """Go on with a ``token`` chosen by ``logits`` [V]; what ended the answer, if that did."""
         if (since := self.timing.token()) is not None:
             self._gap(since)
+        top = self.order.top
+        told = Token(token, None if top is None else likelihood(logits, token, top))
         if token in self.order.ends:
+            if self.order.tells_end:
+                self._hand_on(self._text.add(told))
             return self._finish("stop")
         self.tokens.append(token)
-        top = self.order.top
-        self._hand_on(self._text.add(Token(token, None if top is None else likelihood(logits, token, top))))
+        self._hand_on(self._text.add(told))
         if self._text.stopped:
             return self._finish("stop")
         if len(self.tokens) >= self.order.max_tokens:

@@ -37,9 +37,10 @@ T = TypeVar("T", bound=Asked)
 
 @dataclass(frozen=True)
 class Facts:
-    """What is served. ``created``: when the bundle was written, in Unix time."""
+    """What is served. ``created``: when the bundle was written, in Unix time; ``directory``: name of its folder."""
 
     name: str
+    directory: str
     digest: str
     family: str
     target: str
@@ -109,7 +110,8 @@ class Service:
 
     async def _ready(self, request: Request) -> Response:
         status = "draining" if self.draining else "ready" if self._engine.ready else "loading"
-        facts = {"digest": self._facts.digest, "family": self._facts.family, "target": self._facts.target}
+        names = ("digest", "directory", "family", "target")
+        facts = {name: getattr(self._facts, name) for name in names}
         return JSONResponse({"status": status, "model": self._facts.name, **facts}, 200 if status == "ready" else 503)
 
     async def _measures(self, request: Request) -> Response:

@@ -132,6 +132,7 @@ class Reader:
             stops=tuple(stop for stop in stops if stop not in special),
             ends=self.ends | {special[stop] for stop in stops if stop in special},
             top=top,
+            tells_end=isinstance(asked, TextAsked) and asked.return_token_ids,
             guide=guide,
         )
 

@@ -110,6 +110,7 @@ class _Served:
         self._engine = Engine(directory, settings, metrics, self._loaded, self._broken)
         facts = Facts(
             name=self._serving.name,
+            directory=directory.name,
             digest=self._serving.digest,
             family=manifest.family,
             target=manifest.target.name,

@@ -210,7 +210,7 @@ class GenaiLoop:
 
     def distributions(self, prompt: Sequence[int], count: int) -> Iterator[NDArray[np.float32]]:
         """Logits [vocabulary] fp32 before each of at most ``count`` greedy tokens behind ``prompt``."""
-        generator = self._generator(1, len(prompt) + count)
+        generator = self.generator(1, len(prompt) + count)
         generator.append_tokens(np.array([prompt], np.int32))
         while not generator.is_done():
             yield np.array(generator.get_logits(), np.float32)[0, -1]

@@ -75,7 +75,7 @@ def golden(endpoint: Endpoint, release: Path, tolerance: float, tell: Callable[[
     answers = json.loads(path.read_text("utf-8"))["answers"]
     for number, expected in enumerate(answers, 1):
         request = {
-            "model": "", "prompt": expected["prompt"], "max_tokens": len(expected["steps"]), "temperature": 0,
+            "prompt": expected["prompt"], "max_tokens": len(expected["steps"]), "temperature": 0,
             "logprobs": 5, "return_token_ids": True,
         }  # fmt: skip
         try:

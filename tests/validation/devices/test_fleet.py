@@ -120,7 +120,8 @@ def test_a_bug_ends_all(tmp_path: Path) -> None:
             waits(job, results, progress)
 
     with pytest.raises(ZeroDivisionError):
-        ask([member("waits", Remote(SshAddress("x", "x"))), member("bug", bug)], tmp_path, tmp_path / "results", Silent())
+        members = [member("waits", Remote(SshAddress("x", "x"))), member("bug", bug)]
+        ask(members, tmp_path, tmp_path / "results", Silent())
     assert ended.is_set()
 
 
