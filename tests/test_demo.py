@@ -19,10 +19,12 @@ from glmexport.job import Original, jobs_of
 from glmexport.progress import Silent
 from glmexport.report.document import read_report
 from glmexport.target import HOST, open_target
+from glmexport.validation.machine import cores
 from glmexport.validation.results import Verdict
 from glmexport.validation.run import ValidationPlan
 
 __all__ = ["run"]
+pytestmark = pytest.mark.slow
 #: Targets of devices that this machine can be, in a browser and under emulation.
 ELSEWHERE = ("wasm", "arm64")
 #: Less text than a real build takes, so that four builds fit a test run.
@@ -47,7 +49,7 @@ def bundles(original: Original, tmp_path_factory: pytest.TempPathFactory) -> dic
             plan = calibration.model_copy(update={"tokens": CALIBRATION_TOKENS})
             jobs = [replace(job, recipe=job.recipe.model_copy(update={"calibration": plan})) for job in jobs]
         for target, one in zip(
-            targets, build(original, jobs, BuildOptions(threads=2, validation=PLAN), Silent()), strict=True
+            targets, build(original, jobs, BuildOptions(threads=cores(), validation=PLAN), Silent()), strict=True
         ):
             assert isinstance(one, Built)
             built[name if target == HOST else target] = one
@@ -91,7 +93,7 @@ def test_genai_and_onnxruntime_generate_the_same_tokens(
     expected = greedy(directory, prompt, 64)
     ends = json.loads((directory / "genai_config.json").read_text())["model"]["eos_token_id"]
     cut = next((index for index, token in enumerate(expected) if token in ends), len(expected))
-    pieces = list(generate(directory, tokenizer, prompt, max_tokens=64, threads=2))
+    pieces = list(generate(directory, tokenizer, prompt, max_tokens=64, threads=cores()))
     assert [piece.token for piece in pieces] == expected[:cut]
 
 
