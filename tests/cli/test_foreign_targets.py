@@ -13,8 +13,8 @@ from glmexport.bundle import read_manifest
 from glmexport.errors import EXIT_INCONCLUSIVE, EXIT_INPUT
 from glmexport.host import CPU_PROVIDER, Host
 from glmexport.target import open_target, shipped_targets
+from glmexport.validation.caches import CACHE_TYPES
 from glmexport.validation.generation import GenerationSession
-from glmexport.validation.session import CACHE_TYPES
 
 AVX2 = Host("x86_64", frozenset({"avx2", "fma"}))
 #: With this provider and native, bundles of another class run here.
