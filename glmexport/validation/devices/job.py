@@ -29,7 +29,9 @@ from glmexport.bundle import MODEL, SCORING, Manifest
 from glmexport.bundle.external import WEIGHTS
 from glmexport.bundle.manifest import FileEntry
 from glmexport.definition import Definition
+from glmexport.errors import InputError
 from glmexport.graph import ATTENTION_MASK, INPUT_IDS, LOGITS, PAST, PRESENT
+from glmexport.loop import FixedLoopConfig, read_loop
 from glmexport.quantization import sha256, write_atomically
 from glmexport.target import Provider
 from glmexport.validation.generation import loop_facts
@@ -148,8 +150,10 @@ def write_job(
     """Write the job into the new ``directory``; the same arguments give the same bytes.
 
     Raises:
+        InputError: a device cannot be asked about such a bundle.
         BundleError: the bundle's loop cannot be read.
     """
+    require_askable(bundle)
     directory.mkdir(parents=True)
     _link(bundle, directory / BUNDLE, manifest)
     tensors: dict[str, Tensor] = {}
@@ -183,6 +187,15 @@ def write_job(
     )
     write_atomically(directory / JOB, (job.model_dump_json(indent=1) + "\n").encode())
     return job
+
+
+def require_askable(bundle: Path) -> None:
+    """Raise InputError if a job cannot describe the graphs of ``bundle``, or BundleError if its loop cannot be read."""
+    if isinstance(read_loop(bundle), FixedLoopConfig):
+        raise InputError(
+            f"{bundle} has graphs of fixed shapes, which no job for a device describes yet.",
+            next_step="Install glmexport on the device and validate it there, without --device and --fleet.",
+        )
 
 
 def needed_files(manifest: Manifest) -> tuple[FileEntry, ...]:
