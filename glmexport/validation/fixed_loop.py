@@ -83,13 +83,10 @@ class _Sequence:
     def advance(self, ids: Sequence[int]) -> int:
         """Compute ``ids`` behind what was computed before, and return the most likely token behind them."""
         while True:
-            graph = self._loop.chunk if len(ids) > 1 and self._holds_chunk() else self._loop.step
+            # A prompt begins at the first position, and the caches hold whole chunks: none passes their end.
+            graph = self._loop.chunk if len(ids) > 1 else self._loop.step
             logits = graph.run(self._caches, ids[: graph.positions], self._length)
             self._length += min(len(ids), graph.positions)
             ids = ids[graph.positions :]
             if not ids:
                 return int(logits[-1].argmax())
-
-    def _holds_chunk(self) -> bool:
-        """A chunk's last positions would be behind the caches' end, where nothing can be written."""
-        return self._length + self._loop.chunk.positions <= self._loop.context_length
