@@ -24,7 +24,6 @@ from glmexport.report.write import write_report
 from glmexport.validation.capture import CapturedReference
 from glmexport.validation.devices.answers import DeviceAnswers
 from glmexport.validation.devices.fleet import Member, ask
-from glmexport.validation.devices.job import require_askable
 from glmexport.validation.devices.judging import DeviceJudge, failed, measured
 from glmexport.validation.devices.kit import write_kit
 from glmexport.validation.results import DeviceResult
@@ -84,10 +83,8 @@ def prepare_job(
     ``threads``: of each device; None: as many as it has cores.
 
     Raises:
-        InputError: devices cannot be asked about such a bundle.
         BundleError: the bundle was made from another checkpoint, or its files are not those of its manifest.
     """
-    require_askable(directory)
     place = _place(directory)
     if isinstance(original, Original):
         manifest = open_bundle(directory, original, progress)

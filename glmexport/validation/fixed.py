@@ -58,10 +58,15 @@ class FixedGraph:
         Raises:
             InputError: the caches do not hold so many.
         """
-        if len(ids) > self._config.context_length:
-            raise InputError(
-                f"A text has {len(ids)} tokens, and the caches of the bundle hold {self._config.context_length}.",
-                next_step="Give shorter texts, or a reference that was captured of such.",
-            )
+        require_room(len(ids), self._config.context_length)
         caches, starts = self.begin(), range(0, len(ids), self.positions)
         return np.concatenate([self.run(caches, ids[start : start + self.positions], start) for start in starts])
+
+
+def require_room(tokens: int, context_length: int) -> None:
+    """Raise InputError if caches of that capacity do not hold a text of so many ``tokens``."""
+    if tokens > context_length:
+        raise InputError(
+            f"A text has {tokens} tokens, and the caches of the bundle hold {context_length}.",
+            next_step="Give shorter texts, or a reference that was captured of such.",
+        )

@@ -19,6 +19,10 @@ from glmexport.errors import EXIT_INPUT, InputError
 from glmexport.host import CPU_PROVIDER
 from glmexport.loop import FixedLoopConfig, read_loop
 from glmexport.progress import Silent
+from glmexport.validation.devices.answers import DeviceAnswers
+from glmexport.validation.devices.job import PromptQuestion, SpeedRequest, TextQuestion, read_job, write_job
+from glmexport.validation.devices.local import LocalRunner
+from glmexport.validation.devices.web_limits import check_limits
 from glmexport.validation.fixed_loop import FixedLoop
 from glmexport.validation.generation import GenerationSession
 from glmexport.validation.runtimes import RuntimeRequest
@@ -169,11 +173,47 @@ def test_through_the_command_line(pair: Pair, run: Run) -> None:
     assert report["fidelity"]["overall"]["positions"] == pair.fixed.report.fidelity.overall.positions
 
 
+def test_a_device_answers_as_this_machine_does(pair: Pair, tmp_path: Path, run: Run) -> None:
+    """Its program has a loop of its own, which reads chunks too."""
+    bundle = pair.fixed.directory
+    asked = run("validate", bundle, "--against", pair.checkpoint, "--device", "local", "--threads", THREADS, "--json")
+    assert asked.code in (0, 2), asked.stderr
+    (device,) = asked.document["devices"]
+    expected = pair.fixed.report.fidelity.overall
+    assert device["fidelity"]["overall"]["positions"] == expected.positions
+    assert device["fidelity"]["overall"]["kl_mean_nats"] == pytest.approx(expected.kl_mean_nats, rel=1e-3)
+    job = tmp_path / "job"
+    prompts = [PROMPT[:length] for length in (1, CHUNK, 40)]
+    write_job(
+        job,
+        bundle,
+        read_manifest(bundle),
+        [TextQuestion(torch.tensor(PROMPT[:20]), 1, torch.zeros(19, 1), None)],
+        [PromptQuestion(ids, 12) for ids in prompts],
+        vocabulary_size=264,
+        speed=SpeedRequest(prompt=tuple(PROMPT[:20]), generated_tokens=3, rounds=1, seconds=0),
+        threads=THREADS,
+    )
+    LocalRunner()(job, tmp_path / "results", Silent())
+    session = GenerationSession(bundle, THREADS)
+    answers = DeviceAnswers.open("local", job, tmp_path / "results")
+    assert [answers.tokens(index) for index in range(3)] == [session.tokens(ids, 12) for ids in prompts]
+    assert answers.result.speed is not None and answers.result.nodes is not None
+    assert sum(node.operator == "ScatterND" for node in answers.result.nodes) == 8
+    with pytest.raises(InputError, match="which no browser needs"):
+        check_limits(job, read_job(job))
+    question = TextQuestion(torch.tensor([*PROMPT, 1]), 1, torch.zeros(CONTEXT, 1), None)
+    with pytest.raises(InputError, match="97 tokens, and the caches of the bundle hold 96"):
+        write_job(
+            tmp_path / "long", bundle, read_manifest(bundle), [question], [], vocabulary_size=264, speed=None, threads=1
+        )
+    assert not (tmp_path / "long").exists()
+
+
 def test_what_graphs_of_fixed_shapes_do_not_do(pair: Pair, tmp_path: Path, run: Run) -> None:
     bundle, target = pair.fixed.directory, write_fixed_target(tmp_path)
     for arguments in (
         ("run", bundle, "-p", "Hi", "--speculate", "lookup"),
-        ("validate", bundle, "--against", pair.checkpoint, "--device", "local"),
         ("tune", pair.checkpoint, "--target", target, "-o", tmp_path / "tuned.toml"),
     ):
         refused = run(*arguments)
