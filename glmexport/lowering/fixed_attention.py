@@ -121,7 +121,7 @@ class LowerFixedAttentionPass(ir.passes.InPlacePass):
             tables += rewrite.op("Unsqueeze", [rows, rewrite.integers(2)])
         exact = rewrite.in_float32()
         (apart,) = exact.op("Unsqueeze", [position_ids, rewrite.integers(1, 3)])
-        cached = rewrite.constant("cached_positions", np.arange(capacity))
+        cached = rewrite.constant("cached_positions", np.arange(capacity, dtype=np.int64))
         (seen,) = exact.op("LessOrEqual", [cached, apart])
         choices = [
             rewrite.constant(name, np.array(value, np.float32)) for name, value in (("seen", 0.0), ("unseen", UNSEEN))
