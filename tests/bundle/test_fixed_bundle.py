@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from builds import FORMATS, THREADS, Run, build, bundle_weights, small_checkpoin
 from glmexport.bundle import read_manifest
 from glmexport.compile import Built
 from glmexport.definition import shipped_folder
-from glmexport.errors import EXIT_INPUT, InputError
+from glmexport.errors import EXIT_INPUT, BundleError, InputError
 from glmexport.host import CPU_PROVIDER
 from glmexport.loop import FixedLoopConfig, read_loop
 from glmexport.progress import Silent
@@ -223,6 +224,17 @@ def test_what_graphs_of_fixed_shapes_do_not_do(pair: Pair, tmp_path: Path, run: 
     assert isinstance(config, FixedLoopConfig)
     with pytest.raises(InputError, match="logits of one position"):
         FixedLoop(bundle, config, THREADS, speculation=open_speculation("mtp", None))
+
+
+def test_a_bundle_that_is_broken(pair: Pair, tmp_path: Path) -> None:
+    described = json.loads((pair.fixed.directory / "loop.json").read_text(encoding="utf-8"))
+    (tmp_path / "loop.json").write_text(json.dumps({**described, "chunk": 0}), encoding="utf-8")
+    with pytest.raises(BundleError, match="not what a loop reads"):
+        GenerationSession(tmp_path, THREADS)
+    shutil.copytree(pair.fixed.directory, tmp_path / "bundle")
+    (tmp_path / "bundle" / "step.onnx").write_bytes(b"no graph")
+    with pytest.raises(BundleError, match=r"cannot load .*step\.onnx"):
+        GenerationSession(tmp_path / "bundle", THREADS)
 
 
 def test_inspect_says_which_models_fit(pair: Pair, run: Run) -> None:

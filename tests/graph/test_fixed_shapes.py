@@ -24,6 +24,7 @@ from glmexport.errors import InputError
 from glmexport.graph import cache_bytes_per_token, fixed_sizes
 from glmexport.loop import FixedLoopConfig
 from glmexport.lowering import lower
+from glmexport.lowering.explain import lowerings
 from glmexport.lowering.fixed_attention import UNSEEN
 from glmexport.progress import Silent
 from glmexport.quantization.weights import Weights
@@ -259,6 +260,19 @@ def test_a_text_that_the_caches_do_not_hold(checkpoints: dict[str, tuple[Path, A
         fixed.scores(IDS[:49])
 
 
-def test_the_shipped_target_has_the_sizes_that_it_says() -> None:
-    limits = open_target("qnn").graph
-    assert (limits.static_shapes, limits.chunk, limits.capacity) == (True, 64, 4096)
+def test_the_same_graphs_are_the_same_bytes(checkpoints: dict[str, tuple[Path, Any]], tmp_path: Path) -> None:
+    weights = weights_of(checkpoints["glm4"][0], tmp_path / "work", SIGNED)
+    for name in ("once", "again"):
+        export(weights, changed("qnn", graph=FIXED), tmp_path / name)
+    files = [path.relative_to(tmp_path / "once") for path in (tmp_path / "once").rglob("*") if path.is_file()]
+    assert len(files) > 4
+    for file in files:
+        assert (tmp_path / "once" / file).read_bytes() == (tmp_path / "again" / file).read_bytes(), file
+
+
+def test_the_shipped_target_says_what_it_gets() -> None:
+    told = {lowering.name: lowering.does for lowering in lowerings(open_target("qnn"))}
+    assert told["chunk"] == "64 positions of a prompt" and told["context"].startswith("4096 positions")
+    assert told["mixtures of experts"] == told["cache of latent attention"] == "refused"
+    assert "standard operators" in told["rotary embedding"] and "all fixed" in told["shapes"]
+    assert "chunk" not in {lowering.name for lowering in lowerings(EXACT)}
