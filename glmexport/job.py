@@ -63,12 +63,11 @@ class Original:
         return self.architecture.token_prediction is not None and own_loop(self.architecture, target.graph)
 
     def architecture_for(self, target: Target) -> Architecture:
-        """What a bundle for ``target`` consists of, and the context that it has."""
-        limits = target.graph
-        if limits.static_shapes:
-            context = fixed_sizes(self.architecture, limits).capacity
-            return replace(self.architecture, token_prediction=None, context_length=context)
-        return self.architecture if self.drafts(target) else replace(self.architecture, token_prediction=None)
+        """What a bundle for ``target`` consists of, with the context that it has."""
+        built = self.architecture if self.drafts(target) else replace(self.architecture, token_prediction=None)
+        if not target.graph.static_shapes:
+            return built
+        return replace(built, context_length=fixed_sizes(built, target.graph).capacity)
 
     def unused_for(self, target: Target) -> dict[str, str]:
         """Tensors that a bundle for ``target`` leaves out, and why."""

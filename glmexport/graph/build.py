@@ -37,8 +37,10 @@ from glmexport.target import GraphLimits
 
 
 def own_loop(architecture: Architecture, limits: GraphLimits) -> bool:
-    """Whether a loop of ours decodes with the graph, and not onnxruntime-genai."""
-    return limits.latent_cache and architecture.latent_values_per_token is not None
+    """Whether a loop of ours decodes with the graph over latents, and not onnxruntime-genai over heads."""
+    return (
+        limits.latent_cache and not limits.static_shapes and architecture.latent_values_per_token is not None
+    )
 
 
 def cache_bytes_per_token(architecture: Architecture, limits: GraphLimits) -> int:
