@@ -48,7 +48,7 @@ def program() -> bytes:
     with zipfile.ZipFile(buffer, "w") as archive:
         parents = [f"{'/'.join(_PACKAGE.split('/')[:depth])}/__init__.py" for depth in range(1, 4)]
         contents = {"__main__.py": _MAIN, **dict.fromkeys(parents, "")}
-        for name in ("__init__", "__main__", "facts", "files", "session"):
+        for name in ("__init__", "__main__", "facts", "files", "fixed", "session"):
             contents[f"{_PACKAGE}/{name}.py"] = (_SOURCES / f"{name}.py").read_text(encoding="utf-8")
         for path, content in sorted(contents.items()):
             archive.writestr(zipfile.ZipInfo(path, _DATE), content)
