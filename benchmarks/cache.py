@@ -33,7 +33,7 @@ from glmexport.quantization.weights import Weights
 from glmexport.recipe import open_recipe
 from glmexport.target import open_target
 from glmexport.validation import machine
-from glmexport.validation.session import empty_cache
+from glmexport.validation.caches import empty_cache
 from glmexport.validation.texts import EvaluationText, evaluation_texts
 
 FORMS = (("activations", "channel"), ("int8", "channel"), ("int8", "tensor"), ("int4", "channel"), ("int4", "tensor"))

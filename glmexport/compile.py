@@ -347,7 +347,7 @@ def _validated(
         where,
         manifest,
         original.checkpoint,
-        original.architecture,
+        original.architecture_for(manifest.target),
         original.tokenizer,
         evaluation_documents(
             options.evaluation, original.tokenizer, manifest.calibration.own if manifest.calibration else ()

@@ -15,7 +15,7 @@ from glmexport.architecture.token_prediction import share_tables
 from glmexport.checkpoint import Checkpoint, Tokenizer
 from glmexport.errors import InputError, MachineError
 from glmexport.estimate import estimate
-from glmexport.graph import own_loop
+from glmexport.graph import fixed_sizes, own_loop
 from glmexport.progress import Progress
 from glmexport.quantization.allocation import probe_bytes, require_fit
 from glmexport.recipe import STORED, Budget, Format, Recipe, open_recipe
@@ -63,8 +63,11 @@ class Original:
         return self.architecture.token_prediction is not None and own_loop(self.architecture, target.graph)
 
     def architecture_for(self, target: Target) -> Architecture:
-        """What a bundle for ``target`` consists of."""
-        return self.architecture if self.drafts(target) else replace(self.architecture, token_prediction=None)
+        """What a bundle for ``target`` consists of, with the context that it has."""
+        built = self.architecture if self.drafts(target) else replace(self.architecture, token_prediction=None)
+        if not target.graph.static_shapes:
+            return built
+        return replace(built, context_length=fixed_sizes(built, target.graph).capacity)
 
     def unused_for(self, target: Target) -> dict[str, str]:
         """Tensors that a bundle for ``target`` leaves out, and why."""
@@ -232,11 +235,7 @@ def _refuse_graph(original: Original, job: Job) -> None:
     """What the target's capabilities rule out, whatever the formats are."""
     architecture, target, limits = original.architecture, job.target, job.target.graph
     if limits.static_shapes:
-        raise InputError(
-            f"The target {target.name} runs graphs of fixed shapes only, which cannot be built yet: "
-            f"{' '.join(target.provenance.not_yet) or 'prompts and caches have any length.'}",
-            next_step="Take another target ('glmexport targets list').",
-        )
+        _refuse_fixed(original, job)
     if architecture.attended_tokens and not limits.latent_cache:
         raise InputError(
             f"{architecture.family} selects what it attends to by a cache of its own, and the target "
@@ -267,6 +266,23 @@ def _refuse_graph(original: Original, job: Job) -> None:
                 f"{job.recipe.name} has no calibration text.",
                 next_step='Take a recipe with [calibration], or a target with graph.kv_cache = "activations".',
             )
+
+
+def _refuse_fixed(original: Original, job: Job) -> None:
+    """What graphs of fixed shapes cannot hold."""
+    architecture, target = original.architecture, job.target
+    reason = ""
+    if architecture.routed:
+        reason = "is a mixture of experts, and which experts are read is decided token by token"
+    elif architecture.latent_values_per_token is not None:
+        reason = "has latent attention, which is lowered for caches of any length only"
+    elif target.graph.kv_cache != "activations":
+        reason = f"would have a cache in {target.graph.kv_cache}, which only the fused attention operator reads"
+    if reason:
+        raise InputError(
+            f"The target {target.name} runs graphs of fixed shapes only, and {original.checkpoint.name} {reason}.",
+            next_step="Take another target ('glmexport targets list').",
+        )
 
 
 def _refuse_sizes(original: Original, job: Job) -> None:

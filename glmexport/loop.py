@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pydantic import Field, TypeAdapter
+
 from glmexport.definition import Definition
 from glmexport.errors import BundleError
 from glmexport.target import Provider, SessionOptions
@@ -26,8 +28,8 @@ class DraftConfig(Definition):
     caches: dict[str, str]
 
 
-class LoopConfig(Definition):
-    """The graph's names, and what a loop has to know beside it."""
+class OwnLoop(Definition):
+    """What every loop of ours has to know."""
 
     #: The graph's file.
     graph: str
@@ -35,8 +37,14 @@ class LoopConfig(Definition):
     session: SessionOptions = SessionOptions()
     context_length: int
     eos_token_id: tuple[int, ...]
-    #: Names of the graph's token ids [B, S], mask [B, T] and logits [B, R, V]: R is S in a short step, and otherwise 1.
+    #: Name of the graph's token ids [B, S].
     input_ids: str
+
+
+class LoopConfig(OwnLoop):
+    """A graph for any number of sequences and positions: its names, and what a loop has to know beside it."""
+
+    #: Names of its mask [B, T] and logits [B, R, V]: R is S in a short step, and otherwise 1.
     attention_mask: str
     logits: str
     #: Output by input of every cache [B, C, width].
@@ -48,7 +56,24 @@ class LoopConfig(Definition):
     draft: DraftConfig | None = None
 
 
-def read_loop(bundle: Path) -> LoopConfig | None:
+class FixedLoopConfig(OwnLoop):
+    """Graphs of fixed shapes for one sequence: ``graph`` for ``chunk`` positions of a prompt, another for one token."""
+
+    chunk: int = Field(ge=2)
+    step_graph: str
+    #: Names of the positions [1, S] of the token ids, and of the index [1] of the one whose logits [1, 1, V] are
+    #: computed, which the graph for one token does not have.
+    position_ids: str
+    asked_position: str
+    logits: str
+    #: Output by input of every cache [1, C, width], C the context's length.
+    caches: dict[str, str]
+
+
+_LOOPS: TypeAdapter[LoopConfig | FixedLoopConfig] = TypeAdapter(LoopConfig | FixedLoopConfig)
+
+
+def read_loop(bundle: Path) -> LoopConfig | FixedLoopConfig | None:
     """The file of a bundle; None: it has none, and onnxruntime-genai runs it.
 
     Raises:
@@ -58,7 +83,7 @@ def read_loop(bundle: Path) -> LoopConfig | None:
     if not path.is_file():
         return None
     try:
-        return LoopConfig.model_validate_json(path.read_text(encoding="utf-8"))
+        return _LOOPS.validate_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise BundleError(
             f"{path} is not what a loop reads: {str(error).splitlines()[0]}.",

@@ -30,7 +30,7 @@ def plan_bundle(
         manifest = open_bundle(directory, original, progress)
         calibrated = manifest.calibration.own if manifest.calibration else ()
         documents = evaluation_documents(options.evaluation, original.tokenizer, calibrated)
-        texts = texts_for(documents, original.tokenizer, original.architecture, options.validation)
+        texts = texts_for(documents, original.tokenizer, original.architecture_for(manifest.target), options.validation)
         reference = Reference(original.checkpoint, original.architecture)
     else:
         manifest = open_captured_bundle(directory, original)

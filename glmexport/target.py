@@ -63,8 +63,11 @@ class GraphLimits(Definition):
     #: Latent attention caches one latent a token and layer, which a loop of ours decodes with; otherwise the keys and
     #: values of every head, which onnxruntime-genai decodes with.
     latent_cache: bool = False
-    #: The provider compiles graphs of fixed shapes only.
+    #: The provider compiles graphs of fixed shapes only: one for a chunk of a prompt and one for a single token.
     static_shapes: bool = False
+    #: Of graphs of fixed shapes: positions of a chunk, and positions that caches hold, if the model's context does.
+    chunk: int = Field(default=64, ge=2)
+    capacity: int = Field(default=4096, ge=2)
 
 
 class WeightFormats(Definition):

@@ -100,10 +100,16 @@ def tune(original: Original, target: Target, output: Path, options: TuneOptions,
     Finished measurements are kept until the tuning is done; the same call goes on after the last one.
 
     Raises:
-        InputError: ``output`` exists and may not be replaced, or no candidate keeps the allowance.
+        InputError: ``output`` exists and may not be replaced, no candidate keeps the allowance, or the target's graphs
+            have fixed shapes.
         MachineError: the disk has too little space, the start does not run here, or somebody else tunes the same.
     """
     _refuse(output, options.force)
+    if target.graph.static_shapes:
+        raise InputError(
+            f"The target {target.name} runs graphs of fixed shapes only, and tuning measures graphs of any.",
+            next_step="Set its graph.chunk and graph.capacity by hand, and compare bundles by glmexport compare.",
+        )
     torch.set_num_threads(options.cores)
     tuning = _Tuning(original, target, options, progress)
     tuning.require_space(output.parent)

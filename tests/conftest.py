@@ -6,6 +6,21 @@ import os
 import sys
 from pathlib import Path
 
+import psutil
+import pytest
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 sys.path.insert(0, str(Path(__file__).parent))
+
+if sys.platform == "linux" and (worker := os.environ.get("PYTEST_XDIST_WORKER")):
+    # Tests side by side each have a core: threads of two libraries on two cores that both want wait for each other.
+    _cores = psutil.Process().cpu_affinity()
+    psutil.Process().cpu_affinity([_cores[int(worker.removeprefix("gw")) % len(_cores)]])
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first, so that no core is left with one of them at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)

@@ -1,4 +1,4 @@
-"""What a loop reads to run the bundle's model.onnx: that of onnxruntime-genai, or ours where latents are cached."""
+"""What a loop reads to run the bundle: that of onnxruntime-genai, or ours where latents are cached or shapes fixed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from glmexport.architecture import Architecture, DecoderLayer, LatentAttention, TokenPrediction
 from glmexport.graph import (
+    ASKED,
     ATTENTION_MASK,
     HIDDEN,
     INDEX,
@@ -15,23 +16,30 @@ from glmexport.graph import (
     LOGITS,
     PAST,
     PAST_HIDDEN,
+    POSITION_IDS,
     PRESENT,
     SHORT_STEP,
+    fixed_sizes,
     own_loop,
 )
-from glmexport.loop import LOOP_CONFIG, DraftConfig, LoopConfig
+from glmexport.loop import LOOP_CONFIG, DraftConfig, FixedLoopConfig, LoopConfig
 from glmexport.target import Target
 
 MODEL = "model.onnx"
 DRAFT = "draft.onnx"
+#: Of a bundle of fixed shapes, whose other graphs are for a chunk of a prompt.
+STEP = "step.onnx"
 GENAI_CONFIG = "genai_config.json"
 
 
 def loop_config(architecture: Architecture, target: Target) -> tuple[str, dict[str, Any]]:
     """Name and content of the loop's file.
 
-    onnxruntime-genai knows no cache but keys and values of heads; a bundle with another one gets no file of its.
+    onnxruntime-genai knows no cache but keys and values of heads, which grow or are its own; a bundle with another one
+    gets no file of its.
     """
+    if target.graph.static_shapes:
+        return LOOP_CONFIG, _fixed_config(architecture, target).model_dump(mode="json")
     if not own_loop(architecture, target.graph):
         return GENAI_CONFIG, genai_config(architecture, target)
     draft = architecture.token_prediction
@@ -44,7 +52,7 @@ def loop_config(architecture: Architecture, target: Target) -> tuple[str, dict[s
         input_ids=INPUT_IDS,
         attention_mask=ATTENTION_MASK,
         logits=LOGITS,
-        caches=_caches(architecture.layers),
+        caches=_latent_caches(architecture.layers),
         short_step=SHORT_STEP,
         hidden=HIDDEN if draft else None,
         draft=_draft_config(draft) if draft else None,
@@ -60,14 +68,35 @@ def _draft_config(draft: TokenPrediction) -> DraftConfig:
         past_hidden=PAST_HIDDEN,
         logits=LOGITS,
         hidden=HIDDEN,
-        caches=_caches([draft.layer]),
+        caches=_latent_caches([draft.layer]),
     )
 
 
-def _caches(layers: Iterable[DecoderLayer]) -> dict[str, str]:
-    kinds = [
+def _fixed_config(architecture: Architecture, target: Target) -> FixedLoopConfig:
+    sizes = fixed_sizes(architecture, target.graph)
+    return FixedLoopConfig(
+        graph=MODEL,
+        provider=target.provider,
+        session=target.session,
+        context_length=sizes.capacity,
+        eos_token_id=architecture.eos_token_ids,
+        input_ids=INPUT_IDS,
+        chunk=sizes.chunk,
+        step_graph=STEP,
+        position_ids=POSITION_IDS,
+        asked_position=ASKED,
+        logits=LOGITS,
+        caches=_caches((layer.index, kind) for layer in architecture.layers for kind in ("key", "value")),
+    )
+
+
+def _latent_caches(layers: Iterable[DecoderLayer]) -> dict[str, str]:
+    return _caches(
         (layer.index, kind) for layer in layers for kind in ((LATENT, INDEX) if layer.attention.attended else (LATENT,))
-    ]
+    )
+
+
+def _caches(kinds: Iterable[tuple[int, str]]) -> dict[str, str]:
     return {PAST.format(layer=at, kind=kind): PRESENT.format(layer=at, kind=kind) for at, kind in kinds}
 
 

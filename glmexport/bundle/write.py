@@ -17,7 +17,7 @@ from glmexport import __version__
 from glmexport.architecture import Architecture
 from glmexport.bundle.cache_scales import calibrate_caches, set_scales
 from glmexport.bundle.external import write_graphs
-from glmexport.bundle.genai import DRAFT, MODEL, loop_config
+from glmexport.bundle.genai import DRAFT, MODEL, STEP, loop_config
 from glmexport.bundle.manifest import (
     MANIFEST,
     CacheQuantization,
@@ -29,14 +29,14 @@ from glmexport.bundle.manifest import (
     list_files,
 )
 from glmexport.checkpoint.fold import as_tensors
-from glmexport.graph import build_draft, build_graph
+from glmexport.graph import build_draft, build_fixed, build_graph, fixed_sizes
 from glmexport.lowering import lower
 from glmexport.progress import Progress
 from glmexport.quantization import AllocatedGroup, QuantizedMatrix, coverage, write_atomically
 from glmexport.quantization.linear import stored_bits
 from glmexport.quantization.weights import Weights
 from glmexport.recipe import Recipe
-from glmexport.target import Target
+from glmexport.target import GraphLimits, Target
 
 SCORING = "scoring.onnx"
 #: Which powers of two were moved between tensors: what is needed to make a checkpoint of the bundle.
@@ -69,9 +69,7 @@ def write_bundle(
     """
     directory.mkdir(parents=True)
     limits = target.graph
-    built = {name: build_graph(architecture, limits, every_position=name == SCORING) for name in (MODEL, SCORING)}
-    if architecture.token_prediction:
-        built[DRAFT] = build_draft(architecture, limits)
+    built = graphs_of(architecture, limits)
     graphs = {name: lower(graph, target, weights, rotary_tables) for name, graph in built.items()}
     cache = None
     if limits.kv_cache == "activations":
@@ -125,6 +123,21 @@ def write_bundle(
     )
     write_atomically(directory / MANIFEST, (manifest.model_dump_json(indent=2) + "\n").encode())
     return manifest
+
+
+def graphs_of(architecture: Architecture, limits: GraphLimits) -> dict[str, ir.Model]:
+    """The graphs of a bundle by their files, before they are lowered."""
+    if limits.static_shapes:
+        chunk = fixed_sizes(architecture, limits).chunk
+        positions = {MODEL: chunk, STEP: 1, SCORING: chunk}
+        return {
+            name: build_fixed(architecture, limits, count, every_position=name == SCORING)
+            for name, count in positions.items()
+        }
+    graphs = {name: build_graph(architecture, limits, every_position=name == SCORING) for name in (MODEL, SCORING)}
+    if architecture.token_prediction:
+        graphs[DRAFT] = build_draft(architecture, limits)
+    return graphs
 
 
 def _draft(architecture: Architecture, weights: Weights, records: tuple[QuantizedMatrix, ...]) -> DraftGraph | None:

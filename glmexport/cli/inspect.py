@@ -243,14 +243,15 @@ def _estimates(original: Any, recipe: str | None, max_memory: int | None) -> lis
     rows = []
     for target in shipped_targets():
         chosen = recipe_for(original, recipe, target)
-        expected = estimate(original.architecture_for(target), chosen, flops, max_memory)
+        architecture = original.architecture_for(target)
+        expected = estimate(architecture, chosen, flops, max_memory)
         refused = None
         try:
             refuse_formats(original, Job(target, chosen, Path()))
         except InputError as error:
             refused = error.message
-        cached = cache_bytes_per_token(original.architecture_for(target), target.graph)
-        sizes = {**vars(expected), "cache_bytes_per_token": cached}
+        cached = cache_bytes_per_token(architecture, target.graph)
+        sizes = {**vars(expected), "cache_bytes_per_token": cached, "context_length": architecture.context_length}
         rows.append({"target": target.name, "recipe": chosen.name, **sizes, "refused": refused})
     return rows
 
@@ -280,7 +281,7 @@ def _estimates_table(rows: list[dict[str, Any]]) -> Table:
         pad_edge=False,
         header_style="dim",
     )
-    for column in ("target", "recipe", "bundle", "bits per weight", "KV a token", "peak memory", "time"):
+    for column in ("target", "recipe", "bundle", "bits per weight", "context", "KV a token", "peak memory", "time"):
         table.add_column(column, justify="left" if column in ("target", "recipe") else "right")
     for row in rows:
         if row["refused"]:
@@ -290,6 +291,7 @@ def _estimates_table(rows: list[dict[str, Any]]) -> Table:
             row["recipe"],
             gibibytes(row["bundle_bytes"]),
             f"{row['bits_per_weight']:.2f}",
+            f"{row['context_length']:,}",
             f"{row['cache_bytes_per_token']:,} B",
             gibibytes(row["peak_memory_bytes"]),
             duration(row["seconds"]),

@@ -1,7 +1,9 @@
 """The decoder as an ONNX graph of our own operators, before anything is decided about the hardware."""
 
 from glmexport.graph.build import build_draft, build_graph, build_part, cache_bytes_per_token, own_loop
+from glmexport.graph.fixed import FixedSizes, build_fixed, fixed_sizes
 from glmexport.graph.names import (
+    ASKED,
     ATTENTION_MASK,
     BLOCK_NAME,
     HIDDEN,
@@ -11,6 +13,7 @@ from glmexport.graph.names import (
     LOGITS,
     PAST,
     PAST_HIDDEN,
+    POSITION_IDS,
     PRESENT,
     RECENT_LOGITS,
     SHORT_STEP,
@@ -20,6 +23,7 @@ from glmexport.graph.names import (
 from glmexport.graph.operators import BLOCK, DOMAIN, violations
 
 __all__ = [
+    "ASKED",
     "ATTENTION_MASK",
     "BLOCK",
     "BLOCK_NAME",
@@ -31,15 +35,19 @@ __all__ = [
     "LOGITS",
     "PAST",
     "PAST_HIDDEN",
+    "POSITION_IDS",
     "PRESENT",
     "RECENT_LOGITS",
     "SHORT_STEP",
     "STREAM_IN",
     "STREAM_OUT",
+    "FixedSizes",
     "build_draft",
+    "build_fixed",
     "build_graph",
     "build_part",
     "cache_bytes_per_token",
+    "fixed_sizes",
     "own_loop",
     "violations",
 ]

@@ -37,8 +37,10 @@ from glmexport.target import GraphLimits
 
 
 def own_loop(architecture: Architecture, limits: GraphLimits) -> bool:
-    """Whether a loop of ours decodes with the graph, and not onnxruntime-genai."""
-    return limits.latent_cache and architecture.latent_values_per_token is not None
+    """Whether a loop of ours decodes with the graph over latents, and not onnxruntime-genai over heads."""
+    return (
+        limits.latent_cache and not limits.static_shapes and architecture.latent_values_per_token is not None
+    )
 
 
 def cache_bytes_per_token(architecture: Architecture, limits: GraphLimits) -> int:
@@ -93,11 +95,13 @@ _CACHES = {"activations": ir.DataType.FLOAT, "int8": ir.DataType.INT8, "int4": i
 class _Builder:
     def __init__(self, architecture: Architecture, limits: GraphLimits) -> None:
         self.architecture, self.limits = architecture, limits
+        self.batch: str | int = "batch"
         self.nodes: list[ir.Node] = []
         self.block = ""
         #: Of the layer at hand, which positions anything behind its attention is asked for; None: of all.
         self.asked: Callable[[ir.Value], ir.Value] | None = None
         self.input_ids = _value(INPUT_IDS, ir.DataType.INT64, ["batch", "sequence"])
+        #: Tells attention where the new positions are.
         self.mask = _value(ATTENTION_MASK, ir.DataType.INT64, ["batch", "total_sequence"])
         self.inputs = [self.input_ids, self.mask]
         self.outputs: list[ir.Value] = []
@@ -187,10 +191,9 @@ class _Builder:
         self.block = block
         return self.declare(logits, name, [positions, head.out_features])
 
-    @staticmethod
-    def declare(value: ir.Value, name: str, shape: Sequence[str | int]) -> ir.Value:
+    def declare(self, value: ir.Value, name: str, shape: Sequence[str | int]) -> ir.Value:
         """Name and type of an output of the graph; ``shape`` without the batch."""
-        value.name, value.dtype, value.shape = name, ir.DataType.FLOAT, ir.Shape(["batch", *shape])
+        value.name, value.dtype, value.shape = name, ir.DataType.FLOAT, ir.Shape([self.batch, *shape])
         return value
 
     def layer(self, layer: DecoderLayer, hidden: ir.Value) -> ir.Value:
@@ -293,7 +296,7 @@ class _Builder:
         self, name: str, layer: int, kind: str, shape: Sequence[str | int], dtype: ir.DataType = ir.DataType.FLOAT
     ) -> ir.Value:
         """A cache of the graph's inputs or outputs, by its ``name``; ``shape`` without the batch."""
-        value = _value(name.format(layer=layer, kind=kind), dtype, ["batch", *shape])
+        value = _value(name.format(layer=layer, kind=kind), dtype, [self.batch, *shape])
         (self.inputs if name == PAST else self.outputs).append(value)
         return value
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 #: Names that onnxruntime-genai and optimum agree on; ``kind`` is key or value, or for the caches that only our own
 #: loop holds, latent or index.
 INPUT_IDS, ATTENTION_MASK, LOGITS = "input_ids", "attention_mask", "logits"
+#: Of a graph of fixed shapes: where each new token is, and which of them has its logits computed.
+POSITION_IDS, ASKED = "position_ids", "asked_position"
 #: Logits of every new position of a short step, where LOGITS are those of the last one only.
 RECENT_LOGITS = "recent_logits"
 #: Of every new position behind the final norm, and the input of the same that a draft graph has.

@@ -10,7 +10,8 @@ Domain ``glmexport``. Shapes: B sequences, S new positions, P cached positions, 
     Attention(qkv..., past_key, past_value, attention_mask [B, T] int64) -> out [B, S, heads * head_dim],
         present_key [B, kv_heads, T, head_dim], present_value            heads, kv_heads, head_dim, scale,
                                                                          rotary_dimensions, interleaved
-        qkv is one packed value, or query, key and value
+        qkv is one packed value, or query, key and value; in a graph of fixed shapes, caches [1, C, kv_heads * head_dim]
+        and position_ids [1, S] int64 in place of the mask
     SplitLatent(x [B, S, rank + rope]) -> latent [B, S, rank], rotary key [B, S, rope]      rank, rope
     ExpandedAttention(query [B, S, heads * (nope + rope)], latent, rotary key, past_key, past_value, attention_mask)
         -> out [B, S, heads * value], present_key [B, heads, T, size], present_value
@@ -34,6 +35,7 @@ Domain ``glmexport``. Shapes: B sequences, S new positions, P cached positions, 
     LastPosition(x [B, S, D], attention_mask) -> [B, 1, D]               the last position that is not padding
     RecentPositions(x [B, S, D], attention_mask) -> [B, R, D]            most
         all positions of a step of at most ``most``, R = S; of a longer one the last that is not padding, R = 1
+    AskedPosition(x [1, S, D], asked_position [1] int64) -> [1, 1, D]    the one at that index of the new ones
 
 Keys and values are cached in the activations' type, or as codes: int8, or two 4-bit ones in a byte.
 
@@ -69,6 +71,7 @@ OPERATORS = frozenset(
         "RoutedExperts",
         "LastPosition",
         "RecentPositions",
+        "AskedPosition",
     }
 )
 

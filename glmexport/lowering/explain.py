@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from glmexport.lowering.embedding import FUSED as FUSED_ROWS
 from glmexport.lowering.norm import FUSED
-from glmexport.target import Claim, Target
+from glmexport.target import Claim, GraphLimits, Target
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -50,8 +50,7 @@ def _decisions(target: Target) -> Iterator[tuple[str, str, str]]:
         yield "zero points", "none: asymmetric formats are refused", "weights.symmetric_only"
     packed = "one product of query, key and value" if graph.packed_qkv else "a product each for query, key and value"
     yield "projections", packed, "graph.packed_qkv"
-    inside = "inside GroupQueryAttention" if graph.rope_in_attention else "by RotaryEmbedding before attention"
-    yield "rotary embedding", inside, "graph.rope_in_attention"
+    yield "rotary embedding", _rotation(graph), "graph.rope_in_attention"
     yield "cache", _cache(target), "graph.kv_cache"
     if target.can(FUSED):
         norms = "fused with the addition before it"
@@ -59,15 +58,27 @@ def _decisions(target: Target) -> Iterator[tuple[str, str, str]]:
         norms = "SimplifiedLayerNormalization" if graph.norm == "operator" else "standard operators in float32"
     yield "norms", norms, "graph.norm"
     latent = "one latent a token" if graph.latent_cache else "keys and values of every head"
-    yield "cache of latent attention", latent, "graph.latent_cache"
-    experts = "one branch an expert, routers in float32" if graph.expert_branches else "refused"
+    yield "cache of latent attention", "refused" if graph.static_shapes else latent, "graph.latent_cache"
+    branches = graph.expert_branches and not graph.static_shapes
+    experts = "one branch an expert, routers in float32" if branches else "refused"
     yield "mixtures of experts", experts, "graph.expert_branches"
-    shapes = "fixed; refused for now" if graph.static_shapes else "any length of prompt and cache"
-    yield "shapes", shapes, "graph.static_shapes"
+    if graph.static_shapes:
+        shapes = "all fixed: a graph for a chunk of a prompt and one for a single token, over the same weights"
+        yield "shapes", shapes, "graph.static_shapes"
+        yield "chunk", f"{graph.chunk} positions of a prompt", "graph.chunk"
+        yield "context", f"{graph.capacity} positions, or the model's if that is shorter", "graph.capacity"
+    else:
+        yield "shapes", "any length of prompt and cache", "graph.static_shapes"
     for key, what in (("tensor", "one tensor"), ("file", "one file"), ("weight", "all weights")):
         limit = getattr(memory, f"max_{key}_bytes")
         if limit is not None:
             yield f"size of {what}", f"at most {limit.human_readable()}", f"memory.max_{key}_bytes"
+
+
+def _rotation(graph: GraphLimits) -> str:
+    if graph.static_shapes:
+        return "standard operators, as the whole of attention; softmax in float32"
+    return "inside GroupQueryAttention" if graph.rope_in_attention else "by RotaryEmbedding before attention"
 
 
 def _cache(target: Target) -> str:

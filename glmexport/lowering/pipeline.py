@@ -6,9 +6,11 @@ import onnx_ir as ir
 import torch
 
 from glmexport.graph import DOMAIN, violations
+from glmexport.lowering.asked_position import LowerAskedPositionPass
 from glmexport.lowering.attention import LowerAttentionPass
 from glmexport.lowering.embedding import LowerEmbeddingPass
 from glmexport.lowering.experts import LowerExpertsPass
+from glmexport.lowering.fixed_attention import LowerFixedAttentionPass
 from glmexport.lowering.head_norm import LowerHeadNormPass
 from glmexport.lowering.last_position import LowerLastPositionPass, LowerRecentPositionsPass
 from glmexport.lowering.latent import LowerExpandedAttentionPass, LowerLatentAttentionPass, LowerSplitLatentPass
@@ -30,13 +32,14 @@ def lower(
     """Lower ``model`` in place for ``target`` and check that only operators it lists are left.
 
     Args:
-        model: as ``build_graph`` returns it.
+        model: as ``build_graph`` returns it, or ``build_fixed`` where the target has fixed shapes only.
         target: what the hardware can do.
         weights: formats now, numbers when the graph is written.
         rotary_tables: cos and sin [context_length, rotary dimensions / 2] fp32.
     """
     broken = violations(model)
     assert not broken, broken
+    fixed = target.graph.static_shapes
     passes: list[ir.passes.PassBase] = [PackQkvPass(weights)] if target.graph.packed_qkv else []
     passes += [
         LowerEmbeddingPass(weights, target),
@@ -46,9 +49,10 @@ def lower(
         LowerLatentAttentionPass(weights, rotary_tables),
         LowerIndexSelectionPass(weights, rotary_tables),
         LowerHeadNormPass(weights, target),
-        LowerAttentionPass(target, rotary_tables),
+        LowerFixedAttentionPass(rotary_tables) if fixed else LowerAttentionPass(target, rotary_tables),
         LowerLastPositionPass(),
         LowerRecentPositionsPass(),
+        LowerAskedPositionPass(),
         LowerRoutePass(weights),
         LowerExpertsPass(),
         LowerGatedActivationPass(),

@@ -104,7 +104,7 @@ class ActivationTypePass(ir.passes.InPlacePass):
     def _into(self, node: ir.Node, marked: set[ir.Node]) -> None:
         for index, value in enumerate(node.inputs):
             producer = value.producer() if value is not None else None
-            if value is None or value.is_initializer() or producer in marked:
+            if value is None or value.is_initializer() or producer in marked or value.dtype is ir.DataType.INT64:
                 continue
             cast = _cast(node, f"{node.name}/input_{index}", value, ir.DataType.FLOAT)
             assert node.graph is not None

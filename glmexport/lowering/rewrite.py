@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,12 @@ class Rewrite:
         self.block = str(node.metadata_props[BLOCK])
         self.metadata = metadata(node) | ({FLOAT32: "1"} if float32 else {})
         self.nodes: list[ir.Node] = []
+
+    def in_float32(self) -> Rewrite:
+        """The same, for nodes among these that stay in fp32."""
+        exact = copy(self)
+        exact.metadata = self.metadata | {FLOAT32: "1"}
+        return exact
 
     def op(
         self,

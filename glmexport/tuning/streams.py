@@ -33,9 +33,10 @@ from glmexport.quantization import WorkDirectory
 from glmexport.quantization.weights import Weights
 from glmexport.target import Target
 from glmexport.tuning.slices import units
+from glmexport.validation.caches import CACHE_TYPES
 from glmexport.validation.fidelity import Streamed, position_slices
 from glmexport.validation.results import badness
-from glmexport.validation.session import CACHE_TYPES, open_session
+from glmexport.validation.session import open_session
 from glmexport.validation.statistics import bounds, clustered_mean
 from glmexport.validation.texts import EvaluationText
 

@@ -1,4 +1,4 @@
-"""Greedy generation from a bundle, as it is deployed: by onnxruntime-genai, or over latents by a loop of ours."""
+"""Greedy generation from a bundle, as it is deployed: by onnxruntime-genai, or by a loop of ours."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from glmexport.bundle.genai import GENAI_CONFIG
 from glmexport.errors import BundleError, InputError
 from glmexport.graph import RECENT_LOGITS, SHORT_STEP
 from glmexport.loop import read_loop
+from glmexport.validation.fixed_loop import FixedLoop
 from glmexport.validation.latent_loop import LatentLoop
+from glmexport.validation.own_loop import open_loop
 from glmexport.validation.session import require_provider
 from glmexport.validation.speculation import Drafter, PromptLookup, Speculation, Step, Verified, speculate
 
@@ -30,9 +32,9 @@ def loop_facts(bundle: Path) -> tuple[frozenset[int], int]:
     Raises:
         BundleError: the file that says so cannot be read.
     """
-    latents = read_loop(bundle)
-    if latents:
-        return frozenset(latents.eos_token_id), latents.context_length
+    own = read_loop(bundle)
+    if own:
+        return frozenset(own.eos_token_id), own.context_length
     config = GenaiConfig.read(bundle)
     return config.ends, config.context_length
 
@@ -85,11 +87,11 @@ class GenerationSession:
     """
 
     def __init__(self, bundle: Path, threads: int, speculation: Speculation | None = None) -> None:
-        self._loop: GenaiLoop | LatentLoop
+        self._loop: GenaiLoop | LatentLoop | FixedLoop
         self._speculation = speculation
-        latents = read_loop(bundle)
-        if latents:
-            self._loop = LatentLoop(bundle, latents, threads, speculation=speculation)
+        own = read_loop(bundle)
+        if own:
+            self._loop = open_loop(bundle, own, threads, speculation=speculation)
         else:
             self._loop = GenaiLoop(bundle, threads, speculation)
         self.ends, self.context_length = loop_facts(bundle)
@@ -135,11 +137,11 @@ class GenerationSession:
     def _steps(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> Iterator[list[int]]:
         """The next token of every sequence, as often as the context allows."""
         count = self._room(len(prompts[0]), max_tokens)
-        if isinstance(self._loop, LatentLoop):
+        if isinstance(self._loop, GenaiLoop):
+            yield from self._loop.steps(prompts, len(prompts[0]) + count)
+        else:
             for tokens in islice(self._loop.start(prompts), count):
                 yield tokens.tolist()
-        else:
-            yield from self._loop.steps(prompts, len(prompts[0]) + count)
 
     def _alone(self, prompt: Sequence[int], max_tokens: int) -> Iterator[int]:
         for step in self._steps([prompt], max_tokens):
@@ -147,12 +149,13 @@ class GenerationSession:
 
     def _speculated(self, prompt: Sequence[int], max_tokens: int) -> Iterator[int]:
         """The same tokens, guessed and verified."""
-        assert self._speculation is not None
+        assert self._speculation is not None and not isinstance(self._loop, FixedLoop)
         count = self._room(len(prompt), max_tokens)
         return speculate(self.single(prompt, count), self._loop.drafter(), prompt, count, self._speculation)
 
     def single(self, prompt: Sequence[int], count: int) -> Verified:
         """A sequence of ``prompt`` and ``count`` tokens behind it, of which nothing is computed yet."""
+        assert not isinstance(self._loop, FixedLoop), "it verifies nothing"
         return self._loop.single(prompt, len(prompt) + count)
 
     def _room(self, length: int, max_tokens: int) -> int:

@@ -30,6 +30,8 @@ class LatentLoop:
         BundleError: ONNX Runtime refuses a graph.
     """
 
+    kind = "over latents"
+
     def __init__(
         self,
         bundle: Path,
@@ -53,9 +55,9 @@ class LatentLoop:
         """Of one sequence, over all layers."""
         return 4 * sum(self.graph.widths.values())
 
-    def end_profile(self) -> Path:
+    def end_profile(self) -> list[Path]:
         """The file of the profile, which is whole then."""
-        return Path(self._session.end_profiling())
+        return [Path(self._session.end_profiling())]
 
     def start(self, prompts: Sequence[Sequence[int]]) -> LatentSequences:
         """Sequences of one length, of which nothing is computed yet."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from glmexport.definition import Definition
-from glmexport.loop import LoopConfig, read_loop
+from glmexport.loop import FixedLoopConfig, LoopConfig, read_loop
 from glmexport.validation.results import PlacedOperators, Placement
 
 CPU = "CPUExecutionProvider"
@@ -46,9 +46,9 @@ class Node(Definition):
 
 def profile(directory: Path, prompt: Sequence[int], threads: int) -> tuple[Node, ...]:
     """Every node of model.onnx that the bundle's loop ran for a few tokens, in the bundle's own settings."""
-    latents = read_loop(directory)
-    if latents:
-        return _profile_latents(directory, latents, prompt, threads)
+    own = read_loop(directory)
+    if own:
+        return _profile_own(directory, own, prompt, threads)
     import numpy as np
     import onnxruntime_genai
 
@@ -73,14 +73,18 @@ def profile(directory: Path, prompt: Sequence[int], threads: int) -> tuple[Node,
     return nodes_of(events)
 
 
-def _profile_latents(directory: Path, config: LoopConfig, prompt: Sequence[int], threads: int) -> tuple[Node, ...]:
-    from glmexport.validation.latent_loop import LatentLoop
+def _profile_own(
+    directory: Path, config: LoopConfig | FixedLoopConfig, prompt: Sequence[int], threads: int
+) -> tuple[Node, ...]:
+    """Of several graphs, those of each."""
+    from glmexport.validation.own_loop import open_loop
 
     with tempfile.TemporaryDirectory() as folder:
-        loop = LatentLoop(directory, config, threads, profile=Path(folder) / "profile")
+        loop = open_loop(directory, config, threads, Path(folder) / "profile")
         for _ in islice(loop.start([prompt[:_PROMPT]]), _GENERATED):
             pass
-        return nodes_of(json.loads(loop.end_profile().read_text(encoding="utf-8")))
+        profiles = [json.loads(file.read_text(encoding="utf-8")) for file in loop.end_profile()]
+        return tuple(node for events in profiles for node in nodes_of(events))
 
 
 def nodes_of(events: Iterable[dict[str, Any]]) -> tuple[Node, ...]:

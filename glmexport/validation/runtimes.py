@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TextIO
 
 from glmexport.definition import Definition
-from glmexport.loop import LoopConfig, read_loop
+from glmexport.loop import FixedLoopConfig, LoopConfig, read_loop
 from glmexport.validation.energy import Rapl, open_rapl
 from glmexport.validation.machine import peak_memory_and_source
 from glmexport.validation.placement import Node, profile
@@ -106,16 +106,16 @@ class _Genai:
             yield
 
 
-class _Latents:
+class _Own:
     """A bundle whose caches onnxruntime-genai does not know, in its own loop."""
 
-    def __init__(self, request: RuntimeRequest, config: LoopConfig) -> None:
+    def __init__(self, request: RuntimeRequest, config: LoopConfig | FixedLoopConfig) -> None:
         import onnxruntime
 
-        from glmexport.validation.latent_loop import LatentLoop
+        from glmexport.validation.own_loop import open_loop
 
-        self.name = f"onnxruntime {onnxruntime.__version__} over latents"
-        self._loop = LatentLoop(Path(request.directory), config, request.threads)
+        self._loop = open_loop(Path(request.directory), config, request.threads)
+        self.name = f"onnxruntime {onnxruntime.__version__} {self._loop.kind}"
         self._prompt = request.prompt
         self._tokens = request.generated_tokens
 
@@ -153,8 +153,8 @@ class _Transformers:
 def _opened(request: RuntimeRequest) -> _Runtime:
     if request.runtime == "transformers":
         return _Transformers(request)
-    latents = read_loop(Path(request.directory))
-    return _Latents(request, latents) if latents else _Genai(request)
+    own = read_loop(Path(request.directory))
+    return _Own(request, own) if own else _Genai(request)
 
 
 def serve(request: RuntimeRequest, commands: TextIO, replies: TextIO) -> None:

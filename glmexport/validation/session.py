@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime
 import torch
 from torch import Tensor
@@ -16,7 +14,10 @@ from glmexport.bundle import SCORING, Manifest
 from glmexport.errors import BundleError, MachineError
 from glmexport.graph import ATTENTION_MASK, INPUT_IDS, LOGITS
 from glmexport.host import providers
+from glmexport.loop import FixedLoopConfig, read_loop
 from glmexport.target import Provider
+from glmexport.validation.caches import empty_cache
+from glmexport.validation.fixed import FixedGraph
 
 
 def open_session(
@@ -66,36 +67,20 @@ def require_provider(name: str, package: str) -> None:
         )
 
 
-#: Element types of caches as ONNX Runtime spells them; of bfloat16, which numpy has no type for, the bits.
-CACHE_TYPES: dict[str, np.dtype[Any]] = {
-    "tensor(float)": np.dtype(np.float32),
-    "tensor(float16)": np.dtype(np.float16),
-    "tensor(bfloat16)": np.dtype(np.uint16),
-    "tensor(int8)": np.dtype(np.int8),
-    "tensor(uint8)": np.dtype(np.uint8),
-}
-
-
-def empty_cache(shape: Sequence[int], kind: str) -> onnxruntime.OrtValue:
-    """Zeros of an ONNX Runtime type such as ``tensor(float16)``, on the CPU."""
-    zeros = np.zeros(shape, CACHE_TYPES[kind])
-    if kind == "tensor(bfloat16)":
-        return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(zeros, onnx.TensorProto.BFLOAT16)
-    return onnxruntime.OrtValue.ortvalue_from_numpy(zeros)
-
-
 class ScoringSession:
     """scoring.onnx of a bundle, for logits of every position.
 
     Raises:
         MachineError: this ONNX Runtime has no execution provider of the target's name.
-        BundleError: ONNX Runtime refuses the graph.
+        BundleError: ONNX Runtime refuses the graph, or the bundle's loop.json cannot be read.
     """
 
     def __init__(self, directory: Path, manifest: Manifest, threads: int) -> None:
         self._session = open_session(
             directory / SCORING, manifest.target.provider, threads, config=manifest.target.session.config
         )
+        loop = read_loop(directory)
+        self._fixed = FixedGraph(self._session, loop) if isinstance(loop, FixedLoopConfig) else None
         self._caches = {
             value.name: (value.shape, value.type)
             for value in self._session.get_inputs()
@@ -103,7 +88,13 @@ class ScoringSession:
         }
 
     def logits(self, ids: Tensor) -> Tensor:
-        """Logits [length, vocabulary] fp32 after each of ``ids`` [length] int64, from an empty cache."""
+        """Logits [length, vocabulary] fp32 after each of ``ids`` [length] int64, from an empty cache.
+
+        Raises:
+            InputError: caches of a fixed capacity do not hold so many.
+        """
+        if self._fixed:
+            return torch.from_numpy(self._fixed.scores(ids.numpy()))
         given = {INPUT_IDS: ids[None].numpy(), ATTENTION_MASK: np.ones((1, len(ids)), np.int64)}
         feeds = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in given.items()}
         # A cache that grows begins empty; one of fixed capacity has room for all.

@@ -284,7 +284,8 @@ def test_goes_on_after_an_interruption(
 def test_on_this_machine(sample: Sample, run: Run, tmp_path: Path) -> None:
     """In real processes, with weights that GPTQ made; whatever is found, it is consistent."""
     path = tmp_path / "edge.toml"
-    options = ["--target", TARGET, "--recipe", str(sample.recipe), "--threads", "2", "--positions", "8"]
+    options = ["--target", TARGET, "--recipe", str(sample.recipe), "--threads", "1", "--positions", "8"]
+    options += ["--kv-cache", "activations"]
     options += ["--seconds", "0", "--prompt-tokens", "16", "--calibrated", "--prefer", "decode"]
     target = write_target(tmp_path, {'default_recipe = "w4g32"': f'default_recipe = "{sample.recipe}"'}, "start")
     options[1] = str(target)

@@ -19,7 +19,7 @@ from glmexport.quantization import WorkDirectory, round_to_nearest
 from glmexport.quantization.weights import Weights
 from glmexport.recipe import Format
 from glmexport.target import Target, open_target
-from glmexport.validation.session import CACHE_TYPES
+from glmexport.validation.caches import CACHE_TYPES
 
 CPU = "CPUExecutionProvider"
 

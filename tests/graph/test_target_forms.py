@@ -24,7 +24,7 @@ from glmexport.lowering.precision import as_type
 from glmexport.progress import Silent
 from glmexport.quantization.weights import Weights
 from glmexport.recipe import Format
-from glmexport.validation.session import CACHE_TYPES
+from glmexport.validation.caches import CACHE_TYPES
 
 W4, W8 = Format(bits=4, group_size=32), Format(bits=8, group_size=32)
 SIGNED = Format(bits=4, group_size=32, symmetric=True)

@@ -23,6 +23,7 @@ from glmexport.device import device_name, open_device, plan_on, running_on
 from glmexport.errors import InputError, MachineError
 from glmexport.recipe import Budget
 
+pytestmark = pytest.mark.slow
 CUDA = torch.device("cuda", 0)
 #: A tensor on a CUDA device may be indexed by one of the processor.
 INDEXED = {torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default}

@@ -27,11 +27,14 @@ from torch import Tensor
 
 from glmexport.bundle import MODEL, SCORING, Manifest
 from glmexport.bundle.external import WEIGHTS
+from glmexport.bundle.genai import STEP
 from glmexport.bundle.manifest import FileEntry
 from glmexport.definition import Definition
-from glmexport.graph import ATTENTION_MASK, INPUT_IDS, LOGITS, PAST, PRESENT
+from glmexport.graph import ASKED, ATTENTION_MASK, INPUT_IDS, LOGITS, PAST, POSITION_IDS, PRESENT
+from glmexport.loop import FixedLoopConfig, LoopConfig, read_loop
 from glmexport.quantization import sha256, write_atomically
 from glmexport.target import Provider
+from glmexport.validation.fixed import require_room
 from glmexport.validation.generation import loop_facts
 from glmexport.validation.placement import Node
 from glmexport.validation.results import DeviceFacts
@@ -59,21 +62,34 @@ class Cache(Definition):
     dtype: CacheType
 
 
+class FixedShapes(Definition):
+    """What more there is where every shape is fixed, and the batch 1."""
+
+    #: New positions of the graphs above; those behind the last token are filled up, and do not count.
+    chunk: int
+    #: The graph for one token.
+    step: str
+    #: Positions [1, sequence] int64, and in the graph for generation the index [1] int64 whose logits it gives.
+    position_ids: str
+    asked_position: str
+
+
 class Graphs(Definition):
-    """The bundle's two graphs, which differ in the positions whose logits they give."""
+    """The bundle's graphs, which differ in the positions whose logits they give, and where shapes are fixed in more."""
 
     #: Logits [batch, sequence, vocabulary] of every position.
     scoring: str
     #: Logits [batch, 1, vocabulary] of the last one.
     generation: str
-    #: Token ids [batch, sequence] int64, and a mask of ones [batch, past and new tokens] int64.
+    #: Token ids [batch, sequence] int64; unless shapes are fixed, a mask of ones [batch, past and new tokens] int64.
     input_ids: str
-    attention_mask: str
+    attention_mask: str | None
     logits: str
     caches: tuple[Cache, ...]
     #: growing: the output is the input with the new positions behind it, from none. capacity: one buffer is both, and
     #: new positions are written into it.
     cache_kind: Literal["growing", "capacity"]
+    fixed: FixedShapes | None = None
 
 
 class SpeedRequest(Definition):
@@ -148,8 +164,13 @@ def write_job(
     """Write the job into the new ``directory``; the same arguments give the same bytes.
 
     Raises:
+        InputError: caches of a fixed capacity do not hold a text.
         BundleError: the bundle's loop cannot be read.
     """
+    ends, context = loop_facts(bundle)
+    graphs = _graphs(bundle)
+    if graphs.fixed:
+        require_room(max(len(text.ids) for text in texts), context)
     directory.mkdir(parents=True)
     _link(bundle, directory / BUNDLE, manifest)
     tensors: dict[str, Tensor] = {}
@@ -163,14 +184,13 @@ def write_job(
         tensors[f"prompt.{index}.ids"] = torch.tensor(list(prompt.ids), dtype=torch.int32)
     save_file(tensors, directory / QUESTIONS)
     questions = directory / QUESTIONS
-    ends, context = loop_facts(bundle)
     job = Job(
         bundle_digest=manifest.digest(),
         files=(
             FileEntry(path=QUESTIONS, size=questions.stat().st_size, sha256=sha256(questions)),
             *(entry.model_copy(update={"path": f"{BUNDLE}/{entry.path}"}) for entry in needed_files(manifest)),
         ),
-        graphs=_graphs(bundle),
+        graphs=graphs,
         provider=manifest.target.provider,
         config=manifest.target.session.config,
         threads=threads,
@@ -187,8 +207,9 @@ def write_job(
 
 def needed_files(manifest: Manifest) -> tuple[FileEntry, ...]:
     """Those of the bundle that a device reads: the graphs and their weights."""
+    graphs = (MODEL, STEP, SCORING)
     return tuple(
-        entry for entry in manifest.files if entry.path in (MODEL, SCORING) or entry.path.startswith(f"{WEIGHTS}/")
+        entry for entry in manifest.files if entry.path in graphs or entry.path.startswith(f"{WEIGHTS}/")
     )
 
 
@@ -212,7 +233,7 @@ def _graphs(bundle: Path) -> Graphs:
     inputs = ir.load(bundle / MODEL).graph.inputs
     caches = []
     for value in inputs:
-        if value.name in (INPUT_IDS, ATTENTION_MASK):
+        if value.name in (INPUT_IDS, ATTENTION_MASK, POSITION_IDS, ASKED):
             continue
         assert value.name is not None and value.shape is not None and value.dtype is not None
         layer, kind = value.name.split(".")[1:]
@@ -225,14 +246,27 @@ def _graphs(bundle: Path) -> Graphs:
             )
         )
     sizes = {size for cache in caches for size in cache.shape}
+    fixed = _fixed_shapes(read_loop(bundle))
     return Graphs(
         scoring=f"{BUNDLE}/{SCORING}",
         generation=f"{BUNDLE}/{MODEL}",
         input_ids=INPUT_IDS,
-        attention_mask=ATTENTION_MASK,
+        attention_mask=None if fixed else ATTENTION_MASK,
         logits=LOGITS,
         caches=tuple(caches),
-        cache_kind="capacity" if CAPACITY in sizes else "growing",
+        cache_kind="capacity" if fixed or CAPACITY in sizes else "growing",
+        fixed=fixed,
+    )
+
+
+def _fixed_shapes(loop: LoopConfig | FixedLoopConfig | None) -> FixedShapes | None:
+    if not isinstance(loop, FixedLoopConfig):
+        return None
+    return FixedShapes(
+        chunk=loop.chunk,
+        step=f"{BUNDLE}/{loop.step_graph}",
+        position_ids=loop.position_ids,
+        asked_position=loop.asked_position,
     )
 
 

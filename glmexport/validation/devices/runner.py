@@ -46,7 +46,7 @@ class Runner(Protocol):
 
 def program() -> bytes:
     """The device's program as one file that Python runs."""
-    return packed(f"{_PACKAGE}.__main__", *(f"{_PACKAGE}.{name}" for name in ("facts", "files", "session")))
+    return packed(f"{_PACKAGE}.__main__", *(f"{_PACKAGE}.{name}" for name in ("facts", "files", "fixed", "session")))
 
 
 def packed(main: str, *modules: str) -> bytes:

@@ -16,14 +16,19 @@ _GIB = 1 << 30
 
 
 def check_limits(directory: Path, job: Job) -> None:
-    """Whether one of the job's graphs fits into the memory of WebAssembly.
+    """Whether one of the job's graphs can be run, and fits into the memory of WebAssembly.
 
     In it are at once: the weights; one file of them again, at most, while ONNX Runtime packs it for its kernels; and
     the logits of the longest text.
 
     Raises:
-        InputError: it does not.
+        InputError: it cannot or does not.
     """
+    if job.graphs.fixed:
+        raise InputError(
+            "The bundle has graphs of fixed shapes, which no browser needs and the page does not run.",
+            next_step="Validate it on a device of its target, or build one for wasm or webgpu.",
+        )
     folder = Path(job.graphs.scoring).parent.as_posix() + "/"
     sizes = [entry.size for entry in job.files if entry.path.startswith(folder)]
     with safe_open(directory / QUESTIONS, "numpy") as questions:

@@ -38,7 +38,7 @@ from glmexport.validation.devices.program.files import (
     verify,
     write_tensors,
 )
-from glmexport.validation.devices.program.session import Session, greedy, measure_speed, placed_nodes, text_answer
+from glmexport.validation.devices.program.session import greedy, measure_speed, open_session, placed_nodes, text_answer
 
 _NO_SPACE = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
 #: Half seconds to wait for a run that has lost its listener and is about to end.
@@ -62,7 +62,7 @@ def answer(folder: Path, results: Path, emulated: str | None, tell: Tell) -> Non
         result["nodes"] = None if absent else placed_nodes(job, folder, results, threads)
     questions = read_tensors(folder / "questions.safetensors")
     # One graph in memory at a time.
-    session = Session(job, folder, "generation" if job["prompts"] else "scoring", threads)
+    session = open_session(job, folder, "generation" if job["prompts"] else "scoring", threads)
     result["device"] = device_facts(session.provider, emulated)
     save()
     for index, most in enumerate(job["prompts"]):
@@ -73,7 +73,7 @@ def answer(folder: Path, results: Path, emulated: str | None, tell: Tell) -> Non
         tell({"event": "prompt", "index": index + 1, "of": len(job["prompts"])})
     if job["prompts"]:
         del session
-        session = Session(job, folder, "scoring", threads)
+        session = open_session(job, folder, "scoring", threads)
     for index, prefix in enumerate(job["texts"]):
         path = results / "answers" / f"{index}.safetensors"
         if not path.exists():

@@ -31,8 +31,9 @@ class Session:
     def __init__(self, job: dict[str, Any], folder: Path, graph: str, threads: int, profile: Path | None = None):
         import onnxruntime
 
+        self._job, self._folder, self._threads, self._profile = job, folder, threads, profile
         self._graphs, self._context, self._ort = job["graphs"], job["context_length"], onnxruntime
-        name, options = job["provider"]["name"], onnxruntime.SessionOptions()
+        name = job["provider"]["name"]
         available = onnxruntime.get_available_providers()
         if name not in available:
             raise Failure(
@@ -41,14 +42,7 @@ class Session:
                 f"{', '.join(available)}.",
                 "Install the ONNX Runtime that has it, or take a device of the target's class.",
             )
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        for entry, value in job["config"].items():
-            options.add_session_config_entry(entry, value)
-        if profile:
-            options.enable_profiling, options.profile_file_prefix = True, str(profile)
-        path = str(folder / self._graphs[graph])
-        self._session = onnxruntime.InferenceSession(path, options, providers=[(name, job["provider"]["options"])])
+        self._session = self._open(self._graphs[graph])
         self.provider = self._session.get_providers()[0]
 
     def logits(self, ids: Any) -> Any:
@@ -80,9 +74,22 @@ class Session:
             yield token
             new = np.asarray([token], np.int64)
 
-    def end_profile(self) -> Path:
-        """The file of the profile, which is whole then."""
-        return Path(self._session.end_profiling())
+    def end_profile(self) -> list[Path]:
+        """The file of every graph's profile, which is whole then."""
+        return [Path(self._session.end_profiling())]
+
+    def _open(self, graph: str) -> Any:
+        """A graph by its path below the job's folder."""
+        options = self._ort.SessionOptions()
+        options.intra_op_num_threads = self._threads
+        options.log_severity_level = 3
+        for entry, value in self._job["config"].items():
+            options.add_session_config_entry(entry, value)
+        if self._profile:
+            prefix = f"{self._profile}-{Path(graph).stem}"
+            options.enable_profiling, options.profile_file_prefix = True, prefix
+        provider = (self._job["provider"]["name"], self._job["provider"]["options"])
+        return self._ort.InferenceSession(str(self._folder / graph), options, providers=[provider])
 
     def _empty(self, capacity: int) -> dict[str, Any]:
         """Caches of one sequence, of which nothing is computed."""
@@ -124,6 +131,17 @@ class Session:
         return outputs[0].numpy(), caches
 
 
+def open_session(
+    job: dict[str, Any], folder: Path, graph: str, threads: int, profile: Path | None = None
+) -> Session:
+    """The session that the job's graphs need; ``graph`` is scoring or generation."""
+    from glmexport.validation.devices.program.fixed import FixedSession
+
+    # A job of an older glmexport does not say.
+    kind = FixedSession if job["graphs"].get("fixed") else Session
+    return kind(job, folder, graph, threads, profile)
+
+
 def text_answer(logits: Any, tokens: Any, targets: Any, audit: Any) -> dict[str, Any]:
     """What is kept of logits [positions, vocabulary] fp32: those of ``tokens`` [positions, k], of ``targets``
     [positions], of all tokens at the positions ``audit``, and the logsumexp of all that are not among ``tokens``.
@@ -162,7 +180,7 @@ def greedy(session: Session, prompt: Sequence[int], most: int, ends: Sequence[in
 def measure_speed(job: dict[str, Any], folder: Path, threads: int, tell: Tell) -> dict[str, Any]:
     """Rounds, in a process that has done nothing before but check files, so that its peak memory is theirs."""
     asked, began = job["speed"], time.perf_counter()
-    session = Session(job, folder, "generation", threads)
+    session = open_session(job, folder, "generation", threads)
     load = time.perf_counter() - began
     rounds: list[dict[str, Any]] = []
 
@@ -192,12 +210,18 @@ def measure_speed(job: dict[str, Any], folder: Path, threads: int, tell: Tell) -
 
 def placed_nodes(job: dict[str, Any], folder: Path, results: Path, threads: int) -> list[dict[str, Any]]:
     """Which provider ran which node of the generation graph, from ONNX Runtime's own profile of a few tokens."""
-    session = Session(job, folder, "generation", threads, results / "profile")
+    session = open_session(job, folder, "generation", threads, results / "profile")
     for _ in session.stream(job["speed"]["prompt"][: _PROFILED[0]], _PROFILED[1]):
         pass
-    profile = session.end_profile()
-    events = json.loads(profile.read_text("utf-8"))
-    profile.unlink()
+    nodes = []
+    for profile in session.end_profile():
+        nodes += _nodes(json.loads(profile.read_text("utf-8")))
+        profile.unlink()
+    return nodes
+
+
+def _nodes(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of one graph."""
     found: dict[str, dict[str, Any]] = {}
     for event in events:
         facts = event.get("args", {})
