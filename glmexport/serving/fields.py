@@ -6,6 +6,7 @@ otherwise take an answer for one that it is not.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any, Literal, Self, TypeVar
 
@@ -173,6 +174,11 @@ def read_body(data: bytes, model: type[T], limits: Limits) -> T:
         raise Refused(400, f"The body cannot be read: {error}.", code="invalid_json") from error
     if _depth(given) > limits.depth:
         raise Refused(400, f"The body has more than {limits.depth} levels.", code="invalid_json")
+    try:
+        # Half of a surrogate pair is no text, and NaN no number, wherever it stands.
+        json.dumps(given, ensure_ascii=False, allow_nan=False).encode()
+    except ValueError as error:
+        raise Refused(400, "The body has a text or a number that is none.", code="invalid_json") from error
     fields = {name: value for name, value in given.items() if value is not None and name not in IGNORED}
     for name, values in NEUTRAL.items():
         if name in fields and name not in model.model_fields:

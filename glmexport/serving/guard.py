@@ -104,8 +104,10 @@ def _own_origins(host: str) -> tuple[str, str]:
 def _name(host: str) -> str | None:
     """The name or address in a Host header; None if it is none."""
     if host.startswith("["):
-        name, _, port = host[1:].partition("]")
-        port = port.removeprefix(":") if not port or port.startswith(":") else "none"
+        name, closed, port = host[1:].partition("]")
+        if not closed or (port and not port.startswith(":")):
+            return None
+        port = port.removeprefix(":")
     else:
         name, _, port = host.partition(":")
     return name if name and (not port or (port.isascii() and port.isdigit())) else None

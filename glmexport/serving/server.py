@@ -121,7 +121,9 @@ class _Served:
         if options.host not in ("0.0.0.0", "::"):  # noqa: S104
             hosts.add(options.host.lower())
         guard = Guard(self._service.application(), Access(keys, frozenset(hosts)), metrics)
-        self._server = Server(guard, listener, options.limits, options.drain_s, self._drain, self._service.give_up)
+        self._server = Server(
+            guard, listener, inherited, options.limits, options.drain_s, self._drain, self._service.give_up
+        )
         self._error: Exception | None = None
 
     def run(self, told: Callable[[Serving], None]) -> bool:

@@ -50,7 +50,8 @@ class Served:
     def stop(self) -> int:
         """End it in order; its exit code."""
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(PATIENCE_S)
+        with self.process:
+            return self.process.wait(PATIENCE_S)
 
 
 def start(bundle: Path, *arguments: object, **options: object) -> Served:
@@ -87,7 +88,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def served(bundle: Path) -> Iterator[Served]:
     """A server of it."""
-    server = start(bundle, "--name", "tiny", "--parallel", 4)
+    server = start(bundle, "--name", "tiny", "--parallel", 4, "--head-s", 3)
     yield server
     assert server.stop() == 0
 

@@ -87,7 +87,7 @@ def write_scripted(directory: Path, model_type: str = "glm4", **changes: Any) ->
         for token, following in zip(ids, [*ids[1:], ids[1] if SCRIPTS[cue].endswith("…") else end], strict=True):
             direction = torch.nn.functional.normalize(torch.randn(_SIZE, generator=generator), dim=0)
             embedding[token] = (direction * _LENGTH).to(embedding.dtype)
-            head[following] += (direction * 4).to(head.dtype)
+            head[following] += (direction * 1.2).to(head.dtype)
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
 
 
