@@ -97,7 +97,8 @@ def serve(
     terminal = Terminal()
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(message)s")
     # What strangers send is no business of the log's.
-    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+    for noisy in ("uvicorn.error", "asyncio"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
 
     def tell(serving: Serving) -> None:
         where = "a socket that was handed over" if serving.inherited else serving.url

@@ -121,6 +121,7 @@ class Server(uvicorn.Server):
         self,
         application: ASGIApp,
         listener: socket.socket,
+        *,
         inherited: bool,
         limits: Limits,
         drain_s: float,
@@ -146,6 +147,7 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._listener = listener
         self._inherited = inherited
+        self._signalled = False
         self._late: set[asyncio.Task[Any]] = set()
         self._drain_s = drain_s
         self._draining = draining
@@ -197,11 +199,15 @@ class Server(uvicorn.Server):
         finally:
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.remove_signal_handler(number)
+                if self._signalled:
+                    # What is on its way out is not to be cut short.
+                    signal.signal(number, signal.SIG_IGN)
 
     def _on_signal(self, number: int) -> None:
         if self.should_exit and number == signal.SIGINT:
             self._give_up()
             self.force_exit = True
+        self._signalled = True
         self.stop()
 
     def _connection_type(self, limits: Limits) -> type[H11Protocol]:

@@ -120,9 +120,15 @@ class _Served:
         hosts = {host.lower() for host in options.hosts}
         if options.host not in ("0.0.0.0", "::"):  # noqa: S104
             hosts.add(options.host.lower())
-        guard = Guard(self._service.application(), Access(keys, frozenset(hosts)), metrics)
+        self._guard = Guard(self._service.application(), Access(keys, frozenset(hosts)), metrics)
         self._server = Server(
-            guard, listener, inherited, options.limits, options.drain_s, self._drain, self._service.give_up
+            self._guard,
+            listener,
+            inherited=inherited,
+            limits=options.limits,
+            drain_s=options.drain_s,
+            draining=self._drain,
+            give_up=self._service.give_up,
         )
         self._error: Exception | None = None
 
@@ -155,7 +161,7 @@ class _Served:
 
     def _drain(self) -> None:
         notify("STOPPING=1")
-        self._service.draining = True
+        self._service.draining = self._guard.closing = True
 
 
 def read_keys(path: Path, environment: Mapping[str, str]) -> tuple[bytes, ...]:

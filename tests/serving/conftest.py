@@ -65,7 +65,7 @@ def ready(process: subprocess.Popen[str]) -> Served:
     """What a process says once it is ready."""
     assert process.stdout is not None
     line = process.stdout.readline()
-    assert line, f"the server ended with {process.wait(PATIENCE_S)}"
+    assert line, f"the server ended with {process.wait(PATIENCE_S)}: {process.stderr and process.stderr.read()}"
     said = json.loads(line)
     return Served(process, said["url"], said["digest"])
 

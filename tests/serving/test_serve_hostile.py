@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 import pytest
 from builds import Run
 from conftest import PATIENCE_S, Served, start
@@ -212,10 +214,11 @@ def test_a_key_is_needed_where_there_is_one(bundle: Path, tmp_path: Path, run: R
     assert run("serve", bundle, "--port", 0, "--api-key-file", keys).code == 64
     keys.chmod(0o600)
     open_to_all = ("--api-key-file", keys, "--host", "0.0.0.0", "--allow-host", "models.example")
-    server = start(bundle, *open_to_all, "--max-queue", 2, "--parallel", 1, "--name", "tiny")
+    server = start(bundle, *open_to_all, "--max-queue", 2, "--name", "tiny", "--parallel", 1, "--drain-s", 0.5)
     try:
         _locked(server)
         _full(server)
+        _given_up(server)
     finally:
         assert server.stop() == 0
 
@@ -262,6 +265,17 @@ def _full(server: Served) -> None:
         first.close()
         assert all(future.result(PATIENCE_S) > 2 for future in waiting)
     client.close()
+
+
+def _given_up(server: Served) -> None:
+    """What does not end in the time that it has when the server ends is told so."""
+    with server.client(api_key="first-key-of-the-house") as client:
+        asked: Any = {"model": "tiny", "messages": user(content="Endless~"), "temperature": 0}
+        with client.chat.completions.create(**asked, max_tokens=3900, stream=True) as stream:
+            next(iter(stream))
+            server.process.send_signal(signal.SIGTERM)
+            with pytest.raises(openai.APIError, match="about to end"):
+                list(stream)
 
 
 @pytest.mark.parametrize("text", ["", "\n", "short\n", "has a space in the middle\n", "schlüssel-schlüssel\n"])

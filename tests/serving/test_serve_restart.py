@@ -18,8 +18,11 @@ import httpx
 import openai
 import pytest
 from builds import Run
-from conftest import PATIENCE_S, ready, start
+from conftest import PATIENCE_S, Served, ready, start
 from scripted import SCRIPTS
+
+from glmexport.bundle import read_manifest
+from glmexport.bundle.manifest import list_files
 
 ASKED: Any = {"model": "tiny", "messages": [{"role": "user", "content": "Hi!"}], "temperature": 0}
 ENDLESS: Any = {**ASKED, "messages": [{"role": "user", "content": "Endless~"}], "stream": True}
@@ -64,36 +67,25 @@ def _ask_late(connection: socket.socket) -> str:
     return answer.decode()
 
 
-def test_what_does_not_end_in_time_is_told_so(bundle: Path) -> None:
-    server = start(bundle, "--name", "tiny", "--drain-s", 0.5)
-    with server.client() as client:
-        stream = client.chat.completions.create(**ENDLESS, max_tokens=3900)
-        next(iter(stream))
-        server.process.send_signal(signal.SIGTERM)
-        with pytest.raises(openai.APIError, match="about to end"):
-            list(stream)
-    assert server.stop() == 0
-
-
-def activated(bundle: Path, listener: socket.socket) -> subprocess.Popen[str]:
-    """A server whose file descriptor 3 is ``listener``, as systemd starts it."""
-
+def activated(listener: socket.socket, program: str, *arguments: str) -> subprocess.Popen[str]:
+    """A Python program whose file descriptor 3 is ``listener``, as systemd starts one."""
+    number = listener.fileno()
     # The process names itself, which another cannot do for it before it is there.
-    program = (
-        f"import os, sys; os.dup2({listener.fileno()}, 3);"
-        "os.environ.update(LISTEN_FDS='1', LISTEN_PID=str(os.getpid()));"
-        "os.execv(sys.executable, [sys.executable, '-m', 'glmexport', *sys.argv[1:]])"
-    )
-    serve = ["serve", str(bundle), "--threads", "1", "--json", "--name", "tiny"]
-    return subprocess.Popen(
-        [sys.executable, "-c", program, *serve], stdout=subprocess.PIPE, text=True, pass_fds=[listener.fileno()]
-    )
+    prepare = f"import os, sys; os.dup2({number}, 3); os.environ |= dict(LISTEN_FDS='1', LISTEN_PID=str(os.getpid()));"
+    command = [sys.executable, "-c", prepare + program, *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, pass_fds=[number])
+
+
+def serving(bundle: Path, listener: socket.socket) -> Served:
+    """A server on a socket of another's, once it is ready."""
+    program = "from glmexport.cli.main import main; main()"
+    return ready(activated(listener, program, "serve", str(bundle), "--threads", "1", "--json", "--name", "tiny"))
 
 
 def test_a_restart_refuses_no_connection(bundle: Path) -> None:
     """Clients that come all the time, each on a new connection, while one server takes the socket over from another."""
     with socket.create_server(("127.0.0.1", 0), backlog=512) as listener:
-        first = ready(activated(bundle, listener))
+        first = serving(bundle, listener)
         url, stop = first.url, threading.Event()
         answers: list[str] = []
         failures: list[Exception] = []
@@ -113,7 +105,7 @@ def test_a_restart_refuses_no_connection(bundle: Path) -> None:
         try:
             _wait(lambda: len(answers) > 20)
             assert first.stop() == 0
-            second = ready(activated(bundle, listener))
+            second = serving(bundle, listener)
             assert second.url == url
             count = len(answers)
             _wait(lambda: len(answers) > count + 20)
@@ -132,12 +124,19 @@ def _wait(condition: Any) -> None:
         time.sleep(0.05)
 
 
-def test_a_descriptor_that_is_no_listening_socket(bundle: Path) -> None:
-    with socket.socket() as idle:
-        process = activated(bundle, idle)
-        assert process.wait(PATIENCE_S) == 64
-        assert process.stdout
-        process.stdout.close()
+@pytest.mark.parametrize("listens", [False, True])
+def test_what_is_handed_over(listens: bool) -> None:
+    with socket.socket() as held:
+        if listens:
+            held.bind(("127.0.0.1", 0))
+            held.listen()
+        process = activated(held, "from glmexport.serving.listen import *; print(url_of(inherited_socket(os.environ)))")
+        said, complained = process.communicate(timeout=PATIENCE_S)
+        port = held.getsockname()[1]
+    if listens:
+        assert said.strip() == f"http://127.0.0.1:{port}"
+    else:
+        assert process.returncode and "no listening stream socket" in complained
 
 
 def test_a_changed_bundle_is_not_served(bundle: Path, tmp_path: Path, run: Run) -> None:
@@ -147,18 +146,14 @@ def test_a_changed_bundle_is_not_served(bundle: Path, tmp_path: Path, run: Run) 
     assert outcome.code == 64 and "sha256 differs" in outcome.stderr
 
 
-def test_a_graph_that_cannot_be_loaded_ends_the_server(bundle: Path, tmp_path: Path) -> None:
+def test_a_graph_that_cannot_be_loaded_ends_the_server(bundle: Path, tmp_path: Path, run: Run) -> None:
     """Found in the thread that loads it, when the socket listens already."""
-    from glmexport.bundle import read_manifest
-    from glmexport.bundle.manifest import list_files
-
     copy = shutil.copytree(bundle, tmp_path / "bundle")
     (copy / "model.onnx").write_bytes(b"no graph")
     manifest = read_manifest(copy).model_copy(update={"files": list_files(copy)})
     (copy / "bundle.json").write_text(manifest.model_dump_json())
-    command = [sys.executable, "-m", "glmexport", "serve", str(copy), "--port", "0"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
-    assert done.returncode == 64 and "cannot load" in done.stderr and "Traceback" not in done.stderr
+    outcome = run("serve", copy, "--port", 0, "--threads", 1)
+    assert outcome.code == 64 and "cannot load" in outcome.stderr and "Traceback" not in outcome.stderr
 
 
 def test_without_any_network(bundle: Path) -> None:
