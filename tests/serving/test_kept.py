@@ -31,7 +31,7 @@ def model(directory: Path) -> Model:
 
 def answered(
     model: Model, directory: Path, prompt: list[int], sequence: Computed | None
-) -> tuple[list[object], Computed]:
+) -> tuple[list[Token], Computed]:
     """Tokens with the likelihoods of all, and the sequence behind them."""
     order = Order(tuple(prompt), 12, Sampling(0), top=512)
     text, told = AnswerText(Decoder(Tokenizer.open(directory)), ()), list[Part | End]()
