@@ -17,6 +17,8 @@ import pytest
 from builds import build, run, write_recipe
 from scripted import write_scripted
 
+from glmexport.serving.model import Model
+
 __all__ = ["run"]
 
 FULL = 'summary = "Everything as it is"\n'
@@ -83,6 +85,18 @@ def scripted_bundle(base: Path, model_type: str) -> Path:
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The scripted glm4 bundle."""
     return scripted_bundle(tmp_path_factory.getbasetemp(), "glm4")
+
+
+@pytest.fixture(scope="module", params=["glm4", "glm4_moe_lite"])
+def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A scripted bundle for each of the loops."""
+    return scripted_bundle(tmp_path_factory.getbasetemp(), request.param)
+
+
+@pytest.fixture(scope="module")
+def model(directory: Path) -> Model:
+    """It in memory."""
+    return Model(directory, 1)
 
 
 @pytest.fixture(scope="module")

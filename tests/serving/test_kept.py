@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import pytest
-from conftest import scripted_bundle
 
 from glmexport.checkpoint import Tokenizer
 from glmexport.serving.answer import Answer, End, FreeTurns, Order
@@ -17,16 +15,6 @@ from glmexport.serving.text import AnswerText, Decoder, Part, Token
 
 RANDOM = np.random.default_rng(0)
 LONG = RANDOM.integers(0, 250, 700).tolist()
-
-
-@pytest.fixture(scope="module", params=["glm4", "glm4_moe_lite"])
-def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return scripted_bundle(tmp_path_factory.getbasetemp(), request.param)
-
-
-@pytest.fixture(scope="module")
-def model(directory: Path) -> Model:
-    return Model(directory, 1)
 
 
 def answered(

@@ -192,6 +192,28 @@ def test_the_answer_to_a_tool_goes_back(client: openai.OpenAI) -> None:
     assert again.choices[0].message.content == SCRIPTS["!"]
 
 
+def test_a_call_that_is_asked_for(client: openai.OpenAI) -> None:
+    """The answer begins as a call of that tool, whatever the model would have said."""
+    named: Any = {"type": "function", "function": {"name": "now"}}
+    asked: Any = {
+        "model": "tiny",
+        "messages": says("Hi!"),
+        "temperature": 0,
+        "tools": [TOOL, NOW],
+        "tool_choice": named,
+    }
+    choice = client.chat.completions.create(**asked).choices[0]
+    calls: Any = choice.message.tool_calls
+    assert [call.function.name for call in calls] == ["now"] and choice.finish_reason == "tool_calls"
+    required = client.chat.completions.create(**{**asked, "tool_choice": "required", "max_tokens": 4}).choices[0]
+    # Cut off, it is no call, and what was begun is text.
+    assert (required.message.content or "").startswith("<tool_call>") and required.finish_reason == "length"
+    for wrong in ({"tool_choice": {"type": "function", "function": {"name": "other"}}}, {"tools": []}):
+        with pytest.raises(openai.BadRequestError) as refused:
+            client.chat.completions.create(**{**asked, **wrong})
+        assert refused.value.param == "tool_choice"
+
+
 def test_without_tools_a_call_is_text(client: openai.OpenAI) -> None:
     for settings in ({}, {"tools": [TOOL], "tool_choice": "none"}):
         asked: Any = {"model": "tiny", "messages": says("Weather#"), "temperature": 0, **settings}

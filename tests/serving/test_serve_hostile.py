@@ -88,6 +88,7 @@ def test_bodies_that_are_no_request(http: httpx.Client, body: bytes) -> None:
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"), ({"chat_template": "{{ 7*7 }}"}, "chat_template"),
         ({"chat_template_kwargs": {"add_generation_prompt": False}}, "chat_template_kwargs.add_generation_prompt"),
         ({"unheard_of": 1}, "unheard_of"), ({"tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": "f", "tools": [TOOL]}, "tool_choice"),
         ({"tools": [{"type": "function"}]}, "tools.0.function"), ({"tools": [TOOL] * 129}, "tools"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name"),
         ({"response_format": {"type": "json_schema"}}, "response_format"),
