@@ -43,6 +43,10 @@ from glmexport.errors import EXIT_PASS, MachineError
     help="Seconds that running answers have after SIGTERM.",
 )  # fmt: skip
 @click.option(
+    "--head-s", type=click.FloatRange(min=0, min_open=True), default=10, show_default=True,
+    help="Seconds in which the head of a request has to arrive.",
+)  # fmt: skip
+@click.option(
     "--speculate", type=click.Choice(["none", "lookup"]), default="none", show_default=True,
     help="Guess tokens by what followed earlier in the text, and verify several in one step.",
 )  # fmt: skip
@@ -65,6 +69,7 @@ def serve(
     answer_tokens: int,
     body_bytes: int,
     drain_s: float,
+    head_s: float,
     speculate: str,
     reuse: bool,
     lenient: bool,
@@ -92,7 +97,8 @@ def serve(
     terminal = Terminal()
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(message)s")
     # What strangers send is no business of the log's.
-    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+    for noisy in ("uvicorn.error", "asyncio"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
 
     def tell(serving: Serving) -> None:
         where = "a socket that was handed over" if serving.inherited else serving.url
@@ -117,7 +123,7 @@ def serve(
         waiting=waiting,
         guesses=DEFAULT_TOKENS["lookup"] if speculate == "lookup" else 0,
         reuse=reuse,
-        limits=Limits(body_bytes=body_bytes, answer_tokens=answer_tokens),
+        limits=Limits(body_bytes=body_bytes, answer_tokens=answer_tokens, head_s=head_s),
     )
     if not run(bundle, options, tell):
         # The runtime still computes a step that nobody waits for, which a teardown in order would wait for.

@@ -189,7 +189,10 @@ class FreeTurns:
         """As ``Turns``."""
         if self._said is None:
             piece, self._left = self._left[: self._chunk], self._left[self._chunk :]
+            before = len(self.sequence.tokens)
             logits = self.sequence.advance(piece)
+            if len(piece) == self._chunk and self.sequence.whole == before:
+                self.sequence.whole += len(piece)
             return None if self._left else self._say(logits, [])
         drafts = self._drafts(self._said)
         logits = self.sequence.advance([self._said, *drafts], every=bool(drafts))

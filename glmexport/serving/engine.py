@@ -134,7 +134,7 @@ class _Shift:
         self._metrics = metrics
         self._following = following
         self._running: deque[Turns] = deque()
-        self._kept = Kept()
+        self._kept = Kept(model.chunk)
 
     def work(self) -> None:
         """Until no answer follows."""

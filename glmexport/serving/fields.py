@@ -6,6 +6,7 @@ otherwise take an answer for one that it is not.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any, Literal, Self, TypeVar
 
@@ -101,6 +102,19 @@ class Function(_Fields):
     strict: Literal[False] | None = None
 
 
+class NamedFunction(_Fields):
+    """A tool by its name."""
+
+    name: str
+
+
+class NamedTool(_Fields):
+    """The one tool that has to be called."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
 class Tool(_Fields):
     """A tool that the model may call."""
 
@@ -145,7 +159,7 @@ class ChatAsked(Asked):
     logprobs: bool = False
     top_logprobs: int = Field(default=0, ge=0)
     tools: list[Tool] = []
-    tool_choice: Literal["auto", "none"] = "auto"
+    tool_choice: Literal["auto", "none", "required"] | NamedTool = "auto"
     response_format: ResponseFormat | None = None
     chat_template_kwargs: TemplateSettings = TemplateSettings()
 
@@ -173,6 +187,11 @@ def read_body(data: bytes, model: type[T], limits: Limits) -> T:
         raise Refused(400, f"The body cannot be read: {error}.", code="invalid_json") from error
     if _depth(given) > limits.depth:
         raise Refused(400, f"The body has more than {limits.depth} levels.", code="invalid_json")
+    try:
+        # Half of a surrogate pair is no text, and NaN no number, wherever it stands.
+        json.dumps(given, ensure_ascii=False, allow_nan=False).encode()
+    except ValueError as error:
+        raise Refused(400, "The body has a text or a number that is none.", code="invalid_json") from error
     fields = {name: value for name, value in given.items() if value is not None and name not in IGNORED}
     for name, values in NEUTRAL.items():
         if name in fields and name not in model.model_fields:
@@ -192,10 +211,7 @@ def _wrong(error: ValidationError) -> Refused:
     if first["type"] == "extra_forbidden":
         return Refused(400, f"{where} is not a field that this server knows.", where, "unknown_parameter")
     if where.startswith("tool_choice"):
-        return Refused(
-            400, "tool_choice is not supported but as 'auto' or 'none': no answer is forced.", "tool_choice",
-            "unsupported_value",
-        )  # fmt: skip
+        return Refused(400, "tool_choice is auto, none, required, or a function by its name.", "tool_choice")
     if where.endswith("function.strict"):
         return Refused(400, "strict tools are not supported: no answer is forced.", where, "unsupported_value")
     return Refused(400, f"{where or 'The body'}: {first['msg']}.", where or None, first["type"])

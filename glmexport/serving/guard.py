@@ -12,11 +12,14 @@ import ipaddress
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from glmexport.serving.failure import Gone, Refused
-from glmexport.serving.metrics import Metrics
+
+if TYPE_CHECKING:
+    from glmexport.serving.metrics import Metrics
 
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 #: Answered without a key, so that whoever starts the server can see whether it is there.
@@ -40,6 +43,8 @@ class Guard:
         self._application = application
         self._access = access
         self._metrics = metrics
+        #: Whether connections end with the response that they carry.
+        self.closing = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI has it."""
@@ -50,8 +55,11 @@ class Guard:
         async def noting(message: Message) -> None:
             nonlocal begun
             begun = True
-            if message["type"] == "http.response.start" and message["status"] >= 400:
-                self._metrics.refused.labels(str(message["status"])).inc()
+            if message["type"] == "http.response.start":
+                if message["status"] >= 400:
+                    self._metrics.refused.labels(str(message["status"])).inc()
+                if self.closing:
+                    message["headers"] = [*message["headers"], (b"connection", b"close")]
             await send(message)
 
         try:
@@ -104,8 +112,10 @@ def _own_origins(host: str) -> tuple[str, str]:
 def _name(host: str) -> str | None:
     """The name or address in a Host header; None if it is none."""
     if host.startswith("["):
-        name, _, port = host[1:].partition("]")
-        port = port.removeprefix(":") if not port or port.startswith(":") else "none"
+        name, closed, port = host[1:].partition("]")
+        if not closed or (port and not port.startswith(":")):
+            return None
+        port = port.removeprefix(":")
     else:
         name, _, port = host.partition(":")
     return name if name and (not port or (port.isascii() and port.isdigit())) else None

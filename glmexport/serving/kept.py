@@ -1,4 +1,9 @@
-"""Sequences of earlier requests that new ones may go on with: the next turn of a conversation begins with the last."""
+"""Sequences of earlier requests that new ones may go on with: the next turn of a conversation begins with the last.
+
+Reuse changes no answer, not by a bit: runtimes add numbers up in another order for one position than for many, and so
+only whole pieces of a prompt are taken over, behind which the rest is computed in the pieces that it would have anyway.
+What was said before is computed again as part of the prompt.
+"""
 
 from __future__ import annotations
 
@@ -6,22 +11,20 @@ from collections.abc import Sequence
 
 from glmexport.serving.model import Computed
 
-#: A shorter common beginning is computed faster than it is worth losing what follows it.
-WORTHWHILE = 64
-
 
 class Kept:
-    """At most so many sequences, those used last."""
+    """Some sequences, those used last behind the others. ``chunk``: positions of a piece; None: prompts have none."""
 
-    def __init__(self) -> None:
+    def __init__(self, chunk: int | None) -> None:
+        self._chunk = chunk
         self._sequences: list[Computed] = []
 
     def __len__(self) -> int:
         return len(self._sequences)
 
     def keep(self, sequence: Computed) -> None:
-        """As the one used last."""
-        if len(sequence.tokens) >= WORTHWHILE:
+        """As the one used last, if it has anything to take over."""
+        if self._chunk and sequence.whole:
             self._sequences.append(sequence)
 
     def drop(self, count: int) -> None:
@@ -34,16 +37,20 @@ class Kept:
         None where each would lose more than it saves, such as conversations that share no more than their beginning.
         At least one token of the prompt is left to compute, since only then there are logits.
         """
-        best, shared = None, WORTHWHILE - 1
+        best, shared = None, 0
         for sequence in self._sequences:
-            common = min(_common(sequence.tokens, prompt), len(prompt) - 1)
-            lost = len(sequence.tokens) - common
-            if common > shared and common >= lost and sequence.capacity >= length:
+            common = self._whole(min(_common(sequence.tokens[: sequence.whole], prompt), len(prompt) - 1))
+            if common > shared and 2 * common >= sequence.whole and sequence.capacity >= length:
                 best, shared = sequence, common
         if best is not None:
             self._sequences.remove(best)
             best.forget(len(best.tokens) - shared)
+            best.whole = shared
         return best
+
+    def _whole(self, count: int) -> int:
+        """The tokens among ``count`` that are in whole pieces."""
+        return count - count % self._chunk if self._chunk else 0
 
 
 def _common(mine: Sequence[int], others: Sequence[int]) -> int:

@@ -112,7 +112,7 @@ def notify(state: str) -> None:
 
 
 class Server(uvicorn.Server):
-    """``application`` on a ``listener``.
+    """``application`` on a ``listener``, which another process goes on with if it was ``inherited``.
 
     ``draining`` is called when it stops accepting, and ``give_up`` when what still runs ``drain_s`` later has to end.
     """
@@ -121,6 +121,8 @@ class Server(uvicorn.Server):
         self,
         application: ASGIApp,
         listener: socket.socket,
+        *,
+        inherited: bool,
         limits: Limits,
         drain_s: float,
         draining: Callable[[], None],
@@ -144,6 +146,9 @@ class Server(uvicorn.Server):
         )
         super().__init__(config)
         self._listener = listener
+        self._inherited = inherited
+        self._signalled = False
+        self._late: set[asyncio.Task[Any]] = set()
         self._drain_s = drain_s
         self._draining = draining
         self._give_up = give_up
@@ -157,10 +162,31 @@ class Server(uvicorn.Server):
         if self.should_exit:
             return
         self.should_exit = True
+        if not self._inherited:
+            self._accept_the_rest()
         for server in getattr(self, "servers", ()):
             server.close()
         self._draining()
         asyncio.get_running_loop().call_later(self._drain_s, self._give_up)
+
+    def _accept_the_rest(self) -> None:
+        """Take what the kernel has accepted already: behind a socket that is closed, nobody else would."""
+        loop = asyncio.get_running_loop()
+
+        def connection() -> asyncio.Protocol:
+            made: asyncio.Protocol = self.config.http_protocol_class(  # type: ignore[call-arg]
+                config=self.config, server_state=self.server_state, app_state={}
+            )
+            return made
+
+        while True:
+            try:
+                accepted, _ = self._listener.accept()
+            except OSError:
+                return
+            task = loop.create_task(loop.connect_accepted_socket(connection, accepted))
+            self._late.add(task)
+            task.add_done_callback(self._late.discard)
 
     @contextmanager
     def capture_signals(self) -> Generator[None]:
@@ -173,11 +199,15 @@ class Server(uvicorn.Server):
         finally:
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.remove_signal_handler(number)
+                if self._signalled:
+                    # What is on its way out is not to be cut short.
+                    signal.signal(number, signal.SIG_IGN)
 
     def _on_signal(self, number: int) -> None:
         if self.should_exit and number == signal.SIGINT:
             self._give_up()
             self.force_exit = True
+        self._signalled = True
         self.stop()
 
     def _connection_type(self, limits: Limits) -> type[H11Protocol]:

@@ -17,15 +17,20 @@ from glmexport.validation.capacity import CapacityGraph
 from glmexport.validation.generation import GenaiLoop, Guide, loop_facts
 from glmexport.validation.latent_loop import CHUNK, LatentLoop
 
-#: Room of a sequence is given out in steps of so many tokens, so that a conversation has some to go on in.
+#: Room of a sequence is given out in steps of so many tokens, and one more, for a conversation to go on in.
 ROOM = 1024
 
 
 class Computed(Protocol):
-    """A sequence and its caches. ``tokens``: what is computed; ``capacity``: how many of them there can be."""
+    """A sequence and its caches. ``tokens``: what is computed; ``capacity``: how many of them there can be.
+
+    ``whole``: how many of the first tokens were computed in whole pieces of a prompt, as any other prompt that begins
+    with them has them computed.
+    """
 
     tokens: list[int]
     capacity: int
+    whole: int
 
     def advance(self, ids: Sequence[int], *, every: bool = False) -> NDArray[np.float32]:
         """Compute ``ids`` behind ``tokens``; logits [1, V] behind the last, or [S, V] behind ``every`` one of a few."""
@@ -69,7 +74,7 @@ class Model:
         if isinstance(self._loop, LatentLoop):
             assert self._latents is not None
             return LatentSequence(self._loop.graph, self._latents, self.context_length)
-        capacity = min(-(-length // ROOM) * ROOM, self.context_length)
+        capacity = min((-(-length // ROOM) + 1) * ROOM, self.context_length)
         return GenaiSequence(self._loop.generator(1, capacity), capacity)
 
     def guided(self, length: int, guide: Guide, sampling: Sampling) -> GuidedSequence:
@@ -103,6 +108,7 @@ class GenaiSequence:
         self._generator = generator
         self.capacity = capacity
         self.tokens: list[int] = []
+        self.whole = 0
 
     def advance(self, ids: Sequence[int], *, every: bool = False) -> NDArray[np.float32]:
         """As ``Computed``."""
@@ -127,6 +133,7 @@ class LatentSequence:
         self._logits = config.logits
         self.capacity = capacity
         self.tokens: list[int] = []
+        self.whole = 0
 
     def advance(self, ids: Sequence[int], *, every: bool = False) -> NDArray[np.float32]:
         """As ``Computed``."""

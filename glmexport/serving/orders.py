@@ -13,7 +13,7 @@ from glmexport.errors import CheckpointError
 from glmexport.serving.answer import Order
 from glmexport.serving.failure import Refused
 from glmexport.serving.fields import Asked, ChatAsked, TextAsked
-from glmexport.serving.grammar import TAGS, THINK, Grammar
+from glmexport.serving.grammar import CALL, TAGS, THINK, THOUGHT, Grammar
 from glmexport.serving.limits import Limits
 from glmexport.serving.messages import template_messages
 from glmexport.serving.sampling import Sampling
@@ -51,12 +51,12 @@ class Reader:
             raise Refused(400, f"At most {self.limits.tools} tools are taken.", "tools")
         if asked.top_logprobs > self.limits.top_logprobs or (asked.top_logprobs and not asked.logprobs):
             raise Refused(400, f"top_logprobs is at most {self.limits.top_logprobs}, with logprobs.", "top_logprobs")
-        guide = self._guide(asked)
-        tools = [tool.model_dump(exclude_none=True) for tool in asked.tools] if asked.tool_choice == "auto" else []
+        guide, opening = self._guide(asked), self._opening(asked)
+        tools = [tool.model_dump(exclude_none=True) for tool in asked.tools] if asked.tool_choice != "none" else []
         settings: dict[str, object] = {"tools": tools} if tools else {}
         thinking = asked.chat_template_kwargs.enable_thinking
-        if thinking is None and guide:
-            # What the answer is held to has no place for reasoning.
+        if thinking is None and (guide or opening):
+            # What the answer is held to, or begins with, has no place for reasoning.
             thinking = False
         if thinking is not None:
             settings["enable_thinking"] = thinking
@@ -65,14 +65,19 @@ class Reader:
             prompt = self.tokenizer.render(messages, add_generation_prompt=True, **settings)
         except CheckpointError as error:
             raise Refused(400, str(error), "messages") from error
+        opened = prompt.rstrip().endswith(THINK)
+        if opening:
+            prompt += (THOUGHT if opened else "") + opening
+            opened = False
         limit = asked.max_completion_tokens or asked.max_tokens
         if asked.max_completion_tokens and asked.max_tokens not in (None, asked.max_completion_tokens):
             raise Refused(400, "max_tokens and max_completion_tokens differ.", "max_tokens")
         top = asked.top_logprobs if asked.logprobs else None
         order = self._order(asked, self.tokenizer.encode(prompt), limit or self.limits.answer_tokens, top, guide)
-        opened = prompt.rstrip().endswith(THINK)
         reasons = self.tokenizer.template_mentions(THINK) and guide is None
         grammar = Grammar(tools or None, opened if reasons else None, lenient=self.lenient)
+        # The answer begins in the prompt, so that nothing of it is certain yet.
+        assert not grammar.feed(opening)
         return order, grammar
 
     def text(self, asked: TextAsked) -> Order:
@@ -135,6 +140,25 @@ class Reader:
             tells_end=isinstance(asked, TextAsked) and asked.return_token_ids,
             guide=guide,
         )
+
+    def _opening(self, asked: ChatAsked) -> str:
+        """What the answer has to begin with, so that it is a call: a model that goes on from there is not free to talk.
+
+        Raises:
+            Refused: there is no such tool, or this model's grammar of calls is another one.
+        """
+        if isinstance(asked.tool_choice, str) and asked.tool_choice != "required":
+            return ""
+        name = "" if isinstance(asked.tool_choice, str) else asked.tool_choice.function.name
+        names = {tool.function.name for tool in asked.tools}
+        if not names or (name and name not in names):
+            raise Refused(400, "tool_choice asks for a tool that tools does not have.", "tool_choice")
+        if not self.tokenizer.template_mentions(CALL):
+            raise Refused(
+                400, f"This model's template writes no {CALL}, so that no call can be asked for.", "tool_choice",
+                "unsupported_value",
+            )  # fmt: skip
+        return CALL + name
 
     def _guide(self, asked: ChatAsked) -> Guide | None:
         """What the answer is held to, if that is asked for."""

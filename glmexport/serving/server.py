@@ -121,8 +121,16 @@ class _Served:
         hosts = {host.lower() for host in options.hosts}
         if options.host not in ("0.0.0.0", "::"):  # noqa: S104
             hosts.add(options.host.lower())
-        guard = Guard(self._service.application(), Access(keys, frozenset(hosts)), metrics)
-        self._server = Server(guard, listener, options.limits, options.drain_s, self._drain, self._service.give_up)
+        self._guard = Guard(self._service.application(), Access(keys, frozenset(hosts)), metrics)
+        self._server = Server(
+            self._guard,
+            listener,
+            inherited=inherited,
+            limits=options.limits,
+            drain_s=options.drain_s,
+            draining=self._drain,
+            give_up=self._service.give_up,
+        )
         self._error: Exception | None = None
 
     def run(self, told: Callable[[Serving], None]) -> bool:
@@ -154,7 +162,7 @@ class _Served:
 
     def _drain(self) -> None:
         notify("STOPPING=1")
-        self._service.draining = True
+        self._service.draining = self._guard.closing = True
 
 
 def read_keys(path: Path, environment: Mapping[str, str]) -> tuple[bytes, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any
 
 from starlette.responses import Response
@@ -44,9 +44,11 @@ class EventStream(Response):
                 except TimeoutError as error:
                     raise Gone from error
 
-            try:
-                async for document in self._documents:
-                    await pass_on(event(document))
-            except Refused as refused:
-                await pass_on(event(refused.document))
-            await pass_on(_DONE, more=False)
+            # Who has gone is told nothing more.
+            with suppress(Gone):
+                try:
+                    async for document in self._documents:
+                        await pass_on(event(document))
+                except Refused as refused:
+                    await pass_on(event(refused.document))
+                await pass_on(_DONE, more=False)

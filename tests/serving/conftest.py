@@ -17,6 +17,8 @@ import pytest
 from builds import build, run, write_recipe
 from scripted import write_scripted
 
+from glmexport.serving.model import Model
+
 __all__ = ["run"]
 
 FULL = 'summary = "Everything as it is"\n'
@@ -50,7 +52,8 @@ class Served:
     def stop(self) -> int:
         """End it in order; its exit code."""
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(PATIENCE_S)
+        with self.process:
+            return self.process.wait(PATIENCE_S)
 
 
 def start(bundle: Path, *arguments: object, **options: object) -> Served:
@@ -64,7 +67,7 @@ def ready(process: subprocess.Popen[str]) -> Served:
     """What a process says once it is ready."""
     assert process.stdout is not None
     line = process.stdout.readline()
-    assert line, f"the server ended with {process.wait(PATIENCE_S)}"
+    assert line, f"the server ended with {process.wait(PATIENCE_S)}: {process.stderr and process.stderr.read()}"
     said = json.loads(line)
     return Served(process, said["url"], said["digest"])
 
@@ -84,10 +87,22 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return scripted_bundle(tmp_path_factory.getbasetemp(), "glm4")
 
 
+@pytest.fixture(scope="module", params=["glm4", "glm4_moe_lite"])
+def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A scripted bundle for each of the loops."""
+    return scripted_bundle(tmp_path_factory.getbasetemp(), request.param)
+
+
+@pytest.fixture(scope="module")
+def model(directory: Path) -> Model:
+    """It in memory."""
+    return Model(directory, 1)
+
+
 @pytest.fixture(scope="module")
 def served(bundle: Path) -> Iterator[Served]:
     """A server of it."""
-    server = start(bundle, "--name", "tiny", "--parallel", 4)
+    server = start(bundle, "--name", "tiny", "--parallel", 4, "--head-s", 3)
     yield server
     assert server.stop() == 0
 

@@ -52,14 +52,15 @@ WEATHER = """<tool_call>get_weather
 <arg_key>days</arg_key>
 <arg_value>3</arg_value>
 </tool_call>"""
-#: What follows on each cue. Behind ``…`` the same is said again, without an end.
-SCRIPTS = {
+#: What follows on each cue, in pieces where it matters. Behind ``…`` the same is said again, without an end.
+SCRIPTS: dict[str, Any] = {
     "!": "Good morning, dear world. 你好!",
     "?": "<think>\nWhat do I know?</think>\nNothing.",
     "#": f"<think>I ask.</think>{WEATHER}",
     "+": f"<think>Two: {WEATHER}<tool_call>now</tool_call> enough</think>Done.",
     "%": "<tool_call>get_weather<arg_key>city<arg_value>Bern</arg_value></tool_call>",
     "~": "On and on and then again, …",
+    "^": ("<tool_call>now", "\n</tool_call>"),
     "&": "STOP is said here, not there, then STOP, and more.",
 }
 _SIZE = 256
@@ -84,10 +85,10 @@ def write_scripted(directory: Path, model_type: str = "glm4", **changes: Any) ->
     generator = torch.Generator().manual_seed(0)
     for cue, chain in chains.items():
         ids = [*tokenizer.encode(cue).ids, *(tokenizer.token_to_id(text) for text in chain)]
-        for token, following in zip(ids, [*ids[1:], ids[1] if SCRIPTS[cue].endswith("…") else end], strict=True):
+        for token, following in zip(ids, [*ids[1:], ids[1] if SCRIPTS[cue][-1] == "…" else end], strict=True):
             direction = torch.nn.functional.normalize(torch.randn(_SIZE, generator=generator), dim=0)
             embedding[token] = (direction * _LENGTH).to(embedding.dtype)
-            head[following] += (direction * 4).to(head.dtype)
+            head[following] += (direction * 1.2).to(head.dtype)
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
 
 
@@ -96,6 +97,9 @@ def _chains() -> dict[str, list[str]]:
     used: set[str] = set()
     chains = {}
     for cue, script in SCRIPTS.items():
+        if isinstance(script, tuple):
+            chains[cue] = [*script]
+            continue
         left, chains[cue] = script.removesuffix("…"), list[str]()
         while left:
             size = next(size for size in range(4, 40) if left[:size] not in used and len(left) - size not in (1, 2, 3))

@@ -1,0 +1,80 @@
+"""What earlier requests computed is gone on with where it saves something, and then to the bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from glmexport.checkpoint import Tokenizer
+from glmexport.serving.answer import Answer, End, FreeTurns, Order
+from glmexport.serving.kept import Kept
+from glmexport.serving.model import Computed, Model
+from glmexport.serving.sampling import Sampling
+from glmexport.serving.text import AnswerText, Decoder, Part, Token
+
+RANDOM = np.random.default_rng(0)
+LONG = RANDOM.integers(0, 250, 700).tolist()
+
+
+def answered(
+    model: Model, directory: Path, prompt: list[int], sequence: Computed | None
+) -> tuple[list[Token], Computed]:
+    """Tokens with the likelihoods of all, and the sequence behind them."""
+    order = Order(tuple(prompt), 12, Sampling(0), top=512)
+    text, told = AnswerText(Decoder(Tokenizer.open(directory)), ()), list[Part | End]()
+    answer = Answer(order, text, told.append, lambda _: None)  # type: ignore[arg-type]
+    turns = FreeTurns(answer, sequence or model.begin(len(prompt) + 12), model.chunk)
+    while turns.turn() is None:
+        pass
+    return [token for part in told if isinstance(part, Part) for token in part.tokens], turns.sequence
+
+
+def test_an_answer_is_the_same_to_the_bit(model: Model, directory: Path) -> None:
+    first = LONG[:600]
+    tokens, sequence = answered(model, directory, first, None)
+    assert sequence.whole == 512
+    # A next turn: the same beginning, the answer, and more.
+    following = [*first, *(token.id for token in tokens), *LONG[600:640]]
+    anew, _ = answered(model, directory, following, None)
+    kept = Kept(model.chunk)
+    kept.keep(sequence)
+    taken = kept.take(following, 1000)
+    assert taken is sequence and len(taken.tokens) == 512 and len(kept) == 0
+    again, _ = answered(model, directory, following, taken)
+    assert again == anew and len(anew) == 12
+
+
+def test_what_does_not_pay_is_left(model: Model, directory: Path) -> None:
+    _, sequence = answered(model, directory, LONG, None)
+    kept = Kept(model.chunk)
+    kept.keep(sequence)
+    other = RANDOM.integers(0, 250, 400).tolist()
+    for prompt in (other, LONG[:200], LONG[:256], [*LONG[:255], 1, 2]):
+        assert kept.take(prompt, 500) is None
+    assert kept.take(LONG, sequence.capacity + 1) is None
+    assert len(kept) == 1 and len(sequence.tokens) >= 700
+    # The same prompt again: what its last token gives has to be computed.
+    assert kept.take(LONG[:513], 600) is sequence and len(sequence.tokens) == 512
+
+
+def test_a_beginning_that_many_share_costs_no_conversation_its_own(model: Model, directory: Path) -> None:
+    long = (LONG * 2)[:1300]
+    _, sequence = answered(model, directory, long, None) if model.context_length > 1400 else (None, None)
+    kept = Kept(model.chunk)
+    assert sequence
+    kept.keep(sequence)
+    assert kept.take([*long[:300], *LONG[:200]], 600) is None
+
+
+def test_only_the_last_ones_are_kept(model: Model, directory: Path) -> None:
+    kept, made = Kept(model.chunk), []
+    for start in range(3):
+        _, sequence = answered(model, directory, LONG[start : start + 300], None)
+        made.append(sequence)
+        kept.keep(sequence)
+    kept.drop(2)
+    assert len(kept) == 2 and kept.take(LONG[:300], 400) is None
+    assert kept.take(LONG[2:302], 400) is made[2]
+    kept.keep(model.begin(100))
+    assert len(kept) == 1
