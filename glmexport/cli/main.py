@@ -20,7 +20,9 @@ from glmexport.cli.compare import compare
 from glmexport.cli.convert import convert
 from glmexport.cli.devices import devices
 from glmexport.cli.inspect import inspect
+from glmexport.cli.package import package, unpack
 from glmexport.cli.reference import reference
+from glmexport.cli.registry import pull, push
 from glmexport.cli.report import report
 from glmexport.cli.run import run
 from glmexport.cli.sign import sign
@@ -48,7 +50,8 @@ def cli() -> None:
 
 
 for command in (
-    build, compare, convert, devices, inspect, targets, reference, report, run, sign, tune, validate, verify,
+    build, compare, convert, devices, inspect, package, pull, push, reference, report, run, sign, targets, tune, unpack,
+    validate, verify,
 ):  # fmt: skip
     cli.add_command(command)
 
