@@ -112,7 +112,8 @@ class Registry:
         import httpx2
 
         self._access, self._where = access, reference
-        plain = access.plain_http or _is_loopback(reference.host)
+        # Who gives certificates means TLS, on this machine, too.
+        plain = not access.authority and (access.plain_http or _is_loopback(reference.host))
         self._base = f"{'http' if plain else 'https'}://{reference.host}"
         try:
             context = ssl.create_default_context(cafile=access.authority) if access.authority else True
