@@ -1,4 +1,4 @@
-"""Runs a command where nothing can be reached but this machine: in a network namespace that has a loopback and no route.
+"""Runs a command where nothing but this machine can be reached: in a network namespace with a loopback and no route.
 
     python tests/offline.py COMMAND...
 
@@ -30,7 +30,8 @@ def isolate() -> None:
     if libc.unshare(_NEWNET) != 0:
         if libc.unshare(_NEWUSER | _NEWNET) != 0:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-        for name, content in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
+        maps = (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1"))
+        for name, content in maps:
             with open(f"/proc/self/{name}", "w", encoding="ascii") as file:  # noqa: PTH123
                 file.write(content)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:

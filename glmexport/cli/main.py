@@ -21,7 +21,9 @@ from glmexport.cli.convert import convert
 from glmexport.cli.deploy import deploy, prune, rollback, status, units
 from glmexport.cli.devices import devices
 from glmexport.cli.inspect import inspect
+from glmexport.cli.package import package, unpack
 from glmexport.cli.reference import reference
+from glmexport.cli.registry import pull, push
 from glmexport.cli.report import report
 from glmexport.cli.run import run
 from glmexport.cli.serve import serve
@@ -50,8 +52,8 @@ def cli() -> None:
 
 
 for command in (
-    build, compare, convert, deploy, devices, inspect, prune, reference, report, rollback, run, serve, sign, status,
-    targets, tune, units, validate, verify,
+    build, compare, convert, deploy, devices, inspect, package, prune, pull, push, reference, report, rollback, run,
+    serve, sign, status, targets, tune, units, unpack, validate, verify,
 ):  # fmt: skip
     cli.add_command(command)
 

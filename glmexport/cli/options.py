@@ -135,6 +135,38 @@ def verification_options(command: Command) -> Command:
     return key(root(newer(command)))
 
 
+def arrival_options(command: Command) -> Command:
+    """-o, what to verify with, and --no-verify."""
+    output = click.option(
+        "-o",
+        "--output",
+        type=click.Path(path_type=Path),
+        required=True,
+        help="Directory of the bundle; must not exist.",
+    )
+    unverified = click.option(
+        "--no-verify",
+        is_flag=True,
+        help="Take a bundle whose signature nobody verifies; digests are compared all the same.",
+    )
+    return output(verification_options(unverified(command)))
+
+
+def registry_options(command: Command) -> Command:
+    """How a registry is reached."""
+    authority = click.option(
+        "--ca", type=click.Path(path_type=Path), metavar="CA.pem",
+        help="Certificates that vouch for the registry, instead of the system's.",
+    )  # fmt: skip
+    auth_file = click.option(
+        "--auth-file", type=click.Path(path_type=Path), metavar="FILE",
+        help="Names and passwords as in docker's config.json. Or set GLMEXPORT_REGISTRY_USER and "
+        "GLMEXPORT_REGISTRY_PASSWORD, or GLMEXPORT_REGISTRY_TOKEN.",
+    )  # fmt: skip
+    plain = click.option("--plain-http", is_flag=True, help="Do without TLS on other machines than this one, too.")
+    return authority(auth_file(plain(command)))
+
+
 def json_option(command: Command) -> Command:
     """--json."""
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")(command)

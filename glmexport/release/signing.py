@@ -27,6 +27,7 @@ from glmexport.release.attestations import (
 )
 from glmexport.release.bom import BOM_TYPE, bill_of_materials
 from glmexport.release.golden import GOLDEN, absent_because, record
+from glmexport.release.incoming import flush_directory
 from glmexport.release.keys import Signatory
 from glmexport.release.release import Release, next_counter
 from glmexport.release.verifier import RELEASE, SIGNATURE
@@ -158,19 +159,9 @@ def _put_in_place(staging: Path, bundle: Path) -> None:
                 if here.exists():
                     here.rename(there)
                     moved.append((here, there))
-        _flush_directory(bundle)
+        flush_directory(bundle / ATTESTATIONS)
+        flush_directory(bundle)
     except BaseException:
         for here, there in reversed(moved):
             there.rename(here)
         raise
-
-
-def _flush_directory(path: Path) -> None:
-    if os.name == "nt":
-        return  # Windows has no handle of a folder to flush.
-    for folder in (path, path / ATTESTATIONS):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -44,7 +44,6 @@ _STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 _PREDICATE_TYPE = "https://model_signing/signature/v1.0"
 _RELEASED = ("format", "version", "bundle", "counter", "target")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
-#: No JSON of a bundle is longer.
 _LONGEST_JSON = 256 << 20
 
 
@@ -78,9 +77,7 @@ def verify(directory: Path, key: Path | None, root: Path | None, newer_than: int
     """Verify all that there is to verify; raises Refused."""
     directory = Path(os.path.realpath(directory))
     envelope = read_envelope(directory)
-    check_material(envelope, key, root)
-    with tempfile.TemporaryDirectory(prefix="verify-") as scratch:
-        _check_signature(envelope, key, root, Path(scratch))
+    check_signature(envelope, key, root)
     signed = signed_files(envelope.payload)
     check_files(directory, signed)
     check_manifest(directory, signed)
@@ -121,9 +118,8 @@ def check_names(names: list[str], where: str) -> None:
             raise Refused(f"{where} names {name!r} beside {seen[key]!r}: some file systems cannot tell them apart.")
         seen[key] = name
     for key, name in seen.items():
-        for end in (at for at, character in enumerate(key) if character == "/"):
-            if key[:end] in seen:
-                raise Refused(f"{where} names {seen[key[:end]]!r} as a file and as the folder of {name!r}.")
+        if any(key[:end] in seen for end, character in enumerate(key) if character == "/"):
+            raise Refused(f"{where} names a file and the same as the folder of {name!r}.")
 
 
 def read_envelope(directory: Path) -> Envelope:
@@ -301,8 +297,14 @@ def _decoded(value: Any) -> bytes:
         raise Refused(f"{SIGNATURE} is damaged: a part of it is no base64.") from error
 
 
+def check_signature(envelope: Envelope, key: Path | None, root: Path | None) -> None:
+    """Who has signed the payload is the owner of the public ``key``, or somebody whom ``root`` vouches for."""
+    check_material(envelope, key, root)
+    with tempfile.TemporaryDirectory(prefix="verify-") as scratch:
+        _check_signature(envelope, key, root, Path(scratch))
+
+
 def _check_signature(envelope: Envelope, key: Path | None, root: Path | None, scratch: Path) -> None:
-    """The signature over the pre-authentication encoding of the payload, by openssl."""
     public, signature, encoded = (scratch / name for name in ("public.pem", "signature", "encoded"))
     if key:
         otherwise = Refused(f"{key} is no public key.", EXIT_USAGE)
@@ -318,11 +320,11 @@ def _check_signature(envelope: Envelope, key: Path | None, root: Path | None, sc
     if curve is None or curve[1].decode() not in CURVES:
         raise wrong
     signature.write_bytes(envelope.signature)
-    kind = _PAYLOAD_TYPE.encode()
-    encoded.write_bytes(b"DSSEv1 %d %b %d %b" % (len(kind), kind, len(envelope.payload), envelope.payload))
-    untrue = Refused(f"{SIGNATURE} does not hold: it was made with another key, or was changed.")
+    encoded.write_bytes(
+        f"DSSEv1 {len(_PAYLOAD_TYPE)} {_PAYLOAD_TYPE} {len(envelope.payload)} ".encode() + envelope.payload
+    )
     how = ["dgst", f"-{CURVES[curve[1].decode()]}", "-verify", str(public), "-signature", str(signature), str(encoded)]
-    _openssl(*how, otherwise=untrue)
+    _openssl(*how, otherwise=Refused(f"{SIGNATURE} does not hold: it was made with another key, or was changed."))
 
 
 def _key_of_chain(certificates: tuple[bytes, ...], root: Path, scratch: Path) -> bytes:
@@ -359,10 +361,8 @@ def _openssl(*arguments: str, otherwise: Refused, environment: dict[str, str] | 
             ["openssl", *arguments],  # noqa: S607
             env=surrounding, stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=False,
         )  # fmt: skip
-    except FileNotFoundError as error:
-        raise Refused("openssl is not on this machine; install 1.1.1 or later.", EXIT_MACHINE) from error
-    except subprocess.TimeoutExpired as error:
-        raise Refused("openssl does not answer.", EXIT_MACHINE) from error
+    except (FileNotFoundError, subprocess.TimeoutExpired) as error:
+        raise Refused("openssl is not on this machine, or does not answer.", EXIT_MACHINE) from error
     if done.returncode:
         raise otherwise
     return done.stdout

@@ -14,8 +14,10 @@ from glmexport.graph import RECENT_LOGITS, SHORT_STEP
 from glmexport.loop import LoopConfig, read_loop
 from glmexport.serving.sampling import Sampling
 from glmexport.validation.capacity import CapacityGraph
+from glmexport.validation.fixed_loop import FixedLoop, FixedSequence
 from glmexport.validation.generation import GenaiLoop, Guide, loop_facts
 from glmexport.validation.latent_loop import CHUNK, LatentLoop
+from glmexport.validation.own_loop import open_loop
 
 #: Room of a sequence is given out in steps of so many tokens, and one more, for a conversation to go on in.
 ROOM = 1024
@@ -51,29 +53,33 @@ class Model:
 
     def __init__(self, directory: Path, threads: int) -> None:
         self.ends, self.context_length = loop_facts(directory)
-        self._loop: GenaiLoop | LatentLoop
-        latents = read_loop(directory)
-        if latents:
-            self._loop = LatentLoop(directory, latents, threads)
-            self._latents: LoopConfig | None = latents
-            #: Positions of a prompt that are computed together; None: all of them.
-            self.chunk: int | None = CHUNK
-            #: Most tokens of a step of which the logits of each are given.
-            self.short_step = latents.short_step
-        else:
-            self._loop, self._latents = GenaiLoop(directory, threads), None
+        self._config = read_loop(directory)
+        self._loop: GenaiLoop | LatentLoop | FixedLoop
+        #: Positions of a prompt that are computed together; None: all of them.
+        self.chunk: int | None
+        #: Most tokens of a step of which the logits of each are given.
+        self.short_step = 1
+        if self._config is None:
+            self._loop = GenaiLoop(directory, threads)
             self.chunk, self.short_step = self._loop.chunk, SHORT_STEP
+        else:
+            self._loop = open_loop(directory, self._config, threads)
+            self.chunk = self._loop.chunk.positions if isinstance(self._loop, FixedLoop) else CHUNK
+        if isinstance(self._config, LoopConfig):
+            self.short_step = self._config.short_step
 
     @property
     def guides(self) -> bool:
         """Whether answers can be held to a grammar."""
-        return self._latents is None
+        return self._config is None
 
     def begin(self, length: int) -> Computed:
         """A sequence of which nothing is computed, with room for at least ``length`` tokens."""
+        if isinstance(self._loop, FixedLoop):
+            return FixedShapeSequence(self._loop)
         if isinstance(self._loop, LatentLoop):
-            assert self._latents is not None
-            return LatentSequence(self._loop.graph, self._latents, self.context_length)
+            assert isinstance(self._config, LoopConfig)
+            return LatentSequence(self._loop.graph, self._config, self.context_length)
         capacity = min((-(-length // ROOM) + 1) * ROOM, self.context_length)
         return GenaiSequence(self._loop.generator(1, capacity), capacity)
 
@@ -146,6 +152,29 @@ class LatentSequence:
         if count:
             del self.tokens[-count:]
             self._caches.forget(count)
+
+
+class FixedShapeSequence:
+    """One sequence in graphs of fixed shapes, which give the logits of one position."""
+
+    def __init__(self, loop: FixedLoop) -> None:
+        self._sequence = FixedSequence(loop)
+        self.capacity = loop.context_length
+        self.tokens: list[int] = []
+        self.whole = 0
+
+    def advance(self, ids: Sequence[int], *, every: bool = False) -> NDArray[np.float32]:
+        """As ``Computed``."""
+        assert not every or len(ids) == 1
+        logits = self._sequence.advance(list(ids))
+        self.tokens += ids
+        return logits.astype(np.float32, copy=False)
+
+    def forget(self, count: int) -> None:
+        """As ``Computed``."""
+        if count:
+            del self.tokens[-count:]
+            self._sequence.forget(count)
 
 
 class GuidedSequence:

@@ -53,6 +53,14 @@ class FixedLoop:
         """The file of each graph's profile, which is whole then."""
         return [Path(graph.session.end_profiling()) for graph in (self.chunk, self.step)]
 
+    def distributions(self, prompt: Sequence[int], count: int) -> Iterator[NDArray[np.float32]]:
+        """Logits [vocabulary] fp32 before each of ``count`` greedy tokens behind ``prompt``."""
+        sequence, ids = FixedSequence(self), list(prompt)
+        for _ in range(count):
+            (logits,) = sequence.advance(ids)
+            yield logits
+            ids = [int(logits.argmax())]
+
     def start(self, prompts: Sequence[Sequence[int]]) -> FixedSequences:
         """Sequences of one length, of which nothing is computed yet; each is computed by itself."""
         return FixedSequences(self, prompts)
@@ -62,31 +70,38 @@ class FixedSequences:
     """Sequences that are generated together, each in caches of its own."""
 
     def __init__(self, loop: FixedLoop, prompts: Sequence[Sequence[int]]) -> None:
-        self._sequences = [_Sequence(loop) for _ in prompts]
+        self._sequences = [FixedSequence(loop) for _ in prompts]
         self._new = prompts
 
     def __iter__(self) -> Iterator[NDArray[np.int64]]:
         """The most likely token [batch] of every sequence, again and again, each added to its sequence."""
         while True:
             pairs = zip(self._sequences, self._new, strict=True)
-            tokens = np.array([sequence.advance(ids) for sequence, ids in pairs], np.int64)
+            tokens = np.array([sequence.advance(ids)[0].argmax() for sequence, ids in pairs], np.int64)
             self._new = tokens[:, None].tolist()
             yield tokens
 
 
-class _Sequence:
+class FixedSequence:
+    """One sequence, of which ``length`` tokens are computed."""
+
     def __init__(self, loop: FixedLoop) -> None:
         self._loop = loop
         self._caches = loop.chunk.begin()
-        self._length = 0
+        self.length = 0
 
-    def advance(self, ids: Sequence[int]) -> int:
-        """Compute ``ids`` behind what was computed before, and return the most likely token behind them."""
+    def advance(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """Compute ``ids`` behind what was computed before; logits [1, vocabulary] behind the last."""
         while True:
-            # A prompt begins at the first position, and the caches hold whole chunks: none passes their end.
-            graph = self._loop.chunk if len(ids) > 1 else self._loop.step
-            logits = graph.run(self._caches, ids[: graph.positions], self._length)
-            self._length += min(len(ids), graph.positions)
+            # What fills a chunk up has to have room behind it, too.
+            wide = len(ids) > 1 and self.length + self._loop.chunk.positions <= self._loop.context_length
+            graph = self._loop.chunk if wide else self._loop.step
+            logits = graph.run(self._caches, ids[: graph.positions], self.length)
+            self.length += min(len(ids), graph.positions)
             ids = ids[graph.positions :]
             if not ids:
-                return int(logits[-1].argmax())
+                return logits[-1:]
+
+    def forget(self, count: int) -> None:
+        """Take the last ``count`` tokens back: what is behind the length is written over."""
+        self.length -= count
