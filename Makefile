@@ -4,6 +4,9 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# What may contact nothing but what it is told to; tested where there is nothing else.
+SERVERS := tests/release tests/deployment tests/serving tests/test_delivery.py
 INSTALLED := $(VENV)/.installed
 
 .PHONY: demo test release-test lint clean
@@ -15,7 +18,8 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest $(PARALLEL) $(addprefix --ignore=,$(SERVERS))
+	$(BIN)/python tests/offline.py $(BIN)/pytest $(PARALLEL) $(SERVERS)
 
 # The wheel in an environment of its own, which takes five minutes more.
 release-test: $(INSTALLED)

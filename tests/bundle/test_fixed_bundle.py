@@ -20,6 +20,7 @@ from glmexport.errors import EXIT_INPUT, BundleError, InputError
 from glmexport.host import CPU_PROVIDER
 from glmexport.loop import FixedLoopConfig, read_loop
 from glmexport.progress import Silent
+from glmexport.serving.model import Model
 from glmexport.validation.devices.answers import DeviceAnswers
 from glmexport.validation.devices.job import PromptQuestion, SpeedRequest, TextQuestion, read_job, write_job
 from glmexport.validation.devices.local import LocalRunner
@@ -92,6 +93,31 @@ def test_a_bundle_has_the_file_of_its_loop_and_a_graph_for_each_number_of_positi
         for built in (pair.fixed, pair.any)
     ]
     assert sizes[0] < 1.1 * sizes[1]
+
+
+def test_a_server_goes_on_with_what_it_computed(pair: Pair) -> None:
+    """In pieces that begin anywhere, and up to the last position, where no whole chunk has room any more."""
+    model = Model(pair.fixed.directory, THREADS)
+    whole = ScoringSession(pair.fixed.directory, read_manifest(pair.fixed.directory), THREADS).logits(
+        torch.tensor(PROMPT)
+    )
+    sequence = model.begin(CONTEXT)
+    assert (model.chunk, model.short_step, model.guides, sequence.capacity) == (CHUNK, 1, False, CONTEXT)
+    done = 0
+    for count in (5, 1, CHUNK, 30, 3, CONTEXT - 55):
+        logits = sequence.advance(PROMPT[done : done + count])
+        done += count
+        assert logits.shape == (1, whole.shape[1])
+        np.testing.assert_allclose(logits[0], whole[done - 1].numpy(), atol=1e-4)
+        if count == 30:
+            # Another continuation, and back.
+            sequence.forget(20)
+            sequence.advance([7, 8, 9])
+            sequence.forget(3)
+            done -= 20
+            sequence.advance(PROMPT[done : done + 20])
+            done += 20
+    assert sequence.tokens == PROMPT
 
 
 def test_logits_and_tokens_are_those_of_graphs_of_any_length(pair: Pair) -> None:
