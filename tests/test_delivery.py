@@ -105,13 +105,13 @@ def test_delivery(
     place: Place = places([str(program)], ["--threads", "1"])
     site = tmp_path / "site.toml"
     site.write_text(f'trust = "{tmp_path / "key.pub.pem"}"\n' + place.toml("a", sshd), encoding="utf-8")
-    done = run("deploy", signed, site, "--json")
+    done = run("deploy", "--unproven", signed, site, "--json")
     assert done.code == EXIT_PASS, done.stderr
     good = json.loads(done.stdout)[0]["release"]
     expected = answer(openai.OpenAI(base_url=f"http://127.0.0.1:{place.port}/v1", api_key="none", timeout=120))
     bad = damaged(signed, tmp_path / "bad", tmp_path / "key.pem", run, monkeypatch)
     with Client(place.port) as client:
-        done = run("deploy", bad, site, "--json")
+        done = run("deploy", "--unproven", bad, site, "--json")
         assert done.code == EXIT_BLOCK, done.stderr
         (told,) = json.loads(done.stdout)
         assert told["state"] == "rolled back" and "Golden prompt" in told["why"]
@@ -121,7 +121,7 @@ def test_delivery(
         done = run("sign", signed, "--key", tmp_path / "key.pem", "--counter", 3)
         assert done.code == EXIT_PASS, done.stderr
         monkeypatch.undo()
-        done = run("deploy", signed, site)
+        done = run("deploy", "--unproven", signed, site)
         assert done.code == EXIT_PASS, done.stderr
     assert client.failures == []
     assert before > 0 and len(client.answers) > before

@@ -26,12 +26,13 @@ _COLOURS = {"confirmed": "green", "unchanged": "green", "done": "green", "not be
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @_SITE
+@click.option("--unproven", is_flag=True, help="Also if its report's verdict is neither PASS nor WARN.")
 @click.option("--allow-older", is_flag=True, help="Also if a release with a higher counter was served there.")
 @click.option(
     "--replace-key", is_flag=True, help="Have the servers trust the site's key from now on, and not the one before."
 )
 @json_option
-def deploy(bundle: Path, site: Path, allow_older: bool, replace_key: bool, as_json: bool) -> int:
+def deploy(bundle: Path, site: Path, unproven: bool, allow_older: bool, replace_key: bool, as_json: bool) -> int:
     """Serve the signed BUNDLE on every server of SITE.
 
     Missing files are sent, the release is verified there, asked on another port where the site names one, switched to,
@@ -52,9 +53,12 @@ def deploy(bundle: Path, site: Path, allow_older: bool, replace_key: bool, as_js
             "name": release.name,
             "counter": str(release.counter),
             "size": f"{gibibytes(release.bytes)} in {len(release.files)} files",
+            "verdict": release.verdict.value if release.verdict else "no report",
             "servers": ", ".join(place.servers),
         },
     )
+    if not unproven:
+        release.require_proof()
     outcomes = deploy(place, release, terminal, Wishes(allow_older, replace_key))
     return _told(terminal, outcomes, as_json)
 

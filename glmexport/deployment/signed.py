@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from glmexport.bundle.manifest import FileEntry
+from glmexport.errors import BundleError
 from glmexport.progress import Progress
 from glmexport.quantization import sha256
 from glmexport.release import read_release, verify
 from glmexport.release.verifier import SIGNATURE
+from glmexport.report.document import JSON_NAME, read_report
+from glmexport.validation.results import Verdict
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,8 @@ class SignedBundle:
     files: tuple[FileEntry, ...]
     target: str
     counter: int
+    #: Of its report, which the signature covers; None: it has none.
+    verdict: Verdict | None = None
 
     @property
     def bytes(self) -> int:
@@ -49,4 +54,20 @@ class SignedBundle:
                 track.advance(1, name)
         release = read_release(directory)
         signature = next(entry for entry in entries if entry.path == SIGNATURE)
-        return cls(directory, signature.sha256[:32], tuple(entries), release.target, release.counter)
+        report = directory / JSON_NAME
+        verdict = read_report(report).verdict if report.is_file() else None
+        return cls(directory, signature.sha256[:32], tuple(entries), release.target, release.counter, verdict)
+
+    def require_proof(self) -> None:
+        """See that the bundle was found to be the same model.
+
+        Raises:
+            BundleError: its report says otherwise, or nothing.
+        """
+        if self.verdict not in (Verdict.PASS, Verdict.WARN):
+            found = f"its report's verdict is {self.verdict.value}" if self.verdict else "it has no report"
+            raise BundleError(
+                f"{self.directory} is not proven to be the original's equal: {found}.",
+                next_step="Validate it on a device of its target (glmexport validate --device) and sign it again; or "
+                "give --unproven.",
+            )

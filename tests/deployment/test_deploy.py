@@ -18,7 +18,15 @@ from sshd import Sshd
 from glmexport.deployment import deploy, prune, roll_back, status
 from glmexport.deployment.rollout import Wishes
 from glmexport.deployment.signed import SignedBundle
-from glmexport.errors import EXIT_BLOCK, EXIT_MACHINE, EXIT_PASS, EXIT_UNVERIFIED, DefinitionError, UnverifiedError
+from glmexport.errors import (
+    EXIT_BLOCK,
+    EXIT_INPUT,
+    EXIT_MACHINE,
+    EXIT_PASS,
+    EXIT_UNVERIFIED,
+    DefinitionError,
+    UnverifiedError,
+)
 from glmexport.progress import Silent
 from glmexport.release.verifier import verify
 
@@ -272,11 +280,14 @@ def test_the_command_line(run: Run, releases: Releases, places: Places, sshd: Ss
     place = places()
     write_site(tmp_path / "site.toml", releases, place.toml("a", sshd))
     site = str(tmp_path / "site.toml")
-    done = run("deploy", releases(1), site, "--json")
+    done = run("deploy", "--unproven", releases(1), site, "--json")
     assert done.code == EXIT_PASS, done.stderr
     (told,) = json.loads(done.stdout)
     assert told["state"] == "confirmed" and len(told["head"]) == 64
-    done = run("deploy", releases(DAMAGED), site)
+    # Too little text was validated for a verdict.
+    done = run("deploy", releases(2), site)
+    assert done.code == EXIT_INPUT and "verdict is INCONCLUSIVE" in done.stderr
+    done = run("deploy", "--unproven", releases(DAMAGED), site)
     assert done.code == EXIT_BLOCK and "Golden prompt" in done.stderr and "rolled back" in done.stderr
     done = run("status", site)
     assert done.code == EXIT_PASS and "confirmed" in done.stderr and "rolled back" in done.stderr
@@ -289,12 +300,12 @@ def test_the_command_line(run: Run, releases: Releases, places: Places, sshd: Ss
     # Not signed, or changed since.
     plain = tmp_path / "plain"
     shutil.copytree(releases.original, plain)
-    done = run("deploy", plain, site)
+    done = run("deploy", "--unproven", plain, site)
     assert done.code == EXIT_UNVERIFIED and "model.sig" in done.stderr
     changed = tmp_path / "changed"
     shutil.copytree(releases(2), changed)
     (changed / "tokenizer.json").write_text("{}")
-    done = run("deploy", changed, site)
+    done = run("deploy", "--unproven", changed, site)
     assert done.code == EXIT_UNVERIFIED and "tokenizer.json" in done.stderr
     assert place.current == releases.signed(1).name
 
