@@ -61,7 +61,7 @@ class GenaiConfig:
             options = model["decoder"]["session_options"].get("provider_options", [])
             providers = tuple(str(name) for each in options for name in each)
             return cls(frozenset(map(int, model["eos_token_id"])), int(model["context_length"]), providers)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise BundleError(
                 f"{path} cannot be read: {type(error).__name__}: {error}.",
                 next_step="Build the bundle again, or copy it again from where it was built.",
