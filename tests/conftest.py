@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -17,6 +18,10 @@ if sys.platform == "linux" and (worker := os.environ.get("PYTEST_XDIST_WORKER"))
     # Tests side by side each have a core: threads of two libraries on two cores that both want wait for each other.
     _cores = psutil.Process().cpu_affinity()
     psutil.Process().cpu_affinity([_cores[int(worker.removeprefix("gw")) % len(_cores)]])
+
+# How long anything takes on a busy machine is no property of the code.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 
 @pytest.hookimpl(trylast=True)

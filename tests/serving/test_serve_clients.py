@@ -15,6 +15,7 @@ from scripted import SCRIPTS
 
 from glmexport.checkpoint import Tokenizer
 from glmexport.generation import generate
+from glmexport.validation.generation import GenerationSession
 
 TOOL: Any = {
     "type": "function",
@@ -75,7 +76,7 @@ def test_chat_whole_and_streamed_is_what_run_gives(client: openai.OpenAI, bundle
 def test_text_and_token_ids_go_on_as_the_model_does(client: openai.OpenAI, bundle: Path) -> None:
     tokenizer = Tokenizer.open(bundle)
     prompt = tokenizer.prefix + tokenizer.encode("Hello there")
-    expected = [piece.token for piece in generate(bundle, tokenizer, prompt, max_tokens=12, threads=1)]
+    expected = GenerationSession(bundle, 1).tokens(prompt, 12)
     given: tuple[Any, ...] = ("Hello there", ["Hello there"], prompt, [prompt], "[gMASK]<sop>Hello there")
     for form in given:
         answer = client.completions.create(
@@ -83,7 +84,9 @@ def test_text_and_token_ids_go_on_as_the_model_does(client: openai.OpenAI, bundl
         )
         assert answer.prompt_token_ids == prompt  # type: ignore[attr-defined]
         (choice,) = answer.choices
+        # The end token is told, too, which no text shows.
         assert choice.token_ids == expected and choice.text == tokenizer.decode(expected)  # type: ignore[attr-defined]
+        assert answer.usage and answer.usage.completion_tokens == len(expected) - (choice.finish_reason == "stop")
         likely: Any = choice.logprobs
         assert [ids[0] for ids in likely.top_token_ids] == expected
         assert [logprobs[0] for logprobs in likely.top_token_logprobs] == likely.token_logprobs
