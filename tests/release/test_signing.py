@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,35 @@ def test_a_signature_that_fails_leaves_everything_as_it_was(
         # Five were there, with golden answers; four came.
         sign_with(release, keys.private, counter=8)
     assert sorted(path.name for path in release.parent.iterdir()) == ["release"]
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[4])
+from signatures import sign_with
+rename, left = Path.rename, int(sys.argv[3])
+def dying(path, target):
+    global left
+    left -= 1
+    if left < 0:
+        os._exit(9)
+    return rename(path, target)
+Path.rename = dying
+sign_with(Path(sys.argv[1]), Path(sys.argv[2]), counter=8)
+"""
+
+
+@pytest.mark.parametrize("last", [2, 8])
+def test_what_a_killed_signature_leaves_is_refused_and_mended(
+    last: int, release: Path, keys: Pair, outcome: Judge
+) -> None:
+    command = [sys.executable, "-c", KILLED, release, keys.private, last, Path(__file__).parent.parent]
+    killed = subprocess.run(list(map(str, command)), check=False, capture_output=True, text=True, timeout=120)
+    assert killed.returncode == 9, killed.stderr
+    assert outcome(release).code == EXIT_UNVERIFIED
+    sign_with(release, keys.private, counter=9)
+    assert outcome(release, newer=8).code == 0
 
 
 def test_keys_that_cannot_sign(release: Path, tmp_path: Path, authority: Authority, keys: Pair) -> None:
