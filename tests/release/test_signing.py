@@ -20,10 +20,11 @@ from securesystemslib.exceptions import VerificationError
 from securesystemslib.signer import SSlibKey
 from signatures import COUNTER, Authority, Judge, Pair, openssl, pair, sha256, sign_with, tree
 
-from glmexport.bundle import read_manifest, verify_files
+from glmexport.bundle import AdapterSource, read_manifest, verify_files
 from glmexport.errors import EXIT_INPUT, EXIT_UNVERIFIED, BundleError, InputError, MachineError
 from glmexport.progress import Silent
 from glmexport.release import KeyFiles, open_signatory, read_release, sign
+from glmexport.release.bom import bill_of_materials
 from glmexport.report.document import read_report
 
 SOFTHSM = Path("/usr/lib/softhsm/libsofthsm2.so")
@@ -275,6 +276,29 @@ def test_the_bill_of_materials_follows_the_schema(signed: Path, keys: Pair) -> N
     assert card["modelParameters"]["architectureFamily"] == "glm4"
     languages = {metric["slice"] for metric in card["quantitativeAnalysis"]["performanceMetrics"]}
     assert languages == set(read_report(signed / "report.json").subject.languages)
+
+
+def test_a_bill_of_a_fine_tune_on_text_of_one_s_own(sample: Sample) -> None:
+    from cyclonedx.schema import SchemaVersion
+    from cyclonedx.validation.json import JsonStrictValidator
+
+    manifest = read_manifest(sample.bundle)
+    assert manifest.calibration
+    adapter = AdapterSource(name="ours", digest="sha256:" + "1" * 64)
+    tuned = manifest.model_copy(
+        update={
+            "source": manifest.source.model_copy(update={"adapter": adapter}),
+            "calibration": manifest.calibration.model_copy(update={"own": ("x",)}),
+        }
+    )
+    bill = bill_of_materials(tuned, None)
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(json.dumps(bill)) is None
+    named = {component["name"]: component for component in bill["components"]}
+    assert named["ours"]["hashes"][0]["content"] == "1" * 64
+    assert "data" not in named["calibration text"]
+    plain = bill_of_materials(manifest.model_copy(update={"calibration": None}), None)
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(json.dumps(plain)) is None
+    assert bill_of_materials(manifest, None) == bill_of_materials(manifest, None)
 
 
 def test_the_command_line(run: Run, sample: Sample, keys: Pair, tmp_path: Path) -> None:
