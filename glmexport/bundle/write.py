@@ -127,7 +127,9 @@ def write_bundle(
     return manifest
 
 
-def _draft(architecture: Architecture, weights: Weights, records: tuple[QuantizedMatrix, ...]) -> DraftGraph | None:
+def _draft(
+    architecture: Architecture, weights: Weights, records: tuple[QuantizedMatrix, ...]
+) -> DraftGraph | None:
     draft = architecture.token_prediction
     if draft is None:
         return None

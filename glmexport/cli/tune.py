@@ -81,7 +81,9 @@ class Alternatives(click.ParamType[tuple[str, tuple[str, ...]]]):
     "--positions", type=click.IntRange(min=1), default=128, show_default=True,
     help="Tokens in each language to measure the divergence on.",
 )  # fmt: skip
-@click.option("--prompt-tokens", type=click.IntRange(min=2), default=512, show_default=True, help="Of the long prompt.")
+@click.option(
+    "--prompt-tokens", type=click.IntRange(min=2), default=512, show_default=True, help="Of the long prompt."
+)
 @click.option(
     "--calibrated", is_flag=True,
     help="Measure the divergence on weights that GPTQ made, which takes as long as a build for every recipe.",

@@ -259,7 +259,9 @@ def show_unrun(console: Console, unrun: Unrun, target: Target, directory: Path, 
 
 
 def _gates(source: str, gates: Iterable[Gate]) -> Table:
-    table = titled_table(f"\nGates: {source}", "gate", "language", "measured", "bounds", "", "limit", "verdict")
+    table = titled_table(
+        f"\nGates: {source}", "gate", "language", "measured", "bounds", "", "limit", "verdict"
+    )
     for gate in gates:
         table.add_row(
             gate.name,

@@ -73,7 +73,9 @@ def profile(directory: Path, prompt: Sequence[int], threads: int) -> tuple[Node,
     return nodes_of(events)
 
 
-def _profile_latents(directory: Path, config: LoopConfig, prompt: Sequence[int], threads: int) -> tuple[Node, ...]:
+def _profile_latents(
+    directory: Path, config: LoopConfig, prompt: Sequence[int], threads: int
+) -> tuple[Node, ...]:
     from glmexport.validation.latent_loop import LatentLoop
 
     with tempfile.TemporaryDirectory() as folder:
