@@ -117,5 +117,6 @@ def _answers(
     asked = questions_for(documents, original.tokenizer, plan, session.context_length)
     answers = ask_original(asked, session, reference, scratch, progress)
     return tuple(
-        CapturedAnswer(question=question, tokens=tuple(tokens)) for question, tokens in zip(asked, answers, strict=True)
+        CapturedAnswer(question=question, tokens=tuple(tokens))
+        for question, tokens in zip(asked, answers, strict=True)
     )

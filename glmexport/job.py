@@ -245,7 +245,7 @@ def _refuse_graph(original: Original, job: Job) -> None:
     if architecture.routed and (not limits.expert_branches or target.weights.form == "QDQ"):
         raise InputError(
             f"{original.checkpoint.name} is a mixture of experts, which the target {target.name} cannot run.",
-            next_step='Take a target with graph.expert_branches = true and weights.form = "MatMulNBits".',
+            next_step="Take a target with graph.expert_branches = true and weights.form = \"MatMulNBits\".",
         )
     if own_loop(architecture, limits) and limits.activations != "float32":
         raise InputError(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -87,3 +89,10 @@ def test_the_docstring_lists_the_stages_in_order() -> None:
     assert listed == [*STAGES, "cli"]
     folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
     assert folders == {*STAGES, "cli", "demo", "lm_eval"}
+
+
+def test_help_waits_for_no_library_of_numbers() -> None:
+    """What every call of the command line imports."""
+    program = "import sys, glmexport.cli.main; print(*{'torch', 'transformers', 'onnx', 'onnxruntime'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []

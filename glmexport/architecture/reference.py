@@ -154,7 +154,9 @@ class Block:
     def selects(self) -> bool:
         """Whether it attends to a selection, its own or that of the layer before."""
         attention = self.layer.attention
-        return isinstance(attention, LatentAttention) and (attention.indexer is not None or attention.shared_selection)
+        return isinstance(attention, LatentAttention) and (
+            attention.indexer is not None or attention.shared_selection
+        )
 
     def forward(
         self, hidden: Tensor, positions: tuple[Tensor, Tensor], weights: Mapping[str, Tensor] | None = None

@@ -85,7 +85,9 @@ class BundleWeights:
     def _embedding_form(self, architecture: Architecture, codes: str) -> tuple[int, int]:
         """Bits and group size of the embedding whose packed rows are ``codes``."""
         size = architecture.hidden_size
-        packed, groups = (self._initializers[name].shape for name in (codes, f"{codes.removesuffix('.codes')}.scales"))
+        packed, groups = (
+            self._initializers[name].shape for name in (codes, f"{codes.removesuffix('.codes')}.scales")
+        )
         assert packed is not None and groups is not None
         return int(packed.numpy()[1]) * 8 // size, size // int(groups.numpy()[1])
 

@@ -140,7 +140,9 @@ def graphs_of(architecture: Architecture, limits: GraphLimits) -> dict[str, ir.M
     return graphs
 
 
-def _draft(architecture: Architecture, weights: Weights, records: tuple[QuantizedMatrix, ...]) -> DraftGraph | None:
+def _draft(
+    architecture: Architecture, weights: Weights, records: tuple[QuantizedMatrix, ...]
+) -> DraftGraph | None:
     draft = architecture.token_prediction
     if draft is None:
         return None

@@ -55,7 +55,8 @@ class Shards:
 
         if entry.dtype not in accepted:
             raise CheckpointError(
-                f"{entry.path}: tensor {entry.name!r} is stored as {entry.dtype}; accepted are {', '.join(accepted)}.",
+                f"{entry.path}: tensor {entry.name!r} is stored as {entry.dtype}; "
+                f"accepted are {', '.join(accepted)}.",
                 next_step="Use the full-precision checkpoint of this model.",
             )
         self.refuse_changed(entry)

@@ -85,6 +85,14 @@ class Bytes(click.ParamType[int]):
         return int(float(match[1]) * _UNITS[match[2].lower()])
 
 
+def titled_table(title: str, *columns: str) -> Table:
+    """An empty table; names on the left, figures on the right."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right")
+    return table
+
+
 def gibibytes(count: float) -> str:
     """A number of bytes for people."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):

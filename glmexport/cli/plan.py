@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from glmexport.cli.console import duration
-from glmexport.cli.verdict import titled_table
+from glmexport.cli.console import duration, titled_table
 from glmexport.validation.planning import Need, Plan
 
 

@@ -11,9 +11,8 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from glmexport.cli.console import Terminal, emit
+from glmexport.cli.console import Terminal, emit, titled_table
 from glmexport.cli.options import adapter_option, checkpoint_argument, json_option
-from glmexport.cli.verdict import titled_table
 
 if TYPE_CHECKING:
     from glmexport.evidence import Evidence, Gain, KvCache, Outcome, Preference, Tried
@@ -81,7 +80,9 @@ class Alternatives(click.ParamType[tuple[str, tuple[str, ...]]]):
     "--positions", type=click.IntRange(min=1), default=128, show_default=True,
     help="Tokens in each language to measure the divergence on.",
 )  # fmt: skip
-@click.option("--prompt-tokens", type=click.IntRange(min=2), default=512, show_default=True, help="Of the long prompt.")
+@click.option(
+    "--prompt-tokens", type=click.IntRange(min=2), default=512, show_default=True, help="Of the long prompt."
+)
 @click.option(
     "--calibrated", is_flag=True,
     help="Measure the divergence on weights that GPTQ made, which takes as long as a build for every recipe.",

@@ -39,17 +39,12 @@ if TYPE_CHECKING:
     help="Only say how much text the gates need, and how long a validation takes on this machine.",
 )  # fmt: skip
 @click.option(
-    "--device",
-    "devices",
-    multiple=True,
-    metavar="DEVICE",
+    "--device", "devices", multiple=True, metavar="DEVICE",
     help="Where the bundle runs, instead of in this process: local, ssh://user@host[:port], qemu-arm64[:DIR], browser, "
     "kit:FILE.zip to carry to a device, kit-result:FILE.zip that it brought back; repeatable (README, 'On devices').",
 )
 @click.option(
-    "--fleet",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
+    "--fleet", type=click.Path(path_type=Path), metavar="FILE",
     help="A .toml file of devices to ask side by side.",
 )
 @threads_option

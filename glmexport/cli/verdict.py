@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from glmexport.cli.console import gibibytes
+from glmexport.cli.console import gibibytes, titled_table
 from glmexport.errors import EXIT_BLOCK, EXIT_INCONCLUSIVE, EXIT_PASS
 from glmexport.report.allocation import summarize
 from glmexport.report.behaviour import answer_rows
@@ -83,14 +83,6 @@ _SPEED_FORMS = {
     "Peak memory": ("peak memory (MiB)", 1 / 2**20, ".0f"),
     "Energy per decoded token": ("energy (J/token)", 1, ".3g"),
 }
-
-
-def titled_table(title: str, *columns: str) -> Table:
-    """An empty table; names on the left, figures on the right."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim")
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right")
-    return table
 
 
 def _devices(report: Report) -> Group:
@@ -259,7 +251,9 @@ def show_unrun(console: Console, unrun: Unrun, target: Target, directory: Path, 
 
 
 def _gates(source: str, gates: Iterable[Gate]) -> Table:
-    table = titled_table(f"\nGates: {source}", "gate", "language", "measured", "bounds", "", "limit", "verdict")
+    table = titled_table(
+        f"\nGates: {source}", "gate", "language", "measured", "bounds", "", "limit", "verdict"
+    )
     for gate in gates:
         table.add_row(
             gate.name,

@@ -87,7 +87,9 @@ def windows(tokens: Sequence[int], prefix: Sequence[int], window: int) -> Iterat
         start = stop
 
 
-def bundle_likelihoods(session: ScoringSession, requests: Sequence[Request], progress: Progress) -> list[Likelihood]:
+def bundle_likelihoods(
+    session: ScoringSession, requests: Sequence[Request], progress: Progress
+) -> list[Likelihood]:
     """Of every request. What several have to read in common, such as a question with choices of one token, is read
     once.
     """

@@ -86,6 +86,7 @@ class QuantizedMatrix(Definition):
         }
         return cls.unmeasured(linear.weight, layer, linear.part, solution.linear).model_copy(update=measured)
 
+
     def routed(self, linear: Linear, chosen: int | None, own_tokens: float) -> QuantizedMatrix:
         """The same, of an expert that ``chosen`` positions passed, worth so many different ones."""
         return self.model_copy(

@@ -64,12 +64,9 @@ def _components(manifest: Manifest) -> Iterator[dict[str, Any]]:
         yield _component("machine-learning-model", "adapter", adapter.name, "A merged LoRA adapter.", adapter.digest)
     if calibration:
         what = f"{calibration.tokens} tokens in {', '.join(sorted(calibration.tokens_per_language))}."
-        component = _component("data", "calibration", "calibration text", what, calibration.digest)
-        yield (
-            component | {"data": [{"type": "dataset", "name": "calibration text", "classification": "public"}]}
-            if (not calibration.own)
-            else component
-        )
+        # Text of the user's own is nobody else's business, and how public it is nobody but the user knows.
+        public = {} if calibration.own else {"data": [{"type": "dataset", "classification": "public"}]}
+        yield _component("data", "calibration", "calibration text", what, calibration.digest) | public
     for file in manifest.files:
         yield _file(file)
 

@@ -93,6 +93,8 @@ def arriving(destination: Path, kept: Path | None = None) -> Iterator[Path]:
     folder = kept or destination.with_name(f".{destination.name}.partial")
     if kept is None:
         shutil.rmtree(folder, ignore_errors=True)
+    if folder.is_symlink():
+        raise InputError(f"{folder} is a link.", next_step="Remove it.")
     folder.mkdir(exist_ok=kept is not None)
     try:
         yield folder

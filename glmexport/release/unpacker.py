@@ -105,8 +105,9 @@ def extract(stream: Any, signed: dict[str, str], target: Path, verifier: Any) ->
         while stream.read(1 << 20):
             # To the end, so that the last volume is compared with its sum, too.
             pass
-    except tarfile.TarError as error:
-        raise verifier.Refused(f"The archive is damaged: {error}.") from error
+    except (tarfile.TarError, ValueError, ArithmeticError, RecursionError, MemoryError) as error:
+        # What tarfile lets out of headers that were made to confuse it.
+        raise verifier.Refused(f"The archive is damaged: {type(error).__name__}: {error}.") from error
     for name in sorted(missing):
         raise verifier.Refused(f"{name} is signed and not in the archive.")
 
@@ -160,7 +161,11 @@ def main(arguments: list[str] | None = None) -> int:
     except SystemExit as stop:
         return 64 if stop.code else 0
     script = Path(__file__).absolute()
-    verifier = verifier_beside(script)
+    try:
+        verifier = verifier_beside(script)
+    except (ImportError, OSError) as error:
+        sys.stderr.write(f"unpack.py: verify.py has to be beside it: {error}\n")
+        return 69
     try:
         found = unpack(script.parent, given.output, given, verifier)
     except verifier.Refused as error:

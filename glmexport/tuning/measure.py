@@ -136,7 +136,9 @@ def from_numbers(numbers: Sequence[Sequence[Sequence[float]]]) -> list[Pair]:
 
 def _gain(interval: Interval) -> Gain:
     told = interval.n >= bootstrap.rounds_for_bounds(interval.confidence)
-    return Gain(ratio=interval.value, lower=interval.lower if told else None, upper=interval.upper if told else None)
+    return Gain(
+        ratio=interval.value, lower=interval.lower if told else None, upper=interval.upper if told else None
+    )
 
 
 def _step(taken: Round) -> float:

@@ -32,5 +32,7 @@ def host_gate(manifest: Manifest) -> tuple[Gate, ...]:
         return ()
     sample = f"another class of hardware than {manifest.target.name}: {' '.join(lacking)}"
     return (
-        counted("Runs on the target's hardware", None, 0, 1, "runs", sample, at_least=True, otherwise=Verdict.WARN),
+        counted(
+            "Runs on the target's hardware", None, 0, 1, "runs", sample, at_least=True, otherwise=Verdict.WARN
+        ),
     )

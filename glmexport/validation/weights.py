@@ -134,7 +134,9 @@ def _rounded(key: str, held: BundleWeights, checkpoint: Checkpoint, decided: str
         yield WeightFault(tensor=key, kind="far", detail=_told(rows))
 
 
-def _kept(key: str, held: BundleWeights, checkpoint: Checkpoint, activations: torch.dtype) -> Iterator[WeightFault]:
+def _kept(
+    key: str, held: BundleWeights, checkpoint: Checkpoint, activations: torch.dtype
+) -> Iterator[WeightFault]:
     """What is wrong with a tensor that is stored as it is, in fp32 or in the type of the ``activations``."""
     tensor, original = held.tensor(key), checkpoint.read(key)
     same_type = tensor.dtype in (torch.float32, activations)

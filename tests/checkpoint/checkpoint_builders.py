@@ -66,5 +66,7 @@ def write_tokenizer(directory: Path, *, glm: bool = True, **config: object) -> P
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
     tokenizer.save(str(directory / "tokenizer.json"))
     names = {"eos_token": "<|endoftext|>"} if glm else {"bos_token": "<s>", "eos_token": "</s>"}
-    write_json(directory / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **names, **config})
+    write_json(
+        directory / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **names, **config}
+    )
     return directory

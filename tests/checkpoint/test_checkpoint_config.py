@@ -94,7 +94,9 @@ def test_another_type_is_refused_by_name(
 
 @pytest.mark.parametrize("method", ["integer", "integers", "number", "text", "flag", "section"])
 def test_an_absent_key_without_default_is_refused(config: ConfigReader, method: str) -> None:
-    with pytest.raises(CheckpointError, match=r"^config\.json: rope_theta is missing, and .* is needed there"):
+    with pytest.raises(
+        CheckpointError, match=r"^config\.json: rope_theta is missing, and .* is needed there"
+    ):
         getattr(config, method)("rope_theta")
 
 

@@ -26,7 +26,9 @@ def test_a_header_of_the_library_is_read_as_it_was_written(tmp_path: Path) -> No
     }
     save_file(tensors, path, metadata={"format": "pt"})
     header = read_header(path)
-    assert {name: found.shape for name, found in header.items()} == {n: tuple(t.shape) for n, t in tensors.items()}
+    assert {name: found.shape for name, found in header.items()} == {
+        n: tuple(t.shape) for n, t in tensors.items()
+    }
     assert header["w"].dtype == "BF16"
     assert (header["w"].elements, header["w"].bytes) == (15, 30)
     assert (header["scalar"].elements, header["empty"].elements) == (1, 0)

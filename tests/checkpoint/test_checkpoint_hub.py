@@ -70,7 +70,9 @@ def test_a_link_from_the_cache_into_another_repository_is_refused(cache: Path) -
 def test_the_environment_of_the_hubs_library_is_honoured(tmp_path: Path) -> None:
     home = tmp_path / "home"
     fill_cache(home / "hub")
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGINGFACE_"))}
+    environment = {
+        key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGINGFACE_"))
+    }
     program = "from glmexport.checkpoint import resolve; print(resolve('acme/tiny'))"
     answer = subprocess.run(
         [sys.executable, "-c", program],
@@ -93,7 +95,9 @@ def test_offline_and_not_cached_is_the_machines_failure(cache: Path) -> None:
 def test_an_unreachable_hub_is_the_machines_failure(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     # Port 1 of this machine: refused at once, and nothing leaves.
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
-    with pytest.raises(MachineError, match=r"http://127\.0\.0\.1:1 cannot be reached\. Check the network, or run"):
+    with pytest.raises(
+        MachineError, match=r"http://127\.0\.0\.1:1 cannot be reached\. Check the network, or run"
+    ):
         resolve("acme/tiny")
 
 

@@ -66,7 +66,9 @@ def test_a_missing_tensor_is_answered_with_the_nearest(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
-def test_values_that_are_not_finite_are_counted_and_located(value: float, stored: torch.dtype, tmp_path: Path) -> None:
+def test_values_that_are_not_finite_are_counted_and_located(
+    value: float, stored: torch.dtype, tmp_path: Path
+) -> None:
     weight = torch.ones(5, 3, 2, dtype=stored)
     weight[3, 1, 0] = value
     weight[4, 2, 1] = value
@@ -83,11 +85,15 @@ def test_values_that_are_not_finite_are_counted_and_located(value: float, stored
 def test_a_value_that_does_not_fit_the_wanted_type_is_refused(tmp_path: Path) -> None:
     weight = torch.tensor([1.0, 1e6])
     checkpoint = Checkpoint.open(write_checkpoint(tmp_path, {"model.safetensors": {"w": weight}}))
-    with pytest.raises(CheckpointError, match=r"tensor 'w' has 1 values too large for float16, the first at \[1\]"):
+    with pytest.raises(
+        CheckpointError, match=r"tensor 'w' has 1 values too large for float16, the first at \[1\]"
+    ):
         checkpoint.read("w", torch.float16)
 
 
-@pytest.mark.parametrize(("dtype", "bits"), [("F64", 64), ("F8_E4M3", 8), ("I32", 32), ("U8", 8), ("BOOL", 8)])
+@pytest.mark.parametrize(
+    ("dtype", "bits"), [("F64", 64), ("F8_E4M3", 8), ("I32", 32), ("U8", 8), ("BOOL", 8)]
+)
 def test_a_tensor_that_is_no_weight_is_refused_when_it_is_read(dtype: str, bits: int, tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path, {}) / "model.safetensors"
     write_raw(path, {"w": entry(dtype, (2,), 0, bits // 4)}, bytes(bits // 4))

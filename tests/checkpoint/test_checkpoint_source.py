@@ -59,7 +59,9 @@ def test_code_in_the_directory_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "generation_config.json"])
 @pytest.mark.parametrize("table", [{"auto_map": {"AutoModel": "x.Y"}}, {"inner": [{"auto_map": {}}]}])
-def test_a_configuration_that_asks_for_code_is_refused(name: str, table: dict[str, object], tmp_path: Path) -> None:
+def test_a_configuration_that_asks_for_code_is_refused(
+    name: str, table: dict[str, object], tmp_path: Path
+) -> None:
     directory = write_checkpoint(tmp_path)
     write_json(directory / name, {"model_type": "glm4", **table})
     with pytest.raises(CheckpointError, match=re.escape(f"{directory / name} asks for code (auto_map)")):
@@ -74,5 +76,7 @@ def test_pickles_are_ignored_beside_safetensors_and_refused_without(name: str, t
     Checkpoint.open(directory, progress)
     assert progress.remarks == [f"Ignored in {directory}: {name}; only safetensors are read."]
     (directory / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=rf"are pickles \({re.escape(name)}\).*Convert them to safetensors"):
+    with pytest.raises(
+        CheckpointError, match=rf"are pickles \({re.escape(name)}\).*Convert them to safetensors"
+    ):
         refuse_hazards(directory)

@@ -34,7 +34,9 @@ MESSAGES: list[dict[str, object]] = [
     {"role": "assistant", "content": "the theory", "thinking": "hell"},
     {"role": "stop", "content": "never rendered"},
 ]
-TOOLS = [{"type": "function", "function": {"name": "größe", "parameters": {"type": "object", "properties": {}}}}]
+TOOLS = [
+    {"type": "function", "function": {"name": "größe", "parameters": {"type": "object", "properties": {}}}}
+]
 
 
 @pytest.fixture
@@ -70,7 +72,9 @@ def test_ids_are_those_of_transformers_without_special_tokens_added(text: str, g
 
 @pytest.mark.parametrize("prompt", [False, True])
 @pytest.mark.parametrize("variables", [{}, {"tools": TOOLS}, {"enable_thinking": False}])
-def test_conversations_are_rendered_as_transformers_does(prompt: bool, variables: dict[str, Any], glm: Path) -> None:
+def test_conversations_are_rendered_as_transformers_does(
+    prompt: bool, variables: dict[str, Any], glm: Path
+) -> None:
     tokenizer, expected = Tokenizer.open(glm), reference(glm)
     rendered = tokenizer.render(MESSAGES, add_generation_prompt=prompt, **variables)
     arguments = {"add_generation_prompt": prompt, **variables}
@@ -110,7 +114,9 @@ def test_the_prefix_falls_back_to_bos_and_then_to_nothing(tmp_path: Path) -> Non
 
 
 def test_named_tokens_of_the_older_file_and_in_tables_are_understood(tmp_path: Path) -> None:
-    directory = write_tokenizer(tmp_path, glm=False, bos_token={"content": "<s>"}, chat_template="{{ bos_token }}")
+    directory = write_tokenizer(
+        tmp_path, glm=False, bos_token={"content": "<s>"}, chat_template="{{ bos_token }}"
+    )
     assert Tokenizer.open(directory).prefix == Tokenizer.open(directory).encode("<s>")
     write_tokenizer(directory, glm=False, bos_token=None, chat_template="{{ bos_token }}{{ eos_token }}")
     write_json(directory / "special_tokens_map.json", {"bos_token": {"content": "<s>"}, "eos_token": "<s>"})
@@ -231,7 +237,9 @@ def test_a_tokenizer_that_is_no_tokenizer_is_refused(content: bytes | None, mess
         ({"added_tokens_decoder": {"900": 1}}, "gives None the id 900"),
     ],
 )
-def test_a_configuration_that_disagrees_is_refused(config: dict[str, object], message: str, tmp_path: Path) -> None:
+def test_a_configuration_that_disagrees_is_refused(
+    config: dict[str, object], message: str, tmp_path: Path
+) -> None:
     directory = write_tokenizer(tmp_path, **config)
     with pytest.raises(CheckpointError, match=message) as refusal:
         Tokenizer.open(directory)

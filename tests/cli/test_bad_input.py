@@ -342,7 +342,9 @@ def test_calibration_text_for_a_recipe_without(tmp_path: Path, place: Place, bui
     assert place.untouched()
 
 
-def test_a_language_that_no_text_has(tmp_path: Path, place: Place, build: Callable[..., Outcome]) -> None:
+def test_a_language_that_no_text_has(
+    tmp_path: Path, place: Place, build: Callable[..., Outcome]
+) -> None:
     recipe = write_recipe(tmp_path, f"{USER_RECIPE}quota = {{ tlh = 1 }}\n", "klingon")
     check(build(recipe=recipe), EXIT_INPUT, "too small", "0 tokens")
     assert place.untouched()
@@ -526,7 +528,9 @@ CHANGES = [
 
 @pytest.mark.parametrize("verb", ["run", "validate"])
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_changed_bundle(verb: str, change: Callable[[Path], str], sample: Sample, tmp_path: Path, run: Run) -> None:
+def test_a_changed_bundle(
+    verb: str, change: Callable[[Path], str], sample: Sample, tmp_path: Path, run: Run
+) -> None:
     bundle = Path(shutil.copytree(sample.bundle, tmp_path / "bundle"))
     named = change(bundle)
     before = everything(tmp_path)

@@ -206,7 +206,9 @@ class Counting(Silent):
 def test_two_targets_share_one_quantization(sample: Sample, tmp_path: Path) -> None:
     exact = write_target(tmp_path, {"accuracy_level = 4": "accuracy_level = 0"}, "exact")
     counting = Counting()
-    built = build(sample.checkpoint, tmp_path / "out", sample.recipe, targets=(TARGET, str(exact)), progress=counting)
+    built = build(
+        sample.checkpoint, tmp_path / "out", sample.recipe, targets=(TARGET, str(exact)), progress=counting
+    )
     assert counting.begun.count("Quantizing") == 1
     assert [bundle.directory for bundle in built] == [tmp_path / "out" / TARGET, tmp_path / "out" / "exact"]
     one, other = (digests(bundle.directory) for bundle in built)

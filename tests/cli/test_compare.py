@@ -99,7 +99,9 @@ def test_confidence(run: Run, report: Report, old: Path, tmp_path: Path) -> None
 
 def test_foreign_words_do_nothing_to_the_terminal(run: Run, report: Report, old: Path, tmp_path: Path) -> None:
     words = "a\x1b[31m[bold]b\u202e\n[/]"
-    subject = report.subject.model_copy(update=dict.fromkeys(("bundle", "recipe", "adapter", "adapter_digest"), words))
+    subject = report.subject.model_copy(
+        update=dict.fromkeys(("bundle", "recipe", "adapter", "adapter_digest"), words)
+    )
     write_report(report.model_copy(update={"subject": subject}), tmp_path / "new")
     outcome = run("compare", old, tmp_path / "new")
     assert outcome.code == EXIT_PASS, outcome.stderr

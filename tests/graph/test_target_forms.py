@@ -230,7 +230,9 @@ def test_a_quantized_cache(
     export(weights, target, tmp_path / "codes")
     # Every token, so that no code has to be clipped.
     text = [*np.random.default_rng(2).integers(0, 250, (32, 64)).tolist(), *IDS.tolist()]
-    measured = calibrate_caches(tmp_path / "floats" / "model.onnx", weights.architecture, target.graph, text, Silent())
+    measured = calibrate_caches(
+        tmp_path / "floats" / "model.onnx", weights.architecture, target.graph, text, Silent()
+    )
     path = tmp_path / "codes" / "scoring.onnx"
     model = ir.load(path)
     set_scales(model, measured)

@@ -211,6 +211,12 @@ def test_damaged_sums_are_refused(content: bytes | None, kit: Path, tmp_path: Pa
     assert done.returncode == EXIT_UNVERIFIED and "Traceback" not in done.stderr
 
 
+def test_a_kit_without_its_verifier_says_so(kit: Path, tmp_path: Path, keys: Pair) -> None:
+    (kit / "verify.py").unlink()
+    done = unpack(kit, tmp_path / "back", "--key", keys.public)
+    assert done.returncode == 69 and "verify.py" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_a_kit_of_another_signer_is_refused(kit: Path, tmp_path: Path, keys: Pair, release: Path) -> None:
     flipped(kit / "model.sig")
     done = unpack(kit, tmp_path / "back", "--key", keys.public)
@@ -237,6 +243,19 @@ def as_stream(*members: tuple[tarfile.TarInfo, bytes], form: int = tarfile.PAX_F
 A = hashlib.sha256(b"a").hexdigest()
 EMPTY = hashlib.sha256(b"").hexdigest()
 GOOD = member("good", b"a")
+
+
+def test_headers_of_headers_are_refused(tmp_path: Path) -> None:
+    """tarfile follows them one inside the other."""
+    info = tarfile.TarInfo("x")
+    info.pax_headers = {"comment": "x"}
+    extended = info.tobuf(tarfile.PAX_FORMAT)[:1024]
+    assert extended[156:157] == tarfile.XHDTYPE
+    stream = io.BytesIO(extended * 5000 + as_stream(GOOD).getvalue())
+    with pytest.raises(verifier.Refused, match="RecursionError"):
+        unpacker.extract(stream, {"good": A}, tmp_path, verifier)
+
+
 HOSTILE: dict[str, tuple[tuple[tarfile.TarInfo, bytes], ...]] = {
     "climbs": (GOOD, member("../climbed", b"a")),
     "is absolute": (GOOD, member("/tmp/glmexport-absolute", b"a")),
@@ -274,19 +293,21 @@ def test_an_honest_archive_is_extracted(form: int, tmp_path: Path) -> None:
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=80, deadline=None)
-@given(st.integers(0, 2047), st.integers(1, 255))
+@given(st.integers(0, 5119), st.integers(1, 255))
 def test_an_archive_with_any_byte_changed_gives_the_files_or_is_refused(
     tmp_path_factory: pytest.TempPathFactory, at: int, change: int
 ) -> None:
-    content = bytearray(as_stream(GOOD, member("empty")).getvalue())
+    # The name of the second is too long for a plain header, so that extended ones are among the bytes.
+    long = "long/" * 60 + "empty"
+    content = bytearray(as_stream(GOOD, member(long)).getvalue())
     content[at] ^= change
     target = tmp_path_factory.mktemp("target")
     try:
-        unpacker.extract(io.BytesIO(bytes(content)), {"good": A, "empty": EMPTY}, target, verifier)
+        unpacker.extract(io.BytesIO(bytes(content)), {"good": A, long: EMPTY}, target, verifier)
     except verifier.Refused:
         pass
     else:
-        assert tree(target) == {"good": A, "empty": EMPTY}
+        assert tree(target) == {"good": A, long: EMPTY}
     shutil.rmtree(target)
 
 

@@ -133,6 +133,17 @@ def test_a_release_goes_through_a_registry(
     assert not list(tmp_path.glob(".*"))
 
 
+def test_a_blob_goes_in_chunks(
+    server: Server, layout: Path, signed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("glmexport.release.registry._CHUNK", 7000)
+    pushed = push(layout, image(server.host), Access(), Silent())
+    sizes = [path.stat().st_size for path in (layout / "blobs" / "sha256").iterdir() if path.name != pushed.digest[7:]]
+    assert len(server.requests("PATCH")) == sum(-(-size // 7000) for size in sizes) > len(sizes)
+    pull(at_digest(server.host, pushed.digest), tmp_path / "back", lambda _: None, Access(), Silent())
+    assert tree(tmp_path / "back") == tree(signed)
+
+
 def changed_block(bundle: Path, key: Path) -> None:
     """A later release: one block has other weights."""
     block = bundle / "weights" / "block_001.data"
@@ -273,6 +284,15 @@ def test_a_pull_that_failed_is_taken_up(server: Server, layout: Path, signed: Pa
     pull(at_digest(server.host, digest), tmp_path / "back", lambda _: None, Access(), Silent())
     assert tree(tmp_path / "back") == tree(signed)
     assert len(server.requests("GET")) - before <= len(tree(signed)) + 1 - len(kept & set(tree(signed)))
+
+
+def test_a_link_in_place_of_what_a_pull_left_is_refused(server: Server, layout: Path, tmp_path: Path) -> None:
+    push(layout, image(server.host), Access(), Silent())
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / ".back.pulling").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="is a link"):
+        pull(image(server.host), tmp_path / "back", lambda _: None, Access(), Silent())
+    assert not list((tmp_path / "elsewhere").iterdir())
 
 
 def test_what_does_not_verify_does_not_arrive(server: Server, layout: Path, tmp_path: Path, keys: Pair) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,11 @@ from securesystemslib.exceptions import VerificationError
 from securesystemslib.signer import SSlibKey
 from signatures import COUNTER, Authority, Judge, Pair, openssl, pair, sha256, sign_with, tree
 
-from glmexport.bundle import read_manifest, verify_files
+from glmexport.bundle import AdapterSource, read_manifest, verify_files
 from glmexport.errors import EXIT_INPUT, EXIT_UNVERIFIED, BundleError, InputError, MachineError
 from glmexport.progress import Silent
 from glmexport.release import KeyFiles, open_signatory, read_release, sign
+from glmexport.release.bom import bill_of_materials
 from glmexport.report.document import read_report
 
 SOFTHSM = Path("/usr/lib/softhsm/libsofthsm2.so")
@@ -122,6 +124,35 @@ def test_a_signature_that_fails_leaves_everything_as_it_was(
         # Five were there, with golden answers; four came.
         sign_with(release, keys.private, counter=8)
     assert sorted(path.name for path in release.parent.iterdir()) == ["release"]
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[4])
+from signatures import sign_with
+rename, left = Path.rename, int(sys.argv[3])
+def dying(path, target):
+    global left
+    left -= 1
+    if left < 0:
+        os._exit(9)
+    return rename(path, target)
+Path.rename = dying
+sign_with(Path(sys.argv[1]), Path(sys.argv[2]), counter=8)
+"""
+
+
+@pytest.mark.parametrize("last", [2, 8])
+def test_what_a_killed_signature_leaves_is_refused_and_mended(
+    last: int, release: Path, keys: Pair, outcome: Judge
+) -> None:
+    command = [sys.executable, "-c", KILLED, release, keys.private, last, Path(__file__).parent.parent]
+    killed = subprocess.run(list(map(str, command)), check=False, capture_output=True, text=True, timeout=120)
+    assert killed.returncode == 9, killed.stderr
+    assert outcome(release).code == EXIT_UNVERIFIED
+    sign_with(release, keys.private, counter=9)
+    assert outcome(release, newer=8).code == 0
 
 
 def test_keys_that_cannot_sign(release: Path, tmp_path: Path, authority: Authority, keys: Pair) -> None:
@@ -245,6 +276,29 @@ def test_the_bill_of_materials_follows_the_schema(signed: Path, keys: Pair) -> N
     assert card["modelParameters"]["architectureFamily"] == "glm4"
     languages = {metric["slice"] for metric in card["quantitativeAnalysis"]["performanceMetrics"]}
     assert languages == set(read_report(signed / "report.json").subject.languages)
+
+
+def test_a_bill_of_a_fine_tune_on_text_of_one_s_own(sample: Sample) -> None:
+    from cyclonedx.schema import SchemaVersion
+    from cyclonedx.validation.json import JsonStrictValidator
+
+    manifest = read_manifest(sample.bundle)
+    assert manifest.calibration
+    adapter = AdapterSource(name="ours", digest="sha256:" + "1" * 64)
+    tuned = manifest.model_copy(
+        update={
+            "source": manifest.source.model_copy(update={"adapter": adapter}),
+            "calibration": manifest.calibration.model_copy(update={"own": ("x",)}),
+        }
+    )
+    bill = bill_of_materials(tuned, None)
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(json.dumps(bill)) is None
+    named = {component["name"]: component for component in bill["components"]}
+    assert named["ours"]["hashes"][0]["content"] == "1" * 64
+    assert "data" not in named["calibration text"]
+    plain = bill_of_materials(manifest.model_copy(update={"calibration": None}), None)
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(json.dumps(plain)) is None
+    assert bill_of_materials(manifest, None) == bill_of_materials(manifest, None)
 
 
 def test_the_command_line(run: Run, sample: Sample, keys: Pair, tmp_path: Path) -> None:

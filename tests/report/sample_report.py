@@ -109,7 +109,11 @@ def gates(languages: tuple[LanguageFidelity, ...]) -> tuple[Gate, ...]:
             unit="nats",
             direction="at most",
             sample=f"{row.positions} positions in {row.documents} documents",
-            verdict=Verdict.BLOCK if row.language == "ar" else Verdict.WARN if row.language == "sw" else Verdict.PASS,
+            verdict=Verdict.BLOCK
+            if row.language == "ar"
+            else Verdict.WARN
+            if row.language == "sw"
+            else Verdict.PASS,
             lower=row.kl_mean_nats * 0.87,
             upper=row.kl_mean_nats * 1.15,
             confidence=0.95,
@@ -188,7 +192,9 @@ def linears(layers: int) -> tuple[LinearResult, ...]:
     results = []
     for layer in range(layers):
         for index, part in enumerate(("qkv", "o", "gate_up", "down")):
-            error = 0.0021 * (1 + 0.9 * math.sin(layer * 0.7 + index)) * (1 + index) * (6 if layer == 1 else 1)
+            error = (
+                0.0021 * (1 + 0.9 * math.sin(layer * 0.7 + index)) * (1 + index) * (6 if layer == 1 else 1)
+            )
             bits = 8 if part == "down" and layer < 2 else 4
             results.append(
                 LinearResult(

@@ -80,7 +80,9 @@ def test_nothing_checked_is_not_a_pass(report, tmp_path):
 
 
 def test_measurements_that_are_no_numbers_survive(report, changed, tmp_path):
-    overall = report.fidelity.overall.model_copy(update={"kl_max_nats": math.inf, "perplexity_bundle": math.nan})
+    overall = report.fidelity.overall.model_copy(
+        update={"kl_max_nats": math.inf, "perplexity_bundle": math.nan}
+    )
     fidelity = report.fidelity.model_copy(update={"overall": overall})
     write_report(changed(fidelity=fidelity), tmp_path)
     table = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)

@@ -318,12 +318,16 @@ def test_where_the_bits_of_a_budget_went(report, changed):
     assert "block 0 qkv" not in costliest
     assert "Group costs" not in costliest
     # Fourteen groups: two of 8 bits inside the blocks, two symmetric outside, and the rest.
-    (inside, outside, others) = (summary for summary in summarize(linears, quantization.groups).spending.formats[::-1])
+    (inside, outside, others) = (
+        summary for summary in summarize(linears, quantization.groups).spending.formats[::-1]
+    )
     assert (inside.groups, outside.groups, others.groups) == (2, 2, 10)
 
 
 def test_matrices_of_one_group_count_once(report):
-    first, second = (report.quantization.linears[0].model_copy(update={"name": name}) for name in ("query", "key"))
+    first, second = (
+        report.quantization.linears[0].model_copy(update={"name": name}) for name in ("query", "key")
+    )
     shared = groups((first,))[0].model_copy(update={"matrices": ("query", "key")})
     cell = summarize((first, second), (shared,)).bands[0].rows[0][1][0]
     assert (cell.matrices, cell.loss_nats) == (2, shared.loss_nats)
@@ -348,7 +352,9 @@ def test_an_error_that_was_not_measured(report, changed):
     lost = {"relative_error": math.nan, "round_to_nearest_error": math.nan}
     embedding = next(linear for linear in report.quantization.linears if linear.part == "embedding")
     linears = tuple(
-        linear.model_copy(update=lost) if (linear.layer, linear.part) in ((None, "embedding"), (0, "o")) else linear
+        linear.model_copy(update=lost)
+        if (linear.layer, linear.part) in ((None, "embedding"), (0, "o"))
+        else linear
         for linear in report.quantization.linears
     )
     quantization = report.quantization.model_copy(update={"linears": linears})
@@ -380,7 +386,9 @@ def test_provenance(report):
 
 def test_a_bundle_that_answers_nan_still_has_a_report(report, changed):
     broken = language("ar", math.nan, 0.0).model_copy(update={"kl_mean_nats": math.nan})
-    infinite = language("en", 9.0, 0.01).model_copy(update={"kl_mean_nats": math.inf, "perplexity_bundle": math.inf})
+    infinite = language("en", 9.0, 0.01).model_copy(
+        update={"kl_mean_nats": math.inf, "perplexity_bundle": math.inf}
+    )
     fidelity = report.fidelity.model_copy(update={"languages": (broken, infinite)})
     fidelity = fidelity.model_copy(update={"overall": broken})
     gate = Gate(

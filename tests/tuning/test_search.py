@@ -20,7 +20,9 @@ KL = {"w4g32": 0.005, "w4g128": 0.007}
 
 
 def settings(recipe: str = "w4g32", threads: int = 2, level: int = 4) -> Settings:
-    return Settings.model_validate({"recipe": recipe, "accuracy_level": level, "packed_qkv": True, "threads": threads})
+    return Settings.model_validate(
+        {"recipe": recipe, "accuracy_level": level, "packed_qkv": True, "threads": threads}
+    )
 
 
 START = settings()

@@ -263,7 +263,9 @@ def test_the_bundle_alone(sample: Sample) -> None:
     assert found.bundle.prefill_tokens_per_s.value > 0 and found.placement.unexpected == ()
 
 
-def test_an_original_that_does_not_fit_beside_the_bundle(sample: Sample, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_original_that_does_not_fit_beside_the_bundle(
+    sample: Sample, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Full:
         available = 1000
 

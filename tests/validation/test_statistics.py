@@ -230,7 +230,9 @@ def verdicts(languages: int, **damage: float) -> dict[Verdict, float]:
     random = np.random.default_rng(7)
     found: list[Verdict] = []
     for _ in range(EXPERIMENTS):
-        rows = tuple(Language(random).row(f"x{index}", **(damage if index == 0 else {})) for index in range(languages))
+        rows = tuple(
+            Language(random).row(f"x{index}", **(damage if index == 0 else {})) for index in range(languages)
+        )
         fidelity = Fidelity.model_construct(languages=rows)
         found.append(verdict_of(apply_gates(fidelity, POLICY)))
     return {verdict: found.count(verdict) / EXPERIMENTS for verdict in Verdict}

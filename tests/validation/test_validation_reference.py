@@ -140,7 +140,9 @@ def test_weights_in_place_of_the_original_s(sample: Sample, tmp_path: Path) -> N
         return torch.zeros(original.checkpoint.shape(name)) if name == key else None
 
     embedded = reference.embed(torch.cat([text.ids for text in texts]))
-    states = reference_states(reference, texts, tmp_path, Silent(), substitute=substitute, embed=lambda _: embedded * 2)
+    states = reference_states(
+        reference, texts, tmp_path, Silent(), substitute=substitute, embed=lambda _: embedded * 2
+    )
     assert key in asked
     with torch.inference_mode():
         changed = copy.deepcopy(sample.model)
@@ -220,7 +222,9 @@ def test_empty_documents_are_no_texts(tokenizer: Tokenizer) -> None:
 
 
 def test_every_shipped_language_can_be_judged(tokenizer: Tokenizer) -> None:
-    texts = evaluation_texts(shipped_documents("evaluation"), tokenizer, positions_per_language=2048, longest=512)
+    texts = evaluation_texts(
+        shipped_documents("evaluation"), tokenizer, positions_per_language=2048, longest=512
+    )
     positions: dict[str, int] = {}
     for text in texts:
         positions[text.language] = positions.get(text.language, 0) + text.positions

@@ -129,7 +129,9 @@ def random_job(folder: Path, bundle: Path, threads: int, texts: int = 2, provide
     ]
     prompt = PromptQuestion(asked[0].ids[:5].tolist(), 6)
     manifest = read_manifest(bundle)
-    job = write_job(folder, bundle, manifest, asked, [prompt], vocabulary_size=vocabulary, speed=None, threads=threads)
+    job = write_job(
+        folder, bundle, manifest, asked, [prompt], vocabulary_size=vocabulary, speed=None, threads=threads
+    )
     if provider:
         job = job.model_copy(update={"provider": job.provider.model_copy(update={"name": provider})})
         (folder / "job.json").write_text(job.model_dump_json(), encoding="utf-8")
@@ -145,7 +147,9 @@ def compared(job: Path, results: Path, expected: Path) -> tuple[float, bool]:
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_fp32_answers_as_onnxruntime_here(runner: BrowserRunner, exact: Path, tmp_path: Path, threads: int) -> None:
+def test_fp32_answers_as_onnxruntime_here(
+    runner: BrowserRunner, exact: Path, tmp_path: Path, threads: int
+) -> None:
     job = random_job(tmp_path / "job", exact, threads)
     runner(job, tmp_path / "results", Silent())
     LocalRunner()(job, tmp_path / "local", Silent())
