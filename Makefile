@@ -9,7 +9,7 @@ PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-
 SERVERS := tests/release tests/deployment tests/serving tests/test_delivery.py
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test release-test lint clean
+.PHONY: demo test release-test fuzz lint clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -24,6 +24,16 @@ test: $(INSTALLED)
 # The wheel in an environment of its own, which takes five minutes more.
 release-test: $(INSTALLED)
 	$(BIN)/pytest -m release
+
+# A minute each of whatever reads bytes that strangers wrote; what is found is written to build/fuzz.
+FUZZED := manifest genai_config loop report safetensors signature body grammar
+fuzz: $(INSTALLED)
+	$(BIN)/pip install --quiet --disable-pip-version-check "atheris>=3,<4"
+	for name in $(FUZZED); do \
+		mkdir -p build/fuzz/$$name tests/fuzz/seeds/$$name && \
+		$(BIN)/python tests/fuzz/readers.py $$name build/fuzz/$$name tests/fuzz/seeds/$$name \
+			-max_total_time=60 -artifact_prefix=build/fuzz/ || exit 1; \
+	done
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
