@@ -124,21 +124,22 @@ class Answer:
         if (since := self.timing.token()) is not None:
             self._gap(since)
         if token in self.order.ends:
-            return self._finish("stop")
+            return self.finish("stop")
         self.tokens.append(token)
         top = self.order.top
         self._hand_on(self._text.add(Token(token, None if top is None else likelihood(logits, token, top))))
         if self._text.stopped:
-            return self._finish("stop")
+            return self.finish("stop")
         if len(self.tokens) >= self.order.max_tokens:
-            return self._finish("length")
+            return self.finish("length")
         return None
 
     def end(self, reason: Reason) -> None:
         """Tell how it ended."""
         self.tell(End(reason, self.timing, len(self.order.prompt), len(self.tokens), self.cached))
 
-    def _finish(self, reason: Reason) -> Reason:
+    def finish(self, reason: Reason) -> Reason:
+        """Hand on what was held back, since nothing follows; ``reason`` again."""
         self._hand_on(self._text.finish())
         return reason
 
@@ -234,4 +235,4 @@ class GuidedTurns:
             self._sequence.advance(piece)
             return None
         chosen = self._sequence.next()
-        return "stop" if chosen is None else self.answer.say(*chosen)
+        return self.answer.finish("stop") if chosen is None else self.answer.say(*chosen)

@@ -64,6 +64,11 @@ class Engine:
         self.ready = False
         self._thread = threading.Thread(target=self._work, name="inference", daemon=True)
 
+    @property
+    def alive(self) -> bool:
+        """Whether its thread is there."""
+        return self._thread.is_alive()
+
     def start(self) -> None:
         """Load the model, then work."""
         self._thread.start()
@@ -94,7 +99,7 @@ class Engine:
     def join(self, timeout: float | None = None) -> bool:
         """Wait for the thread; whether it ended."""
         self._thread.join(timeout)
-        return not self._thread.is_alive()
+        return not self.alive
 
     def _work(self) -> None:
         try:
