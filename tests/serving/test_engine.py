@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -104,19 +105,28 @@ def test_what_cannot_be_loaded_is_told_to_who_waits(bundle: Path, tmp_path: Path
         waiting.submit("Hi!")
 
 
-def test_it_is_ready_when_the_model_is_there(bundle: Path) -> None:
-    """And a request that comes before is answered, not refused."""
-    waiting = Waiting(bundle)
+def surface(waiting: Waiting, bundle: Path, limits: Limits) -> tuple[Guard, Service]:
+    """What answers requests to the engine, without a socket."""
     ends, context_length = loop_facts(bundle)
     manifest = read_manifest(bundle)
     facts = Facts("tiny", manifest.digest(), manifest.family, manifest.target.name, context_length, 0)
-    reader = Reader(waiting.tokenizer, ends, context_length, Limits(), guides=True, lenient=False)
+    reader = Reader(waiting.tokenizer, ends, context_length, limits, guides=True, lenient=False)
     service = Service(facts, reader, waiting.engine, waiting.metrics)
-    guard = Guard(service.application(), Access(), waiting.metrics)
+    return Guard(service.application(), Access(), waiting.metrics), service
+
+
+def client_of(guard: Guard) -> httpx.AsyncClient:
+    transport = httpx.ASGITransport(guard)
+    return httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=PATIENCE_S)
+
+
+def test_it_is_ready_when_the_model_is_there(bundle: Path) -> None:
+    """And a request that comes before is answered, not refused."""
+    waiting = Waiting(bundle)
+    guard, service = surface(waiting, bundle, Limits())
 
     async def ask() -> None:
-        transport = httpx.ASGITransport(guard)
-        async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=PATIENCE_S) as http:
+        async with client_of(guard) as http:
             loading = await http.get("/readyz")
             assert (loading.status_code, loading.json()["status"]) == (503, "loading")
             assert (await http.get("/healthz")).status_code == 200
@@ -126,7 +136,7 @@ def test_it_is_ready_when_the_model_is_there(bundle: Path) -> None:
             waiting.engine.start()
             assert (await early).status_code == 200
             ready = await http.get("/readyz")
-            assert (ready.status_code, ready.json()["digest"]) == (200, manifest.digest())
+            assert (ready.status_code, ready.json()["digest"]) == (200, read_manifest(bundle).digest())
             service.draining = True
             draining = await http.get("/readyz")
             assert (draining.status_code, draining.json()["status"]) == (503, "draining")
@@ -134,3 +144,19 @@ def test_it_is_ready_when_the_model_is_there(bundle: Path) -> None:
     asyncio.run(ask())
     waiting.engine.close()
     assert waiting.engine.join(PATIENCE_S)
+
+
+def test_a_body_that_does_not_come(bundle: Path) -> None:
+    guard, _ = surface(Waiting(bundle), bundle, Limits(body_s=0.1))
+
+    async def never() -> AsyncIterator[bytes]:
+        yield b"{"
+        await asyncio.sleep(PATIENCE_S)
+
+    async def ask() -> None:
+        async with client_of(guard) as http:
+            headers = {"content-type": "application/json"}
+            late = await http.post("/v1/chat/completions", content=never(), headers=headers)
+            assert late.status_code == 408 and late.json()["error"]["type"] == "timeout_error"
+
+    asyncio.run(ask())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -300,6 +301,12 @@ def test_key_files_that_are_none(bundle: Path, tmp_path: Path, run: Run, text: s
     keys.chmod(0o600)
     outcome = run("serve", bundle, "--port", 0, "--api-key-file", keys)
     assert outcome.code == 64 and "openssl rand" in outcome.stderr
+
+
+def test_without_the_extra(bundle: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    outcome = run("serve", bundle, "--port", 0)
+    assert outcome.code == 69 and "uvicorn" in outcome.stderr and "pip install 'glmexport[serve]'" in outcome.stderr
 
 
 def test_what_cannot_be_served(bundle: Path, tmp_path: Path, run: Run, served: Served) -> None:
