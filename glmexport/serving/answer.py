@@ -196,6 +196,15 @@ class FreeTurns:
             self._drafter.follow([self._said], None)
         return self._say(logits, drafts)
 
+    @property
+    def following(self) -> int | None:
+        """The token of a next step that is computed without guesses; None while it is another one's."""
+        return None if self._guesses else self._said
+
+    def take(self, logits: NDArray[np.float32]) -> Reason | None:
+        """As ``turn``, by the logits [V] behind ``following``, which were computed with those of others."""
+        return self._say(logits[None], [])
+
     def _drafts(self, following: int) -> list[int]:
         """Guesses of the tokens behind ``following``, as many as there is room for."""
         left = self.answer.order.max_tokens - len(self.answer.tokens)

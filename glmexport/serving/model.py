@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from glmexport.errors import InputError
 from glmexport.graph import RECENT_LOGITS, SHORT_STEP
 from glmexport.loop import LoopConfig, read_loop
+from glmexport.serving.batch import BatchedSequence, BatchLoop
 from glmexport.serving.sampling import Sampling
 from glmexport.validation.capacity import CapacityGraph
 from glmexport.validation.generation import GenaiLoop, Guide, loop_facts
@@ -40,19 +41,31 @@ class Computed(Protocol):
         """Take the last ``count`` tokens back."""
         ...
 
+    def close(self) -> None:
+        """Nothing follows: its memory is another's."""
+        ...
+
 
 class Model:
     """The bundle in ``directory``, in the loop that its caches need.
 
+    ``batch``: sequences that are computed together, and all that there can be at a time; 0: each is computed alone.
+
     Raises:
+        InputError: sequences of this bundle cannot be computed together.
         BundleError: the loop cannot load it.
         MachineError: this ONNX Runtime has no execution provider of the bundle's.
     """
 
-    def __init__(self, directory: Path, threads: int) -> None:
+    def __init__(self, directory: Path, threads: int, batch: int = 0) -> None:
         self.ends, self.context_length = loop_facts(directory)
-        self._loop: GenaiLoop | LatentLoop
+        self._loop: GenaiLoop | LatentLoop | BatchLoop
         latents = read_loop(directory)
+        if latents and batch:
+            raise InputError(
+                f"{directory} caches latents, whose sequences are computed together only where they are of one length.",
+                next_step="Leave --batch out.",
+            )
         if latents:
             self._loop = LatentLoop(directory, latents, threads)
             self._latents: LoopConfig | None = latents
@@ -61,19 +74,29 @@ class Model:
             #: Most tokens of a step of which the logits of each are given.
             self.short_step = latents.short_step
         else:
-            self._loop, self._latents = GenaiLoop(directory, threads), None
+            self._latents = None
+            self._loop = (
+                BatchLoop(directory, threads, batch, self.context_length) if batch else GenaiLoop(directory, threads)
+            )
             self.chunk, self.short_step = self._loop.chunk, SHORT_STEP
 
     @property
-    def guides(self) -> bool:
-        """Whether answers can be held to a grammar."""
-        return self._latents is None
+    def together(self) -> bool:
+        """Whether several sequences are computed in one step."""
+        return isinstance(self._loop, BatchLoop)
+
+    def step(self, sequences: Sequence[Computed], tokens: Sequence[int]) -> NDArray[np.float32]:
+        """Logits [n, V] behind a token more of each of the sequences, computed together."""
+        assert isinstance(self._loop, BatchLoop)
+        return self._loop.step(cast(Sequence[BatchedSequence], sequences), tokens)
 
     def begin(self, length: int) -> Computed:
         """A sequence of which nothing is computed, with room for at least ``length`` tokens."""
         if isinstance(self._loop, LatentLoop):
             assert self._latents is not None
             return LatentSequence(self._loop.graph, self._latents, self.context_length)
+        if isinstance(self._loop, BatchLoop):
+            return self._loop.begin()
         capacity = min((-(-length // ROOM) + 1) * ROOM, self.context_length)
         return GenaiSequence(self._loop.generator(1, capacity), capacity)
 
@@ -124,6 +147,9 @@ class GenaiSequence:
             del self.tokens[-count:]
             self._generator.rewind_to(len(self.tokens))
 
+    def close(self) -> None:
+        """As ``Computed``; what nobody refers to is freed."""
+
 
 class LatentSequence:
     """One sequence over latents; its caches grow as it does."""
@@ -146,6 +172,9 @@ class LatentSequence:
         if count:
             del self.tokens[-count:]
             self._caches.forget(count)
+
+    def close(self) -> None:
+        """As ``Computed``; what nobody refers to is freed."""
 
 
 class GuidedSequence:

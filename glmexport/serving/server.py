@@ -55,6 +55,7 @@ class ServeOptions:
     waiting: int = 64
     guesses: int = 0
     reuse: bool = True
+    batch: bool = False
     limits: Limits = field(default_factory=Limits)
 
 
@@ -111,11 +112,13 @@ class _Served:
             url_of(listener), options.name or manifest.source.name, manifest.digest(), self._threads, inherited
         )
         ends, context_length = loop_facts(directory)
-        guides = read_loop(directory) is None
+        guides = read_loop(directory) is None and not options.batch
         tokenizer = Tokenizer.open(directory)
         reader = Reader(tokenizer, ends, context_length, options.limits, guides, options.lenient)
         metrics = Metrics()
-        settings = EngineOptions(self._threads, options.parallel, options.waiting, options.guesses, options.reuse)
+        settings = EngineOptions(
+            self._threads, options.parallel, options.waiting, options.guesses, options.reuse, options.batch
+        )
         self._engine = Engine(directory, settings, metrics, self._loaded, self._broken)
         facts = Facts(
             name=self._serving.name,
