@@ -26,14 +26,15 @@ release-test: $(INSTALLED)
 	$(BIN)/pytest -m release
 
 # A minute each of whatever reads bytes that strangers wrote; what is found is written to build/fuzz.
-FUZZED := manifest genai_config loop report safetensors signature body grammar
+FUZZED := manifest genai_config loop report safetensors signature body
 fuzz: $(INSTALLED)
 	$(BIN)/pip install --quiet --disable-pip-version-check "atheris>=3,<4"
 	for name in $(FUZZED); do \
 		mkdir -p build/fuzz/$$name tests/fuzz/seeds/$$name && \
-		$(BIN)/python tests/fuzz/readers.py $$name build/fuzz/$$name tests/fuzz/seeds/$$name \
+		$(BIN)/python tests/fuzz/fuzz_readers.py $$name build/fuzz/$$name tests/fuzz/seeds/$$name \
 			-max_total_time=60 -artifact_prefix=build/fuzz/ || exit 1; \
 	done
+	$(BIN)/python tests/fuzz/fuzz_grammar.py -max_total_time=60 -artifact_prefix=build/fuzz/
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

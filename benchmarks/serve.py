@@ -1,12 +1,13 @@
 """``glmexport serve`` under load: tokens per second and waiting times by how many ask at once, and a soak.
 
-    python -m benchmarks.serve BUNDLE [--concurrency N]... [--seconds S] [--soak-s S] [--output FILE]
+    python -m benchmarks.serve BUNDLE [--concurrency N]... [--seconds S] [--soak-s S] [--batch] [--output FILE]
 
 Clients in this process ask for streamed greedy answers to texts of the evaluation corpus, given as token ids, each the
 next as soon as it has one. Every answer is compared with the one that the same prompt got alone: one that differs is
-another's (crossed), one without its end is lost. Percentiles are bounds that hold with 99 % confidence; p90 needs 64
-samples and p99 662, and is null below. Times between tokens are not independent within an answer, so that theirs are
-too narrow. The soak mixes clients that wait with clients that leave, and says how the server's memory grew (PSS).
+another's (crossed), one without its end is lost. With --batch, one can differ by rounding, too. Percentiles are bounds
+that hold with 99 % confidence; p90 needs 64 samples and p99 662, and is null below. Times between tokens are not
+independent within an answer, so that theirs are too narrow. The soak mixes clients that wait with clients that leave,
+and says how the server's memory grew (PSS).
 """
 
 from __future__ import annotations
@@ -213,12 +214,13 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=64, help="tokens of a prompt")
     parser.add_argument("--tokens", type=int, default=32, help="of an answer, at most")
     parser.add_argument("--parallel", type=int, default=4, help="answers that the server lets take turns")
+    parser.add_argument("--batch", action="store_true", help="compute the next tokens of all in one step")
     parser.add_argument("--threads", type=int, default=machine.cores(), help="of the server")
     parser.add_argument("--output", type=Path, help="write the figures there as JSON")
     options = parser.parse_args()
     manifest = read_manifest(options.bundle)
     prompts = evaluation_prompts(Tokenizer.open(options.bundle), options.prompts, options.length)
-    arguments = ("--threads", options.threads, "--parallel", options.parallel)
+    arguments = ("--threads", options.threads, "--parallel", options.parallel, *(["--batch"] if options.batch else []))
     with served(options.bundle, arguments) as server:
         found = asyncio.run(measured(server, prompts, options))
     document = {
@@ -229,6 +231,7 @@ def main() -> None:
         "processor": machine.processor_name(),
         "threads": options.threads,
         "parallel": options.parallel,
+        "batch": options.batch,
         "prompt_tokens": options.length,
         "answer_tokens": options.tokens,
         "versions": machine.library_versions(),

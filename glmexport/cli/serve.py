@@ -12,7 +12,7 @@ import click
 
 from glmexport.cli.console import Bytes, Terminal, emit
 from glmexport.cli.options import bundle_threads, json_option, threads_option
-from glmexport.errors import EXIT_PASS, MachineError
+from glmexport.errors import EXIT_PASS, InputError, MachineError
 
 
 @click.command()
@@ -54,6 +54,11 @@ from glmexport.errors import EXIT_PASS, MachineError
     "--reuse/--no-reuse", default=True, show_default=True,
     help="Go on with what an earlier request computed where a prompt begins with it.",
 )  # fmt: skip
+@click.option(
+    "--batch", is_flag=True,
+    help="Compute the next tokens of all answers in one step: more tokens a second where several ask, and answers that "
+    "depend, by rounding, on who else asks.",
+)  # fmt: skip
 @click.option("--lenient", is_flag=True, help="Repair tool calls that do not follow the grammar, and count them.")
 @threads_option
 @json_option
@@ -72,6 +77,7 @@ def serve(
     head_s: float,
     speculate: str,
     reuse: bool,
+    batch: bool,
     lenient: bool,
     threads: int,
     as_json: bool,
@@ -94,6 +100,8 @@ def serve(
     from glmexport.serving.server import serve as run
     from glmexport.validation.speculation import DEFAULT_TOKENS
 
+    if batch and speculate != "none":
+        raise InputError("Tokens are either guessed or computed together.", next_step="Leave out one of the two.")
     terminal = Terminal()
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(message)s")
     # What strangers send is no business of the log's.
@@ -123,6 +131,7 @@ def serve(
         waiting=waiting,
         guesses=DEFAULT_TOKENS["lookup"] if speculate == "lookup" else 0,
         reuse=reuse,
+        batch=batch,
         limits=Limits(body_bytes=body_bytes, answer_tokens=answer_tokens, head_s=head_s),
     )
     if not run(bundle, options, tell):

@@ -4,6 +4,7 @@
     sampling    tokens from logits
     text        text as it becomes certain
     grammar     reasoning and tool calls in it
+    batch       the next tokens of several sequences in one step
     model       the bundle in memory
     answer      one request on its way through the model
     kept        sequences that later requests go on with

@@ -130,20 +130,21 @@ class Answer:
         if token in self.order.ends:
             if self.order.tells_end:
                 self._hand_on(self._text.add(told))
-            return self._finish("stop")
+            return self.finish("stop")
         self.tokens.append(token)
         self._hand_on(self._text.add(told))
         if self._text.stopped:
-            return self._finish("stop")
+            return self.finish("stop")
         if len(self.tokens) >= self.order.max_tokens:
-            return self._finish("length")
+            return self.finish("length")
         return None
 
     def end(self, reason: Reason) -> None:
         """Tell how it ended."""
         self.tell(End(reason, self.timing, len(self.order.prompt), len(self.tokens), self.cached))
 
-    def _finish(self, reason: Reason) -> Reason:
+    def finish(self, reason: Reason) -> Reason:
+        """Hand on what was held back, since nothing follows; ``reason`` again."""
         self._hand_on(self._text.finish())
         return reason
 
@@ -200,6 +201,15 @@ class FreeTurns:
             self._drafter.follow([self._said], None)
         return self._say(logits, drafts)
 
+    @property
+    def following(self) -> int | None:
+        """The token of a next step that is computed without guesses; None while it is another one's."""
+        return None if self._guesses else self._said
+
+    def take(self, logits: NDArray[np.float32]) -> Reason | None:
+        """As ``turn``, by the logits [V] behind ``following``, which were computed with those of others."""
+        return self._say(logits[None], [])
+
     def _drafts(self, following: int) -> list[int]:
         """Guesses of the tokens behind ``following``, as many as there is room for."""
         left = self.answer.order.max_tokens - len(self.answer.tokens)
@@ -239,4 +249,4 @@ class GuidedTurns:
             self._sequence.advance(piece)
             return None
         chosen = self._sequence.next()
-        return "stop" if chosen is None else self.answer.say(*chosen)
+        return self.answer.finish("stop") if chosen is None else self.answer.say(*chosen)

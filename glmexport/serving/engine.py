@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from glmexport.serving.answer import Answer, Failed, FreeTurns, GuidedTurns, Turns
+from glmexport.serving.answer import Answer, Failed, FreeTurns, GuidedTurns, Reason, Turns
 from glmexport.serving.kept import Kept
 from glmexport.serving.metrics import Metrics
 from glmexport.serving.model import Model
@@ -29,7 +29,7 @@ class EngineOptions:
 
     ``parallel``: answers that take turns, and sequences that are held in memory. ``waiting``: requests that may wait
     beside them. ``guesses``: tokens guessed at a time, 0 for none. ``reuse``: whether a prompt goes on with the
-    sequence of an earlier request that it begins with.
+    sequence of an earlier request that it begins with. ``batch``: whether the next tokens of all are computed together.
     """
 
     threads: int
@@ -37,6 +37,7 @@ class EngineOptions:
     waiting: int = 64
     guesses: int = 0
     reuse: bool = True
+    batch: bool = False
 
 
 class Engine:
@@ -63,6 +64,11 @@ class Engine:
         self._closed = False
         self.ready = False
         self._thread = threading.Thread(target=self._work, name="inference", daemon=True)
+
+    @property
+    def alive(self) -> bool:
+        """Whether its thread is there."""
+        return self._thread.is_alive()
 
     def start(self) -> None:
         """Load the model, then work."""
@@ -94,11 +100,12 @@ class Engine:
     def join(self, timeout: float | None = None) -> bool:
         """Wait for the thread; whether it ended."""
         self._thread.join(timeout)
-        return not self._thread.is_alive()
+        return not self.alive
 
     def _work(self) -> None:
         try:
-            model = Model(self._directory, self._options.threads)
+            options = self._options
+            model = Model(self._directory, options.threads, options.parallel if options.batch else 0)
         except Exception as error:
             self.close()
             for answer in self._waiting:
@@ -147,9 +154,7 @@ class _Shift:
             if not self._running:
                 return
             self._metrics.running.set(len(self._running))
-            turns = self._running.popleft()
-            if self._turn(turns):
-                self._running.append(turns)
+            self._turn(self._group())
             self._metrics.running.set(len(self._running))
 
     def _begin(self, answer: Answer) -> None:
@@ -172,24 +177,46 @@ class _Shift:
             self._metrics.reused_tokens.inc(len(sequence.tokens))
         return FreeTurns(answer, sequence, model.chunk, min(self._options.guesses, model.short_step - 1))
 
-    def _turn(self, turns: Turns) -> bool:
-        """Let an answer have its turn; whether it goes on."""
-        answer = turns.answer
-        if answer.cancelled:
-            self._metrics.requests.labels("cancelled").inc()
-            self._leave(turns)
-            return False
+    def _group(self) -> list[Turns]:
+        """Whose turn it is: the first one's, and where several are computed in one step, all that are to step."""
+        first = self._running.popleft()
+        if not self._model.together or not _steps(first):
+            return [first]
+        others = [turns for turns in self._running if _steps(turns)]
+        self._running = deque(turns for turns in self._running if not _steps(turns))
+        return [first, *others]
+
+    def _turn(self, group: list[Turns]) -> None:
+        """Let a group have its turn; those that go on run again."""
+        for turns in group:
+            if turns.answer.cancelled:
+                self._metrics.requests.labels("cancelled").inc()
+                self._leave(turns)
+        group = [turns for turns in group if not turns.answer.cancelled]
         try:
-            reason = turns.turn()
+            reasons = self._reasons(group)
         except Exception as error:
-            self._fail(answer, error)
-            return False
-        if reason is None:
-            return True
-        self._leave(turns)
-        self._metrics.answered(answer, reason)
-        answer.end(reason)
-        return False
+            for turns in group:
+                if isinstance(turns, FreeTurns):
+                    turns.sequence.close()
+                self._fail(turns.answer, error)
+            return
+        for turns, reason in zip(group, reasons, strict=True):
+            if reason is None:
+                self._running.append(turns)
+                continue
+            self._leave(turns)
+            self._metrics.answered(turns.answer, reason)
+            turns.answer.end(reason)
+
+    def _reasons(self, group: list[Turns]) -> list[Reason | None]:
+        """The turn of a group: how each of its answers ended, if it did."""
+        free = [turns for turns in group if isinstance(turns, FreeTurns)]
+        if len(free) < 2:
+            return [turns.turn() for turns in group]
+        tokens = [turns.following for turns in free if turns.following is not None]
+        rows = self._model.step([turns.sequence for turns in free], tokens)
+        return [turns.take(row) for turns, row in zip(free, rows, strict=True)]
 
     def _leave(self, turns: Turns) -> None:
         """Keep what was computed."""
@@ -198,7 +225,14 @@ class _Shift:
             if self._options.reuse:
                 self._kept.keep(turns.sequence)
                 self._kept.drop(self._options.parallel - len(self._running))
+            else:
+                turns.sequence.close()
 
     def _fail(self, answer: Answer, error: Exception) -> None:
         self._metrics.requests.labels("failed").inc()
         answer.tell(Failed(error))
+
+
+def _steps(turns: Turns) -> bool:
+    """Whether the next turn of an answer is a step that can be one with others'."""
+    return isinstance(turns, FreeTurns) and turns.following is not None

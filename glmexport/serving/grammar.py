@@ -117,10 +117,10 @@ class Grammar:
             found = self._tag()
             if found is None:
                 certain = len(self._held) if last else len(self._held) - self._possible()
-                yield from self._text(self._take(certain), last=last)
+                yield from self._text(self._take(certain))
                 return
             at, tag = found
-            yield from self._text(self._take(at), tag=tag)
+            yield from self._text(self._take(at), tag)
             yield from self._on_tag(tag)
 
     def _take(self, count: int) -> str:
@@ -161,8 +161,9 @@ class Grammar:
         # White space in front of <think> or of a call at the very beginning is no content.
         return longest if text.strip() or not self._opening else len(self._held)
 
-    def _text(self, text: str, *, tag: str | None = None, last: bool = False) -> Iterator[Event]:
-        if self._after_tag or (self._opening and (tag in (THINK, CALL))):
+    def _text(self, text: str, tag: str | None = None) -> Iterator[Event]:
+        """Text in front of a ``tag``, or of nothing yet."""
+        if self._after_tag or (self._opening and tag in (THINK, CALL) and not text.strip()):
             text = text.lstrip()
         if not text:
             return

@@ -23,13 +23,18 @@ class Kept:
         return len(self._sequences)
 
     def keep(self, sequence: Computed) -> None:
-        """As the one used last, if it has anything to take over."""
+        """As the one used last, if it has anything to take over; otherwise it is closed."""
         if self._chunk and sequence.whole:
             self._sequences.append(sequence)
+        else:
+            sequence.close()
 
     def drop(self, count: int) -> None:
-        """Leave at most ``count``."""
-        del self._sequences[: max(0, len(self._sequences) - count)]
+        """Leave at most ``count``, and close the others."""
+        over = max(0, len(self._sequences) - count)
+        for sequence in self._sequences[:over]:
+            sequence.close()
+        del self._sequences[:over]
 
     def take(self, prompt: Sequence[int], length: int) -> Computed | None:
         """The sequence that shares most with ``prompt`` and has room for ``length``, cut to what it shares.

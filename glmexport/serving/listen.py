@@ -104,11 +104,20 @@ def notify(state: str) -> None:
     if not path:
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told:
+        # Nothing here waits for one who does not listen.
+        told.setblocking(False)
         try:
             told.sendto(state.encode(), "\0" + path[1:] if path.startswith("@") else path)
         except OSError:
             # It is told for its own sake: what it does not hear, it finds out.
             return
+
+
+def watchdog_s() -> float | None:
+    """How often systemd wants to hear that the server lives: twice in the time that it waits; None: never."""
+    microseconds = os.environ.get("WATCHDOG_USEC", "")
+    ours = os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+    return int(microseconds) / 2e6 if ours and microseconds.isdigit() and int(microseconds) else None
 
 
 class Server(uvicorn.Server):
@@ -145,6 +154,8 @@ class Server(uvicorn.Server):
             timeout_graceful_shutdown=math.ceil(drain_s + _LATE_S),
         )
         super().__init__(config)
+        # It may be told to stop before asyncio has made it so.
+        listener.setblocking(False)
         self._listener = listener
         self._inherited = inherited
         self._signalled = False

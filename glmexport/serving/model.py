@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from glmexport.errors import InputError
 from glmexport.graph import RECENT_LOGITS, SHORT_STEP
 from glmexport.loop import LoopConfig, read_loop
+from glmexport.serving.batch import BatchedSequence, BatchLoop
 from glmexport.serving.sampling import Sampling
 from glmexport.validation.capacity import CapacityGraph
 from glmexport.validation.fixed_loop import FixedLoop, FixedSequence
@@ -42,36 +43,53 @@ class Computed(Protocol):
         """Take the last ``count`` tokens back."""
         ...
 
+    def close(self) -> None:
+        """Nothing follows: its memory is another's."""
+        ...
+
 
 class Model:
     """The bundle in ``directory``, in the loop that its caches need.
 
+    ``batch``: sequences that are computed together, and all that there can be at a time; 0: each is computed alone.
+
     Raises:
+        InputError: sequences of this bundle cannot be computed together.
         BundleError: the loop cannot load it.
         MachineError: this ONNX Runtime has no execution provider of the bundle's.
     """
 
-    def __init__(self, directory: Path, threads: int) -> None:
+    def __init__(self, directory: Path, threads: int, batch: int = 0) -> None:
         self.ends, self.context_length = loop_facts(directory)
-        self._config = read_loop(directory)
-        self._loop: GenaiLoop | LatentLoop | FixedLoop
+        config = self._config = read_loop(directory)
+        if config and batch:
+            raise InputError(
+                f"{directory} runs in a loop in which sequences of several lengths are not computed together.",
+                next_step="Leave --batch out.",
+            )
+        self._loop: GenaiLoop | BatchLoop | LatentLoop | FixedLoop
         #: Positions of a prompt that are computed together; None: all of them.
         self.chunk: int | None
         #: Most tokens of a step of which the logits of each are given.
-        self.short_step = 1
-        if self._config is None:
-            self._loop = GenaiLoop(directory, threads)
+        self.short_step = config.short_step if isinstance(config, LoopConfig) else 1
+        if config is None:
+            self._loop = (
+                BatchLoop(directory, threads, batch, self.context_length) if batch else GenaiLoop(directory, threads)
+            )
             self.chunk, self.short_step = self._loop.chunk, SHORT_STEP
         else:
-            self._loop = open_loop(directory, self._config, threads)
+            self._loop = open_loop(directory, config, threads)
             self.chunk = self._loop.chunk.positions if isinstance(self._loop, FixedLoop) else CHUNK
-        if isinstance(self._config, LoopConfig):
-            self.short_step = self._config.short_step
 
     @property
-    def guides(self) -> bool:
-        """Whether answers can be held to a grammar."""
-        return self._config is None
+    def together(self) -> bool:
+        """Whether several sequences are computed in one step."""
+        return isinstance(self._loop, BatchLoop)
+
+    def step(self, sequences: Sequence[Computed], tokens: Sequence[int]) -> NDArray[np.float32]:
+        """Logits [n, V] behind a token more of each of the sequences, computed together."""
+        assert isinstance(self._loop, BatchLoop)
+        return self._loop.step(cast(Sequence[BatchedSequence], sequences), tokens)
 
     def begin(self, length: int) -> Computed:
         """A sequence of which nothing is computed, with room for at least ``length`` tokens."""
@@ -80,6 +98,8 @@ class Model:
         if isinstance(self._loop, LatentLoop):
             assert isinstance(self._config, LoopConfig)
             return LatentSequence(self._loop.graph, self._config, self.context_length)
+        if isinstance(self._loop, BatchLoop):
+            return self._loop.begin()
         capacity = min((-(-length // ROOM) + 1) * ROOM, self.context_length)
         return GenaiSequence(self._loop.generator(1, capacity), capacity)
 
@@ -130,6 +150,9 @@ class GenaiSequence:
             del self.tokens[-count:]
             self._generator.rewind_to(len(self.tokens))
 
+    def close(self) -> None:
+        """As ``Computed``; what nobody refers to is freed."""
+
 
 class LatentSequence:
     """One sequence over latents; its caches grow as it does."""
@@ -153,6 +176,9 @@ class LatentSequence:
             del self.tokens[-count:]
             self._caches.forget(count)
 
+    def close(self) -> None:
+        """As ``Computed``; what nobody refers to is freed."""
+
 
 class FixedShapeSequence:
     """One sequence in graphs of fixed shapes, which give the logits of one position."""
@@ -175,6 +201,9 @@ class FixedShapeSequence:
         if count:
             del self.tokens[-count:]
             self._sequence.forget(count)
+
+    def close(self) -> None:
+        """As ``Computed``; what nobody refers to is freed."""
 
 
 class GuidedSequence:

@@ -167,7 +167,7 @@ class Reader:
             return None
         if not self.guides:
             raise Refused(
-                400, "Answers of this bundle cannot be held to JSON: onnxruntime-genai, which can, does not run it.",
+                400, "Answers cannot be held to JSON here: onnxruntime-genai, which can, does not run this bundle.",
                 "response_format", "unsupported_value",
             )  # fmt: skip
         if asked.tools and asked.tool_choice != "none":

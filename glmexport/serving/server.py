@@ -7,6 +7,7 @@ import os
 import socket
 import stat
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +19,15 @@ from glmexport.serving.app import Facts, Service
 from glmexport.serving.engine import Engine, EngineOptions
 from glmexport.serving.guard import Access, Guard
 from glmexport.serving.limits import Limits
-from glmexport.serving.listen import Server, inherited_socket, notify, own_socket, reached_from_outside, url_of
+from glmexport.serving.listen import (
+    Server,
+    inherited_socket,
+    notify,
+    own_socket,
+    reached_from_outside,
+    url_of,
+    watchdog_s,
+)
 from glmexport.serving.metrics import Metrics
 from glmexport.serving.orders import Reader
 from glmexport.validation.generation import loop_facts
@@ -46,6 +55,7 @@ class ServeOptions:
     waiting: int = 64
     guesses: int = 0
     reuse: bool = True
+    batch: bool = False
     limits: Limits = field(default_factory=Limits)
 
 
@@ -102,11 +112,13 @@ class _Served:
             url_of(listener), options.name or manifest.source.name, manifest.digest(), self._threads, inherited
         )
         ends, context_length = loop_facts(directory)
-        guides = read_loop(directory) is None
+        guides = read_loop(directory) is None and not options.batch
         tokenizer = Tokenizer.open(directory)
         reader = Reader(tokenizer, ends, context_length, options.limits, guides, options.lenient)
         metrics = Metrics()
-        settings = EngineOptions(self._threads, options.parallel, options.waiting, options.guesses, options.reuse)
+        settings = EngineOptions(
+            self._threads, options.parallel, options.waiting, options.guesses, options.reuse, options.batch
+        )
         self._engine = Engine(directory, settings, metrics, self._loaded, self._broken)
         facts = Facts(
             name=self._serving.name,
@@ -144,13 +156,24 @@ class _Served:
     async def _run(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._engine.start()
+        alive = asyncio.create_task(self._tell_alive())
         try:
             await self._server.listen()
         finally:
+            alive.cancel()
             self._engine.close()
 
+    async def _tell_alive(self) -> None:
+        """For systemd's watchdog: this loop goes round, and the thread that computes is there."""
+        every_s = watchdog_s()
+        while every_s and self._engine.alive:
+            notify("WATCHDOG=1")
+            await asyncio.sleep(every_s)
+
     def _loaded(self) -> None:
-        self._loop.call_soon_threadsafe(self._tell)
+        # Where the loop has ended, nobody is to be told.
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._tell)
 
     def _tell(self) -> None:
         notify("READY=1")
@@ -158,7 +181,8 @@ class _Served:
 
     def _broken(self, error: Exception) -> None:
         self._error = error
-        self._loop.call_soon_threadsafe(self._server.stop)
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._server.stop)
 
     def _drain(self) -> None:
         notify("STOPPING=1")

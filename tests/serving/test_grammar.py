@@ -91,6 +91,7 @@ texts = st.lists(st.sampled_from(PIECES), max_size=14).map("".join) | st.text("<
     text=texts, cuts=st.lists(st.integers(0, 200)), thinking=st.sampled_from([None, False, True]), lenient=st.booleans()
 )
 @example(text="\n<think>a</think>b", cuts=[1, 2, 9], thinking=False, lenient=False)
+@example(text="\nWell:<tool_call>", cuts=[6], thinking=False, lenient=False)
 @example(text=" </tool_call><think>", cuts=[1], thinking=False, lenient=False)
 def test_however_it_is_split(text: str, cuts: list[int], thinking: bool | None, lenient: bool) -> None:
     places = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})

@@ -10,8 +10,8 @@ from typing import Any
 
 import openai
 import pytest
-from conftest import Served
 from scripted import SCRIPTS
+from served import Served
 
 from glmexport.checkpoint import Tokenizer
 from glmexport.generation import generate

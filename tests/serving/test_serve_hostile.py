@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ import httpx
 import openai
 import pytest
 from builds import Run
-from conftest import PATIENCE_S, Served, start
+from served import PATIENCE_S, Served, start
 
 CHAT = {"messages": [{"role": "user", "content": "Hi!"}], "max_tokens": 2, "temperature": 0}
 JSON = {"content-type": "application/json"}
@@ -215,9 +216,12 @@ def test_a_key_is_needed_where_there_is_one(bundle: Path, tmp_path: Path, run: R
     assert run("serve", bundle, "--port", 0, "--api-key-file", keys).code == 64
     keys.chmod(0o600)
     open_to_all = ("--api-key-file", keys, "--host", "0.0.0.0", "--allow-host", "models.example")
-    server = start(bundle, *open_to_all, "--max-queue", 2, "--name", "tiny", "--parallel", 1, "--drain-s", 0.5)
+    server = start(
+        bundle, *open_to_all, "--max-queue", 2, "--name", "tiny", "--parallel", 1, "--drain-s", 0.5, "--lenient"
+    )
     try:
         _locked(server)
+        _lenient(server)
         _full(server)
         _given_up(server)
     finally:
@@ -241,6 +245,17 @@ def _locked(server: Served) -> None:
         refused(http.get("/v1/models", headers={**right, "host": "other.example"}), 403)
     with pytest.raises(Exception, match="401"):
         server.client(api_key="wrong-key").models.list()
+
+
+def _lenient(server: Served) -> None:
+    """A call that is not closed where it should be is repaired, and counted."""
+    right = {"authorization": "Bearer second-key-of-the-house"}
+    tool = {"type": "function", "function": {"name": "get_weather"}}
+    with server.http(headers=right) as http:
+        answer = http.post("/v1/chat/completions", json=chat(messages=user(content="Hi%"), tools=[tool], max_tokens=60))
+        (call,) = answer.json()["choices"][0]["message"]["tool_calls"]
+        assert json.loads(call["function"]["arguments"]) == {"city": "Bern"}
+        assert "glmexport_tool_call_repairs_total 1.0" in http.get("/metrics").text
 
 
 def _full(server: Served) -> None:
@@ -286,6 +301,12 @@ def test_key_files_that_are_none(bundle: Path, tmp_path: Path, run: Run, text: s
     keys.chmod(0o600)
     outcome = run("serve", bundle, "--port", 0, "--api-key-file", keys)
     assert outcome.code == 64 and "openssl rand" in outcome.stderr
+
+
+def test_without_the_extra(bundle: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    outcome = run("serve", bundle, "--port", 0)
+    assert outcome.code == 69 and "uvicorn" in outcome.stderr and "pip install 'glmexport[serve]'" in outcome.stderr
 
 
 def test_what_cannot_be_served(bundle: Path, tmp_path: Path, run: Run, served: Served) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 import openai
 import pytest
-from conftest import Served, scripted_bundle, start
 from scripted import SCRIPTS
+from served import Served, scripted_bundle, start
 
 from glmexport.checkpoint import Tokenizer
 from glmexport.generation import generate

@@ -1,6 +1,6 @@
 """Fuzzing of what reads bytes that strangers wrote, guided by coverage.
 
-    python tests/fuzz/readers.py TARGET [CORPUS] [-max_total_time=SECONDS] [options of libFuzzer]
+    python tests/fuzz/fuzz_readers.py TARGET [CORPUS] [-max_total_time=SECONDS] [options of libFuzzer]
 
 Each target takes any bytes. What it may raise is a sentence for the user; anything else is a finding, whose input
 libFuzzer writes to a file. ``make fuzz`` runs every target for a minute.
@@ -25,25 +25,10 @@ with atheris.instrument_imports(include=["glmexport", "json", "pydantic"]):
     from glmexport.report.document import JSON_NAME, read_report
     from glmexport.serving.failure import Refused
     from glmexport.serving.fields import ChatAsked, TextAsked, read_body
-    from glmexport.serving.grammar import Grammar
     from glmexport.serving.limits import Limits
-    from glmexport.validation.behaviour.toolcalls import parse
     from glmexport.validation.generation import GenaiConfig
 
 PLACE = Path(tempfile.mkdtemp(prefix="fuzz-"))
-TOOLS = [
-    {
-        "type": "function",
-        "function": {
-            "name": "f",
-            "parameters": {
-                "type": "object",
-                "properties": {"a": {"type": "string"}, "b": {"type": "object"}, "c": {"type": ["integer", "null"]}},
-                "required": ["a"],
-            },
-        },
-    }
-]
 
 
 def from_file(name: str, read: Callable[[Path], object]) -> Callable[[bytes], None]:
@@ -68,32 +53,6 @@ def body(data: bytes) -> None:
             continue
 
 
-def grammar(data: bytes) -> None:
-    """An answer, in two pieces and whole: the same text comes out, and nothing is raised."""
-    if not data:
-        return
-    text = data[1:].decode("utf-8", "replace")
-    cut = data[0] * len(text) // 256
-    for lenient in (False, True):
-        split, whole = Grammar(TOOLS, False, lenient=lenient), Grammar(TOOLS, False, lenient=lenient)
-        first = [*split.feed(text[:cut]), *split.feed(text[cut:]), *split.finish()]
-        second = [*whole.feed(text), *whole.finish()]
-        assert joined(first) == joined(second), (first, second)
-    parse(text, TOOLS)
-
-
-def joined(events: list[object]) -> list[tuple[str, str]]:
-    """Neighbours of one kind as one."""
-    found: list[tuple[str, str]] = []
-    for event in events:
-        kind, text = type(event).__name__, str(getattr(event, "text", getattr(event, "name", "")))
-        if found and found[-1][0] == kind and kind in ("Content", "Reasoning", "CallArguments"):
-            found[-1] = (kind, found[-1][1] + text)
-        else:
-            found.append((kind, text))
-    return found
-
-
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "manifest": from_file(MANIFEST, read_manifest),
     "genai_config": from_file(GENAI_CONFIG, GenaiConfig.read),
@@ -102,7 +61,6 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "safetensors": from_file("model.safetensors", lambda place: read_header(place / "model.safetensors")),
     "signature": from_file(verifier.SIGNATURE, verifier.read_envelope),
     "body": body,
-    "grammar": grammar,
 }
 
 if __name__ == "__main__":

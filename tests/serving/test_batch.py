@@ -1,0 +1,96 @@
+"""Sequences that are computed together: what each is alone but for rounding, whoever comes and goes."""
+
+from __future__ import annotations
+
+import queue
+from pathlib import Path
+
+import numpy as np
+import pytest
+from builds import Run
+from served import PATIENCE_S, scripted_bundle
+from test_engine import Waiting, last
+
+from glmexport.errors import InputError
+from glmexport.serving.answer import End, Event
+from glmexport.serving.batch import BatchLoop
+from glmexport.serving.model import Model
+from glmexport.validation.generation import GenerationSession
+
+PROMPTS = [np.random.default_rng(at).integers(0, 250, size).tolist() for at, size in enumerate((20, 300, 7, 1020))]
+
+
+def test_each_is_what_it_is_alone(bundle: Path) -> None:
+    """A prompt to the bit, and steps but for rounding; over the place where caches grow, and beside idle slots."""
+    alone = Model(bundle, 1)
+    together = BatchLoop(bundle, 1, 4, alone.context_length)
+    mine = [together.begin() for _ in PROMPTS]
+    others = [alone.begin(len(prompt) + 20) for prompt in PROMPTS]
+    logits = []
+    for prompt, sequence, other in zip(PROMPTS, mine, others, strict=True):
+        for start in range(0, len(prompt), together.chunk):
+            piece = prompt[start : start + together.chunk]
+            given, wanted = sequence.advance(piece), other.advance(piece)
+            assert np.array_equal(given, wanted)
+        logits.append(given[-1])
+    for step in range(12):
+        active = [0, 1, 2, 3] if step < 5 else [0, 3]
+        tokens = [int(logits[at].argmax()) for at in active]
+        rows = together.step([mine[at] for at in active], tokens)
+        for row, at, token in zip(rows, active, tokens, strict=True):
+            logits[at] = row
+            assert np.abs(row - others[at].advance([token])[-1]).max() < 1e-3
+    assert np.abs(mine[1].advance([5]) - others[1].advance([5])).max() < 1e-3
+    mine[2].forget(3)
+    others[2].forget(3)
+    assert np.abs(mine[2].advance([9, 8, 7], every=True) - others[2].advance([9, 8, 7], every=True)).max() < 1e-3
+    with pytest.raises(ValueError, match="None"):
+        together.begin()
+    mine[1].close()
+    assert together.begin().slot == 1
+
+
+@pytest.mark.parametrize("reuse", [False, True])
+def test_answers_of_many_at_once(bundle: Path, reuse: bool) -> None:
+    waiting = Waiting(bundle, parallel=3, batch=True, reuse=reuse)
+    texts = ["Hi!", "Hello", "Endless~", "x" * 700, "Hi&", "x" * 700 + "!", "Hello", "a b c", "Endless~"]
+    asked = [waiting.submit(text, 30) for text in texts]
+    waiting.engine.start()
+    gone, _ = waiting.submit("Endless~", 3900)
+    ends = [last(told) for _, told in asked]
+    again = []
+    for text in ("y" * 700, "y" * 700 + "!"):
+        asked.append(waiting.submit(text, 30))
+        again.append(last(asked[-1][1]))
+    gone.cancelled = True
+    assert all(isinstance(end, End) for end in ends)
+    session = GenerationSession(bundle, 1)
+    for answer, _ in asked:
+        wanted = [token for token in session.tokens(answer.order.prompt, 30) if token not in answer.order.ends]
+        assert answer.tokens == wanted
+    waiting.engine.close()
+    assert waiting.engine.join(PATIENCE_S)
+    assert [end.cached for end in again if isinstance(end, End)] == [0, 512 if reuse else 0]
+
+
+def test_who_fails_leaves_its_slot(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting = Waiting(bundle, parallel=1, batch=True)
+    asked: list[queue.Queue[Event]] = []
+    for _ in range(3):
+        answer, told = waiting.submit("Hi!")
+        asked.append(told)
+    monkeypatch.setattr(answer, "say", None)  # the last one's
+    _, after = waiting.submit("Hi!", 40)
+    waiting.engine.start()
+    kinds = [type(last(told)).__name__ for told in (*asked, after)]
+    assert kinds == ["End", "End", "Failed", "End"]
+    waiting.engine.close()
+    assert waiting.engine.join(PATIENCE_S)
+
+
+def test_what_cannot_be_computed_together(tmp_path_factory: pytest.TempPathFactory, bundle: Path, run: Run) -> None:
+    latent = scripted_bundle(tmp_path_factory.getbasetemp(), "glm4_moe_lite")
+    with pytest.raises(InputError, match="latents"):
+        Model(latent, 1, 4)
+    refused = run("serve", bundle, "--port", 0, "--batch", "--speculate", "lookup")
+    assert refused.code == 64 and "either guessed or computed together" in refused.stderr

@@ -1,0 +1,93 @@
+"""Whatever JSON comes: an order for the model, or a refusal in the form of an error."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from glmexport.checkpoint import Tokenizer
+from glmexport.serving.failure import Refused
+from glmexport.serving.fields import IGNORED, NEUTRAL, ChatAsked, TextAsked, read_body
+from glmexport.serving.limits import Limits
+from glmexport.serving.orders import Reader
+
+LIMITS = Limits()
+NAMES = sorted({*ChatAsked.model_fields, *TextAsked.model_fields, *NEUTRAL, *IGNORED})
+WORDS = (
+    "user", "assistant", "tool", "system", "role", "content", "text", "type", "function", "name", "arguments", "{}", "",
+    "tool_calls", "json_object", "json_schema", "schema", "object", "auto", "required", "enable_thinking", "id",
+    "<think>", "<tool_call>", "{{ 1 }}", "é你🎈", "\ud800", "parameters", "include_usage", "tiny",
+)  # fmt: skip
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(WORDS) | st.text(max_size=5)
+anything = st.recursive(
+    scalars,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(WORDS), inner, max_size=4),
+    max_leaves=8,
+)
+content = st.text(max_size=8) | st.lists(st.fixed_dictionaries({"type": st.just("text"), "text": st.text(max_size=4)}))
+message = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant", "tool", "system", "developer"]), "content": content},
+    optional={"tool_calls": anything, "name": anything, "reasoning_content": st.text(max_size=4)},
+)
+bodies = st.dictionaries(st.sampled_from(NAMES), anything, max_size=5)
+plausible = st.fixed_dictionaries(
+    {"messages": st.lists(message, min_size=1, max_size=4)},
+    optional={
+        "tools": st.lists(
+            st.fixed_dictionaries(
+                {"type": st.just("function"), "function": st.fixed_dictionaries({"name": st.sampled_from(["f", "g"])})}
+            ),
+            max_size=2,
+        ),
+        "tool_choice": anything | st.sampled_from(["auto", "none", "required"]),
+        "stop": st.lists(st.sampled_from(["a", "<|user|>", "你"]), max_size=3),
+        "seed": st.integers(),
+        "temperature": st.floats(0, 2),
+        "response_format": anything,
+        "max_tokens": st.integers(-1, 5000),
+    },
+)
+
+
+@pytest.fixture(scope="module")
+def reader(bundle: Path) -> Reader:
+    return Reader(Tokenizer.open(bundle), frozenset({256}), 4096, LIMITS, guides=True, lenient=False)
+
+
+def sent(body: Any) -> bytes:
+    """As a client sends it that keeps to no rule."""
+    return json.dumps(body).encode()
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(body=bodies | plausible | anything)
+def test_a_conversation_or_a_refusal(reader: Reader, body: Any) -> None:
+    try:
+        order, grammar = reader.chat(read_body(sent(body), ChatAsked, LIMITS))
+    except Refused as refused:
+        assert refused.status == 400 and json.dumps(refused.document)
+        return
+    assert 0 < len(order.prompt) < 4096 and 0 < order.max_tokens <= 4096 - len(order.prompt)
+    assert 0 <= order.sampling.seed < 2**64 and grammar.finish() is not None
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(body=bodies | st.fixed_dictionaries({"prompt": anything | st.lists(st.integers(-2, 600), max_size=5)}))
+def test_a_text_or_a_refusal(reader: Reader, body: Any) -> None:
+    try:
+        order = reader.text(read_body(sent(body), TextAsked, LIMITS))
+    except Refused as refused:
+        assert refused.status == 400 and json.dumps(refused.document)
+        return
+    assert all(0 <= token < reader.tokenizer.vocabulary_size for token in order.prompt) and order.prompt
+
+
+@given(data=st.binary(max_size=60))
+def test_bytes_that_are_no_json(data: bytes) -> None:
+    with pytest.raises(Refused):
+        read_body(data, TextAsked, LIMITS)
