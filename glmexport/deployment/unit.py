@@ -54,6 +54,7 @@ ExecStart={command}
 RestartSec=2
 TimeoutStartSec={server.ready_s:.0f}
 TimeoutStopSec={_STOP_S}
+WatchdogSec=60
 KillSignal=SIGTERM
 DynamicUser=yes
 Environment=ORT_DISABLE_TELEMETRY=1 HF_HUB_OFFLINE=1 DO_NOT_TRACK=1
