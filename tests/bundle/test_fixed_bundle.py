@@ -102,7 +102,7 @@ def test_a_server_goes_on_with_what_it_computed(pair: Pair) -> None:
         torch.tensor(PROMPT)
     )
     sequence = model.begin(CONTEXT)
-    assert (model.chunk, model.short_step, model.guides, sequence.capacity) == (CHUNK, 1, False, CONTEXT)
+    assert (model.chunk, model.short_step, sequence.capacity) == (CHUNK, 1, CONTEXT)
     done = 0
     for count in (5, 1, CHUNK, 30, 3, CONTEXT - 55):
         logits = sequence.advance(PROMPT[done : done + count])
