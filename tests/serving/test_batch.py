@@ -90,7 +90,7 @@ def test_who_fails_leaves_its_slot(bundle: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_what_cannot_be_computed_together(tmp_path_factory: pytest.TempPathFactory, bundle: Path, run: Run) -> None:
     latent = scripted_bundle(tmp_path_factory.getbasetemp(), "glm4_moe_lite")
-    with pytest.raises(InputError, match="latents"):
+    with pytest.raises(InputError, match="several lengths"):
         Model(latent, 1, 4)
     refused = run("serve", bundle, "--port", 0, "--batch", "--speculate", "lookup")
     assert refused.code == 64 and "either guessed or computed together" in refused.stderr

@@ -109,7 +109,9 @@ def surface(waiting: Waiting, bundle: Path, limits: Limits) -> tuple[Guard, Serv
     """What answers requests to the engine, without a socket."""
     ends, context_length = loop_facts(bundle)
     manifest = read_manifest(bundle)
-    facts = Facts("tiny", manifest.digest(), manifest.family, manifest.target.name, context_length, 0)
+    facts = Facts(
+        "tiny", bundle.name, manifest.digest(), manifest.family, manifest.target.name, context_length, created=0
+    )
     reader = Reader(waiting.tokenizer, ends, context_length, limits, guides=True, lenient=False)
     service = Service(facts, reader, waiting.engine, waiting.metrics)
     return Guard(service.application(), Access(), waiting.metrics), service
