@@ -2,7 +2,8 @@
 
     python -m benchmarks.sessions BUNDLE [--rounds N] [--context N] [--threads N] [--output FILE]
 
-A process a session; caches are bound in place, as onnxruntime-genai does, and filled with noise.
+A process a session; caches are bound in place, as onnxruntime-genai does, and filled with noise. "prepacked before"
+is a session of the graph that ONNX Runtime writes with its packed weights beside it, which are then mapped.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from statistics import median
@@ -35,7 +37,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "no arena": {"enable_cpu_mem_arena": False},
     "no memory pattern": {"enable_mem_pattern": False},
     "denormals are zero": {"session.set_denormal_as_zero": "1"},
+    "prepacked before": {},
 }
+_PREPACKED = "prepacked before"
 _STEPS = 24
 
 
@@ -63,7 +67,22 @@ class Decoder:
         return time.perf_counter() - started
 
 
-def child(bundle: Path, threads: int, context: int, options: dict[str, Any]) -> dict[str, Any]:
+def prepack(graph: Path, folder: Path) -> Path:
+    """The graph as ONNX Runtime optimizes it, its packed weights in a file that is mapped."""
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 3
+    settings.optimized_model_filepath = str(folder / "model.onnx")
+    for name, value in {
+        "session.optimized_model_external_initializers_file_name": "model.data",
+        "session.optimized_model_external_initializers_min_size_in_bytes": "1024",
+        "session.save_external_prepacked_constant_initializers": "1",
+    }.items():
+        settings.add_session_config_entry(name, value)
+    onnxruntime.InferenceSession(graph, settings, providers=["CPUExecutionProvider"])
+    return folder / "model.onnx"
+
+
+def child(graph: Path, threads: int, context: int, options: dict[str, Any]) -> dict[str, Any]:
     """One session's figures."""
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads, settings.log_severity_level = threads, 3
@@ -73,7 +92,7 @@ def child(bundle: Path, threads: int, context: int, options: dict[str, Any]) -> 
         else:
             setattr(settings, name, value)
     started = time.perf_counter()
-    session = onnxruntime.InferenceSession(bundle / "model.onnx", settings, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(graph, settings, providers=["CPUExecutionProvider"])
     load_s, loaded = time.perf_counter() - started, machine.peak_memory()
     decoder = Decoder(session, context + _STEPS + 1)
     steps = [decoder.run(np.full((1, 1), step, np.int64), context + step) for step in range(_STEPS)]
@@ -93,13 +112,27 @@ def main() -> None:
         print(json.dumps(child(options.bundle, options.threads, options.context, json.loads(options.child))))
         return
     taken: dict[str, list[dict[str, Any]]] = {name: [] for name in OPTIONS}
+    graph = options.bundle / "model.onnx"
+    with tempfile.TemporaryDirectory() as folder:
+        packed = prepack(graph, Path(folder))
+        take(options, {name: packed if name == _PREPACKED else graph for name in OPTIONS}, taken)
+        packed_bytes = sum(path.stat().st_size for path in Path(folder).iterdir())
+    write(options, taken, packed_bytes)
+
+
+def take(options: argparse.Namespace, graphs: dict[str, Path], taken: dict[str, list[dict[str, Any]]]) -> None:
+    """Sessions in turns."""
     for turn in range(options.rounds):
         for name in list(OPTIONS)[:: 1 if turn % 2 == 0 else -1]:
-            command = [sys.executable, "-m", "benchmarks.sessions", str(options.bundle)]
+            command = [sys.executable, "-m", "benchmarks.sessions", str(graphs[name])]
             command += ["--context", str(options.context), "--threads", str(options.threads)]
             command += ["--child", json.dumps(OPTIONS[name])]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             taken[name].append(json.loads(done.stdout))
+
+
+def write(options: argparse.Namespace, taken: dict[str, list[dict[str, Any]]], packed_bytes: int) -> None:
+    """Table and file."""
     rows = []
     for name, runs in taken.items():
         steps = [seconds for run in runs for seconds in run["steps_s"]]
@@ -127,6 +160,7 @@ def main() -> None:
             "threads": options.threads,
             "context": options.context,
             "rounds": options.rounds,
+            "prepacked_bytes": packed_bytes,
             "versions": machine.library_versions(),
             "rows": rows,
         }
