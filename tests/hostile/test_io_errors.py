@@ -97,6 +97,7 @@ def test_a_disk_that_fails(sample: Sample, shim: Path, tmp_path: Path, kind: str
     assert not (place / "bundle").exists()
 
 
+@pytest.mark.release
 def test_it_goes_on_when_the_disk_is_well_again(sample: Sample, shim: Path, tmp_path: Path) -> None:
     place = tmp_path / "place"
     place.mkdir()
