@@ -14,6 +14,7 @@ import pytest
 from builds import Run
 from deployment.conftest import DAMAGED, Places, Releases, free_port, key_pair, write_site
 from sshd import Sshd
+from validation.devices.conftest import Hooked
 
 from glmexport.deployment import deploy, prune, roll_back, status
 from glmexport.deployment.rollout import Wishes
@@ -29,6 +30,7 @@ from glmexport.errors import (
 )
 from glmexport.progress import Silent
 from glmexport.release.verifier import verify
+from glmexport.validation.devices import transfer
 
 pytest.importorskip("asyncssh", reason="the extra 'deploy' is not installed")
 
@@ -221,6 +223,30 @@ def test_a_server_that_is_down_stops_it_before_anything_is_switched(
     outcomes = deploy(site, releases.signed(1), Silent())
     assert [outcome.state for outcome in outcomes] == ["not begun", "failed"]
     assert place.current is None
+
+
+@pytest.mark.parametrize(("label", "steps"), [("Sending to a", 9), ("Assembling", 3)])
+def test_a_connection_that_is_cut_is_taken_up_again(
+    releases: Releases,
+    places: Places,
+    sshd: Sshd,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    label: str,
+    steps: int,
+) -> None:
+    """While files are sent, and while they are put together; of the switch, see test_killed."""
+    monkeypatch.setattr(transfer, "CHUNK", 1 << 14)
+    monkeypatch.setattr("glmexport.ssh._WAIT_S", 0.05)
+    place = places()
+    site = write_site(tmp_path / "site.toml", releases, place.toml("a", sshd))
+    release = releases.signed(1)
+    progress = Hooked(label, steps, sshd.cut)
+    (outcome,) = deploy(site, release, progress)
+    assert progress.happened == 1 and any("connection lost" in remark for remark in progress.remarks)
+    assert (outcome.state, place.current) == ("confirmed", release.name)
+    assert events(place.root).count("switching") == 1
+    verify(place.root / "releases" / release.name, releases.public, None, None)
 
 
 @pytest.mark.parametrize("command", [["false"], ["/no/such/program"]])
