@@ -176,7 +176,7 @@ async def _side_by_side(site: Site, outcomes: list[Outcome], step: _Step, at_a_t
 
 async def _follow(remote: Remote, outcome: Outcome, command: str, *arguments: str) -> None:
     async for told in remote.run(command, *arguments):
-        if told["event"] in ("confirmed", "unchanged"):
+        if told.get("event") in ("confirmed", "unchanged"):
             outcome.state, outcome.release = told["event"], told["release"]
             outcome.head = told.get("head")
 

@@ -66,6 +66,8 @@ class Signatory:
 
         try:
             Verifier(self._chain).verify(Signature.read(signature))
+        except MemoryError:
+            raise
         except Exception as error:
             # Of several libraries, which have no class in common.
             raise InputError(
@@ -76,7 +78,7 @@ class Signatory:
     def _signed(self, payload: Any) -> Any:
         try:
             return self._signer.sign(payload)
-        except (MemoryError, KeyboardInterrupt):
+        except MemoryError:
             raise
         except Exception as error:
             raise MachineError(
@@ -119,7 +121,7 @@ def open_signatory(files: KeyFiles) -> Signatory:
         what = f"{files.private_key} and {files.certificate}" if files.certificate else str(files.private_key)
         raise InputError(
             f"{what} cannot sign: {_first(error)}.",
-            next_step="Give a private key in PEM on the curve P-256, P-384 or P-521 (README, 'Sign and verify').",
+            next_step="Give a private key in PEM on the curve P-256, P-384 or P-521 (README, 'Sign, verify, carry').",
         ) from error
 
 
@@ -131,6 +133,8 @@ def _pkcs11(config: Any, uri: str) -> Signatory:
         raise MachineError(
             "Keys in hardware tokens need the library PyKCS11.", next_step="pip install 'glmexport[pkcs11]'"
         ) from error
+    except MemoryError:
+        raise
     except Exception as error:
         # PyKCS11's own errors have no base class but this.
         raise InputError(

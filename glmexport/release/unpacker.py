@@ -23,7 +23,7 @@ import sys
 import tarfile
 import tempfile
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 _VOLUME = re.compile(r"bundle\.tar\.[0-9]{3,}")
 _SUM = re.compile(r"([0-9a-f]{64})  ([A-Za-z0-9._-]+)")
@@ -56,7 +56,7 @@ class Volumes(io.RawIOBase):
         sums = {match[2]: match[1] for match in found if match}
         self._left = sorted((name for name in sums if _VOLUME.fullmatch(name)), key=lambda name: (len(name), name))
         self._sums = sums
-        self._file: BinaryIO | None = None
+        self._file: io.BufferedReader | None = None
         self._name, self._hash = "", hashlib.sha256()
 
     def readable(self) -> bool:
@@ -72,10 +72,10 @@ class Volumes(io.RawIOBase):
                 if path.is_symlink() or not path.is_file():
                     raise self._refused(f"{self._name} is missing.")
                 self._file = path.open("rb")
-            count = self._file.readinto(buffer)  # type: ignore[attr-defined]
+            count = self._file.readinto(buffer)
             if count:
                 self._hash.update(memoryview(buffer)[:count])
-                return int(count)
+                return count
             self._file.close()
             self._file = None
             if self._hash.hexdigest() != self._sums[self._name]:

@@ -43,7 +43,8 @@ class EngineOptions:
 class Engine:
     """Answers from the bundle in ``directory``.
 
-    ``loaded`` is called in the engine's thread once the model is in memory, ``broken`` when it cannot be.
+    ``loaded`` is called in the engine's thread once the model is in memory, ``broken`` when it cannot be, or when the
+    thread fails at what is no single answer's.
     """
 
     def __init__(
@@ -106,15 +107,16 @@ class Engine:
         try:
             options = self._options
             model = Model(self._directory, options.threads, options.parallel if options.batch else 0)
+            self.ready = True
+            self._loaded()
+            _Shift(model, options, self._metrics, self._next).work()
         except Exception as error:
+            # Without this thread nobody is answered any more, so the server ends with what went wrong.
+            self.ready = False
             self.close()
             for answer in self._waiting:
                 answer.tell(Failed(error))
             self._broken(error)
-            return
-        self.ready = True
-        self._loaded()
-        _Shift(model, self._options, self._metrics, self._next).work()
 
     def _next(self, idle: bool) -> Answer | None:
         """The answer to begin next. Where ``idle``, wait for one; None then: there will be none."""
