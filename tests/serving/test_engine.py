@@ -162,3 +162,21 @@ def test_a_body_that_does_not_come(bundle: Path) -> None:
             assert late.status_code == 408 and late.json()["error"]["type"] == "timeout_error"
 
     asyncio.run(ask())
+
+
+def test_a_thread_that_fails_ends_the_server(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At what is no single answer's: who waits is told, and nobody is taken any more."""
+    waiting, failure = Waiting(bundle), RuntimeError("no turn")
+
+    def fails(*_: object) -> None:
+        raise failure
+
+    monkeypatch.setattr("glmexport.serving.engine._Shift._begin", fails)
+    waiting.submit("Hi!")
+    _, behind = waiting.submit("Hi!")
+    waiting.engine.start()
+    assert waiting.errors.get(timeout=PATIENCE_S) is failure
+    failed = last(behind)
+    assert isinstance(failed, Failed) and failed.error is failure and not waiting.engine.ready
+    with pytest.raises(Closed):
+        waiting.submit("Hi!")
