@@ -20,7 +20,7 @@ import onnxruntime
 
 from benchmarks.sessions import Decoder
 from glmexport.validation import machine
-from glmexport.validation.generation import PREFILL_TOKENS
+from glmexport.validation.genai_config import PREFILL_TOKENS
 
 _TIMES = {"decode": 24, "prefill": 4}
 

@@ -12,10 +12,10 @@ import torch
 from glmexport import __version__
 from glmexport.architecture import Reference
 from glmexport.calibration import Document, evaluation_documents
-from glmexport.compile import open_bundle, partial_of, put_in_place
+from glmexport.compile import partial_of, put_in_place
 from glmexport.job import Original, refuse_existing, require_free
 from glmexport.progress import Progress
-from glmexport.provenance import source_of
+from glmexport.provenance import open_bundle, source_of
 from glmexport.quantization import WorkDirectory
 from glmexport.validation import machine
 from glmexport.validation.behaviour.plane import ask_original, questions_for

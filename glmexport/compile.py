@@ -14,23 +14,23 @@ import torch
 from glmexport import __version__
 from glmexport.architecture import Architecture, Reference
 from glmexport.architecture.reference import CPU
-from glmexport.bundle import (
-    Manifest,
-    Source,
-    read_manifest,
-    verify_files,
-    write_bundle,
-)
+from glmexport.bundle import Manifest, write_bundle
 from glmexport.calibrating import cache_text, calibration_context, calibration_documents
 from glmexport.calibration import CalibrationSet, Document, evaluation_documents, pack
 from glmexport.device import device_name, peak_device_memory, plan_on, running_on
-from glmexport.errors import BundleError
 from glmexport.job import Job, Original, refuse_existing, refuse_formats, require_space
 from glmexport.progress import Progress
-from glmexport.provenance import calibration_source, own_fingerprints, source_of
+from glmexport.provenance import (
+    calibration_source,
+    open_bundle,
+    open_captured_bundle,
+    own_fingerprints,
+    source_of,
+)
 from glmexport.quantization import MemoryPlan, QuantizedMatrix, Walk, WorkDirectory
 from glmexport.quantization.weights import Weights
 from glmexport.recipe import Recipe
+from glmexport.release import NOBODY, Trust
 from glmexport.report.assemble import BuildCost, assemble
 from glmexport.report.document import Report
 from glmexport.report.write import write_report
@@ -62,6 +62,8 @@ class BuildOptions:
     tasks: tuple[Task, ...] = ()
     #: Of the bundle's sessions; None: those of its target, or else ``threads``.
     bundle_threads: int | None = None
+    #: Whose signature a bundle that is validated has to have.
+    trust: Trust = NOBODY
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,7 @@ def validate_bundle(directory: Path, original: Original, options: BuildOptions, 
     Raises:
         BundleError: the bundle was made from another checkpoint, or its files are not those of its manifest.
     """
-    manifest = open_bundle(directory, original, progress)
+    manifest = open_bundle(directory, original, progress, options.trust)
     report = _validated(directory, directory, manifest, original, options, progress, None)
     return Built(directory, manifest, report)
 
@@ -202,7 +204,7 @@ def validate_captured_bundle(
     Raises:
         BundleError: the reference is of another checkpoint, or the bundle's files are not those of its manifest.
     """
-    manifest = open_captured_bundle(directory, captured)
+    manifest = open_captured_bundle(directory, captured, progress, options.trust)
     policy = policy_of(manifest, options)
     torch.set_num_threads(options.threads)
     validation = validate_captured(
@@ -219,41 +221,6 @@ def validate_captured_bundle(
     )
     write_report(report, directory)
     return Built(directory, manifest, report)
-
-
-def open_bundle(directory: Path, original: Original, progress: Progress) -> Manifest:
-    """The manifest of a bundle, after its files and its original have been checked against it.
-
-    Raises:
-        BundleError: the bundle was made from another checkpoint, or its files are not those of its manifest.
-    """
-    manifest = read_manifest(directory)
-    verify_files(directory, manifest)
-    step = "Give the checkpoint that it was built from with --against"
-    step += ", and its adapter with --adapter." if manifest.source.adapter else " alone."
-    _require_source(directory, manifest, source_of(original, progress), step)
-    return manifest
-
-
-def open_captured_bundle(directory: Path, captured: CapturedReference) -> Manifest:
-    """The same where the original was captured.
-
-    Raises:
-        BundleError: the reference is of another checkpoint, or the bundle's files are not those of its manifest.
-    """
-    manifest = read_manifest(directory)
-    verify_files(directory, manifest)
-    _require_source(directory, manifest, captured.capture.source, "Give the reference of that checkpoint.")
-    return manifest
-
-
-def _require_source(directory: Path, manifest: Manifest, given: Source, next_step: str) -> None:
-    if given.digest != manifest.source.digest:
-        raise BundleError(
-            f"{directory} was built from {manifest.source.title} ({manifest.source.digest[:19]}...), "
-            f"not from {given.title} ({given.digest[:19]}...).",
-            next_step=next_step,
-        )
 
 
 def threads_of(manifest: Manifest, options: BuildOptions) -> int:

@@ -8,15 +8,24 @@ from pathlib import Path
 from glmexport.bundle.gptq import QUANTIZE_CONFIG, GptqCheckpoint, Layout
 from glmexport.bundle.read import BundleWeights, bundle_folds
 from glmexport.checkpoint.checkpoint import GENERATION_CONFIG
-from glmexport.compile import open_bundle, partial_of, put_in_place
+from glmexport.compile import partial_of, put_in_place
 from glmexport.job import Original, refuse_existing, require_free
 from glmexport.progress import Progress
+from glmexport.provenance import open_bundle
+from glmexport.release import NOBODY, Trust
 
 _KIND = "a GPTQ checkpoint"
 
 
 def convert_to_gptq(
-    bundle: Path, original: Original, output: Path, *, layout: Layout, force: bool, progress: Progress
+    bundle: Path,
+    original: Original,
+    output: Path,
+    *,
+    layout: Layout,
+    force: bool,
+    trust: Trust = NOBODY,
+    progress: Progress,
 ) -> GptqCheckpoint:
     """Write the linears of ``bundle`` in the GPTQ format, with everything else as ``original`` has it.
 
@@ -26,15 +35,17 @@ def convert_to_gptq(
         output: the directory that the checkpoint ends in; it is complete when it appears there.
         layout: whose names and shapes to write.
         force: replace a GPTQ checkpoint that exists there.
+        trust: whose signature the bundle has to have.
         progress: who watches.
 
     Raises:
         BundleError: the bundle was made from another checkpoint, or its files are not those of its manifest.
+        UnverifiedError: the bundle is not what was signed, or nobody of ``trust`` signed it.
         InputError: ``output`` exists and may not be replaced, or the format cannot hold the bundle's matrices.
         MachineError: the disk has too little space, or a file cannot be read or written.
     """
     refuse_existing(output, force, QUANTIZE_CONFIG, _KIND)
-    open_bundle(bundle, original, progress)
+    open_bundle(bundle, original, progress, trust)
     weights = BundleWeights(bundle, original.architecture)
     folded = original.checkpoint.folded(bundle_folds(bundle))
     checkpoint = GptqCheckpoint(weights, folded, original.architecture, layout)

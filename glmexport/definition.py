@@ -22,6 +22,12 @@ class Definition(BaseModel):
 T = TypeVar("T", bound=BaseModel)
 
 
+def first_problem(error: ValidationError) -> str:
+    """Return the key that the first problem is at, and the problem."""
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    return f"{'.'.join(str(part) for part in first['loc']) or '(top level)'}: {first['msg']}"
+
+
 def names(folder: str) -> list[str]:
     """Names of the definitions shipped in ``folder`` (for example ``targets`` or ``calibration/recipes``)."""
     return sorted(path.stem for path in shipped_folder(folder).glob("*.toml"))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 
 from glmexport.definition import Definition
+from glmexport.session_settings import check_session_entries
 
 #: What keys and values are cached in: the activations' type, or integers with calibrated scales.
 KvCache = Literal["activations", "int8", "int4"]
@@ -36,6 +37,11 @@ class Settings(Definition):
     session: dict[str, str] = Field(default_factory=dict)
     #: Options of the execution provider.
     provider: dict[str, str] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _may_be_set(self) -> Self:
+        check_session_entries(self.session)
+        return self
 
 
 class Gain(_Measured):

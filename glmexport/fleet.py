@@ -15,10 +15,11 @@ from filelock import FileLock, Timeout
 from glmexport import __version__
 from glmexport.bundle import Manifest
 from glmexport.capture import CaptureOptions, capture_reference
-from glmexport.compile import BuildOptions, Built, open_bundle, open_captured_bundle, policy_of
+from glmexport.compile import BuildOptions, Built, policy_of
 from glmexport.errors import BundleError, GlmexportError, MachineError
 from glmexport.job import Original
 from glmexport.progress import Progress
+from glmexport.provenance import open_bundle, open_captured_bundle
 from glmexport.report.assemble import assemble_devices, detailed
 from glmexport.report.write import write_report
 from glmexport.validation.capture import CapturedReference
@@ -87,10 +88,10 @@ def prepare_job(
     """
     place = _place(directory)
     if isinstance(original, Original):
-        manifest = open_bundle(directory, original, progress)
+        manifest = open_bundle(directory, original, progress, options.trust)
         captured = _captured(directory, manifest, original, options, place, progress)
     else:
-        captured, manifest = original, open_captured_bundle(directory, original)
+        captured, manifest = original, open_captured_bundle(directory, original, progress, options.trust)
     judge = DeviceJudge(directory, manifest, captured, options.validation, policy_of(manifest, options).gates)
     folder = place / "job"
     if folder.exists():

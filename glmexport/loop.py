@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, TypeAdapter
 
@@ -11,12 +12,17 @@ from glmexport.errors import BundleError
 from glmexport.target import Provider, SessionOptions
 
 LOOP_CONFIG = "loop.json"
+#: Files of graphs, which are those of every bundle: no other name is read from a file.
+MODEL_GRAPH: Literal["model.onnx"] = "model.onnx"
+DRAFT_GRAPH: Literal["draft.onnx"] = "draft.onnx"
+#: In a bundle of fixed shapes, whose other graphs are for a chunk of a prompt.
+STEP_GRAPH: Literal["step.onnx"] = "step.onnx"
 
 
 class DraftConfig(Definition):
     """The graph that drafts tokens, and its names: what a loop needs to decode speculatively with it."""
 
-    graph: str
+    graph: Literal["draft.onnx"]
     #: Names of its token ids [B, S], mask [B, T], and hidden states [B, S, D], and of what it gives of the last
     #: position: logits [B, 1, V], and hidden states [B, 1, D] for the token after.
     input_ids: str
@@ -32,7 +38,7 @@ class OwnLoop(Definition):
     """What every loop of ours has to know."""
 
     #: The graph's file.
-    graph: str
+    graph: Literal["model.onnx"]
     provider: Provider
     session: SessionOptions = SessionOptions()
     context_length: int
@@ -60,7 +66,7 @@ class FixedLoopConfig(OwnLoop):
     """Graphs of fixed shapes for one sequence: ``graph`` for ``chunk`` positions of a prompt, another for one token."""
 
     chunk: int = Field(ge=2)
-    step_graph: str
+    step_graph: Literal["step.onnx"]
     #: Names of the positions [1, S] of the token ids, and of the index [1] of the one whose logits [1, 1, V] are
     #: computed, which the graph for one token does not have.
     position_ids: str

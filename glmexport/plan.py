@@ -6,10 +6,11 @@ from pathlib import Path
 
 from glmexport.architecture import Reference
 from glmexport.calibration import evaluation_documents
-from glmexport.compile import BuildOptions, open_bundle, open_captured_bundle, policy_of, threads_of
+from glmexport.compile import BuildOptions, policy_of, threads_of
 from glmexport.errors import InputError
 from glmexport.job import Original
 from glmexport.progress import Progress
+from glmexport.provenance import open_bundle, open_captured_bundle
 from glmexport.report.document import JSON_NAME, read_report
 from glmexport.validation.capture import CapturedReference
 from glmexport.validation.planning import Plan, measure_rates, plan_validation
@@ -27,13 +28,13 @@ def plan_bundle(
         InputError: its report is of another bundle, so that nothing says how far documents differ.
     """
     if isinstance(original, Original):
-        manifest = open_bundle(directory, original, progress)
+        manifest = open_bundle(directory, original, progress, options.trust)
         calibrated = manifest.calibration.own if manifest.calibration else ()
         documents = evaluation_documents(options.evaluation, original.tokenizer, calibrated)
         texts = texts_for(documents, original.tokenizer, original.architecture_for(manifest.target), options.validation)
         reference = Reference(original.checkpoint, original.architecture)
     else:
-        manifest = open_captured_bundle(directory, original)
+        manifest = open_captured_bundle(directory, original, progress, options.trust)
         texts, reference = list(original.texts), None
     report = read_report(directory / JSON_NAME)
     if report.subject.bundle_digest != manifest.digest():

@@ -12,6 +12,7 @@ from glmexport.definition import Definition, locate, names, read_toml
 from glmexport.errors import DefinitionError
 from glmexport.evidence import FLOATS, Evidence, KvCache
 from glmexport.host import Host
+from glmexport.session_settings import check_provider, check_session_entries
 
 TARGETS = "targets"
 HOST = "host"
@@ -26,6 +27,11 @@ class Provider(Definition):
     runtime: Literal["onnxruntime", "onnxruntime-web"] = "onnxruntime"
     #: What has to be installed for it.
     package: str = "onnxruntime"
+
+    @model_validator(mode="after")
+    def _may_be_set(self) -> Self:
+        check_provider(self.name, self.options)
+        return self
 
 
 class Probe(Definition):
@@ -102,6 +108,11 @@ class SessionOptions(Definition):
     threads: int | None = Field(default=None, ge=1)
     #: Configuration entries, for example ``"session.intra_op.allow_spinning" = "0"``.
     config: dict[str, str] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _may_be_set(self) -> Self:
+        check_session_entries(self.config)
+        return self
 
 
 class Limits(Definition):

@@ -26,6 +26,7 @@ from glmexport.provenance import source_of
 from glmexport.quantization import WorkDirectory
 from glmexport.quantization.weights import Weights
 from glmexport.recipe import RECIPES, STORED, Recipe, open_recipe
+from glmexport.session_settings import check_provider, check_session_entries
 from glmexport.target import Target
 from glmexport.tuning.assemble import Measured, tried, tuned_target, verdict_of
 from glmexport.tuning.candidates import (
@@ -105,6 +106,7 @@ def tune(original: Original, target: Target, output: Path, options: TuneOptions,
         MachineError: the disk has too little space, the start does not run here, or somebody else tunes the same.
     """
     _refuse(output, options.force)
+    _refuse_settings(target, options)
     if target.graph.static_shapes:
         raise InputError(
             f"The target {target.name} runs graphs of fixed shapes only, and tuning measures graphs of any.",
@@ -134,6 +136,19 @@ def tune(original: Original, target: Target, output: Path, options: TuneOptions,
         write_target(tuned, output)
     shutil.rmtree(work.path)
     return Tuned(output, tuned, evidence, settings)
+
+
+def _refuse_settings(target: Target, options: TuneOptions) -> None:
+    """Refuse values to try that no target may have."""
+    try:
+        for name, values in options.session.items():
+            for value in values:
+                check_session_entries({name: value})
+        for name, values in options.provider.items():
+            for value in values:
+                check_provider(target.provider.name, {name: value})
+    except ValueError as error:
+        raise InputError(f"This cannot be tried: {error}.", next_step="Leave it out, or give another value.") from error
 
 
 class _Tuning:

@@ -22,14 +22,31 @@ from glmexport.graph import (
     fixed_sizes,
     own_loop,
 )
-from glmexport.loop import LOOP_CONFIG, DraftConfig, FixedLoopConfig, LoopConfig
+from glmexport.loop import (
+    DRAFT_GRAPH,
+    LOOP_CONFIG,
+    MODEL_GRAPH,
+    STEP_GRAPH,
+    DraftConfig,
+    FixedLoopConfig,
+    LoopConfig,
+)
 from glmexport.target import Target
 
-MODEL = "model.onnx"
-DRAFT = "draft.onnx"
-#: Of a bundle of fixed shapes, whose other graphs are for a chunk of a prompt.
-STEP = "step.onnx"
+MODEL, DRAFT, STEP = MODEL_GRAPH, DRAFT_GRAPH, STEP_GRAPH
 GENAI_CONFIG = "genai_config.json"
+#: Names of the graph's inputs and outputs, as onnxruntime-genai is told them.
+INPUTS = {
+    "input_ids": INPUT_IDS,
+    "attention_mask": ATTENTION_MASK,
+    "past_key_names": PAST.format(layer="%d", kind="key"),
+    "past_value_names": PAST.format(layer="%d", kind="value"),
+}
+OUTPUTS = {
+    "logits": LOGITS,
+    "present_key_names": PRESENT.format(layer="%d", kind="key"),
+    "present_value_names": PRESENT.format(layer="%d", kind="value"),
+}
 
 
 def loop_config(architecture: Architecture, target: Target) -> tuple[str, dict[str, Any]]:
@@ -108,9 +125,6 @@ def genai_config(architecture: Architecture, target: Target) -> dict[str, Any]:
         heads, size = attention.heads, attention.padded_head_dim
     else:
         heads, size = attention.kv_heads, attention.head_dim
-    provider = target.provider
-    options = [] if provider.name == "CPUExecutionProvider" else [{provider.name: dict(provider.options)}]
-    session = target.session
     return {
         "model": {
             "type": "decoder",
@@ -123,29 +137,14 @@ def genai_config(architecture: Architecture, target: Target) -> dict[str, Any]:
             "pad_token_id": architecture.pad_token_id,
             "decoder": {
                 "filename": MODEL,
-                "session_options": {
-                    "log_id": "glmexport",
-                    **({"intra_op_num_threads": session.threads} if session.threads else {}),
-                    # What onnxruntime-genai does not know by name it hands on as a configuration entry.
-                    **target.session.config,
-                    "provider_options": options,
-                },
+                "session_options": session_options(target),
                 "hidden_size": architecture.hidden_size,
                 "head_size": size,
                 "num_attention_heads": attention.heads,
                 "num_key_value_heads": heads,
                 "num_hidden_layers": len(architecture.layers),
-                "inputs": {
-                    "input_ids": INPUT_IDS,
-                    "attention_mask": ATTENTION_MASK,
-                    "past_key_names": PAST.format(layer="%d", kind="key"),
-                    "past_value_names": PAST.format(layer="%d", kind="value"),
-                },
-                "outputs": {
-                    "logits": LOGITS,
-                    "present_key_names": PRESENT.format(layer="%d", kind="key"),
-                    "present_value_names": PRESENT.format(layer="%d", kind="value"),
-                },
+                "inputs": INPUTS,
+                "outputs": OUTPUTS,
             },
         },
         "search": {
@@ -160,4 +159,18 @@ def genai_config(architecture: Architecture, target: Target) -> dict[str, Any]:
             "top_k": 1,
             "top_p": 1.0,
         },
+    }
+
+
+def session_options(target: Target) -> dict[str, Any]:
+    """Return what onnxruntime-genai is to give the session of a bundle for ``target``."""
+    provider, session = target.provider, target.session
+    return {
+        "log_id": "glmexport",
+        **({"intra_op_num_threads": session.threads} if session.threads else {}),
+        # What onnxruntime-genai does not know by name it hands on as a configuration entry.
+        **session.config,
+        "provider_options": (
+            [] if provider.name == "CPUExecutionProvider" else [{provider.name: dict(provider.options)}]
+        ),
     }

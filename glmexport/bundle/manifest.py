@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import mmap
+import re
 from pathlib import Path
 from typing import Literal
 
 from pydantic import ValidationError
 
-from glmexport.definition import Definition
+from glmexport.definition import Definition, first_problem
 from glmexport.errors import BundleError
 from glmexport.quantization import AllocatedGroup, ExpertCoverage, QuantizedMatrix, sha256
 from glmexport.recipe import Recipe
@@ -20,6 +22,14 @@ REPORTS = frozenset({"report.json", "report.html", "report.md", "report.xml"})
 SIGNATURE = "model.sig"
 RELEASE_FILES = frozenset({"release.json", "golden.json", "verify.py", SIGNATURE})
 ATTESTATIONS = "attestations"
+#: Names of files that a build writes. A bundle has no others: no library, no program, no graph of another name.
+_FILES = re.compile(
+    r"(model|scoring|step|draft)\.onnx|weights/[A-Za-z0-9_]+(\.[0-9]+)?\.data|folds\.safetensors"
+    r"|(genai_config|loop|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json"
+    r"|tokenizer\.model|(vocab|merges)\.txt|chat_template\.jinja|additional_chat_templates/[^/\\\x00-\x1f]+\.jinja"
+)
+#: Operator whose content a provider runs as it is, compiled before by whoever made it.
+_PRECOMPILED = b"EPContext"
 #: Evidence about a bundle, written after it and therefore not part of what its digest covers.
 EVIDENCE = REPORTS | RELEASE_FILES
 
@@ -162,12 +172,20 @@ def read_manifest(directory: Path) -> Manifest:
             next_step="Give a directory that glmexport build wrote.",
         )
     try:
-        return Manifest.model_validate_json(path.read_text(encoding="utf-8"))
+        manifest = Manifest.model_validate_json(path.read_text(encoding="utf-8"))
     except (ValidationError, UnicodeDecodeError) as error:
+        reason = first_problem(error) if isinstance(error, ValidationError) else str(error)
         raise BundleError(
-            f"{path} does not describe a bundle of a version that this glmexport knows: {str(error).splitlines()[0]}.",
+            f"{path} does not describe a bundle of a version that this glmexport knows: {reason}.",
             next_step="Use the glmexport that wrote it, or build it again.",
         ) from error
+    for entry in manifest.files:
+        if not _FILES.fullmatch(entry.path):
+            raise BundleError(
+                f"{path} lists {entry.path!r}, and no build writes a file of that name.",
+                next_step="Do not use this bundle unless you know who made it; build it again.",
+            )
+    return manifest
 
 
 def verify_files(directory: Path, manifest: Manifest) -> None:
@@ -193,3 +211,15 @@ def verify_files(directory: Path, manifest: Manifest) -> None:
             raise BundleError(f"{path} is missing or not a real file.", next_step=again)
         if path.stat().st_size != entry.size or sha256(path) != entry.sha256:
             raise BundleError(f"{path} is not the file that the manifest lists (its sha256 differs).", next_step=again)
+        if path.suffix == ".onnx" and _contains(path, _PRECOMPILED):
+            raise BundleError(
+                f"{path} has a node that runs what somebody compiled ({_PRECOMPILED.decode()}).",
+                next_step="Do not use this bundle unless you know who made it; build it again.",
+            )
+
+
+def _contains(path: Path, content: bytes) -> bool:
+    if path.stat().st_size == 0:
+        return False
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        return mapped.find(content) >= 0

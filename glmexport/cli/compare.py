@@ -36,10 +36,12 @@ def compare(old: Path, new: Path, confidence: float, as_json: bool) -> int:
     Exit codes: 0 no significant worsening, 1 a significant one or a verdict that got worse, 2 the text does not suffice
     to exclude one as large as the policy's limit.
     """
+    from glmexport.cli.signature import signed_report_path
     from glmexport.report.compare import compare as compare_reports
-    from glmexport.report.document import read_report, report_path
+    from glmexport.report.document import read_report
 
-    comparison = compare_reports(read_report(report_path(old)), read_report(report_path(new)), confidence=confidence)
+    before, after = (read_report(signed_report_path(path)) for path in (old, new))
+    comparison = compare_reports(before, after, confidence=confidence)
     _show(Terminal().console, comparison)
     if as_json:
         emit(comparison.model_dump_json(indent=2))

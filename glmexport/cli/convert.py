@@ -9,7 +9,7 @@ from typing import get_args
 import click
 
 from glmexport.cli.console import Terminal, emit, gibibytes
-from glmexport.cli.options import adapter_option, json_option
+from glmexport.cli.options import adapter_option, json_option, trust_options
 
 
 @click.command()
@@ -23,9 +23,19 @@ from glmexport.cli.options import adapter_option, json_option
 )  # fmt: skip
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Where the checkpoint goes.")
 @click.option("--force", is_flag=True, help="Replace a GPTQ checkpoint that exists.")
+@trust_options
 @json_option
 def convert(
-    bundle: Path, checkpoint: str, adapter: str | None, to: str, layout: str, output: Path, force: bool, as_json: bool
+    bundle: Path,
+    checkpoint: str,
+    adapter: str | None,
+    to: str,
+    layout: str,
+    output: Path,
+    force: bool,
+    key: Path | None,
+    root: Path | None,
+    as_json: bool,
 ) -> None:
     """Write the quantized linears of BUNDLE, code by code, into a GPTQ checkpoint.
 
@@ -35,6 +45,7 @@ def convert(
     from glmexport.bundle.gptq import Layout
     from glmexport.convert import convert_to_gptq
     from glmexport.job import Original
+    from glmexport.release import Trust
 
     terminal = Terminal()
     manifest = read_manifest(bundle)
@@ -51,7 +62,9 @@ def convert(
         },
     )
     chosen: Layout = next(known for known in get_args(Layout) if known == layout)
-    written = convert_to_gptq(bundle, original, output, layout=chosen, force=force, progress=terminal)
+    written = convert_to_gptq(
+        bundle, original, output, layout=chosen, force=force, trust=Trust(key, root), progress=terminal
+    )
     settings = written.settings
     terminal.facts(
         "Written",

@@ -121,18 +121,23 @@ def budget_options(command: Command) -> Command:
     return size(bpw(command))
 
 
-def verification_options(command: Command) -> Command:
-    """--key, --root and --newer-than."""
+def trust_options(command: Command) -> Command:
+    """Add --key and --root, with one of which a bundle has to be signed."""
     key = click.option("--key", type=click.Path(path_type=Path), metavar="PUBLIC.pem", help="Public key of who signed.")
     root = click.option(
         "--root", type=click.Path(path_type=Path), metavar="CA.pem",
         help="Root certificate that vouches for who signed; instead of --key.",
     )  # fmt: skip
+    return key(root(command))
+
+
+def verification_options(command: Command) -> Command:
+    """--key, --root and --newer-than."""
     newer = click.option(
         "--newer-than", type=click.IntRange(min=0), metavar="COUNTER",
         help="Refuse a release whose counter is not above this one.",
     )  # fmt: skip
-    return key(root(newer(command)))
+    return trust_options(newer(command))
 
 
 def arrival_options(command: Command) -> Command:

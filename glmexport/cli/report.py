@@ -25,11 +25,11 @@ def report() -> None:
 @json_option
 def render(path: Path, output: Path | None, as_json: bool) -> None:
     """Write report.html, report.md and report.xml from REPORT.json (or from that of a bundle) once more."""
-    from glmexport.cli.signature import telling_of_signature
-    from glmexport.report.document import HTML_NAME, JUNIT_NAME, MARKDOWN_NAME, report_path
+    from glmexport.cli.signature import signed_report_path, telling_of_signature
+    from glmexport.report.document import HTML_NAME, JUNIT_NAME, MARKDOWN_NAME
     from glmexport.report.write import render_report
 
-    path = report_path(path)
+    path = signed_report_path(path)
     directory = output or path.parent
     terminal = Terminal()
     with telling_of_signature(terminal, directory):

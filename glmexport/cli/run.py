@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from glmexport.cli.console import Terminal, emit
-from glmexport.cli.options import bundle_threads, json_option, threads_option
+from glmexport.cli.options import bundle_threads, json_option, threads_option, trust_options
 
 
 @click.command()
@@ -27,6 +27,7 @@ from glmexport.cli.options import bundle_threads, json_option, threads_option
     "--draft-tokens", type=click.IntRange(min=1), show_default="8 by lookup, 1 by mtp",
     help="Tokens guessed at a time, at most.",
 )  # fmt: skip
+@trust_options
 @threads_option
 @json_option
 def run(
@@ -37,19 +38,20 @@ def run(
     max_tokens: int,
     speculate: str,
     draft_tokens: int | None,
+    key: Path | None,
+    root: Path | None,
     threads: int,
     as_json: bool,
 ) -> None:
     """Generate from BUNDLE as it is deployed, greedily, and print the text as it comes."""
-    from glmexport.bundle import read_manifest, verify_files
     from glmexport.checkpoint import Tokenizer
     from glmexport.generation import generate
+    from glmexport.release import Trust, open_signed
     from glmexport.validation.speculation import open_speculation
 
     terminal = Terminal()
     speculation = open_speculation(speculate, draft_tokens)
-    manifest = read_manifest(bundle)
-    verify_files(bundle, manifest)
+    manifest = open_signed(bundle, Trust(key, root), terminal)
     threads = bundle_threads(threads) or manifest.target.session.threads or threads
     tokenizer = Tokenizer.open(bundle)
     messages = [{"role": "system", "content": system}] if system else []

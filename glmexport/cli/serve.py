@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from glmexport.cli.console import Bytes, Terminal, emit
-from glmexport.cli.options import bundle_threads, json_option, threads_option
+from glmexport.cli.options import bundle_threads, json_option, threads_option, trust_options
 from glmexport.errors import EXIT_PASS, InputError, MachineError
 
 
@@ -60,6 +60,7 @@ from glmexport.errors import EXIT_PASS, InputError, MachineError
     "depend, by rounding, on who else asks.",
 )  # fmt: skip
 @click.option("--lenient", is_flag=True, help="Repair tool calls that do not follow the grammar, and count them.")
+@trust_options
 @threads_option
 @json_option
 def serve(
@@ -79,6 +80,8 @@ def serve(
     reuse: bool,
     batch: bool,
     lenient: bool,
+    key: Path | None,
+    root: Path | None,
     threads: int,
     as_json: bool,
 ) -> None:
@@ -95,6 +98,7 @@ def serve(
             f"A part of the server is not installed: {error.name}.", next_step="pip install 'glmexport[serve]'"
         ) from error
 
+    from glmexport.release import Trust
     from glmexport.serving.limits import Limits
     from glmexport.serving.server import ServeOptions, Serving
     from glmexport.serving.server import serve as run
@@ -132,9 +136,10 @@ def serve(
         guesses=DEFAULT_TOKENS["lookup"] if speculate == "lookup" else 0,
         reuse=reuse,
         batch=batch,
+        trust=Trust(key, root),
         limits=Limits(body_bytes=body_bytes, answer_tokens=answer_tokens, head_s=head_s),
     )
-    if not run(bundle, options, tell):
+    if not run(bundle, options, tell, terminal):
         # The runtime still computes a step that nobody waits for, which a teardown in order would wait for.
         sys.stdout.flush()
         os._exit(EXIT_PASS)

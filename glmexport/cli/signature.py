@@ -1,4 +1,4 @@
-"""What verbs say that write into a bundle which may be signed."""
+"""What verbs do about the reports of bundles that may be signed."""
 
 from __future__ import annotations
 
@@ -23,3 +23,18 @@ def telling_of_signature(terminal: Terminal, directory: Path) -> Iterator[None]:
     yield
     if signed and reports() != before:
         terminal.remark(f"The report in {directory} changed, so its signature no longer holds; sign it again.")
+
+
+def signed_report_path(path: Path) -> Path:
+    """Return the path of a report, which in a signed bundle has to be the one that was signed.
+
+    Raises:
+        UnverifiedError: ``path`` is a signed bundle, and its report is another one.
+    """
+    from glmexport.release import check_signed_file
+    from glmexport.report.document import report_path
+
+    report = report_path(path)
+    if path.is_dir():
+        check_signed_file(report)
+    return report

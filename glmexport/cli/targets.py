@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from glmexport.cli.console import Terminal, emit
-from glmexport.cli.options import json_option
+from glmexport.cli.options import json_option, trust_options
 
 if TYPE_CHECKING:
     from glmexport.lowering.explain import Lowering
@@ -125,15 +125,16 @@ def probe(as_json: bool) -> None:
 
 @targets.command("check")
 @click.argument("bundle", type=click.Path(path_type=Path))
+@trust_options
 @json_option
-def check(bundle: Path, as_json: bool) -> int:
+def check(bundle: Path, key: Path | None, root: Path | None, as_json: bool) -> int:
     """Whether BUNDLE can run on this host, and why not. Nothing is run; exit code 0 if it can, 1 if it cannot."""
-    from glmexport.bundle import read_manifest
     from glmexport.errors import EXIT_BLOCK, EXIT_PASS
     from glmexport.fit import fit
     from glmexport.host import Host
+    from glmexport.release import Trust, open_signed
 
-    manifest = read_manifest(bundle)
+    manifest = open_signed(bundle, Trust(key, root), Terminal())
     checks = fit(manifest, Host.this())
     runs = all(each.holds for each in checks)
     if as_json:

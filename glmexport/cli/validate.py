@@ -17,6 +17,7 @@ from glmexport.cli.options import (
     policy_option,
     tasks_option,
     threads_option,
+    trust_options,
 )
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     "--fleet", type=click.Path(path_type=Path), metavar="FILE",
     help="A .toml file of devices to ask side by side.",
 )
+@trust_options
 @threads_option
 @json_option
 @click.pass_context
@@ -63,6 +65,8 @@ def validate(
     only_plan: bool,
     devices: tuple[str, ...],
     fleet: Path | None,
+    key: Path | None,
+    root: Path | None,
     threads: int,
     as_json: bool,
 ) -> int:
@@ -79,6 +83,7 @@ def validate(
     from glmexport.errors import EXIT_PASS
     from glmexport.job import Original
     from glmexport.plan import plan_bundle
+    from glmexport.release import Trust
     from glmexport.target import open_policy
     from glmexport.validation.behaviour.tasks import read_tasks
     from glmexport.validation.capture import CapturedReference
@@ -98,6 +103,7 @@ def validate(
         policy=open_policy(policy_path) if policy_path else None,
         tasks=tuple(read_tasks(task_files)) if task_files else (),
         bundle_threads=bundle_threads(threads),
+        trust=Trust(key, root),
     )
     manifest = read_manifest(bundle)
     original: Original | CapturedReference

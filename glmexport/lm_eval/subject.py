@@ -13,13 +13,13 @@ from typing import Any, Protocol
 import torch
 
 from glmexport.architecture import Reference
-from glmexport.bundle import read_manifest, verify_files
 from glmexport.checkpoint import Tokenizer
 from glmexport.errors import InputError
 from glmexport.job import Original
 from glmexport.lm_eval.answering import Prompt, Stream, fits_in_memory, streamed_answers, verified_texts, whole_stream
 from glmexport.lm_eval.likelihood import Likelihood, Request, bundle_likelihoods, checkpoint_likelihoods
 from glmexport.progress import Progress
+from glmexport.release import NOBODY, Trust, open_signed
 from glmexport.validation.generation import GenerationSession
 from glmexport.validation.machine import cores
 from glmexport.validation.session import ScoringSession
@@ -44,12 +44,12 @@ class BundleSubject:
 
     Raises:
         BundleError: its files are not those of its manifest.
+        UnverifiedError: it is not what was signed, or nobody of ``trust`` signed it.
     """
 
-    def __init__(self, directory: Path, threads: int, progress: Progress) -> None:
+    def __init__(self, directory: Path, threads: int, progress: Progress, trust: Trust = NOBODY) -> None:
         self._directory, self._threads, self._progress = directory, threads, progress
-        self._manifest = read_manifest(directory)
-        verify_files(directory, self._manifest)
+        self._manifest = open_signed(directory, trust, progress)
         self.tokenizer = Tokenizer.open(directory)
         self.context_length = self._manifest.context_length
         self.digest = self._manifest.digest()
@@ -131,6 +131,9 @@ class Settings:
     adapter: str | None = None
     #: A bundle of the checkpoint, which drafts its answers.
     drafts: str | None = None
+    #: Public key, or root certificate, of who signed the bundle.
+    key: str | None = None
+    root: str | None = None
     #: None: the physical cores.
     threads: int | None = None
     #: Tokens of an answer where a task has no limit.
@@ -149,7 +152,7 @@ class Settings:
         """
         unknown = sorted(set(arguments) - set(cls.__dataclass_fields__))
         if unknown:
-            known = "bundle, checkpoint, adapter, drafts, threads and max_gen_toks"
+            known = "bundle, checkpoint, adapter, drafts, key, root, threads and max_gen_toks"
             raise InputError(
                 f"The arguments of the model have {', '.join(unknown)}, which is unknown.", next_step=f"Use {known}."
             )
@@ -174,7 +177,8 @@ class Settings:
         """The model that is asked."""
         threads = self.threads or cores()
         if self.bundle is not None:
-            return BundleSubject(Path(str(self.bundle)), threads, progress)
+            key, root = (Path(str(path)) if path else None for path in (self.key, self.root))
+            return BundleSubject(Path(str(self.bundle)), threads, progress, Trust(key, root))
         assert self.checkpoint is not None
         drafts = BundleSubject(Path(str(self.drafts)), threads, progress) if self.drafts else None
         return CheckpointSubject(Original.open(str(self.checkpoint), progress, self.adapter), threads, drafts, progress)

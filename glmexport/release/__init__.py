@@ -2,6 +2,7 @@
 
 from glmexport.release.golden import GOLDEN, Golden, GoldenAnswer, GoldenStep, compare, record
 from glmexport.release.keys import KeyFiles, Signatory, open_signatory
+from glmexport.release.opening import NOBODY, Trust, check_signature, check_signed_file, open_signed
 from glmexport.release.release import Release, read_release
 from glmexport.release.signing import Signed, sign
 from glmexport.release.verification import verify
@@ -9,6 +10,7 @@ from glmexport.release.verifier import Verified
 
 __all__ = [
     "GOLDEN",
+    "NOBODY",
     "Golden",
     "GoldenAnswer",
     "GoldenStep",
@@ -16,9 +18,13 @@ __all__ = [
     "Release",
     "Signatory",
     "Signed",
+    "Trust",
     "Verified",
+    "check_signature",
+    "check_signed_file",
     "compare",
     "open_signatory",
+    "open_signed",
     "read_release",
     "record",
     "sign",

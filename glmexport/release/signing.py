@@ -12,9 +12,9 @@ from pathlib import Path
 
 from glmexport import __version__
 from glmexport.bundle import MANIFEST, Manifest, read_manifest, verify_files
-from glmexport.bundle.manifest import ATTESTATIONS, RELEASE_FILES, REPORTS
+from glmexport.bundle.manifest import ATTESTATIONS, RELEASE_FILES, REPORTS, is_evidence
 from glmexport.errors import BundleError, MachineError
-from glmexport.progress import Progress
+from glmexport.progress import Progress, Silent
 from glmexport.quantization import sha256
 from glmexport.release import verifier
 from glmexport.release.attestations import (
@@ -29,6 +29,7 @@ from glmexport.release.bom import BOM_TYPE, bill_of_materials
 from glmexport.release.golden import GOLDEN, absent_because, record
 from glmexport.release.incoming import flush_directory
 from glmexport.release.keys import Signatory
+from glmexport.release.opening import NOBODY, check_settings, check_signature
 from glmexport.release.release import Release, next_counter
 from glmexport.release.verifier import RELEASE, SIGNATURE
 
@@ -64,6 +65,7 @@ def sign(
 
     Raises:
         BundleError: its files are not those of the manifest, or its report is of another bundle.
+        UnverifiedError: it is signed already, and what is there is something else.
         InputError: the counter is not above that of the release that is there, and ``force`` is off.
         MachineError: the key does not sign, or the disk refuses.
     """
@@ -71,6 +73,9 @@ def sign(
     manifest = read_manifest(bundle)
     counter = next_counter(bundle, counter, force=force)
     verify_files(bundle, manifest)
+    check_settings(bundle, manifest)
+    # What is replaced may be others' by now; what stays has to be what was signed before.
+    check_signature(bundle, manifest, NOBODY, Silent(), rewritten=is_evidence)
     try:
         verifier.files_in(bundle)
         verifier.check_names([entry.path for entry in manifest.files], MANIFEST)

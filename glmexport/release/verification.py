@@ -35,13 +35,20 @@ def verify(
             raise BundleError(f"There is no bundle {bundle}.", next_step="Give the directory of a bundle.")
         return _verified(bundle.resolve(), key, root, newer_than)
     except verifier.Refused as error:
-        if error.code == verifier.EXIT_USAGE:
-            raise InputError(str(error), next_step="Give the public key or the root certificate in PEM.") from error
-        raise UnverifiedError(f"{bundle}: {error}", next_step=_AGAIN) from error
+        raise refusal(bundle, error) from error
     except OSError as error:
         raise MachineError(
             f"{error.filename or bundle} cannot be read: {error.strerror}.", next_step="Check permissions and the disk."
         ) from error
+
+
+def refusal(bundle: Path, error: verifier.Refused) -> InputError | UnverifiedError | MachineError:
+    """Return the error to raise for what the verifier says of ``bundle``."""
+    if error.code == verifier.EXIT_USAGE:
+        return InputError(str(error), next_step="Give the public key or the root certificate in PEM.")
+    if error.code == verifier.EXIT_MACHINE:
+        return MachineError(str(error), next_step="Install openssl, or check the disk.")
+    return UnverifiedError(f"{bundle}: {error}", next_step=_AGAIN)
 
 
 def _verified(bundle: Path, key: Path | None, root: Path | None, newer_than: int | None) -> Verified:

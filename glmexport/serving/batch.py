@@ -17,7 +17,7 @@ from glmexport.errors import InputError
 from glmexport.graph import ATTENTION_MASK, INPUT_IDS, LOGITS, RECENT_LOGITS
 from glmexport.host import CPU_PROVIDER
 from glmexport.validation.caches import CACHE_TYPES
-from glmexport.validation.generation import PREFILL_TOKENS
+from glmexport.validation.genai_config import PREFILL_TOKENS
 from glmexport.validation.session import open_session
 
 #: Positions that all caches grow by.

@@ -11,10 +11,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from glmexport.bundle import MANIFEST, Manifest, read_manifest, verify_files
+from glmexport.bundle import MANIFEST, Manifest
 from glmexport.checkpoint import Tokenizer
 from glmexport.errors import InputError, MachineError
 from glmexport.loop import read_loop
+from glmexport.progress import Progress, Silent
+from glmexport.release import NOBODY, Trust, open_signed
 from glmexport.serving.app import Facts, Service
 from glmexport.serving.engine import Engine, EngineOptions
 from glmexport.serving.guard import Access, Guard
@@ -56,6 +58,8 @@ class ServeOptions:
     guesses: int = 0
     reuse: bool = True
     batch: bool = False
+    #: Whose signature the bundle has to have.
+    trust: Trust = NOBODY
     limits: Limits = field(default_factory=Limits)
 
 
@@ -70,13 +74,16 @@ class Serving:
     inherited: bool
 
 
-def serve(bundle: Path, options: ServeOptions, told: Callable[[Serving], None]) -> bool:
+def serve(
+    bundle: Path, options: ServeOptions, told: Callable[[Serving], None], progress: Progress | None = None
+) -> bool:
     """Answer requests until SIGTERM or SIGINT; ``told`` once the model is in memory.
 
     Returns: whether the thread that computes has ended, without which the process should not be torn down.
 
     Raises:
         InputError: the bundle, the key file or the address cannot be used.
+        UnverifiedError: the bundle is not what was signed, or nobody of ``options.trust`` signed it.
         MachineError: the address is taken, or the model cannot be run here.
     """
     # What a link names may change while files are opened one after the other.
@@ -90,8 +97,7 @@ def serve(bundle: Path, options: ServeOptions, told: Callable[[Serving], None]) 
                 f"{url_of(listener)} can be reached from other machines, and there is no key.",
                 next_step="Give --api-key-file, or listen on 127.0.0.1.",
             )
-        manifest = read_manifest(directory)
-        verify_files(directory, manifest)
+        manifest = open_signed(directory, options.trust, progress or Silent())
         return _Served(directory, manifest, options, keys, listener, inherited is not None).run(told)
 
 

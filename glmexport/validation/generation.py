@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -12,18 +11,15 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from glmexport.bundle.genai import GENAI_CONFIG
 from glmexport.errors import BundleError, InputError
 from glmexport.graph import RECENT_LOGITS, SHORT_STEP
 from glmexport.loop import read_loop
 from glmexport.validation.fixed_loop import FixedLoop
+from glmexport.validation.genai_config import GenaiConfig, genai_settings
 from glmexport.validation.latent_loop import LatentLoop
 from glmexport.validation.own_loop import open_loop
 from glmexport.validation.session import require_provider
 from glmexport.validation.speculation import Drafter, PromptLookup, Speculation, Step, Verified, speculate
-
-#: Tokens of a prompt whose activations are in memory together, so that they do not grow with its length.
-PREFILL_TOKENS = 256
 
 
 def loop_facts(bundle: Path) -> tuple[frozenset[int], int]:
@@ -37,42 +33,6 @@ def loop_facts(bundle: Path) -> tuple[frozenset[int], int]:
         return frozenset(own.eos_token_id), own.context_length
     config = GenaiConfig.read(bundle)
     return config.ends, config.context_length
-
-
-@dataclass(frozen=True)
-class GenaiConfig:
-    """What of a bundle's genai_config.json the loops here go by."""
-
-    ends: frozenset[int]
-    context_length: int
-    #: Execution providers that it asks for; none: the CPU's.
-    providers: tuple[str, ...]
-
-    @classmethod
-    def read(cls, bundle: Path) -> GenaiConfig:
-        """Read it.
-
-        Raises:
-            BundleError: it is missing or is none.
-        """
-        path = bundle / GENAI_CONFIG
-        try:
-            model = json.loads(path.read_text(encoding="utf-8"))["model"]
-            options = model["decoder"]["session_options"].get("provider_options", [])
-            providers = tuple(str(name) for each in options for name in each)
-            return cls(frozenset(map(int, model["eos_token_id"])), int(model["context_length"]), providers)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise BundleError(
-                f"{path} cannot be read: {type(error).__name__}: {error}.",
-                next_step="Build the bundle again, or copy it again from where it was built.",
-            ) from error
-
-    def search_options(self, batch: int) -> dict[str, int]:
-        """What onnxruntime-genai is told beside lengths: a prompt alone is read in pieces on a CPU.
-
-        Not in the bundle, since it takes several prompts together in one piece only.
-        """
-        return {"chunk_size": PREFILL_TOKENS} if not self.providers and batch == 1 else {}
 
 
 class GenerationSession:
@@ -193,10 +153,7 @@ class GenaiLoop:
         for name in self._config.providers:
             require_provider(name, "an ONNX Runtime that has it")
         try:
-            settings = onnxruntime_genai.Config(str(bundle))
-            overlay = {"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}
-            settings.overlay(json.dumps(overlay))
-            self._model = onnxruntime_genai.Model(settings)
+            self._model = onnxruntime_genai.Model(genai_settings(bundle, threads))
         except RuntimeError as error:
             raise BundleError(
                 f"onnxruntime-genai cannot load {bundle}: {str(error).splitlines()[0]}.",

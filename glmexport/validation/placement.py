@@ -52,11 +52,10 @@ def profile(directory: Path, prompt: Sequence[int], threads: int) -> tuple[Node,
     import numpy as np
     import onnxruntime_genai
 
+    from glmexport.validation.genai_config import genai_settings
+
     with tempfile.TemporaryDirectory() as folder:
-        config = onnxruntime_genai.Config(str(directory))
-        options = {"intra_op_num_threads": threads, "enable_profiling": str(Path(folder) / "profile")}
-        config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
-        model = onnxruntime_genai.Model(config)
+        model = onnxruntime_genai.Model(genai_settings(directory, threads, Path(folder) / "profile"))
         parameters = onnxruntime_genai.GeneratorParams(model)
         start = prompt[:_PROMPT]
         total = len(start) + _GENERATED
@@ -66,7 +65,7 @@ def profile(directory: Path, prompt: Sequence[int], threads: int) -> tuple[Node,
         for _ in range(_GENERATED):
             generator.generate_next_token()
         # The profile is written when the session ends.
-        del generator, parameters, model, config
+        del generator, parameters, model
         gc.collect()
         files = sorted(Path(folder).iterdir())
         events = [event for file in files for event in json.loads(file.read_text(encoding="utf-8"))]

@@ -8,7 +8,6 @@ thread pools and caches. ``python -m glmexport.validation.runtimes REQUEST`` ans
 from __future__ import annotations
 
 import gc
-import json
 import os
 import sys
 import time
@@ -81,17 +80,15 @@ class _Genai:
         import numpy as np
         import onnxruntime_genai
 
-        from glmexport.validation.generation import GenaiConfig
+        from glmexport.validation.genai_config import GenaiConfig, genai_settings
 
-        config = onnxruntime_genai.Config(request.directory)
-        options = {"model": {"decoder": {"session_options": {"intra_op_num_threads": request.threads}}}}
-        config.overlay(json.dumps(options))
+        bundle = Path(request.directory)
         self.name = f"onnxruntime-genai {onnxruntime_genai.__version__}"
         self._library = onnxruntime_genai
-        self._model = onnxruntime_genai.Model(config)
+        self._model = onnxruntime_genai.Model(genai_settings(bundle, request.threads))
         self._prompt = np.array([request.prompt], np.int32)
         self._tokens = request.generated_tokens
-        self._options = GenaiConfig.read(Path(request.directory)).search_options(1)
+        self._options = GenaiConfig.read(bundle).search_options(1)
 
     def generate(self, prompt_tokens: int | None = None) -> Iterator[None]:
         parameters = self._library.GeneratorParams(self._model)

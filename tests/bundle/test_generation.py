@@ -65,7 +65,7 @@ def test_a_prompt_that_fills_the_context_is_refused(sample: Sample) -> None:
 
 
 def test_a_graph_that_cannot_be_loaded(sample: Sample, tmp_path: Path) -> None:
-    for name in ("genai_config.json", "tokenizer.json", "tokenizer_config.json"):
+    for name in ("bundle.json", "genai_config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((sample.bundle / name).read_bytes())
     (tmp_path / "model.onnx").write_bytes(b"no graph")
     tokenizer = Tokenizer.open(tmp_path)

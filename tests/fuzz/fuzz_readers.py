@@ -26,7 +26,7 @@ with atheris.instrument_imports(include=["glmexport", "json", "pydantic"]):
     from glmexport.serving.failure import Refused
     from glmexport.serving.fields import ChatAsked, TextAsked, read_body
     from glmexport.serving.limits import Limits
-    from glmexport.validation.generation import GenaiConfig
+    from glmexport.validation.genai_config import GenaiConfig
 
 PLACE = Path(tempfile.mkdtemp(prefix="fuzz-"))
 

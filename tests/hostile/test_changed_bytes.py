@@ -19,7 +19,7 @@ from glmexport.bundle.genai import GENAI_CONFIG
 from glmexport.errors import EXIT_BLOCK, EXIT_INPUT, EXIT_PASS, GlmexportError
 from glmexport.loop import LOOP_CONFIG, read_loop
 from glmexport.report.document import JSON_NAME, read_report
-from glmexport.validation.generation import GenaiConfig
+from glmexport.validation.genai_config import GenaiConfig
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),

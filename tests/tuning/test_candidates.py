@@ -28,6 +28,8 @@ from glmexport.tuning.candidates import (
 )
 
 RECIPES = {name: open_recipe(name) for name in ("w4g32", "w4g128")}
+#: A setting that is not tried by default.
+ENTRY = "session.dynamic_block_base"
 
 
 @pytest.fixture(scope="module")
@@ -84,12 +86,12 @@ def test_what_is_given_is_tried(target: Target, architecture: Architecture) -> N
         start,
         2,
         threads=(7,),
-        session={"session.x": ("a", "b")},
+        session={ENTRY: ("4", "8")},
         provider=options,
     )
     every = candidates(start, axes)
     assert {each.threads for each in every} == {2, 7}
-    assert {each.session.get("session.x") for each in every} == {None, "a", "b"}
+    assert {each.session.get(ENTRY) for each in every} == {None, "4", "8"}
     assert {each.provider.get("num_streams") for each in every} == {None, "1", "2", "4"}
 
 

@@ -15,7 +15,8 @@ from glmexport.tuning.search import Fate
 from glmexport.tuning.write import target_toml, write_target
 
 START = Settings(recipe="w4g32", accuracy_level=4, packed_qkv=True, threads=2)
-CHOSEN = Settings(recipe="w4g128", accuracy_level=4, packed_qkv=False, threads=1, session={"session.x": "0"})
+ENTRIES = {"session.dynamic_block_base": "4"}
+CHOSEN = Settings(recipe="w4g128", accuracy_level=4, packed_qkv=False, threads=1, session=ENTRIES)
 GAIN = Gain(ratio=1.5, lower=1.25, upper=1.75)
 GAINS = Gains(decode=GAIN, decode_long=Gain(ratio=1.0), prefill=GAIN, preferred=GAIN, rounds=6)
 KNOWN = Deviation(mean=0.01, upper=0.02, worst=0.03, language="zh")
@@ -56,7 +57,7 @@ def test_there_and_back(tmp_path: Path) -> None:
     tuned = tuned_target(open_target("x86-avx2"), CHOSEN, evidence(*rows), "edge")
     write_target(tuned, tmp_path / "new" / "edge.toml")
     read = open_target(str(tmp_path / "new" / "edge.toml"))
-    assert read.name == "edge" and (read.session.threads, read.session.config) == (1, {"session.x": "0"})
+    assert read.name == "edge" and (read.session.threads, read.session.config) == (1, ENTRIES)
     assert target_toml(read) == target_toml(tuned)
     assert read.model_copy(update={"evidence": None}) == tuned.model_copy(update={"evidence": None})
     first, second = read.evidence.candidates if read.evidence else ()
