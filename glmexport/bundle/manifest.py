@@ -9,6 +9,7 @@ from typing import Literal
 
 from pydantic import ValidationError
 
+from glmexport.checkpoint.files import is_inside
 from glmexport.definition import Definition, first_problem
 from glmexport.errors import BundleError
 from glmexport.quantization import AllocatedGroup, ExpertCoverage, QuantizedMatrix, sha256
@@ -191,8 +192,10 @@ def read_manifest(directory: Path) -> Manifest:
 def verify_files(directory: Path, manifest: Manifest) -> None:
     """Check that the bundle's files are those that its manifest lists, byte for byte, and no others.
 
+    Links are followed within the bundle, and in a snapshot of the hub's cache to where that cache keeps its files.
+
     Raises:
-        BundleError: names the first file that is missing, changed, linked or additional.
+        BundleError: names the first file that is missing, changed, linked to elsewhere or additional.
     """
     listed = {entry.path: entry for entry in manifest.files}
     files = (path for path in directory.rglob("*") if path.is_symlink() or not path.is_dir())
@@ -207,8 +210,8 @@ def verify_files(directory: Path, manifest: Manifest) -> None:
     for name, entry in listed.items():
         path = directory / name
         again = "Copy the bundle again, or build it again."
-        if path.is_symlink() or not path.is_file() or not path.resolve().is_relative_to(directory.resolve()):
-            raise BundleError(f"{path} is missing or not a real file.", next_step=again)
+        if not path.is_file() or not is_inside(path, directory):
+            raise BundleError(f"{path} is missing, or is a link to somewhere else.", next_step=again)
         if path.stat().st_size != entry.size or sha256(path) != entry.sha256:
             raise BundleError(f"{path} is not the file that the manifest lists (its sha256 differs).", next_step=again)
         if path.suffix == ".onnx" and _contains(path, _PRECOMPILED):

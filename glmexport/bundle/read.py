@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from glmexport.architecture import Architecture
+from glmexport.bundle.links import load_graph
 from glmexport.bundle.write import FOLDS, SCORING
 from glmexport.checkpoint import Fold
 from glmexport.checkpoint.fold import from_tensors
@@ -57,7 +58,7 @@ class BundleWeights:
         name: str = SCORING,
         shapes: Mapping[str, tuple[int, ...]] | None = None,
     ) -> None:
-        graph = ir.load(directory / name).graph
+        graph = load_graph(directory, name)
         self._initializers = graph.initializers
         self._quantized: dict[str, _Stored] = {}
         self._shapes = architecture.shapes() if shapes is None else shapes

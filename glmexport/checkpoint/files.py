@@ -55,7 +55,7 @@ def contained(directory: Path, name: str, named_by: str) -> Path:
     path = directory / name
     try:
         target = path.resolve()
-        root = directory.resolve()
+        inside = is_inside(target, directory)
         present = path.is_file()
     except OSError as error:
         raise unreadable(path, error) from error
@@ -63,7 +63,7 @@ def contained(directory: Path, name: str, named_by: str) -> Path:
         raise CheckpointError(
             f"{path} cannot be followed: {error}.", next_step="Replace the link with the file it stands for."
         ) from error
-    if not any(target.is_relative_to(allowed) for allowed in _roots(root)):
+    if not inside:
         raise CheckpointError(
             f"{path} is a link to {target}, outside of the checkpoint.",
             next_step="Copy the file into the directory in place of the link.",
@@ -99,6 +99,12 @@ def refuse_escape(directory: Path, name: str, named_by: str) -> None:
             f"{named_by} names {name!r}, which is not a relative path inside {directory}.",
             next_step="Do not use this checkpoint unless you trust where it came from; download it again.",
         )
+
+
+def is_inside(path: Path, directory: Path) -> bool:
+    """Return whether ``path``, its links followed, lies in ``directory`` or where the hub's cache keeps its files."""
+    target = path.resolve()
+    return any(target.is_relative_to(allowed) for allowed in _roots(directory.resolve()))
 
 
 def _roots(root: Path) -> list[Path]:

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError
 
 from glmexport.bundle.genai import GENAI_CONFIG, INPUTS, OUTPUTS
+from glmexport.bundle.links import loadable
 from glmexport.definition import Definition, first_problem
 from glmexport.errors import BundleError
 from glmexport.session_settings import check_provider, check_session_entries
@@ -119,7 +120,7 @@ def genai_settings(bundle: Path, threads: int, profile: Path | None = None) -> A
     import onnxruntime_genai
 
     GenaiConfig.read(bundle)
-    settings = onnxruntime_genai.Config(str(bundle))
+    settings = onnxruntime_genai.Config(str(loadable(bundle)))
     options: dict[str, Any] = {"intra_op_num_threads": threads}
     if profile:
         options["enable_profiling"] = str(profile)

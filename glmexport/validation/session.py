@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from glmexport.bundle import SCORING, Manifest
+from glmexport.bundle.links import loadable
 from glmexport.errors import BundleError, MachineError
 from glmexport.graph import ATTENTION_MASK, INPUT_IDS, LOGITS
 from glmexport.host import providers
@@ -44,7 +45,8 @@ def open_session(
     if profile:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
     try:
-        return onnxruntime.InferenceSession(graph, options, providers=[(provider.name, dict(provider.options))])
+        path, providers = loadable(graph.parent) / graph.name, [(provider.name, dict(provider.options))]
+        return onnxruntime.InferenceSession(path, options, providers=providers)
     except MemoryError:
         # The machine's: building the bundle again would not help.
         raise

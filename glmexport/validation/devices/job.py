@@ -28,6 +28,7 @@ from torch import Tensor
 from glmexport.bundle import MODEL, SCORING, Manifest
 from glmexport.bundle.external import WEIGHTS
 from glmexport.bundle.genai import STEP
+from glmexport.bundle.links import loadable
 from glmexport.bundle.manifest import FileEntry
 from glmexport.definition import Definition
 from glmexport.graph import ASKED, ATTENTION_MASK, INPUT_IDS, LOGITS, PAST, POSITION_IDS, PRESENT
@@ -221,7 +222,7 @@ def read_job(directory: Path) -> Job:
 def _link(bundle: Path, place: Path, manifest: Manifest) -> None:
     """The bundle under the job's folder: one link to the directory, in which files are real; a copy without links."""
     try:
-        place.symlink_to(bundle.resolve(), target_is_directory=True)
+        place.symlink_to(loadable(bundle), target_is_directory=True)
     except OSError:
         for entry in needed_files(manifest):
             (place / entry.path).parent.mkdir(parents=True, exist_ok=True)
