@@ -44,9 +44,9 @@ def open_session(
         options.add_session_config_entry(name, value)
     if profile:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
+    path = loadable(graph.parent) / graph.name
     try:
-        path, providers = loadable(graph.parent) / graph.name, [(provider.name, dict(provider.options))]
-        return onnxruntime.InferenceSession(path, options, providers=providers)
+        return onnxruntime.InferenceSession(path, options, providers=[(provider.name, dict(provider.options))])
     except MemoryError:
         # The machine's: building the bundle again would not help.
         raise
