@@ -26,6 +26,7 @@ from glmexport.validation.prompts import golden_prompts
 from glmexport.validation.reference import reference_states
 from glmexport.validation.run import ValidationPlan, first_texts, noise_floor, texts_for
 from glmexport.validation.texts import text_digest
+from glmexport.validation.whole_model import check_reference
 
 _KIND = "a captured reference"
 
@@ -74,6 +75,7 @@ def capture_reference(original: Original, output: Path, options: CaptureOptions,
     partial = partial_of(output)
     with work.locked():
         reference = Reference(original.checkpoint, original.architecture)
+        check = check_reference(reference, texts, work.path, options.plan.max_memory_bytes, progress)
         states = reference_states(reference, texts, work.path, progress, kept=work)
         sample = Streamed(states.only(first_texts(texts, 1)), reference)
         noise = noise_floor(sample, options.threads, work.path, progress)
@@ -91,6 +93,7 @@ def capture_reference(original: Original, output: Path, options: CaptureOptions,
                 machine.library_versions(),
                 progress,
                 top_k=options.top_k,
+                check=check,
             )
             refuse_existing(output, options.force, REFERENCE, _KIND)
             put_in_place(partial, output)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from glmexport.architecture import Architecture, describe
+from glmexport.architecture.tables import remark_on
 from glmexport.architecture.token_prediction import share_tables
 from glmexport.checkpoint import Checkpoint, Tokenizer
 from glmexport.errors import InputError, MachineError
@@ -44,6 +45,8 @@ class Original:
         architecture = describe(checkpoint)
         checkpoint = architecture.presented(checkpoint)
         unused = dict(architecture.account(checkpoint))
+        if remark := remark_on(architecture, checkpoint):
+            progress.remark(f"{checkpoint.name}: {remark}.")
         tokenizer = Tokenizer.open(checkpoint.path)
         if tokenizer.vocabulary_size > architecture.vocabulary_size:
             raise InputError(

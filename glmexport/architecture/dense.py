@@ -14,6 +14,7 @@ from glmexport.architecture.description import (
     Unused,
 )
 from glmexport.architecture.grouped import GroupedQueryAttention
+from glmexport.architecture.tables import Tables
 from glmexport.checkpoint import Checkpoint, ConfigReader
 from glmexport.errors import CheckpointError
 
@@ -36,7 +37,6 @@ class DenseSizes:
     epsilon: float
     rotary_dimensions: int
     attention_bias: bool
-    tied: bool
 
     @classmethod
     def read(cls, config: ConfigReader) -> DenseSizes:
@@ -73,7 +73,6 @@ class DenseSizes:
             epsilon=config.number("rms_norm_eps"),
             rotary_dimensions=rotary_dimensions,
             attention_bias=config.flag("attention_bias"),
-            tied=config.flag("tie_word_embeddings", default=False),
         )
 
 
@@ -99,29 +98,23 @@ def dense_architecture(checkpoint: Checkpoint, family: str, *, sandwich_norms: b
     generation = checkpoint.generation_config
     ends = generation if generation is not None and generation.has("eos_token_id") else config
     eos = ends.integers("eos_token_id")
+    tables = Tables.of(checkpoint)
     return Architecture(
         family=family,
         hidden_size=sizes.hidden,
         vocabulary_size=sizes.vocabulary,
         context_length=sizes.context,
-        embedding="model.embed_tokens.weight",
+        embedding=f"{tables.embedding}.weight",
         layers=tuple(_layer(sizes, index, sandwich_norms) for index in range(sizes.layers)),
         final_norm=Norm("model.norm", sizes.hidden, sizes.epsilon),
-        lm_head=Linear(
-            "model.embed_tokens" if sizes.tied else "lm_head",
-            sizes.hidden,
-            sizes.vocabulary,
-            bias=False,
-            tap="final",
-            part="lm_head",
-        ),
-        tied=sizes.tied,
+        lm_head=tables.head(sizes.hidden, sizes.vocabulary),
+        tied=tables.tied,
         bos_token_id=config.optional_integer("bos_token_id"),
         eos_token_ids=eos,
         pad_token_id=_or(config.optional_integer("pad_token_id"), eos[0]),
         unused=(
             Unused(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq", "recomputed from config.json"),
-            *((Unused(r"lm_head\.weight", "tied to the embedding"),) if sizes.tied else ()),
+            *tables.unused,
         ),
     )
 

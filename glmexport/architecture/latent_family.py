@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from glmexport.architecture.dense import STATIC_ROPE_TYPES
-from glmexport.architecture.description import Architecture, DecoderLayer, GatedMlp, Linear, Norm, Rotary, Unused
+from glmexport.architecture.description import Architecture, DecoderLayer, GatedMlp, Linear, Norm, Rotary
 from glmexport.architecture.glm4_moe import mixture
 from glmexport.architecture.latent import Indexer, LatentAttention
+from glmexport.architecture.tables import Tables
 from glmexport.architecture.token_prediction import mixture_at, with_token_prediction
 from glmexport.checkpoint import Checkpoint, ConfigReader
 from glmexport.errors import CheckpointError
@@ -37,7 +38,6 @@ class LatentSizes:
     attention_bias: bool
     interleaved: bool
     scale: float
-    tied: bool
 
     @classmethod
     def read(cls, config: ConfigReader) -> LatentSizes:
@@ -76,7 +76,6 @@ class LatentSizes:
             attention_bias=config.flag("attention_bias", default=False),
             interleaved=config.flag("rope_interleave", default=True),
             scale=_magnitude(config) ** 2 / math.sqrt(nope + rope),
-            tied=config.flag("tie_word_embeddings", default=False),
         )
 
 
@@ -140,21 +139,21 @@ def latent_architecture(
         "eos_token_id"
     )
     pad = config.optional_integer("pad_token_id")
-    head = "model.embed_tokens" if sizes.tied else "lm_head"
+    tables = Tables.of(checkpoint)
     model = Architecture(
         family=family,
         hidden_size=sizes.hidden,
         vocabulary_size=sizes.vocabulary,
         context_length=sizes.context,
-        embedding="model.embed_tokens.weight",
+        embedding=f"{tables.embedding}.weight",
         layers=tuple(layers),
         final_norm=Norm("model.norm", sizes.hidden, sizes.epsilon),
-        lm_head=Linear(head, sizes.hidden, sizes.vocabulary, bias=False, tap="final", part="lm_head"),
-        tied=sizes.tied,
+        lm_head=tables.head(sizes.hidden, sizes.vocabulary),
+        tied=tables.tied,
         bos_token_id=config.optional_integer("bos_token_id"),
         eos_token_ids=ends,
         pad_token_id=ends[0] if pad is None else pad,
-        unused=(Unused(r"lm_head\.weight", "tied to the embedding"),) if sizes.tied else (),
+        unused=tables.unused,
     )
     return with_token_prediction(model, checkpoint, described(sizes.layers, mixture_at(checkpoint, ahead), own))
 

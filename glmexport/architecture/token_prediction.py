@@ -6,10 +6,9 @@ import re
 from dataclasses import dataclass, replace
 
 from glmexport.architecture.description import Architecture, DecoderLayer, Linear, Norm, Unused
+from glmexport.architecture.tables import equal
 from glmexport.checkpoint import Checkpoint
 
-#: Rows of two tables that are compared at a time.
-_SLAB_ROWS = 16384
 _AHEAD = "predicts a token further ahead, for speculative decoding; no answer depends on it"
 
 
@@ -116,21 +115,13 @@ def share_tables(architecture: Architecture, checkpoint: Checkpoint) -> Architec
     if draft is None:
         return architecture
     for key, ours in ((draft.embedding, architecture.embedding), (draft.lm_head.weight, architecture.lm_head.weight)):
-        if draft.has_own(key) and _equal(checkpoint, key, ours):
+        if draft.has_own(key) and equal(checkpoint, key, ours):
             unused.append(Unused(re.escape(key), f"the same as {ours}"))
             if key == draft.embedding:
                 draft = replace(draft, embedding=ours)
             else:
                 draft = replace(draft, lm_head=architecture.lm_head)
     return replace(architecture, token_prediction=draft, unused=tuple(unused))
-
-
-def _equal(checkpoint: Checkpoint, key: str, other: str) -> bool:
-    rows = checkpoint.shape(key)[0]
-    return all(
-        bool((checkpoint.rows(key, start, stop) == checkpoint.rows(other, start, stop)).all())
-        for start, stop in ((start, min(start + _SLAB_ROWS, rows)) for start in range(0, rows, _SLAB_ROWS))
-    )
 
 
 def _declared(architecture: Architecture, checkpoint: Checkpoint, layer: DecoderLayer) -> TokenPrediction:

@@ -163,6 +163,14 @@ class Checkpoint:
         changed.folds = MappingProxyType(dict(folds))
         return changed
 
+    def without_adapter(self) -> Checkpoint:
+        """The same checkpoint as its own files have it, or itself where nothing is merged into it."""
+        if self.adapter is None:
+            return self
+        return Checkpoint(
+            self.path, self.name, self.config, self.generation_config, self._plain, derived=self._derived
+        )
+
     @property
     def model_type(self) -> str:
         """The family, as ``config.json`` names it."""

@@ -131,7 +131,7 @@ def build(
         device=device,
         force=force,
         command=command_line(),
-        validation=ValidationPlan(positions_per_language=positions),
+        validation=ValidationPlan(positions_per_language=positions, max_memory_bytes=max_memory),
         policy=policy,
         tasks=tasks,
         bundle_threads=bundle_threads(threads),

@@ -26,6 +26,7 @@ from glmexport.validation.results import (
     Interval,
     LanguageFidelity,
     Performance,
+    ReferenceCheck,
     Verdict,
     WeightCheck,
 )
@@ -66,6 +67,8 @@ def show(console: Console, report: Report, directory: Path) -> None:
     console.print(_spending(report))
     console.print(_cost(report))
     console.print(_conditions(report), style="dim")
+    if report.reference:
+        console.print(_checked(report.reference), style="dim", markup=False)
     console.print(_gates(report.policy.source, report.gates))
     if report.weights and report.weights.faults:
         console.print(_faults(report.weights))
@@ -216,6 +219,15 @@ def _conditions(report: Report) -> str:
         f"peak memory by {speed.bundle.peak_memory_source}"
         + (f"; energy not measured: {energy}" if energy else "")
     )  # fmt: skip
+
+
+def _checked(check: ReferenceCheck) -> str:
+    if check.absent_because is not None:
+        return f"original not checked against transformers' whole model: {check.absent_because}"
+    return (
+        f"original checked against transformers' whole model: largest difference of two logits "
+        f"{check.max_difference:.2g} at {check.positions} positions, at most {check.limit:.2g}"
+    )
 
 
 def _bound(speed: Performance) -> str:

@@ -22,6 +22,7 @@ from glmexport.validation.results import (
     Performance,
     PromptParity,
     Record,
+    ReferenceCheck,
     Share,
     Verdict,
     WeightCheck,
@@ -209,6 +210,8 @@ class Report(Record):
     fidelity: Fidelity
     prompts: PromptParity | None = None
     """None where the original has no chat template."""
+    reference: ReferenceCheck | None = None
+    """None where the original was not at hand, and nobody checked it when it was captured."""
     weights: WeightCheck | None = None
     """None where the original was not at hand."""
     behaviour: Behaviour | None = None

@@ -30,7 +30,7 @@ from glmexport.validation.divergence import Divergence, divergence
 from glmexport.validation.fidelity import Answers, Streamed, position_slices
 from glmexport.validation.partition import Partition, partition, partition_divergence
 from glmexport.validation.prompts import GoldenPrompt
-from glmexport.validation.results import CaptureBound, LanguageFidelity
+from glmexport.validation.results import CaptureBound, LanguageFidelity, ReferenceCheck
 from glmexport.validation.texts import EvaluationText
 
 REFERENCE = "reference.json"
@@ -73,6 +73,8 @@ class Capture(Definition):
     texts: tuple[CapturedText, ...]
     #: The original against itself, with another batch and number of threads.
     noise: LanguageFidelity
+    #: Whether the original that was asked is the model that transformers loads.
+    reference_check: ReferenceCheck | None = None
     #: Why transformers cannot open the tokenizer, or None without a chat template.
     prompts: tuple[GoldenPrompt, ...] | str | None
     #: None: no bundle was at hand to draft them.
@@ -98,6 +100,7 @@ def write_capture(
     progress: Progress,
     *,
     top_k: int = TOP_K,
+    check: ReferenceCheck | None = None,
 ) -> Capture:
     """Write the answers of ``original`` into the new ``directory``."""
     (directory / "answers").mkdir(parents=True)
@@ -136,6 +139,7 @@ def write_capture(
             for text in original.texts
         ),
         noise=noise,
+        reference_check=check,
         prompts=prompts if prompts is None or isinstance(prompts, str) else tuple(prompts),
         answers=answers,
         versions=versions,

@@ -23,6 +23,7 @@ from glmexport.validation.results import (
     Gate,
     LanguageFidelity,
     PromptParity,
+    ReferenceCheck,
     Verdict,
     WeightCheck,
     WeightFault,
@@ -155,6 +156,24 @@ def weight_gates(check: WeightCheck) -> tuple[Gate, ...]:
     return (
         counted("Tensors that were changed", None, len(other), 0, "tensors", sample(other), otherwise=Verdict.BLOCK),
         counted("Matrices with lost rows", None, len(far), 0, "matrices", sample(far), otherwise=Verdict.WARN),
+    )
+
+
+def reference_gate(check: ReferenceCheck | None) -> tuple[Gate, ...]:
+    """The original that everything is compared with has to be the model that transformers loads; nothing if unknown."""
+    if check is None or check.max_difference is None or check.limit is None:
+        return ()
+    sample = f"{check.positions} positions; transformers' whole model in fp32"
+    return (
+        counted(
+            "Original against transformers",
+            None,
+            check.max_difference,
+            check.limit,
+            "logits",
+            sample,
+            otherwise=Verdict.BLOCK,
+        ),
     )
 
 
