@@ -11,7 +11,6 @@ from glmexport.architecture.description import (
     Linear,
     Norm,
     Rotary,
-    Unused,
 )
 from glmexport.architecture.grouped import GroupedQueryAttention
 from glmexport.architecture.tables import Tables
@@ -112,10 +111,7 @@ def dense_architecture(checkpoint: Checkpoint, family: str, *, sandwich_norms: b
         bos_token_id=config.optional_integer("bos_token_id"),
         eos_token_ids=eos,
         pad_token_id=_or(config.optional_integer("pad_token_id"), eos[0]),
-        unused=(
-            Unused(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq", "recomputed from config.json"),
-            *tables.unused,
-        ),
+        unused=tables.unused,
     )
 
 

@@ -49,6 +49,7 @@ class Checkpoint:
             is stored in the GPTQ format is listed as the weight that it stands for, with the dtype ``GPTQ``, and what
             it is packed into is not listed.
         quantized: Stored format of every such matrix, by the name of its weight; empty for full precision.
+        absent: Names that the index gives and no file has.
         adapter: What is merged into the tensors while they are read, or None.
         folds: Scales that are moved between tensors while they are read, by the name of the tensor.
     """
@@ -62,12 +63,14 @@ class Checkpoint:
         tensors: Mapping[str, TensorEntry],
         adapter: Adapter | None = None,
         derived: Mapping[str, DerivedMatrix] | None = None,
+        absent: frozenset[str] = frozenset(),
     ) -> None:
         self.path = path
         self.name = name
         self.config = config
         self.generation_config = generation_config
         self.adapter = adapter
+        self.absent = absent
         self._plain = dict(tensors)
         self._derived = dict(derived or {})
         stored = [entry for matrix in self._derived.values() for entry in matrix.stored]
@@ -113,7 +116,7 @@ class Checkpoint:
         generation_path = optional(path, GENERATION_CONFIG, "the checkpoint")
         generation_config = None if generation_path is None else ConfigReader.open(generation_path)
         name = DEMO if source == DEMO else source_name(path)
-        tensors = read_index(path, progress)
+        tensors, absent = read_index(path, progress)
         block = block_size(config)
         if block is None:
             derived = packed_weights(find_matrices(tensors, read_settings(path, config), path))
@@ -121,7 +124,7 @@ class Checkpoint:
             derived = scaled_weights(block_scaled(tensors, block))
         inside = {entry.name for matrix in derived.values() for entry in matrix.stored}
         plain = {key: entry for key, entry in tensors.items() if key not in inside}
-        base = cls(path, name, config, generation_config, plain, derived=derived)
+        base = cls(path, name, config, generation_config, plain, derived=derived, absent=absent)
         if adapter is None:
             return base
         if derived:
@@ -129,7 +132,8 @@ class Checkpoint:
                 f"{name} is quantized, and codes cannot take up the adapter {adapter}.",
                 next_step="Give the full-precision checkpoint that the adapter was trained on.",
             )
-        return cls(path, name, config, generation_config, base.tensors, Adapter.open(adapter, base, progress))
+        merged = Adapter.open(adapter, base, progress)
+        return cls(path, name, config, generation_config, base.tensors, merged, absent=absent)
 
     def stacked(
         self, stacks: Mapping[str, Sequence[str]], pages: Mapping[str, tuple[str, int]] | None = None
@@ -155,7 +159,9 @@ class Checkpoint:
             if name not in self.tensors and entry is not None and len(entry.shape) == 3 and index < entry.shape[0]:
                 plain.pop(whole, None)
                 derived[name] = DerivedMatrix(name, (Page(entry, index),))
-        return Checkpoint(self.path, self.name, self.config, self.generation_config, plain, self.adapter, derived)
+        return Checkpoint(
+            self.path, self.name, self.config, self.generation_config, plain, self.adapter, derived, self.absent
+        )
 
     def folded(self, folds: Mapping[str, Fold]) -> Checkpoint:
         """The same checkpoint with scales moved between its tensors, by name; its digest stays that of the files."""
@@ -168,7 +174,13 @@ class Checkpoint:
         if self.adapter is None:
             return self
         return Checkpoint(
-            self.path, self.name, self.config, self.generation_config, self._plain, derived=self._derived
+            self.path,
+            self.name,
+            self.config,
+            self.generation_config,
+            self._plain,
+            derived=self._derived,
+            absent=self.absent,
         )
 
     @property

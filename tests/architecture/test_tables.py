@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from models import FAMILY, MIXTURE, write_checkpoint
+from models import TINY, edit_config, edit_tensors, write_checkpoint
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -21,22 +19,9 @@ from glmexport.validation.texts import EvaluationText
 from glmexport.validation.whole_model import check_reference
 
 EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
-SIZES: dict[str, dict[str, Any]] = {family: {"num_hidden_layers": 1} for family in FAMILIES}
-SIZES["glm4_moe"] = MIXTURE | {"num_hidden_layers": 2}
-SIZES["glm4_moe_lite"] = MIXTURE | FAMILY["glm4_moe_lite"] | {
-    "num_hidden_layers": 2,
-    "mlp_layer_types": ["dense", "sparse"],
-}
-SIZES["glm_moe_dsa"] = FAMILY["glm_moe_dsa"] | {
-    "num_hidden_layers": 2,
-    "index_topk": 8,
-    "indexer_types": ["full", "shared"],
-}
-
-
 def written(directory: Path, family: str, flag: bool, tables: str) -> Path:
     """A checkpoint that has ``tables``: both the same, two different ones, or one of them only."""
-    write_checkpoint(directory, family, **SIZES[family])
+    write_checkpoint(directory, family, **TINY[family])
     path = directory / "model.safetensors"
     tensors = load_file(path)
     if tables == "equal":
@@ -49,8 +34,7 @@ def written(directory: Path, family: str, flag: bool, tables: str) -> Path:
         tensors[LM_HEAD] = tensors[EMBEDDING].clone()
         tensors[LM_HEAD][-1, -1] += 0.125
     save_file(tensors, path, {"format": "pt"})
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    (directory / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": flag}), encoding="utf-8")
+    edit_config(directory, tie_word_embeddings=flag)
     return directory
 
 
@@ -97,30 +81,18 @@ def test_a_table_that_is_missing_is_named(family: str, flag: bool, tables: str, 
         Original.open(str(directory), Silent())
 
 
-class Remarks(Silent):
-    """Keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.told: list[str] = []
-
-    def remark(self, message: str) -> None:
-        self.told.append(message)
-
-
 def test_a_flag_that_does_not_describe_the_tables_is_told(tmp_path: Path) -> None:
-    told = Remarks()
+    told = Silent()
     Original.open(str(written(tmp_path / "apart", "glm", True, "different")), told)
-    assert any("tie_word_embeddings" in remark and "both are used" in remark for remark in told.told)
-    told = Remarks()
+    assert any("tie_word_embeddings" in remark and "both are used" in remark for remark in told.remarks)
+    told = Silent()
     Original.open(str(written(tmp_path / "tied", "glm", True, "equal")), told)
-    assert not told.told
+    assert not told.remarks
 
 
 def test_tables_of_other_widths_are_two(tmp_path: Path) -> None:
     directory = written(tmp_path, "glm", True, "different")
-    tensors = load_file(directory / "model.safetensors")
-    tensors[LM_HEAD] = torch.zeros(3)
-    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    edit_tensors(directory, **{LM_HEAD: torch.zeros(3)})
     checkpoint = Checkpoint.open(directory)
     with pytest.raises(CheckpointError, match=r"lm_head.weight has shape \[3\]"):
         describe(checkpoint).account(checkpoint)
