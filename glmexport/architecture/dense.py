@@ -85,8 +85,7 @@ def _partial_rotary_factor(config: ConfigReader) -> float:
                 rope.choice(key, STATIC_ROPE_TYPES)
             if rope.has("partial_rotary_factor"):
                 return rope.number("partial_rotary_factor")
-    # transformers' own default for glm and glm4 where the key is absent.
-    return config.number("partial_rotary_factor", default=0.5)
+    return config.number("partial_rotary_factor")
 
 
 def dense_architecture(checkpoint: Checkpoint, family: str, *, sandwich_norms: bool) -> Architecture:

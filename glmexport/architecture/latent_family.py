@@ -21,7 +21,7 @@ _LATENT_EPSILON = 1e-6
 
 @dataclass(frozen=True)
 class LatentSizes:
-    """The numbers of a config.json with latent attention. ``head_dim`` there is that of the rotary part, if present."""
+    """The numbers of a config.json with latent attention; ``head_dim`` there is that of the rotary part, if present."""
 
     hidden: int
     intermediate: int
@@ -40,18 +40,21 @@ class LatentSizes:
     scale: float
 
     @classmethod
-    def read(cls, config: ConfigReader) -> LatentSizes:
-        """Read and cross-check them.
+    def read(cls, config: ConfigReader, *, indexed: bool) -> LatentSizes:
+        """Read and cross-check them; ``indexed``: layers have indexers.
 
         Raises:
             CheckpointError: a key is missing or of another type, or the activation, the rope type or the number of
                 rotary dimensions is not supported.
         """
-        config.choice("hidden_act", ("silu",), default="silu")
+        config.choice("hidden_act", ("silu",))
         heads = config.integer("num_attention_heads", minimum=1)
-        if config.integer("num_key_value_heads", default=heads) != heads:
+        # Every head has keys and values of its own; transformers repeats them where the number is a fraction of heads,
+        # and then fails.
+        if heads // config.integer("num_key_value_heads", minimum=1) > 1:
             raise CheckpointError(
-                f"{config.where}: num_key_value_heads is not num_attention_heads {heads}, as latent attention has it.",
+                f"{config.where}: num_key_value_heads is less than num_attention_heads {heads}, and latent attention "
+                "has as many.",
                 next_step="Use the config.json that belongs to these weights.",
             )
         nope, rope = config.integer("qk_nope_head_dim", minimum=1), config.integer("qk_rope_head_dim", minimum=2)
@@ -72,9 +75,10 @@ class LatentSizes:
             value_dim=config.integer("v_head_dim", minimum=1),
             vocabulary=config.integer("vocab_size", minimum=1),
             context=config.integer("max_position_embeddings", minimum=1),
-            epsilon=config.number("rms_norm_eps", default=1e-5),
-            attention_bias=config.flag("attention_bias", default=False),
-            interleaved=config.flag("rope_interleave", default=True),
+            epsilon=config.number("rms_norm_eps"),
+            attention_bias=config.flag("attention_bias"),
+            # With indexers transformers does not look at the key: pairs of neighbours are rotated.
+            interleaved=indexed or config.flag("rope_interleave"),
             scale=_magnitude(config) ** 2 / math.sqrt(nope + rope),
         )
 
@@ -119,10 +123,7 @@ def latent_architecture(
         CheckpointError: the configuration is not what such a family has.
     """
     config = checkpoint.config
-    sizes = LatentSizes.read(config)
-    if any(map(sparse, range(sizes.layers))):
-        # transformers' default differs from family to family, and there is none here.
-        config.number("routed_scaling_factor")
+    sizes = LatentSizes.read(config, indexed=indexers is not None)
 
     def described(index: int, sparse: bool, indexers: IndexerPlan | None) -> DecoderLayer:
         layer = _layer(sizes, index, indexers)
@@ -241,24 +242,13 @@ def _indexer(sizes: LatentSizes, prefix: str, plan: IndexerPlan, rotary: Rotary)
     )
 
 
-def mlp_types(config: ConfigReader, layers: int, otherwise: Sequence[str]) -> tuple[str, ...]:
-    """``mlp_layer_types``: dense or sparse for every layer; ``otherwise`` where the key is absent.
+def every_layer(config: ConfigReader, key: str, kinds: Sequence[str], layers: int) -> tuple[str, ...]:
+    """One of ``kinds`` for each of ``layers``.
 
     Raises:
-        CheckpointError: not one of the two for each of ``layers``.
+        CheckpointError: the configuration has another list under ``key``.
     """
-    given = config.texts("mlp_layer_types") if config.has("mlp_layer_types") else tuple(otherwise)
-    return every_layer(config, "mlp_layer_types", given, ("dense", "sparse"), layers)
-
-
-def every_layer(
-    config: ConfigReader, key: str, given: Sequence[str], kinds: Sequence[str], layers: int
-) -> tuple[str, ...]:
-    """``given``, if it has one of ``kinds`` for each of ``layers``.
-
-    Raises:
-        CheckpointError: it has not.
-    """
+    given = config.texts(key)
     if len(given) != layers or not set(given) <= set(kinds):
         raise CheckpointError(
             f"{config.where}: {key} must have {' or '.join(kinds)} for each of the {layers} layers.",

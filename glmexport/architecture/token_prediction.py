@@ -112,12 +112,10 @@ def with_token_prediction(architecture: Architecture, checkpoint: Checkpoint, la
 
 
 def _announced(checkpoint: Checkpoint) -> int:
-    """Number of such layers by the configuration."""
+    """Number of such layers by the configuration, which that of glm4_moe completes by 1."""
     config = checkpoint.config
     key = "num_nextn_predict_layers" if config.has("num_nextn_predict_layers") else "num_mtp_layers"
-    # Of the families' configurations in transformers only that of glm4_moe knows the number, and by default it is 1.
-    otherwise = 1 if checkpoint.model_type == "glm4_moe" else 0
-    return config.integer(key, default=otherwise, minimum=0) if config.has(key) else otherwise
+    return config.integer(key, minimum=0) if config.has(key) else 0
 
 
 def _behind(checkpoint: Checkpoint, first: int, announced: Collection[int]) -> set[int]:

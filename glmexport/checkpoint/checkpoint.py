@@ -169,6 +169,12 @@ class Checkpoint:
         changed.folds = MappingProxyType(dict(folds))
         return changed
 
+    def configured(self, config: ConfigReader) -> Checkpoint:
+        """The same checkpoint whose ``config`` is another reading of the same file."""
+        changed = copy.copy(self)
+        changed.config = config
+        return changed
+
     def without_adapter(self) -> Checkpoint:
         """The same checkpoint as its own files have it, or itself where nothing is merged into it."""
         if self.adapter is None:

@@ -185,8 +185,7 @@ def test_without_a_list_all_layers_but_the_first_have_experts(tmp_path: Path) ->
     assert routed(changed(tmp_path, mlp_layer_types=["dense", "sparse", "dense"])) == [False, True, False]
     write_checkpoint(tmp_path, DSA)
     assert routed(changed(tmp_path, without=("mlp_layer_types",), first_k_dense_replace=2)) == [False, False, True]
-    with pytest.raises(CheckpointError, match="routed_scaling_factor is missing"):
-        describe(changed(tmp_path, without=("routed_scaling_factor",)))
+    assert routed(changed(tmp_path, without=("first_k_dense_replace",))) == [False] * 3
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,7 @@ def predicting(directory: Path, family: str) -> None:
         ({}, ["glm4_moe"]),
         ({"num_nextn_predict_layers": 0}, []),
         ({"num_mtp_layers": 0}, []),
-        ({"num_nextn_predict_layers": None}, ["glm4_moe"]),
+        ({"num_nextn_predict_layers": None}, []),
         ({"num_nextn_predict_layers": 1}, list(PREDICTING)),
         ({"num_mtp_layers": 1}, list(PREDICTING)),
     ],
