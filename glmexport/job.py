@@ -16,7 +16,7 @@ from glmexport.architecture.token_prediction import share_tables
 from glmexport.checkpoint import Checkpoint, Tokenizer
 from glmexport.errors import InputError, MachineError
 from glmexport.estimate import estimate
-from glmexport.graph import fixed_sizes, own_loop
+from glmexport.graph import fixed_sizes, own_loop, unfit_heads
 from glmexport.progress import Progress
 from glmexport.quantization.allocation import probe_bytes, require_fit
 from glmexport.recipe import STORED, Budget, Format, Recipe, open_recipe
@@ -249,6 +249,12 @@ def _refuse_graph(original: Original, job: Job) -> None:
         raise InputError(
             f"{original.checkpoint.name} is a mixture of experts, which the target {target.name} cannot run.",
             next_step="Take a target with graph.expert_branches = true and weights.form = \"MatMulNBits\".",
+        )
+    unfit = unfit_heads(original.architecture_for(target), target)
+    if unfit:
+        raise InputError(
+            f"{original.checkpoint.name} {unfit}: the target {target.name} cannot run it.",
+            next_step="Take another target ('glmexport targets list').",
         )
     if own_loop(architecture, limits) and limits.activations != "float32":
         raise InputError(

@@ -55,9 +55,9 @@ class DenseSizes:
                 next_step="Use the config.json that belongs to these weights.",
             )
         rotary_dimensions = int(head_dim * _partial_rotary_factor(config))
-        if rotary_dimensions % 8:
+        if rotary_dimensions % 2 or not 0 < rotary_dimensions <= head_dim:
             raise CheckpointError(
-                f"{config.where}: {rotary_dimensions} rotary dimensions a head; ONNX Runtime needs a multiple of 8.",
+                f"{config.where}: {rotary_dimensions} rotary dimensions in a head of {head_dim}; pairs are rotated.",
                 next_step="Check head_dim and partial_rotary_factor.",
             )
         return cls(

@@ -58,9 +58,9 @@ class LatentSizes:
                 next_step="Use the config.json that belongs to these weights.",
             )
         nope, rope = config.integer("qk_nope_head_dim", minimum=1), config.integer("qk_rope_head_dim", minimum=2)
-        if rope % 8:
+        if rope % 2:
             raise CheckpointError(
-                f"{config.where}: qk_rope_head_dim is {rope}; ONNX Runtime needs a multiple of 8.",
+                f"{config.where}: qk_rope_head_dim is {rope}; pairs are rotated.",
                 next_step="Use the config.json that belongs to these weights.",
             )
         return cls(

@@ -60,6 +60,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         {"attention_bias": False, "tie_word_embeddings": True, "num_key_value_heads": 4},
     ),
     "glm-yarn": ("glm", {"rope_parameters": YARN}),
+    "glm-heads-of-12": ("glm", {"head_dim": 12}),
     "glm4_moe-dense": ("glm4_moe", DENSE),
 }
 IDS = np.random.default_rng(1).integers(0, 250, CAPACITY)
