@@ -19,6 +19,7 @@ from glmexport.estimate import estimate
 from glmexport.graph import fixed_sizes, own_loop, unfit_heads
 from glmexport.progress import Progress
 from glmexport.quantization.allocation import probe_bytes, require_fit
+from glmexport.quantization.formats import fitted, planned_formats, products
 from glmexport.recipe import STORED, Budget, Format, Recipe, open_recipe
 from glmexport.target import Target
 
@@ -111,6 +112,8 @@ def _within(recipe: Recipe, budget: Budget, target: Target) -> Recipe:
         )
     offered = target.weights
     kernels = [f for f in budget.candidates if f.bits in offered.bits and f.group_size in offered.group_sizes]
+    if offered.symmetric_only:
+        kernels = [form.model_copy(update={"symmetric": True}) for form in kernels]
     candidates = recipe.budget.candidates if recipe.budget else tuple(kernels)
     limited = budget.model_copy(update={"candidates": candidates})
     name = f"{recipe.name}-{budget.label}"
@@ -148,7 +151,8 @@ def jobs_of(
 
 
 def recipe_for(original: Original, name: str | None, target: Target) -> Recipe:
-    """The recipe of that name, or by default the target's; for a quantized checkpoint ``stored``.
+    """The recipe of that name, or by default the target's, with one format for one table; for a quantized checkpoint
+    ``stored``.
 
     The linears of a recipe that keeps stored codes have the checkpoint's formats; ``linears`` names the one that
     most weights have.
@@ -166,7 +170,7 @@ def recipe_for(original: Original, name: str | None, target: Target) -> Recipe:
             next_step=f"Leave --recipe out, or name another, for example {target.weights.default_recipe}.",
         )
     if not stored:
-        return recipe
+        return fitted(recipe, original.architecture, target.weights)
     if not recipe.keeps_stored:
         raise InputError(
             f"{original.checkpoint.name} is quantized already ({formats_of(original)}); the recipe {recipe.name} would "
@@ -200,9 +204,14 @@ def refuse_formats(original: Original, job: Job) -> None:
     _refuse_graph(original, job)
     candidates = recipe.budget.candidates if recipe.budget else ()
     stored = (form.exact for form in original.checkpoint.quantized.values())
-    mixed = original.architecture.routed or original.drafts(job.target)
-    shared = recipe.linear(mixture=True, routed=False) if mixed else None
-    for form in filter(None, (recipe.linears, shared, recipe.lm_head, recipe.embedding, *candidates, *stored)):
+    architecture = original.architecture_for(job.target)
+    multiplied = products(architecture)
+    # Formats once each, and whether anything is multiplied by a matrix that has one.
+    used: dict[Format, bool] = {}
+    for key, planned in planned_formats(architecture, recipe).items():
+        if planned is not None:
+            used[planned] = used.get(planned, False) or key in multiplied
+    for form, product in {**used, **dict.fromkeys([*candidates, *stored], True)}.items():
         if form.bits not in offered.bits or form.group_size not in offered.group_sizes:
             raise InputError(
                 f"The recipe {recipe.name} uses {form.label}, for which the target {job.target.name} has no kernels.",
@@ -210,7 +219,6 @@ def refuse_formats(original: Original, job: Job) -> None:
                 f"{_alternatives(offered.group_sizes)}.",
             )
         # Rows of the embedding are made numbers by arithmetic on every such target, zero points or not.
-        product = form is not recipe.embedding or original.architecture.tied
         if offered.symmetric_only and product and not form.symmetric:
             raise InputError(
                 f"The recipe {recipe.name} uses {form.label} with zero points, which the target {job.target.name} has "
@@ -306,10 +314,10 @@ def _refuse_sizes(original: Original, job: Job) -> None:
         )
     if memory.max_tensor_bytes is None:
         return
-    tables = {architecture.embedding: recipe.embedding, architecture.lm_head.weight: recipe.lm_head}
+    forms = planned_formats(architecture, recipe)
     shapes = architecture.shapes()
     for key, shape in shapes.items():
-        form = tables.get(key, recipe.linears)
+        form = forms.get(key)
         held = math.prod(shape) * (32 if form is None else form.bits) // 8
         if len(shape) == 2 and held > memory.max_tensor_bytes:
             raise InputError(

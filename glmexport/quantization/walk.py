@@ -27,6 +27,7 @@ from glmexport.checkpoint import Checkpoint
 from glmexport.progress import Progress
 from glmexport.quantization.decisions import ALLOCATION, FOLDS, allocated_groups, decide_folds, decide_formats
 from glmexport.quantization.draft import round_draft
+from glmexport.quantization.formats import planned_formats
 from glmexport.quantization.linear import QuantizedLinear
 from glmexport.quantization.memory import MemoryPlan
 from glmexport.quantization.mixture import Mixture
@@ -68,6 +69,7 @@ class Walk:
         self.progress = progress
         self.device = device
         self.streams = self._streams()
+        self._planned = planned_formats(architecture, recipe)
         self._allocated: dict[str, Format] = {}
         self.steps = [EMBEDDING, *(block_step(layer.index) for layer in architecture.layers), HEAD]
         #: What is committed with each step, itself included.
@@ -193,12 +195,12 @@ class Walk:
             batch_tokens=self.memory.batch_tokens,
         )
 
-    def _form(self, key: str, default: Format | None) -> Format | None:
-        return self._allocated.get(key, default)
+    def _form(self, key: str) -> Format | None:
+        return self._allocated.get(key, self._planned.get(key))
 
     def _embedding(self, records: list[QuantizedMatrix]) -> dict[str, QuantizedLinear]:
         key = self.architecture.embedding
-        form = self._form(key, self.recipe.embedding)
+        form = self._form(key)
         if form is None:
             return {}
         linear = self._nearest(key, self.architecture.vocabulary_size, self.architecture.hidden_size, form)
@@ -213,7 +215,7 @@ class Walk:
         if self.recipe.keeps_stored:
             return self._stored(layer.attention.linears if mixed else layer.linears, layer.index, records)
         for tap, linears in layer.taps.items():
-            form = self._linear_form(linears[0])
+            form = self._form(linears[0].weight)
             if form is None or (mixed and linears[0] not in layer.attention.linears):
                 continue
             if passage is None:
@@ -255,7 +257,7 @@ class Walk:
             solved = self._unmeasured(mlp.linears, layer, records)
         else:
             for linear in mlp.linears:
-                form = self._linear_form(linear)
+                form = self._form(linear.weight)
                 assert form is not None
                 found = mixture.measure(mlp, linear, solved.get(mlp.gate_up.weight) if solved else None)
                 solved |= self._solve((linear,), layer, found.measured, form, solver, records, tokens=found.tokens)
@@ -269,15 +271,11 @@ class Walk:
         """``linears`` rounded to nearest, without any text."""
         solved = {}
         for linear in linears:
-            form = self._linear_form(linear)
+            form = self._form(linear.weight)
             assert form is not None
             solved[linear.weight] = self._nearest_one(linear, form)
             records.append(QuantizedMatrix.unmeasured(linear.weight, layer, linear.part, solved[linear.weight]))
         return solved
-
-    def _linear_form(self, linear: Linear) -> Format | None:
-        default = self.recipe.linear(mixture=bool(self._routed), routed=linear.weight in self._routed)
-        return self._form(linear.weight, default)
 
     def _stored(
         self, linears: Iterable[Linear], layer: int | None, records: list[QuantizedMatrix]
@@ -295,7 +293,7 @@ class Walk:
         head = self.architecture.lm_head
         if self.recipe.keeps_stored and head.weight in self.checkpoint.quantized:
             return self._stored([head], None, records)
-        form = self._form(head.weight, self.recipe.lm_head)
+        form = self._form(head.weight)
         if form is None or self.architecture.tied:
             # A tied head is the embedding, whose codes are fixed before any activation exists.
             return {}
