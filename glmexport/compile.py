@@ -285,7 +285,8 @@ def _finish(
     if not can_run(manifest):
         reference = Reference(original.checkpoint, original.architecture)
         text = evaluation_documents((), original.tokenizer, ())
-        unrun = validate_unrun(partial, manifest, original.checkpoint, reference, text, progress)
+        limit = options.max_memory_bytes
+        unrun = validate_unrun(partial, manifest, original.checkpoint, reference, text, progress, limit)
         return BuiltUnrun(job.directory, manifest, unrun)
     cost = BuildCost(seconds, peak_memory(), device_name(options.device), peak_device_memory(options.device))
     report = _validated(partial, job.directory, manifest, original, options, progress, cost)

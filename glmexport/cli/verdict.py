@@ -250,6 +250,7 @@ def _faults(check: WeightCheck) -> Table:
 
 def show_unrun(console: Console, unrun: Unrun, target: Target, directory: Path, checkpoint: str) -> None:
     """Gates of a bundle that was not run, why it was not, and how it is validated where it can be."""
+    console.print(_checked(unrun.reference), style="dim", markup=False)
     console.print(_gates("what needs no run", unrun.gates))
     for reason in unrun.lacking:
         console.print(f"not run on the device: {reason}", soft_wrap=True, markup=False)
