@@ -68,7 +68,7 @@ def show(console: Console, report: Report, directory: Path) -> None:
     console.print(_cost(report))
     console.print(_conditions(report), style="dim")
     if report.reference:
-        console.print(_checked(report.reference), style="dim", markup=False)
+        console.print(told_check(report.reference), style="dim", markup=False)
     console.print(_gates(report.policy.source, report.gates))
     if report.weights and report.weights.faults:
         console.print(_faults(report.weights))
@@ -221,7 +221,8 @@ def _conditions(report: Report) -> str:
     )  # fmt: skip
 
 
-def _checked(check: ReferenceCheck) -> str:
+def told_check(check: ReferenceCheck) -> str:
+    """What comparing the original with transformers' whole model gave, or why that was not done."""
     if check.absent_because is not None:
         return f"original not checked against transformers' whole model: {check.absent_because}"
     return (
@@ -250,7 +251,7 @@ def _faults(check: WeightCheck) -> Table:
 
 def show_unrun(console: Console, unrun: Unrun, target: Target, directory: Path, checkpoint: str) -> None:
     """Gates of a bundle that was not run, why it was not, and how it is validated where it can be."""
-    console.print(_checked(unrun.reference), style="dim", markup=False)
+    console.print(told_check(unrun.reference), style="dim", markup=False)
     console.print(_gates("what needs no run", unrun.gates))
     for reason in unrun.lacking:
         console.print(f"not run on the device: {reason}", soft_wrap=True, markup=False)
