@@ -75,6 +75,19 @@ class DenseSizes:
         )
 
 
+def refuse_rope_type(config: ConfigReader) -> None:
+    """Check the rope type, wherever a configuration has it.
+
+    Raises:
+        CheckpointError: its tables depend on the length of the text at hand.
+    """
+    for section in ("rope_parameters", "rope_scaling"):
+        rope = config.section(section) if config.has(section) else None
+        for key in ("rope_type", "type"):
+            if rope is not None and rope.has(key):
+                rope.choice(key, STATIC_ROPE_TYPES)
+
+
 def _partial_rotary_factor(config: ConfigReader) -> float:
     """Read it from where transformers 4 (top level) or 5 (rope_parameters) writes it, and check the rope type."""
     for section in ("rope_parameters", "rope_scaling"):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from glmexport.architecture.dense import refuse_rope_type
 from glmexport.architecture.description import Architecture
 from glmexport.architecture.filling import halves
 from glmexport.architecture.tables import EMBEDDING, LM_HEAD
@@ -32,12 +33,14 @@ def completed(checkpoint: Checkpoint) -> tuple[Checkpoint, Any]:
     """``checkpoint`` with its configuration as transformers completes it, and transformers' configuration.
 
     Raises:
-        CheckpointError: transformers refuses the configuration, or a count in it is beyond what the checkpoint has.
+        CheckpointError: transformers refuses the configuration, its rope type is not supported, or a count in it is
+            beyond what the checkpoint has.
     """
     from transformers import CONFIG_MAPPING
 
     given = checkpoint.config
     _refuse_counts(checkpoint)
+    refuse_rope_type(given)
     try:
         config: Any = CONFIG_MAPPING[checkpoint.model_type].from_dict(copy.deepcopy(dict(given.values)))
         read = {key: value for key, value in config.to_dict().items() if value is not None and key not in _TOKENS}
@@ -60,6 +63,8 @@ def skeleton(config: Any) -> nn.Module:
     config = copy.deepcopy(config)
     # The implementation that takes one expert after another, so that each can be read when its turn comes.
     config._experts_implementation = "eager"
+    # No row of the embedding is another for it, and whether it is in the vocabulary is not asked here.
+    config.pad_token_id = None
     try:
         with torch.device("meta"):
             model: nn.Module = AutoModelForCausalLM.from_config(

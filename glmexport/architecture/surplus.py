@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from glmexport.architecture.description import DecoderLayer
 
 _ROTARY = re.compile(r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.(original_)?inv_freq")
-#: Modules beside those of a language model, such as a vision tower or the value head of a reward model.
-_ELSEWHERE = re.compile(r"(?!lm_head\.)(?!model\.(embed_tokens|layers|norm)\.)(?!.*lora_)[^.]+\..+")
+#: Modules that are built around a language model: towers that see or hear, and the heads of reward models.
+_ELSEWHERE = re.compile(
+    r"(model\.)?(visual|vision_tower|vision_model|audio_tower|multi_modal_projector)\..+|(v_head|score|value_head)\..+"
+)
 
 
 def harmless(
