@@ -5,9 +5,9 @@ from __future__ import annotations
 import difflib
 import tomllib
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from glmexport.errors import DefinitionError
 from glmexport.resources import shipped
@@ -18,6 +18,13 @@ class Definition(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+
+#: What no size and no token id in a file may exceed: no published model comes near it, and whatever is computed from
+#: two such numbers is still exact.
+LARGEST = 2**24
+#: A size in a file that strangers may have written: no text, no 3.0, no true.
+Size = Annotated[int, Field(strict=True, ge=1, le=LARGEST)]
+TokenId = Annotated[int, Field(strict=True, ge=0, le=LARGEST)]
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -72,9 +79,14 @@ def read_toml(path: Path, model: type[T], extra: dict[str, Any] | None = None) -
     try:
         return model.model_validate({**table, **(extra or {})})
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "(top level)"
         raise DefinitionError(
-            f"{path}: {key}: {first['msg']}.",
+            f"{path}: {first_fault(error)}.",
             next_step=f"Correct the key{'s' if error.error_count() > 1 else ''} ({error.error_count()} in all).",
         ) from error
+
+
+def first_fault(error: ValidationError) -> str:
+    """The first value that is not what was declared, by its key, and what is wrong with it."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    key = ".".join(str(part) for part in first["loc"]) or "(top level)"
+    return f"{key}: {first['msg']}"

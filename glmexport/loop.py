@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import Field, TypeAdapter
+from pydantic import Field, TypeAdapter, ValidationError
 
-from glmexport.definition import Definition
+from glmexport.definition import Definition, Size, TokenId, first_fault
 from glmexport.errors import BundleError
 from glmexport.target import Provider, SessionOptions
 
@@ -35,8 +36,8 @@ class OwnLoop(Definition):
     graph: str
     provider: Provider
     session: SessionOptions = SessionOptions()
-    context_length: int
-    eos_token_id: tuple[int, ...]
+    context_length: Size
+    eos_token_id: Annotated[tuple[TokenId, ...], Field(min_length=1)]
     #: Name of the graph's token ids [B, S].
     input_ids: str
 
@@ -50,7 +51,7 @@ class LoopConfig(OwnLoop):
     #: Output by input of every cache [B, C, width].
     caches: dict[str, str]
     #: Most positions of a short step; 1 in bundles of before all of its logits left the graph.
-    short_step: int = 1
+    short_step: Size = 1
     #: Name of the hidden states [B, S, D] behind the final norm, and what drafts with them.
     hidden: str | None = None
     draft: DraftConfig | None = None
@@ -59,7 +60,7 @@ class LoopConfig(OwnLoop):
 class FixedLoopConfig(OwnLoop):
     """Graphs of fixed shapes for one sequence: ``graph`` for ``chunk`` positions of a prompt, another for one token."""
 
-    chunk: int = Field(ge=2)
+    chunk: Size = Field(ge=2)
     step_graph: str
     #: Names of the positions [1, S] of the token ids, and of the index [1] of the one whose logits [1, 1, V] are
     #: computed, which the graph for one token does not have.
@@ -86,6 +87,7 @@ def read_loop(bundle: Path) -> LoopConfig | FixedLoopConfig | None:
         return _LOOPS.validate_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise BundleError(
-            f"{path} is not what a loop reads: {str(error).splitlines()[0]}.",
+            f"{path} is not what a loop reads: "
+            f"{first_fault(error) if isinstance(error, ValidationError) else str(error).splitlines()[0]}.",
             next_step="Build the bundle again with this version of glmexport.",
         ) from error

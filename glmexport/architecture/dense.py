@@ -14,6 +14,7 @@ from glmexport.architecture.description import (
     Unused,
 )
 from glmexport.architecture.grouped import GroupedQueryAttention
+from glmexport.architecture.special_tokens import SpecialTokens
 from glmexport.checkpoint import Checkpoint, ConfigReader
 from glmexport.errors import CheckpointError
 
@@ -70,7 +71,7 @@ class DenseSizes:
             head_dim=head_dim,
             vocabulary=config.integer("vocab_size", minimum=1),
             context=config.integer("max_position_embeddings", minimum=1),
-            epsilon=config.number("rms_norm_eps"),
+            epsilon=config.number("rms_norm_eps", minimum=0),
             rotary_dimensions=rotary_dimensions,
             attention_bias=config.flag("attention_bias"),
             tied=config.flag("tie_word_embeddings", default=False),
@@ -93,12 +94,8 @@ def _partial_rotary_factor(config: ConfigReader) -> float:
 
 def dense_architecture(checkpoint: Checkpoint, family: str, *, sandwich_norms: bool) -> Architecture:
     """A dense GLM; with ``sandwich_norms``, attention and MLP outputs are normalised before they are added."""
-    config = checkpoint.config
-    sizes = DenseSizes.read(config)
-    # As in transformers: what ends a generation is generation_config.json's to say, if it does.
-    generation = checkpoint.generation_config
-    ends = generation if generation is not None and generation.has("eos_token_id") else config
-    eos = ends.integers("eos_token_id")
+    sizes = DenseSizes.read(checkpoint.config)
+    special = SpecialTokens.read(checkpoint, sizes.vocabulary)
     return Architecture(
         family=family,
         hidden_size=sizes.hidden,
@@ -116,9 +113,9 @@ def dense_architecture(checkpoint: Checkpoint, family: str, *, sandwich_norms: b
             part="lm_head",
         ),
         tied=sizes.tied,
-        bos_token_id=config.optional_integer("bos_token_id"),
-        eos_token_ids=eos,
-        pad_token_id=_or(config.optional_integer("pad_token_id"), eos[0]),
+        bos_token_id=special.begin,
+        eos_token_ids=special.ends,
+        pad_token_id=special.fill,
         unused=(
             Unused(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq", "recomputed from config.json"),
             *((Unused(r"lm_head\.weight", "tied to the embedding"),) if sizes.tied else ()),
@@ -129,10 +126,6 @@ def dense_architecture(checkpoint: Checkpoint, family: str, *, sandwich_norms: b
 def dense_layer(config: ConfigReader, index: int) -> DecoderLayer:
     """Layer ``index`` of a dense GLM without sandwich norms, also one behind the model's last."""
     return _layer(DenseSizes.read(config), index, sandwich_norms=False)
-
-
-def _or(value: int | None, otherwise: int) -> int:
-    return otherwise if value is None else value
 
 
 def _layer(sizes: DenseSizes, index: int, sandwich_norms: bool) -> DecoderLayer:

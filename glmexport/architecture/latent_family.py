@@ -10,6 +10,7 @@ from glmexport.architecture.dense import STATIC_ROPE_TYPES
 from glmexport.architecture.description import Architecture, DecoderLayer, GatedMlp, Linear, Norm, Rotary, Unused
 from glmexport.architecture.glm4_moe import mixture
 from glmexport.architecture.latent import Indexer, LatentAttention
+from glmexport.architecture.special_tokens import SpecialTokens
 from glmexport.architecture.token_prediction import mixture_at, with_token_prediction
 from glmexport.checkpoint import Checkpoint, ConfigReader
 from glmexport.errors import CheckpointError
@@ -72,7 +73,7 @@ class LatentSizes:
             value_dim=config.integer("v_head_dim", minimum=1),
             vocabulary=config.integer("vocab_size", minimum=1),
             context=config.integer("max_position_embeddings", minimum=1),
-            epsilon=config.number("rms_norm_eps", default=1e-5),
+            epsilon=config.number("rms_norm_eps", default=1e-5, minimum=0),
             attention_bias=config.flag("attention_bias", default=False),
             interleaved=config.flag("rope_interleave", default=True),
             scale=_magnitude(config) ** 2 / math.sqrt(nope + rope),
@@ -134,12 +135,7 @@ def latent_architecture(
     ahead, own = f"model.layers.{sizes.layers}", None
     if indexers is not None:
         own = replace(indexers, full=(*indexers.full, True))
-    # As in transformers: what ends a generation is generation_config.json's to say, if it does.
-    generation = checkpoint.generation_config
-    ends = (generation if generation is not None and generation.has("eos_token_id") else config).integers(
-        "eos_token_id"
-    )
-    pad = config.optional_integer("pad_token_id")
+    special = SpecialTokens.read(checkpoint, sizes.vocabulary)
     head = "model.embed_tokens" if sizes.tied else "lm_head"
     model = Architecture(
         family=family,
@@ -151,9 +147,9 @@ def latent_architecture(
         final_norm=Norm("model.norm", sizes.hidden, sizes.epsilon),
         lm_head=Linear(head, sizes.hidden, sizes.vocabulary, bias=False, tap="final", part="lm_head"),
         tied=sizes.tied,
-        bos_token_id=config.optional_integer("bos_token_id"),
-        eos_token_ids=ends,
-        pad_token_id=ends[0] if pad is None else pad,
+        bos_token_id=special.begin,
+        eos_token_ids=special.ends,
+        pad_token_id=special.fill,
         unused=(Unused(r"lm_head\.weight", "tied to the embedding"),) if sizes.tied else (),
     )
     return with_token_prediction(model, checkpoint, described(sizes.layers, mixture_at(checkpoint, ahead), own))

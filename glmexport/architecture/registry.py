@@ -6,7 +6,9 @@ import re
 from collections.abc import Callable, Mapping
 
 from glmexport.architecture import glm, glm4, glm4_moe, glm4_moe_lite, glm5_next, glm_moe_dsa
+from glmexport.architecture.counts import refuse_counts
 from glmexport.architecture.description import Architecture
+from glmexport.architecture.rope import check_rope
 from glmexport.checkpoint import Checkpoint
 from glmexport.errors import CheckpointError
 
@@ -46,4 +48,6 @@ def describe(checkpoint: Checkpoint) -> Architecture:
             f"{checkpoint.name}: there is no declaration for model_type {checkpoint.model_type!r}.",
             next_step=f"Supported: {', '.join(sorted(FAMILIES))}.",
         )
+    refuse_counts(checkpoint)
+    check_rope(checkpoint.config)
     return family(checkpoint)

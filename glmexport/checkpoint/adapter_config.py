@@ -130,7 +130,7 @@ class AdapterConfig:
             bias=config.choice("bias", ("none", "all", "lora_only"), default="none"),
             target_modules=_names(config, "target_modules") if config.has("target_modules") else None,
             exclude_modules=_names(config, "exclude_modules") if config.has("exclude_modules") else (),
-            layers=config.integers("layers_to_transform") if config.has("layers_to_transform") else (),
+            layers=config.integers("layers_to_transform", minimum=0) if config.has("layers_to_transform") else (),
             layers_pattern=_listed(config, "layers_pattern"),
             modules_to_save=_listed(config, "modules_to_save"),
             base=config.text("base_model_name_or_path") if config.has("base_model_name_or_path") else None,

@@ -7,12 +7,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from glmexport.bundle.genai import GENAI_CONFIG
+from glmexport.definition import Size, TokenId, first_fault
 from glmexport.errors import BundleError, InputError
 from glmexport.graph import RECENT_LOGITS, SHORT_STEP
 from glmexport.loop import read_loop
@@ -39,6 +41,32 @@ def loop_facts(bundle: Path) -> tuple[frozenset[int], int]:
     return config.ends, config.context_length
 
 
+class _Decoder(BaseModel):
+    hidden_size: Size
+    head_size: Size
+    num_attention_heads: Size
+    num_key_value_heads: Size
+    num_hidden_layers: Size
+
+
+class _Numbers(BaseModel):
+    """Ids and sizes of the file's model."""
+
+    context_length: Size
+    vocab_size: Size
+    bos_token_id: TokenId
+    eos_token_id: Annotated[tuple[TokenId, ...], Field(min_length=1)]
+    pad_token_id: TokenId
+    decoder: _Decoder
+
+    @model_validator(mode="after")
+    def _every_id_is_a_token(self) -> Self:
+        for token in (self.bos_token_id, *self.eos_token_id, self.pad_token_id):
+            if token >= self.vocab_size:
+                raise ValueError(f"token {token} is none of {self.vocab_size}")
+        return self
+
+
 @dataclass(frozen=True)
 class GenaiConfig:
     """What of a bundle's genai_config.json the loops here go by."""
@@ -60,7 +88,13 @@ class GenaiConfig:
             model = json.loads(path.read_text(encoding="utf-8"))["model"]
             options = model["decoder"]["session_options"].get("provider_options", [])
             providers = tuple(str(name) for each in options for name in each)
-            return cls(frozenset(map(int, model["eos_token_id"])), int(model["context_length"]), providers)
+            numbers = _Numbers.model_validate(model)
+            return cls(frozenset(numbers.eos_token_id), numbers.context_length, providers)
+        except ValidationError as error:
+            raise BundleError(
+                f"{path}: {first_fault(error)}.",
+                next_step="Build the bundle again, or copy it again from where it was built.",
+            ) from error
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise BundleError(
                 f"{path} cannot be read: {type(error).__name__}: {error}.",

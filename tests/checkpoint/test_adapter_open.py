@@ -70,6 +70,13 @@ def test_other_initialisations_leave_the_base_alone(start: object, tmp_path: Pat
     [
         ({"r": 0}, "r is 0"),
         ({"r": "8"}, 'r is "8"'),
+        ({"r": True}, "r is true"),
+        ({"r": 10**18}, "r is 1000000000000000000"),
+        ({"lora_alpha": float("nan")}, "lora_alpha is NaN"),
+        ({"alpha_pattern": {"up_proj": float("inf")}}, "up_proj is Infinity"),
+        ({"rank_pattern": {"up_proj": 10**9}}, "up_proj is 1000000000"),
+        ({"layers_to_transform": [-1]}, "layers_to_transform is [-1]"),
+        ({"layers_to_transform": [True]}, "layers_to_transform is [true]"),
         ({"lora_alpha": None}, "lora_alpha is null"),
         ({"bias": "some"}, 'bias is "some"'),
         ({"use_dora": 1}, "use_dora is 1"),

@@ -153,7 +153,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     ),
     "a larger vocabulary than the model's": (
         lambda checkpoint: (
-            edit_json(checkpoint / "config.json", vocab_size=256),
+            edit_json(checkpoint / "config.json", vocab_size=256, pad_token_id=0, eos_token_id=1),
+            edit_json(checkpoint / "generation_config.json", pad_token_id=0, eos_token_id=1),
             edit_weights(
                 checkpoint,
                 lambda tensors: tensors.update(
@@ -163,6 +164,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
         ),
         ("262 tokens", "256"),
     ),
+    "an end token beyond the vocabulary": (
+        config(eos_token_id=[256, 264]), ("config.json", "eos_token_id", "264", "at most 263")
+    ),
+    "no end token": (
+        lambda checkpoint: edit_json(checkpoint / "generation_config.json", eos_token_id=[]),
+        ("generation_config.json", "eos_token_id", "no answer ends"),
+    ),
+    "more layers than tensors": (config(num_hidden_layers=10**6), ("config.json", "num_hidden_layers", "1000000")),
     "no tokenizer": (lambda checkpoint: (checkpoint / "tokenizer.json").unlink(), ("tokenizer.json", "vocabulary")),
     "tokenizer without vocabulary": (no_vocabulary, ("tokenizer.json", "without vocabulary")),
     "auto_map": (config(auto_map={"AutoModel": "modeling.Model"}), ("config.json", "auto_map", "never run")),
