@@ -21,6 +21,7 @@ knows no family; what a tensor or a key means is the business of the architectur
                  a LoRA adapter's settings, the places of its tensors, its arithmetic
     adapter      a LoRA adapter, opened beside its base
     fold         powers of two moved from one tensor into another
+    snapshot     the files as they were when they were opened
     checkpoint   all of it, opened; an adapter is merged while tensors are read
 """
 

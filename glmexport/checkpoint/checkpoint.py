@@ -22,6 +22,7 @@ from glmexport.checkpoint.index import read_index
 from glmexport.checkpoint.packed import Codes, PackedMatrix, find_matrices
 from glmexport.checkpoint.parts import BlockScaled, Page, block_scaled, block_size
 from glmexport.checkpoint.shards import Shards, is_finite
+from glmexport.checkpoint.snapshot import Snapshot
 from glmexport.checkpoint.source import DEMO, refuse_hazards, resolve
 from glmexport.checkpoint.tokenizer import tokenizer_files
 from glmexport.errors import CheckpointError
@@ -62,12 +63,15 @@ class Checkpoint:
         tensors: Mapping[str, TensorEntry],
         adapter: Adapter | None = None,
         derived: Mapping[str, DerivedMatrix] | None = None,
+        *,
+        snapshot: Snapshot,
     ) -> None:
         self.path = path
         self.name = name
         self.config = config
         self.generation_config = generation_config
         self.adapter = adapter
+        self._snapshot = snapshot
         self._plain = dict(tensors)
         self._derived = dict(derived or {})
         stored = [entry for matrix in self._derived.values() for entry in matrix.stored]
@@ -103,6 +107,7 @@ class Checkpoint:
         path = resolve(source) if isinstance(source, str) else source
         if not path.is_dir():
             raise CheckpointError(f"There is no directory {path}.", next_step="Correct the path.")
+        snapshot = Snapshot.take(path, (CONFIG, GENERATION_CONFIG, QUANTIZE_CONFIG))
         refuse_hazards(path, progress)
         if optional(path, ADAPTER_CONFIG, "the checkpoint") and not optional(path, CONFIG, "the checkpoint"):
             raise CheckpointError(
@@ -121,7 +126,7 @@ class Checkpoint:
             derived = scaled_weights(block_scaled(tensors, block))
         inside = {entry.name for matrix in derived.values() for entry in matrix.stored}
         plain = {key: entry for key, entry in tensors.items() if key not in inside}
-        base = cls(path, name, config, generation_config, plain, derived=derived)
+        base = cls(path, name, config, generation_config, plain, derived=derived, snapshot=snapshot)
         if adapter is None:
             return base
         if derived:
@@ -129,7 +134,8 @@ class Checkpoint:
                 f"{name} is quantized, and codes cannot take up the adapter {adapter}.",
                 next_step="Give the full-precision checkpoint that the adapter was trained on.",
             )
-        return cls(path, name, config, generation_config, base.tensors, Adapter.open(adapter, base, progress))
+        merged = Adapter.open(adapter, base, progress)
+        return cls(path, name, config, generation_config, base.tensors, merged, snapshot=snapshot)
 
     def stacked(
         self, stacks: Mapping[str, Sequence[str]], pages: Mapping[str, tuple[str, int]] | None = None
@@ -155,7 +161,16 @@ class Checkpoint:
             if name not in self.tensors and entry is not None and len(entry.shape) == 3 and index < entry.shape[0]:
                 plain.pop(whole, None)
                 derived[name] = DerivedMatrix(name, (Page(entry, index),))
-        return Checkpoint(self.path, self.name, self.config, self.generation_config, plain, self.adapter, derived)
+        return Checkpoint(
+            self.path,
+            self.name,
+            self.config,
+            self.generation_config,
+            plain,
+            self.adapter,
+            derived,
+            snapshot=self._snapshot,
+        )
 
     def folded(self, folds: Mapping[str, Fold]) -> Checkpoint:
         """The same checkpoint with scales moved between its tensors, by name; its digest stays that of the files."""
@@ -266,7 +281,7 @@ class Checkpoint:
         digests of the two.
 
         Raises:
-            CheckpointError: a file vanished.
+            CheckpointError: a file changed since the checkpoint was opened, or vanished.
             MachineError: a file cannot be read.
         """
         if self._digest is None:
@@ -279,8 +294,22 @@ class Checkpoint:
             if self.adapter is not None:
                 both = f"{digest}\t{self.adapter.digest(progress)}\n"
                 digest = f"sha256:{hashlib.sha256(both.encode()).hexdigest()}"
+            self.refuse_changes()
             self._digest = digest
         return self._digest
+
+    def refuse_changes(self) -> None:
+        """Check that its files, and those of its adapter, are what they were when it was opened.
+
+        What is written of a checkpoint has its digest on it: whatever writes checks this last.
+
+        Raises:
+            CheckpointError: one is not; names it.
+            MachineError: the machine does not let us look.
+        """
+        self._snapshot.refuse_changes(self.shards)
+        if self.adapter is not None:
+            self.adapter.refuse_changes()
 
     def _entry(self, name: str) -> TensorEntry:
         if name in self.tensors:

@@ -121,8 +121,8 @@ def source_name(directory: Path) -> str:
     return repository.name.removeprefix("models--").replace("--", "/", 1)
 
 
-def version(path: Path) -> tuple[int, int]:
-    """Size and time of the last change of a file: what tells that it was written again.
+def version(path: Path) -> tuple[int, int, int]:
+    """Size, time of the last change and inode of a file: what tells that it was written again, or replaced.
 
     Raises:
         CheckpointError: it vanished.
@@ -132,7 +132,7 @@ def version(path: Path) -> tuple[int, int]:
         status = path.stat()
     except OSError as error:
         raise unreadable(path, error) from error
-    return status.st_size, status.st_mtime_ns
+    return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 def files_digest(directory: Path, files: Iterable[Path], label: str, progress: Progress | None) -> str:
