@@ -14,18 +14,13 @@ import torch
 from glmexport import __version__
 from glmexport.architecture import Architecture, Reference
 from glmexport.architecture.reference import CPU
-from glmexport.bundle import (
-    Manifest,
-    Source,
-    read_manifest,
-    verify_files,
-    write_bundle,
-)
+from glmexport.bundle import Manifest, read_manifest, write_bundle
 from glmexport.calibrating import cache_text, calibration_context, calibration_documents
 from glmexport.calibration import CalibrationSet, Document, evaluation_documents, pack
 from glmexport.device import device_name, peak_device_memory, plan_on, running_on
-from glmexport.errors import BundleError
+from glmexport.disk import require_writable
 from glmexport.job import Job, Original, refuse_existing, refuse_formats, require_space
+from glmexport.matching import announced_bundle, open_captured_bundle, require_bundle
 from glmexport.progress import Progress
 from glmexport.provenance import calibration_source, own_fingerprints, source_of
 from glmexport.quantization import MemoryPlan, QuantizedMatrix, Walk, WorkDirectory
@@ -34,11 +29,13 @@ from glmexport.recipe import Recipe
 from glmexport.report.assemble import BuildCost, assemble
 from glmexport.report.document import Report
 from glmexport.report.write import write_report
-from glmexport.target import Policy
+from glmexport.target import Policy, Target
+from glmexport.validation.behaviour.plane import task_questions
 from glmexport.validation.behaviour.tasks import Task
 from glmexport.validation.capture import CapturedReference
 from glmexport.validation.machine import peak_memory
 from glmexport.validation.run import ValidationPlan, validate, validate_captured
+from glmexport.validation.session import require_provider
 from glmexport.validation.unrun import Unrun, can_run, validate_unrun
 
 
@@ -94,34 +91,26 @@ def build(
         MachineError: disk or memory do not suffice; nothing is started then.
     """
     torch.set_num_threads(options.threads)
-    for job in jobs:
-        refuse_formats(original, job)
-        refuse_existing(job.directory, options.force)
+    # Nothing that can refuse comes after this, where a checkpoint is read for minutes, but what reading it finds.
+    prepared = _prepared_all(original, jobs, options)
     if any(original.drafts(job.target) for job in jobs):
         original = original.sharing_tables()
-    prepared = []
-    for recipe in {job.recipe.digest(): job.recipe for job in jobs}.values():
-        same = [job for job in jobs if job.recipe.digest() == recipe.digest()]
-        memory, documents, calibration = _prepared(original, recipe, options)
-        # Before anything takes long: may it be used?
-        evaluation_documents(options.evaluation, original.tokenizer, own_fingerprints(documents))
-        prepared.append((recipe, same, memory, documents, calibration))
-    for recipe, same, *_ in prepared:
-        require_space(original, recipe, same[0].directory.parent)
+    progress.remark(f"{original.checkpoint.name} is {original.checkpoint.digest(progress)}.")
     with ExitStack() as locks:
         works = []
-        for recipe, same, memory, _, calibration in prepared:
-            parent = same[0].directory.parent
-            works.append(_work_directory(original, recipe, calibration, memory, options, parent, progress))
+        for part in prepared:
+            parent = part.jobs[0].directory.parent
+            works.append(_work_directory(original, part.recipe, part.text, part.memory, options, parent, progress))
             locks.enter_context(works[-1].locked())
         built: list[Built | BuiltUnrun] = []
         try:
-            for (recipe, same, memory, documents, calibration), work in zip(prepared, works, strict=True):
-                drafting = next((job.target for job in same if original.drafts(job.target)), same[0].target)
+            for part, work in zip(prepared, works, strict=True):
+                drafting = next((job.target for job in part.jobs if original.drafts(job.target)), part.jobs[0].target)
                 architecture = original.architecture_for(drafting)
-                walk = _walked(original, architecture, recipe, calibration, work, memory, options, progress)
-                for job in same:
-                    built.append(_finish(original, job, walk, calibration, documents, options, progress))
+                walk = _walked(original, architecture, part.recipe, part.text, work, part.memory, options, progress)
+                for job in part.jobs:
+                    built.append(_finish(original, job, walk, part, options, progress))
+            original.checkpoint.refuse_changes()
             for bundle in built:
                 refuse_existing(bundle.directory, options.force)
                 put_in_place(partial_of(bundle.directory), bundle.directory)
@@ -132,6 +121,44 @@ def build(
         for work in works:
             shutil.rmtree(work.path)
     return built
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """The jobs of one recipe, and what their walk and their validation need beside the checkpoint."""
+
+    recipe: Recipe
+    jobs: list[Job]
+    memory: MemoryPlan
+    documents: list[Document]
+    #: None where the recipe calibrates on nothing.
+    text: CalibrationSet | None
+    evaluation: list[Document]
+
+
+def _prepared_all(original: Original, jobs: Sequence[Job], options: BuildOptions) -> list[_Prepared]:
+    """By recipe, after everything that can be refused without reading the checkpoint."""
+    for job in jobs:
+        refuse_formats(original, job)
+        refuse_existing(job.directory, options.force)
+    prepared = []
+    for recipe in {job.recipe.digest(): job.recipe for job in jobs}.values():
+        same = [job for job in jobs if job.recipe.digest() == recipe.digest()]
+        memory, documents, text = _prepared(original, recipe, options)
+        # Read once: a file that is changed or gone at the end is no reason to lose a build.
+        evaluation = evaluation_documents(options.evaluation, original.tokenizer, own_fingerprints(documents))
+        prepared.append(_Prepared(recipe, same, memory, documents, text, evaluation))
+    for job in jobs:
+        _refuse_tasks(original, job.target, options)
+    for part in prepared:
+        require_space(original, part.recipe, part.jobs[0].directory.parent)
+    return prepared
+
+
+def _refuse_tasks(original: Original, target: Target, options: BuildOptions) -> None:
+    context = original.architecture_for(target).context_length
+    if options.validation.behaviour:
+        task_questions(options.tasks, original.tokenizer, options.validation.behaviour, context)
 
 
 def _prepared(
@@ -189,8 +216,14 @@ def validate_bundle(directory: Path, original: Original, options: BuildOptions, 
     Raises:
         BundleError: the bundle was made from another checkpoint, or its files are not those of its manifest.
     """
-    manifest = open_bundle(directory, original, progress)
-    report = _validated(directory, directory, manifest, original, options, progress, None)
+    manifest = announced_bundle(directory, original)
+    require_provider(manifest.target.provider.name, manifest.target.provider.package)
+    calibrated = manifest.calibration.own if manifest.calibration else ()
+    evaluation = evaluation_documents(options.evaluation, original.tokenizer, calibrated)
+    _refuse_tasks(original, manifest.target, options)
+    require_writable(directory)
+    require_bundle(directory, manifest, original, progress)
+    report = _validated(directory, directory, manifest, original, evaluation, options, progress, None)
     return Built(directory, manifest, report)
 
 
@@ -202,6 +235,9 @@ def validate_captured_bundle(
     Raises:
         BundleError: the reference is of another checkpoint, or the bundle's files are not those of its manifest.
     """
+    provider = read_manifest(directory).target.provider
+    require_provider(provider.name, provider.package)
+    require_writable(directory)
     manifest = open_captured_bundle(directory, captured)
     policy = policy_of(manifest, options)
     torch.set_num_threads(options.threads)
@@ -221,41 +257,6 @@ def validate_captured_bundle(
     return Built(directory, manifest, report)
 
 
-def open_bundle(directory: Path, original: Original, progress: Progress) -> Manifest:
-    """The manifest of a bundle, after its files and its original have been checked against it.
-
-    Raises:
-        BundleError: the bundle was made from another checkpoint, or its files are not those of its manifest.
-    """
-    manifest = read_manifest(directory)
-    verify_files(directory, manifest)
-    step = "Give the checkpoint that it was built from with --against"
-    step += ", and its adapter with --adapter." if manifest.source.adapter else " alone."
-    _require_source(directory, manifest, source_of(original, progress), step)
-    return manifest
-
-
-def open_captured_bundle(directory: Path, captured: CapturedReference) -> Manifest:
-    """The same where the original was captured.
-
-    Raises:
-        BundleError: the reference is of another checkpoint, or the bundle's files are not those of its manifest.
-    """
-    manifest = read_manifest(directory)
-    verify_files(directory, manifest)
-    _require_source(directory, manifest, captured.capture.source, "Give the reference of that checkpoint.")
-    return manifest
-
-
-def _require_source(directory: Path, manifest: Manifest, given: Source, next_step: str) -> None:
-    if given.digest != manifest.source.digest:
-        raise BundleError(
-            f"{directory} was built from {manifest.source.title} ({manifest.source.digest[:19]}...), "
-            f"not from {given.title} ({given.digest[:19]}...).",
-            next_step=next_step,
-        )
-
-
 def threads_of(manifest: Manifest, options: BuildOptions) -> int:
     """Threads that the bundle runs in."""
     return options.bundle_threads or manifest.target.session.threads or options.threads
@@ -270,8 +271,7 @@ def _finish(
     original: Original,
     job: Job,
     walk: Walk,
-    calibration: CalibrationSet | None,
-    documents: Sequence[Document],
+    prepared: _Prepared,
     options: BuildOptions,
     progress: Progress,
 ) -> Built | BuiltUnrun:
@@ -281,14 +281,16 @@ def _finish(
         shutil.rmtree(partial)
     # Read once: every committed file is hashed for it.
     records, seconds = walk.records()
-    manifest = _write(partial, original, job, walk, records, calibration, documents, progress)
+    manifest = _write(partial, original, job, walk, records, prepared.text, prepared.documents, progress)
     if not can_run(manifest):
         reference = Reference(original.checkpoint, original.architecture)
         text = evaluation_documents((), original.tokenizer, ())
         unrun = validate_unrun(partial, manifest, original.checkpoint, reference, text, progress)
         return BuiltUnrun(job.directory, manifest, unrun)
     cost = BuildCost(seconds, peak_memory(), device_name(options.device), peak_device_memory(options.device))
-    report = _validated(partial, job.directory, manifest, original, options, progress, cost)
+    report = _validated(
+        partial, job.directory, manifest, original, prepared.evaluation, options, progress, cost
+    )
     return Built(job.directory, manifest, report)
 
 
@@ -338,6 +340,7 @@ def _validated(
     final: Path,
     manifest: Manifest,
     original: Original,
+    evaluation: Sequence[Document],
     options: BuildOptions,
     progress: Progress,
     cost: BuildCost | None,
@@ -349,9 +352,7 @@ def _validated(
         original.checkpoint,
         original.architecture_for(manifest.target),
         original.tokenizer,
-        evaluation_documents(
-            options.evaluation, original.tokenizer, manifest.calibration.own if manifest.calibration else ()
-        ),
+        evaluation,
         plan=options.validation,
         policy=policy.gates,
         threads=options.threads,
@@ -360,6 +361,7 @@ def _validated(
         progress=progress,
         tasks=options.tasks,
     )
+    original.checkpoint.refuse_changes()
     report = assemble(
         manifest, validation, policy, name=final.name, directory=where, command=options.command, build=cost
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +12,8 @@ from pathlib import Path
 from glmexport.architecture import Architecture, describe
 from glmexport.architecture.token_prediction import share_tables
 from glmexport.checkpoint import Checkpoint, Tokenizer
-from glmexport.errors import InputError, MachineError
+from glmexport.disk import require_free
+from glmexport.errors import InputError
 from glmexport.estimate import estimate
 from glmexport.graph import fixed_sizes, own_loop
 from glmexport.progress import Progress
@@ -356,26 +356,3 @@ def require_space(original: Original, recipe: Recipe, parent: Path) -> None:
     activations = max(streams, probe_bytes(architecture, recipe))
     needed = 2 * estimate(architecture, recipe, 1.0, None).bundle_bytes + activations
     require_free(parent, needed, "The build")
-
-
-def require_free(parent: Path, needed: int, what: str) -> None:
-    """Make ``parent`` if ``needed`` bytes are free where it is.
-
-    Raises:
-        MachineError: they are not, or the directory cannot be made.
-    """
-    try:
-        # Nothing is made before it is known to fit.
-        absolute = parent.absolute()
-        free = shutil.disk_usage(next(path for path in (absolute, *absolute.parents) if path.exists())).free
-        if free >= needed:
-            parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise MachineError(
-            f"{parent} cannot be written: {error.strerror}.", next_step="Choose another directory with -o."
-        ) from error
-    if free < needed:
-        raise MachineError(
-            f"{what} needs {needed / 2**30:.1f} GiB of disk in {parent}, and {free / 2**30:.1f} GiB are free.",
-            next_step="Free space, or choose another directory with -o.",
-        )

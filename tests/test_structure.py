@@ -34,8 +34,8 @@ SHARED = (
 )  # fmt: skip
 #: May import anything: they run the stages.
 OUTSIDE = (
-    "calibrating", "capture", "compile", "convert", "job", "device", "estimate", "fit", "fleet", "generation",
-    "lm_eval", "plan", "provenance", "tune", "cli", "__main__",
+    "calibrating", "capture", "compile", "convert", "job", "device", "disk", "estimate", "fit", "fleet", "generation",
+    "lm_eval", "matching", "plan", "provenance", "tune", "cli", "__main__",
 )  # fmt: skip
 #: A checkpoint that is shipped as a package, for the stage that opens checkpoints.
 ALLOWED = {"checkpoint": ("demo",)}

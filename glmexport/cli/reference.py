@@ -62,7 +62,6 @@ def reference(
         {
             "checkpoint": f"{original.checkpoint.name} ({original.checkpoint.path})",
             **({"adapter": f"{merged.name} ({merged.path}): {merged.summary}"} if merged else {}),
-            "digest": original.checkpoint.digest(terminal),
             "output": str(output),
             "threads": str(threads),
         },
