@@ -19,6 +19,7 @@ from glmexport.checkpoint.fold import Fold
 from glmexport.checkpoint.gptq import QUANTIZE_CONFIG, GptqFormat, read_settings
 from glmexport.checkpoint.header import TensorEntry
 from glmexport.checkpoint.index import read_index
+from glmexport.checkpoint.layouts import refuse_gguf, refuse_layouts
 from glmexport.checkpoint.packed import Codes, PackedMatrix, find_matrices
 from glmexport.checkpoint.parts import BlockScaled, Page, block_scaled, block_size
 from glmexport.checkpoint.shards import Shards, is_finite
@@ -114,11 +115,13 @@ class Checkpoint:
                 f"{path} is an adapter, not a checkpoint.",
                 next_step=f"Give the checkpoint that it was trained on, and --adapter {path}.",
             )
+        refuse_gguf(path)
         config = ConfigReader.open(contained(path, CONFIG, "every checkpoint"))
         generation_path = optional(path, GENERATION_CONFIG, "the checkpoint")
         generation_config = None if generation_path is None else ConfigReader.open(generation_path)
         name = DEMO if source == DEMO else source_name(path)
         tensors = read_index(path, progress)
+        refuse_layouts(path, config, tensors)
         block = block_size(config)
         if block is None:
             derived = packed_weights(find_matrices(tensors, read_settings(path, config), path))
