@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from glmexport.architecture import Architecture, describe
+from glmexport.architecture.rope import context_remark
 from glmexport.architecture.token_prediction import share_tables
 from glmexport.checkpoint import Checkpoint, Tokenizer
 from glmexport.disk import require_free
@@ -51,6 +52,8 @@ class Original:
                 f"{architecture.vocabulary_size}.",
                 next_step="Use the tokenizer files that belong to these weights.",
             )
+        for remark in filter(None, (tokenizer.remark, context_remark(checkpoint.config))):
+            progress.remark(remark)
         return cls(checkpoint, architecture, tokenizer, unused)
 
     def sharing_tables(self) -> Original:

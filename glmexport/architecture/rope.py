@@ -34,6 +34,8 @@ class Scaled:
     kind: str
     factor: float
     original: int
+    #: Whether the file says what the original context was, which the frequencies of YaRN depend on.
+    told: bool
     context: int
 
     @property
@@ -48,8 +50,8 @@ class Scaled:
             return None
         return (
             f"{self.kind} by {self.factor:g} reaches {self.reached:,} tokens, and {_CONTEXT} leaves the context at "
-            f"{self.context:,}, which is what a bundle gets. For more, set {_CONTEXT} to {self.reached} and, in the "
-            f"same table as the factor, {_ORIGINAL} to {self.original}."
+            f"{self.context:,}, which is what a bundle gets. For more, set {_CONTEXT} to {self.reached}"
+            + ("." if self.told else f" and, beside the factor, {_ORIGINAL} to {self.original}.")
         )
 
 
@@ -63,6 +65,12 @@ def check_rope(config: ConfigReader) -> None:
         for key, least in _LEAST.items():
             if table.has(key):
                 table.number(key, minimum=least)
+
+
+def context_remark(config: ConfigReader) -> str | None:
+    """What to know of the context of a model whose frequencies are stretched; None where there is nothing."""
+    found = scaled(config)
+    return None if found is None else found.remark
 
 
 def scaled(config: ConfigReader) -> Scaled | None:
@@ -79,7 +87,8 @@ def scaled(config: ConfigReader) -> Scaled | None:
             holder = config if config.has(_ORIGINAL) else table
             original = int(holder.number(_ORIGINAL, default=float(context), minimum=1))
             name = "YaRN" if kind == "yarn" else f"Rotary scaling ({kind})"
-            return Scaled(name, table.number("factor", minimum=_LEAST["factor"]), original, context)
+            told = kind == "linear" or holder.has(_ORIGINAL)
+            return Scaled(name, table.number("factor", minimum=_LEAST["factor"]), original, told, context)
     return None
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from glmexport.checkpoint.files import optional, read_json, unreadable
+from glmexport.checkpoint.named_tokens import every_token, named_tokens
+from glmexport.checkpoint.source import listed
 from glmexport.errors import CheckpointError, InputError
 
 if TYPE_CHECKING:
@@ -18,11 +20,12 @@ CHAT_TEMPLATE = "chat_template.jinja"
 
 _CONFIG = "tokenizer_config.json"
 _LEGACY_SPECIAL_TOKENS = "special_tokens_map.json"
+_ADDED = "added_tokens.json"
 _FILES = (
     VOCABULARY,
     _CONFIG,
     _LEGACY_SPECIAL_TOKENS,
-    "added_tokens.json",
+    _ADDED,
     "tokenizer.model",
     "vocab.json",
     "vocab.txt",
@@ -57,7 +60,10 @@ class Tokenizer:
         prefix: Ids that begin every sequence: ``[gMASK]`` and ``<sop>`` where the vocabulary has both, else
             the bos token where one is named, else none.
         special_tokens: Special tokens and their ids.
+        unlisted: Tokens that the configuration names and tokenizer.json does not have. They are plain text here.
     """
+
+    unlisted: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -114,7 +120,22 @@ class Tokenizer:
         tokenizer.no_padding()
         config = _optional_json(directory, _CONFIG)
         _check_added_tokens(directory / _CONFIG, config, tokenizer)
-        return cls(directory, tokenizer, _named_tokens(directory, config), _templates(directory, config))
+        # Where both files are, the older one prevails.
+        older = {} if "added_tokens_decoder" in config else _optional_json(directory, _LEGACY_SPECIAL_TOKENS)
+        opened = cls(directory, tokenizer, named_tokens(config, older), _templates(directory, config))
+        opened.unlisted = _unlisted(config, older, directory, tokenizer)
+        return opened
+
+    @property
+    def remark(self) -> str | None:
+        """What somebody who compares with transformers has to know; None where both give the same ids."""
+        if not self.unlisted:
+            return None
+        return (
+            f"{self._directory}: the configuration of the tokenizer names {listed(list(self.unlisted))}, which "
+            f"{VOCABULARY} does not have. transformers gives them new ids from {self.vocabulary_size} on, which the "
+            f"model was not trained with; here they are plain text. Add them to {VOCABULARY} if they are tokens."
+        )
 
     @cached_property
     def vocabulary_size(self) -> int:
@@ -245,15 +266,13 @@ def _check_added_tokens(path: Path, config: Mapping[str, object], tokenizer: tok
             )
 
 
-def _named_tokens(directory: Path, config: Mapping[str, object]) -> dict[str, str]:
-    """``bos_token`` and its like, which templates may use; where both files are, the older one prevails."""
-    older = {} if "added_tokens_decoder" in config else _optional_json(directory, _LEGACY_SPECIAL_TOKENS)
-    named = {}
-    for key, value in {**config, **older}.items():
-        content = value.get("content") if isinstance(value, dict) else value
-        if key.endswith("_token") and isinstance(content, str):
-            named[key] = content
-    return named
+def _unlisted(
+    config: Mapping[str, object], older: Mapping[str, object], directory: Path, tokenizer: tokenizers.Tokenizer
+) -> tuple[str, ...]:
+    """Tokens that only the configuration has: transformers appends them to the vocabulary, and here they are text."""
+    added = {} if "added_tokens_decoder" in config else _optional_json(directory, _ADDED)
+    named = dict.fromkeys((*every_token(config, older), *added))
+    return tuple(token for token in named if tokenizer.token_to_id(token) is None)
 
 
 def _templates(directory: Path, config: Mapping[str, object]) -> dict[str, tuple[str, str]]:

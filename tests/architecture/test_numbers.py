@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from models import MIXTURE, write_checkpoint
 
-from glmexport.architecture import FAMILIES, describe
+from glmexport.architecture import FAMILIES, Reference, describe
+from glmexport.architecture.rope import context_remark
 from glmexport.checkpoint import Checkpoint
 from glmexport.errors import CheckpointError
 
@@ -119,3 +120,44 @@ def test_numbers_of_rotary_frequencies_are_checked(section: str, key: str, check
     for value in (float("nan"), -1, "4", [4.0], True, *(() if key == "attention_factor" else (0,))):
         with pytest.raises(CheckpointError, match=rf"config\.json: {section}: {key} is "):
             describe(changed(checkpoint, "config.json", **{section: good | {key: value}}))
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
+
+
+@pytest.mark.parametrize("section", ["rope_parameters", "rope_scaling"])
+@pytest.mark.parametrize(
+    ("table", "context", "words"),
+    [
+        (YARN, 256, ("YaRN by 4 reaches 1,024 tokens", "at 256", "to 1024", "original_max_position_embeddings to 256")),
+        (YARN | {"original_max_position_embeddings": 256}, 256, ("reaches 1,024", "at 256", "to 1024.")),
+        (YARN | {"original_max_position_embeddings": 128}, 256, ("reaches 512", "at 256", "to 512.")),
+        (YARN | {"original_max_position_embeddings": 64}, 256, ()),
+        (YARN | {"factor": 1.0}, 256, ()),
+        ({"type": "linear", "rope_theta": 1e4, "factor": 2}, 256, ("(linear) by 2 reaches 512", "to 512.")),
+        ({"rope_type": "default", "rope_theta": 1e4}, 256, ()),
+    ],
+)
+def test_a_scaling_that_leaves_the_context_is_told(
+    section: str, table: dict[str, Any], context: int, words: tuple[str, ...], checkpoint: Path
+) -> None:
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    config.pop("rope_parameters")
+    config |= {section: table, "max_position_embeddings": context}
+    (checkpoint / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    remark = context_remark(Checkpoint.open(checkpoint).config)
+    assert (remark is None) == (not words)
+    for word in words:
+        assert word in str(remark)
+
+
+@pytest.mark.parametrize("table", [YARN, YARN | {"original_max_position_embeddings": 256}], ids=["implied", "told"])
+def test_what_a_remark_says_to_set_keeps_the_frequencies(table: dict[str, Any], checkpoint: Path) -> None:
+    before = tables(changed(checkpoint, "config.json", rope_parameters=table))
+    longer = table | {"original_max_position_embeddings": 256}
+    after = tables(changed(checkpoint, "config.json", rope_parameters=longer, max_position_embeddings=1024))
+    assert all(bool((one == other).all()) for one, other in zip(before, after, strict=True))
+
+
+def tables(checkpoint: Checkpoint) -> Any:
+    return Reference(checkpoint, describe(checkpoint)).rotary_tables(256)

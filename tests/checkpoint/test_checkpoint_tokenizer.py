@@ -258,3 +258,40 @@ def test_a_template_that_is_not_text_is_refused(glm: Path) -> None:
     (glm / "chat_template.jinja").write_bytes(b"\xff")
     with pytest.raises(CheckpointError, match=r"chat_template\.jinja is not UTF-8"):
         Tokenizer.open(glm)
+
+
+NEW = {"content": "<|new|>", "special": True, "lstrip": False, "rstrip": False, "normalized": False}
+NAMING: list[tuple[str, dict[str, Any], list[str]]] = [
+    ("tokenizer_config.json", {"additional_special_tokens": ["<|new|>", "<|user|>"]}, ["<|new|>"]),
+    ("tokenizer_config.json", {"additional_special_tokens": [{**NEW, "__type": "AddedToken"}]}, ["<|new|>"]),
+    ("tokenizer_config.json", {"extra_special_tokens": ["<|new|>"]}, ["<|new|>"]),
+    ("tokenizer_config.json", {"extra_special_tokens": {"image_token": "<|new|>"}}, ["<|new|>"]),
+    ("tokenizer_config.json", {"model_specific_special_tokens": {"image_token": "<|new|>"}}, ["<|new|>"]),
+    ("tokenizer_config.json", {"eos_token": "<|new|>"}, ["<|new|>"]),
+    ("tokenizer_config.json", {"pad_token": "<|new|>", "unk_token": "<|other|>"}, ["<|new|>", "<|other|>"]),
+    ("special_tokens_map.json", {"additional_special_tokens": ["<|new|>"]}, ["<|new|>"]),
+    ("special_tokens_map.json", {"eos_token": {**NEW}}, ["<|new|>"]),
+    ("added_tokens.json", {"<|new|>": 400}, ["<|new|>"]),
+    ("tokenizer_config.json", {"additional_special_tokens": ["<|user|>"], "pad_token": None}, []),
+    ("added_tokens.json", {"<|user|>": 282}, []),
+]
+
+
+@pytest.mark.parametrize(("name", "table", "missing"), NAMING, ids=str)
+def test_tokens_that_only_a_configuration_names_are_told(
+    name: str, table: dict[str, Any], missing: list[str], tmp_path: Path
+) -> None:
+    """transformers appends them to the vocabulary."""
+    from transformers import AutoTokenizer
+
+    write_tokenizer(tmp_path)
+    path = tmp_path / name
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    write_json(path, before | table)
+    ours, theirs = Tokenizer.open(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert sorted(ours.unlisted) == sorted(missing)
+    assert len(theirs) == ours.vocabulary_size + len(missing)
+    assert (ours.remark is None) == (not missing)
+    for token in missing:
+        assert token in str(ours.remark) and str(ours.vocabulary_size) in str(ours.remark)
+        assert theirs.convert_tokens_to_ids(token) >= ours.vocabulary_size
