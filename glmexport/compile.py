@@ -15,6 +15,7 @@ from glmexport import __version__
 from glmexport.architecture import Architecture, Reference
 from glmexport.architecture.reference import CPU
 from glmexport.bundle import Manifest, read_manifest, write_bundle
+from glmexport.bundle.manifest import LargestActivation
 from glmexport.calibrating import cache_text, calibration_context, calibration_documents
 from glmexport.calibration import CalibrationSet, Document, evaluation_documents, pack
 from glmexport.device import device_name, peak_device_memory, plan_on, running_on
@@ -304,7 +305,7 @@ def _write(
     documents: Sequence[Document],
     progress: Progress,
 ) -> Manifest:
-    architecture = original.architecture_for(job.target)
+    architecture, largest = original.architecture_for(job.target), walk.largest_activation()
     return write_bundle(
         directory,
         architecture,
@@ -317,6 +318,7 @@ def _write(
         records=records,
         allocation=walk.allocation(),
         draft_records=walk.draft_records() if original.drafts(job.target) else (),
+        largest=LargestActivation(**largest._asdict()) if largest else None,
         tokenizer_files=original.tokenizer.files,
         cache_text=cache_text(calibration),
         progress=progress,

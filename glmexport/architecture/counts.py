@@ -10,8 +10,8 @@ _EXPERTS = ("n_routed_experts",)
 #: Every expert of a layer is two tensors or more, or a place in two stacks. Layers without experts, which no key
 #: tells apart in all families, are counted as if they had some.
 _SLACK = 4
-#: As many are described in any case: a model of dense layers may keep the key.
-_FREE = 2**16
+#: As many layers, and experts of all layers, are described in any case: a model of dense layers may keep the key.
+_FREE_LAYERS, _FREE = 2**10, 2**16
 
 
 def refuse_counts(checkpoint: Checkpoint) -> None:
@@ -24,7 +24,7 @@ def refuse_counts(checkpoint: Checkpoint) -> None:
     stacked = sum(min(entry.shape[0], entry.elements) for entry in tensors.values() if len(entry.shape) == 3)
     layers = 1
     for key in _LAYERS:
-        layers = max(layers, _count(checkpoint, key, len(tensors)))
+        layers = max(layers, _count(checkpoint, key, max(_FREE_LAYERS, len(tensors))))
     for key in _EXPERTS:
         _count(checkpoint, key, max(_FREE, _SLACK * (len(tensors) + stacked)) // layers)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from glmexport.definition import Definition
 from glmexport.errors import BundleError
@@ -102,6 +102,14 @@ class DraftGraph(Definition):
     matrices: tuple[QuantizedMatrix, ...]
 
 
+class LargestActivation(Definition):
+    """The largest number that calibration text brought about, of a bundle whose type ends early."""
+
+    magnitude: float
+    #: Key of the module that read it.
+    at: str
+
+
 class Manifest(Definition):
     """The content of bundle.json."""
 
@@ -124,6 +132,8 @@ class Manifest(Definition):
     experts: tuple[ExpertCoverage, ...] = ()
     #: Of a model with a layer that predicts tokens further ahead, where a loop of ours decodes.
     draft: DraftGraph | None = None
+    #: Of a target that computes in float16, if text was run. Left out where there is none, as in bundles of before.
+    largest_activation: LargestActivation | None = Field(default=None, exclude_if=lambda value: value is None)
     files: tuple[FileEntry, ...]
 
     def digest(self) -> str:

@@ -27,6 +27,7 @@ from glmexport.checkpoint import Checkpoint
 from glmexport.progress import Progress
 from glmexport.quantization.decisions import ALLOCATION, FOLDS, allocated_groups, decide_folds, decide_formats
 from glmexport.quantization.draft import round_draft
+from glmexport.quantization.largest import Seen
 from glmexport.quantization.linear import QuantizedLinear
 from glmexport.quantization.memory import MemoryPlan
 from glmexport.quantization.mixture import Mixture
@@ -132,6 +133,14 @@ class Walk:
             seconds += note.get("seconds", 0.0)
         return records, seconds
 
+    def largest_activation(self) -> Seen | None:
+        """The largest number that a matrix or a norm read of the calibration text; None: no text was run.
+
+        It is of the quantized model, over all positions. What matrices give is seen where the next one reads it.
+        """
+        notes = [(self.work.record(step) or {"note": {}})["note"].get("largest") for step in self.steps]
+        return max((Seen(*found) for found in notes if found), default=None)
+
     def allocation(self) -> tuple[AllocatedGroup, ...]:
         """What the budget's bits were given to, in the order of the model; nothing for a recipe without one."""
         return allocated_groups(self.work, self.architecture, self.recipe)
@@ -157,6 +166,9 @@ class Walk:
         records: list[QuantizedMatrix] = []
         activations: dict[str, Iterator[Tensor] | Activations] = {}
         elsewhere = 0.0
+        if self.streams:
+            # What trials of formats saw is of other weights.
+            self.streams.largest.take()
         if step == EMBEDDING:
             solved = self._embedding(records)
             if self.streams:
@@ -174,7 +186,8 @@ class Walk:
             elif passage:
                 activations = passage.outputs(_dequantized(solved))
         seconds = time.monotonic() - started - elsewhere
-        note = {"linears": [record.model_dump() for record in records], "seconds": seconds}
+        largest = self.streams.largest.take() if self.streams else None
+        note = {"linears": [record.model_dump() for record in records], "seconds": seconds, "largest": largest}
         self.work.commit(step, solved, note, activations)
         if index:
             self.work.drop_activations(self.steps[index - 1])

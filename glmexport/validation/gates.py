@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from glmexport.bundle import Manifest
+from glmexport.bundle.manifest import LargestActivation
 from glmexport.quantization import ExpertCoverage
 from glmexport.target import Gates
 from glmexport.validation.losses import Loss, losses
@@ -36,6 +37,11 @@ HIDDEN_SHARE = 0.25
 
 #: With about as many tokens as columns GPTQ follows chance, and can end behind rounding to nearest.
 EFFECTIVE_TOKENS = 2.0
+
+
+#: The largest number of float16. Calibration text is a sample: what comes within half of it may be passed by others.
+FLOAT16_LARGEST = 65504.0
+FLOAT16_ROOM = FLOAT16_LARGEST / 2
 
 
 @dataclass(frozen=True)
@@ -118,16 +124,31 @@ def coverage_gate(experts: Sequence[ExpertCoverage]) -> Gate:
     return counted("Cold experts", None, cold, 0, "experts", sample, otherwise=Verdict.WARN)
 
 
+def range_gate(largest: LargestActivation) -> Gate:
+    """No number may come near the end of float16: a WARN beyond half of it, a BLOCK where it becomes infinite."""
+    beyond = not largest.magnitude <= FLOAT16_LARGEST
+    return counted(
+        "Largest activation in float16",
+        None,
+        largest.magnitude,
+        FLOAT16_ROOM,
+        "magnitude",
+        f"calibration text, read by {largest.at}; float16 ends at {FLOAT16_LARGEST:,.0f}",
+        otherwise=Verdict.BLOCK if beyond else Verdict.WARN,
+    )
+
+
 def manifest_gates(manifest: Manifest) -> tuple[Gate, ...]:
-    """``build_gates`` and ``coverage_gate`` of what the build wrote down, as far as it quantized anything."""
+    """``range_gate``, ``build_gates`` and ``coverage_gate`` of what the build wrote down, as far as it did anything."""
+    ranges = (range_gate(manifest.largest_activation),) if manifest.largest_activation else ()
     if not manifest.matrices:
-        return ()
+        return ranges
     fallbacks = sum(matrix.fallback is not None for matrix in manifest.matrices)
     # Those of routed experts have a gate of their own.
     tokens = [matrix.effective_tokens_per_column for matrix in manifest.matrices if matrix.chosen is None]
     fewest = min((count for count in tokens if count is not None), default=None)
     gates = build_gates(fallbacks, fewest, len(manifest.matrices))
-    return (*gates, *((coverage_gate(manifest.experts),) if manifest.experts else ()))
+    return (*ranges, *gates, *((coverage_gate(manifest.experts),) if manifest.experts else ()))
 
 
 def prompt_gate(parity: PromptParity) -> Gate:
