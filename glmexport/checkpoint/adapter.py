@@ -67,7 +67,8 @@ class Adapter:
         if optional(path, ADAPTER_CONFIG, "the adapter") is None:
             raise CheckpointError(
                 f"{path} is no adapter: it has no {ADAPTER_CONFIG}.",
-                next_step="Give a directory that PEFT's save_pretrained wrote.",
+                next_step="Give a directory that PEFT's save_pretrained wrote"
+                + ("; a merged model is a checkpoint: give it alone." if (path / "config.json").is_file() else "."),
             )
         snapshot = Snapshot.take(path, (ADAPTER_CONFIG,))
         refuse_hazards(path, progress)

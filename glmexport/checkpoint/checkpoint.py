@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from glmexport.checkpoint.adapter import Adapter
-from glmexport.checkpoint.adapter_config import ADAPTER_CONFIG
+from glmexport.checkpoint.adapter_config import refuse_adapter
 from glmexport.checkpoint.config import ConfigReader
 from glmexport.checkpoint.derived import DerivedMatrix, packed_weights, scaled_weights, stack
 from glmexport.checkpoint.files import contained, files_digest, optional, source_name
@@ -109,12 +109,8 @@ class Checkpoint:
         if not path.is_dir():
             raise CheckpointError(f"There is no directory {path}.", next_step="Correct the path.")
         snapshot = Snapshot.take(path, (CONFIG, GENERATION_CONFIG, QUANTIZE_CONFIG))
+        refuse_adapter(path)
         refuse_hazards(path, progress)
-        if optional(path, ADAPTER_CONFIG, "the checkpoint") and not optional(path, CONFIG, "the checkpoint"):
-            raise CheckpointError(
-                f"{path} is an adapter, not a checkpoint.",
-                next_step=f"Give the checkpoint that it was trained on, and --adapter {path}.",
-            )
         refuse_gguf(path)
         config = ConfigReader.open(contained(path, CONFIG, "every checkpoint"))
         generation_path = optional(path, GENERATION_CONFIG, "the checkpoint")

@@ -66,7 +66,8 @@ def contained(directory: Path, name: str, named_by: str) -> Path:
     if not any(target.is_relative_to(allowed) for allowed in _roots(root)):
         raise CheckpointError(
             f"{path} is a link to {target}, outside of the checkpoint.",
-            next_step="Copy the file into the directory in place of the link.",
+            next_step=f"Copy the directory with the files that its links stand for (cp -rL {directory} COPY), and give "
+            "the copy.",
         )
     if not present:
         what = "is a link to a file that does not exist" if path.is_symlink() else "is not an existing file"

@@ -130,8 +130,12 @@ def test_a_link_out_of_the_checkpoint_is_refused(name: str, tmp_path: Path) -> N
     directory = write_tokenizer(write_checkpoint(tmp_path / "inside"))
     (directory / name).rename(tmp_path / name)
     (directory / name).symlink_to(tmp_path / name)
-    with pytest.raises(CheckpointError, match=f"{name} is a link to .* outside of the checkpoint"):
+    with pytest.raises(CheckpointError, match=f"{name} is a link to .* outside of the checkpoint") as refusal:
         Checkpoint.open(directory).digest()
+    assert f"cp -rL {directory} COPY" in refusal.value.next_step
+    # What it says works.
+    shutil.copytree(directory, tmp_path / "copy")
+    Checkpoint.open(tmp_path / "copy").digest()
 
 
 def test_links_inside_of_the_checkpoint_are_followed_and_broken_ones_named(tmp_path: Path) -> None:
