@@ -39,6 +39,7 @@ from glmexport.errors import (
     EXIT_MACHINE,
     GlmexportError,
 )
+from glmexport.extras import lacking
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -74,7 +75,10 @@ def _run() -> int:
         return tell(error)
     except (click.exceptions.Abort, KeyboardInterrupt, MemoryError, OSError) as error:
         return _say(*_from_outside(error))
-    except Exception:
+    except Exception as error:
+        absent = lacking(error) if isinstance(error, ImportError) else None
+        if absent:
+            return tell(absent)
         traceback.print_exc()
         return _say("This is a bug in glmexport.", "Please report it with the lines above.", EXIT_BUG)
 
