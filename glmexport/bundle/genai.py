@@ -117,7 +117,7 @@ def default_length(context_length: int, values_per_token: int, limits: GraphLimi
     """
     kind = limits.activations if limits.kv_cache == "activations" else limits.kv_cache
     held = DEFAULT_CACHE_BYTES * 8 // (values_per_token * _CACHE_BITS[kind])
-    return min(context_length, max(_LEAST_LENGTH, 2 ** (max(held, 1).bit_length() - 1)))
+    return min(context_length, max(_LEAST_LENGTH, 1 << max(held, 1).bit_length() - 1))
 
 
 def genai_config(architecture: Architecture, target: Target) -> dict[str, Any]:
