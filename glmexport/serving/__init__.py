@@ -15,6 +15,7 @@
     messages    conversations as templates read them
     orders      what a request asks of the model
     reply       answers as clients read them
+    body        bodies, as they arrive
     stream      server-sent events
     app         paths
     guard       who may ask

@@ -5,19 +5,21 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from glmexport.errors import InputError
 from glmexport.serving.answer import Answer, End, Event, Failed, Order
+from glmexport.serving.body import Bodies
 from glmexport.serving.engine import Closed, Engine, Full
 from glmexport.serving.failure import Gone, Refused
 from glmexport.serving.fields import Asked, ChatAsked, TextAsked, read_body
@@ -33,6 +35,7 @@ _RETRY = {"Retry-After": "1"}
 _log = logging.getLogger("glmexport.serving")
 
 T = TypeVar("T", bound=Asked)
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class Service:
         self._engine = engine
         self._metrics = metrics
         self._limits = reader.limits
+        self._bodies = Bodies(reader.limits)
         self.draining = False
         #: Of every answer that somebody waits for.
         self._queues: set[asyncio.Queue[Event | None]] = set()
@@ -82,17 +86,18 @@ class Service:
         for queue in self._queues:
             queue.put_nowait(Failed(_ending()))
 
+    def close(self) -> None:
+        """Read no more requests; what is being read is waited for by nobody."""
+        self._bodies.close()
+
     async def _chat(self, request: Request) -> Response:
-        asked = await self._read(request, ChatAsked)
-        # Templates and tokenizers take their time with long conversations, which others need not wait for.
-        order, grammar = await asyncio.to_thread(self._reader.chat, asked)
+        asked, (order, grammar) = await self._read(request, ChatAsked, self._reader.chat)
         head = Head.new("chatcmpl", self._facts.name)
         reply = ChatReply(head, grammar, self._reader.spell, self._metrics, logprobs=asked.logprobs)
         return await self._answered(request, asked, order, self._reader.decoding(order, chat=True), reply)
 
     async def _text(self, request: Request) -> Response:
-        asked = await self._read(request, TextAsked)
-        order = await asyncio.to_thread(self._reader.text, asked)
+        asked, order = await self._read(request, TextAsked, self._reader.text)
         head = Head.new("cmpl", self._facts.name)
         likely, ids = asked.logprobs is not None, asked.return_token_ids
         reply = TextReply(head, self._reader.spell, order.prompt, logprobs=likely, ids=ids)
@@ -127,18 +132,18 @@ class Service:
         if name not in (None, self._facts.name):
             raise Refused(404, f"There is no such model; this is {self._facts.name}.", "model", "model_not_found")
 
-    async def _read(self, request: Request, model: type[T]) -> T:
-        """The request's body as ``model``."""
+    async def _read(self, request: Request, model: type[T], order: Callable[[T], R]) -> tuple[T, R]:
+        """The request's body as ``model``, and what is ordered by it."""
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise Refused(400, "The body has to be application/json.", code="unsupported_content_type")
-        try:
-            async with asyncio.timeout(self._limits.body_s):
-                data = await _body(request, self._limits.body_bytes)
-        except TimeoutError as error:
-            raise Refused(408, "The body did not arrive in time.", headers={"Connection": "close"}) from error
-        asked = await asyncio.to_thread(read_body, data, model, self._limits)
-        self._known(asked.model)
-        return asked
+
+        def read(data: bytes) -> tuple[T, R]:
+            asked = read_body(data, model, self._limits)
+            self._known(asked.model)
+            return asked, order(asked)
+
+        async with self._bodies.body(request) as data:
+            return await self._bodies.read(partial(read, data))
 
     async def _answered(self, request: Request, asked: Asked, order: Order, text: AnswerText, reply: Reply) -> Response:
         """The answer, as a stream if that was asked for."""
@@ -230,29 +235,6 @@ def _refusal(error: Exception) -> Refused:
     if isinstance(error, MemoryError):
         return Refused(503, "There is not enough memory for this request.", headers=_RETRY)
     return Refused(500, "The model failed on this request; the server's log says how.")
-
-
-async def _body(request: Request, most: int) -> bytes:
-    """The whole body.
-
-    Raises:
-        Refused: it is longer than ``most`` bytes.
-        Gone: the client has gone.
-    """
-    length = request.headers.get("content-length", "")
-    large = Refused(413, f"A body has at most {most} bytes.", code="too_large", headers={"Connection": "close"})
-    if length.isdigit() and int(length) > most:
-        raise large
-    parts, size = [], 0
-    try:
-        async for part in request.stream():
-            size += len(part)
-            if size > most:
-                raise large
-            parts.append(part)
-    except ClientDisconnect as error:
-        raise Gone from error
-    return b"".join(parts)
 
 
 async def _refused(request: Request, error: Refused) -> Response:

@@ -7,10 +7,21 @@ otherwise take an answer for one that it is not.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
-from typing import Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    PlainValidator,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from glmexport.checkpoint.files import json_object
 from glmexport.serving.failure import Refused
@@ -45,10 +56,40 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
 }
 #: Below this, sampling differs from taking the most likely token in nothing but overflows.
 _COLDEST = 1e-4
+#: A text in JSON, or the beginning of one that is not closed, so that nothing is looked at twice.
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 
 
 class _Fields(BaseModel):
+    """Fields of which none is unknown: the first such ends the reading, as a million others would take long to list."""
+
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_others(cls, given: Any) -> Any:
+        names = {field.alias or name for name, field in cls.model_fields.items()}
+        if isinstance(given, dict) and (unknown := next((name for name in given if name not in names), None)):
+            raise PydanticCustomError("extra_forbidden", "unknown field", {"name": unknown})
+        return given
+
+
+def _listed(stop: object) -> object:
+    return [stop] if isinstance(stop, str) else stop
+
+
+def _one_prompt(given: object) -> str | list[int]:
+    """A text or token ids, or a list of one of these; of a wrong list no more is read than its first wrong item."""
+    if isinstance(given, list) and given and isinstance(given[0], (str, list)):
+        if len(given) > 1:
+            raise PydanticCustomError("unsupported_value", "One prompt a request is answered")
+        (given,) = given
+    if isinstance(given, str):
+        return given
+    # A bool is an int in Python, and no token.
+    if isinstance(given, list) and all(type(token) is int for token in given):
+        return given
+    raise PydanticCustomError("prompt_type", "A prompt is a text or a list of token ids")
 
 
 class StreamOptions(_Fields):
@@ -68,7 +109,7 @@ class Asked(_Fields):
     temperature: float = Field(default=1, ge=0, le=2, allow_inf_nan=False)
     top_p: float = Field(default=1, gt=0, le=1, allow_inf_nan=False)
     seed: int | None = None
-    stop: str | list[str] = []
+    stop: Annotated[list[str], FailFast(), BeforeValidator(_listed)] = []
     max_tokens: int | None = Field(default=None, ge=1)
 
     @property
@@ -82,7 +123,7 @@ class Asked(_Fields):
         Raises:
             Refused: too many, too long, or an empty one.
         """
-        stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        stops = tuple(self.stop)
         if len(stops) > limits.stops or any(not 0 < len(stop) <= limits.stop_characters for stop in stops):
             raise Refused(
                 400,
@@ -154,11 +195,11 @@ class TemplateSettings(_Fields):
 class ChatAsked(Asked):
     """A body of /v1/chat/completions."""
 
-    messages: list[dict[str, Any]]
+    messages: Annotated[list[dict[str, Any]], FailFast()]
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool = False
     top_logprobs: int = Field(default=0, ge=0)
-    tools: list[Tool] = []
+    tools: Annotated[list[Tool], FailFast()] = []
     tool_choice: Literal["auto", "none", "required"] | NamedTool = "auto"
     response_format: ResponseFormat | None = None
     chat_template_kwargs: TemplateSettings = TemplateSettings()
@@ -167,7 +208,7 @@ class ChatAsked(Asked):
 class TextAsked(Asked):
     """A body of /v1/completions."""
 
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: Annotated[str | list[int], PlainValidator(_one_prompt)]
     logprobs: int | None = Field(default=None, ge=0)
     return_token_ids: bool = False
 
@@ -179,17 +220,20 @@ def read_body(data: bytes, model: type[T], limits: Limits) -> T:
     """The request in a body.
 
     Raises:
-        Refused: no JSON object, nested beyond reason, or with a field that is wrong, unknown or cannot be heeded.
+        Refused: no JSON object, nested beyond reason, of too many values, or with a field that is wrong, unknown or
+            cannot be heeded. What that costs is bounded by the size of the body: the first error ends the reading.
     """
+    _check_containers(data, limits)
     try:
         given = json_object(data)
     except ValueError as error:
         raise Refused(400, f"The body cannot be read: {error}.", code="invalid_json") from error
-    if _depth(given) > limits.depth:
-        raise Refused(400, f"The body has more than {limits.depth} levels.", code="invalid_json")
+    # Of a prompt's list, the first wrong item ends the reading.
+    looked_at = {name: value for name, value in given.items() if name != "prompt" or isinstance(value, str)}
+    _check_size(looked_at, limits)
     try:
         # Half of a surrogate pair is no text, and NaN no number, wherever it stands.
-        json.dumps(given, ensure_ascii=False, allow_nan=False).encode()
+        json.dumps(looked_at, ensure_ascii=False, allow_nan=False).encode()
     except ValueError as error:
         raise Refused(400, "The body has a text or a number that is none.", code="invalid_json") from error
     fields = {name: value for name, value in given.items() if value is not None and name not in IGNORED}
@@ -206,9 +250,10 @@ def read_body(data: bytes, model: type[T], limits: Limits) -> T:
 
 def _wrong(error: ValidationError) -> Refused:
     """The first thing that is wrong, without the value, which may be long."""
-    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    first = error.errors(include_url=False, include_input=False)[0]
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
+        where = f"{where}.{first['ctx']['name']}".removeprefix(".")
         return Refused(400, f"{where} is not a field that this server knows.", where, "unknown_parameter")
     if where.startswith("tool_choice"):
         return Refused(400, "tool_choice is auto, none, required, or a function by its name.", "tool_choice")
@@ -217,16 +262,31 @@ def _wrong(error: ValidationError) -> Refused:
     return Refused(400, f"{where or 'The body'}: {first['msg']}.", where or None, first["type"])
 
 
-def _depth(value: object) -> int:
-    """Levels of arrays and objects, without recursion."""
-    level, depth = [value], 0
+def _check_containers(data: bytes, limits: Limits) -> None:
+    """Raise Refused for too many arrays and objects, which would stop all threads while they are made."""
+    if data.count(b"[") + data.count(b"{") > limits.values:
+        # Those in texts are none.
+        bare = _STRING.sub(b"", data)
+        if bare.count(b"[") + bare.count(b"{") > limits.values:
+            raise _too_many(limits)
+
+
+def _too_many(limits: Limits) -> Refused:
+    return Refused(400, f"The body has more than {limits.values} values.", code="too_many_values")
+
+
+def _check_size(value: object, limits: Limits) -> None:
+    """Raise Refused for too many levels of arrays and objects, or too many values in them; without recursion."""
+    level, depth, count = [value], 0, 0
     while level:
         within: list[object] = []
         for item in level:
-            if isinstance(item, dict):
-                within += item.values()
-            elif isinstance(item, list):
-                within += item
-        depth += bool(any(isinstance(item, (dict, list)) for item in level))
+            inner = item.values() if isinstance(item, dict) else item if isinstance(item, list) else ()
+            count += len(inner)
+            if count > limits.values:
+                raise _too_many(limits)
+            within += inner
+        depth += any(isinstance(item, (dict, list)) for item in level)
+        if depth > limits.depth:
+            raise Refused(400, f"The body has more than {limits.depth} levels.", code="invalid_json")
         level = within
-    return depth

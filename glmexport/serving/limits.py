@@ -10,8 +10,11 @@ class Limits:
     """Of one request, and of one connection."""
 
     body_bytes: int = 4 << 20
-    #: Levels of arrays and objects within each other.
+    #: Bytes of all bodies that are not read yet.
+    bodies_bytes: int = 64 << 20
+    #: Levels of arrays and objects within each other, and all values in them but the token ids of a prompt.
     depth: int = 64
+    values: int = 1 << 16
     messages: int = 4096
     tools: int = 128
     stops: int = 16
@@ -22,6 +25,9 @@ class Limits:
     #: Until the head of a request is there, and then its body.
     head_s: float = 10
     body_s: float = 30
+    #: Bytes a second, on average, that a body brings beyond its first seconds, and that a client takes of an answer.
+    bytes_per_s: int = 4 << 10
+    body_pause_s: float = 5
     #: Until a client takes what is sent to it.
     send_s: float = 60
     #: Between two requests on a connection.

@@ -73,7 +73,7 @@ class Reader:
         if asked.max_completion_tokens and asked.max_tokens not in (None, asked.max_completion_tokens):
             raise Refused(400, "max_tokens and max_completion_tokens differ.", "max_tokens")
         top = asked.top_logprobs if asked.logprobs else None
-        order = self._order(asked, self.tokenizer.encode(prompt), limit or self.limits.answer_tokens, top, guide)
+        order = self._order(asked, self._encode(prompt, "messages"), limit or self.limits.answer_tokens, top, guide)
         reasons = self.tokenizer.template_mentions(THINK) and guide is None
         grammar = Grammar(tools or None, opened if reasons else None, lenient=self.lenient)
         # The answer begins in the prompt, so that nothing of it is certain yet.
@@ -100,17 +100,34 @@ class Reader:
 
     def _prompt(self, asked: TextAsked) -> list[int]:
         prompt = asked.prompt
-        if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
-            if len(prompt) > 1:
-                raise Refused(400, "One prompt a request is answered.", "prompt", "unsupported_value")
-            (prompt,) = prompt
         if isinstance(prompt, str):
             begun = prompt.startswith("".join(GLM_PREFIX))
-            return [*([] if begun else self.tokenizer.prefix), *self.tokenizer.encode(prompt)]
-        ids = [token for token in prompt if isinstance(token, int)]
-        if any(not 0 <= token < self.tokenizer.vocabulary_size for token in ids):
+            return [*([] if begun else self.tokenizer.prefix), *self._encode(prompt, "prompt")]
+        if len(prompt) > self.context_length:
+            raise self._too_long(len(prompt), "prompt")
+        if any(not 0 <= token < self.tokenizer.vocabulary_size for token in prompt):
             raise Refused(400, f"Token ids are 0 to {self.tokenizer.vocabulary_size - 1}.", "prompt")
-        return ids
+        return prompt
+
+    def _encode(self, text: str, param: str) -> list[int]:
+        """Token ids of a text that may fit into the context; another one is not encoded at all.
+
+        Raises:
+            Refused: it is too long whatever its tokens are, or no Unicode.
+        """
+        try:
+            fewest = self.tokenizer.fewest_tokens(len(text.encode()))
+        except UnicodeEncodeError as error:
+            raise Refused(400, "A text has half of a surrogate pair.", param) from error
+        if fewest > self.context_length:
+            raise self._too_long(fewest, param)
+        return self.tokenizer.encode(text)
+
+    def _too_long(self, tokens: int, param: str) -> Refused:
+        return Refused(
+            400, f"The prompt has {tokens} tokens or more and the context {self.context_length}.", param,
+            "context_length_exceeded",
+        )  # fmt: skip
 
     def _order(self, asked: Asked, prompt: Sequence[int], limit: int, top: int | None, guide: Guide | None) -> Order:
         if limit > self.limits.answer_tokens:
@@ -121,10 +138,7 @@ class Reader:
             raise Refused(400, "The prompt is empty.", "prompt")
         room = self.context_length - len(prompt)
         if room < 1:
-            raise Refused(
-                400, f"The prompt has {len(prompt)} tokens and the context {self.context_length}.",
-                "messages" if isinstance(asked, ChatAsked) else "prompt", "context_length_exceeded",
-            )  # fmt: skip
+            raise self._too_long(len(prompt), "messages" if isinstance(asked, ChatAsked) else "prompt")
         # A stop string that is a special token, which no text shows, is an end token.
         special = self.tokenizer.special_tokens
         stops = asked.stops(self.limits)

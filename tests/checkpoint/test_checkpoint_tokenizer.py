@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +70,59 @@ def test_ids_are_those_of_transformers_without_special_tokens_added(text: str, g
     ids = tokenizer.encode(text)
     assert ids == reference(glm)(text, add_special_tokens=False)["input_ids"]
     assert tokenizer.decode(ids, skip_special=False) == text
+
+
+@pytest.mark.parametrize("text", [*TEXTS, "<|assistant|>" * 50, "the " * 500, "é🙂" * 300])
+def test_no_text_has_fewer_tokens_than_its_length_says(text: str, glm: Path) -> None:
+    tokenizer = Tokenizer.open(glm)
+    fewest = tokenizer.fewest_tokens(len(text.encode()))
+    assert fewest <= len(tokenizer.encode(text)) and (fewest > 0) == bool(text)
+
+
+def _normalized(table: dict[str, Any]) -> None:
+    table["normalizer"] = {"type": "Strip", "strip_left": True, "strip_right": True}
+
+
+def _greedy(table: dict[str, Any]) -> None:
+    table["added_tokens"][0]["rstrip"] = True
+
+
+def _cut(table: dict[str, Any]) -> None:
+    split = {"type": "Split", "pattern": {"String": " "}, "behavior": "Removed", "invert": False}
+    table["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, table["pre_tokenizer"]]}
+
+
+def _isolated(table: dict[str, Any]) -> None:
+    _cut(table)
+    table["pre_tokenizer"]["pretokenizers"][0]["behavior"] = "Isolated"
+
+
+@pytest.mark.parametrize(("change", "certain"), [(_normalized, 0), (_greedy, 0), (_cut, 0), (_isolated, 1)])
+def test_a_length_says_nothing_where_text_is_left_out(glm: Path, change: Any, certain: bool) -> None:
+    path = glm / "tokenizer.json"
+    table = json.loads(path.read_text(encoding="utf-8"))
+    change(table)
+    write_json(path, table)
+    assert bool(Tokenizer.open(glm).fewest_tokens(10**6)) == certain
+
+
+def test_other_threads_run_while_a_text_is_encoded(glm: Path) -> None:
+    tokenizer, done, gaps = Tokenizer.open(glm), threading.Event(), [0.0]
+
+    def look() -> None:
+        last = time.monotonic()
+        while not done.wait(0.001):
+            gaps.append(time.monotonic() - last)
+            last = time.monotonic()
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    begun = time.monotonic()
+    tokenizer.encode("the other Himmel, " * 100_000)
+    took_s = time.monotonic() - begun
+    done.set()
+    looking.join()
+    assert max(gaps) < max(0.5, took_s / 2)
 
 
 @pytest.mark.parametrize("prompt", [False, True])

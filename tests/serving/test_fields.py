@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -91,3 +92,32 @@ def test_a_text_or_a_refusal(reader: Reader, body: Any) -> None:
 def test_bytes_that_are_no_json(data: bytes) -> None:
     with pytest.raises(Refused):
         read_body(data, TextAsked, LIMITS)
+
+
+def test_brackets_in_texts_are_no_arrays() -> None:
+    text = '[{"\\' * 40_000
+    assert read_body(sent({"prompt": text}), TextAsked, LIMITS).prompt == text
+
+
+@pytest.mark.parametrize(
+    "data", [b'{"a": "' + b'\\"[' * 1_000_000, b'"[' * 2_000_001, b"\\" * 2_000_000 + b"[" * 70_000]
+)
+def test_texts_that_are_not_closed_are_looked_at_once(data: bytes) -> None:
+    begun = time.process_time()
+    with pytest.raises(Refused):
+        read_body(data, TextAsked, LIMITS)
+    assert time.process_time() - begun < 2
+
+
+def test_the_first_wrong_field_is_told_and_no_more_of_it_than_is_read() -> None:
+    with pytest.raises(Refused) as raised:
+        read_body(sent({"prompt": "a", "x" * 100_000: 1}), TextAsked, LIMITS)
+    assert raised.value.code == "unknown_parameter" and len(json.dumps(raised.value.document)) < 2000
+
+
+def test_a_text_that_cannot_fit_is_not_encoded(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
+    longest = 4095 * max(len(text.encode()) for text in reader.tokenizer.special_tokens)
+    assert reader.text(TextAsked(prompt="a" * 4000)).prompt
+    monkeypatch.setattr(Tokenizer, "encode", lambda *_: pytest.fail("it was encoded"))
+    with pytest.raises(Refused, match="context"):
+        reader.text(TextAsked(prompt="a" * (40 * longest)))
