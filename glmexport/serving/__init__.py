@@ -19,6 +19,7 @@
     stream      server-sent events
     app         paths
     guard       who may ask
+    connection  HTTP on one connection, and its times
     listen      the socket, and how it is left
     server      all of it
 

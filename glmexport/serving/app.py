@@ -62,6 +62,7 @@ class Service:
         self._limits = reader.limits
         self._bodies = Bodies(reader.limits)
         self.draining = False
+        self._given_up = False
         #: Of every answer that somebody waits for.
         self._queues: set[asyncio.Queue[Event | None]] = set()
 
@@ -82,13 +83,19 @@ class Service:
         return application
 
     def give_up(self) -> None:
-        """End every answer, and tell so."""
+        """End every answer, and tell so; no other is begun."""
+        self._given_up = True
         for queue in self._queues:
             queue.put_nowait(Failed(_ending()))
 
     def close(self) -> None:
         """Read no more requests; what is being read is waited for by nobody."""
         self._bodies.close()
+
+    @property
+    def reading(self) -> bool:
+        """Whether a request is still being read."""
+        return self._bodies.reading
 
     async def _chat(self, request: Request) -> Response:
         asked, (order, grammar) = await self._read(request, ChatAsked, self._reader.chat)
@@ -152,7 +159,7 @@ class Service:
             # What fails before there is anything to show is told by the status.
             first = await anext(events)
             usage = bool(asked.stream_options and asked.stream_options.include_usage)
-            return EventStream(_chunks(first, events, reply, usage), self._limits.send_s)
+            return EventStream(_chunks(first, events, reply, usage))
         async with aclosing(events):
             async for event in events:
                 if isinstance(event, End):
@@ -168,6 +175,8 @@ class Service:
             Refused: it cannot be given, or not be finished.
             Gone: the client has gone.
         """
+        if self._given_up:
+            raise _ending()
         queue: asyncio.Queue[Event | None] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 

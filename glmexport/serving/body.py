@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
@@ -28,6 +28,7 @@ class Bodies:
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._held = 0
+        self._futures: set[Future[Any]] = set()
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="reading")
 
     @asynccontextmanager
@@ -67,7 +68,15 @@ class Bodies:
 
     async def read(self, work: Callable[[], T]) -> T:
         """What ``work`` makes of a body, which others need not wait for."""
-        return await asyncio.get_running_loop().run_in_executor(self._readers, work)
+        future = self._readers.submit(work)
+        self._futures.add(future)
+        future.add_done_callback(self._futures.discard)
+        return await asyncio.wrap_future(future)
+
+    @property
+    def reading(self) -> bool:
+        """Whether a thread is still at it."""
+        return any(future.running() for future in list(self._futures))
 
     def close(self) -> None:
         """Read nothing more, and wait for nobody."""

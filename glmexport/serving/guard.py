@@ -7,6 +7,7 @@ host.
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import ipaddress
 import logging
@@ -68,7 +69,8 @@ class Guard:
         except Refused as refused:
             if not begun:
                 await refused.response(scope, receive, noting)
-        except Gone:
+        except (Gone, asyncio.CancelledError):
+            # The server cancels at its very end, when it has left the connection.
             pass
         except Exception:
             _log.exception("A request failed.")

@@ -28,7 +28,11 @@ class Limits:
     #: Bytes a second, on average, that a body brings beyond its first seconds, and that a client takes of an answer.
     bytes_per_s: int = 4 << 10
     body_pause_s: float = 5
-    #: Until a client takes what is sent to it.
+    #: Parts of a body whose length is not told.
+    chunks: int = 1 << 14
+    #: At a time; fewer where the process may open fewer files.
+    connections: int = 512
+    #: How long a client may be slow with an answer, beside the time that its size takes.
     send_s: float = 60
     #: Between two requests on a connection.
     idle_s: float = 30

@@ -35,7 +35,7 @@ from glmexport.validation.generation import loop_facts
 #: A shorter key can be guessed.
 _KEY_CHARACTERS = 16
 #: How long the engine has to end its step once nobody waits for it.
-_LAST_STEP_S = 10
+_LAST_STEP_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Serving:
 def serve(bundle: Path, options: ServeOptions, told: Callable[[Serving], None]) -> bool:
     """Answer requests until SIGTERM or SIGINT; ``told`` once the model is in memory.
 
-    Returns: whether the thread that computes has ended, without which the process should not be torn down.
+    Returns: whether the threads that compute and read have ended, without which the process should not be torn down.
 
     Raises:
         InputError: the bundle, the key file or the address cannot be used.
@@ -151,7 +151,7 @@ class _Served:
         asyncio.run(self._run())
         if self._error:
             raise self._error
-        return self._engine.join(_LAST_STEP_S)
+        return self._engine.join(_LAST_STEP_S) and not self._service.reading
 
     async def _run(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -161,6 +161,7 @@ class _Served:
             await self._server.listen()
         finally:
             alive.cancel()
+            self._service.close()
             self._engine.close()
 
     async def _tell_alive(self) -> None:
