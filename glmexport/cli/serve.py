@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
 from pathlib import Path
@@ -96,6 +95,7 @@ def serve(
         ) from error
 
     from glmexport.serving.limits import Limits
+    from glmexport.serving.log import install as install_log
     from glmexport.serving.server import ServeOptions, Serving
     from glmexport.serving.server import serve as run
     from glmexport.validation.speculation import DEFAULT_TOKENS
@@ -103,10 +103,7 @@ def serve(
     if batch and speculate != "none":
         raise InputError("Tokens are either guessed or computed together.", next_step="Leave out one of the two.")
     terminal = Terminal()
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(message)s")
-    # What strangers send is no business of the log's.
-    for noisy in ("uvicorn.error", "asyncio"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+    install_log(sys.stderr)
 
     def tell(serving: Serving) -> None:
         where = "a socket that was handed over" if serving.inherited else serving.url

@@ -11,6 +11,7 @@
     metrics     what is counted
     engine      the thread that owns the model
     failure     errors as clients read them
+    log         what is logged
     fields      what of a request is read, ignored or refused
     messages    conversations as templates read them
     orders      what a request asks of the model

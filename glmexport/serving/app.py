@@ -21,8 +21,10 @@ from glmexport.errors import InputError
 from glmexport.serving.answer import Answer, End, Event, Failed, Order
 from glmexport.serving.body import Bodies
 from glmexport.serving.engine import Closed, Engine, Full
-from glmexport.serving.failure import Gone, Refused
+from glmexport.serving.failure import FAILED, Gone, Refused
 from glmexport.serving.fields import Asked, ChatAsked, TextAsked, read_body
+from glmexport.serving.guard import REQUEST
+from glmexport.serving.log import described
 from glmexport.serving.metrics import Metrics
 from glmexport.serving.orders import Reader
 from glmexport.serving.reply import ChatReply, Head, Reply, TextReply
@@ -197,7 +199,7 @@ class Service:
                 if event is None:
                     raise Gone
                 if isinstance(event, Failed):
-                    raise _refusal(event.error)
+                    raise _refusal(event.error, request)
                 yield event
             yield event
         finally:
@@ -234,16 +236,16 @@ def _ending() -> Refused:
     return Refused(503, "The server is about to end.", code="draining", headers=_RETRY)
 
 
-def _refusal(error: Exception) -> Refused:
+def _refusal(error: Exception, request: Request) -> Refused:
     """What a client is told of a failure in the engine."""
     if isinstance(error, Refused):
         return error
     if isinstance(error, InputError):
         return Refused(400, str(error))
-    _log.error("An answer failed.", exc_info=error)
+    _log.error("The answer to request %s failed: %s.", request.scope["state"][REQUEST], described(error))
     if isinstance(error, MemoryError):
         return Refused(503, "There is not enough memory for this request.", headers=_RETRY)
-    return Refused(500, "The model failed on this request; the server's log says how.")
+    return Refused(500, "The model failed on this request; the log says where, at the name in X-Request-Id.")
 
 
 async def _refused(request: Request, error: Refused) -> Response:
@@ -256,7 +258,7 @@ async def _gone(request: Request, error: Gone) -> Response:
 
 
 async def _failed(request: Request, error: Exception) -> Response:
-    return Refused(500, "The server failed; its log says how.").response
+    return FAILED.response
 
 
 async def _unrouted(request: Request, error: HTTPException) -> Response:

@@ -51,6 +51,9 @@ class Refused(Exception):
         return JSONResponse(self.document, self.status, dict(self.headers))
 
 
+FAILED = Refused(500, "The server failed; its log says where, at the name in X-Request-Id.")
+
+
 def _told(text: str) -> str:
     """A text that can be sent: not too long, and without halves of surrogate pairs."""
     short = text if len(text) <= _LONGEST else f"{text[:_LONGEST]} …"

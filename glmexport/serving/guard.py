@@ -11,13 +11,15 @@ import asyncio
 import hmac
 import ipaddress
 import logging
+import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from glmexport.serving.failure import Gone, Refused
+from glmexport.serving.failure import FAILED, Gone, Refused
+from glmexport.serving.log import described
 
 if TYPE_CHECKING:
     from glmexport.serving.metrics import Metrics
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 #: Answered without a key, so that whoever starts the server can see whether it is there.
 _OPEN = frozenset({"/healthz", "/readyz"})
+
+#: Where the state of a request has its name.
+REQUEST = "request_id"
 
 _log = logging.getLogger("glmexport.serving")
 
@@ -52,6 +57,9 @@ class Guard:
         if scope["type"] != "http":
             return
         begun = False
+        # By it, what a client saw and what the log has can be put together.
+        name = f"req_{secrets.token_hex(12)}"
+        scope["state"] = {**scope.get("state", {}), REQUEST: name}
 
         async def noting(message: Message) -> None:
             nonlocal begun
@@ -59,8 +67,9 @@ class Guard:
             if message["type"] == "http.response.start":
                 if message["status"] >= 400:
                     self._metrics.refused.labels(str(message["status"])).inc()
-                if self.closing:
-                    message["headers"] = [*message["headers"], (b"connection", b"close")]
+                closing = [(b"connection", b"close")] if self.closing else []
+                headers = [*message["headers"], (b"x-request-id", name.encode()), *closing]
+                message = {**message, "headers": headers}
             await send(message)
 
         try:
@@ -72,10 +81,10 @@ class Guard:
         except (Gone, asyncio.CancelledError):
             # The server cancels at its very end, when it has left the connection.
             pass
-        except Exception:
-            _log.exception("A request failed.")
+        except Exception as error:
+            _log.error("Request %s failed: %s.", name, described(error))
             if not begun:
-                await Refused(500, "The server failed; its log says how.").response(scope, receive, noting)
+                await FAILED.response(scope, receive, noting)
 
     def _check(self, scope: Scope) -> None:
         """Raise Refused unless the request may be answered."""

@@ -22,6 +22,7 @@ from glmexport.errors import InputError, MachineError
 from glmexport.serving.connection import LATE_S, Connection
 from glmexport.serving.guard import is_loopback
 from glmexport.serving.limits import Limits
+from glmexport.serving.log import on_loop_failure
 
 #: The first file descriptor that systemd hands over.
 _FIRST_FD = 3
@@ -188,6 +189,7 @@ class Server(uvicorn.Server):
 
     async def listen(self) -> None:
         """Until a signal ends it, and what was accepted is answered."""
+        asyncio.get_running_loop().set_exception_handler(on_loop_failure)
         await self.serve([self._listener])
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:

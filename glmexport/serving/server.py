@@ -13,7 +13,7 @@ from pathlib import Path
 
 from glmexport.bundle import MANIFEST, Manifest, read_manifest, verify_files
 from glmexport.checkpoint import Tokenizer
-from glmexport.errors import InputError, MachineError
+from glmexport.errors import GlmexportError, InputError, MachineError
 from glmexport.loop import read_loop
 from glmexport.serving.app import Facts, Service
 from glmexport.serving.engine import Engine, EngineOptions
@@ -28,6 +28,7 @@ from glmexport.serving.listen import (
     url_of,
     watchdog_s,
 )
+from glmexport.serving.log import described
 from glmexport.serving.metrics import Metrics
 from glmexport.serving.orders import Reader
 from glmexport.validation.generation import loop_facts
@@ -149,8 +150,11 @@ class _Served:
         """Until the server has ended."""
         self._told = told
         asyncio.run(self._run())
-        if self._error:
+        if isinstance(self._error, (GlmexportError, MemoryError, OSError)):
             raise self._error
+        if self._error:
+            # What a library says may be about a request.
+            raise RuntimeError(f"The thread that computes failed: {described(self._error)}.") from None
         return self._engine.join(_LAST_STEP_S) and not self._service.reading
 
     async def _run(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from glmexport.serving.failure import Gone, Refused
+from glmexport.serving.failure import FAILED, Gone, Refused
 
 _DONE = b"data: [DONE]\n\n"
 
@@ -45,4 +45,9 @@ class EventStream(Response):
                         await pass_on(event(document))
                 except Refused as refused:
                     await pass_on(event(refused.document))
+                except Exception:
+                    # Whatever it is, the client is told that the answer is not whole; who called logs it.
+                    await pass_on(event(FAILED.document))
+                    await pass_on(_DONE, more=False)
+                    raise
                 await pass_on(_DONE, more=False)

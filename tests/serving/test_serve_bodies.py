@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
@@ -41,7 +41,7 @@ def calls(value: Any) -> list[Any]:
     return [*user(), {"role": "assistant", "tool_calls": value}]
 
 
-BODIES = {
+BODIES: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     "a long message": (CHAT_PATH, lambda: chat(messages=user(content="hello you, 12 " * (SIZE // 14)))),
     "a long text": (TEXT_PATH, lambda: {"prompt": "hello you, 12 " * (SIZE // 14)}),
     "stops that are no texts": (CHAT_PATH, lambda: chat(stop=many("1"))),
