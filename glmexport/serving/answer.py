@@ -36,6 +36,9 @@ class Order:
     #: Whether the end token is told, too.
     tells_end: bool = False
     guide: Guide | None = None
+    #: The key that it was asked with, by its number; None: none. What was computed for one is not gone on with for
+    #: another, which would be quicker, and so would tell what it had been asked.
+    key: int | None = None
 
 
 @dataclass

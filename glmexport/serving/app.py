@@ -7,7 +7,7 @@ import logging
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -23,7 +23,7 @@ from glmexport.serving.body import Bodies
 from glmexport.serving.engine import Closed, Engine, Full
 from glmexport.serving.failure import FAILED, Gone, Refused
 from glmexport.serving.fields import Asked, ChatAsked, TextAsked, read_body
-from glmexport.serving.guard import REQUEST
+from glmexport.serving.guard import KEY, REQUEST
 from glmexport.serving.log import described
 from glmexport.serving.metrics import Metrics
 from glmexport.serving.orders import Reader
@@ -185,6 +185,7 @@ class Service:
         def listen(event: Event) -> None:
             loop.call_soon_threadsafe(queue.put_nowait, event)
 
+        order = replace(order, key=request.scope["state"][KEY])
         answer = Answer(order, text, listen, self._metrics.gap.observe)
         try:
             self._engine.submit(answer)

@@ -171,7 +171,7 @@ class _Shift:
         length = len(order.prompt) + order.max_tokens
         if order.guide:
             return GuidedTurns(answer, model.guided(length, order.guide, order.sampling), model.chunk)
-        sequence = self._kept.take(order.prompt, length) if self._options.reuse else None
+        sequence = self._kept.take(order.prompt, length, order.key) if self._options.reuse else None
         if sequence is None:
             self._kept.drop(self._options.parallel - len(self._running) - 1)
             sequence = model.begin(length)
@@ -225,7 +225,7 @@ class _Shift:
         if isinstance(turns, FreeTurns):
             self._metrics.guessed(turns.drafted, turns.accepted)
             if self._options.reuse:
-                self._kept.keep(turns.sequence)
+                self._kept.keep(turns.sequence, turns.answer.order.key)
                 self._kept.drop(self._options.parallel - len(self._running))
             else:
                 turns.sequence.close()

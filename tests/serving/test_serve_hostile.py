@@ -221,6 +221,7 @@ def test_a_key_is_needed_where_there_is_one(bundle: Path, tmp_path: Path, run: R
     )
     try:
         _locked(server)
+        _apart(server)
         _lenient(server)
         _full(server)
         _given_up(server)
@@ -245,6 +246,17 @@ def _locked(server: Served) -> None:
         refused(http.get("/v1/models", headers={**right, "host": "other.example"}), 403)
     with pytest.raises(Exception, match="401"):
         server.client(api_key="wrong-key").models.list()
+
+
+def _apart(server: Served) -> None:
+    """What one key asked is gone on with for that key, and tells another nothing."""
+    asked = {"prompt": "a" * 1200, "max_tokens": 1}
+    cached = []
+    for key in ("first", "first", "second", "second"):
+        with server.http(headers={"authorization": f"Bearer {key}-key-of-the-house"}) as http:
+            usage = http.post("/v1/completions", json=asked).json()["usage"]
+            cached.append(usage["prompt_tokens_details"]["cached_tokens"])
+    assert cached[0] == cached[2] == 0 < cached[1] == cached[3]
 
 
 def _lenient(server: Served) -> None:
