@@ -1,6 +1,7 @@
 """A bundle behind the HTTP API that clients of OpenAI's speak.
 
     limits      how much one request may ask for
+    names       names of tools
     sampling    tokens from logits
     text        text as it becomes certain
     grammar     reasoning and tool calls in it

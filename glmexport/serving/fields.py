@@ -26,6 +26,7 @@ from pydantic_core import PydanticCustomError
 from glmexport.checkpoint.files import json_object
 from glmexport.serving.failure import Refused
 from glmexport.serving.limits import Limits
+from glmexport.serving.names import TOOL_NAME, is_tool_name
 
 #: Of the client's own bookkeeping: read by nobody.
 IGNORED = frozenset(
@@ -133,10 +134,19 @@ class Asked(_Fields):
         return stops
 
 
+def _tool_name(given: object) -> str:
+    if not isinstance(given, str) or not is_tool_name(given):
+        raise PydanticCustomError("tool_name", TOOL_NAME)
+    return given
+
+
+ToolName = Annotated[str, PlainValidator(_tool_name)]
+
+
 class Function(_Fields):
     """A tool's declaration."""
 
-    name: str = Field(min_length=1, max_length=256, pattern=r"^\S+$")
+    name: ToolName
     description: str | None = None
     parameters: dict[str, Any] | None = None
     #: Whether arguments must follow the schema, which a free answer cannot promise.
@@ -146,7 +156,7 @@ class Function(_Fields):
 class NamedFunction(_Fields):
     """A tool by its name."""
 
-    name: str
+    name: ToolName
 
 
 class NamedTool(_Fields):
@@ -223,9 +233,8 @@ def read_body(data: bytes, model: type[T], limits: Limits) -> T:
         Refused: no JSON object, nested beyond reason, of too many values, or with a field that is wrong, unknown or
             cannot be heeded. What that costs is bounded by the size of the body: the first error ends the reading.
     """
-    _check_containers(data, limits)
     try:
-        given = json_object(data)
+        given = bounded_object(data, limits)
     except ValueError as error:
         raise Refused(400, f"The body cannot be read: {error}.", code="invalid_json") from error
     # Of a prompt's list, the first wrong item ends the reading.
@@ -262,13 +271,19 @@ def _wrong(error: ValidationError) -> Refused:
     return Refused(400, f"{where or 'The body'}: {first['msg']}.", where or None, first["type"])
 
 
-def _check_containers(data: bytes, limits: Limits) -> None:
-    """Raise Refused for too many arrays and objects, which would stop all threads while they are made."""
+def bounded_object(data: bytes, limits: Limits) -> dict[str, object]:
+    """The JSON object in ``data``, unless it has too many arrays and objects: making them stops all other threads.
+
+    Raises:
+        Refused: it has.
+        ValueError: as ``json_object`` does.
+    """
     if data.count(b"[") + data.count(b"{") > limits.values:
         # Those in texts are none.
         bare = _STRING.sub(b"", data)
         if bare.count(b"[") + bare.count(b"{") > limits.values:
             raise _too_many(limits)
+    return json_object(data)
 
 
 def _too_many(limits: Limits) -> Refused:

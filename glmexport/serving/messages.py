@@ -6,8 +6,10 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from glmexport.checkpoint.files import json_object
 from glmexport.serving.failure import Refused
+from glmexport.serving.fields import bounded_object
+from glmexport.serving.limits import Limits
+from glmexport.serving.names import TOOL_NAME, is_tool_name
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 _COMMON = {"role", "content", "name"}
@@ -19,18 +21,18 @@ _MORE = {
 _DROPPED = ("refusal", "audio", "annotations", "function_call")
 
 
-def template_messages(messages: Sequence[Mapping[str, Any]], most: int) -> list[dict[str, object]]:
+def template_messages(messages: Sequence[Mapping[str, Any]], limits: Limits) -> list[dict[str, object]]:
     """The messages with content as text and the arguments of calls as objects.
 
     Raises:
-        Refused: none or more than ``most``, an unknown role, or something that is no text.
+        Refused: none or more than ``limits`` allow, an unknown role, or something that is no text.
     """
-    if not 0 < len(messages) <= most:
-        raise Refused(400, f"A conversation has 1 to {most} messages.", "messages")
-    return [_message(message, f"messages.{at}") for at, message in enumerate(messages)]
+    if not 0 < len(messages) <= limits.messages:
+        raise Refused(400, f"A conversation has 1 to {limits.messages} messages.", "messages")
+    return [_message(message, f"messages.{at}", limits) for at, message in enumerate(messages)]
 
 
-def _message(message: Mapping[str, Any], where: str) -> dict[str, object]:
+def _message(message: Mapping[str, Any], where: str, limits: Limits) -> dict[str, object]:
     role = message.get("role")
     if not isinstance(role, str) or role not in _ROLES:
         raise Refused(400, f"{where}: role is none of {', '.join(_ROLES)}.", f"{where}.role")
@@ -45,7 +47,9 @@ def _message(message: Mapping[str, Any], where: str) -> dict[str, object]:
         elif key == "content":
             made[key] = _text(value, f"{where}.content")
         elif key == "tool_calls":
-            made[key] = _calls(value, f"{where}.tool_calls")
+            made[key] = _calls(value, f"{where}.tool_calls", limits)
+        elif key == "name" and role == "tool" and not is_tool_name(value):
+            raise Refused(400, f"{where}: {TOOL_NAME}.", f"{where}.name")
         elif isinstance(value, str):
             made[key] = value
         else:
@@ -70,20 +74,23 @@ def _text(content: object, where: str) -> str:
     return "".join(texts)
 
 
-def _calls(calls: object, where: str) -> list[dict[str, object]]:
+def _calls(calls: object, where: str, limits: Limits) -> list[dict[str, object]]:
     if not isinstance(calls, list):
         raise Refused(400, f"{where} is no array.", where)
-    return [_call(call, f"{where}.{at}") for at, call in enumerate(calls)]
+    return [_call(call, f"{where}.{at}", limits) for at, call in enumerate(calls)]
 
 
-def _call(call: object, where: str) -> dict[str, object]:
+def _call(call: object, where: str, limits: Limits) -> dict[str, object]:
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise Refused(400, f"{where} is no call of a function.", where)
+    if not is_tool_name(function["name"]):
+        raise Refused(400, f"{where}: {TOOL_NAME}.", f"{where}.function.name")
     arguments = function.get("arguments", "{}")
     try:
         # OpenAI's form has them as text, templates read an object.
-        read = json_object((arguments if isinstance(arguments, str) else json.dumps(arguments)).encode() or b"{}")
+        text = arguments if isinstance(arguments, str) else json.dumps(arguments)
+        read = bounded_object(text.encode() or b"{}", limits)
     except ValueError as error:
         raise Refused(400, f"{where}: arguments cannot be read: {error}.", f"{where}.function.arguments") from error
     made: dict[str, object] = {"type": "function", "function": {"name": function["name"], "arguments": read}}

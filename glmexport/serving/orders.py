@@ -60,7 +60,7 @@ class Reader:
             thinking = False
         if thinking is not None:
             settings["enable_thinking"] = thinking
-        messages = template_messages(asked.messages, self.limits.messages)
+        messages = template_messages(asked.messages, self.limits)
         try:
             prompt = self.tokenizer.render(messages, add_generation_prompt=True, **settings)
         except CheckpointError as error:

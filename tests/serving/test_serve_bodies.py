@@ -65,6 +65,10 @@ BODIES: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
         lambda: chat(tools=[{"type": "function", "function": {"name": "f", "parameters": {"enum": many("1")}}}]),
     ),
     "calls that are none": (CHAT_PATH, lambda: chat(messages=calls(many("1")))),
+    "arguments of a call": (
+        CHAT_PATH,
+        lambda: chat(messages=calls([{"function": {"name": "f", "arguments": json.dumps({"a": [[]] * (SIZE // 5)})}}])),
+    ),
     "biases": (CHAT_PATH, lambda: chat(logit_bias=fields())),
     "what is not read": (CHAT_PATH, lambda: chat(metadata=many("[]"))),
     "a schema": (

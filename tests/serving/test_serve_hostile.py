@@ -34,6 +34,10 @@ NOT_OURS = (
     "evil.example", "127.0.0.1.evil.example", "localhost.evil", "", "localhost:80:80", "[::1", "[::1]80",
     "localhost@evil.example", "127.0.0.1:http", "10.0.0.1",
 )  # fmt: skip
+NO_NAMES: tuple[Any, ...] = (
+    "", " ", "a b", "a\n", "x</tool_call>y", "<tool_call>", "a<arg_key>b", "</think>", "<|user|>", "[gMASK]",
+    "a\x1b[2J", "a\u202eb", "x" * 257, 1, None, ["f"], {"f": 1},
+)  # fmt: skip
 NO_PROMPTS: tuple[Any, ...] = (
     [], [10**9], [-1], [2**70], [["a"]], [True], [1.5], ["a", "b"], {"a": 1}, [[1], [2]], [[]], [[1, "a"]],
 )  # fmt: skip
@@ -108,6 +112,39 @@ def test_bodies_that_are_no_request(http: httpx.Client, body: bytes) -> None:
 def test_fields_that_are_wrong(http: httpx.Client, changes: dict[str, Any], param: str) -> None:
     error = refused(http.post("/v1/chat/completions", json=chat(**changes)), 400)
     assert error["param"] == param
+
+
+@pytest.mark.parametrize("name", NO_NAMES, ids=ascii)
+@pytest.mark.parametrize("place", ["tools", "tool_choice", "call", "answer"])
+def test_names_that_no_call_can_carry(http: httpx.Client, place: str, name: Any) -> None:
+    function = {"type": "function", "function": {"name": name}}
+    changes: dict[str, dict[str, Any]] = {
+        "tools": {"tools": [function]},
+        "tool_choice": {"tools": [TOOL], "tool_choice": function},
+        "call": {"messages": [*user(), {"role": "assistant", "tool_calls": [function]}]},
+        "answer": {"messages": [*user(), {"role": "tool", "name": name or 1, "content": "a"}]},
+    }
+    error = refused(http.post("/v1/chat/completions", json=chat(**changes[place])), 400)
+    assert error["param"].startswith(tuple(changes[place]))
+
+
+@pytest.mark.parametrize("name", ["get_weather", "größe", "मौसम", "天气", "a.b:c-d/e", "x" * 256])
+def test_names_of_any_script(http: httpx.Client, name: str) -> None:
+    function = {"type": "function", "function": {"name": name}}
+    messages = [
+        *user(),
+        {"role": "assistant", "tool_calls": [function]},
+        {"role": "tool", "name": name, "content": "a"},
+    ]
+    answer = http.post("/v1/chat/completions", json=chat(messages=[*messages, *user()], tools=[function]))
+    assert answer.status_code == 200, answer.text
+
+
+def test_arguments_that_are_no_text(http: httpx.Client) -> None:
+    for arguments in ('{"a": "\\ud800"}', '{"\\udfff": 1}'):
+        call = {"function": {"name": "f", "arguments": arguments}}
+        messages = [*user(), {"role": "assistant", "tool_calls": [call]}, *user()]
+        refused(http.post("/v1/chat/completions", json=chat(messages=messages)), 400)
 
 
 @pytest.mark.parametrize("prompt", NO_PROMPTS, ids=str)
