@@ -61,7 +61,7 @@ class Service:
         self._reader = reader
         self._engine = engine
         self._metrics = metrics
-        self._limits = reader.limits
+        self._limits = replace(reader.limits, prompt_ids=reader.context_length)
         self._bodies = Bodies(reader.limits)
         self.draining = False
         self._given_up = False

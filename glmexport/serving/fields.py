@@ -57,8 +57,8 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
 }
 #: Below this, sampling differs from taking the most likely token in nothing but overflows.
 _COLDEST = 1e-4
-#: A text in JSON, or the beginning of one that is not closed, so that nothing is looked at twice.
-_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
+#: What separates values in JSON, and texts; also one that is not closed, so that nothing is looked at twice.
+_STRUCTURE = re.compile(rb'[\[{,]|"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 
 
 class _Fields(BaseModel):
@@ -234,7 +234,7 @@ def read_body(data: bytes, model: type[T], limits: Limits) -> T:
             cannot be heeded. What that costs is bounded by the size of the body: the first error ends the reading.
     """
     try:
-        given = bounded_object(data, limits)
+        given = bounded_object(data, limits, limits.prompt_ids if "prompt" in model.model_fields else 0)
     except ValueError as error:
         raise Refused(400, f"The body cannot be read: {error}.", code="invalid_json") from error
     # Of a prompt's list, the first wrong item ends the reading.
@@ -271,19 +271,37 @@ def _wrong(error: ValidationError) -> Refused:
     return Refused(400, f"{where or 'The body'}: {first['msg']}.", where or None, first["type"])
 
 
-def bounded_object(data: bytes, limits: Limits) -> dict[str, object]:
-    """The JSON object in ``data``, unless it has too many arrays and objects: making them stops all other threads.
+def bounded_object(data: bytes, limits: Limits, ids: int = 0) -> dict[str, object]:
+    """The JSON object in ``data``, unless it has too many values: making them stops all other threads.
+
+    Args:
+        data: UTF-8.
+        limits: how many values there may be.
+        ids: how many more, which are the tokens of a prompt.
 
     Raises:
-        Refused: it has.
+        Refused: there are more.
         ValueError: as ``json_object`` does.
     """
-    if data.count(b"[") + data.count(b"{") > limits.values:
-        # Those in texts are none.
-        bare = _STRING.sub(b"", data)
-        if bare.count(b"[") + bare.count(b"{") > limits.values:
-            raise _too_many(limits)
+    if _exceeds(data, limits.values, ids):
+        raise _too_many(limits)
     return json_object(data)
+
+
+def _exceeds(data: bytes, values: int, ids: int) -> bool:
+    """Whether JSON has more arrays and objects, texts or commas than so many values and ``ids`` may have."""
+    if data.count(b"[") + data.count(b"{") <= values and data.count(b",") <= values + ids:
+        return False
+    # Some may be within texts. One by one, so that other threads run, and no further than there may be.
+    containers = commas = texts = 0
+    for found in _STRUCTURE.finditer(data):
+        byte = found[0]
+        containers += byte in (b"[", b"{")
+        commas += byte == b","
+        texts += len(byte) > 1
+        if containers > values or commas > values + ids or texts > 2 * values:
+            return True
+    return False
 
 
 def _too_many(limits: Limits) -> Refused:

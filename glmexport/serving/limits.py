@@ -15,6 +15,8 @@ class Limits:
     #: Levels of arrays and objects within each other, and all values in them but the token ids of a prompt.
     depth: int = 64
     values: int = 1 << 16
+    #: What a server sets to the length of the context.
+    prompt_ids: int = 1 << 20
     messages: int = 4096
     tools: int = 128
     stops: int = 16

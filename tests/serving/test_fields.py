@@ -13,6 +13,7 @@ import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from served import PATIENCE_S
 from test_engine import Waiting, client_of, surface
 
@@ -166,3 +167,18 @@ def test_an_answer_or_a_refusal(answering: Guard, body: Any, kind: str) -> None:
     answer = asyncio.run(ask())
     assert answer.status_code in (200, 400, 404), answer.text
     assert "The server failed" not in answer.text and "The model failed" not in answer.text
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"stop": [1] * 60_000}, {"tools": [1] * 60_000}, {"messages": [1] * 60_000},
+        {f"x{at}": 1 for at in range(60_000)},
+        {"tools": [{"type": "function", "function": dict.fromkeys(map(str, range(60_000)))}]},
+    ],
+    ids=range(5),
+)  # fmt: skip
+def test_no_more_than_one_error_is_made(changes: dict[str, Any]) -> None:
+    with pytest.raises(Refused) as raised:
+        read_body(sent({"messages": [], **changes}), ChatAsked, LIMITS)
+    assert isinstance(raised.value.__cause__, ValidationError) and raised.value.__cause__.error_count() == 1

@@ -19,8 +19,8 @@ SIZE = 4_000_000
 CHAT_PATH, TEXT_PATH = "/v1/chat/completions", "/v1/completions"
 TOOL = {"type": "function", "function": {"name": "f"}}
 #: How long others wait at most; a busy machine has its share in it.
-ALIVE_S = 1.0
-GROWTH_BYTES = 600 << 20
+ALIVE_S = 0.5
+GROWTH_BYTES = 200 << 20
 
 
 def many(item: str) -> list[Any]:
