@@ -95,7 +95,7 @@ def serve(
         ) from error
 
     from glmexport.serving.limits import Limits
-    from glmexport.serving.log import install as install_log
+    from glmexport.serving.log import logged_to
     from glmexport.serving.server import ServeOptions, Serving
     from glmexport.serving.server import serve as run
     from glmexport.validation.speculation import DEFAULT_TOKENS
@@ -103,7 +103,6 @@ def serve(
     if batch and speculate != "none":
         raise InputError("Tokens are either guessed or computed together.", next_step="Leave out one of the two.")
     terminal = Terminal()
-    install_log(sys.stderr)
 
     def tell(serving: Serving) -> None:
         where = "a socket that was handed over" if serving.inherited else serving.url
@@ -131,7 +130,9 @@ def serve(
         batch=batch,
         limits=Limits(body_bytes=body_bytes, answer_tokens=answer_tokens, head_s=head_s),
     )
-    if not run(bundle, options, tell):
+    with logged_to(sys.stderr):
+        ended = run(bundle, options, tell)
+    if not ended:
         # The runtime still computes a step that nobody waits for, which a teardown in order would wait for.
         sys.stdout.flush()
         os._exit(EXIT_PASS)

@@ -10,7 +10,8 @@ import asyncio
 import logging
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -60,11 +61,13 @@ class Formatter(logging.Formatter):
         return f"{record.levelname} {said}" + (f" {described(error)}." if error else "")
 
 
-def install(stream: TextIO) -> None:
-    """Log to ``stream``, errors that nobody catches and warnings as well."""
+@contextmanager
+def logged_to(stream: TextIO) -> Generator[None]:
+    """Log to ``stream``, errors that nobody catches and warnings as well, until the context is left."""
     handler = logging.StreamHandler(stream)
     handler.setFormatter(Formatter())
     root = logging.getLogger()
+    handlers, level, hooks = root.handlers[:], root.level, (threading.excepthook, sys.unraisablehook)
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
     # What strangers send is no business of the log's.
@@ -73,6 +76,13 @@ def install(stream: TextIO) -> None:
     logging.captureWarnings(True)
     threading.excepthook = lambda failed: _tell("A thread", failed.exc_value)
     sys.unraisablehook = lambda failed: _tell("What nobody waits for", failed.exc_value)
+    try:
+        yield
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
+        logging.captureWarnings(False)
+        threading.excepthook, sys.unraisablehook = hooks
 
 
 def on_loop_failure(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

@@ -7,7 +7,6 @@ import gc
 import io
 import json
 import logging
-import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from served import PATIENCE_S, start
 from test_engine import Waiting, client_of, surface
 
 from glmexport.serving.limits import Limits
-from glmexport.serving.log import described, install, on_loop_failure
+from glmexport.serving.log import described, logged_to, on_loop_failure
 
 MARK = "Geheimnis-4711"
 TOOL = {
@@ -39,16 +38,10 @@ def chat(**changes: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def log() -> Iterator[io.StringIO]:
-    """What ``install`` logs to."""
-    root, hooks = logging.getLogger(), (threading.excepthook, sys.unraisablehook, warnings.showwarning)
-    before = root.handlers[:], root.level
+    """What is logged."""
     stream = io.StringIO()
-    install(stream)
-    yield stream
-    logging.captureWarnings(False)
-    root.handlers[:], level = before
-    root.setLevel(level)
-    threading.excepthook, sys.unraisablehook, warnings.showwarning = hooks
+    with logged_to(stream):
+        yield stream
 
 
 def fails(*given: Any, **named: Any) -> Any:
