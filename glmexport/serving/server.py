@@ -8,7 +8,7 @@ import socket
 import stat
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from glmexport.bundle import MANIFEST, Manifest, read_manifest, verify_files
@@ -22,6 +22,7 @@ from glmexport.serving.limits import Limits
 from glmexport.serving.listen import (
     Server,
     inherited_socket,
+    most_connections,
     notify,
     own_socket,
     reached_from_outside,
@@ -35,6 +36,8 @@ from glmexport.validation.generation import loop_facts
 
 #: A shorter key can be guessed.
 _KEY_CHARACTERS = 16
+#: Connections beside those whose requests run or wait.
+_SPARE = 8
 #: How long the engine has to end its step once nobody waits for it.
 _LAST_STEP_S = 1.0
 
@@ -117,8 +120,12 @@ class _Served:
         tokenizer = Tokenizer.open(directory)
         reader = Reader(tokenizer, ends, context_length, options.limits, guides, options.lenient)
         metrics = Metrics()
+        at_work = options.parallel + options.waiting
+        limits = replace(options.limits, connections=max(options.limits.connections, at_work + _SPARE))
+        # Where there are fewer connections, fewer wait: some are left for whoever asks whether the server lives.
+        waiting = min(options.waiting, max(1, most_connections(limits) - options.parallel - _SPARE))
         settings = EngineOptions(
-            self._threads, options.parallel, options.waiting, options.guesses, options.reuse, options.batch
+            self._threads, options.parallel, waiting, options.guesses, options.reuse, options.batch
         )
         self._engine = Engine(directory, settings, metrics, self._loaded, self._broken)
         facts = Facts(
@@ -139,7 +146,7 @@ class _Served:
             self._guard,
             listener,
             inherited=inherited,
-            limits=options.limits,
+            limits=limits,
             drain_s=options.drain_s,
             draining=self._drain,
             give_up=self._service.give_up,

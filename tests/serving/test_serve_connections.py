@@ -29,7 +29,7 @@ ENDLESS: dict[str, Any] = {
     "logprobs": True, "top_logprobs": 20,
 }  # fmt: skip
 #: How long a busy machine may need for what takes no time.
-SOON_S = 3.0
+SOON_S = 5.0
 
 
 @contextmanager
@@ -216,6 +216,27 @@ def test_more_connections_than_files(bundle: Path, tmp_path: Path, said: str) ->
         assert alive_s(server) < SOON_S
         assert server.stop() == 0
     assert (tmp_path / "log").read_text().count("\n") < 20
+
+
+def test_more_requests_than_connections(bundle: Path, tmp_path: Path) -> None:
+    """However many may wait, some connections are left as soon as each request is refused or waits."""
+    body = json.dumps({**ENDLESS, "stream": False})
+    said = f"{CHAT}Content-Length: {len(body)}\r\n\r\n{body}"
+    with serving(bundle, tmp_path / "log", "--max-queue", "64", files=96) as server:
+        held = []
+
+        def alive() -> bool:
+            with suppress(httpx.TransportError, AssertionError):
+                return alive_s(server) < SOON_S
+            return False
+
+        for _ in range(60):
+            with suppress(ConnectionError):
+                held.append(connect(server, said))
+        until(alive, 4 * SOON_S)
+        until(lambda: server.metric("glmexport_waiting") > 0)
+        for connection in held:
+            connection.close()
 
 
 def test_no_file_is_left(bundle: Path, tmp_path: Path) -> None:
