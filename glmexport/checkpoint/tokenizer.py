@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from glmexport.checkpoint.control import THOUGHT, ControlTokens, Rendered
 from glmexport.checkpoint.files import optional, read_json, unreadable
 from glmexport.errors import CheckpointError, InputError
 
@@ -50,13 +51,15 @@ def tokenizer_files(directory: Path) -> list[Path]:
 class Tokenizer:
     """Encodes text and conversations; adds no token that is not asked for.
 
-    A special token that is written out in a text becomes its id, in ``encode`` as well, as in transformers.
+    The name of a control token in a text is text, other than in transformers; what a template writes holds
+    (``checkpoint.control``). Of text without such names the ids are those of transformers.
 
     Attributes:
         files: What a bundle must carry to tokenize the same way.
         prefix: Ids that begin every sequence: ``[gMASK]`` and ``<sop>`` where the vocabulary has both, else
             the bos token where one is named, else none.
         special_tokens: Special tokens and their ids.
+        control_tokens: Those, and tags such as ``<think>``, and their ids: what no text can write.
     """
 
     def __init__(
@@ -74,6 +77,10 @@ class Tokenizer:
         self.special_tokens = {token.content: id_ for id_, token in sorted(added.items()) if token.special}
         self.files = tokenizer_files(directory)
         self.prefix = self._prefix()
+        self._control = ControlTokens(tokenizer, [source for _, source in self._templates.values()])
+        self.control_tokens = self._control.ids
+        #: The prefix written out, which is a prefix in front of a text.
+        self._written_prefix = self.written("".join(tokenizer.id_to_token(id_) or "" for id_ in self.prefix))
 
     @classmethod
     def open(cls, directory: Path) -> Tokenizer:
@@ -136,8 +143,37 @@ class Tokenizer:
         return any(text in source for _, source in self._templates.values())
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of ``text`` alone, without a prefix."""
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        """Token ids of ``text`` alone, without a prefix; control tokens are where a ``Rendered`` has them.
+
+        Raises:
+            InputError: the name of a control token cannot be written as text in this vocabulary.
+        """
+        return self._control.encode(text)
+
+    def sequence(self, text: str, *, judged: bool = False) -> list[int]:
+        """Token ids of ``text`` behind the prefix, which is not put in again where the text begins with it.
+
+        Args:
+            text: as ``encode`` takes it.
+            judged: whether every token of the text is predicted: where there is no prefix, token 0 then begins.
+
+        Raises:
+            InputError: as ``encode`` does.
+        """
+        prefix = self._written_prefix
+        if prefix and not isinstance(text, Rendered) and text.startswith(prefix):
+            text = prefix + text[len(prefix) :]
+        ids = self.encode(text)
+        begun = ids[: len(self.prefix)] == self.prefix
+        return [*([] if begun else self.prefix), *ids] if self.prefix else [*([0] * judged), *ids]
+
+    def names_control(self, value: object) -> bool:
+        """Whether the name of a control token is in a text of ``value``, such as messages with tables in them."""
+        return self._control.named(value)
+
+    def written(self, text: str) -> Rendered:
+        """``text`` with all of its control tokens: what a program writes, as a template does, and no person."""
+        return self._control.written(text)
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """The text of ``ids``; special tokens are left out unless ``skip_special`` is false."""
@@ -149,7 +185,7 @@ class Tokenizer:
         *,
         add_generation_prompt: bool = False,
         **kwargs: object,
-    ) -> str:
+    ) -> Rendered:
         """The conversation as text, by the checkpoint's chat template in jinja2's immutable sandbox.
 
         Args:
@@ -157,9 +193,12 @@ class Tokenizer:
             add_generation_prompt: Whether to open the assistant's next turn.
             kwargs: Variables of the template, such as ``tools``, ``documents`` or ``enable_thinking``.
 
+        Only what the template itself writes is a control token in it: the name of one in a message, tool or document is
+        text. An assistant's message may begin with one ``<think>`` reasoning ``</think>``, as templates read it.
+
         Raises:
             CheckpointError: there is no chat template, or it fails; carries the template's own message.
-            InputError: the conversation is empty.
+            InputError: the conversation is empty, or leaves no character that stands for nothing.
         """
         # Its sandbox, filters and aliases are the reference, and they change from version to version.
         from transformers.utils.chat_template_utils import render_jinja_template
@@ -168,14 +207,19 @@ class Tokenizer:
             raise InputError("The conversation is empty.", next_step="Give at least one message.")
         where, template = self._template(with_tools=kwargs.get("tools") is not None)
         present = [{key: value for key, value in message.items() if value is not None} for message in messages]
-        try:
+
+        def write(conversation: list[dict[str, object]], variables: dict[str, object]) -> str:
             rendered, _ = render_jinja_template(
-                conversations=[present],
+                conversations=[conversation],
                 chat_template=template,
                 add_generation_prompt=add_generation_prompt,
-                **{**self._named_tokens, **kwargs},
+                **{**self._named_tokens, **variables},
             )
-        except MemoryError:
+            return cast(str, rendered[0])
+
+        try:
+            return self._control.render(write, present, kwargs, reads_reasoning=THOUGHT in template)
+        except (MemoryError, InputError):
             raise
         except Exception as error:
             # The template is a program of the checkpoint's: it can raise anything.
@@ -183,7 +227,6 @@ class Tokenizer:
                 f"The chat template of {where} failed: {type(error).__name__}: {error}.",
                 next_step="Check the roles and the order of the messages, and the template's variables.",
             ) from error
-        return cast(str, rendered[0])
 
     def encode_chat(
         self,

@@ -16,7 +16,11 @@ from glmexport.cli.options import bundle_threads, json_option, threads_option
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("-p", "--prompt", required=True, help="What the user says.")
 @click.option("--system", help="A system message before it.")
-@click.option("--raw", is_flag=True, help="Continue the prompt as text, without the chat template.")
+@click.option(
+    "--raw", is_flag=True,
+    help="Continue the prompt as text, without the chat template. It may begin with the model's prefix; other control "
+    "tokens that are written out in it are text.",
+)  # fmt: skip
 @click.option("--max-tokens", type=click.IntRange(min=1), default=256, show_default=True)
 @click.option(
     "--speculate", type=click.Choice(["none", "lookup", "mtp"]), default="none", show_default=True,
@@ -57,7 +61,7 @@ def run(
     if raw or not tokenizer.has_chat_template:
         if not raw:
             terminal.remark("The bundle has no chat template; the prompt is continued as text.")
-        ids = tokenizer.prefix + tokenizer.encode(prompt)
+        ids = tokenizer.sequence(prompt)
     else:
         ids = tokenizer.encode_chat(messages, add_generation_prompt=True)
     terminal.facts(

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from glmexport.checkpoint import Tokenizer
-from glmexport.checkpoint.tokenizer import GLM_PREFIX
-from glmexport.errors import CheckpointError
+from glmexport.errors import InputError
 from glmexport.serving.answer import Order
 from glmexport.serving.failure import Refused
 from glmexport.serving.fields import Asked, ChatAsked, TextAsked
@@ -63,17 +62,19 @@ class Reader:
         messages = template_messages(asked.messages, self.limits.messages)
         try:
             prompt = self.tokenizer.render(messages, add_generation_prompt=True, **settings)
-        except CheckpointError as error:
+        except InputError as error:
             raise Refused(400, str(error), "messages") from error
         opened = prompt.rstrip().endswith(THINK)
         if opening:
-            prompt += (THOUGHT if opened else "") + opening
+            # The name is the client's, and the tags are not.
+            prompt += self.tokenizer.written((THOUGHT if opened else "") + CALL) + opening.removeprefix(CALL)
             opened = False
         limit = asked.max_completion_tokens or asked.max_tokens
         if asked.max_completion_tokens and asked.max_tokens not in (None, asked.max_completion_tokens):
             raise Refused(400, "max_tokens and max_completion_tokens differ.", "max_tokens")
         top = asked.top_logprobs if asked.logprobs else None
-        order = self._order(asked, self.tokenizer.encode(prompt), limit or self.limits.answer_tokens, top, guide)
+        ids = self._ids(self.tokenizer.encode, prompt, "messages")
+        order = self._order(asked, ids, limit or self.limits.answer_tokens, top, guide)
         reasons = self.tokenizer.template_mentions(THINK) and guide is None
         grammar = Grammar(tools or None, opened if reasons else None, lenient=self.lenient)
         # The answer begins in the prompt, so that nothing of it is certain yet.
@@ -105,12 +106,17 @@ class Reader:
                 raise Refused(400, "One prompt a request is answered.", "prompt", "unsupported_value")
             (prompt,) = prompt
         if isinstance(prompt, str):
-            begun = prompt.startswith("".join(GLM_PREFIX))
-            return [*([] if begun else self.tokenizer.prefix), *self.tokenizer.encode(prompt)]
+            return self._ids(self.tokenizer.sequence, prompt, "prompt")
         ids = [token for token in prompt if isinstance(token, int)]
         if any(not 0 <= token < self.tokenizer.vocabulary_size for token in ids):
             raise Refused(400, f"Token ids are 0 to {self.tokenizer.vocabulary_size - 1}.", "prompt")
         return ids
+
+    def _ids(self, encode: Callable[[str], list[int]], text: str, param: str) -> list[int]:
+        try:
+            return encode(text)
+        except InputError as error:
+            raise Refused(400, str(error), param) from error
 
     def _order(self, asked: Asked, prompt: Sequence[int], limit: int, top: int | None, guide: Guide | None) -> Order:
         if limit > self.limits.answer_tokens:

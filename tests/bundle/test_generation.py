@@ -92,8 +92,9 @@ def test_run_takes_a_system_message_or_plain_text(sample: Sample, run: Run) -> N
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
     spoken = run(*arguments, "--system", "Be brief.")
     assert spoken.document["prompt_tokens"] == len(tokenizer.encode_chat(messages, add_generation_prompt=True))
-    raw = run(*arguments, "--raw")
-    assert raw.document["prompt_tokens"] == len(tokenizer.prefix) + len("Hello")
+    for prompt in ("Hello", "[gMASK]<sop>Hello"):
+        raw = run(*arguments, "--raw", "-p", prompt)
+        assert raw.document["prompt_tokens"] == len(tokenizer.prefix) + len("Hello")
 
 
 class Scripted:

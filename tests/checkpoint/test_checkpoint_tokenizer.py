@@ -57,8 +57,8 @@ TEXTS = [
     "the theory of the other",
     "  two  spaces\n\ttab",
     "你好，世界 🙂",
-    "[gMASK]<sop>text<|user|>",
-    "\u0000\u200b",
+    "[gMASK text < | user |> [sop]",
+    "\u0000\u200b\ue000",
 ]
 
 
@@ -117,7 +117,7 @@ def test_named_tokens_of_the_older_file_and_in_tables_are_understood(tmp_path: P
     directory = write_tokenizer(
         tmp_path, glm=False, bos_token={"content": "<s>"}, chat_template="{{ bos_token }}"
     )
-    assert Tokenizer.open(directory).prefix == Tokenizer.open(directory).encode("<s>")
+    assert Tokenizer.open(directory).prefix == [Tokenizer.open(directory).control_tokens["<s>"]]
     write_tokenizer(directory, glm=False, bos_token=None, chat_template="{{ bos_token }}{{ eos_token }}")
     write_json(directory / "special_tokens_map.json", {"bos_token": {"content": "<s>"}, "eos_token": "<s>"})
     tokenizer = Tokenizer.open(directory)
