@@ -6,6 +6,8 @@
     grammar     reasoning and tool calls in it
     batch       the next tokens of several sequences in one step
     model       the bundle in memory
+    schemas     how large a schema may be
+    guides      answers held to one, by processes of guide_program
     answer      one request on its way through the model
     kept        sequences that later requests go on with
     metrics     what is counted

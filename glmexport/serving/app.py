@@ -21,6 +21,7 @@ from glmexport.serving.answer import Answer, End, Event, Failed, Order
 from glmexport.serving.engine import Closed, Engine, Full
 from glmexport.serving.failure import Gone, Refused
 from glmexport.serving.fields import Asked, ChatAsked, TextAsked, read_body
+from glmexport.serving.guides import Crowded, Guide, Guides
 from glmexport.serving.metrics import Metrics
 from glmexport.serving.orders import Reader
 from glmexport.serving.reply import ChatReply, Head, Reply, TextReply
@@ -51,11 +52,14 @@ class Facts:
 class Service:
     """One bundle, answered by ``engine``. ``draining``: whether the server is about to end."""
 
-    def __init__(self, facts: Facts, reader: Reader, engine: Engine, metrics: Metrics) -> None:
+    def __init__(
+        self, facts: Facts, reader: Reader, engine: Engine, metrics: Metrics, guides: Guides | None = None
+    ) -> None:
         self._facts = facts
         self._reader = reader
         self._engine = engine
         self._metrics = metrics
+        self._guides = guides
         self._limits = reader.limits
         self.draining = False
         #: Of every answer that somebody waits for.
@@ -79,6 +83,8 @@ class Service:
 
     def give_up(self) -> None:
         """End every answer, and tell so."""
+        if self._guides:
+            self._guides.close()
         for queue in self._queues:
             queue.put_nowait(Failed(_ending()))
 
@@ -86,9 +92,21 @@ class Service:
         asked = await self._read(request, ChatAsked)
         # Templates and tokenizers take their time with long conversations, which others need not wait for.
         order, grammar = await asyncio.to_thread(self._reader.chat, asked)
+        if order.guide:
+            await self._tried(order.guide)
         head = Head.new("chatcmpl", self._facts.name)
         reply = ChatReply(head, grammar, self._reader.spell, self._metrics, logprobs=asked.logprobs)
         return await self._answered(request, asked, order, self._reader.decoding(order, chat=True), reply)
+
+    async def _tried(self, guide: Guide) -> None:
+        """Refuse what no answer can be held to before the request waits for its turn."""
+        assert self._guides is not None
+        try:
+            await asyncio.wrap_future(self._guides.tried(guide))
+        except Crowded as error:
+            raise Refused(429, "Too many schemas wait.", code="queue_full", headers=_RETRY) from error
+        except InputError as error:
+            raise _ending() if self._guides.closed else Refused(400, str(error), "response_format") from error
 
     async def _text(self, request: Request) -> Response:
         asked = await self._read(request, TextAsked)

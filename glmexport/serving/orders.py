@@ -13,11 +13,12 @@ from glmexport.serving.answer import Order
 from glmexport.serving.failure import Refused
 from glmexport.serving.fields import Asked, ChatAsked, TextAsked
 from glmexport.serving.grammar import CALL, TAGS, THINK, THOUGHT, Grammar
+from glmexport.serving.guides import Guide
 from glmexport.serving.limits import Limits
 from glmexport.serving.messages import template_messages
 from glmexport.serving.sampling import Sampling
+from glmexport.serving.schemas import check_schema
 from glmexport.serving.text import AnswerText, Decoder
-from glmexport.validation.generation import Guide
 
 #: Tokens of an answer to a text where the request says nothing, as OpenAI has it.
 _TEXT_TOKENS = 16
@@ -180,4 +181,7 @@ class Reader:
             raise Refused(400, "An answer is either held to JSON or may call tools.", "response_format")
         if asked.chat_template_kwargs.enable_thinking:
             raise Refused(400, "An answer that is held to JSON has no reasoning.", "chat_template_kwargs")
-        return Guide("json_schema", json.dumps(form.json_schema.schema_) if form.json_schema else _ANY_OBJECT)
+        if form.json_schema is None:
+            return Guide("json_schema", _ANY_OBJECT)
+        check_schema(form.json_schema.schema_, "response_format")
+        return Guide("json_schema", json.dumps(form.json_schema.schema_))

@@ -18,6 +18,7 @@ from glmexport.loop import read_loop
 from glmexport.serving.app import Facts, Service
 from glmexport.serving.engine import Engine, EngineOptions
 from glmexport.serving.guard import Access, Guard
+from glmexport.serving.guides import Guides
 from glmexport.serving.limits import Limits
 from glmexport.serving.listen import (
     Server,
@@ -112,14 +113,15 @@ class _Served:
             url_of(listener), options.name or manifest.source.name, manifest.digest(), self._threads, inherited
         )
         ends, context_length = loop_facts(directory)
-        guides = read_loop(directory) is None and not options.batch
+        can_guide = read_loop(directory) is None and not options.batch
+        self._guides = Guides(directory) if can_guide else None
         tokenizer = Tokenizer.open(directory)
-        reader = Reader(tokenizer, ends, context_length, options.limits, guides, options.lenient)
+        reader = Reader(tokenizer, ends, context_length, options.limits, can_guide, options.lenient)
         metrics = Metrics()
         settings = EngineOptions(
             self._threads, options.parallel, options.waiting, options.guesses, options.reuse, options.batch
         )
-        self._engine = Engine(directory, settings, metrics, self._loaded, self._broken)
+        self._engine = Engine(directory, settings, metrics, self._loaded, self._broken, self._guides)
         facts = Facts(
             name=self._serving.name,
             directory=directory.name,
@@ -129,7 +131,7 @@ class _Served:
             context_length=context_length,
             created=int((directory / MANIFEST).stat().st_mtime),
         )
-        self._service = Service(facts, reader, self._engine, metrics)
+        self._service = Service(facts, reader, self._engine, metrics, self._guides)
         hosts = {host.lower() for host in options.hosts}
         if options.host not in ("0.0.0.0", "::"):  # noqa: S104
             hosts.add(options.host.lower())
@@ -162,6 +164,8 @@ class _Served:
         finally:
             alive.cancel()
             self._engine.close()
+            if self._guides:
+                self._guides.close()
 
     async def _tell_alive(self) -> None:
         """For systemd's watchdog: this loop goes round, and the thread that computes is there."""
