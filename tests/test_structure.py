@@ -21,6 +21,7 @@ STAGES = (
     "graph",
     "lowering",
     "bundle",
+    "chat",
     "validation",
     "tuning",
     "report",

@@ -78,7 +78,8 @@ class Timing:
 class End:
     """How an answer ended, and how many tokens its prompt and it have.
 
-    ``cached``: tokens of the prompt that were computed for an earlier request.
+    ``cached``: tokens of the prompt that were computed for an earlier request. ``stopped``: whether a stop string ended
+    it, and not the model.
     """
 
     reason: Reason
@@ -86,6 +87,7 @@ class End:
     prompt_tokens: int
     tokens: int
     cached: int
+    stopped: bool = False
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ class Answer:
 
     def end(self, reason: Reason) -> None:
         """Tell how it ended."""
-        self.tell(End(reason, self.timing, len(self.order.prompt), len(self.tokens), self.cached))
+        self.tell(End(reason, self.timing, len(self.order.prompt), len(self.tokens), self.cached, self._text.stopped))
 
     def finish(self, reason: Reason) -> Reason:
         """Hand on what was held back, since nothing follows; ``reason`` again."""

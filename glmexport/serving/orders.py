@@ -160,6 +160,8 @@ class Reader:
         names = {tool.function.name for tool in asked.tools}
         if not names or (name and name not in names):
             raise Refused(400, "tool_choice asks for a tool that tools does not have.", "tool_choice")
+        if any(tag in name for tag in TAGS):
+            raise Refused(400, "tool_choice asks for a tool with a tag of calls in its name.", "tool_choice")
         if not self.tokenizer.template_mentions(CALL):
             raise Refused(
                 400, f"This model's template writes no {CALL}, so that no call can be asked for.", "tool_choice",

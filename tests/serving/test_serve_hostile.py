@@ -90,6 +90,8 @@ def test_bodies_that_are_no_request(http: httpx.Client, body: bytes) -> None:
         ({"chat_template_kwargs": {"add_generation_prompt": False}}, "chat_template_kwargs.add_generation_prompt"),
         ({"unheard_of": 1}, "unheard_of"), ({"tool_choice": "required"}, "tool_choice"),
         ({"tool_choice": "f", "tools": [TOOL]}, "tool_choice"),
+        ({"tool_choice": {"type": "function", "function": {"name": "x</tool_call>y"}},
+          "tools": [{"type": "function", "function": {"name": "x</tool_call>y"}}]}, "tool_choice"),
         ({"tools": [{"type": "function"}]}, "tools.0.function"), ({"tools": [TOOL] * 129}, "tools"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name"),
         ({"response_format": {"type": "json_schema"}}, "response_format"),
@@ -256,6 +258,11 @@ def _lenient(server: Served) -> None:
         (call,) = answer.json()["choices"][0]["message"]["tool_calls"]
         assert json.loads(call["function"]["arguments"]) == {"city": "Bern"}
         assert "glmexport_tool_call_repairs_total 1.0" in http.get("/metrics").text
+        # Cut by the number of tokens or a stop string, the same is no call.
+        for cut in ({"max_tokens": 12}, {"stop": "Bern"}):
+            body = chat(messages=user(content="Hi%"), tools=[tool], **{"max_tokens": 60, **cut})
+            message = http.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]
+            assert "tool_calls" not in message and message["content"].startswith("<tool_call>get_weather")
 
 
 def _full(server: Served) -> None:
