@@ -149,6 +149,8 @@ class TemplateSettings(_Fields):
     """Variables of the chat template that a request may set."""
 
     enable_thinking: bool | None = None
+    #: Whether the reasoning of earlier turns is left out; templates of GLM-4.7 and 5.2 read it.
+    clear_thinking: bool | None = None
 
 
 class ChatAsked(Asked):
@@ -162,6 +164,7 @@ class ChatAsked(Asked):
     tool_choice: Literal["auto", "none", "required"] | NamedTool = "auto"
     response_format: ResponseFormat | None = None
     chat_template_kwargs: TemplateSettings = TemplateSettings()
+    clear_thinking: bool | None = None
 
 
 class TextAsked(Asked):

@@ -60,6 +60,11 @@ class Reader:
             thinking = False
         if thinking is not None:
             settings["enable_thinking"] = thinking
+        cleared = {asked.clear_thinking, asked.chat_template_kwargs.clear_thinking} - {None}
+        if len(cleared) > 1:
+            raise Refused(400, "clear_thinking differs from chat_template_kwargs.clear_thinking.", "clear_thinking")
+        if cleared:
+            settings["clear_thinking"] = cleared.pop()
         messages = template_messages(asked.messages, self.limits.messages)
         try:
             prompt = self.tokenizer.render(messages, add_generation_prompt=True, **settings)
