@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -32,8 +33,11 @@ from glmexport.serving.sampling import Sampling
 
 #: Memory that a grammar may take, and seconds: until its process is there, to be compiled, for a token, for all tokens.
 MEMORY = 512 << 20
-START_S, COMPILE_S, TOKEN_S, ANSWER_S = 60.0, 3.0, 2.0, 60.0
-_CPU_S = 300
+START_S, COMPILE_S, TOKEN_S, ANSWER_S = 120.0, 3.0, 2.0, 60.0
+#: A process that has worked for so long takes no other grammar; one that works for so much longer is ended.
+_WORN_S, _CPU_S = 60.0, 300
+#: Processes that are kept for later answers: one takes seconds to start, and 250 MiB with a vocabulary of GLM's.
+_KEPT = 4
 #: Grammars that are tried at a time, and that wait for it.
 _TRIED, _WAITING = 2, 6
 #: Grammars that are known to compile.
@@ -82,7 +86,8 @@ class GuideProcess:
                 cwd="/",
                 start_new_session=True,
             )
-        self._due = 0.0
+        self._due = self._sent = 0.0
+        self._worked_s = 0.0
         self._started = False
         self._send(graph, START_S)
 
@@ -119,13 +124,21 @@ class GuideProcess:
             said = self._ours.recv_bytes()
         except (OSError, EOFError) as error:
             raise _excess("memory or time") from error
+        now = time.monotonic()
+        self._worked_s += now - self._sent
+        self._sent = now
         if not self._started:
-            self._started, self._due = True, time.monotonic() + COMPILE_S
+            self._started, self._due = True, now + COMPILE_S
             return None
         if said.startswith(b"!"):
             reason = said[1:].decode(errors="replace")
             raise InputError(f"An answer cannot be held to this schema: {reason}.", next_step="Simplify it.")
         return said
+
+    @property
+    def worn(self) -> bool:
+        """Whether it has worked enough."""
+        return self._worked_s > _WORN_S
 
     def wait(self) -> bytes:
         """As ``poll``, for as long as it may take."""
@@ -145,8 +158,9 @@ class GuideProcess:
         self._process.wait()
 
     def _send(self, data: bytes, seconds: float | None) -> None:
+        self._sent = time.monotonic()
         if seconds is not None:
-            self._due = time.monotonic() + seconds
+            self._due = self._sent + seconds
         try:
             self._ours.send_bytes(data)
         except OSError as error:
@@ -163,8 +177,16 @@ def _excess(what: str) -> InputError:
 class Held:
     """An answer's tokens, chosen among those that its grammar allows."""
 
-    def __init__(self, process: GuideProcess, guide: Guide, sampling: Sampling, tokens: int) -> None:
+    def __init__(
+        self,
+        process: GuideProcess,
+        guide: Guide,
+        sampling: Sampling,
+        tokens: int,
+        give_back: Callable[[GuideProcess], None],
+    ) -> None:
         self._process = process
+        self._give_back = give_back
         self._left_s = ANSWER_S
         process.compile(guide, sampling, tokens)
         self._compiled = self._asked = False
@@ -194,8 +216,11 @@ class Held:
         return Chosen(**json.loads(said))
 
     def close(self) -> None:
-        """Nothing more is chosen."""
-        self._process.close()
+        """Nothing more is chosen; a process that waits for logits waits for another answer."""
+        if self._compiled and not self._asked:
+            self._give_back(self._process)
+        else:
+            self._process.close()
 
 
 class Guides:
@@ -207,7 +232,7 @@ class Guides:
         self._graph = _graph(model["vocab_size"])
         self._known: OrderedDict[bytes, None] = OrderedDict()
         self._lock = threading.Lock()
-        self._spare: GuideProcess | None = None
+        self._spare: list[GuideProcess] = []
         self._live = WeakSet[GuideProcess]()
         self._tried = 0
         #: Whether it takes no more of them.
@@ -228,7 +253,7 @@ class Guides:
 
     def begin(self, guide: Guide, sampling: Sampling, tokens: int) -> Held:
         """What holds an answer of at most so many ``tokens`` to ``guide``."""
-        return Held(self._take(), guide, sampling, tokens)
+        return Held(self._take(), guide, sampling, tokens, self._give_back)
 
     def close(self) -> None:
         """Take no more of them."""
@@ -236,8 +261,8 @@ class Guides:
             self.closed = True
             for process in self._live:
                 process.kill()
-            if self._spare:
-                self._spare.close()
+            for process in self._spare:
+                process.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _try(self, guide: Guide) -> None:
@@ -265,17 +290,17 @@ class Guides:
 
     def _take(self) -> GuideProcess:
         with self._lock:
-            process, self._spare = self._spare, None
+            process = self._spare.pop() if self._spare else None
         process = process or GuideProcess(self._directory, self._graph)
         with self._lock:
             self._live.add(process)
         return process
 
     def _give_back(self, process: GuideProcess) -> None:
-        """One is kept, so that the next answer need not wait for it."""
+        """Some are kept, so that the next answers need not wait for them."""
         with self._lock:
-            if self._spare is None and not self.closed:
-                self._spare = process
+            if len(self._spare) < _KEPT and not self.closed and not process.worn:
+                self._spare.append(process)
                 return
         process.close()
 

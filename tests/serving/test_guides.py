@@ -227,6 +227,17 @@ def test_the_process_has_nothing_of_the_server(guides: Guides, monkeypatch: pyte
     assert not folder.exists()
 
 
+def test_a_process_serves_several_answers_one_after_the_other(guides: Guides, bundle: Path) -> None:
+    guides.tried(CHOSEN).result()
+    (process,) = guides._spare
+    for _ in range(3):
+        assert text_of(guides, bundle, CHOSEN, Sampling(0)).startswith("{")
+    assert guides._spare == [process]
+    held = guides.begin(CHOSEN, Sampling(0), 9)
+    held.close()
+    assert guides._spare == [], "one that is at work is no other's"
+
+
 def test_a_token_that_takes_too_long(guides: Guides, monkeypatch: pytest.MonkeyPatch) -> None:
     held = guides.begin(CHOSEN, Sampling(0), 9)
     logits = np.zeros(512, np.float32)
