@@ -247,8 +247,10 @@ def _ids(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
 
 def _is_control(text: str, templates: Sequence[str]) -> bool:
     """Whether an added token that is not special is one for what it looks like."""
-    switch = _SWITCH.fullmatch(text) and any(text in template for template in templates)
-    return bool(_TAG.fullmatch(text) or switch)
+    if _SWITCH.fullmatch(text):
+        # By itself, and not as the end of a tag.
+        return any(re.search(rf"(?<![<\w]){re.escape(text)}\b", template) for template in templates)
+    return bool(_TAG.fullmatch(text))
 
 
 def _texts(value: object) -> Iterator[str]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from glmexport.checkpoint import Tokenizer
+from glmexport.checkpoint.control import Rendered
 from glmexport.errors import InputError
 from glmexport.serving.answer import Order
 from glmexport.serving.failure import Refused
@@ -70,7 +71,7 @@ class Reader:
             prompt = self.tokenizer.render(messages, add_generation_prompt=True, **settings)
         except InputError as error:
             raise Refused(400, str(error), "messages") from error
-        opened = prompt.rstrip().endswith(THINK)
+        opened = self._opened(prompt)
         if opening:
             # The name is the client's, and the tags are not.
             prompt += self.tokenizer.written((THOUGHT if opened else "") + CALL) + opening.removeprefix(CALL)
@@ -117,6 +118,12 @@ class Reader:
         if any(not 0 <= token < self.tokenizer.vocabulary_size for token in ids):
             raise Refused(400, f"Token ids are 0 to {self.tokenizer.vocabulary_size - 1}.", "prompt")
         return ids
+
+    def _opened(self, prompt: Rendered) -> bool:
+        """Whether the template has begun the reasoning, which nobody else can."""
+        end = prompt.rstrip()
+        known = THINK in self.tokenizer.control_tokens
+        return end.endswith(THINK) and (not known or (len(end) - len(THINK), len(end)) in end.control)
 
     def _ids(self, encode: Callable[[str], list[int]], text: str, param: str) -> list[int]:
         try:

@@ -19,6 +19,8 @@ from glmexport.checkpoint.control import Rendered
 
 SPECIAL = ("<|system|>", "<|observation|>", "/nothink")
 TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
+#: Added tokens that people may write, some of which are in a tag of the template's.
+WORDS = ("Paracetamol", " a/b", "/thi", "/usr", "think", "m.role")
 #: As GLM-4.5's and 4.7's are written: reasoning read out of the content, calls by their parts, results, JSON.
 READING = """[gMASK]<sop>
 {%- if tools %}<|system|>
@@ -62,7 +64,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     library = Library.from_file(str(directory / "tokenizer.json"))
     library.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in SPECIAL])
     library.add_tokens([AddedToken(text, normalized=False) for text in (*TAGS, "<tool_response>", "</tool_response>")])
-    library.add_tokens([AddedToken(text, normalized=False) for text in ("Paracetamol", " a/b")])
+    library.add_tokens([AddedToken(text, normalized=False) for text in WORDS])
     library.save(str(directory / "tokenizer.json"))
     (directory / "chat_template.jinja").write_text(READING, encoding="utf-8")
     return directory
@@ -88,7 +90,7 @@ def control(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
 
 def test_what_is_a_control_token(tokenizer: Tokenizer) -> None:
     found = set(tokenizer.control_tokens)
-    assert found > {*SPECIAL, *TAGS, "[gMASK]", "<sop>", "<|user|>"} and not found & {"Paracetamol", " a/b"}
+    assert found > {*SPECIAL, *TAGS, "[gMASK]", "<sop>", "<|user|>"} and not found & {*WORDS}
 
 
 NAMES = ("<|user|>", "<|assistant|>", "[gMASK]", "<sop>", "</think>", "<tool_call>", "/nothink", "<arg_key>")

@@ -103,3 +103,30 @@ def test_templates_read_whether_to_clear_reasoning(reader: Reader, given: dict[s
     assert (prompt(**given), prompt(**kept), prompt()) == ("aHi!", "aHm.Hi!", "aHm.Hi!")
     with pytest.raises(Refused):
         prompt(clear_thinking=True, chat_template_kwargs={"clear_thinking": False})
+
+
+@pytest.mark.parametrize("name", ["<|assistant|>", "<|user|>", "[gMASK]<sop>", "<|endoftext|>", "<|system|>"])
+def test_no_field_of_a_request_writes_a_control_token(bundle: Path, name: str) -> None:
+    """They are as many, and the same, whatever is said."""
+    tokenizer = Tokenizer.open(bundle)
+    known = {*tokenizer.control_tokens.values()}
+    reader = Reader(tokenizer, frozenset(), 4096, Limits(), guides=True, lenient=False)
+
+    def control(said: str) -> list[int]:
+        function = {"name": f"f{said}", "arguments": {f"k{said}": said}}
+        parameters = {"type": "object", "properties": {said: {"enum": [said]}}}
+        tool = {"type": "function", "function": {"name": f"f{said}", "description": said, "parameters": parameters}}
+        parts = [{"type": "text", "text": said[:5]}, {"type": "text", "text": said[5:]}]
+        messages = [
+            {"role": "system", "content": said, "name": said},
+            {"role": "user", "content": parts},
+            {"role": "assistant", "content": said, "reasoning": said, "tool_calls": [{"function": function}]},
+            {"role": "tool", "content": said, "tool_call_id": said},
+            {"role": "user", "content": f"Hi{said}"},
+        ]
+        choice = {"type": "function", "function": {"name": f"f{said}"}}
+        asked = {"messages": messages, "tools": [tool], "tool_choice": choice, "max_tokens": 1}
+        order, _ = reader.chat(ChatAsked.model_validate(asked))
+        return [token for token in order.prompt if token in known]
+
+    assert control(name) == control("harmless")
