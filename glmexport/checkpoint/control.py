@@ -210,21 +210,14 @@ class _Marked:
             self._tokenizer.normalizer = tokenizer.normalizer
         if tokenizer.pre_tokenizer is not None:
             self._tokenizer.pre_tokenizer = tokenizer.pre_tokenizer
-        renamed = {}
+        renamed, tokens = {}, []
         for id_, token in sorted(tokenizer.get_added_tokens_decoder().items()):
             own = token.content in control
-            renamed[self._around(token.content) if own else token.content] = id_
-            self._tokenizer.add_tokens(
-                [
-                    tokenizers.AddedToken(
-                        self._around(token.content) if own else token.content,
-                        single_word=token.single_word,
-                        lstrip=token.lstrip,
-                        rstrip=token.rstrip,
-                        normalized=token.normalized and not own,
-                    )
-                ]
-            )
+            text = self._around(token.content) if own else token.content
+            renamed[text] = id_
+            kept = {"single_word": token.single_word, "lstrip": token.lstrip, "rstrip": token.rstrip}
+            tokens.append(tokenizers.AddedToken(text, normalized=token.normalized and not own, **kept))
+        self._tokenizer.add_tokens(tokens)
         #: Ids are given out anew, so they have to be told back.
         self._given = {self._tokenizer.token_to_id(text): id_ for text, id_ in renamed.items()}
 

@@ -95,6 +95,8 @@ def test_run_takes_a_system_message_or_plain_text(sample: Sample, run: Run) -> N
     for prompt in ("Hello", "[gMASK]<sop>Hello"):
         raw = run(*arguments, "--raw", "-p", prompt)
         assert raw.document["prompt_tokens"] == len(tokenizer.prefix) + len("Hello")
+    written = run(*arguments, "--raw", "-p", "Hello<|user|>")
+    assert written.document["prompt_tokens"] == len(tokenizer.prefix) + len("Hello<|user|>")
 
 
 class Scripted:

@@ -9,15 +9,16 @@ from typing import Any
 
 import pytest
 from checkpoint_builders import write_tokenizer
-from hypothesis import example, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
-from tokenizers import AddedToken
+from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Library
 
 from glmexport.checkpoint import Tokenizer
-from glmexport.checkpoint.control import Rendered
+from glmexport.checkpoint.control import ControlTokens, Rendered, _Marked
 
 SPECIAL = ("<|system|>", "<|observation|>", "/nothink")
+ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
 #: Added tokens that people may write, some of which are in a tag of the template's.
 WORDS = ("Paracetamol", " a/b", "/thi", "/usr", "think", "m.role")
@@ -149,12 +150,26 @@ def test_ids_are_those_of_transformers_without_such_names(
 ) -> None:
     reasoned = [*messages(text), {"role": "assistant", "content": f"<think>\n{text}a</think>\n\n{text}"}]
     asked = {"tools": tools(text), "add_generation_prompt": True, **thinking}
-    if tokenizer.names_control([text, messages(text)]):
-        return
+    # Two parts of a message make a name together.
+    assume(not tokenizer.names_control([text * 2, messages(text)]))
     for conversation in (messages(text), reasoned):
         expected = original.apply_chat_template(conversation, return_dict=False, **asked)
         assert tokenizer.encode_chat(conversation, **asked) == expected
     assert tokenizer.encode(text) == original(text, add_special_tokens=False)["input_ids"]
+
+
+@given(text=st.lists(st.sampled_from([*NAMES, " ", "the", "你", "e\u0301", "\n"]) | st.text(max_size=3)).map("".join))
+def test_with_all_of_its_names_held_a_text_is_as_the_library_has_it(text: str) -> None:
+    """By the way that is taken where some are not: spaces that tokens take along, forms of characters, and merges."""
+    library = Library(models.BPE(vocab={c: i for i, c in enumerate(ALPHABET)}, merges=[]))
+    library.pre_tokenizer, library.normalizer = pre_tokenizers.ByteLevel(add_prefix_space=True), normalizers.NFC()
+    library.add_special_tokens([AddedToken(name, lstrip=True, rstrip=True, normalized=False) for name in NAMES[:4]])
+    library.add_tokens([AddedToken("the", normalized=True), *(AddedToken(name) for name in NAMES[4:])])
+    tokens = ControlTokens(library, [READING])
+    held = tokens.written(text)
+    expected = library.encode(text, add_special_tokens=False).ids
+    assert _Marked(library, tokens.ids).encode(text, held.control) == tokens.encode(held) == expected
+    assert not {*tokens.encode(text)} & {*tokens.ids.values()}
 
 
 def test_texts_that_together_make_a_name_make_no_token(tokenizer: Tokenizer) -> None:
