@@ -17,8 +17,8 @@ import sys
 from multiprocessing.connection import Connection
 from typing import Any
 
-#: First byte of what is sent.
-GRAMMAR, LOGITS = b"g", b"l"
+#: First byte of a grammar that is sent, and not of logits.
+GRAMMAR = b"g"
 _SETTINGS = {
     "filename": "model.onnx",
     "hidden_size": 1,
@@ -69,14 +69,12 @@ def _chosen(generator: Any, logits: bytes) -> dict[str, object]:
 
 def _limit(memory: int, seconds: int) -> None:
     """Nothing more of the machine than that, beside what is taken already."""
-    with open("/proc/self/statm", encoding="ascii") as stream:  # noqa: PTH123
-        taken = int(stream.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    for kind, most in (
-        (resource.RLIMIT_AS, taken + memory),
-        (resource.RLIMIT_CPU, seconds),
-        (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_FSIZE, 0),
-    ):
+    limits = {resource.RLIMIT_CPU: seconds, resource.RLIMIT_CORE: 0, resource.RLIMIT_FSIZE: 0}
+    # Elsewhere the system does not say what is taken, and time alone is limited.
+    if sys.platform == "linux":
+        with open("/proc/self/statm", encoding="ascii") as stream:  # noqa: PTH123
+            limits[resource.RLIMIT_AS] = int(stream.read().split()[0]) * os.sysconf("SC_PAGE_SIZE") + memory
+    for kind, most in limits.items():
         resource.setrlimit(kind, (most, most))
 
 

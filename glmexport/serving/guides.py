@@ -27,10 +27,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glmexport.bundle.genai import GENAI_CONFIG
-from glmexport.errors import InputError
-from glmexport.serving import guide_program
+from glmexport.errors import InputError, MachineError
 from glmexport.serving.sampling import Sampling
 
+_PROGRAM = Path(__file__).with_name("guide_program.py")
+#: First byte of what is sent to it.
+_GRAMMAR, _LOGITS = b"g", b"l"
 #: Memory that a grammar may take, and seconds: until its process is there, to be compiled, for a token, for all tokens.
 MEMORY = 512 << 20
 START_S, COMPILE_S, TOKEN_S, ANSWER_S = 120.0, 3.0, 2.0, 60.0
@@ -73,7 +75,7 @@ class GuideProcess:
 
     def __init__(self, bundle: Path, graph: bytes) -> None:
         self._ours, theirs = Pipe()
-        command = [sys.executable, "-I", guide_program.__file__, theirs.fileno(), bundle, MEMORY, _CPU_S]
+        command = [sys.executable, "-I", _PROGRAM, theirs.fileno(), bundle, MEMORY, _CPU_S]
         kept = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
         with theirs:
             self._process = subprocess.Popen(  # noqa: S603
@@ -104,11 +106,11 @@ class GuideProcess:
                 "random_seed": sampling.seed % 2**31,
             }
         asked = {"kind": guide.kind, "text": guide.text, "options": options, "tokens": tokens, "lead": 0}
-        self._send(guide_program.GRAMMAR + json.dumps(asked).encode(), COMPILE_S if self._started else None)
+        self._send(_GRAMMAR + json.dumps(asked).encode(), COMPILE_S if self._started else None)
 
     def choose(self, logits: NDArray[np.float32]) -> None:
         """Begin to choose a token by ``logits`` [V]; ``poll`` says which."""
-        self._send(guide_program.LOGITS + logits.astype(np.float32).tobytes(), TOKEN_S)
+        self._send(_LOGITS + logits.astype(np.float32).tobytes(), TOKEN_S)
 
     def poll(self, wait_s: float) -> bytes | None:
         """What it says to what was sent; None: nothing within ``wait_s``.
@@ -123,6 +125,11 @@ class GuideProcess:
                 return None
             said = self._ours.recv_bytes()
         except (OSError, EOFError) as error:
+            if not self._started:
+                raise MachineError(
+                    f"The process for grammars ended with {self._process.wait()} before it was ready.",
+                    next_step="Look at the memory and the processes that the server may have.",
+                ) from error
             raise _excess("memory or time") from error
         now = time.monotonic()
         self._worked_s += now - self._sent
@@ -164,7 +171,9 @@ class GuideProcess:
         try:
             self._ours.send_bytes(data)
         except OSError as error:
-            raise _excess("memory or time") from error
+            # Of one that did not start, ``poll`` says so.
+            if self._started:
+                raise _excess("memory or time") from error
 
 
 def _excess(what: str) -> InputError:
@@ -276,7 +285,7 @@ class Guides:
             try:
                 process.compile(guide, Sampling(0), 1)
                 process.wait()
-            except InputError:
+            except (InputError, MachineError):
                 process.close()
                 raise
             self._give_back(process)

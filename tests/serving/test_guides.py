@@ -16,7 +16,7 @@ from served import PATIENCE_S, Served, start
 
 import glmexport.serving.guides
 from glmexport.checkpoint import Tokenizer
-from glmexport.errors import InputError
+from glmexport.errors import InputError, MachineError
 from glmexport.serving.failure import Refused
 from glmexport.serving.guides import COMPILE_S, Crowded, Guide, Guides
 from glmexport.serving.sampling import Sampling
@@ -236,6 +236,14 @@ def test_a_process_serves_several_answers_one_after_the_other(guides: Guides, bu
     held = guides.begin(CHOSEN, Sampling(0), 9)
     held.close()
     assert guides._spare == [], "one that is at work is no other's"
+
+
+def test_a_process_that_does_not_start_is_no_fault_of_the_schema(
+    guides: Guides, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(glmexport.serving.guides, "_PROGRAM", tmp_path / "nothing.py")
+    with pytest.raises(MachineError, match="ended with 2 before it was ready"):
+        guides.tried(CHOSEN).result()
 
 
 def test_a_token_that_takes_too_long(guides: Guides, monkeypatch: pytest.MonkeyPatch) -> None:
