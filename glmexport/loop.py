@@ -6,9 +6,10 @@ from pathlib import Path
 
 from pydantic import Field, TypeAdapter
 
-from glmexport.definition import Definition
+from glmexport.definition import Definition, read_json
 from glmexport.errors import BundleError
 from glmexport.target import Provider, SessionOptions
+from glmexport.untrusted import SMALL
 
 LOOP_CONFIG = "loop.json"
 
@@ -83,9 +84,9 @@ def read_loop(bundle: Path) -> LoopConfig | FixedLoopConfig | None:
     if not path.is_file():
         return None
     try:
-        return _LOOPS.validate_json(path.read_text(encoding="utf-8"))
+        return read_json(_LOOPS, path, SMALL)
     except ValueError as error:
         raise BundleError(
-            f"{path} is not what a loop reads: {str(error).splitlines()[0]}.",
+            f"{path} is not what a loop reads: {error}.",
             next_step="Build the bundle again with this version of glmexport.",
         ) from error

@@ -30,7 +30,7 @@ STAGES = (
 )
 SHARED = (
     "errors", "definition", "host", "loop", "recipe", "evidence", "target", "resources", "progress", "divergence",
-    "languages", "ssh",
+    "languages", "ssh", "untrusted",
 )  # fmt: skip
 #: May import anything: they run the stages.
 OUTSIDE = (

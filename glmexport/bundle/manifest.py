@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ValidationError
-
-from glmexport.definition import Definition
+from glmexport.definition import Definition, read_json
 from glmexport.errors import BundleError
 from glmexport.quantization import AllocatedGroup, ExpertCoverage, QuantizedMatrix, sha256
 from glmexport.recipe import Recipe
 from glmexport.target import Target
+from glmexport.untrusted import Limits
 
 MANIFEST = "bundle.json"
 #: What validation writes into a bundle.
@@ -20,6 +19,8 @@ REPORTS = frozenset({"report.json", "report.html", "report.md", "report.xml"})
 SIGNATURE = "model.sig"
 RELEASE_FILES = frozenset({"release.json", "golden.json", "verify.py", SIGNATURE})
 ATTESTATIONS = "attestations"
+#: A model of 60,000 matrices has a manifest of 15 MB.
+_LIMITS = Limits(values=2_000_000)
 #: Evidence about a bundle, written after it and therefore not part of what its digest covers.
 EVIDENCE = REPORTS | RELEASE_FILES
 
@@ -162,10 +163,10 @@ def read_manifest(directory: Path) -> Manifest:
             next_step="Give a directory that glmexport build wrote.",
         )
     try:
-        return Manifest.model_validate_json(path.read_text(encoding="utf-8"))
-    except (ValidationError, UnicodeDecodeError) as error:
+        return read_json(Manifest, path, _LIMITS)
+    except ValueError as error:
         raise BundleError(
-            f"{path} does not describe a bundle of a version that this glmexport knows: {str(error).splitlines()[0]}.",
+            f"{path} does not describe a bundle of a version that this glmexport knows: {error}.",
             next_step="Use the glmexport that wrote it, or build it again.",
         ) from error
 

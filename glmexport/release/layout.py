@@ -11,9 +11,10 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field
 
 from glmexport.bundle import Manifest, read_manifest
+from glmexport.definition import FailFast, parse_json, read_json
 from glmexport.errors import InputError, UnverifiedError
 from glmexport.progress import Progress
 from glmexport.quantization import sha256, write_atomically
@@ -26,6 +27,7 @@ from glmexport.release.incoming import (
     refuse_existing,
     signed_digests,
 )
+from glmexport.untrusted import Limits
 
 MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
 INDEX_TYPE = "application/vnd.oci.image.index.v1+json"
@@ -42,9 +44,10 @@ _SUFFIXES = {
 _DIGEST = r"^sha256:[0-9a-f]{64}$"
 #: Of a manifest or an index; registries take no more than 4 MiB.
 _LONGEST = 4 << 20
+_LIMITS = Limits(size=_LONGEST, depth=16, values=200_000, text=1 << 16)
 
 
-class _Part(BaseModel):
+class _Part(FailFast):
     """Of a document that others write, too: keys that are not known here are left alone."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -134,13 +137,13 @@ def read_layout(directory: Path) -> tuple[str, bytes, ImageManifest]:
         UnverifiedError: a part of it is damaged.
     """
     path = directory / "index.json"
-    if not path.is_file() or path.stat().st_size > _LONGEST:
+    if not path.is_file():
         raise InputError(f"{directory} is no image layout.", next_step="Give a directory that package --oci wrote.")
     try:
-        (described,) = _Index.model_validate_json(path.read_bytes()).manifests
-    except ValidationError as error:
+        (described,) = read_json(_Index, path, _LIMITS).manifests
+    except ValueError as error:
         raise InputError(
-            f"{path} is not the index of one image: {_first(error)}.", next_step="Package the bundle again."
+            f"{path} is not the index of one image: {error}.", next_step="Package the bundle again."
         ) from error
     content = _small_blob(directory, described)
     return described.digest, content, parse_image(content, described.digest, str(directory))
@@ -155,10 +158,10 @@ def parse_image(content: bytes, digest: str, where: str) -> ImageManifest:
     if len(content) > _LONGEST or f"sha256:{hashlib.sha256(content).hexdigest()}" != digest:
         raise damaged("The manifest", where)
     try:
-        image = ImageManifest.model_validate_json(content)
-    except ValidationError as error:
+        image = parse_json(ImageManifest, content, _LIMITS)
+    except ValueError as error:
         raise UnverifiedError(
-            f"The image in {where} is no model of a known kind: {_first(error)}.", next_step="Package the bundle again."
+            f"The image in {where} is no model of a known kind: {error}.", next_step="Package the bundle again."
         ) from error
     check_arriving_names([layer.name for layer in image.layers], f"The image in {where}")
     return image
@@ -252,8 +255,3 @@ def _config(manifest: Manifest, layers: list[dict[str, Any]]) -> dict[str, Any]:
         },
         "modelfs": {"type": "layers", "diffIds": [layer["digest"] for layer in layers]},
     }
-
-
-def _first(error: ValidationError) -> str:
-    first = error.errors(include_url=False)[0]
-    return f"{'.'.join(map(str, first['loc'])) or 'it'}: {first['msg']}"

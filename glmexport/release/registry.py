@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import ipaddress
-import json
 import os
 import re
 import ssl
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from glmexport.errors import InputError, MachineError
 from glmexport.release.incoming import damaged
 from glmexport.release.layout import MANIFEST_TYPE, Descriptor
+from glmexport.untrusted import SMALL, parse_object, read_regular
 
 if TYPE_CHECKING:
     import httpx2
@@ -90,7 +90,7 @@ class Access:
         user, password, token = (os.environ.get(name) for name in (USER, PASSWORD, TOKEN))
         if auth_file and not (user or token):
             try:
-                entry = json.loads(auth_file.read_bytes())["auths"].get(host, {})
+                entry = parse_object(read_regular(auth_file, SMALL.size), SMALL)["auths"].get(host, {})
                 if "auth" in entry:
                     user, _, password = base64.b64decode(entry["auth"], validate=True).decode().partition(":")
                 token = entry.get("registrytoken")

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from glmexport import __version__
 from glmexport.bundle.manifest import FileEntry, Source
-from glmexport.definition import Definition
+from glmexport.definition import Definition, read_json
 from glmexport.errors import BundleError
 from glmexport.progress import Progress
 from glmexport.quantization import sha256
@@ -173,11 +173,10 @@ class CapturedReference:
                 next_step="Give a directory that glmexport reference wrote.",
             )
         try:
-            capture = Capture.model_validate_json(path.read_bytes())
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
+            capture = read_json(Capture, path)
+        except ValueError as error:
             raise BundleError(
-                f"{path}: {'.'.join(map(str, first['loc'])) or '(top level)'}: {first['msg']}.",
+                f"{path}: {error}.",
                 next_step="Capture the reference again with this version of glmexport.",
             ) from error
         needed = {_AUDIT, *(_answers(text.language) for text in capture.texts)}

@@ -16,6 +16,7 @@ from glmexport.bundle.genai import GENAI_CONFIG
 from glmexport.errors import BundleError, InputError
 from glmexport.graph import RECENT_LOGITS, SHORT_STEP
 from glmexport.loop import read_loop
+from glmexport.untrusted import SMALL, parse_object, read_regular
 from glmexport.validation.fixed_loop import FixedLoop
 from glmexport.validation.latent_loop import LatentLoop
 from glmexport.validation.own_loop import open_loop
@@ -57,11 +58,11 @@ class GenaiConfig:
         """
         path = bundle / GENAI_CONFIG
         try:
-            model = json.loads(path.read_text(encoding="utf-8"))["model"]
+            model = parse_object(read_regular(path, SMALL.size), SMALL)["model"]
             options = model["decoder"]["session_options"].get("provider_options", [])
             providers = tuple(str(name) for each in options for name in each)
             return cls(frozenset(map(int, model["eos_token_id"])), int(model["context_length"]), providers)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
             raise BundleError(
                 f"{path} cannot be read: {type(error).__name__}: {error}.",
                 next_step="Build the bundle again, or copy it again from where it was built.",

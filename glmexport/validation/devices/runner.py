@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import io
-import json
 import zipfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import ExitStack
@@ -14,6 +13,7 @@ from typing import Any, Protocol
 import glmexport
 from glmexport.errors import MachineError
 from glmexport.progress import Progress, Track
+from glmexport.untrusted import Limits, parse
 
 PROGRAM = "program.pyz"
 _PACKAGE = "glmexport.validation.devices.program"
@@ -27,6 +27,7 @@ _LOOK = 0.5
 _LABELS = {"verified": "Checking files", "round": "Speed", "prompt": "Free answers", "text": "Texts"}
 #: Longest line of the program's output that is read.
 LINE_BYTES = 1 << 16
+_LINE_LIMITS = Limits(size=LINE_BYTES, depth=16)
 #: Seconds without a word after which a device is given up.
 SILENCE_S = 3600.0
 
@@ -127,7 +128,7 @@ async def events(
 def _event(line: bytes) -> dict[str, Any]:
     """What a line says; a device may print what it likes, which is not for us."""
     try:
-        event = json.loads(line)
+        event = parse(line, _LINE_LIMITS)
     except ValueError:
         return {}
     return event if isinstance(event, dict) else {}
