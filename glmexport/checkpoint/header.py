@@ -14,7 +14,7 @@ from typing import cast
 
 from glmexport.checkpoint.files import unreadable
 from glmexport.errors import CheckpointError
-from glmexport.untrusted import Limits, parse_object
+from glmexport.untrusted import Limits, open_regular, parse_object
 
 #: Of one header. A model of 120,000 tensors in one file has a header of 15 MB; the format itself allows 100 MB.
 HEADER_LIMITS = Limits(size=32 << 20, depth=3, values=2_000_000, items=1 << 16, keys=200_000)
@@ -86,8 +86,8 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         MachineError: the machine does not let us read the file.
     """
     try:
-        size = path.stat().st_size
-        with path.open("rb") as stream:
+        stream, size = open_regular(path)
+        with stream:
             start = stream.read(8)
             if len(start) < 8:
                 raise _damaged(path, f"has {size} bytes, and a safetensors file starts with 8 bytes of length")
@@ -99,6 +99,8 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
             text = stream.read(length)
     except OSError as error:
         raise unreadable(path, error) from error
+    except ValueError as error:
+        raise _damaged(path, f"cannot be read: {error}") from error
     if len(text) != length:
         raise _damaged(path, "became shorter while it was read")
     entries = _entries(path, text)

@@ -7,8 +7,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from glmexport.checkpoint.files import optional, read_json, unreadable
+from glmexport.checkpoint.files import optional, read_json, read_text, unreadable
+from glmexport.checkpoint.templates import TEMPLATE_LIMIT_BYTES, render_template
 from glmexport.errors import CheckpointError, InputError
+from glmexport.untrusted import Limits, read_regular, scan
 
 if TYPE_CHECKING:
     import tokenizers
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
 VOCABULARY = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 
+#: GLM's vocabularies have 150,000 tokens and 320,000 merges in 20 MB.
+_VOCABULARY_LIMITS = Limits(values=8_000_000, items=4_000_000, keys=2_000_000)
 _CONFIG = "tokenizer_config.json"
 _LEGACY_SPECIAL_TOKENS = "special_tokens_map.json"
 _FILES = (
@@ -93,13 +97,11 @@ class Tokenizer:
                 "with AutoTokenizer.save_pretrained.",
             )
         try:
-            text = path.read_text(encoding="utf-8")
+            data = read_regular(path, _VOCABULARY_LIMITS.size)
+            scan(data, _VOCABULARY_LIMITS)
+            tokenizer = tokenizers.Tokenizer.from_buffer(data)
         except OSError as error:
             raise unreadable(path, error) from error
-        except UnicodeDecodeError as error:
-            raise _unusable(path, error) from error
-        try:
-            tokenizer = tokenizers.Tokenizer.from_str(text)
         except MemoryError:
             raise
         except Exception as error:
@@ -158,32 +160,16 @@ class Tokenizer:
             kwargs: Variables of the template, such as ``tools``, ``documents`` or ``enable_thinking``.
 
         Raises:
-            CheckpointError: there is no chat template, or it fails; carries the template's own message.
+            CheckpointError: there is no chat template, or it fails or takes too much; carries the template's own
+                message.
             InputError: the conversation is empty.
         """
-        # Its sandbox, filters and aliases are the reference, and they change from version to version.
-        from transformers.utils.chat_template_utils import render_jinja_template
-
         if not messages:
             raise InputError("The conversation is empty.", next_step="Give at least one message.")
         where, template = self._template(with_tools=kwargs.get("tools") is not None)
         present = [{key: value for key, value in message.items() if value is not None} for message in messages]
-        try:
-            rendered, _ = render_jinja_template(
-                conversations=[present],
-                chat_template=template,
-                add_generation_prompt=add_generation_prompt,
-                **{**self._named_tokens, **kwargs},
-            )
-        except MemoryError:
-            raise
-        except Exception as error:
-            # The template is a program of the checkpoint's: it can raise anything.
-            raise CheckpointError(
-                f"The chat template of {where} failed: {type(error).__name__}: {error}.",
-                next_step="Check the roles and the order of the messages, and the template's variables.",
-            ) from error
-        return cast(str, rendered[0])
+        variables = {**self._named_tokens, **kwargs, "add_generation_prompt": add_generation_prompt}
+        return render_template(where, template, present, variables)
 
     def encode_chat(
         self,
@@ -263,12 +249,7 @@ def _templates(directory: Path, config: Mapping[str, object]) -> dict[str, tuple
         if path.suffix != ".jinja":
             continue
         name = path.stem if path.parent.name == _MORE_TEMPLATES else "default"
-        try:
-            templates[name] = (str(path), path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise unreadable(path, error) from error
-        except UnicodeDecodeError as error:
-            raise CheckpointError(f"{path} is not UTF-8: {error}.", next_step="Download it again.") from error
+        templates[name] = (str(path), read_text(path, TEMPLATE_LIMIT_BYTES))
     return templates or _configured_templates(str(directory / _CONFIG), config.get("chat_template"))
 
 
