@@ -1,4 +1,4 @@
-"""Bytes that strangers wrote: read up to a size, and JSON whose costs are bounded before anything is built of it.
+"""What strangers wrote: bytes read up to a size, JSON of bounded cost, and text that shows all that is in it.
 
 A parser makes a hundred bytes of three (``[],``), and a million errors of a million wrong items. So the bytes are
 scanned first, which builds nothing: how large they are, how deep they nest, how many values there are, and how long
@@ -13,8 +13,9 @@ import json
 import os
 import re
 import stat
+import unicodedata
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 _MIB = 1 << 20
 
@@ -47,21 +48,34 @@ SMALL = Limits(size=4 * _MIB, values=100_000, items=50_000, text=_MIB)
 LARGE = Limits()
 
 
-def read_regular(path: str | os.PathLike[str], most: int) -> bytes:
-    """The content of a regular file, links followed; nothing is waited for, and nothing above ``most`` is read.
+def open_regular(path: str | os.PathLike[str]) -> tuple[BinaryIO, int]:
+    """A regular file, links followed, for reading, and its size in bytes; nothing is waited for.
 
     Raises:
-        ValueError: it is a pipe, a device or a directory, or has more than ``most`` bytes; completes a sentence that
-            ends in a colon.
-        OSError: it cannot be read.
+        ValueError: it is a pipe, a device or a directory; completes a sentence that ends in a colon.
+        OSError: it cannot be opened.
     """
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
-    with os.fdopen(os.open(path, flags), "rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError("it is not a regular file")
-        data = b"" if status.st_size > most else file.read(max(status.st_size, 1 << 16) + 1)
-        size = max(status.st_size, len(data))
+    descriptor = os.open(path, flags)
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise ValueError("it is not a regular file")
+    return os.fdopen(descriptor, "rb"), status.st_size
+
+
+def read_regular(path: str | os.PathLike[str], most: int) -> bytes:
+    """The content of a regular file; nothing above ``most`` bytes is read.
+
+    Raises:
+        ValueError: as ``open_regular``, or it has more than ``most`` bytes.
+        OSError: it cannot be read.
+    """
+    file, size = open_regular(path)
+    with file:
+        # One that grows meanwhile, or whose size the system does not know, is read no further either.
+        data = b"" if size > most else file.read(min(max(size, 1 << 16), most) + 1)
+    size = max(size, len(data))
     if size > most:
         raise ValueError(f"it has {size:,} bytes, and at most {most:,} are accepted")
     return data
@@ -226,3 +240,27 @@ def _refuse_half_pairs(value: object) -> None:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise ValueError("a text in it has half of a pair of surrogates") from error
+
+
+_JOINERS = "\u200c\u200d"
+_SHOWN = {"\n": "↵", "\t": "⇥"}
+
+
+def visible(text: str, *, lines: bool = False) -> str:
+    """``text`` with every control and formatting character spelled out, so that none can hide, reorder or command.
+
+    The joiners that Persian and the Indic scripts are written with stay; with ``lines`` so do line feeds and tabs.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(
+        character if lines and character in _SHOWN else _visible(character) for character in text
+    )
+
+
+def _visible(character: str) -> str:
+    if character in _SHOWN:
+        return _SHOWN[character]
+    if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") and character not in _JOINERS:
+        return f"‹U+{ord(character):04X}›"
+    return character

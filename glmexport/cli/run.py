@@ -10,6 +10,7 @@ import click
 
 from glmexport.cli.console import Terminal, emit
 from glmexport.cli.options import bundle_threads, json_option, threads_option
+from glmexport.untrusted import visible
 
 
 @click.command()
@@ -74,7 +75,7 @@ def run(
     for piece in generate(bundle, tokenizer, ids, max_tokens=max_tokens, threads=threads, speculation=speculation):
         pieces.append(piece)
         if not as_json:
-            sys.stdout.write(piece.text)
+            sys.stdout.write(visible(piece.text, lines=True))
             sys.stdout.flush()
     if as_json:
         document = {

@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from glmexport.report import text
+from glmexport.untrusted import visible
 
 _SPECIAL = re.compile(r"([\\`*_{}\[\]()#+\-.!|<>~&:@])")
 
 
 def foreign(words: str) -> str:
     """Text that is not ours, on one line and without any meaning to Markdown."""
-    return _SPECIAL.sub(r"\\\1", text.visible(words))
+    return _SPECIAL.sub(r"\\\1", visible(words))
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

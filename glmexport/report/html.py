@@ -17,6 +17,7 @@ from glmexport.report.allocation import summarize
 from glmexport.report.behaviour import LANGUAGE_HEADS, answer_rows, kind, language_row, parted
 from glmexport.report.coverage import COVERAGE_HEADS, coverage_rows
 from glmexport.report.devices import device_table
+from glmexport.untrusted import visible
 from glmexport.validation.results import Gate, LanguageFidelity, Verdict
 
 if TYPE_CHECKING:
@@ -98,14 +99,14 @@ def _environment() -> Environment:
         percent=text.percent,
         ratio=text.ratio,
         token=_token,
-        visible=text.visible,
+        visible=visible,
     )
     return environment
 
 
 def _foreign(words: str) -> Markup:
     """Text that is not ours: nothing hidden in it, and its direction kept to itself."""
-    return Markup('<bdi dir="auto">{}</bdi>').format(text.visible(words))
+    return Markup('<bdi dir="auto">{}</bdi>').format(visible(words))
 
 
 def _token(words: str, language: str) -> Markup:
