@@ -23,7 +23,7 @@ Split = Literal["calibration", "evaluation"]
 #: Lines shorter than this recur in any two texts of a kind (headings, list markers) and show no leakage.
 _SHORTEST_TELLING_LINE = 20
 #: Of a line of a user's file: a document, or a conversation.
-_LINE_LIMITS = Limits(text=64 << 20)
+_LINE_LIMITS = Limits(text=16 << 20)
 #: Of a user's file, bytes; more is not calibrated with, and would have to lie in memory.
 _FILE_LIMIT = 4 << 30
 #: A BCP-47 tag; it becomes part of file names too.
