@@ -60,7 +60,8 @@ def open_regular(path: str | os.PathLike[str]) -> tuple[BinaryIO, int]:
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
         os.close(descriptor)
-        raise ValueError("it is not a regular file")
+        what = "a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file"
+        raise ValueError(f"it is {what}")
     return os.fdopen(descriptor, "rb"), status.st_size
 
 

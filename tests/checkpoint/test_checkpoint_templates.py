@@ -19,7 +19,7 @@ HOSTILE = {
     "a long text": "{{ 'a' * 10**9 }}",
     "a long answer": "{{ 'a' * 4 * 10**7 }}",
     "a list of lists": "{{ ([0] * 10**9) | length }}",
-    "a text that doubles": "{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+    "a text that doubles": "{% set n = namespace(x=1) %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
     "a wide text": "{{ 'a' | center(10**10) }}",
     "a format": "{{ '%1000000000d' % 1 }}",
     "a power": "{{ (7 ** (10 ** 8)) % 10 }}",
