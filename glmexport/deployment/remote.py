@@ -25,6 +25,7 @@ _MODULES = ("activation", "answering", "facts", "layout", "ledger", "receiving",
 _ELSEWHERE = (
     "glmexport.release.golden_answers",
     "glmexport.release.verifier",
+    "glmexport.untrusted",
     "glmexport.validation.devices.program.files",
 )
 #: What takes its time, by the command; the others are done before a bar could be read.

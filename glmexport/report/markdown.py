@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def render_markdown(report: Report) -> str:
     """``report`` in GitHub's dialect; the same report gives the same text."""
     subject = report.subject
-    source = _foreign(subject.checkpoint)
+    source: str = _foreign(subject.checkpoint)
     if subject.adapter:
         source += f" with the adapter {_foreign(subject.adapter)}"
     parts = [
