@@ -19,8 +19,8 @@ REPORTS = frozenset({"report.json", "report.html", "report.md", "report.xml"})
 SIGNATURE = "model.sig"
 RELEASE_FILES = frozenset({"release.json", "golden.json", "verify.py", SIGNATURE})
 ATTESTATIONS = "attestations"
-#: A model of 60,000 matrices has a manifest of 15 MB.
-_LIMITS = Limits(values=2_000_000)
+#: A model of 60,000 matrices has a manifest of 2.5 million values.
+_LIMITS = Limits(size=128 << 20, values=4_000_000)
 #: Evidence about a bundle, written after it and therefore not part of what its digest covers.
 EVIDENCE = REPORTS | RELEASE_FILES
 

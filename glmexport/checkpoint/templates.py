@@ -19,6 +19,12 @@ from glmexport.errors import CheckpointError, MachineError
 TEMPLATE_LIMIT_BYTES = 1 << 20
 #: Seconds after which a process that does not answer is ended, on a machine however busy.
 _PATIENCE_S = 120
+_ENVIRONMENT = frozenset(
+    {
+        "APPDATA", "HF_HOME", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PATH", "PYTHONHOME", "PYTHONPATH",
+        "SYSTEMROOT", "TEMP", "TMP", "TMPDIR", "TZ", "USERPROFILE", "VIRTUAL_ENV", "XDG_CACHE_HOME",
+    }
+)  # fmt: skip
 
 
 class TemplateFailed(Exception):
@@ -71,6 +77,8 @@ class _Process:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
+                # Of what is in the environment, keys and tokens are none of a template's business.
+                env={name: value for name, value in os.environ.items() if name in _ENVIRONMENT},
                 # Ctrl-C is for whoever asks; this one ends with its stdin.
                 start_new_session=True,
             )

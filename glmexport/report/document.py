@@ -36,8 +36,8 @@ MARKDOWN_NAME = "report.md"
 JUNIT_NAME = "report.xml"
 #: Beside this module, as ``schema_text`` gives it: validators of other languages need no Python.
 SCHEMA_NAME = "report.schema.json"
-#: With a result for each of 60,000 matrices.
-_LIMITS = Limits(values=2_000_000)
+#: A model of 60,000 matrices has a report of 2.5 million values, in 60 MB.
+_LIMITS = Limits(size=128 << 20, values=4_000_000)
 
 
 def _sorted(table: dict[str, Any]) -> dict[str, Any]:
