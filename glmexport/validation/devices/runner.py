@@ -27,7 +27,8 @@ _LOOK = 0.5
 _LABELS = {"verified": "Checking files", "round": "Speed", "prompt": "Free answers", "text": "Texts"}
 #: Longest line of the program's output that is read.
 LINE_BYTES = 1 << 16
-_LINE_LIMITS = Limits(size=LINE_BYTES, depth=16)
+#: Of an event; one that comes through SSH may be longer.
+_LINE_LIMITS = Limits(size=1 << 20, depth=16, values=50_000)
 #: Seconds without a word after which a device is given up.
 SILENCE_S = 3600.0
 
@@ -145,6 +146,9 @@ async def _patient(readline: Callable[[], Awaitable[bytes]], shown: _Shown, who:
             if waited >= silence:
                 raise Ended(f"{who} has not said a word for {silence:.0f} s.", next_step="Look what it does.")
         return reading.result()
+    except (ValueError, asyncio.IncompleteReadError) as error:
+        # By how a stream tells of a line without an end.
+        raise Ended(f"{who} said a line that is too long: {error}.", next_step="Look what it prints.") from error
     finally:
         reading.cancel()
 
