@@ -45,7 +45,7 @@ def deploy(bundle: Path, site: Path, unproven: bool, allow_older: bool, replace_
 
     terminal = Terminal()
     place = open_site(site)
-    release = SignedBundle.open(bundle, trust_file(place), terminal)
+    release = SignedBundle.open(bundle, trust_file(place), terminal, place.subject)
     terminal.facts(
         "Release",
         {

@@ -122,17 +122,22 @@ def budget_options(command: Command) -> Command:
 
 
 def verification_options(command: Command) -> Command:
-    """--key, --root and --newer-than."""
+    """--key, --root, --subject and --newer-than."""
     key = click.option("--key", type=click.Path(path_type=Path), metavar="PUBLIC.pem", help="Public key of who signed.")
     root = click.option(
         "--root", type=click.Path(path_type=Path), metavar="CA.pem",
         help="Root certificate that vouches for who signed; instead of --key.",
     )  # fmt: skip
+    subject = click.option(
+        "--subject", metavar="NAME",
+        help="With --root: whom the signing certificate has to be of, as CN=Releases,O=Office,C=DE (RFC 4514) or "
+        "email:releases@example.org.",
+    )  # fmt: skip
     newer = click.option(
         "--newer-than", type=click.IntRange(min=0), metavar="COUNTER",
         help="Refuse a release whose counter is not above this one.",
     )  # fmt: skip
-    return key(root(newer(command)))
+    return key(root(subject(newer(command))))
 
 
 def arrival_options(command: Command) -> Command:

@@ -48,6 +48,7 @@ def pull(
     output: Path,
     key: Path | None,
     root: Path | None,
+    subject: str | None,
     newer_than: int | None,
     no_verify: bool,
     ca: Path | None,
@@ -61,7 +62,7 @@ def pull(
     from glmexport.release.transfer import pull as pull_bundle
 
     terminal = Terminal()
-    check = check_of(terminal, key, root, newer_than, no_verify)
+    check = check_of(terminal, key, root, subject, newer_than, no_verify)
     reference = Reference.parse(image)
     access = Access.given(reference.host, ca, auth_file, plain_http=plain_http)
     digest = pull_bundle(reference, output, check, access, terminal)

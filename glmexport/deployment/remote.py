@@ -23,6 +23,8 @@ _PROGRAM = "deploy.pyz"
 _PACKAGE = "glmexport.deployment.program"
 _MODULES = ("activation", "answering", "facts", "layout", "ledger", "receiving", "verifying")
 _ELSEWHERE = (
+    "glmexport.release.certificates",
+    "glmexport.release.envelope",
     "glmexport.release.golden_answers",
     "glmexport.release.verifier",
     "glmexport.validation.devices.program.files",

@@ -9,6 +9,7 @@ from typing import Self
 from pydantic import Field, field_validator, model_validator
 
 from glmexport.definition import Definition, read_toml
+from glmexport.deployment.program.layout import SUBJECT
 from glmexport.errors import DefinitionError, InputError
 from glmexport.ssh import SshAddress, parse_address
 
@@ -91,6 +92,9 @@ class Site(Definition):
 
     #: The public key, or the root certificate, that releases are signed with; relative to the file.
     trust: Path
+    #: Whom the signing certificate has to be of, where ``trust`` is a root: a distinguished name by RFC 4514, or
+    #: ``email:``, ``DNS:`` or ``URI:`` and a name.
+    subject: str | None = None
     #: Servers that may be switching, and so perhaps not answer, at a time.
     max_unavailable: int = Field(default=1, ge=1)
     servers: dict[str, Server] = Field(min_length=1)
@@ -109,8 +113,15 @@ class Site(Definition):
             where["key"] = self.folder / server.key.expanduser()
         return parse_address(server.at, name, **where)
 
+    @field_validator("subject")
+    @classmethod
+    def _is_a_line(cls, subject: str | None) -> str | None:
+        if subject is not None and not (subject and subject.isprintable()):
+            raise ValueError("has to be a name in one line")
+        return subject
+
     def trusted(self) -> str:
-        """The key, PEM.
+        """What servers keep as trust.pem: the key or the root, PEM, and before it the subject where there is one.
 
         Raises:
             InputError: there is no such file, or no key in it.
@@ -128,7 +139,14 @@ class Site(Definition):
                 f"{path} is no public key and no certificate in PEM.",
                 next_step="Give what openssl pkey -pubout writes; a private key never leaves its place.",
             )
-        return text
+        if self.subject is None:
+            return text
+        if "BEGIN CERTIFICATE" not in text:
+            raise InputError(
+                f"The site names the subject {self.subject}, and {path} is no root certificate.",
+                next_step="Name a root certificate as trust, or leave subject out.",
+            )
+        return f"{SUBJECT}{self.subject}\n{text}"
 
 
 def open_site(path: Path) -> Site:

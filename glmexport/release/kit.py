@@ -18,6 +18,7 @@ from glmexport.progress import Progress
 from glmexport.release import unpacker, verifier
 from glmexport.release.incoming import arriving, damaged, signed_digests
 from glmexport.release.release import Release, read_release
+from glmexport.release.script import verifier_script
 from glmexport.release.verifier import SIGNATURE
 
 UNPACKER, VERIFIER, SUMS, README = "unpack.py", "verify.py", "SHA256SUMS", "README.txt"
@@ -59,7 +60,7 @@ def write_kit(bundle: Path, directory: Path, progress: Progress, volume_bytes: i
         with _Cut(partial, volume_bytes) as volumes:
             _archive(bundle, signed, volumes, progress)
         shutil.copyfile(bundle / SIGNATURE, partial / SIGNATURE)
-        shutil.copyfile(verifier.__file__, partial / VERIFIER)
+        (partial / VERIFIER).write_text(verifier_script(), encoding="utf-8")
         shutil.copyfile(unpacker.__file__, partial / UNPACKER)
         (partial / README).write_text(_readme(release), encoding="utf-8")
         sums = dict(volumes.sums)

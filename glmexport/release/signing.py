@@ -30,6 +30,7 @@ from glmexport.release.golden import GOLDEN, absent_because, record
 from glmexport.release.incoming import flush_directory
 from glmexport.release.keys import Signatory
 from glmexport.release.release import Release, next_counter
+from glmexport.release.script import verifier_script
 from glmexport.release.verifier import RELEASE, SIGNATURE
 
 VERIFIER = "verify.py"
@@ -92,7 +93,7 @@ def sign(
             golden_absent_because=absent,
         )
         (staging / RELEASE).write_text(release.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        shutil.copyfile(verifier.__file__, staging / VERIFIER)
+        (staging / VERIFIER).write_text(verifier_script(), encoding="utf-8")
         _attest(bundle, manifest, signatory, staging)
         digests = _digests(bundle, manifest, staging)
         (staging / SIGNATURE).write_bytes(signatory.model_signature(bundle.name, digests))

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Unpack the bundle of this kit with Python and openssl alone, and verify it.
 
-    python3 unpack.py -o DIRECTORY --key PUBLIC.pem | --root CA.pem [--newer-than COUNTER] [--json]
+    python3 unpack.py -o DIRECTORY --key PUBLIC.pem | --root CA.pem [--subject NAME] [--newer-than COUNTER]
+        [--json]
 
 Take the key from where you trust, not from the medium that this kit came on. The signature is verified first; then only
 files that it lists are written, byte for byte as it lists them, and DIRECTORY appears when all of them are there.
@@ -130,7 +131,7 @@ def unpack(kit: Path, destination: Path, given: argparse.Namespace, verifier: An
     if destination.exists() or destination.is_symlink():
         raise verifier.Refused(f"{destination} exists.", verifier.EXIT_USAGE)
     envelope = verifier.read_envelope(kit)
-    verifier.check_signature(envelope, given.key, given.root)
+    verifier.check_signature(envelope, given.key, given.root, given.subject)
     signed = verifier.signed_files(envelope.payload)
     scratch = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.absolute().parent))
     try:
@@ -140,7 +141,7 @@ def unpack(kit: Path, destination: Path, given: argparse.Namespace, verifier: An
         # A buffer in between: tarfile reads a stream in pieces, and asks a raw one for more than it may give.
         with io.BufferedReader(Volumes(kit, verifier), 1 << 20) as stream:
             extract(stream, signed, bundle, verifier)
-        found = verifier.verify(bundle, given.key, given.root, given.newer_than)
+        found = verifier.verify(bundle, given.key, given.root, given.newer_than, given.subject)
         bundle.rename(destination)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -154,6 +155,7 @@ def main(arguments: list[str] | None = None) -> int:
     with_what = parser.add_mutually_exclusive_group(required=True)
     with_what.add_argument("--key", type=Path, metavar="PUBLIC.pem", help="of the key that signed it")
     with_what.add_argument("--root", type=Path, metavar="CA.pem", help="certificate that vouches for who signed it")
+    parser.add_argument("--subject", metavar="NAME", help="with --root: whom the certificate has to be of")
     parser.add_argument("--newer-than", type=int, metavar="COUNTER", help="refuse a release that is not above it")
     parser.add_argument("--json", action="store_true", help="print the JSON document only")
     try:

@@ -27,6 +27,8 @@ from typing import Any
 from glmexport.validation.devices.program.files import Failure, replace, sha256
 
 NAME = re.compile(r"[0-9a-f]{32}")
+#: Begins the first line of trust.pem where a certificate has to be of somebody in particular.
+SUBJECT = "glmexport-subject: "
 #: Of what is no release any more, until it is gone.
 _GONE = ".gone-"
 #: Of a release that is not whole yet.
