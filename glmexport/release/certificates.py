@@ -50,10 +50,14 @@ class Unfit(Exception):
 class Certificate(NamedTuple):
     """One certificate: its name as RFC 4514 writes it, other names such as ``email:x@y``, and what it may do.
 
-    ``key`` is the SubjectPublicKeyInfo in DER, ``starts`` the seconds since 1970 at which it becomes valid, and
-    ``extended`` the object identifiers of its extended usages, or None where it has no such extension.
+    ``named`` and ``issuer`` are names in DER, ``whole`` is all of it, ``key`` the SubjectPublicKeyInfo in DER,
+    ``starts`` the seconds since 1970 at which it becomes valid, and ``extended`` the object identifiers of its extended
+    usages, or None where it has no such extension.
     """
 
+    whole: bytes
+    named: bytes
+    issuer: bytes
     subject: str
     alternatives: tuple[str, ...]
     key: bytes
@@ -94,7 +98,9 @@ def check_chain(chain: Sequence[bytes], roots: Sequence[bytes], subject: str | N
     signing certificate has that name. Raises Unfit, which names the certificate.
     """
     signer, *others = [read(each) for each in chain]
-    for each in (*others, *(read(root) for root in roots)):
+    trusted = [read(each) for each in roots]
+    _require_path(signer, others, trusted)
+    for each in (*others, *trusted):
         _check_strength(each)
         if not each.authority or not each.usage & _CERTIFICATE_SIGN:
             raise Unfit(f"{each.subject} is no authority: it needs CA:TRUE and the key usage keyCertSign")
@@ -108,6 +114,18 @@ def check_chain(chain: Sequence[bytes], roots: Sequence[bytes], subject: str | N
     if subject is not None and subject not in (signer.subject, *signer.alternatives):
         raise Unfit(f"it is of {' or '.join((signer.subject, *signer.alternatives))}, and not of {subject}")
     return signer
+
+
+def _require_path(signer: Certificate, others: list[Certificate], roots: list[Certificate]) -> None:
+    """Nothing is there that nobody looks at: each is a root that is trusted, or the one that vouches for another."""
+    below, trusted = signer, {root.whole for root in roots}
+    left = [each for each in others if each.whole not in trusted]
+    while left:
+        above = [each for each in left if each.named == below.issuer]
+        if len(above) != 1 or below.issuer in {root.named for root in roots}:
+            raise Unfit(f"beside {below.subject} there are certificates that do not vouch for it, or not alone")
+        (below,) = above
+        left.remove(below)
 
 
 def _check_strength(certificate: Certificate) -> None:
@@ -145,17 +163,22 @@ def hash_of_key(key: bytes) -> str | None:
 def read(content: bytes) -> Certificate:
     """Read a certificate in DER; raises Unfit if it is none of version 3, or is written in more than one way."""
     try:
-        signed, algorithm, _ = _elements(_one(content, _SEQUENCE))
-        version, _, inner, _, validity, subject, key, *rest = _elements(_content(signed, _SEQUENCE))
+        signed, algorithm, signature = _elements(_one(content, _SEQUENCE))
+        version, _, inner, issuer, validity, subject, key, *rest = _elements(_content(signed, _SEQUENCE))
         if version.whole != b"\xa0\x03\x02\x01\x02" or inner.whole != algorithm.whole:
             raise ValueError("version or algorithm")
+        if _content(signature, _BITS)[0]:
+            raise ValueError("bits that nobody reads")
         extensions = _extensions([each for each in rest if each.tag == _EXTENSIONS])
         extended = extensions.get(_EXTENDED)
         return Certificate(
+            content,
+            subject.whole,
+            issuer.whole,
             _name(subject),
             _alternatives(extensions.get(_ALTERNATIVES)),
             key.whole,
-            _seconds(_elements(validity.content)[0]),
+            _seconds(_elements(_content(validity, _SEQUENCE))[0]),
             _signature(algorithm),
             _authority(extensions.get(_CONSTRAINTS)),
             _usage(extensions.get(_KEY_USAGE)),

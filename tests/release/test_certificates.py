@@ -204,6 +204,29 @@ def test_a_certificate_for_something_else_does_not(
             open_signatory(KeyFiles(chain[2].with_suffix(".pem"), chain[2], (chain[1], chain[0])))
 
 
+def put_into_chain(release: Path, *certificates: Path) -> None:
+    """Other certificates than the signature came with, below the one that signed."""
+    table = json.loads((release / "model.sig").read_bytes())
+    chain = table["verificationMaterial"]["x509CertificateChain"]["certificates"]
+    made = [from_pem(each.read_bytes())[0] for each in certificates]
+    chain[1:] = [{"rawBytes": base64.b64encode(each).decode()} for each in made]
+    (release / "model.sig").write_text(json.dumps(table))
+
+
+def test_a_chain_has_nothing_that_nobody_looks_at(release: Path, outcome: Judge, tmp_path: Path) -> None:
+    root, middle, leaf = chain_of(({}, {}, {}), tmp_path)
+    (tmp_path / "other").mkdir()
+    another, twin, _ = chain_of(({}, {}, {}), tmp_path / "other")
+    stranger = replace(MIDDLE, name="stranger").made(ROOT, tmp_path)
+    sign_by(release, [root, middle, leaf])
+    for legal in ((middle,), (middle, root), (root, middle)):
+        put_into_chain(release, *legal)
+        assert outcome(release, root=root).code == 0
+    for illegal in ((), (root,), (middle, stranger), (middle, twin), (middle, another), (middle, leaf)):
+        put_into_chain(release, *illegal)
+        assert outcome(release, root=root).code == EXIT_UNVERIFIED
+
+
 @pytest.mark.parametrize("key", ["rsa3072", "ed25519", "k256", "p224"])
 def test_a_key_of_another_kind_signs_nothing(key: str, release: Path, outcome: Judge, tmp_path: Path) -> None:
     chain = chain_of(({}, {}, {}), tmp_path)
