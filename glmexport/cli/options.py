@@ -169,7 +169,11 @@ def registry_options(command: Command) -> Command:
         "GLMEXPORT_REGISTRY_PASSWORD, or GLMEXPORT_REGISTRY_TOKEN.",
     )  # fmt: skip
     plain = click.option("--plain-http", is_flag=True, help="Do without TLS on other machines than this one, too.")
-    return authority(auth_file(plain(command)))
+    token_host = click.option(
+        "--token-host", "token_hosts", multiple=True, metavar="HOST[:PORT]",
+        help="May ask for the password to give tokens for the registry, which alone gets it otherwise; repeatable.",
+    )  # fmt: skip
+    return authority(auth_file(token_host(plain(command))))
 
 
 def json_option(command: Command) -> Command:

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 from glmexport.errors import InputError
 from glmexport.progress import Progress
 from glmexport.release import unpacker, verifier
-from glmexport.release.incoming import arriving, damaged, signed_digests
+from glmexport.release.incoming import arriving, damaged, require_room, signed_digests
 from glmexport.release.release import Release, read_release
 from glmexport.release.script import verifier_script
 from glmexport.release.verifier import SIGNATURE
@@ -56,6 +56,7 @@ def write_kit(bundle: Path, directory: Path, progress: Progress, volume_bytes: i
         )
     bundle = bundle.resolve()
     signed, release = signed_digests(bundle), read_release(bundle)
+    require_room(directory.parent, sum((bundle / name).stat().st_size for name in signed), str(bundle))
     with arriving(directory) as partial:
         with _Cut(partial, volume_bytes) as volumes:
             _archive(bundle, signed, volumes, progress)

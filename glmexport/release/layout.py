@@ -24,6 +24,7 @@ from glmexport.release.incoming import (
     copy_verified,
     damaged,
     refuse_existing,
+    require_room,
     signed_digests,
 )
 
@@ -93,6 +94,7 @@ def write_layout(bundle: Path, directory: Path, progress: Progress, tag: str = "
     """
     bundle = bundle.resolve()
     signed, manifest = signed_digests(bundle), read_manifest(bundle)
+    require_room(directory.parent, sum((bundle / name).stat().st_size for name in signed), str(bundle))
     with arriving(directory) as partial:
         layers = []
         with progress.track("blobs", len(signed)) as track:
@@ -173,6 +175,7 @@ def unpack_layout(directory: Path, destination: Path, check: Check, progress: Pr
     """
     refuse_existing(destination)
     _, _, image = read_layout(directory)
+    require_room(destination.parent, sum(layer.size for layer in image.layers), f"The image in {directory}")
     with arriving(destination) as partial:
         with progress.track("files", len(image.layers)) as track:
             for layer in image.layers:

@@ -111,9 +111,7 @@ def _model_verifier(envelope: Envelope, key: Path | None, root: Path | None) -> 
     try:
         public.verify(envelope.signature, pae(envelope.payload), ec.ECDSA(get_ec_key_hash(public)))
     except InvalidSignature as error:
-        raise verifier.Refused(
-            f"{SIGNATURE} does not hold: it was made with another key, or was changed."
-        ) from error
+        raise verifier.Refused(f"{SIGNATURE} does not hold: it was made with another key, or was changed.") from error
     return chosen or config().use_elliptic_key_verifier(public_key=key)
 
 

@@ -253,7 +253,8 @@ def test_a_broken_hash_vouches_for_nothing(which: int, release: Path, outcome: J
 
 
 NAMED = replace(
-    LEAF, alternatives=(x509.RFC822Name("releases@example.org"), x509.UniformResourceIdentifier("https://example.org/r"))
+    LEAF,
+    alternatives=(x509.RFC822Name("releases@example.org"), x509.UniformResourceIdentifier("https://example.org/r")),
 )
 DISTINGUISHED = "CN=leaf,O=Amt für Prüfung\\, Köln,C=DE"
 
