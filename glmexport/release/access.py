@@ -18,6 +18,7 @@ _REFERENCE = re.compile(
     r"/(?P<name>[a-z0-9]+([._-]+[a-z0-9]+)*(/[a-z0-9]+([._-]+[a-z0-9]+)*)*)"
     r"(:(?P<tag>[A-Za-z0-9_][A-Za-z0-9._-]{0,127}))?(@(?P<digest>sha256:[0-9a-f]{64}))?"
 )
+TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 USER, PASSWORD, TOKEN = "GLMEXPORT_REGISTRY_USER", "GLMEXPORT_REGISTRY_PASSWORD", "GLMEXPORT_REGISTRY_TOKEN"
 
 

@@ -155,7 +155,8 @@ class _Cut(io.RawIOBase):
 
 
 def _readme(release: Release) -> str:
-    return _README.format(target=release.target, bundle=release.bundle, counter=release.counter)
+    target = "".join(each if each.isprintable() else " " for each in release.target)
+    return _README.format(target=target, bundle=release.bundle, counter=release.counter)
 
 
 def _flush(path: Path) -> None:

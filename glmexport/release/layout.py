@@ -17,6 +17,7 @@ from glmexport.bundle import Manifest, read_manifest
 from glmexport.errors import InputError, UnverifiedError
 from glmexport.progress import Progress
 from glmexport.quantization import sha256, write_atomically
+from glmexport.release.access import TAG
 from glmexport.release.incoming import (
     Check,
     arriving,
@@ -90,8 +91,10 @@ def write_layout(bundle: Path, directory: Path, progress: Progress, tag: str = "
     Raises:
         BundleError: the bundle is not signed.
         UnverifiedError: a file is not what its signature states.
-        InputError: ``directory`` exists.
+        InputError: ``directory`` exists, or ``tag`` is none.
     """
+    if not TAG.fullmatch(tag):
+        raise InputError(f"{tag!r} is no tag.", next_step="Give letters, digits, '.', '_' and '-', 128 at the most.")
     bundle = bundle.resolve()
     signed, manifest = signed_digests(bundle), read_manifest(bundle)
     require_room(directory.parent, sum((bundle / name).stat().st_size for name in signed), str(bundle))
@@ -116,7 +119,7 @@ def write_layout(bundle: Path, directory: Path, progress: Progress, tag: str = "
             "config": config,
             "layers": layers,
             "annotations": {
-                "org.opencontainers.image.title": manifest.source.title,
+                "org.opencontainers.image.title": _line(manifest.source.title),
                 "org.opencontainers.image.version": manifest.digest(),
             },
         }
@@ -241,10 +244,10 @@ def _config(manifest: Manifest, layers: list[dict[str, Any]]) -> dict[str, Any]:
     precision = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[manifest.target.graph.activations]
     return {
         "descriptor": {
-            "name": manifest.source.title,
+            "name": _line(manifest.source.title),
             "family": manifest.family,
             "version": manifest.digest(),
-            "title": f"{manifest.source.title}, {manifest.recipe.name} for {manifest.target.name}",
+            "title": _line(f"{manifest.source.title}, {manifest.recipe.name} for {manifest.target.name}"),
         },
         "config": {
             "architecture": "transformer",
@@ -255,6 +258,11 @@ def _config(manifest: Manifest, layers: list[dict[str, Any]]) -> dict[str, Any]:
         },
         "modelfs": {"type": "layers", "diffIds": [layer["digest"] for layer in layers]},
     }
+
+
+def _line(text: str) -> str:
+    """A name in one line, without what a terminal would obey."""
+    return "".join(each if each.isprintable() else " " for each in text)
 
 
 def _first(error: ValidationError) -> str:

@@ -127,6 +127,26 @@ def write_manifest(layout: Path, content: bytes) -> None:
     (layout / "index.json").write_text(json.dumps(index))
 
 
+@pytest.mark.parametrize("tag", ["", "-x", ".x", "a b", "a\nb", "a/b", "a:b", "x" * 129, "ü", "\x1b[2J"])
+def test_a_tag_is_one(tag: str, signed: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no tag"):
+        write_layout(signed, tmp_path / "layout", Silent(), tag)
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_in_a_layout_are_lines(signed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the manifest calls its source."""
+    manifest = read_manifest(signed)
+    source = manifest.source.model_copy(update={"name": "a\x1b[2J\nb\u2028c"})
+    strange = manifest.model_copy(update={"source": source})
+    monkeypatch.setattr("glmexport.release.layout.read_manifest", lambda _: strange)
+    write_layout(signed, tmp_path / "layout", Silent())
+    _, content, image = read_layout(tmp_path / "layout")
+    config = json.loads((tmp_path / "layout" / "blobs" / "sha256" / image.config.hex).read_bytes())
+    titles = [json.loads(content)["annotations"]["org.opencontainers.image.title"], config["descriptor"]["name"]]
+    assert titles == ["a [2J b c"] * 2 and config["descriptor"]["title"].isprintable()
+
+
 @pytest.mark.parametrize(
     "names",
     [
