@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Self
@@ -15,6 +16,7 @@ from glmexport.ssh import SshAddress, parse_address
 
 #: The unit that ``glmexport deploy --install-unit`` writes.
 UNIT = "glmexport"
+_PATH = re.compile(r"[A-Za-z0-9/._~][^\\]*")
 
 
 class Server(Definition):
@@ -44,11 +46,27 @@ class Server(Definition):
     #: What has the server begin with ``current``.
     restart: tuple[str, ...] = ("systemctl", "restart", UNIT)
     #: Seconds until a release must be ready.
-    ready_s: float = Field(default=300, gt=0)
+    ready_s: float = Field(default=300, gt=0, allow_inf_nan=False)
     #: By how much, in nats, log-probabilities of golden prompts may differ: processors round differently.
-    tolerance_nats: float = Field(default=0.5, gt=0)
+    tolerance_nats: float = Field(default=0.5, gt=0, allow_inf_nan=False)
     #: How often a lost connection is taken up again.
     reconnects: int = Field(default=5, ge=0)
+
+    @field_validator("at", "root", "python", "glmexport", "api_key_file", "restart", "serve_options")
+    @classmethod
+    def _are_words(cls, value: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        for word in (value,) if isinstance(value, str) else value or ():
+            if not word.isprintable():
+                raise ValueError("has characters that nobody sees")
+        return value
+
+    @field_validator("root", "python", "glmexport", "api_key_file")
+    @classmethod
+    def _is_a_path(cls, path: str | None) -> str | None:
+        # Programs and systemd read what begins otherwise as something else than a path.
+        if path is not None and not _PATH.fullmatch(path):
+            raise ValueError("has to begin with a letter, a digit, '/', '.', '_' or '~', and to have no backslash")
+        return path
 
     @field_validator("restart")
     @classmethod

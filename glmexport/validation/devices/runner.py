@@ -6,7 +6,7 @@ import asyncio
 import io
 import json
 import zipfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +27,8 @@ _LOOK = 0.5
 _LABELS = {"verified": "Checking files", "round": "Speed", "prompt": "Free answers", "text": "Texts"}
 #: Longest line of the program's output that is read.
 LINE_BYTES = 1 << 16
+#: Bytes of a line that is taken for an event: the last lines of a server's ledger are in one.
+LONGEST_EVENT = 1 << 18
 #: Seconds without a word after which a device is given up.
 SILENCE_S = 3600.0
 
@@ -92,7 +94,7 @@ async def events(
     silence: float = SILENCE_S,
     labels: Mapping[str, str] = _LABELS,
     begin: str = "Reaching the device",
-) -> AsyncIterator[dict[str, Any]]:
+) -> AsyncGenerator[dict[str, Any], None]:
     """What the program tells until it is done.
 
     Args:
@@ -127,8 +129,8 @@ async def events(
 def _event(line: bytes) -> dict[str, Any]:
     """What a line says; a device may print what it likes, which is not for us."""
     try:
-        event = json.loads(line)
-    except ValueError:
+        event = json.loads(line) if len(line) <= LONGEST_EVENT else {}
+    except (ValueError, RecursionError):
         return {}
     return event if isinstance(event, dict) else {}
 
