@@ -10,6 +10,7 @@ above it, and the shared vocabulary in errors, definition, recipe, target, evide
     graph           the decoder as an ONNX graph of our own operators, built from the declaration
     lowering        one pass a file: our operators become what the target can run
     bundle          the directory that is deployed, and its manifest
+    chat            what an argument of a tool call is, by the tool's schema
     validation      the bundle's answers against the original's
     tuning          which of a target's legal settings are fastest on a machine, and what they cost in divergence
     report          results rendered; computes nothing

@@ -13,9 +13,11 @@ from glmexport import __version__
 from glmexport.architecture import Reference
 from glmexport.calibration import Document, evaluation_documents
 from glmexport.compile import partial_of, put_in_place
-from glmexport.job import Original, refuse_existing, require_free
+from glmexport.disk import require_free
+from glmexport.job import Original, refuse_existing
+from glmexport.matching import announced_bundle, require_bundle
 from glmexport.progress import Progress
-from glmexport.provenance import open_bundle, source_of
+from glmexport.provenance import source_of
 from glmexport.quantization import WorkDirectory
 from glmexport.validation import machine
 from glmexport.validation.behaviour.plane import ask_original, questions_for
@@ -25,7 +27,9 @@ from glmexport.validation.generation import GenerationSession
 from glmexport.validation.prompts import golden_prompts
 from glmexport.validation.reference import reference_states
 from glmexport.validation.run import ValidationPlan, first_texts, noise_floor, texts_for
+from glmexport.validation.session import require_provider
 from glmexport.validation.texts import text_digest
+from glmexport.validation.whole_model import check_reference
 
 _KIND = "a captured reference"
 
@@ -55,8 +59,9 @@ def capture_reference(original: Original, output: Path, options: CaptureOptions,
         MachineError: the disk has too little space, or somebody else captures the same.
     """
     refuse_existing(output, options.force, REFERENCE, _KIND)
-    if options.draft:
-        open_bundle(options.draft, original, progress)
+    draft = options.draft and announced_bundle(options.draft, original)
+    if draft:
+        require_provider(draft.target.provider.name, draft.target.provider.package)
     torch.set_num_threads(options.threads)
     documents = evaluation_documents(options.evaluation, original.tokenizer)
     texts = texts_for(documents, original.tokenizer, original.architecture, options.plan)
@@ -64,6 +69,10 @@ def capture_reference(original: Original, output: Path, options: CaptureOptions,
     kept = min(options.top_k, original.architecture.vocabulary_size)
     # The states, those of the last block and of the one before; the answers.
     require_free(output.parent, rows * (3 * size * 4 + kept * 8), "The capture")
+    # Nothing that can refuse comes after this, where files are read for minutes, but what reading them finds.
+    if options.draft and draft:
+        require_bundle(options.draft, draft, original, progress)
+    progress.remark(f"{original.checkpoint.name} is {original.checkpoint.digest(progress)}.")
     job = {
         "glmexport": __version__,
         "reference of": original.checkpoint.digest(progress),
@@ -74,6 +83,7 @@ def capture_reference(original: Original, output: Path, options: CaptureOptions,
     partial = partial_of(output)
     with work.locked():
         reference = Reference(original.checkpoint, original.architecture)
+        check = check_reference(reference, texts, work.path, options.plan.max_memory_bytes, progress)
         states = reference_states(reference, texts, work.path, progress, kept=work)
         sample = Streamed(states.only(first_texts(texts, 1)), reference)
         noise = noise_floor(sample, options.threads, work.path, progress)
@@ -91,7 +101,9 @@ def capture_reference(original: Original, output: Path, options: CaptureOptions,
                 machine.library_versions(),
                 progress,
                 top_k=options.top_k,
+                check=check,
             )
+            original.checkpoint.refuse_changes()
             refuse_existing(output, options.force, REFERENCE, _KIND)
             put_in_place(partial, output)
         except BaseException:

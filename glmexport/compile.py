@@ -14,19 +14,16 @@ import torch
 from glmexport import __version__
 from glmexport.architecture import Architecture, Reference
 from glmexport.architecture.reference import CPU
-from glmexport.bundle import Manifest, write_bundle
+from glmexport.bundle import Manifest, read_manifest, write_bundle
+from glmexport.bundle.manifest import LargestActivation
 from glmexport.calibrating import cache_text, calibration_context, calibration_documents
 from glmexport.calibration import CalibrationSet, Document, evaluation_documents, pack
 from glmexport.device import device_name, peak_device_memory, plan_on, running_on
+from glmexport.disk import require_writable
 from glmexport.job import Job, Original, refuse_existing, refuse_formats, require_space
+from glmexport.matching import announced_bundle, open_captured_bundle, require_bundle
 from glmexport.progress import Progress
-from glmexport.provenance import (
-    calibration_source,
-    open_bundle,
-    open_captured_bundle,
-    own_fingerprints,
-    source_of,
-)
+from glmexport.provenance import calibration_source, own_fingerprints, source_of
 from glmexport.quantization import MemoryPlan, QuantizedMatrix, Walk, WorkDirectory
 from glmexport.quantization.weights import Weights
 from glmexport.recipe import Recipe
@@ -34,11 +31,13 @@ from glmexport.release import NOBODY, Trust
 from glmexport.report.assemble import BuildCost, assemble
 from glmexport.report.document import Report
 from glmexport.report.write import write_report
-from glmexport.target import Policy
+from glmexport.target import Policy, Target
+from glmexport.validation.behaviour.plane import task_questions
 from glmexport.validation.behaviour.tasks import Task
 from glmexport.validation.capture import CapturedReference
 from glmexport.validation.machine import peak_memory
 from glmexport.validation.run import ValidationPlan, validate, validate_captured
+from glmexport.validation.session import require_provider
 from glmexport.validation.unrun import Unrun, can_run, validate_unrun
 
 
@@ -96,34 +95,26 @@ def build(
         MachineError: disk or memory do not suffice; nothing is started then.
     """
     torch.set_num_threads(options.threads)
-    for job in jobs:
-        refuse_formats(original, job)
-        refuse_existing(job.directory, options.force)
+    # Nothing that can refuse comes after this, where a checkpoint is read for minutes, but what reading it finds.
+    prepared = _prepared_all(original, jobs, options)
     if any(original.drafts(job.target) for job in jobs):
         original = original.sharing_tables()
-    prepared = []
-    for recipe in {job.recipe.digest(): job.recipe for job in jobs}.values():
-        same = [job for job in jobs if job.recipe.digest() == recipe.digest()]
-        memory, documents, calibration = _prepared(original, recipe, options)
-        # Before anything takes long: may it be used?
-        evaluation_documents(options.evaluation, original.tokenizer, own_fingerprints(documents))
-        prepared.append((recipe, same, memory, documents, calibration))
-    for recipe, same, *_ in prepared:
-        require_space(original, recipe, same[0].directory.parent)
+    progress.remark(f"{original.checkpoint.name} is {original.checkpoint.digest(progress)}.")
     with ExitStack() as locks:
         works = []
-        for recipe, same, memory, _, calibration in prepared:
-            parent = same[0].directory.parent
-            works.append(_work_directory(original, recipe, calibration, memory, options, parent, progress))
+        for part in prepared:
+            parent = part.jobs[0].directory.parent
+            works.append(_work_directory(original, part.recipe, part.text, part.memory, options, parent, progress))
             locks.enter_context(works[-1].locked())
         built: list[Built | BuiltUnrun] = []
         try:
-            for (recipe, same, memory, documents, calibration), work in zip(prepared, works, strict=True):
-                drafting = next((job.target for job in same if original.drafts(job.target)), same[0].target)
+            for part, work in zip(prepared, works, strict=True):
+                drafting = next((job.target for job in part.jobs if original.drafts(job.target)), part.jobs[0].target)
                 architecture = original.architecture_for(drafting)
-                walk = _walked(original, architecture, recipe, calibration, work, memory, options, progress)
-                for job in same:
-                    built.append(_finish(original, job, walk, calibration, documents, options, progress))
+                walk = _walked(original, architecture, part.recipe, part.text, work, part.memory, options, progress)
+                for job in part.jobs:
+                    built.append(_finish(original, job, walk, part, options, progress))
+            original.checkpoint.refuse_changes()
             for bundle in built:
                 refuse_existing(bundle.directory, options.force)
                 put_in_place(partial_of(bundle.directory), bundle.directory)
@@ -134,6 +125,44 @@ def build(
         for work in works:
             shutil.rmtree(work.path)
     return built
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """The jobs of one recipe, and what their walk and their validation need beside the checkpoint."""
+
+    recipe: Recipe
+    jobs: list[Job]
+    memory: MemoryPlan
+    documents: list[Document]
+    #: None where the recipe calibrates on nothing.
+    text: CalibrationSet | None
+    evaluation: list[Document]
+
+
+def _prepared_all(original: Original, jobs: Sequence[Job], options: BuildOptions) -> list[_Prepared]:
+    """By recipe, after everything that can be refused without reading the checkpoint."""
+    for job in jobs:
+        refuse_formats(original, job)
+        refuse_existing(job.directory, options.force)
+    prepared = []
+    for recipe in {job.recipe.digest(): job.recipe for job in jobs}.values():
+        same = [job for job in jobs if job.recipe.digest() == recipe.digest()]
+        memory, documents, text = _prepared(original, recipe, options)
+        # Read once: a file that is changed or gone at the end is no reason to lose a build.
+        evaluation = evaluation_documents(options.evaluation, original.tokenizer, own_fingerprints(documents))
+        prepared.append(_Prepared(recipe, same, memory, documents, text, evaluation))
+    for job in jobs:
+        _refuse_tasks(original, job.target, options)
+    for part in prepared:
+        require_space(original, part.recipe, part.jobs[0].directory.parent)
+    return prepared
+
+
+def _refuse_tasks(original: Original, target: Target, options: BuildOptions) -> None:
+    context = original.architecture_for(target).context_length
+    if options.validation.behaviour:
+        task_questions(options.tasks, original.tokenizer, options.validation.behaviour, context)
 
 
 def _prepared(
@@ -191,8 +220,14 @@ def validate_bundle(directory: Path, original: Original, options: BuildOptions, 
     Raises:
         BundleError: the bundle was made from another checkpoint, or its files are not those of its manifest.
     """
-    manifest = open_bundle(directory, original, progress, options.trust)
-    report = _validated(directory, directory, manifest, original, options, progress, None)
+    manifest = announced_bundle(directory, original)
+    require_provider(manifest.target.provider.name, manifest.target.provider.package)
+    calibrated = manifest.calibration.own if manifest.calibration else ()
+    evaluation = evaluation_documents(options.evaluation, original.tokenizer, calibrated)
+    _refuse_tasks(original, manifest.target, options)
+    require_writable(directory)
+    require_bundle(directory, manifest, original, progress, options.trust)
+    report = _validated(directory, directory, manifest, original, evaluation, options, progress, None)
     return Built(directory, manifest, report)
 
 
@@ -204,6 +239,9 @@ def validate_captured_bundle(
     Raises:
         BundleError: the reference is of another checkpoint, or the bundle's files are not those of its manifest.
     """
+    provider = read_manifest(directory).target.provider
+    require_provider(provider.name, provider.package)
+    require_writable(directory)
     manifest = open_captured_bundle(directory, captured, progress, options.trust)
     policy = policy_of(manifest, options)
     torch.set_num_threads(options.threads)
@@ -237,8 +275,7 @@ def _finish(
     original: Original,
     job: Job,
     walk: Walk,
-    calibration: CalibrationSet | None,
-    documents: Sequence[Document],
+    prepared: _Prepared,
     options: BuildOptions,
     progress: Progress,
 ) -> Built | BuiltUnrun:
@@ -248,14 +285,17 @@ def _finish(
         shutil.rmtree(partial)
     # Read once: every committed file is hashed for it.
     records, seconds = walk.records()
-    manifest = _write(partial, original, job, walk, records, calibration, documents, progress)
+    manifest = _write(partial, original, job, walk, records, prepared.text, prepared.documents, progress)
     if not can_run(manifest):
         reference = Reference(original.checkpoint, original.architecture)
         text = evaluation_documents((), original.tokenizer, ())
-        unrun = validate_unrun(partial, manifest, original.checkpoint, reference, text, progress)
+        limit = options.max_memory_bytes
+        unrun = validate_unrun(partial, manifest, original.checkpoint, reference, text, progress, limit)
         return BuiltUnrun(job.directory, manifest, unrun)
     cost = BuildCost(seconds, peak_memory(), device_name(options.device), peak_device_memory(options.device))
-    report = _validated(partial, job.directory, manifest, original, options, progress, cost)
+    report = _validated(
+        partial, job.directory, manifest, original, prepared.evaluation, options, progress, cost
+    )
     return Built(job.directory, manifest, report)
 
 
@@ -269,7 +309,7 @@ def _write(
     documents: Sequence[Document],
     progress: Progress,
 ) -> Manifest:
-    architecture = original.architecture_for(job.target)
+    architecture, largest = original.architecture_for(job.target), walk.largest_activation()
     return write_bundle(
         directory,
         architecture,
@@ -282,6 +322,7 @@ def _write(
         records=records,
         allocation=walk.allocation(),
         draft_records=walk.draft_records() if original.drafts(job.target) else (),
+        largest=LargestActivation(**largest._asdict()) if largest else None,
         tokenizer_files=original.tokenizer.files,
         cache_text=cache_text(calibration),
         progress=progress,
@@ -305,6 +346,7 @@ def _validated(
     final: Path,
     manifest: Manifest,
     original: Original,
+    evaluation: Sequence[Document],
     options: BuildOptions,
     progress: Progress,
     cost: BuildCost | None,
@@ -316,9 +358,7 @@ def _validated(
         original.checkpoint,
         original.architecture_for(manifest.target),
         original.tokenizer,
-        evaluation_documents(
-            options.evaluation, original.tokenizer, manifest.calibration.own if manifest.calibration else ()
-        ),
+        evaluation,
         plan=options.validation,
         policy=policy.gates,
         threads=options.threads,
@@ -327,6 +367,7 @@ def _validated(
         progress=progress,
         tasks=options.tasks,
     )
+    original.checkpoint.refuse_changes()
     report = assemble(
         manifest, validation, policy, name=final.name, directory=where, command=options.command, build=cost
     )

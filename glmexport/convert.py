@@ -7,11 +7,13 @@ from pathlib import Path
 
 from glmexport.bundle.gptq import QUANTIZE_CONFIG, GptqCheckpoint, Layout
 from glmexport.bundle.read import BundleWeights, bundle_folds
+from glmexport.bundle.write import SCORING
 from glmexport.checkpoint.checkpoint import GENERATION_CONFIG
 from glmexport.compile import partial_of, put_in_place
-from glmexport.job import Original, refuse_existing, require_free
+from glmexport.disk import require_free
+from glmexport.job import Original, refuse_existing
+from glmexport.matching import announced_bundle, require_bundle, require_file
 from glmexport.progress import Progress
-from glmexport.provenance import open_bundle
 from glmexport.release import NOBODY, Trust
 
 _KIND = "a GPTQ checkpoint"
@@ -45,11 +47,14 @@ def convert_to_gptq(
         MachineError: the disk has too little space, or a file cannot be read or written.
     """
     refuse_existing(output, force, QUANTIZE_CONFIG, _KIND)
-    open_bundle(bundle, original, progress, trust)
+    manifest = announced_bundle(bundle, original)
+    # What the graph says decides whether the format can hold it, and how much space that takes.
+    require_file(bundle, manifest, SCORING)
     weights = BundleWeights(bundle, original.architecture)
     folded = original.checkpoint.folded(bundle_folds(bundle))
     checkpoint = GptqCheckpoint(weights, folded, original.architecture, layout)
     require_free(output.parent, checkpoint.bytes, "The checkpoint")
+    require_bundle(bundle, manifest, original, progress, trust)
     files = list(original.tokenizer.files)
     if original.checkpoint.generation_config is not None:
         files.append(original.checkpoint.path / GENERATION_CONFIG)
@@ -58,6 +63,7 @@ def convert_to_gptq(
         shutil.rmtree(partial)
     try:
         checkpoint.write(partial, files, progress)
+        original.checkpoint.refuse_changes()
         refuse_existing(output, force, QUANTIZE_CONFIG, _KIND)
         put_in_place(partial, output)
     except BaseException:

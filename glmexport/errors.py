@@ -25,6 +25,8 @@ EXIT_UNVERIFIED = 65
 EXIT_MACHINE = 69
 EXIT_BUG = 70
 EXIT_INTERRUPTED = 130
+#: Characters of a message that people read.
+_LONGEST = 4000
 
 
 class GlmexportError(Exception):
@@ -33,6 +35,9 @@ class GlmexportError(Exception):
     exit_code: ClassVar[int] = EXIT_BUG
 
     def __init__(self, message: str, *, next_step: str) -> None:
+        # It may quote a file, whose texts are as long as their author liked.
+        if len(message) > _LONGEST:
+            message = f"{message[: _LONGEST // 2]} ... {message[-_LONGEST // 4 :]}"
         super().__init__(message)
         self.message = message
         self.next_step = next_step

@@ -12,8 +12,9 @@ from glmexport.architecture import Architecture
 from glmexport.architecture.reference import CPU
 from glmexport.quantization import plan_memory
 from glmexport.quantization.allocation import tie_groups, total_bits
+from glmexport.quantization.formats import planned_formats
 from glmexport.quantization.linear import stored_bits
-from glmexport.recipe import Format, Recipe
+from glmexport.recipe import Recipe
 
 #: Tokens of evaluation text that a default validation runs, times the passes it makes over them.
 _VALIDATION_TOKEN_PASSES = 21 * (2 * 2048 + 4 * 512)
@@ -41,7 +42,7 @@ def estimate(
     ``device_flops_per_s`` is the speed of what quantizes, if that is not what validates.
     """
     shapes = architecture.shapes()
-    forms = _forms(architecture, recipe)
+    forms = planned_formats(architecture, recipe)
     bits = sum(stored_bits(shape, forms.get(key)) for key, shape in shapes.items())
     if recipe.budget:
         bits = total_bits(architecture, recipe.budget)
@@ -59,11 +60,10 @@ def _draft_bits(architecture: Architecture, recipe: Recipe) -> int:
     draft = architecture.token_prediction
     if draft is None:
         return 0
-    form = recipe.linear(mixture=True, routed=False)
-    linears = {linear.weight for linear in (draft.projection, *draft.layer.linears)}
+    forms = planned_formats(architecture, recipe)
     copied = {draft.embedding, draft.lm_head.weight}
     shapes = {key: shape for key, shape in draft.own_shapes().items() if key not in copied}
-    return sum(stored_bits(shape, form if key in linears else None) for key, shape in shapes.items())
+    return sum(stored_bits(shape, forms.get(key)) for key, shape in shapes.items())
 
 
 def measured_flops(device: torch.device = CPU) -> float:
@@ -78,16 +78,6 @@ def measured_flops(device: torch.device = CPU) -> float:
     # A device computes on its own: only reading a result waits for it.
     float(product[0, 0])
     return 3 * 2 * size**3 / (time.perf_counter() - started)
-
-
-def _forms(architecture: Architecture, recipe: Recipe) -> dict[str, Format | None]:
-    """Format of every matrix that can have one, by weight key."""
-    routed = architecture.routed
-    forms = {
-        linear.weight: recipe.linear(mixture=bool(routed), routed=linear.weight in routed)
-        for _, linear in architecture.linears
-    }
-    return forms | {architecture.lm_head.weight: recipe.lm_head, architecture.embedding: recipe.embedding}
 
 
 def _tokens_share(architecture: Architecture) -> dict[str, float]:

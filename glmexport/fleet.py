@@ -14,12 +14,13 @@ from filelock import FileLock, Timeout
 
 from glmexport import __version__
 from glmexport.bundle import Manifest
+from glmexport.calibration import evaluation_documents
 from glmexport.capture import CaptureOptions, capture_reference
 from glmexport.compile import BuildOptions, Built, policy_of
 from glmexport.errors import BundleError, GlmexportError, MachineError
 from glmexport.job import Original
+from glmexport.matching import announced_bundle, open_captured_bundle, require_bundle
 from glmexport.progress import Progress
-from glmexport.provenance import open_bundle, open_captured_bundle
 from glmexport.report.assemble import assemble_devices, detailed
 from glmexport.report.write import write_report
 from glmexport.validation.capture import CapturedReference
@@ -88,7 +89,9 @@ def prepare_job(
     """
     place = _place(directory)
     if isinstance(original, Original):
-        manifest = open_bundle(directory, original, progress, options.trust)
+        manifest = announced_bundle(directory, original)
+        evaluation_documents(options.evaluation, original.tokenizer)
+        require_bundle(directory, manifest, original, progress, options.trust)
         captured = _captured(directory, manifest, original, options, place, progress)
     else:
         captured, manifest = original, open_captured_bundle(directory, original, progress, options.trust)

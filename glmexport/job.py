@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import math
 import re
-import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from glmexport.architecture import Architecture, describe
+from glmexport.architecture.rope import context_remark
+from glmexport.architecture.tables import remark_on
 from glmexport.architecture.token_prediction import share_tables
 from glmexport.checkpoint import Checkpoint, Tokenizer
-from glmexport.errors import InputError, MachineError
+from glmexport.disk import require_free
+from glmexport.errors import InputError
 from glmexport.estimate import estimate
-from glmexport.graph import fixed_sizes, own_loop
+from glmexport.graph import fixed_sizes, own_loop, unfit_heads
 from glmexport.progress import Progress
 from glmexport.quantization.allocation import probe_bytes, require_fit
+from glmexport.quantization.formats import fitted, planned_formats, products
 from glmexport.recipe import STORED, Budget, Format, Recipe, open_recipe
 from glmexport.target import Target
 
@@ -44,6 +47,8 @@ class Original:
         architecture = describe(checkpoint)
         checkpoint = architecture.presented(checkpoint)
         unused = dict(architecture.account(checkpoint))
+        if remark := remark_on(architecture, checkpoint):
+            progress.remark(f"{checkpoint.name}: {remark}.")
         tokenizer = Tokenizer.open(checkpoint.path)
         if tokenizer.vocabulary_size > architecture.vocabulary_size:
             raise InputError(
@@ -51,6 +56,8 @@ class Original:
                 f"{architecture.vocabulary_size}.",
                 next_step="Use the tokenizer files that belong to these weights.",
             )
+        for remark in filter(None, (tokenizer.remark, context_remark(checkpoint.config))):
+            progress.remark(remark)
         return cls(checkpoint, architecture, tokenizer, unused)
 
     def sharing_tables(self) -> Original:
@@ -108,6 +115,8 @@ def _within(recipe: Recipe, budget: Budget, target: Target) -> Recipe:
         )
     offered = target.weights
     kernels = [f for f in budget.candidates if f.bits in offered.bits and f.group_size in offered.group_sizes]
+    if offered.symmetric_only:
+        kernels = [form.model_copy(update={"symmetric": True}) for form in kernels]
     candidates = recipe.budget.candidates if recipe.budget else tuple(kernels)
     limited = budget.model_copy(update={"candidates": candidates})
     name = f"{recipe.name}-{budget.label}"
@@ -145,7 +154,8 @@ def jobs_of(
 
 
 def recipe_for(original: Original, name: str | None, target: Target) -> Recipe:
-    """The recipe of that name, or by default the target's; for a quantized checkpoint ``stored``.
+    """The recipe of that name, or by default the target's, with one format for one table; for a quantized checkpoint
+    ``stored``.
 
     The linears of a recipe that keeps stored codes have the checkpoint's formats; ``linears`` names the one that
     most weights have.
@@ -163,7 +173,7 @@ def recipe_for(original: Original, name: str | None, target: Target) -> Recipe:
             next_step=f"Leave --recipe out, or name another, for example {target.weights.default_recipe}.",
         )
     if not stored:
-        return recipe
+        return fitted(recipe, original.architecture, target.weights)
     if not recipe.keeps_stored:
         raise InputError(
             f"{original.checkpoint.name} is quantized already ({formats_of(original)}); the recipe {recipe.name} would "
@@ -197,9 +207,14 @@ def refuse_formats(original: Original, job: Job) -> None:
     _refuse_graph(original, job)
     candidates = recipe.budget.candidates if recipe.budget else ()
     stored = (form.exact for form in original.checkpoint.quantized.values())
-    mixed = original.architecture.routed or original.drafts(job.target)
-    shared = recipe.linear(mixture=True, routed=False) if mixed else None
-    for form in filter(None, (recipe.linears, shared, recipe.lm_head, recipe.embedding, *candidates, *stored)):
+    architecture = original.architecture_for(job.target)
+    multiplied = products(architecture)
+    # Formats once each, and whether anything is multiplied by a matrix that has one.
+    used: dict[Format, bool] = {}
+    for key, planned in planned_formats(architecture, recipe).items():
+        if planned is not None:
+            used[planned] = used.get(planned, False) or key in multiplied
+    for form, product in {**used, **dict.fromkeys([*candidates, *stored], True)}.items():
         if form.bits not in offered.bits or form.group_size not in offered.group_sizes:
             raise InputError(
                 f"The recipe {recipe.name} uses {form.label}, for which the target {job.target.name} has no kernels.",
@@ -207,7 +222,6 @@ def refuse_formats(original: Original, job: Job) -> None:
                 f"{_alternatives(offered.group_sizes)}.",
             )
         # Rows of the embedding are made numbers by arithmetic on every such target, zero points or not.
-        product = form is not recipe.embedding or original.architecture.tied
         if offered.symmetric_only and product and not form.symmetric:
             raise InputError(
                 f"The recipe {recipe.name} uses {form.label} with zero points, which the target {job.target.name} has "
@@ -246,6 +260,12 @@ def _refuse_graph(original: Original, job: Job) -> None:
         raise InputError(
             f"{original.checkpoint.name} is a mixture of experts, which the target {target.name} cannot run.",
             next_step="Take a target with graph.expert_branches = true and weights.form = \"MatMulNBits\".",
+        )
+    unfit = unfit_heads(original.architecture_for(target), target)
+    if unfit:
+        raise InputError(
+            f"{original.checkpoint.name} {unfit}: the target {target.name} cannot run it.",
+            next_step="Take another target ('glmexport targets list').",
         )
     if own_loop(architecture, limits) and limits.activations != "float32":
         raise InputError(
@@ -297,10 +317,10 @@ def _refuse_sizes(original: Original, job: Job) -> None:
         )
     if memory.max_tensor_bytes is None:
         return
-    tables = {architecture.embedding: recipe.embedding, architecture.lm_head.weight: recipe.lm_head}
+    forms = planned_formats(architecture, recipe)
     shapes = architecture.shapes()
     for key, shape in shapes.items():
-        form = tables.get(key, recipe.linears)
+        form = forms.get(key)
         held = math.prod(shape) * (32 if form is None else form.bits) // 8
         if len(shape) == 2 and held > memory.max_tensor_bytes:
             raise InputError(
@@ -356,26 +376,3 @@ def require_space(original: Original, recipe: Recipe, parent: Path) -> None:
     activations = max(streams, probe_bytes(architecture, recipe))
     needed = 2 * estimate(architecture, recipe, 1.0, None).bundle_bytes + activations
     require_free(parent, needed, "The build")
-
-
-def require_free(parent: Path, needed: int, what: str) -> None:
-    """Make ``parent`` if ``needed`` bytes are free where it is.
-
-    Raises:
-        MachineError: they are not, or the directory cannot be made.
-    """
-    try:
-        # Nothing is made before it is known to fit.
-        absolute = parent.absolute()
-        free = shutil.disk_usage(next(path for path in (absolute, *absolute.parents) if path.exists())).free
-        if free >= needed:
-            parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise MachineError(
-            f"{parent} cannot be written: {error.strerror}.", next_step="Choose another directory with -o."
-        ) from error
-    if free < needed:
-        raise MachineError(
-            f"{what} needs {needed / 2**30:.1f} GiB of disk in {parent}, and {free / 2**30:.1f} GiB are free.",
-            next_step="Free space, or choose another directory with -o.",
-        )

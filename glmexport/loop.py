@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter
 
-from glmexport.definition import Definition
+from glmexport.definition import Definition, Size, TokenId, read_json
 from glmexport.errors import BundleError
 from glmexport.target import Provider, SessionOptions
+from glmexport.untrusted import SMALL
 
 LOOP_CONFIG = "loop.json"
 #: Files of graphs, which are those of every bundle: no other name is read from a file.
@@ -41,8 +42,8 @@ class OwnLoop(Definition):
     graph: Literal["model.onnx"]
     provider: Provider
     session: SessionOptions = SessionOptions()
-    context_length: int
-    eos_token_id: tuple[int, ...]
+    context_length: Size
+    eos_token_id: Annotated[tuple[TokenId, ...], Field(min_length=1)]
     #: Name of the graph's token ids [B, S].
     input_ids: str
 
@@ -56,7 +57,7 @@ class LoopConfig(OwnLoop):
     #: Output by input of every cache [B, C, width].
     caches: dict[str, str]
     #: Most positions of a short step; 1 in bundles of before all of its logits left the graph.
-    short_step: int = 1
+    short_step: Size = 1
     #: Name of the hidden states [B, S, D] behind the final norm, and what drafts with them.
     hidden: str | None = None
     draft: DraftConfig | None = None
@@ -65,7 +66,7 @@ class LoopConfig(OwnLoop):
 class FixedLoopConfig(OwnLoop):
     """Graphs of fixed shapes for one sequence: ``graph`` for ``chunk`` positions of a prompt, another for one token."""
 
-    chunk: int = Field(ge=2)
+    chunk: Size = Field(ge=2)
     step_graph: Literal["step.onnx"]
     #: Names of the positions [1, S] of the token ids, and of the index [1] of the one whose logits [1, 1, V] are
     #: computed, which the graph for one token does not have.
@@ -89,9 +90,9 @@ def read_loop(bundle: Path) -> LoopConfig | FixedLoopConfig | None:
     if not path.is_file():
         return None
     try:
-        return _LOOPS.validate_json(path.read_text(encoding="utf-8"))
+        return read_json(_LOOPS, path, SMALL)
     except ValueError as error:
         raise BundleError(
-            f"{path} is not what a loop reads: {str(error).splitlines()[0]}.",
+            f"{path} is not what a loop reads: {error}.",
             next_step="Build the bundle again with this version of glmexport.",
         ) from error

@@ -1,19 +1,14 @@
-"""What a manifest says of where a bundle comes from, and whether an original at hand is that."""
+"""What a manifest says of where a bundle comes from."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from glmexport.bundle import AdapterSource, CalibrationSource, Manifest, Source
-from glmexport.bundle.manifest import REPORTS
+from glmexport.bundle import AdapterSource, CalibrationSource, Source
 from glmexport.calibration import USER, CalibrationSet, Document, fingerprint, overlap, shipped_documents
-from glmexport.errors import BundleError
 from glmexport.job import Original
 from glmexport.progress import Progress
-from glmexport.release import NOBODY, Trust, open_signed
 from glmexport.target import Target
-from glmexport.validation.capture import CapturedReference
 
 
 def source_of(original: Original, progress: Progress, target: Target | None = None) -> Source:
@@ -53,42 +48,3 @@ def calibration_source(calibration: CalibrationSet | None, documents: Sequence[D
 def own_fingerprints(documents: Sequence[Document]) -> tuple[str, ...]:
     """Of the user's among calibration ``documents``: no bundle is judged on them."""
     return tuple(fingerprint(document) for document in documents if document.language == USER)
-
-
-def open_bundle(directory: Path, original: Original, progress: Progress, trust: Trust = NOBODY) -> Manifest:
-    """Return the manifest of a bundle, after its files and its original have been checked against it.
-
-    Its report may be another one than was signed, as it is what validation writes.
-
-    Raises:
-        BundleError: the bundle was made from another checkpoint, or its files are not those of its manifest.
-        UnverifiedError: it is not what was signed, or nobody of ``trust`` signed it.
-    """
-    manifest = open_signed(directory, trust, progress, rewritten=REPORTS)
-    step = "Give the checkpoint that it was built from with --against"
-    step += ", and its adapter with --adapter." if manifest.source.adapter else " alone."
-    _require_source(directory, manifest, source_of(original, progress), step)
-    return manifest
-
-
-def open_captured_bundle(
-    directory: Path, captured: CapturedReference, progress: Progress, trust: Trust = NOBODY
-) -> Manifest:
-    """Return the same where the original was captured.
-
-    Raises:
-        BundleError: the reference is of another checkpoint, or the bundle's files are not those of its manifest.
-        UnverifiedError: it is not what was signed, or nobody of ``trust`` signed it.
-    """
-    manifest = open_signed(directory, trust, progress, rewritten=REPORTS)
-    _require_source(directory, manifest, captured.capture.source, "Give the reference of that checkpoint.")
-    return manifest
-
-
-def _require_source(directory: Path, manifest: Manifest, given: Source, next_step: str) -> None:
-    if given.digest != manifest.source.digest:
-        raise BundleError(
-            f"{directory} was built from {manifest.source.title} ({manifest.source.digest[:19]}...), "
-            f"not from {given.title} ({given.digest[:19]}...).",
-            next_step=next_step,
-        )

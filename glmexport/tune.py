@@ -17,10 +17,11 @@ from glmexport.calibrating import cache_text, calibration_context, calibration_d
 from glmexport.calibration import evaluation_documents, pack
 from glmexport.compile import BuildOptions, quantize
 from glmexport.definition import names
+from glmexport.disk import require_free
 from glmexport.errors import InputError
 from glmexport.estimate import estimate
 from glmexport.evidence import FLOATS, Divergences, Evidence, Gains, KvCache, Preference, Settings
-from glmexport.job import Job, Original, recipe_for, refuse_formats, require_free
+from glmexport.job import Job, Original, recipe_for, refuse_formats
 from glmexport.progress import Progress
 from glmexport.provenance import source_of
 from glmexport.quantization import WorkDirectory
@@ -49,6 +50,7 @@ from glmexport.validation import machine
 from glmexport.validation.fidelity import Streamed
 from glmexport.validation.reference import reference_states
 from glmexport.validation.run import ValidationPlan, texts_for
+from glmexport.validation.session import require_provider
 from glmexport.validation.texts import text_digest
 
 #: Calibration text for the scales of quantized caches, less than a build takes: every candidate passes over it.
@@ -112,6 +114,7 @@ def tune(original: Original, target: Target, output: Path, options: TuneOptions,
             f"The target {target.name} runs graphs of fixed shapes only, and tuning measures graphs of any.",
             next_step="Set its graph.chunk and graph.capacity by hand, and compare bundles by glmexport compare.",
         )
+    require_provider(target.provider.name, target.provider.package)
     torch.set_num_threads(options.cores)
     tuning = _Tuning(original, target, options, progress)
     tuning.require_space(output.parent)
@@ -132,6 +135,7 @@ def tune(original: Original, target: Target, output: Path, options: TuneOptions,
         evidence = tuning.evidence(measured, search, chosen, confirmed)
         settings = chosen.settings if chosen else None
         tuned = tuned_target(target, settings, evidence, output.stem)
+        original.checkpoint.refuse_changes()
         _refuse(output, options.force)
         write_target(tuned, output)
     shutil.rmtree(work.path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -159,3 +160,36 @@ def write_uneven(path: Path, family: str = "glm4", spread: float = 1.5, **change
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     (path / "config.json").write_text(json.dumps({**config, "dtype": "float32"}), encoding="utf-8")
     return Checkpoint.open(path)
+
+
+#: The smallest model of every family that has each of its kinds of layers.
+TINY: dict[str, dict[str, Any]] = {
+    "glm": {"num_hidden_layers": 1},
+    "glm4": {"num_hidden_layers": 1},
+    "glm4_moe": MIXTURE | {"num_hidden_layers": 2, "use_qk_norm": True},
+    "glm4_moe_lite": MIXTURE | {"num_hidden_layers": 2, "mlp_layer_types": ["dense", "sparse"]},
+    "glm_moe_dsa": MIXTURE
+    | {
+        "num_hidden_layers": 3,
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+        "indexer_types": ["full", "shared", "full"],
+        "index_topk": 8,
+        "index_n_heads": 4,
+        "index_head_dim": 24,
+    },
+}
+
+
+def edit_config(directory: Path, without: Sequence[str] = (), **changes: Any) -> None:
+    """Change keys of config.json, and take some out."""
+    path = directory / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) | changes
+    kept = {key: value for key, value in config.items() if key not in without}
+    path.write_text(json.dumps(kept), encoding="utf-8")
+
+
+def edit_tensors(directory: Path, without: Sequence[str] = (), **changes: torch.Tensor) -> None:
+    """Change tensors of model.safetensors, and take some out."""
+    path = directory / "model.safetensors"
+    tensors = load_file(path) | changes
+    save_file({key: tensor for key, tensor in tensors.items() if key not in without}, path, {"format": "pt"})

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +18,13 @@ from builds import THREADS, Sample
 
 from glmexport.errors import GlmexportError
 from glmexport.progress import Silent
-from glmexport.release import KeyFiles, open_signatory, sign, verifier, verify
+from glmexport.release import KeyFiles, open_signatory, sign, verify
+from glmexport.release.script import verifier_script
 
-SCRIPT = Path(verifier.__file__)
+#: The verifier as it is shipped.
+SCRIPT = Path(tempfile.mkdtemp(prefix="verifier-")) / "verify.py"
+SCRIPT.write_text(verifier_script(), encoding="utf-8")
+atexit.register(shutil.rmtree, SCRIPT.parent)
 COUNTER = 7
 
 
@@ -59,14 +65,17 @@ class Authority:
     certificate: Path
 
 
-def certify(directory: Path, name: str, issuer: tuple[Path, Path] | None, extensions: str, days: int = 30) -> Path:
+def certify(
+    directory: Path, name: str, issuer: tuple[Path, Path] | None, extensions: str, hashed: str = "sha256"
+) -> Path:
     """A certificate of the key ``name``, by ``issuer`` (certificate and key) or by itself."""
     request, certificate, settings = (directory / f"{name}.{end}" for end in ("csr", "crt", "cnf"))
     pair(directory, name, "secp384r1")
     settings.write_text(extensions, encoding="ascii")
     openssl("req", "-new", "-key", directory / f"{name}.pem", "-subj", f"/CN={name}", "-out", request)
     by = ["-CA", issuer[0], "-CAkey", issuer[1], "-CAcreateserial"] if issuer else ["-key", directory / f"{name}.pem"]
-    openssl("x509", "-req", "-in", request, *by, "-days", days.__str__(), "-extfile", settings, "-out", certificate)
+    signed = ["-extfile", settings, "-out", certificate]
+    openssl("x509", "-req", "-in", request, *by, "-days", "30", f"-{hashed}", *signed)
     return certificate
 
 
@@ -147,14 +156,22 @@ Judge = Callable[..., Judged]
 def outcome(keys: Pair) -> Judge:
     """Ask the package and the script, which has to agree, without the packages of this environment."""
 
-    def judge(bundle: Path, *, key: Path | None = None, root: Path | None = None, newer: int | None = None) -> Judged:
+    def judge(
+        bundle: Path,
+        *,
+        key: Path | None = None,
+        root: Path | None = None,
+        newer: int | None = None,
+        subject: str | None = None,
+    ) -> Judged:
         key = keys.public if key is None and root is None else key
         given = ["--key", str(key)] if key else ["--root", str(root)]
         given += [] if newer is None else ["--newer-than", str(newer)]
+        given += [] if subject is None else ["--subject", subject]
         command = [sys.executable, "-I", "-S", str(SCRIPT), str(bundle), *given, "--json"]
         asked = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
         try:
-            found = verify(bundle, key, root=root, newer_than=newer)
+            found = verify(bundle, key, root=root, newer_than=newer, subject=subject)
         except GlmexportError as error:
             assert asked.returncode == error.exit_code, f"{error} | {asked.stderr}"
             assert not asked.stdout and "Traceback" not in asked.stderr

@@ -21,6 +21,7 @@ STAGES = (
     "graph",
     "lowering",
     "bundle",
+    "chat",
     "validation",
     "tuning",
     "report",
@@ -30,12 +31,12 @@ STAGES = (
 )
 SHARED = (
     "errors", "definition", "host", "loop", "recipe", "evidence", "target", "resources", "progress", "divergence",
-    "languages", "session_settings", "ssh",
+    "languages", "extras", "session_settings", "ssh", "untrusted",
 )  # fmt: skip
 #: May import anything: they run the stages.
 OUTSIDE = (
-    "calibrating", "capture", "compile", "convert", "job", "device", "estimate", "fit", "fleet", "generation",
-    "lm_eval", "plan", "provenance", "tune", "cli", "__main__",
+    "calibrating", "capture", "compile", "convert", "job", "device", "disk", "estimate", "fit", "fleet", "generation",
+    "lm_eval", "matching", "plan", "provenance", "tune", "cli", "__main__",
 )  # fmt: skip
 #: A checkpoint that is shipped as a package, for the stage that opens checkpoints.
 ALLOWED = {"checkpoint": ("demo",)}

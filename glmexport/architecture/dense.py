@@ -11,9 +11,10 @@ from glmexport.architecture.description import (
     Linear,
     Norm,
     Rotary,
-    Unused,
 )
 from glmexport.architecture.grouped import GroupedQueryAttention
+from glmexport.architecture.special_tokens import SpecialTokens
+from glmexport.architecture.tables import Tables
 from glmexport.checkpoint import Checkpoint, ConfigReader
 from glmexport.errors import CheckpointError
 
@@ -36,7 +37,6 @@ class DenseSizes:
     epsilon: float
     rotary_dimensions: int
     attention_bias: bool
-    tied: bool
 
     @classmethod
     def read(cls, config: ConfigReader) -> DenseSizes:
@@ -56,9 +56,9 @@ class DenseSizes:
                 next_step="Use the config.json that belongs to these weights.",
             )
         rotary_dimensions = int(head_dim * _partial_rotary_factor(config))
-        if rotary_dimensions % 8:
+        if rotary_dimensions % 2 or not 0 < rotary_dimensions <= head_dim:
             raise CheckpointError(
-                f"{config.where}: {rotary_dimensions} rotary dimensions a head; ONNX Runtime needs a multiple of 8.",
+                f"{config.where}: {rotary_dimensions} rotary dimensions in a head of {head_dim}; pairs are rotated.",
                 next_step="Check head_dim and partial_rotary_factor.",
             )
         return cls(
@@ -70,11 +70,23 @@ class DenseSizes:
             head_dim=head_dim,
             vocabulary=config.integer("vocab_size", minimum=1),
             context=config.integer("max_position_embeddings", minimum=1),
-            epsilon=config.number("rms_norm_eps"),
+            epsilon=config.number("rms_norm_eps", minimum=0),
             rotary_dimensions=rotary_dimensions,
             attention_bias=config.flag("attention_bias"),
-            tied=config.flag("tie_word_embeddings", default=False),
         )
+
+
+def refuse_rope_type(config: ConfigReader) -> None:
+    """Check the rope type, wherever a configuration has it.
+
+    Raises:
+        CheckpointError: its tables depend on the length of the text at hand.
+    """
+    for section in ("rope_parameters", "rope_scaling"):
+        rope = config.section(section) if config.has(section) else None
+        for key in ("rope_type", "type"):
+            if rope is not None and rope.has(key):
+                rope.choice(key, STATIC_ROPE_TYPES)
 
 
 def _partial_rotary_factor(config: ConfigReader) -> float:
@@ -87,52 +99,34 @@ def _partial_rotary_factor(config: ConfigReader) -> float:
                 rope.choice(key, STATIC_ROPE_TYPES)
             if rope.has("partial_rotary_factor"):
                 return rope.number("partial_rotary_factor")
-    # transformers' own default for glm and glm4 where the key is absent.
-    return config.number("partial_rotary_factor", default=0.5)
+    return config.number("partial_rotary_factor")
 
 
 def dense_architecture(checkpoint: Checkpoint, family: str, *, sandwich_norms: bool) -> Architecture:
     """A dense GLM; with ``sandwich_norms``, attention and MLP outputs are normalised before they are added."""
-    config = checkpoint.config
-    sizes = DenseSizes.read(config)
-    # As in transformers: what ends a generation is generation_config.json's to say, if it does.
-    generation = checkpoint.generation_config
-    ends = generation if generation is not None and generation.has("eos_token_id") else config
-    eos = ends.integers("eos_token_id")
+    sizes = DenseSizes.read(checkpoint.config)
+    special = SpecialTokens.read(checkpoint, sizes.vocabulary)
+    tables = Tables.of(checkpoint)
     return Architecture(
         family=family,
         hidden_size=sizes.hidden,
         vocabulary_size=sizes.vocabulary,
         context_length=sizes.context,
-        embedding="model.embed_tokens.weight",
+        embedding=f"{tables.embedding}.weight",
         layers=tuple(_layer(sizes, index, sandwich_norms) for index in range(sizes.layers)),
         final_norm=Norm("model.norm", sizes.hidden, sizes.epsilon),
-        lm_head=Linear(
-            "model.embed_tokens" if sizes.tied else "lm_head",
-            sizes.hidden,
-            sizes.vocabulary,
-            bias=False,
-            tap="final",
-            part="lm_head",
-        ),
-        tied=sizes.tied,
-        bos_token_id=config.optional_integer("bos_token_id"),
-        eos_token_ids=eos,
-        pad_token_id=_or(config.optional_integer("pad_token_id"), eos[0]),
-        unused=(
-            Unused(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq", "recomputed from config.json"),
-            *((Unused(r"lm_head\.weight", "tied to the embedding"),) if sizes.tied else ()),
-        ),
+        lm_head=tables.head(sizes.hidden, sizes.vocabulary),
+        tied=tables.tied,
+        bos_token_id=special.begin,
+        eos_token_ids=special.ends,
+        pad_token_id=special.fill,
+        unused=tables.unused,
     )
 
 
 def dense_layer(config: ConfigReader, index: int) -> DecoderLayer:
     """Layer ``index`` of a dense GLM without sandwich norms, also one behind the model's last."""
     return _layer(DenseSizes.read(config), index, sandwich_norms=False)
-
-
-def _or(value: int | None, otherwise: int) -> int:
-    return otherwise if value is None else value
 
 
 def _layer(sizes: DenseSizes, index: int, sandwich_norms: bool) -> DecoderLayer:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from glmexport.architecture.surplus import harmless
 from glmexport.checkpoint import Checkpoint
 from glmexport.errors import CheckpointError
 
@@ -312,7 +313,7 @@ class Architecture:
         """Check that every tensor of the checkpoint is used once or unused for a stated reason.
 
         Returns:
-            (key, reason) of the unused tensors.
+            (key, reason) of the unused tensors, in order of key.
 
         Raises:
             CheckpointError: a tensor is missing, has another shape, or is not part of the description; or an adapter
@@ -320,20 +321,24 @@ class Architecture:
         """
         wanted = self.shapes() | (self.token_prediction.own_shapes() if self.token_prediction else {})
         _check_shapes(checkpoint, wanted)
-        unused, unknown = [], []
+        reasons: dict[str, str] = dict.fromkeys(checkpoint.absent - set(wanted), "named by the index, and in no file")
+        unknown = []
         for key in sorted(set(checkpoint.tensors) - set(wanted)):
-            reasons = [rule.reason for rule in self.unused if re.fullmatch(rule.pattern, key)]
-            if reasons:
-                unused.append((key, reasons[0]))
+            rules = [rule.reason for rule in self.unused if re.fullmatch(rule.pattern, key)]
+            if rules:
+                reasons[key] = rules[0]
             else:
                 unknown.append(key)
+        stacked = [half for halves in self.stacks().values() for half in halves]
+        reasons |= dict(harmless(checkpoint, unknown, self.layers, wanted, stacked))
+        unknown = [key for key in unknown if key not in reasons]
         if unknown:
             raise CheckpointError(
                 f"{checkpoint.name} has {_listed(unknown)} that the family {self.family!r} does not know.",
                 next_step="Remove them from the checkpoint, or extend the family's declaration.",
             )
-        self._check_adapter(checkpoint, dict(unused))
-        return unused
+        self._check_adapter(checkpoint, reasons)
+        return sorted(reasons.items())
 
     def _check_adapter(self, checkpoint: Checkpoint, unused: dict[str, str]) -> None:
         """Nothing that was trained may get lost, and what is trained for one use must not change another."""

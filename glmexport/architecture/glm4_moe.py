@@ -29,7 +29,7 @@ def describe(checkpoint: Checkpoint) -> Architecture:
     """
     config = checkpoint.config
     dense = dense_architecture(checkpoint, MODEL_TYPE, sandwich_norms=False)
-    normed = config.flag("use_qk_norm", default=False)
+    normed = config.flag("use_qk_norm")
     first = config.integer("first_k_dense_replace", minimum=0)
 
     def described(layer: DecoderLayer, sparse: bool) -> DecoderLayer:
@@ -63,15 +63,15 @@ def mixture(config: ConfigReader, prefix: str, hidden: int) -> MixtureOfExperts:
     """
     experts = config.integer("n_routed_experts", minimum=2)
     chosen = config.integer("num_experts_per_tok", minimum=1)
-    groups = config.integer("n_group", default=1, minimum=1)
-    kept = config.integer("topk_group", default=1, minimum=1)
+    groups = config.integer("n_group", minimum=1)
+    kept = config.integer("topk_group", minimum=1)
     if experts % groups or experts // groups < 2 or kept > groups or chosen > experts // groups * kept:
         raise CheckpointError(
             f"{config.where}: {chosen} of {experts} experts in {kept} of {groups} groups cannot be chosen.",
             next_step="Correct n_routed_experts, num_experts_per_tok, n_group and topk_group.",
         )
     inner = config.integer("moe_intermediate_size", minimum=1)
-    shared = config.integer("n_shared_experts", default=1, minimum=1)
+    shared = config.integer("n_shared_experts", minimum=1)
     module = f"{prefix}.mlp"
 
     def mlp(name: str, size: int, parts: tuple[str, str]) -> GatedMlp:
@@ -92,8 +92,8 @@ def mixture(config: ConfigReader, prefix: str, hidden: int) -> MixtureOfExperts:
             chosen=chosen,
             groups=groups,
             kept_groups=kept,
-            normalized=config.flag("norm_topk_prob", default=True),
-            scale=config.number("routed_scaling_factor", default=1.0),
+            normalized=config.flag("norm_topk_prob"),
+            scale=config.number("routed_scaling_factor"),
         ),
         experts=tuple(mlp(f"experts.{index}", inner, (EXPERT_INPUT, EXPERT_OUTPUT)) for index in range(experts)),
         shared=mlp("shared_experts", inner * shared, ("shared_gate_up", "shared_down")),

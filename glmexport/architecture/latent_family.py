@@ -7,9 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from glmexport.architecture.dense import STATIC_ROPE_TYPES
-from glmexport.architecture.description import Architecture, DecoderLayer, GatedMlp, Linear, Norm, Rotary, Unused
+from glmexport.architecture.description import Architecture, DecoderLayer, GatedMlp, Linear, Norm, Rotary
 from glmexport.architecture.glm4_moe import mixture
 from glmexport.architecture.latent import Indexer, LatentAttention
+from glmexport.architecture.special_tokens import SpecialTokens
+from glmexport.architecture.tables import Tables
 from glmexport.architecture.token_prediction import mixture_at, with_token_prediction
 from glmexport.checkpoint import Checkpoint, ConfigReader
 from glmexport.errors import CheckpointError
@@ -20,7 +22,7 @@ _LATENT_EPSILON = 1e-6
 
 @dataclass(frozen=True)
 class LatentSizes:
-    """The numbers of a config.json with latent attention. ``head_dim`` there is that of the rotary part, if present."""
+    """The numbers of a config.json with latent attention; ``head_dim`` there is that of the rotary part, if present."""
 
     hidden: int
     intermediate: int
@@ -37,27 +39,29 @@ class LatentSizes:
     attention_bias: bool
     interleaved: bool
     scale: float
-    tied: bool
 
     @classmethod
-    def read(cls, config: ConfigReader) -> LatentSizes:
-        """Read and cross-check them.
+    def read(cls, config: ConfigReader, *, indexed: bool) -> LatentSizes:
+        """Read and cross-check them; ``indexed``: layers have indexers.
 
         Raises:
             CheckpointError: a key is missing or of another type, or the activation, the rope type or the number of
                 rotary dimensions is not supported.
         """
-        config.choice("hidden_act", ("silu",), default="silu")
+        config.choice("hidden_act", ("silu",))
         heads = config.integer("num_attention_heads", minimum=1)
-        if config.integer("num_key_value_heads", default=heads) != heads:
+        # Every head has keys and values of its own; transformers repeats them where the number is a fraction of heads,
+        # and then fails.
+        if heads // config.integer("num_key_value_heads", minimum=1) > 1:
             raise CheckpointError(
-                f"{config.where}: num_key_value_heads is not num_attention_heads {heads}, as latent attention has it.",
+                f"{config.where}: num_key_value_heads is less than num_attention_heads {heads}, and latent attention "
+                "has as many.",
                 next_step="Use the config.json that belongs to these weights.",
             )
         nope, rope = config.integer("qk_nope_head_dim", minimum=1), config.integer("qk_rope_head_dim", minimum=2)
-        if rope % 8:
+        if rope % 2:
             raise CheckpointError(
-                f"{config.where}: qk_rope_head_dim is {rope}; ONNX Runtime needs a multiple of 8.",
+                f"{config.where}: qk_rope_head_dim is {rope}; pairs are rotated.",
                 next_step="Use the config.json that belongs to these weights.",
             )
         return cls(
@@ -72,11 +76,11 @@ class LatentSizes:
             value_dim=config.integer("v_head_dim", minimum=1),
             vocabulary=config.integer("vocab_size", minimum=1),
             context=config.integer("max_position_embeddings", minimum=1),
-            epsilon=config.number("rms_norm_eps", default=1e-5),
-            attention_bias=config.flag("attention_bias", default=False),
-            interleaved=config.flag("rope_interleave", default=True),
+            epsilon=config.number("rms_norm_eps", minimum=0),
+            attention_bias=config.flag("attention_bias"),
+            # With indexers transformers does not look at the key: pairs of neighbours are rotated.
+            interleaved=indexed or config.flag("rope_interleave"),
             scale=_magnitude(config) ** 2 / math.sqrt(nope + rope),
-            tied=config.flag("tie_word_embeddings", default=False),
         )
 
 
@@ -120,10 +124,7 @@ def latent_architecture(
         CheckpointError: the configuration is not what such a family has.
     """
     config = checkpoint.config
-    sizes = LatentSizes.read(config)
-    if any(map(sparse, range(sizes.layers))):
-        # transformers' default differs from family to family, and there is none here.
-        config.number("routed_scaling_factor")
+    sizes = LatentSizes.read(config, indexed=indexers is not None)
 
     def described(index: int, sparse: bool, indexers: IndexerPlan | None) -> DecoderLayer:
         layer = _layer(sizes, index, indexers)
@@ -134,27 +135,22 @@ def latent_architecture(
     ahead, own = f"model.layers.{sizes.layers}", None
     if indexers is not None:
         own = replace(indexers, full=(*indexers.full, True))
-    # As in transformers: what ends a generation is generation_config.json's to say, if it does.
-    generation = checkpoint.generation_config
-    ends = (generation if generation is not None and generation.has("eos_token_id") else config).integers(
-        "eos_token_id"
-    )
-    pad = config.optional_integer("pad_token_id")
-    head = "model.embed_tokens" if sizes.tied else "lm_head"
+    special = SpecialTokens.read(checkpoint, sizes.vocabulary)
+    tables = Tables.of(checkpoint)
     model = Architecture(
         family=family,
         hidden_size=sizes.hidden,
         vocabulary_size=sizes.vocabulary,
         context_length=sizes.context,
-        embedding="model.embed_tokens.weight",
+        embedding=f"{tables.embedding}.weight",
         layers=tuple(layers),
         final_norm=Norm("model.norm", sizes.hidden, sizes.epsilon),
-        lm_head=Linear(head, sizes.hidden, sizes.vocabulary, bias=False, tap="final", part="lm_head"),
-        tied=sizes.tied,
-        bos_token_id=config.optional_integer("bos_token_id"),
-        eos_token_ids=ends,
-        pad_token_id=ends[0] if pad is None else pad,
-        unused=(Unused(r"lm_head\.weight", "tied to the embedding"),) if sizes.tied else (),
+        lm_head=tables.head(sizes.hidden, sizes.vocabulary),
+        tied=tables.tied,
+        bos_token_id=special.begin,
+        eos_token_ids=special.ends,
+        pad_token_id=special.fill,
+        unused=tables.unused,
     )
     return with_token_prediction(model, checkpoint, described(sizes.layers, mixture_at(checkpoint, ahead), own))
 
@@ -242,24 +238,13 @@ def _indexer(sizes: LatentSizes, prefix: str, plan: IndexerPlan, rotary: Rotary)
     )
 
 
-def mlp_types(config: ConfigReader, layers: int, otherwise: Sequence[str]) -> tuple[str, ...]:
-    """``mlp_layer_types``: dense or sparse for every layer; ``otherwise`` where the key is absent.
+def every_layer(config: ConfigReader, key: str, kinds: Sequence[str], layers: int) -> tuple[str, ...]:
+    """One of ``kinds`` for each of ``layers``.
 
     Raises:
-        CheckpointError: not one of the two for each of ``layers``.
+        CheckpointError: the configuration has another list under ``key``.
     """
-    given = config.texts("mlp_layer_types") if config.has("mlp_layer_types") else tuple(otherwise)
-    return every_layer(config, "mlp_layer_types", given, ("dense", "sparse"), layers)
-
-
-def every_layer(
-    config: ConfigReader, key: str, given: Sequence[str], kinds: Sequence[str], layers: int
-) -> tuple[str, ...]:
-    """``given``, if it has one of ``kinds`` for each of ``layers``.
-
-    Raises:
-        CheckpointError: it has not.
-    """
+    given = config.texts(key)
     if len(given) != layers or not set(given) <= set(kinds):
         raise CheckpointError(
             f"{config.where}: {key} must have {' or '.join(kinds)} for each of the {layers} layers.",

@@ -17,6 +17,7 @@ from glmexport.architecture.description import Architecture, DecoderLayer, Resid
 from glmexport.architecture.experts import MixtureOfExperts
 from glmexport.architecture.filling import EXPERTS, MATRICES, ROUTER, halves, stream_experts
 from glmexport.architecture.latent import LatentAttention
+from glmexport.architecture.skeleton import completed, skeleton
 from glmexport.checkpoint import Checkpoint
 
 #: Replaces a weight while a block is filled: (checkpoint key) -> tensor, or None to read the checkpoint.
@@ -32,19 +33,15 @@ class Reference:
     """transformers' model of ``checkpoint`` without its weights; blocks are filled on demand, in fp32 on ``device``."""
 
     def __init__(self, checkpoint: Checkpoint, architecture: Architecture, device: torch.device = CPU) -> None:
-        from transformers import AutoConfig, AutoModelForCausalLM
-
         self.checkpoint = checkpoint
         self.architecture = architecture
         self.device = device
-        config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
-        # The implementation that takes one expert after another, so that each can be read when its turn comes.
-        config._experts_implementation = "eager"
-        with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
-        self._decoder: Any = skeleton.model.eval().requires_grad_(False)
+        _, config = completed(checkpoint)
+        model: Any = skeleton(config)
+        self._decoder: Any = model.model
         # The rotary tables are computed, not stored, so this module cannot stay on the meta device.
-        self._rotary: nn.Module = type(self._decoder.rotary_emb)(self._decoder.config)
+        rotary: Any = type(self._decoder.rotary_emb)
+        self._rotary: nn.Module = rotary(config)
 
     def read(self, key: str) -> Tensor:
         """The checkpoint's tensor, fp32 on the device."""

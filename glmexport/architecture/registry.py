@@ -6,7 +6,10 @@ import re
 from collections.abc import Callable, Mapping
 
 from glmexport.architecture import glm, glm4, glm4_moe, glm4_moe_lite, glm5_next, glm_moe_dsa
+from glmexport.architecture.counts import refuse_counts
 from glmexport.architecture.description import Architecture
+from glmexport.architecture.rope import check_rope
+from glmexport.architecture.skeleton import completed, require_agreement, skeleton
 from glmexport.checkpoint import Checkpoint
 from glmexport.errors import CheckpointError
 
@@ -21,10 +24,11 @@ UNFINISHED: Mapping[str, Callable[[Checkpoint], tuple[str, ...]]] = {glm5_next.M
 
 
 def describe(checkpoint: Checkpoint) -> Architecture:
-    """The architecture of ``checkpoint``.
+    """The architecture of ``checkpoint``, as transformers reads its configuration; no weight but tied tables is read.
 
     Raises:
-        CheckpointError: no declaration for its ``model_type``, or its configuration is not what the family has.
+        CheckpointError: no declaration for its ``model_type``, its configuration is not what the family has, or the
+            declaration does not describe what transformers makes of it.
     """
     if checkpoint.model_type in UNFINISHED:
         parts = UNFINISHED[checkpoint.model_type](checkpoint)
@@ -46,4 +50,14 @@ def describe(checkpoint: Checkpoint) -> Architecture:
             f"{checkpoint.name}: there is no declaration for model_type {checkpoint.model_type!r}.",
             next_step=f"Supported: {', '.join(sorted(FAMILIES))}.",
         )
-    return family(checkpoint)
+    refuse_counts(checkpoint)
+    check_rope(checkpoint.config)
+    try:
+        read, config = completed(checkpoint)
+    except CheckpointError:
+        # What is wrong with a value that is there, the declaration says more plainly than transformers.
+        family(checkpoint)
+        raise
+    architecture = family(read)
+    require_agreement(architecture, skeleton(config), checkpoint.config.where)
+    return architecture

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from glmexport.architecture.description import Architecture, DecoderLayer, Linear, Norm, Unused
+from glmexport.architecture.tables import equal
 from glmexport.checkpoint import Checkpoint
 
-#: Rows of two tables that are compared at a time.
-_SLAB_ROWS = 16384
+_LAYER = re.compile(r"model\.layers\.(\d{1,9})\.(.+)")
+#: What no other layer has.
+_ONLY_AHEAD = ("eh_proj.", "enorm.", "hnorm.", "shared_head.")
 _AHEAD = "predicts a token further ahead, for speculative decoding; no answer depends on it"
 
 
@@ -80,31 +83,49 @@ def with_token_prediction(architecture: Architecture, checkpoint: Checkpoint, la
     """``architecture`` with what ``num_nextn_predict_layers`` announces.
 
     ``layer`` describes the decoder layer of the first one. Where the checkpoint does not have all of its tensors, in
-    the shapes that they should have, it is unused, as further ones are: the models were trained with one.
+    the shapes that they should have, it is unused, as further ones are: the models were trained with one. So is every
+    layer of the kind that the configuration does not announce.
 
     Raises:
         CheckpointError: the configuration's number is none.
     """
-    config = checkpoint.config
-    key = "num_nextn_predict_layers" if config.has("num_nextn_predict_layers") else "num_mtp_layers"
-    count, first = config.integer(key, default=0, minimum=0), len(architecture.layers)
-    prefixes = [f"model.layers.{first + index}." for index in range(count)]
-    present = [prefix for prefix in prefixes if any(name.startswith(prefix) for name in checkpoint.tensors)]
+    first = len(architecture.layers)
+    announced = range(first, first + _announced(checkpoint))
+    present = sorted(_behind(checkpoint, first, announced))
     if not present:
         return architecture
     draft, reasons = None, dict.fromkeys(present, f"{_AHEAD}; one such layer is used")
-    if present[0] == prefixes[0]:
+    if not announced:
+        reasons = dict.fromkeys(present, f"{_AHEAD}; config.json announces none")
+    elif present[0] == first:
         draft = _declared(architecture, checkpoint, layer)
         stored = draft.presented(checkpoint).tensors
         wrong = [
             name for name, shape in draft.own_shapes().items() if name not in stored or stored[name].shape != shape
         ]
         if wrong:
-            draft, reasons[present[0]] = None, f"{_AHEAD}; without {wrong[0]} in its shape it is incomplete"
+            draft, reasons[first] = None, f"{_AHEAD}; without {wrong[0]} in its shape it is incomplete"
         else:
-            del reasons[present[0]]
-    unused = [Unused(rf"{prefix.replace('.', '[.]')}.+", reason) for prefix, reason in reasons.items()]
+            del reasons[first]
+    unused = [Unused(rf"model[.]layers[.]{index}[.].+", reason) for index, reason in reasons.items()]
     return replace(architecture, token_prediction=draft, unused=(*architecture.unused, *unused))
+
+
+def _announced(checkpoint: Checkpoint) -> int:
+    """Number of such layers by the configuration, which that of glm4_moe completes by 1."""
+    config = checkpoint.config
+    key = "num_nextn_predict_layers" if config.has("num_nextn_predict_layers") else "num_mtp_layers"
+    return config.integer(key, minimum=0) if config.has(key) else 0
+
+
+def _behind(checkpoint: Checkpoint, first: int, announced: Collection[int]) -> set[int]:
+    """Indices of the layers behind the model's last one that are announced, or have what only such layers have."""
+    found = set()
+    for name in checkpoint.tensors:
+        match = _LAYER.match(name)
+        if match and (index := int(match[1])) >= first and (index in announced or match[2].startswith(_ONLY_AHEAD)):
+            found.add(index)
+    return found
 
 
 def share_tables(architecture: Architecture, checkpoint: Checkpoint) -> Architecture:
@@ -116,21 +137,13 @@ def share_tables(architecture: Architecture, checkpoint: Checkpoint) -> Architec
     if draft is None:
         return architecture
     for key, ours in ((draft.embedding, architecture.embedding), (draft.lm_head.weight, architecture.lm_head.weight)):
-        if draft.has_own(key) and _equal(checkpoint, key, ours):
+        if draft.has_own(key) and equal(checkpoint, key, ours):
             unused.append(Unused(re.escape(key), f"the same as {ours}"))
             if key == draft.embedding:
                 draft = replace(draft, embedding=ours)
             else:
                 draft = replace(draft, lm_head=architecture.lm_head)
     return replace(architecture, token_prediction=draft, unused=tuple(unused))
-
-
-def _equal(checkpoint: Checkpoint, key: str, other: str) -> bool:
-    rows = checkpoint.shape(key)[0]
-    return all(
-        bool((checkpoint.rows(key, start, stop) == checkpoint.rows(other, start, stop)).all())
-        for start, stop in ((start, min(start + _SLAB_ROWS, rows)) for start in range(0, rows, _SLAB_ROWS))
-    )
 
 
 def _declared(architecture: Architecture, checkpoint: Checkpoint, layer: DecoderLayer) -> TokenPrediction:

@@ -31,7 +31,7 @@ from glmexport.loop import (
     FixedLoopConfig,
     LoopConfig,
 )
-from glmexport.target import Target
+from glmexport.target import GraphLimits, Target
 
 MODEL, DRAFT, STEP = MODEL_GRAPH, DRAFT_GRAPH, STEP_GRAPH
 GENAI_CONFIG = "genai_config.json"
@@ -47,6 +47,13 @@ OUTPUTS = {
     "present_key_names": PRESENT.format(layer="%d", kind="key"),
     "present_value_names": PRESENT.format(layer="%d", kind="value"),
 }
+
+#: What the caches of a program that asks for no length may take. onnxruntime-genai makes them for ``max_length`` tokens
+#: before it reads the first one; a small machine has as much beside the weights.
+DEFAULT_CACHE_BYTES = 2**30
+#: Tokens that it gets in any case.
+_LEAST_LENGTH = 1024
+_CACHE_BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 8, "int4": 4}
 
 
 def loop_config(architecture: Architecture, target: Target) -> tuple[str, dict[str, Any]]:
@@ -117,6 +124,19 @@ def _caches(kinds: Iterable[tuple[int, str]]) -> dict[str, str]:
     return {PAST.format(layer=at, kind=kind): PRESENT.format(layer=at, kind=kind) for at, kind in kinds}
 
 
+def default_length(context_length: int, values_per_token: int, limits: GraphLimits) -> int:
+    """``max_length`` for programs that name none: the context, or a power of two whose caches a small machine holds.
+
+    Args:
+        context_length: tokens that the graph can take.
+        values_per_token: numbers that all caches hold of one.
+        limits: in which type they are.
+    """
+    kind = limits.activations if limits.kv_cache == "activations" else limits.kv_cache
+    held = DEFAULT_CACHE_BYTES * 8 // (values_per_token * _CACHE_BITS[kind])
+    return min(context_length, max(_LEAST_LENGTH, 1 << max(held, 1).bit_length() - 1))
+
+
 def genai_config(architecture: Architecture, target: Target) -> dict[str, Any]:
     """Configuration for model type ``decoder``, onnxruntime-genai's generic decoder-only loop."""
     attention = architecture.layers[0].attention
@@ -149,7 +169,10 @@ def genai_config(architecture: Architecture, target: Target) -> dict[str, Any]:
         },
         "search": {
             "do_sample": False,
-            "max_length": architecture.context_length,
+            # Whoever names a length, as every loop of glmexport does, gets up to the whole context.
+            "max_length": default_length(
+                architecture.context_length, 2 * len(architecture.layers) * heads * size, target.graph
+            ),
             "min_length": 0,
             "num_beams": 1,
             "num_return_sequences": 1,

@@ -7,14 +7,15 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ValidationError
+from pydantic import Field
 
-from glmexport.checkpoint.files import is_inside
-from glmexport.definition import Definition, first_problem
+from glmexport.checkpoint.files import cache_repository, is_inside
+from glmexport.definition import Definition, read_json
 from glmexport.errors import BundleError
 from glmexport.quantization import AllocatedGroup, ExpertCoverage, QuantizedMatrix, sha256
 from glmexport.recipe import Recipe
 from glmexport.target import Target
+from glmexport.untrusted import Limits
 
 MANIFEST = "bundle.json"
 #: What validation writes into a bundle.
@@ -31,6 +32,8 @@ _FILES = re.compile(
 )
 #: Operator whose content a provider runs as it is, compiled before by whoever made it.
 _PRECOMPILED = b"EPContext"
+#: A model of 60,000 matrices has a manifest of 2.5 million values.
+_LIMITS = Limits(size=128 << 20, values=4_000_000)
 #: Evidence about a bundle, written after it and therefore not part of what its digest covers.
 EVIDENCE = REPORTS | RELEASE_FILES
 
@@ -113,6 +116,14 @@ class DraftGraph(Definition):
     matrices: tuple[QuantizedMatrix, ...]
 
 
+class LargestActivation(Definition):
+    """The largest number that calibration text brought about, of a bundle whose type ends early."""
+
+    magnitude: float
+    #: Key of the module that read it.
+    at: str
+
+
 class Manifest(Definition):
     """The content of bundle.json."""
 
@@ -135,6 +146,8 @@ class Manifest(Definition):
     experts: tuple[ExpertCoverage, ...] = ()
     #: Of a model with a layer that predicts tokens further ahead, where a loop of ours decodes.
     draft: DraftGraph | None = None
+    #: Of a target that computes in float16, if text was run. Left out where there is none, as in bundles of before.
+    largest_activation: LargestActivation | None = Field(default=None, exclude_if=lambda value: value is None)
     files: tuple[FileEntry, ...]
 
     def digest(self) -> str:
@@ -173,11 +186,10 @@ def read_manifest(directory: Path) -> Manifest:
             next_step="Give a directory that glmexport build wrote.",
         )
     try:
-        manifest = Manifest.model_validate_json(path.read_text(encoding="utf-8"))
-    except (ValidationError, UnicodeDecodeError) as error:
-        reason = first_problem(error) if isinstance(error, ValidationError) else str(error)
+        manifest = read_json(Manifest, path, _LIMITS)
+    except ValueError as error:
         raise BundleError(
-            f"{path} does not describe a bundle of a version that this glmexport knows: {reason}.",
+            f"{path} does not describe a bundle of a version that this glmexport knows: {error}.",
             next_step="Use the glmexport that wrote it, or build it again.",
         ) from error
     for entry in manifest.files:
@@ -192,12 +204,13 @@ def read_manifest(directory: Path) -> Manifest:
 def verify_files(directory: Path, manifest: Manifest) -> None:
     """Check that the bundle's files are those that its manifest lists, byte for byte, and no others.
 
-    Links are followed within the bundle, and in a snapshot of the hub's cache to where that cache keeps its files.
+    A bundle has no links but in a snapshot of the hub's cache, where they lead to where that keeps its files.
 
     Raises:
         BundleError: names the first file that is missing, changed, linked to elsewhere or additional.
     """
     listed = {entry.path: entry for entry in manifest.files}
+    cached = cache_repository(directory.resolve()) is not None
     files = (path for path in directory.rglob("*") if path.is_symlink() or not path.is_dir())
     present = {path.relative_to(directory).as_posix() for path in files}
     beside = {name for name in present if name == MANIFEST or is_evidence(name)}
@@ -210,8 +223,8 @@ def verify_files(directory: Path, manifest: Manifest) -> None:
     for name, entry in listed.items():
         path = directory / name
         again = "Copy the bundle again, or build it again."
-        if not path.is_file() or not is_inside(path, directory):
-            raise BundleError(f"{path} is missing, or is a link to somewhere else.", next_step=again)
+        if not path.is_file() or (path.is_symlink() and not cached) or not is_inside(path, directory):
+            raise BundleError(f"{path} is missing, or is a link.", next_step=again)
         if path.stat().st_size != entry.size or sha256(path) != entry.sha256:
             raise BundleError(f"{path} is not the file that the manifest lists (its sha256 differs).", next_step=again)
         if path.suffix == ".onnx" and _contains(path, _PRECOMPILED):

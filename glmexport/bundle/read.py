@@ -95,11 +95,12 @@ class BundleWeights:
     def _add(self, codes: str, bits: int, group_size: int, *, transposed: bool = False) -> None:
         """Note the matrices whose rows the initializer ``codes`` has."""
         name, start = codes.removesuffix(".q").removesuffix(".codes"), 0
+        parts = codes if transposed and f"{codes}.scales" in self._initializers else name
         for key in _keys(name):
             stop = start + self._shapes[key][0]
             # A tied lm_head multiplies with the embedding: what both have is told of the product.
             if key not in self._quantized or codes.endswith(".q"):
-                self._quantized[key] = _Stored(codes, name, bits, group_size, start, stop, transposed)
+                self._quantized[key] = _Stored(codes, parts, bits, group_size, start, stop, transposed)
             start = stop
 
     def _stored_as_they_are(self) -> Iterator[tuple[str, tuple[str, slice]]]:

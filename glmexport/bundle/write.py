@@ -23,6 +23,7 @@ from glmexport.bundle.manifest import (
     CacheQuantization,
     CalibrationSource,
     DraftGraph,
+    LargestActivation,
     Manifest,
     Precision,
     Source,
@@ -58,6 +59,7 @@ def write_bundle(
     records: Iterable[QuantizedMatrix],
     allocation: Iterable[AllocatedGroup] = (),
     draft_records: Iterable[QuantizedMatrix] = (),
+    largest: LargestActivation | None = None,
     tokenizer_files: Iterable[Path],
     cache_text: Sequence[Sequence[int]] = (),
     progress: Progress,
@@ -119,6 +121,8 @@ def write_bundle(
         allocation=tuple(allocation),
         experts=coverage(matrices),
         draft=_draft(architecture, weights, tuple(draft_records)),
+        # Another type holds whatever the original's does.
+        largest_activation=largest if limits.activations == "float16" else None,
         files=list_files(directory),
     )
     write_atomically(directory / MANIFEST, (manifest.model_dump_json(indent=2) + "\n").encode())

@@ -14,6 +14,7 @@ from glmexport.checkpoint import Tokenizer
 from glmexport.definition import Definition, read_toml
 from glmexport.errors import DefinitionError, InputError
 from glmexport.resources import shipped
+from glmexport.untrusted import Limits, parse_object, read_regular
 
 #: Language under which text of the user's counts.
 USER = "user"
@@ -21,6 +22,10 @@ Split = Literal["calibration", "evaluation"]
 
 #: Lines shorter than this recur in any two texts of a kind (headings, list markers) and show no leakage.
 _SHORTEST_TELLING_LINE = 20
+#: Of a line of a user's file: a document, or a conversation.
+_LINE_LIMITS = Limits(text=16 << 20)
+#: Of a user's file, bytes; more is not calibrated with, and would have to lie in memory.
+_FILE_LIMIT = 4 << 30
 #: A BCP-47 tag; it becomes part of file names too.
 _TAG = re.compile(r"[A-Za-z]{2,8}(-[A-Za-z0-9]{1,8})*")
 
@@ -97,8 +102,8 @@ def user_documents(paths: Sequence[Path], tokenizer: Tokenizer, split: Split = "
     documents = []
     for path in paths:
         try:
-            content = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            content = read_regular(path, _FILE_LIMIT).decode("utf-8")
+        except (OSError, ValueError) as error:
             raise InputError(
                 f"{split.capitalize()} text {path} cannot be read: {error}.", next_step="Give a readable UTF-8 file."
             ) from error
@@ -152,12 +157,9 @@ def fingerprint(document: Document) -> str:
 
 def _record(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
+        return parse_object(line.encode(), _LINE_LIMITS)
+    except ValueError as error:
         raise _unusable(path, number) from error
-    if not isinstance(record, dict):
-        raise _unusable(path, number)
-    return record
 
 
 def _record_text(path: Path, number: int, record: dict[str, Any], tokenizer: Tokenizer) -> str:

@@ -169,9 +169,7 @@ def _pack_language(texts: Sequence[str], tokenizer: Tokenizer, length: int, want
     for used, text in enumerate(texts):
         if len(sequences) == wanted:
             return sequences, used
-        ids = tokenizer.encode(text)
-        # A rendered conversation brings the prefix along.
-        rest = ids[len(prefix) :] if ids[: len(prefix)] == prefix else ids
+        rest = tokenizer.sequence(text)[len(prefix) :]
         if rest and current != prefix:
             current += prefix
         while rest:

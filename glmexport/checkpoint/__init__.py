@@ -9,6 +9,7 @@ knows no family; what a tensor or a key means is the business of the architectur
     header       the safetensors header, strictly
     shards       tensors and parts of tensors of safetensors files
     index        which tensor is in which shard
+    layouts      by which method a checkpoint is quantized, and whose are refused
     gptq         what a GPTQ checkpoint says of its quantization
     packed       its matrices, decoded a few rows at a time
     parts        one matrix of a stack of them, and fp8 numbers with a factor a block
@@ -21,6 +22,7 @@ knows no family; what a tensor or a key means is the business of the architectur
                  a LoRA adapter's settings, the places of its tensors, its arithmetic
     adapter      a LoRA adapter, opened beside its base
     fold         powers of two moved from one tensor into another
+    snapshot     the files as they were when they were opened
     checkpoint   all of it, opened; an adapter is merged while tensors are read
 """
 

@@ -14,6 +14,7 @@ from glmexport.checkpoint.config import ConfigReader
 from glmexport.checkpoint.files import contained, files_digest, optional, source_name
 from glmexport.checkpoint.header import TensorEntry, read_header
 from glmexport.checkpoint.low_rank import LowRank
+from glmexport.checkpoint.snapshot import Snapshot
 from glmexport.checkpoint.source import listed, refuse_hazards, resolve
 from glmexport.checkpoint.tokenizer import tokenizer_files
 from glmexport.errors import CheckpointError
@@ -35,6 +36,7 @@ class Adapter:
         config: What its tensors mean.
         replaced: Where the tensors are that stand in for a base tensor, by the base's name.
         updates: Low-rank updates, by the name of the base tensor.
+        snapshot: Its files as they were when it was opened.
     """
 
     path: Path
@@ -42,6 +44,7 @@ class Adapter:
     config: AdapterConfig
     replaced: Mapping[str, TensorEntry]
     updates: Mapping[str, LowRank]
+    snapshot: Snapshot = field(repr=False)
     _digest: str | None = field(default=None, repr=False)
 
     @classmethod
@@ -64,14 +67,16 @@ class Adapter:
         if optional(path, ADAPTER_CONFIG, "the adapter") is None:
             raise CheckpointError(
                 f"{path} is no adapter: it has no {ADAPTER_CONFIG}.",
-                next_step="Give a directory that PEFT's save_pretrained wrote.",
+                next_step="Give a directory that PEFT's save_pretrained wrote"
+                + ("; a merged model is a checkpoint: give it alone." if (path / "config.json").is_file() else "."),
             )
+        snapshot = Snapshot.take(path, (ADAPTER_CONFIG,))
         refuse_hazards(path, progress)
         reader = ConfigReader.open(contained(path, ADAPTER_CONFIG, "every adapter"))
         config = AdapterConfig.read(ConfigReader(reader.values, reader.where, MERGE_WITH_PEFT))
         tensors = read_header(contained(path, ADAPTER_WEIGHTS, "every adapter"))
         replaced, updates = assign(tensors, config, base.tensors, path / ADAPTER_WEIGHTS)
-        adapter = cls(path, source_name(path), config, MappingProxyType(replaced), MappingProxyType(updates))
+        adapter = cls(path, source_name(path), config, MappingProxyType(replaced), MappingProxyType(updates), snapshot)
         if progress is not None:
             for remark in adapter._remarks(base):
                 progress.remark(remark)
@@ -101,6 +106,10 @@ class Adapter:
             files = [self.path / ADAPTER_CONFIG, self.path / ADAPTER_WEIGHTS]
             self._digest = files_digest(self.path, files, "Digest of the adapter", progress)
         return self._digest
+
+    def refuse_changes(self) -> None:
+        """Check that its files are what they were; raises as ``Checkpoint.refuse_changes`` does."""
+        self.snapshot.refuse_changes([self.path / ADAPTER_WEIGHTS])
 
     def _remarks(self, base: Checkpoint) -> Iterator[str]:
         trained_on, given = self.config.base, {base.path.resolve().name, base.name.rpartition("/")[2]}

@@ -11,8 +11,10 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from glmexport.checkpoint.config import ConfigReader
+from glmexport.checkpoint.files import optional
 from glmexport.errors import CheckpointError
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -130,7 +132,7 @@ class AdapterConfig:
             bias=config.choice("bias", ("none", "all", "lora_only"), default="none"),
             target_modules=_names(config, "target_modules") if config.has("target_modules") else None,
             exclude_modules=_names(config, "exclude_modules") if config.has("exclude_modules") else (),
-            layers=config.integers("layers_to_transform") if config.has("layers_to_transform") else (),
+            layers=config.integers("layers_to_transform", minimum=0) if config.has("layers_to_transform") else (),
             layers_pattern=_listed(config, "layers_pattern"),
             modules_to_save=_listed(config, "modules_to_save"),
             base=config.text("base_model_name_or_path") if config.has("base_model_name_or_path") else None,
@@ -203,6 +205,24 @@ def _named(names: str | tuple[str, ...], module: str) -> bool:
 
 def _names(config: ConfigReader, key: str) -> str | tuple[str, ...]:
     return config.text(key) if isinstance(config.values[key], str) else config.texts(key)
+
+
+def refuse_adapter(directory: Path) -> None:
+    """Refuse an adapter that is given in the place of a checkpoint: one without weights of its own.
+
+    Raises:
+        CheckpointError: it is one.
+    """
+    path = optional(directory, ADAPTER_CONFIG, "the checkpoint")
+    weights = [name.name for name in directory.glob("*.safetensors") if not name.name.startswith("adapter_")]
+    if path is None or weights:
+        return
+    base = ConfigReader.open(path).values.get("base_model_name_or_path")
+    named = f" ({base[:_SHOWN]})" if isinstance(base, str) and base.isprintable() and base else ""
+    raise CheckpointError(
+        f"{directory} is an adapter, not a checkpoint.",
+        next_step=f"Give the checkpoint that it was trained on{named}, and --adapter {directory}.",
+    )
 
 
 def _listed(config: ConfigReader, key: str) -> tuple[str, ...]:

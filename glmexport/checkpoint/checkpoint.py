@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from glmexport.checkpoint.adapter import Adapter
-from glmexport.checkpoint.adapter_config import ADAPTER_CONFIG
+from glmexport.checkpoint.adapter_config import refuse_adapter
 from glmexport.checkpoint.config import ConfigReader
 from glmexport.checkpoint.derived import DerivedMatrix, packed_weights, scaled_weights, stack
 from glmexport.checkpoint.files import contained, files_digest, optional, source_name
@@ -19,9 +19,11 @@ from glmexport.checkpoint.fold import Fold
 from glmexport.checkpoint.gptq import QUANTIZE_CONFIG, GptqFormat, read_settings
 from glmexport.checkpoint.header import TensorEntry
 from glmexport.checkpoint.index import read_index
+from glmexport.checkpoint.layouts import refuse_gguf, refuse_layouts
 from glmexport.checkpoint.packed import Codes, PackedMatrix, find_matrices
 from glmexport.checkpoint.parts import BlockScaled, Page, block_scaled, block_size
 from glmexport.checkpoint.shards import Shards, is_finite
+from glmexport.checkpoint.snapshot import Snapshot
 from glmexport.checkpoint.source import DEMO, refuse_hazards, resolve
 from glmexport.checkpoint.tokenizer import tokenizer_files
 from glmexport.errors import CheckpointError
@@ -49,6 +51,7 @@ class Checkpoint:
             is stored in the GPTQ format is listed as the weight that it stands for, with the dtype ``GPTQ``, and what
             it is packed into is not listed.
         quantized: Stored format of every such matrix, by the name of its weight; empty for full precision.
+        absent: Names that the index gives and no file has.
         adapter: What is merged into the tensors while they are read, or None.
         folds: Scales that are moved between tensors while they are read, by the name of the tensor.
     """
@@ -62,12 +65,17 @@ class Checkpoint:
         tensors: Mapping[str, TensorEntry],
         adapter: Adapter | None = None,
         derived: Mapping[str, DerivedMatrix] | None = None,
+        absent: frozenset[str] = frozenset(),
+        *,
+        snapshot: Snapshot,
     ) -> None:
         self.path = path
         self.name = name
         self.config = config
         self.generation_config = generation_config
         self.adapter = adapter
+        self._snapshot = snapshot
+        self.absent = absent
         self._plain = dict(tensors)
         self._derived = dict(derived or {})
         stored = [entry for matrix in self._derived.values() for entry in matrix.stored]
@@ -103,17 +111,16 @@ class Checkpoint:
         path = resolve(source) if isinstance(source, str) else source
         if not path.is_dir():
             raise CheckpointError(f"There is no directory {path}.", next_step="Correct the path.")
+        snapshot = Snapshot.take(path, (CONFIG, GENERATION_CONFIG, QUANTIZE_CONFIG))
+        refuse_adapter(path)
         refuse_hazards(path, progress)
-        if optional(path, ADAPTER_CONFIG, "the checkpoint") and not optional(path, CONFIG, "the checkpoint"):
-            raise CheckpointError(
-                f"{path} is an adapter, not a checkpoint.",
-                next_step=f"Give the checkpoint that it was trained on, and --adapter {path}.",
-            )
+        refuse_gguf(path)
         config = ConfigReader.open(contained(path, CONFIG, "every checkpoint"))
         generation_path = optional(path, GENERATION_CONFIG, "the checkpoint")
         generation_config = None if generation_path is None else ConfigReader.open(generation_path)
         name = DEMO if source == DEMO else source_name(path)
-        tensors = read_index(path, progress)
+        tensors, absent = read_index(path, progress)
+        refuse_layouts(path, config, tensors)
         block = block_size(config)
         if block is None:
             derived = packed_weights(find_matrices(tensors, read_settings(path, config), path))
@@ -121,7 +128,7 @@ class Checkpoint:
             derived = scaled_weights(block_scaled(tensors, block))
         inside = {entry.name for matrix in derived.values() for entry in matrix.stored}
         plain = {key: entry for key, entry in tensors.items() if key not in inside}
-        base = cls(path, name, config, generation_config, plain, derived=derived)
+        base = cls(path, name, config, generation_config, plain, derived=derived, absent=absent, snapshot=snapshot)
         if adapter is None:
             return base
         if derived:
@@ -129,7 +136,8 @@ class Checkpoint:
                 f"{name} is quantized, and codes cannot take up the adapter {adapter}.",
                 next_step="Give the full-precision checkpoint that the adapter was trained on.",
             )
-        return cls(path, name, config, generation_config, base.tensors, Adapter.open(adapter, base, progress))
+        merged = Adapter.open(adapter, base, progress)
+        return cls(path, name, config, generation_config, base.tensors, merged, absent=absent, snapshot=snapshot)
 
     def stacked(
         self, stacks: Mapping[str, Sequence[str]], pages: Mapping[str, tuple[str, int]] | None = None
@@ -155,13 +163,44 @@ class Checkpoint:
             if name not in self.tensors and entry is not None and len(entry.shape) == 3 and index < entry.shape[0]:
                 plain.pop(whole, None)
                 derived[name] = DerivedMatrix(name, (Page(entry, index),))
-        return Checkpoint(self.path, self.name, self.config, self.generation_config, plain, self.adapter, derived)
+        return Checkpoint(
+            self.path,
+            self.name,
+            self.config,
+            self.generation_config,
+            plain,
+            self.adapter,
+            derived,
+            self.absent,
+            snapshot=self._snapshot,
+        )
 
     def folded(self, folds: Mapping[str, Fold]) -> Checkpoint:
         """The same checkpoint with scales moved between its tensors, by name; its digest stays that of the files."""
         changed = copy.copy(self)
         changed.folds = MappingProxyType(dict(folds))
         return changed
+
+    def configured(self, config: ConfigReader) -> Checkpoint:
+        """The same checkpoint whose ``config`` is another reading of the same file."""
+        changed = copy.copy(self)
+        changed.config = config
+        return changed
+
+    def without_adapter(self) -> Checkpoint:
+        """The same checkpoint as its own files have it, or itself where nothing is merged into it."""
+        if self.adapter is None:
+            return self
+        return Checkpoint(
+            self.path,
+            self.name,
+            self.config,
+            self.generation_config,
+            self._plain,
+            derived=self._derived,
+            absent=self.absent,
+            snapshot=self._snapshot,
+        )
 
     @property
     def model_type(self) -> str:
@@ -266,7 +305,7 @@ class Checkpoint:
         digests of the two.
 
         Raises:
-            CheckpointError: a file vanished.
+            CheckpointError: a file changed since the checkpoint was opened, or vanished.
             MachineError: a file cannot be read.
         """
         if self._digest is None:
@@ -279,8 +318,22 @@ class Checkpoint:
             if self.adapter is not None:
                 both = f"{digest}\t{self.adapter.digest(progress)}\n"
                 digest = f"sha256:{hashlib.sha256(both.encode()).hexdigest()}"
+            self.refuse_changes()
             self._digest = digest
         return self._digest
+
+    def refuse_changes(self) -> None:
+        """Check that its files, and those of its adapter, are what they were when it was opened.
+
+        What is written of a checkpoint has its digest on it: whatever writes checks this last.
+
+        Raises:
+            CheckpointError: one is not; names it.
+            MachineError: the machine does not let us look.
+        """
+        self._snapshot.refuse_changes(self.shards)
+        if self.adapter is not None:
+            self.adapter.refuse_changes()
 
     def _entry(self, name: str) -> TensorEntry:
         if name in self.tensors:

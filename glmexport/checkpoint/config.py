@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import cast
 
 from glmexport.checkpoint.files import read_json
+from glmexport.definition import LARGEST
 from glmexport.errors import CheckpointError
 
 _SHOWN_CHARACTERS = 80
@@ -54,23 +55,36 @@ class ConfigReader:
         """Whether ``key`` is present with a value other than ``null``."""
         return self._values.get(key) is not None
 
-    def integer(self, key: str, default: int | None = None, minimum: int | None = None) -> int:
-        """A whole number, at least ``minimum`` where one is given; 3.0 and true are none."""
-        value = self._found(key, default, accepted := _integers_accepted("an integer", minimum))
-        if not _is_integer(value, minimum):
+    def integer(
+        self, key: str, default: int | None = None, minimum: int | None = None, maximum: int | None = None
+    ) -> int:
+        """A whole number from ``minimum`` to ``maximum``; 3.0 and true are none.
+
+        Without a ``maximum`` the size of the number is at most ``LARGEST``: none is without bounds.
+        """
+        value = self._found(key, default, accepted := _integers_accepted("an integer", minimum, maximum))
+        if not _is_integer(value, minimum, maximum):
+            if type(value) is int and value > LARGEST:
+                accepted = _integers_accepted("an integer", minimum, maximum or LARGEST)
             raise self._refused(key, value, accepted)
         return cast(int, value)
 
-    def optional_integer(self, key: str, minimum: int | None = None) -> int | None:
-        """A whole number, or None where the key is absent or ``null``."""
-        return self.integer(key, minimum=minimum) if self.has(key) else None
+    def optional_integer(self, key: str, minimum: int | None = None, maximum: int | None = None) -> int | None:
+        """A whole number as ``integer`` reads it, or None where the key is absent or ``null``."""
+        return self.integer(key, minimum=minimum, maximum=maximum) if self.has(key) else None
 
-    def integers(self, key: str, default: tuple[int, ...] | None = None, minimum: int | None = None) -> tuple[int, ...]:
-        """Whole numbers: a list of them, or a single one, which is taken as a list of one."""
-        accepted = _integers_accepted("an integer or a list of integers", minimum)
+    def integers(
+        self,
+        key: str,
+        default: tuple[int, ...] | None = None,
+        minimum: int | None = None,
+        maximum: int | None = None,
+    ) -> tuple[int, ...]:
+        """Whole numbers as ``integer`` reads them: a list, or a single one, which is taken as a list of one."""
+        accepted = _integers_accepted("an integer or a list of integers", minimum, maximum)
         value = self._found(key, default, accepted)
         items = list(value) if isinstance(value, list | tuple) else [value]
-        if not all(_is_integer(item, minimum) for item in items):
+        if not all(_is_integer(item, minimum, maximum) for item in items):
             raise self._refused(key, value, accepted)
         return tuple(cast(list[int], items))
 
@@ -145,9 +159,15 @@ class ConfigReader:
         )
 
 
-def _is_integer(value: object, minimum: int | None) -> bool:
-    return type(value) is int and (minimum is None or value >= minimum)
+def _is_integer(value: object, minimum: int | None, maximum: int | None) -> bool:
+    if type(value) is not int:
+        return False
+    least = -LARGEST if minimum is None else minimum
+    return least <= value <= (LARGEST if maximum is None else maximum)
 
 
-def _integers_accepted(what: str, minimum: int | None) -> str:
-    return what if minimum is None else f"{what} of at least {minimum}"
+def _integers_accepted(what: str, minimum: int | None, maximum: int | None) -> str:
+    least = "" if minimum is None else f" of at least {minimum}"
+    if maximum is None:
+        return f"{what}{least}"
+    return f"{what}{least}{' and' if least else ' of'} at most {maximum}"

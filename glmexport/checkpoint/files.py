@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from glmexport.errors import CheckpointError, GlmexportError, MachineError
 from glmexport.progress import Progress, Silent, Track
+from glmexport.untrusted import LARGE, parse_object, read_regular
 
-# A config is kilobytes, and the largest tokenizer_config and shard index are a few megabytes.
-JSON_LIMIT_BYTES = 64 * 2**20
+#: A config is kilobytes, and the largest tokenizer_config and shard index are a few megabytes, with a key for every
+#: tensor. What transformers reads of a key that is not needed here may be infinite.
+JSON_LIMITS = replace(LARGE, keys=500_000, nonfinite=True)
 
 _CHUNK_BYTES = 8 * 2**20
 
@@ -66,7 +68,8 @@ def contained(directory: Path, name: str, named_by: str) -> Path:
     if not inside:
         raise CheckpointError(
             f"{path} is a link to {target}, outside of the checkpoint.",
-            next_step="Copy the file into the directory in place of the link.",
+            next_step=f"Copy the directory with the files that its links stand for (cp -rL {directory} COPY), and give "
+            "the copy.",
         )
     if not present:
         what = "is a link to a file that does not exist" if path.is_symlink() else "is not an existing file"
@@ -127,8 +130,8 @@ def source_name(directory: Path) -> str:
     return repository.name.removeprefix("models--").replace("--", "/", 1)
 
 
-def version(path: Path) -> tuple[int, int]:
-    """Size and time of the last change of a file: what tells that it was written again.
+def version(path: Path) -> tuple[int, int, int]:
+    """Size, time of the last change and inode of a file: what tells that it was written again, or replaced.
 
     Raises:
         CheckpointError: it vanished.
@@ -138,7 +141,7 @@ def version(path: Path) -> tuple[int, int]:
         status = path.stat()
     except OSError as error:
         raise unreadable(path, error) from error
-    return status.st_size, status.st_mtime_ns
+    return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 def files_digest(directory: Path, files: Iterable[Path], label: str, progress: Progress | None) -> str:
@@ -180,50 +183,45 @@ def json_object(data: bytes) -> dict[str, object]:
     """Parse UTF-8 JSON whose top level is an object.
 
     Raises:
-        ValueError: not UTF-8, not JSON, not an object, nested beyond reason, or a key given twice; its text
+        ValueError: not UTF-8, not JSON, not an object, beyond ``JSON_LIMITS``, or a key given twice; its text
             completes the sentence "FILE is not usable: ...".
     """
-    try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
-    except RecursionError:
-        raise ValueError("its JSON is nested too deeply") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"byte {error.start} is not UTF-8") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"no JSON at line {error.lineno}, column {error.colno} ({error.msg})") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"its JSON is a {type(value).__name__}, not an object")
-    return value
-
-
-def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    table: dict[str, object] = {}
-    for key, value in pairs:
-        if key in table:
-            raise ValueError(f"key {key!r} is given twice")
-        table[key] = value
-    return table
+    return parse_object(data, JSON_LIMITS)
 
 
 def read_json(path: Path) -> dict[str, object]:
     """The JSON object in ``path``.
 
     Raises:
-        CheckpointError: absent, too large, or not one JSON object; names the file and the place.
+        CheckpointError: absent, no regular file, beyond ``JSON_LIMITS``, or not one JSON object; names the file and
+            the place.
         MachineError: present but the machine does not let us read it.
     """
     try:
-        size = path.stat().st_size
-        if size > JSON_LIMIT_BYTES:
-            raise CheckpointError(
-                f"{path} has {size:,} bytes; at most {JSON_LIMIT_BYTES:,} are accepted of a JSON file.",
-                next_step="Download the file again.",
-            )
-        data = path.read_bytes()
+        return json_object(read_regular(path, JSON_LIMITS.size))
     except OSError as error:
         raise unreadable(path, error) from error
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path} is not usable: {error}.", next_step="Correct the file, or download it again."
+        ) from error
+
+
+def read_text(path: Path, most: int) -> str:
+    """The UTF-8 text of at most ``most`` bytes in ``path``.
+
+    Raises:
+        CheckpointError: absent, no regular file, larger, or not UTF-8.
+        MachineError: present but the machine does not let us read it.
+    """
     try:
-        return json_object(data)
+        return read_regular(path, most).decode("utf-8")
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except UnicodeDecodeError as error:
+        raise CheckpointError(
+            f"{path} is not UTF-8: {error}.", next_step="Correct the file, or download it again."
+        ) from error
     except ValueError as error:
         raise CheckpointError(
             f"{path} is not usable: {error}.", next_step="Correct the file, or download it again."

@@ -85,7 +85,7 @@ def read_settings(directory: Path, config: ConfigReader) -> GptqSettings | None:
     """The quantization that the checkpoint in ``directory`` declares; None for a full-precision one.
 
     Raises:
-        CheckpointError: another method than GPTQ, a format that has no exact counterpart here, or two files that
+        CheckpointError: a format that has no exact counterpart here, or two files that
             contradict each other; names the file and the key.
         MachineError: the machine does not let us read a file.
     """
@@ -95,8 +95,6 @@ def read_settings(directory: Path, config: ConfigReader) -> GptqSettings | None:
     path = optional(directory, QUANTIZE_CONFIG, "the checkpoint")
     if path is not None:
         tables.append(ConfigReader.open(path))
-    for table in tables:
-        _check_method(table)
     settings = [_settings(table) for table in tables]
     if not settings:
         return None
@@ -106,17 +104,6 @@ def read_settings(directory: Path, config: ConfigReader) -> GptqSettings | None:
         if first.zero_point_offset is None:
             first = first.with_offset(second.zero_point_offset)
     return first
-
-
-def _check_method(table: ConfigReader) -> None:
-    # Files of auto-gptq's first versions, which quantize_config.json is the name of, do not say the method.
-    method = table.text("quant_method", default="gptq")
-    if method.lower() != "gptq":
-        raise CheckpointError(
-            f"{table.where}: the checkpoint is quantized by {method!r}; accepted are full precision, gptq and fp8 "
-            "in blocks.",
-            next_step="Use the full-precision checkpoint of this model, or one in the GPTQ format.",
-        )
 
 
 def _settings(table: ConfigReader) -> GptqSettings:

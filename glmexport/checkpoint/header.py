@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from glmexport.checkpoint.files import json_object, unreadable
+from glmexport.checkpoint.files import unreadable
 from glmexport.errors import CheckpointError
+from glmexport.untrusted import Limits, open_regular, parse_object
 
-HEADER_LIMIT_BYTES = 100 * 10**6  # that of the format's own implementation
+#: Of one header. A model of 120,000 tensors in one file has a header of 15 MB; the format itself allows 100 MB.
+HEADER_LIMITS = Limits(size=32 << 20, depth=3, values=2_000_000, items=1 << 16, keys=200_000)
 _RANK_LIMIT = 64
 _DIMENSION_LIMIT = 2**63
 
@@ -84,19 +86,21 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         MachineError: the machine does not let us read the file.
     """
     try:
-        size = path.stat().st_size
-        with path.open("rb") as stream:
+        stream, size = open_regular(path)
+        with stream:
             start = stream.read(8)
             if len(start) < 8:
                 raise _damaged(path, f"has {size} bytes, and a safetensors file starts with 8 bytes of length")
             length = int.from_bytes(start, "little")
-            if length > HEADER_LIMIT_BYTES:
-                raise _damaged(path, f"gives its header {length:,} bytes; at most {HEADER_LIMIT_BYTES:,} are accepted")
+            if length > (most := HEADER_LIMITS.size):
+                raise _damaged(path, f"gives its header {length:,} bytes; at most {most:,} are accepted")
             if length > size - 8:
                 raise _damaged(path, f"is truncated in its header: {length - (size - 8):,} bytes are missing")
             text = stream.read(length)
     except OSError as error:
         raise unreadable(path, error) from error
+    except ValueError as error:
+        raise _damaged(path, f"cannot be read: {error}") from error
     if len(text) != length:
         raise _damaged(path, "became shorter while it was read")
     entries = _entries(path, text)
@@ -112,7 +116,7 @@ def _entries(path: Path, text: bytes) -> list[TensorEntry]:
     if not text.startswith(b"{"):
         raise _damaged(path, "has no JSON object for a header; it is not a safetensors file")
     try:
-        table = json_object(text)
+        table = parse_object(text, HEADER_LIMITS)
     except ValueError as error:
         raise _damaged(path, f"has a header that is not usable: {error}") from error
     metadata = table.pop("__metadata__", {})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 from glmexport.checkpoint.files import contained, optional, read_json, refuse_escape
 from glmexport.checkpoint.header import TensorEntry, read_header
@@ -17,16 +18,26 @@ _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<total>\d+)\.safeten
 _AGAIN = "Download the checkpoint again; files already complete are kept."
 
 
-def read_index(directory: Path, progress: Progress | None = None) -> dict[str, TensorEntry]:
-    """Every tensor of the checkpoint by name, in order of shard and of its data there.
+class Stored(NamedTuple):
+    """What the files hold, and what the index names beside it."""
 
-    The weights are those that ``model.safetensors.index.json`` names; without it ``model.safetensors``;
-    without that every ``*.safetensors``. Safetensors left aside earn a remark.
+    #: Every tensor by name, in order of shard and of its data there.
+    tensors: dict[str, TensorEntry]
+    #: Names that the index gives and no file has.
+    absent: frozenset[str]
+
+
+def read_index(directory: Path, progress: Progress | None = None) -> Stored:
+    """Every tensor of the checkpoint.
+
+    The weights are those of the shards that ``model.safetensors.index.json`` names; without it
+    ``model.safetensors``; without that every ``*.safetensors``. As in transformers the shards themselves tell which
+    tensors they have; an index that tells otherwise earns a remark, as safetensors left aside do. Whether a name
+    without a tensor matters is for those to say who know what the model needs.
 
     Raises:
-        CheckpointError: no weights, a shard missing, a damaged shard, a tensor in two shards, an index that
-            disagrees with the shards or leaves the directory, or an index beside a ``model.safetensors``
-            that it does not name.
+        CheckpointError: no weights, a shard missing, a damaged shard, a tensor in two shards, an index that is none
+            or leaves the directory, or an index beside a ``model.safetensors`` that it does not name.
         MachineError: the machine does not let us read a file.
     """
     present = sorted(path.name for path in directory.iterdir() if path.name.endswith(".safetensors"))
@@ -41,8 +52,11 @@ def read_index(directory: Path, progress: Progress | None = None) -> dict[str, T
             )
         _check_present(index, names)
         tensors = _tensors(directory, names, str(index))
-        _check_agreement(index, promised, tensors)
+        absent = frozenset(promised) - set(tensors)
+        if progress is not None and (told := _disagreement(index, promised, tensors)):
+            progress.remark(told)
     else:
+        absent = frozenset()
         names = [SINGLE] if SINGLE in present else present
         if not names:
             raise CheckpointError(
@@ -54,7 +68,7 @@ def read_index(directory: Path, progress: Progress | None = None) -> dict[str, T
     aside = [name for name in present if name not in names]
     if aside and progress is not None:
         progress.remark(f"Ignored in {directory}: {', '.join(aside)}; the checkpoint's weights are elsewhere.")
-    return tensors
+    return Stored(tensors, absent)
 
 
 def _weight_map(path: Path) -> dict[str, str]:
@@ -107,12 +121,17 @@ def _tensors(directory: Path, names: list[str], named_by: str) -> dict[str, Tens
     return tensors
 
 
-def _check_agreement(index: Path, promised: dict[str, str], tensors: dict[str, TensorEntry]) -> None:
-    for tensor, shard in promised.items():
-        entry = tensors.get(tensor)
-        if entry is None or entry.path != index.parent / shard:
-            found = "no shard has it" if entry is None else f"it is in {entry.path}"
-            raise CheckpointError(f"{index} places tensor {tensor!r} in {shard}, and {found}.", next_step=_AGAIN)
-    for tensor, entry in tensors.items():
-        if tensor not in promised:
-            raise CheckpointError(f"{entry.path} has tensor {tensor!r}, which {index} does not name.", next_step=_AGAIN)
+def _disagreement(index: Path, promised: dict[str, str], tensors: dict[str, TensorEntry]) -> str | None:
+    """A remark on an index that is not that of its shards; None where it is."""
+    absent = [f"{name} is in no file" for name in promised if name not in tensors]
+    elsewhere = [
+        f"{name} is in {tensors[name].path.name}"
+        for name, shard in promised.items()
+        if name in tensors and tensors[name].path != index.parent / shard
+    ]
+    unnamed = [f"{name} of {entry.path.name} is not named" for name, entry in tensors.items() if name not in promised]
+    wrong = [*absent, *elsewhere, *unnamed]
+    if not wrong:
+        return None
+    more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+    return f"{index} is not the index of these shards: {', '.join(wrong[:3])}{more}. The shards are believed."

@@ -147,12 +147,18 @@ def refuse_hazards(directory: Path, progress: Progress | None = None) -> None:
     except OSError as error:
         raise unreadable(directory, error) from error
     code = [name for name in names if name.lower().endswith(".py")]
+    configs = [path for name in _CONFIGS if (path := optional(directory, name, "the checkpoint")) is not None]
+    asking = [path for path in configs if _has_key(read_json(path), "auto_map")]
+    if code and not asking:
+        raise CheckpointError(
+            f"{directory} contains code ({listed(code)}), and code from a checkpoint is never run.",
+            next_step=f"No configuration asks for it (auto_map), so the model does without: move {listed(code)} out of "
+            "the directory, and run the command again.",
+        )
     if code:
         raise _runs_code(f"{directory} contains code ({listed(code)})")
-    for name in _CONFIGS:
-        path = optional(directory, name, "the checkpoint")
-        if path is not None and _has_key(read_json(path), "auto_map"):
-            raise _runs_code(f"{path} asks for code (auto_map)")
+    if asking:
+        raise _runs_code(f"{asking[0]} asks for code (auto_map)")
     pickles = [name for name in names if Path(name).suffix.lower() in _PICKLES]
     if not pickles:
         return

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from glmexport.checkpoint.files import optional, read_json, unreadable
+from glmexport.checkpoint.control import THOUGHT, ControlTokens, Rendered
+from glmexport.checkpoint.files import optional, read_json, read_text, unreadable
+from glmexport.checkpoint.named_tokens import every_token, named_tokens
+from glmexport.checkpoint.source import listed
+from glmexport.checkpoint.templates import TEMPLATE_LIMIT_BYTES, render_template
 from glmexport.errors import CheckpointError, InputError
+from glmexport.untrusted import Limits, read_regular, scan
 
 if TYPE_CHECKING:
     import tokenizers
@@ -16,13 +22,16 @@ if TYPE_CHECKING:
 VOCABULARY = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 
+#: GLM's vocabularies have 150,000 tokens and 320,000 merges in 20 MB.
+_VOCABULARY_LIMITS = Limits(values=8_000_000, items=4_000_000, keys=2_000_000)
 _CONFIG = "tokenizer_config.json"
 _LEGACY_SPECIAL_TOKENS = "special_tokens_map.json"
+_ADDED = "added_tokens.json"
 _FILES = (
     VOCABULARY,
     _CONFIG,
     _LEGACY_SPECIAL_TOKENS,
-    "added_tokens.json",
+    _ADDED,
     "tokenizer.model",
     "vocab.json",
     "vocab.txt",
@@ -30,6 +39,9 @@ _FILES = (
     CHAT_TEMPLATE,
 )
 _MORE_TEMPLATES = "additional_chat_templates"
+
+#: Steps in front of the vocabulary that cut a text, and leave nothing out unless they say so.
+_LOSSLESS = frozenset({"ByteLevel", "Split", "Digits", "Punctuation"})
 
 GLM_PREFIX = ("[gMASK]", "<sop>")
 """What every sequence of a GLM model begins with."""
@@ -50,14 +62,19 @@ def tokenizer_files(directory: Path) -> list[Path]:
 class Tokenizer:
     """Encodes text and conversations; adds no token that is not asked for.
 
-    A special token that is written out in a text becomes its id, in ``encode`` as well, as in transformers.
+    The name of a control token in a text is text, other than in transformers; what a template writes holds
+    (``checkpoint.control``). Of text without such names the ids are those of transformers.
 
     Attributes:
         files: What a bundle must carry to tokenize the same way.
         prefix: Ids that begin every sequence: ``[gMASK]`` and ``<sop>`` where the vocabulary has both, else
             the bos token where one is named, else none.
         special_tokens: Special tokens and their ids.
+        control_tokens: Those, and tags such as ``<think>``, and their ids: what no text can write.
+        unlisted: Tokens that the configuration names and tokenizer.json does not have. They are plain text here.
     """
+
+    unlisted: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -74,6 +91,10 @@ class Tokenizer:
         self.special_tokens = {token.content: id_ for id_, token in sorted(added.items()) if token.special}
         self.files = tokenizer_files(directory)
         self.prefix = self._prefix()
+        self._control = ControlTokens(tokenizer, [source for _, source in self._templates.values()])
+        self.control_tokens = self._control.ids
+        #: The prefix written out, which is a prefix in front of a text.
+        self._written_prefix = self.written("".join(tokenizer.id_to_token(id_) or "" for id_ in self.prefix))
 
     @classmethod
     def open(cls, directory: Path) -> Tokenizer:
@@ -93,13 +114,11 @@ class Tokenizer:
                 "with AutoTokenizer.save_pretrained.",
             )
         try:
-            text = path.read_text(encoding="utf-8")
+            data = read_regular(path, _VOCABULARY_LIMITS.size)
+            scan(data, _VOCABULARY_LIMITS)
+            tokenizer = tokenizers.Tokenizer.from_buffer(data)
         except OSError as error:
             raise unreadable(path, error) from error
-        except UnicodeDecodeError as error:
-            raise _unusable(path, error) from error
-        try:
-            tokenizer = tokenizers.Tokenizer.from_str(text)
         except MemoryError:
             raise
         except Exception as error:
@@ -114,7 +133,22 @@ class Tokenizer:
         tokenizer.no_padding()
         config = _optional_json(directory, _CONFIG)
         _check_added_tokens(directory / _CONFIG, config, tokenizer)
-        return cls(directory, tokenizer, _named_tokens(directory, config), _templates(directory, config))
+        # Where both files are, the older one prevails.
+        older = {} if "added_tokens_decoder" in config else _optional_json(directory, _LEGACY_SPECIAL_TOKENS)
+        opened = cls(directory, tokenizer, named_tokens(config, older), _templates(directory, config))
+        opened.unlisted = _unlisted(config, older, directory, tokenizer)
+        return opened
+
+    @property
+    def remark(self) -> str | None:
+        """What somebody who compares with transformers has to know; None where both give the same ids."""
+        if not self.unlisted:
+            return None
+        return (
+            f"{self._directory}: the configuration of the tokenizer names {listed(list(self.unlisted))}, which "
+            f"{VOCABULARY} does not have. transformers gives them new ids from {self.vocabulary_size} on, which the "
+            f"model was not trained with; here they are plain text. Add them to {VOCABULARY} if they are tokens."
+        )
 
     @cached_property
     def vocabulary_size(self) -> int:
@@ -136,8 +170,63 @@ class Tokenizer:
         return any(text in source for _, source in self._templates.values())
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of ``text`` alone, without a prefix."""
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        """Token ids of ``text`` alone, without a prefix; control tokens are where a ``Rendered`` has them.
+
+        Other threads of Python's run meanwhile.
+
+        Raises:
+            InputError: the name of a control token cannot be written as text in this vocabulary.
+        """
+        return self._control.encode(text)
+
+    def sequence(self, text: str, *, judged: bool = False) -> list[int]:
+        """Token ids of ``text`` behind the prefix, which is not put in again where the text begins with it.
+
+        Args:
+            text: as ``encode`` takes it.
+            judged: whether every token of the text is predicted: where there is no prefix, token 0 then begins.
+
+        Raises:
+            InputError: as ``encode`` does.
+        """
+        prefix = self._written_prefix
+        if prefix and not isinstance(text, Rendered) and text.startswith(prefix):
+            text = prefix + text[len(prefix) :]
+        ids = self.encode(text)
+        begun = ids[: len(self.prefix)] == self.prefix
+        return [*([] if begun else self.prefix), *ids] if self.prefix else [*([0] * judged), *ids]
+
+    def names_control(self, value: object) -> bool:
+        """Whether the name of a control token is in a text of ``value``, such as messages with tables in them."""
+        return self._control.named(value)
+
+    def written(self, text: str) -> Rendered:
+        """``text`` with all of its control tokens: what a program writes, as a template does, and no person."""
+        return self._control.written(text)
+
+    def fewest_tokens(self, size: int) -> int:
+        """How many tokens a text of ``size`` bytes has at least, without looking at it; 0 where that is not certain."""
+        return -(-size // self._longest) if self._longest else 0
+
+    @cached_property
+    def _longest(self) -> int:
+        """Bytes of text that a token stands for at most; 0 where one may stand for any number, or none does."""
+        from tokenizers.pre_tokenizers import ByteLevel
+
+        steps, first = [], self._tokenizer.pre_tokenizer
+        if first is not None:
+            described = json.loads(first.__getstate__())
+            steps = described.get("pretokenizers", [described])
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        whole = (
+            self._tokenizer.normalizer is None
+            and any(step["type"] == "ByteLevel" for step in steps)
+            and all(step["type"] in _LOSSLESS and step.get("behavior") != "Removed" for step in steps)
+            and all(self._tokenizer.token_to_id(byte) is not None for byte in ByteLevel.alphabet())
+            and not any(token.lstrip or token.rstrip for token in added)
+        )
+        # As texts they are no shorter than the bytes that they stand for.
+        return max(len(token.encode()) for token in self._tokenizer.get_vocab()) if whole else 0
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """The text of ``ids``; special tokens are left out unless ``skip_special`` is false."""
@@ -149,7 +238,7 @@ class Tokenizer:
         *,
         add_generation_prompt: bool = False,
         **kwargs: object,
-    ) -> str:
+    ) -> Rendered:
         """The conversation as text, by the checkpoint's chat template in jinja2's immutable sandbox.
 
         Args:
@@ -157,33 +246,24 @@ class Tokenizer:
             add_generation_prompt: Whether to open the assistant's next turn.
             kwargs: Variables of the template, such as ``tools``, ``documents`` or ``enable_thinking``.
 
-        Raises:
-            CheckpointError: there is no chat template, or it fails; carries the template's own message.
-            InputError: the conversation is empty.
-        """
-        # Its sandbox, filters and aliases are the reference, and they change from version to version.
-        from transformers.utils.chat_template_utils import render_jinja_template
+        Only what the template itself writes is a control token in it: the name of one in a message, tool or document is
+        text. An assistant's message may begin with one ``<think>`` reasoning ``</think>``, as templates read it.
 
+        Raises:
+            CheckpointError: there is no chat template, or it fails or takes too much; carries the template's own
+                message.
+            InputError: the conversation is empty, or leaves no character that stands for nothing.
+        """
         if not messages:
             raise InputError("The conversation is empty.", next_step="Give at least one message.")
         where, template = self._template(with_tools=kwargs.get("tools") is not None)
         present = [{key: value for key, value in message.items() if value is not None} for message in messages]
-        try:
-            rendered, _ = render_jinja_template(
-                conversations=[present],
-                chat_template=template,
-                add_generation_prompt=add_generation_prompt,
-                **{**self._named_tokens, **kwargs},
-            )
-        except MemoryError:
-            raise
-        except Exception as error:
-            # The template is a program of the checkpoint's: it can raise anything.
-            raise CheckpointError(
-                f"The chat template of {where} failed: {type(error).__name__}: {error}.",
-                next_step="Check the roles and the order of the messages, and the template's variables.",
-            ) from error
-        return cast(str, rendered[0])
+        given = {**kwargs, "add_generation_prompt": add_generation_prompt}
+
+        def write(conversation: list[dict[str, object]], variables: dict[str, object]) -> str:
+            return render_template(where, template, conversation, {**self._named_tokens, **variables})
+
+        return self._control.render(write, present, given, reads_reasoning=THOUGHT in template)
 
     def encode_chat(
         self,
@@ -245,15 +325,13 @@ def _check_added_tokens(path: Path, config: Mapping[str, object], tokenizer: tok
             )
 
 
-def _named_tokens(directory: Path, config: Mapping[str, object]) -> dict[str, str]:
-    """``bos_token`` and its like, which templates may use; where both files are, the older one prevails."""
-    older = {} if "added_tokens_decoder" in config else _optional_json(directory, _LEGACY_SPECIAL_TOKENS)
-    named = {}
-    for key, value in {**config, **older}.items():
-        content = value.get("content") if isinstance(value, dict) else value
-        if key.endswith("_token") and isinstance(content, str):
-            named[key] = content
-    return named
+def _unlisted(
+    config: Mapping[str, object], older: Mapping[str, object], directory: Path, tokenizer: tokenizers.Tokenizer
+) -> tuple[str, ...]:
+    """Tokens that only the configuration has: transformers appends them to the vocabulary, and here they are text."""
+    added = {} if "added_tokens_decoder" in config else _optional_json(directory, _ADDED)
+    named = dict.fromkeys((*every_token(config, older), *added))
+    return tuple(token for token in named if tokenizer.token_to_id(token) is None)
 
 
 def _templates(directory: Path, config: Mapping[str, object]) -> dict[str, tuple[str, str]]:
@@ -263,12 +341,7 @@ def _templates(directory: Path, config: Mapping[str, object]) -> dict[str, tuple
         if path.suffix != ".jinja":
             continue
         name = path.stem if path.parent.name == _MORE_TEMPLATES else "default"
-        try:
-            templates[name] = (str(path), path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise unreadable(path, error) from error
-        except UnicodeDecodeError as error:
-            raise CheckpointError(f"{path} is not UTF-8: {error}.", next_step="Download it again.") from error
+        templates[name] = (str(path), read_text(path, TEMPLATE_LIMIT_BYTES))
     return templates or _configured_templates(str(directory / _CONFIG), config.get("chat_template"))
 
 

@@ -11,7 +11,12 @@ from glmexport.cli.console import Terminal
 
 
 def check_of(
-    terminal: Terminal, key: Path | None, root: Path | None, newer_than: int | None, no_verify: bool
+    terminal: Terminal,
+    key: Path | None,
+    root: Path | None,
+    subject: str | None,
+    newer_than: int | None,
+    no_verify: bool,
 ) -> Callable[[Path], object]:
     """What verifies a bundle before it is put in place.
 
@@ -21,9 +26,11 @@ def check_of(
     from glmexport.release import verify
 
     if no_verify:
-        if key or root or newer_than is not None:
+        if key or root or subject is not None or newer_than is not None:
             raise click.UsageError("--no-verify is for a bundle without a key to verify it with.")
         return lambda _: terminal.remark("The signature was not verified: nobody vouches for this bundle.")
     if (key is None) == (root is None):
         raise click.UsageError("Give what the signature is verified with: either --key or --root; or --no-verify.")
-    return lambda bundle: verify(bundle, key, root=root, newer_than=newer_than)
+    if key and subject is not None:
+        raise click.UsageError("--subject is of a certificate: give --root.")
+    return lambda bundle: verify(bundle, key, root=root, newer_than=newer_than, subject=subject)

@@ -105,7 +105,6 @@ def build(
             {
                 "checkpoint": f"{original.checkpoint.name} ({original.checkpoint.path})",
                 **({"adapter": f"{merged.name} ({merged.path}): {merged.summary}"} if merged else {}),
-                "digest": original.checkpoint.digest(terminal),
                 "family": f"{original.architecture.family}, {original.checkpoint.parameters / 1e6:,.1f} M parameters, "
                 f"{gibibytes(original.checkpoint.bytes)}",
                 **({"quantized": f"gptq, {formats_of(original)}"} if original.checkpoint.quantized else {}),
@@ -131,7 +130,7 @@ def build(
         device=device,
         force=force,
         command=command_line(),
-        validation=ValidationPlan(positions_per_language=positions),
+        validation=ValidationPlan(positions_per_language=positions, max_memory_bytes=max_memory),
         policy=policy,
         tasks=tasks,
         bundle_threads=bundle_threads(threads),

@@ -13,7 +13,7 @@ from rich.text import Text
 from glmexport.cli.console import Terminal, emit, gibibytes
 from glmexport.cli.options import json_option
 from glmexport.errors import EXIT_BLOCK, EXIT_INCONCLUSIVE, EXIT_PASS
-from glmexport.report.text import visible
+from glmexport.untrusted import visible
 
 if TYPE_CHECKING:
     from glmexport.report.comparison import Change, Comparison
@@ -73,7 +73,7 @@ def _show(console: Console, comparison: Comparison) -> None:
         console.print(table)
     for reason in comparison.reasons:
         console.print(_foreign(reason), soft_wrap=True)
-    console.print(f"outcome  [{_STYLE[comparison.outcome]}]{comparison.outcome}[/]")
+    console.print(Text.assemble("outcome  ", (comparison.outcome, _STYLE[comparison.outcome])))
 
 
 def _foreign(words: str) -> Text:

@@ -2,43 +2,61 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import click
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
 from glmexport.progress import Track
+from glmexport.untrusted import visible
 
 _UNITS = {"": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+
+
+class PlainConsole(Console):
+    """A console on stderr to which nothing in a text is a command: neither markup nor what a terminal obeys.
+
+    Names, templates and reports of strangers are printed; whatever way they come to a line, they pass here.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(stderr=True, highlight=False, markup=False, emoji=False)
+        if not self.is_terminal:
+            # A log is read later and elsewhere: nothing is gained by folding it at an imagined width.
+            self.width = 140
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """As a console does; what is no command of its own has no control characters."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(visible(segment.text, lines=True), segment.style)
 
 
 class Terminal:
     """Progress on stderr: a bar with time left where stderr is a terminal, a line when each stage ends elsewhere."""
 
     def __init__(self) -> None:
-        self.console = Console(stderr=True, highlight=False)
-        if not self.console.is_terminal:
-            # A log is read later and elsewhere: nothing is gained by folding it at an imagined width.
-            self.console = Console(stderr=True, highlight=False, width=140)
+        self.console = PlainConsole()
 
     @contextmanager
     def track(self, label: str, total: int) -> Iterator[Track]:
         """A bar of ``total`` steps."""
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("[dim]{task.fields[detail]}"),
+            TextColumn("{task.fields[detail]}", style="dim", markup=False),
         )
         with RichProgress(*columns, console=self.console, transient=self.console.is_terminal) as progress:
             task = progress.add_task(f"{label:<24}", total=total, detail="")
@@ -46,7 +64,7 @@ class Terminal:
 
     def remark(self, text: str) -> None:
         """A line of its own."""
-        self.console.print(Text.assemble(("note ", "yellow"), text), soft_wrap=True)
+        self.console.print(Text.assemble(("note ", "yellow"), visible(text)), soft_wrap=True)
 
     def facts(self, title: str, facts: Mapping[str, str]) -> None:
         """Names and values, aligned."""
@@ -111,6 +129,24 @@ def duration(seconds: float) -> str:
 
 
 def emit(document: str) -> None:
-    """The one document that stdout carries."""
-    sys.stdout.write(document.rstrip("\n") + "\n")
+    """The one document that stdout carries; in JSON, what a terminal would obey is written as JSON's escapes."""
+    is_json = document.startswith(("{", "["))
+    shown = "".join(map(_escaped, document)) if is_json else visible(document, lines=True)
+    sys.stdout.write(shown.rstrip("\n") + "\n")
     sys.stdout.flush()
+
+
+def _escaped(character: str) -> str:
+    plain = character.isprintable() or visible(character, lines=True) == character
+    return character if plain else json.dumps(character)[1:-1]
+
+
+def say(label: str, message: str, next_step: str) -> None:
+    """What happened and what to do about it, on stderr."""
+    click.echo(f"{click.style(label, fg='red', bold=True)} {_indented(message)}", err=True)
+    click.echo(f"      {_indented(next_step)}", err=True)
+
+
+def _indented(text: str) -> str:
+    """Further lines of a text begin further in, so that none passes for a message."""
+    return "\n      ".join(map(visible, text.split("\n")))

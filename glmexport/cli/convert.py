@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 import click
 
 from glmexport.cli.console import Terminal, emit, gibibytes
 from glmexport.cli.options import adapter_option, json_option, trust_options
+
+if TYPE_CHECKING:
+    from glmexport.release import Trust
+
 
 
 @click.command()
@@ -33,8 +37,7 @@ def convert(
     layout: str,
     output: Path,
     force: bool,
-    key: Path | None,
-    root: Path | None,
+    trust: Trust,
     as_json: bool,
 ) -> None:
     """Write the quantized linears of BUNDLE, code by code, into a GPTQ checkpoint.
@@ -45,7 +48,6 @@ def convert(
     from glmexport.bundle.gptq import Layout
     from glmexport.convert import convert_to_gptq
     from glmexport.job import Original
-    from glmexport.release import Trust
 
     terminal = Terminal()
     manifest = read_manifest(bundle)
@@ -63,7 +65,7 @@ def convert(
     )
     chosen: Layout = next(known for known in get_args(Layout) if known == layout)
     written = convert_to_gptq(
-        bundle, original, output, layout=chosen, force=force, trust=Trust(key, root), progress=terminal
+        bundle, original, output, layout=chosen, force=force, trust=trust, progress=terminal
     )
     settings = written.settings
     terminal.facts(

@@ -12,7 +12,7 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from glmexport.cli.console import Terminal, emit, gibibytes
+from glmexport.cli.console import Terminal, emit, gibibytes, say
 from glmexport.cli.options import json_option
 from glmexport.errors import EXIT_BLOCK, EXIT_MACHINE, EXIT_PASS
 
@@ -45,7 +45,7 @@ def deploy(bundle: Path, site: Path, unproven: bool, allow_older: bool, replace_
 
     terminal = Terminal()
     place = open_site(site)
-    release = SignedBundle.open(bundle, trust_file(place), terminal)
+    release = SignedBundle.open(bundle, trust_file(place), terminal, place.subject)
     terminal.facts(
         "Release",
         {
@@ -145,8 +145,7 @@ def _told(terminal: Terminal, outcomes: Sequence[Outcome], as_json: bool) -> int
     terminal.console.print(table)
     for outcome in outcomes:
         if outcome.why:
-            label = click.style("ERROR", fg="red", bold=True)
-            click.echo(f"{label} {outcome.why}\n      {outcome.next_step}", err=True)
+            say("ERROR", outcome.why, outcome.next_step or "")
     if as_json:
         emit(json.dumps([asdict(outcome) for outcome in outcomes], indent=2))
     if all(outcome.served for outcome in outcomes):

@@ -211,7 +211,8 @@ def _adapter(adapter: Any) -> dict[str, Any] | None:
 
 
 def _unused_elements(original: Any) -> int:
-    return sum(original.checkpoint.tensors[key].elements for key in original.unused)
+    tensors = original.checkpoint.tensors
+    return sum(tensors[key].elements for key in original.unused if key in tensors)
 
 
 def _tokenizer(original: Any) -> dict[str, Any]:

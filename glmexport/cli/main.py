@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import traceback
@@ -17,6 +18,7 @@ import click
 from glmexport import __version__
 from glmexport.cli.build import build
 from glmexport.cli.compare import compare
+from glmexport.cli.console import say
 from glmexport.cli.convert import convert
 from glmexport.cli.deploy import deploy, prune, rollback, status, units
 from glmexport.cli.devices import devices
@@ -39,6 +41,8 @@ from glmexport.errors import (
     EXIT_MACHINE,
     GlmexportError,
 )
+from glmexport.extras import lacking
+from glmexport.untrusted import visible
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -68,14 +72,19 @@ def _run() -> int:
         code = cli.main(standalone_mode=False)
         return code if isinstance(code, int) else 0
     except click.ClickException as error:
-        error.show()
+        said = io.StringIO()
+        error.show(said)
+        click.echo(visible(said.getvalue(), lines=True), err=True, nl=False)
         return EXIT_INPUT
     except GlmexportError as error:
         return tell(error)
     except (click.exceptions.Abort, KeyboardInterrupt, MemoryError, OSError) as error:
         return _say(*_from_outside(error))
-    except Exception:
-        traceback.print_exc()
+    except Exception as error:
+        absent = lacking(error) if isinstance(error, ImportError) else None
+        if absent:
+            return tell(absent)
+        click.echo(visible(traceback.format_exc(), lines=True), err=True, nl=False)
         return _say("This is a bug in glmexport.", "Please report it with the lines above.", EXIT_BUG)
 
 
@@ -97,7 +106,5 @@ def _from_outside(error: BaseException) -> tuple[str, str, int]:
 
 
 def _say(message: str, next_step: str, code: int) -> int:
-    label = click.style("ERROR" if code != EXIT_INTERRUPTED else "STOP", fg="red", bold=True)
-    click.echo(f"{label} {message}", err=True)
-    click.echo(f"      {next_step}", err=True)
+    say("ERROR" if code != EXIT_INTERRUPTED else "STOP", message, next_step)
     return code

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -122,22 +123,38 @@ def budget_options(command: Command) -> Command:
 
 
 def trust_options(command: Command) -> Command:
-    """Add --key and --root, with one of which a bundle has to be signed."""
+    """--key, --root and --subject: whose signature a bundle has to have, which the command is given as ``trust``."""
+
+    @wraps(command)
+    def trusting(*arguments: Any, key: Path | None, root: Path | None, subject: str | None, **others: Any) -> Any:
+        from glmexport.release import Trust
+
+        return command(*arguments, trust=Trust(key, root, subject), **others)
+
+    return _signer_options(trusting)
+
+
+def verification_options(command: Command) -> Command:
+    """--key, --root, --subject and --newer-than."""
+    newer = click.option(
+        "--newer-than", type=click.IntRange(min=0), metavar="COUNTER",
+        help="Refuse a release whose counter is not above this one.",
+    )  # fmt: skip
+    return _signer_options(newer(command))
+
+
+def _signer_options(command: Command) -> Command:
     key = click.option("--key", type=click.Path(path_type=Path), metavar="PUBLIC.pem", help="Public key of who signed.")
     root = click.option(
         "--root", type=click.Path(path_type=Path), metavar="CA.pem",
         help="Root certificate that vouches for who signed; instead of --key.",
     )  # fmt: skip
-    return key(root(command))
-
-
-def verification_options(command: Command) -> Command:
-    """--key, --root and --newer-than."""
-    newer = click.option(
-        "--newer-than", type=click.IntRange(min=0), metavar="COUNTER",
-        help="Refuse a release whose counter is not above this one.",
+    subject = click.option(
+        "--subject", metavar="NAME",
+        help="With --root: whom the signing certificate has to be of, as CN=Releases,O=Office,C=DE (RFC 4514) or "
+        "email:releases@example.org.",
     )  # fmt: skip
-    return trust_options(newer(command))
+    return key(root(subject(command)))
 
 
 def arrival_options(command: Command) -> Command:
@@ -169,7 +186,11 @@ def registry_options(command: Command) -> Command:
         "GLMEXPORT_REGISTRY_PASSWORD, or GLMEXPORT_REGISTRY_TOKEN.",
     )  # fmt: skip
     plain = click.option("--plain-http", is_flag=True, help="Do without TLS on other machines than this one, too.")
-    return authority(auth_file(plain(command)))
+    token_host = click.option(
+        "--token-host", "token_hosts", multiple=True, metavar="HOST[:PORT]",
+        help="May ask for the password to give tokens for the registry, which alone gets it otherwise; repeatable.",
+    )  # fmt: skip
+    return authority(auth_file(token_host(plain(command))))
 
 
 def json_option(command: Command) -> Command:

@@ -59,6 +59,7 @@ def unpack(
     output: Path,
     key: Path | None,
     root: Path | None,
+    subject: str | None,
     newer_than: int | None,
     no_verify: bool,
     as_json: bool,
@@ -68,7 +69,7 @@ def unpack(
     from glmexport.release.release import read_release
 
     terminal = Terminal()
-    check = check_of(terminal, key, root, newer_than, no_verify)
+    check = check_of(terminal, key, root, subject, newer_than, no_verify)
     image, _, _ = read_layout(layout)
     unpack_layout(layout, output, check, terminal)
     release = read_release(output)

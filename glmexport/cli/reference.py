@@ -51,6 +51,7 @@ def reference(
     goes on where it stopped.
     """
     from glmexport.capture import CaptureOptions, capture_reference
+    from glmexport.cli.verdict import told_check
     from glmexport.job import Original
     from glmexport.validation.run import ValidationPlan
 
@@ -62,7 +63,6 @@ def reference(
         {
             "checkpoint": f"{original.checkpoint.name} ({original.checkpoint.path})",
             **({"adapter": f"{merged.name} ({merged.path}): {merged.summary}"} if merged else {}),
-            "digest": original.checkpoint.digest(terminal),
             "output": str(output),
             "threads": str(threads),
         },
@@ -87,6 +87,8 @@ def reference(
             "size": gibibytes(size),
         },
     )
+    if captured.reference_check:
+        terminal.remark(f"{told_check(captured.reference_check)}.")
     if as_json:
         document = {"reference": str(output), "digest": captured.digest(), "positions": positions, "bytes": size}
         document["answers"] = None if captured.answers is None else len(captured.answers)

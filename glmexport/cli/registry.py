@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from glmexport.cli.arrival import check_of
-from glmexport.cli.console import Terminal, emit, gibibytes
+from glmexport.cli.console import Bytes, Terminal, emit, gibibytes
 from glmexport.cli.options import arrival_options, json_option, registry_options
 
 
@@ -17,14 +17,22 @@ from glmexport.cli.options import arrival_options, json_option, registry_options
 @click.argument("image", metavar="HOST/NAME:TAG")
 @registry_options
 @json_option
-def push(layout: Path, image: str, ca: Path | None, auth_file: Path | None, plain_http: bool, as_json: bool) -> None:
+def push(
+    layout: Path,
+    image: str,
+    ca: Path | None,
+    auth_file: Path | None,
+    token_hosts: tuple[str, ...],
+    plain_http: bool,
+    as_json: bool,
+) -> None:
     """Send the image LAYOUT that package --oci wrote to a registry; what is there already is not sent again."""
     from glmexport.release.registry import Access, Reference
     from glmexport.release.transfer import push as push_layout
 
     terminal = Terminal()
     reference = Reference.parse(image)
-    access = Access.given(reference.host, ca, auth_file, plain_http=plain_http)
+    access = Access.given(reference.host, ca, auth_file, plain_http=plain_http, token_hosts=token_hosts)
     pushed = push_layout(layout, reference, access, terminal)
     terminal.facts(
         "Pushed",
@@ -41,6 +49,7 @@ def push(layout: Path, image: str, ca: Path | None, auth_file: Path | None, plai
 @click.command()
 @click.argument("image", metavar="HOST/NAME@sha256:DIGEST")
 @arrival_options
+@click.option("--max-size", type=Bytes(), help="Refuse an image that says it has more, as 40GiB.")
 @registry_options
 @json_option
 def pull(
@@ -48,10 +57,13 @@ def pull(
     output: Path,
     key: Path | None,
     root: Path | None,
+    subject: str | None,
     newer_than: int | None,
     no_verify: bool,
+    max_size: int | None,
     ca: Path | None,
     auth_file: Path | None,
+    token_hosts: tuple[str, ...],
     plain_http: bool,
     as_json: bool,
 ) -> None:
@@ -61,10 +73,10 @@ def pull(
     from glmexport.release.transfer import pull as pull_bundle
 
     terminal = Terminal()
-    check = check_of(terminal, key, root, newer_than, no_verify)
+    check = check_of(terminal, key, root, subject, newer_than, no_verify)
     reference = Reference.parse(image)
-    access = Access.given(reference.host, ca, auth_file, plain_http=plain_http)
-    digest = pull_bundle(reference, output, check, access, terminal)
+    access = Access.given(reference.host, ca, auth_file, plain_http=plain_http, token_hosts=token_hosts)
+    digest = pull_bundle(reference, output, check, access, terminal, max_size)
     release = read_release(output)
     terminal.facts("Pulled", {"bundle": str(output), "digest": release.bundle, "image": digest})
     if as_json:

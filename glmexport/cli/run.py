@@ -5,18 +5,28 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from glmexport.cli.console import Terminal, emit
 from glmexport.cli.options import bundle_threads, json_option, threads_option, trust_options
+from glmexport.untrusted import visible
+
+if TYPE_CHECKING:
+    from glmexport.release import Trust
+
 
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("-p", "--prompt", required=True, help="What the user says.")
 @click.option("--system", help="A system message before it.")
-@click.option("--raw", is_flag=True, help="Continue the prompt as text, without the chat template.")
+@click.option(
+    "--raw", is_flag=True,
+    help="Continue the prompt as text, without the chat template. It may begin with the model's prefix; other control "
+    "tokens that are written out in it are text.",
+)  # fmt: skip
 @click.option("--max-tokens", type=click.IntRange(min=1), default=256, show_default=True)
 @click.option(
     "--speculate", type=click.Choice(["none", "lookup", "mtp"]), default="none", show_default=True,
@@ -38,20 +48,19 @@ def run(
     max_tokens: int,
     speculate: str,
     draft_tokens: int | None,
-    key: Path | None,
-    root: Path | None,
+    trust: Trust,
     threads: int,
     as_json: bool,
 ) -> None:
     """Generate from BUNDLE as it is deployed, greedily, and print the text as it comes."""
     from glmexport.checkpoint import Tokenizer
     from glmexport.generation import generate
-    from glmexport.release import Trust, open_signed
+    from glmexport.release import open_signed
     from glmexport.validation.speculation import open_speculation
 
     terminal = Terminal()
     speculation = open_speculation(speculate, draft_tokens)
-    manifest = open_signed(bundle, Trust(key, root), terminal)
+    manifest = open_signed(bundle, trust, terminal)
     threads = bundle_threads(threads) or manifest.target.session.threads or threads
     tokenizer = Tokenizer.open(bundle)
     messages = [{"role": "system", "content": system}] if system else []
@@ -59,7 +68,7 @@ def run(
     if raw or not tokenizer.has_chat_template:
         if not raw:
             terminal.remark("The bundle has no chat template; the prompt is continued as text.")
-        ids = tokenizer.prefix + tokenizer.encode(prompt)
+        ids = tokenizer.sequence(prompt)
     else:
         ids = tokenizer.encode_chat(messages, add_generation_prompt=True)
     terminal.facts(
@@ -76,7 +85,7 @@ def run(
     for piece in generate(bundle, tokenizer, ids, max_tokens=max_tokens, threads=threads, speculation=speculation):
         pieces.append(piece)
         if not as_json:
-            sys.stdout.write(piece.text)
+            sys.stdout.write(visible(piece.text, lines=True))
             sys.stdout.flush()
     if as_json:
         document = {

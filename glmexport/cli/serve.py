@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from glmexport.cli.console import Bytes, Terminal, emit
 from glmexport.cli.options import bundle_threads, json_option, threads_option, trust_options
 from glmexport.errors import EXIT_PASS, InputError, MachineError
+
+if TYPE_CHECKING:
+    from glmexport.release import Trust
+
 
 
 @click.command()
@@ -80,8 +84,7 @@ def serve(
     reuse: bool,
     batch: bool,
     lenient: bool,
-    key: Path | None,
-    root: Path | None,
+    trust: Trust,
     threads: int,
     as_json: bool,
 ) -> None:
@@ -98,8 +101,8 @@ def serve(
             f"A part of the server is not installed: {error.name}.", next_step="pip install 'glmexport[serve]'"
         ) from error
 
-    from glmexport.release import Trust
     from glmexport.serving.limits import Limits
+    from glmexport.serving.log import logged_to
     from glmexport.serving.server import ServeOptions, Serving
     from glmexport.serving.server import serve as run
     from glmexport.validation.speculation import DEFAULT_TOKENS
@@ -107,10 +110,6 @@ def serve(
     if batch and speculate != "none":
         raise InputError("Tokens are either guessed or computed together.", next_step="Leave out one of the two.")
     terminal = Terminal()
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(message)s")
-    # What strangers send is no business of the log's.
-    for noisy in ("uvicorn.error", "asyncio"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
 
     def tell(serving: Serving) -> None:
         where = "a socket that was handed over" if serving.inherited else serving.url
@@ -136,10 +135,12 @@ def serve(
         guesses=DEFAULT_TOKENS["lookup"] if speculate == "lookup" else 0,
         reuse=reuse,
         batch=batch,
-        trust=Trust(key, root),
+        trust=trust,
         limits=Limits(body_bytes=body_bytes, answer_tokens=answer_tokens, head_s=head_s),
     )
-    if not run(bundle, options, tell, terminal):
+    with logged_to(sys.stderr):
+        ended = run(bundle, options, tell, terminal)
+    if not ended:
         # The runtime still computes a step that nobody waits for, which a teardown in order would wait for.
         sys.stdout.flush()
         os._exit(EXIT_PASS)

@@ -16,6 +16,7 @@ from glmexport.cli.options import json_option, trust_options
 
 if TYPE_CHECKING:
     from glmexport.lowering.explain import Lowering
+    from glmexport.release import Trust
 
 
 @click.group()
@@ -127,14 +128,14 @@ def probe(as_json: bool) -> None:
 @click.argument("bundle", type=click.Path(path_type=Path))
 @trust_options
 @json_option
-def check(bundle: Path, key: Path | None, root: Path | None, as_json: bool) -> int:
+def check(bundle: Path, trust: Trust, as_json: bool) -> int:
     """Whether BUNDLE can run on this host, and why not. Nothing is run; exit code 0 if it can, 1 if it cannot."""
     from glmexport.errors import EXIT_BLOCK, EXIT_PASS
     from glmexport.fit import fit
     from glmexport.host import Host
-    from glmexport.release import Trust, open_signed
+    from glmexport.release import open_signed
 
-    manifest = open_signed(bundle, Trust(key, root), Terminal())
+    manifest = open_signed(bundle, trust, Terminal())
     checks = fit(manifest, Host.this())
     runs = all(each.holds for each in checks)
     if as_json:

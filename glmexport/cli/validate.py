@@ -22,6 +22,7 @@ from glmexport.cli.options import (
 
 if TYPE_CHECKING:
     from glmexport.job import Original
+    from glmexport.release import Trust
 
 
 @click.command()
@@ -65,8 +66,7 @@ def validate(
     only_plan: bool,
     devices: tuple[str, ...],
     fleet: Path | None,
-    key: Path | None,
-    root: Path | None,
+    trust: Trust,
     threads: int,
     as_json: bool,
 ) -> int:
@@ -83,7 +83,6 @@ def validate(
     from glmexport.errors import EXIT_PASS
     from glmexport.job import Original
     from glmexport.plan import plan_bundle
-    from glmexport.release import Trust
     from glmexport.target import open_policy
     from glmexport.validation.behaviour.tasks import read_tasks
     from glmexport.validation.capture import CapturedReference
@@ -103,7 +102,7 @@ def validate(
         policy=open_policy(policy_path) if policy_path else None,
         tasks=tuple(read_tasks(task_files)) if task_files else (),
         bundle_threads=bundle_threads(threads),
-        trust=Trust(key, root),
+        trust=trust,
     )
     manifest = read_manifest(bundle)
     original: Original | CapturedReference

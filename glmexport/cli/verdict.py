@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from rich.console import Console, Group
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -26,6 +25,7 @@ from glmexport.validation.results import (
     Interval,
     LanguageFidelity,
     Performance,
+    ReferenceCheck,
     Verdict,
     WeightCheck,
 )
@@ -66,10 +66,12 @@ def show(console: Console, report: Report, directory: Path) -> None:
     console.print(_spending(report))
     console.print(_cost(report))
     console.print(_conditions(report), style="dim")
+    if report.reference:
+        console.print(told_check(report.reference), style="dim", markup=False)
     console.print(_gates(report.policy.source, report.gates))
     if report.weights and report.weights.faults:
         console.print(_faults(report.weights))
-    console.print(f"verdict  [{_STYLE[report.verdict]}]{report.verdict}[/]")
+    console.print(Text.assemble("verdict  ", _verdict(report.verdict)))
     console.print(f"bundle   {directory}", soft_wrap=True)
     console.print(f"report   {directory / HTML_NAME}", soft_wrap=True)
 
@@ -85,19 +87,23 @@ _SPEED_FORMS = {
 }
 
 
+def _verdict(verdict: Verdict) -> Text:
+    return Text(verdict, _STYLE[verdict])
+
+
 def _devices(report: Report) -> Group:
     """A column for each class, and what did not run."""
     found = device_table(report)
     assert found is not None
-    table = titled_table("\nDevices", "class", *map(escape, found.classes))
-    table.add_row("verdict", *(f"[{_STYLE[verdict]}]{verdict}[/]" for verdict in found.verdicts))
+    table = titled_table("\nDevices", "class", *found.classes)
+    table.add_row("verdict", *map(_verdict, found.verdicts))
     for name, cells in found.rows:
         table.add_row(Text(name), *map(Text, cells))
     return Group(table, *(Text(note, style="yellow") for note in found.notes))
 
 
 def _fidelity(report: Report) -> Table:
-    where = f" on {escape(report.detailed)}" if report.detailed else ""
+    where = f" on {report.detailed}" if report.detailed else ""
     table = titled_table(
         f"\nFidelity{where}: {report.fidelity.arithmetic}",
         "language", "positions", "perplexity original", "bundle", "KL mean (nats)", "KL p99 (nats)", "top-1 agreement",
@@ -218,6 +224,16 @@ def _conditions(report: Report) -> str:
     )  # fmt: skip
 
 
+def told_check(check: ReferenceCheck) -> str:
+    """What comparing the original with transformers' whole model gave, or why that was not done."""
+    if check.absent_because is not None:
+        return f"original not checked against transformers' whole model: {check.absent_because}"
+    return (
+        f"original checked against transformers' whole model: largest difference of two logits "
+        f"{check.max_difference:.2g} at {check.positions} positions, at most {check.limit:.2g}"
+    )
+
+
 def _bound(speed: Performance) -> str:
     if speed.roofline_decode_tokens_per_s is None:
         return "how fast memory is read is not known"
@@ -238,10 +254,11 @@ def _faults(check: WeightCheck) -> Table:
 
 def show_unrun(console: Console, unrun: Unrun, target: Target, directory: Path, checkpoint: str) -> None:
     """Gates of a bundle that was not run, why it was not, and how it is validated where it can be."""
+    console.print(told_check(unrun.reference), style="dim", markup=False)
     console.print(_gates("what needs no run", unrun.gates))
     for reason in unrun.lacking:
         console.print(f"not run on the device: {reason}", soft_wrap=True, markup=False)
-    console.print(f"verdict  [{_STYLE[unrun.verdict]}]{unrun.verdict}[/]")
+    console.print(Text.assemble("verdict  ", _verdict(unrun.verdict)))
     console.print(f"bundle   {directory}", soft_wrap=True)
     step = f"Validate it where {target.provider.package} has {target.provider.name}: "
     step += f"glmexport validate {directory.name} --against {checkpoint}"
@@ -262,7 +279,9 @@ def _gates(source: str, gates: Iterable[Gate]) -> Table:
             "-" if gate.lower is None or gate.upper is None else f"{gate.lower:.4g} to {gate.upper:.4g}",
             gate.direction,
             gibibytes(gate.limit) if gate.unit == "bytes" else f"{gate.limit:g}",
-            f"[{_STYLE[gate.verdict]}]{gate.verdict}[/]"
-            + (f" (about {gate.documents_needed} {gate.needed_unit} would decide)" if gate.documents_needed else ""),
+            Text.assemble(
+                _verdict(gate.verdict),
+                f" (about {gate.documents_needed} {gate.needed_unit} would decide)" if gate.documents_needed else "",
+            ),
         )
     return table

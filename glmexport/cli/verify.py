@@ -15,11 +15,13 @@ from glmexport.cli.options import json_option, verification_options
 @click.argument("bundle", type=click.Path(path_type=Path))
 @verification_options
 @json_option
-def verify(bundle: Path, key: Path | None, root: Path | None, newer_than: int | None, as_json: bool) -> None:
+def verify(
+    bundle: Path, key: Path | None, root: Path | None, subject: str | None, newer_than: int | None, as_json: bool
+) -> None:
     """Verify that every byte of BUNDLE is what was signed, and that nothing else is in it; exit code 65 if not."""
     from glmexport.release import verify as verify_bundle
 
-    found = verify_bundle(bundle, key, root=root, newer_than=newer_than)
+    found = verify_bundle(bundle, key, root=root, newer_than=newer_than, subject=subject)
     Terminal().facts(
         "Verified",
         {

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import secrets
 import shlex
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from glmexport.deployment.program.layout import contained
 from glmexport.deployment.signed import SignedBundle
 from glmexport.deployment.site import Server, Site
+from glmexport.deployment.told import Facts, checked
 from glmexport.errors import InputError, MachineError
 from glmexport.progress import Progress, Silent
 from glmexport.validation.devices import transfer
-from glmexport.validation.devices.runner import Ended, events, packed
+from glmexport.validation.devices.runner import LINE_BYTES, Ended, events, packed
 
 if TYPE_CHECKING:
     import asyncssh
@@ -23,8 +27,11 @@ _PROGRAM = "deploy.pyz"
 _PACKAGE = "glmexport.deployment.program"
 _MODULES = ("activation", "answering", "facts", "layout", "ledger", "receiving", "verifying")
 _ELSEWHERE = (
+    "glmexport.release.certificates",
+    "glmexport.release.envelope",
     "glmexport.release.golden_answers",
     "glmexport.release.verifier",
+    "glmexport.untrusted",
     "glmexport.validation.devices.program.files",
 )
 #: What takes its time, by the command; the others are done before a bar could be read.
@@ -32,6 +39,12 @@ _SHOWN = {"assemble": "Assembling on {}", "activate": "Switching {}", "rollback"
 _LABELS = {"assembled": "Assembling", "golden": "Golden prompts"}
 #: Seconds without a word: weights of hundreds of gigabytes are read twice, and a release may take minutes to load.
 _SILENCE_S = 7200.0
+#: Seconds between signs of life of who sends; and for what a program that ended has on its standard error.
+_BEAT_S, _LAST_WORDS_S = 15.0, 10.0
+#: Bytes of it that are kept.
+_LAST_BYTES = 2000
+#: Events of one command: a file of a release, or a prompt, has one each.
+_MOST_EVENTS = 1 << 20
 #: Left free beyond what a release takes.
 _SPARE = 1 << 26
 
@@ -76,6 +89,54 @@ class Remote:
             next_step="See to its owner, permissions, quota and free space, then run the same command again.",
         )
 
+    @asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        """Nobody else sends to the server meanwhile; who is killed, or loses the line, has let it go.
+
+        Raises:
+            Told: somebody else sends, and has for minutes.
+        """
+        process, said = await self._process("hold")
+        beating: asyncio.Task[None] | None = None
+        told = events(process.stdout.readline, Silent(), self.name, _SILENCE_S)
+        try:
+            async for event in told:
+                if event.get("event") == "held":
+                    break
+            beating = asyncio.create_task(_beat(process))
+            yield
+        except Ended as error:
+            raise await self._ended(said, "hold", error) from error
+        finally:
+            if beating:
+                beating.cancel()
+            await told.aclose()
+            said.cancel()
+            process.close()
+
+    async def _process(
+        self, command: str, *arguments: str
+    ) -> tuple[asyncssh.SSHClientProcess[bytes], asyncio.Task[bytes]]:
+        """The program at work, and the end of what it has on its standard error, which is read while it works."""
+        words = (self.server.python, str(self._root / _PROGRAM), command, str(self._root), *arguments)
+        process = await self._connection.create_process(shlex.join(words), encoding=None)
+        return process, asyncio.create_task(_last_words(process.stderr.read))
+
+    async def _ended(self, said: asyncio.Task[bytes], command: str, error: Ended) -> Exception:
+        """What it means that the program ended before it was done."""
+        import asyncssh
+
+        if self._connection.is_closed():
+            return asyncssh.ConnectionLost(f"while {command} ran")
+        words = b""
+        with contextlib.suppress(asyncio.TimeoutError):
+            words = await asyncio.wait_for(said, _LAST_WORDS_S)
+        last = words.decode("utf-8", "replace").strip().splitlines()[-1:]
+        return MachineError(
+            f"{error.message} ({self.server.python}: {''.join(last) or 'no message'})",
+            next_step="Name a Python of the server, 3.9 or later, as 'python' in the site's file.",
+        )
+
     async def run(self, command: str, *arguments: str) -> AsyncIterator[dict[str, Any]]:
         """What the program tells.
 
@@ -83,25 +144,21 @@ class Remote:
             Told: what went wrong, by the program.
             MachineError: it did not run.
         """
-        import asyncssh
-
-        words = (self.server.python, str(self._root / _PROGRAM), command, str(self._root), *arguments)
-        process = await self._connection.create_process(shlex.join(words), encoding=None)
+        process, said = await self._process(command, *arguments)
         try:
             label = _SHOWN.get(command, "").format(self.name)
             progress: Progress = self._progress if label else Silent()
             told = events(process.stdout.readline, progress, self.name, _SILENCE_S, _LABELS, label)
+            count = 0
             async for event in told:
                 yield event
+                count += 1
+                if count > _MOST_EVENTS:
+                    raise Ended(f"{self.name} tells without end.", next_step="Look at the server.")
         except Ended as error:
-            if self._connection.is_closed():
-                raise asyncssh.ConnectionLost(f"while {command} ran") from error
-            said = (await process.stderr.read()).decode("utf-8", "replace").strip().splitlines()[-1:]
-            raise MachineError(
-                f"{error.message} ({self.server.python}: {''.join(said) or 'no message'})",
-                next_step="Name a Python of the server, 3.9 or later, as 'python' in the site's file.",
-            ) from error
+            raise await self._ended(said, command, error) from error
         finally:
+            said.cancel()
             process.close()
 
     async def result(self, command: str, event: str, *arguments: str) -> dict[str, Any]:
@@ -116,7 +173,10 @@ class Remote:
         """Send the files that the server does not have; bytes of them."""
         import asyncssh
 
-        missing = {told["path"] async for told in self.run("missing", order_name) if told.get("event") == "missing"}
+        paths, missing = {entry.path for entry in release.files}, set[str]()
+        async for told in self.run("missing", order_name):
+            if told.get("event") == "missing" and isinstance(told.get("path"), str):
+                missing |= paths & {told["path"]}
         # One file of several with the same content is enough.
         wanted = list({entry.sha256: entry for entry in release.files if entry.path in missing}.values())
         chunks = sum(-(-entry.size // transfer.CHUNK) for entry in wanted)
@@ -131,6 +191,21 @@ class Remote:
             except asyncssh.SFTPError as error:
                 raise self._refused(error) from error
         return sum(entry.size for entry in wanted)
+
+
+async def _last_words(read: Callable[[int], Awaitable[bytes]]) -> bytes:
+    """The last of what is read, however much it is."""
+    last = b""
+    while piece := await read(LINE_BYTES):
+        last = (last + piece)[-_LAST_BYTES:]
+    return last
+
+
+async def _beat(process: asyncssh.SSHClientProcess[bytes]) -> None:
+    """Signs of life, while this is awaited."""
+    while True:
+        process.stdin.write(b"\n")
+        await asyncio.sleep(_BEAT_S)
 
 
 def order(site: Site, server: Server, release: SignedBundle | None, **options: Any) -> bytes:
@@ -164,34 +239,35 @@ def order_name() -> str:
     return secrets.token_hex(16)
 
 
-def require_fit(who: str, release: SignedBundle, facts: dict[str, Any]) -> None:
-    """See that a release can come to a server that is as ``facts`` say.
+def require_fit(who: str, release: SignedBundle, told: dict[str, Any]) -> None:
+    """See that a release can come to a server that is as it ``told``.
 
     Raises:
         MachineError: no space, no openssl, no glmexport, or another kind of machine.
     """
-    needed = release.bytes - min(facts["received_bytes"], release.bytes) + _SPARE
-    if facts["free_bytes"] < needed:
+    facts = checked(Facts, told, who)
+    needed = release.bytes - min(facts.received_bytes, release.bytes) + _SPARE
+    if facts.free_bytes < needed:
         raise MachineError(
-            f"{who}: {facts['free_bytes'] >> 20} MiB are free, and the release needs {needed >> 20} MiB.",
+            f"{who}: {facts.free_bytes >> 20} MiB are free, and the release needs {needed >> 20} MiB.",
             next_step="Free space there; glmexport prune removes former releases.",
         )
-    if facts["free_inodes"] is not None and facts["free_inodes"] < 2 * len(release.files) + 100:
+    if facts.free_inodes is not None and facts.free_inodes < 2 * len(release.files) + 100:
         raise MachineError(f"{who}: there are no inodes left for the release.", next_step="Remove files there.")
-    if not facts["openssl"]:
+    if not facts.openssl:
         raise MachineError(
             f"{who} has no openssl, by which signatures are verified.", next_step="Install it there (openssl)."
         )
-    if facts["host"] is None:
+    if facts.host is None:
         raise MachineError(
-            f"{who}: glmexport does not run there: {facts['host_unknown_because']}.",
+            f"{who}: glmexport does not run there: {facts.host_unknown_because}.",
             next_step="Install it there, and name it as 'glmexport' in the site's file.",
         )
-    lacking = facts["host"]["lacking"].get(release.target)
+    lacking = facts.host.lacking.get(release.target)
     if lacking:
         raise MachineError(
             f"{who} is no machine of the target {release.target}: {' '.join(lacking)}",
-            next_step=f"Build for it: it is of {facts['host']['host']}.",
+            next_step=f"Build for it: it is of {facts.host.host}.",
         )
     if any(not contained(entry.path) for entry in release.files):
         raise InputError(f"{release.directory} has a file outside of itself.", next_step="Build the bundle again.")

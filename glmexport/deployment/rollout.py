@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from glmexport.deployment.program.layout import NAME
 from glmexport.deployment.remote import Remote, order_name, require_fit
 from glmexport.deployment.signed import SignedBundle
 from glmexport.deployment.site import Site
-from glmexport.errors import GlmexportError
+from glmexport.deployment.told import Status, checked
+from glmexport.errors import GlmexportError, InputError
 from glmexport.progress import Progress
 from glmexport.ssh import persist, require_asyncssh
 from glmexport.validation.devices.runner import Told
@@ -81,8 +83,9 @@ def deploy(site: Site, release: SignedBundle, progress: Progress, wishes: Wishes
         require_fit(remote.name, release, outcome.facts)
 
     async def sent(remote: Remote, outcome: Outcome) -> None:
-        outcome.sent_bytes += await remote.send(release, orders[remote.name])
-        await remote.result("assemble", "done", orders[remote.name])
+        async with remote.turn():
+            outcome.sent_bytes += await remote.send(release, orders[remote.name])
+            await remote.result("assemble", "done", orders[remote.name])
 
     async def switched(remote: Remote, outcome: Outcome) -> None:
         await _follow(remote, outcome, "activate", orders[remote.name])
@@ -98,7 +101,13 @@ def deploy(site: Site, release: SignedBundle, progress: Progress, wishes: Wishes
 
 
 def roll_back(site: Site, name: str | None, progress: Progress) -> list[Outcome]:
-    """Serve the release ``name``, or the one before, on every server that has it."""
+    """Serve the release ``name``, or the one before, on every server that has it.
+
+    Raises:
+        InputError: ``name`` is that of no release.
+    """
+    if name is not None and not NAME.fullmatch(name):
+        raise InputError(f"{name!r} is no name of a release.", next_step="Give one that glmexport status lists.")
     orders = {server: order_name() for server in site.servers}
 
     async def switched(remote: Remote, outcome: Outcome) -> None:
@@ -114,7 +123,8 @@ def status(site: Site, progress: Progress) -> list[Outcome]:
     async def asked(remote: Remote, outcome: Outcome) -> None:
         await remote.install()
         outcome.facts = await remote.result("status", "status")
-        outcome.release, outcome.head = outcome.facts["current"], outcome.facts["head"]
+        found = checked(Status, outcome.facts, remote.name)
+        outcome.release, outcome.head = found.current, found.head
         outcome.state = "done"
 
     return _all(site, asked, len(site.servers), progress)
@@ -125,7 +135,8 @@ def prune(site: Site, keep: int, progress: Progress) -> list[Outcome]:
 
     async def pruned(remote: Remote, outcome: Outcome) -> None:
         await remote.install()
-        removed = [told["release"] async for told in remote.run("prune", str(keep)) if told.get("event") == "pruned"]
+        told = [event async for event in remote.run("prune", str(keep)) if event.get("event") == "pruned"]
+        removed = [str(event.get("release")) for event in told]
         outcome.facts, outcome.state = {"pruned": removed}, "done"
 
     return _all(site, pruned, len(site.servers), progress)
@@ -177,8 +188,8 @@ async def _side_by_side(site: Site, outcomes: list[Outcome], step: _Step, at_a_t
 async def _follow(remote: Remote, outcome: Outcome, command: str, *arguments: str) -> None:
     async for told in remote.run(command, *arguments):
         if told.get("event") in ("confirmed", "unchanged"):
-            outcome.state, outcome.release = told["event"], told["release"]
-            outcome.head = told.get("head")
+            outcome.state, outcome.release = told["event"], str(told.get("release"))
+            outcome.head = str(told["head"]) if "head" in told else None
 
 
 def trust_file(site: Site) -> Path:

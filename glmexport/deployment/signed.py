@@ -34,8 +34,10 @@ class SignedBundle:
         return sum(entry.size for entry in self.files)
 
     @classmethod
-    def open(cls, directory: Path, trust: Path, progress: Progress) -> SignedBundle:
+    def open(cls, directory: Path, trust: Path, progress: Progress, subject: str | None = None) -> SignedBundle:
         """Verify the bundle in ``directory`` by the key, or the root certificate, in ``trust``.
+
+        With ``subject`` the certificate that signed has to have that name.
 
         Raises:
             BundleError: it is not signed, or a file is not what was signed.
@@ -44,7 +46,7 @@ class SignedBundle:
         # Resolved once: the folder may be a link that is switched meanwhile.
         directory = directory.resolve()
         root = "BEGIN CERTIFICATE" in trust.read_text(encoding="utf-8")
-        verify(directory, key=None if root else trust, root=trust if root else None)
+        verify(directory, key=None if root else trust, root=trust if root else None, subject=subject)
         paths = sorted(path for path in directory.rglob("*") if path.is_file())
         entries = []
         with progress.track("Reading the release", len(paths)) as track:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Self
@@ -9,11 +10,13 @@ from typing import Self
 from pydantic import Field, field_validator, model_validator
 
 from glmexport.definition import Definition, read_toml
+from glmexport.deployment.program.layout import SUBJECT
 from glmexport.errors import DefinitionError, InputError
 from glmexport.ssh import SshAddress, parse_address
 
 #: The unit that ``glmexport deploy --install-unit`` writes.
 UNIT = "glmexport"
+_PATH = re.compile(r"[A-Za-z0-9/._~][^\\]*")
 
 
 class Server(Definition):
@@ -43,11 +46,27 @@ class Server(Definition):
     #: What has the server begin with ``current``.
     restart: tuple[str, ...] = ("systemctl", "restart", UNIT)
     #: Seconds until a release must be ready.
-    ready_s: float = Field(default=300, gt=0)
+    ready_s: float = Field(default=300, gt=0, allow_inf_nan=False)
     #: By how much, in nats, log-probabilities of golden prompts may differ: processors round differently.
-    tolerance_nats: float = Field(default=0.5, gt=0)
+    tolerance_nats: float = Field(default=0.5, gt=0, allow_inf_nan=False)
     #: How often a lost connection is taken up again.
     reconnects: int = Field(default=5, ge=0)
+
+    @field_validator("at", "root", "python", "glmexport", "api_key_file", "restart", "serve_options")
+    @classmethod
+    def _are_words(cls, value: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        for word in (value,) if isinstance(value, str) else value or ():
+            if not word.isprintable():
+                raise ValueError("has characters that nobody sees")
+        return value
+
+    @field_validator("root", "python", "glmexport", "api_key_file")
+    @classmethod
+    def _is_a_path(cls, path: str | None) -> str | None:
+        # Programs and systemd read what begins otherwise as something else than a path.
+        if path is not None and not _PATH.fullmatch(path):
+            raise ValueError("has to begin with a letter, a digit, '/', '.', '_' or '~', and to have no backslash")
+        return path
 
     @field_validator("restart")
     @classmethod
@@ -91,6 +110,9 @@ class Site(Definition):
 
     #: The public key, or the root certificate, that releases are signed with; relative to the file.
     trust: Path
+    #: Whom the signing certificate has to be of, where ``trust`` is a root: a distinguished name by RFC 4514, or
+    #: ``email:``, ``DNS:`` or ``URI:`` and a name.
+    subject: str | None = None
     #: Servers that may be switching, and so perhaps not answer, at a time.
     max_unavailable: int = Field(default=1, ge=1)
     servers: dict[str, Server] = Field(min_length=1)
@@ -109,8 +131,15 @@ class Site(Definition):
             where["key"] = self.folder / server.key.expanduser()
         return parse_address(server.at, name, **where)
 
+    @field_validator("subject")
+    @classmethod
+    def _is_a_line(cls, subject: str | None) -> str | None:
+        if subject is not None and not (subject and subject.isprintable()):
+            raise ValueError("has to be a name in one line")
+        return subject
+
     def trusted(self) -> str:
-        """The key, PEM.
+        """What servers keep as trust.pem: the key or the root, PEM, and before it the subject where there is one.
 
         Raises:
             InputError: there is no such file, or no key in it.
@@ -128,7 +157,14 @@ class Site(Definition):
                 f"{path} is no public key and no certificate in PEM.",
                 next_step="Give what openssl pkey -pubout writes; a private key never leaves its place.",
             )
-        return text
+        if self.subject is None:
+            return text
+        if "BEGIN CERTIFICATE" not in text:
+            raise InputError(
+                f"The site names the subject {self.subject}, and {path} is no root certificate.",
+                next_step="Name a root certificate as trust, or leave subject out.",
+            )
+        return f"{SUBJECT}{self.subject}\n{text}"
 
 
 def open_site(path: Path) -> Site:

@@ -5,12 +5,13 @@ systemd.exec(5) and systemd.socket(5) say what each line does.
 
 from __future__ import annotations
 
-import shlex
+import re
 
 from glmexport.deployment.site import UNIT, Server
 
 #: Seconds that running answers have when the service is told to end, and a little more.
 _STOP_S = 60
+_SIMPLE = re.compile(r"[A-Za-z0-9@%+=:,./_-]+")
 
 
 def socket_unit(server: Server) -> str:
@@ -33,16 +34,19 @@ def service_unit(server: Server) -> str:
 
     No MemoryDenyWriteExecute: CUDA and JIT compilers of execution providers need such memory.
     """
-    command = shlex.join([*server.serve_command, f"{server.root}/current"])
+    program, *options = server.serve_command
+    current = f"{server.root}/current"
+    # Of the program's own path no variable is replaced.
+    command = " ".join([_word(program), *(_word(each).replace("$", "$$") for each in (*options, current))])
     credential = ""
     if server.api_key_file:
         # systemd reads it for a user that cannot.
         command += " --api-key-file %d/api-key"
-        credential = f"LoadCredential=api-key:{server.api_key_file}\n"
+        credential = f"LoadCredential=api-key:{_plain(server.api_key_file)}\n"
     allowed = "".join(f"IPAddressAllow={network}\n" for network in ("localhost", *server.allow))
     return f"""\
 [Unit]
-Description=glmexport, serving {server.root}/current
+Description=glmexport, serving {_plain(current)}
 Requires={UNIT}.socket
 After={UNIT}.socket
 StartLimitIntervalSec=0
@@ -81,6 +85,17 @@ IPAddressDeny=any
 [Install]
 WantedBy=multi-user.target
 """
+
+
+def _plain(value: str) -> str:
+    """A value in which systemd replaces nothing."""
+    return value.replace("%", "%%")
+
+
+def _word(value: str) -> str:
+    """A word of a command, as systemd.syntax(7) reads it."""
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    return _plain(value if _SIMPLE.fullmatch(value) else f'"{escaped}"')
 
 
 def _bracketed(address: str) -> str:

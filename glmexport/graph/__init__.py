@@ -2,6 +2,7 @@
 
 from glmexport.graph.build import build_draft, build_graph, build_part, cache_bytes_per_token, own_loop
 from glmexport.graph.fixed import FixedSizes, build_fixed, fixed_sizes
+from glmexport.graph.heads import rotates_inside, unfit_heads
 from glmexport.graph.names import (
     ASKED,
     ATTENTION_MASK,
@@ -49,5 +50,7 @@ __all__ = [
     "cache_bytes_per_token",
     "fixed_sizes",
     "own_loop",
+    "rotates_inside",
+    "unfit_heads",
     "violations",
 ]

@@ -10,21 +10,28 @@ from __future__ import annotations
 
 import sys
 
-from lm_eval.__main__ import cli_evaluate
-from lm_eval.api.registry import model_registry
-
 from glmexport.cli.main import tell
 from glmexport.errors import GlmexportError
-from glmexport.lm_eval.model import NAME
+from glmexport.extras import lacking
 
 
 def main() -> None:
-    """What is wrong with the model is told in a sentence."""
-    model_registry.register(NAME, target="glmexport.lm_eval.model:Model")
+    """What is wrong with the model, or not installed, is told in a sentence."""
     try:
+        from lm_eval.__main__ import cli_evaluate
+        from lm_eval.api.registry import model_registry
+
+        from glmexport.lm_eval.model import NAME
+
+        model_registry.register(NAME, target="glmexport.lm_eval.model:Model")
         cli_evaluate()
     except GlmexportError as error:
         sys.exit(tell(error))
+    except ImportError as error:
+        absent = lacking(error)
+        if absent is None:
+            raise
+        sys.exit(tell(absent))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Any
 
 from lm_eval.api.model import LM
 
+from glmexport.checkpoint.control import Rendered
 from glmexport.cli.console import Terminal
 from glmexport.errors import InputError
 from glmexport.lm_eval.answering import Ending, Prompt
@@ -33,6 +34,8 @@ class Model(LM):  # type: ignore[misc]
         self._subject = self._settings.open(self._progress)
         self._tokenizer = self._subject.tokenizer
         self._prefix = tuple(self._tokenizer.prefix or [0])
+        #: Whether the chat template was asked for.
+        self._rendered = False
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Of every (context, continuation): nats, and whether greedy decoding would have given it."""
@@ -48,7 +51,7 @@ class Model(LM):  # type: ignore[misc]
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Of every text, nats, in windows where it is too long."""
         window, prefix = self._subject.context_length, self._prefix
-        tokens = [self._encoded(*request.args)[len(prefix) :] for request in requests]
+        tokens = [self._sequence(*request.args)[len(prefix) :] for request in requests]
         texts = [list(windows(text, prefix, window)) for text in tokens]
         found = iter(self._subject.likelihoods([part for parts in texts for part in parts]))
         sums = [sum((next(found).log_p for _ in parts), 0.0) for parts in texts]
@@ -63,7 +66,7 @@ class Model(LM):  # type: ignore[misc]
             InputError: the settings ask for another answer than that.
         """
         asked = [
-            Prompt(self._encoded(context), Ending.of(settings, self._settings.max_gen_toks))
+            Prompt(self._sequence(context), Ending.of(settings, self._settings.max_gen_toks))
             for context, settings in (request.args for request in requests)
         ]
         fitting = [prompt.fitted(self._prefix, self._subject.context_length) for prompt in asked]
@@ -80,6 +83,7 @@ class Model(LM):  # type: ignore[misc]
             CheckpointError: there is no template, or it refuses.
         """
         text = self._tokenizer.render(chat_history, add_generation_prompt=add_generation_prompt)
+        self._rendered = True
         if add_generation_prompt:
             return text
         last = chat_history[-1]["content"].strip()
@@ -88,7 +92,7 @@ class Model(LM):  # type: ignore[misc]
                 "The chat template does not show the last message as it is.",
                 next_step="Run the task without a prefix of the answer (gen_prefix).",
             )
-        return text[: text.rindex(last) + len(last)]
+        return text.until(text.rindex(last) + len(last))
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """Source of the template, for lm-eval's records; None if none is to be used.
@@ -105,11 +109,14 @@ class Model(LM):  # type: ignore[misc]
 
     @property
     def tokenizer_name(self) -> str:
-        """Another for every tokenizer and template, so that lm-eval keeps their requests apart."""
+        """Another for every tokenizer and template, so that lm-eval keeps their requests apart.
+
+        In those that it keeps, a rendered conversation knows its control tokens.
+        """
         digest = hashlib.sha256()
         for path in self._tokenizer.files:
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
-        return f"{NAME}-{digest.hexdigest()[:16]}"
+        return f"{NAME}-control-{digest.hexdigest()[:16]}"
 
     def get_model_info(self) -> dict[str, str]:
         """What was asked, for lm-eval's records."""
@@ -117,13 +124,22 @@ class Model(LM):  # type: ignore[misc]
 
     def _request(self, context: str, continuation: str) -> Request:
         """Encoded together and parted behind the context; white space at its end belongs to the continuation."""
-        before, whole = self._encoded(context.rstrip()), self._encoded(context + continuation)
+        before, whole = self._sequence(context.rstrip()), self._sequence(context + continuation)
         return Request(before, whole[len(before) :])
 
-    def _encoded(self, text: str) -> tuple[int, ...]:
-        """With the prefix, unless it is written out, as a chat template does."""
-        ids = self._tokenizer.encode(text)
-        return tuple(ids) if tuple(ids[: len(self._prefix)]) == self._prefix else (*self._prefix, *ids)
+    def _sequence(self, text: str) -> tuple[int, ...]:
+        """Token ids with the prefix. Only what the chat template wrote is a control token.
+
+        Raises:
+            InputError: a text of the template has been made another one on its way through lm-eval.
+        """
+        plain = self._rendered and not isinstance(text, Rendered)
+        if plain and self._tokenizer.prefix and text.startswith(self._tokenizer.decode(self._prefix, False)):
+            raise InputError(
+                "lm-eval has changed a rendered conversation, so that its control tokens are no longer known.",
+                next_step="Run the task without --apply_chat_template.",
+            )
+        return tuple(self._tokenizer.sequence(text, judged=True))
 
     def _tell_cut(self, count: int) -> None:
         if count:

@@ -134,6 +134,8 @@ class Settings:
     #: Public key, or root certificate, of who signed the bundle.
     key: str | None = None
     root: str | None = None
+    #: With a root: whom the signing certificate has to be of.
+    subject: str | None = None
     #: None: the physical cores.
     threads: int | None = None
     #: Tokens of an answer where a task has no limit.
@@ -152,7 +154,7 @@ class Settings:
         """
         unknown = sorted(set(arguments) - set(cls.__dataclass_fields__))
         if unknown:
-            known = "bundle, checkpoint, adapter, drafts, key, root, threads and max_gen_toks"
+            known = "bundle, checkpoint, adapter, drafts, key, root, subject, threads and max_gen_toks"
             raise InputError(
                 f"The arguments of the model have {', '.join(unknown)}, which is unknown.", next_step=f"Use {known}."
             )
@@ -178,7 +180,7 @@ class Settings:
         threads = self.threads or cores()
         if self.bundle is not None:
             key, root = (Path(str(path)) if path else None for path in (self.key, self.root))
-            return BundleSubject(Path(str(self.bundle)), threads, progress, Trust(key, root))
+            return BundleSubject(Path(str(self.bundle)), threads, progress, Trust(key, root, self.subject))
         assert self.checkpoint is not None
         drafts = BundleSubject(Path(str(self.drafts)), threads, progress) if self.drafts else None
         return CheckpointSubject(Original.open(str(self.checkpoint), progress, self.adapter), threads, drafts, progress)

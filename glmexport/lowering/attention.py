@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from glmexport.graph import ATTENTION_MASK, INPUT_IDS
+from glmexport.graph import ATTENTION_MASK, INPUT_IDS, rotates_inside
 from glmexport.graph.operators import integer, nodes_of, number
 from glmexport.lowering.rewrite import FLOAT32, MICROSOFT, SHARED_BLOCK, Rewrite, weight
 from glmexport.target import GraphLimits, Target
@@ -26,7 +26,8 @@ class LowerAttentionPass(ir.passes.InPlacePass):
     1. The operator counts positions instead of masking them: ``sequence_lengths`` is the number of ones in each
        row of the attention mask minus one, ``total_length`` the width of the mask. Padding goes to the right.
     2. The width of the cos and sin caches tells it how much of a head is rotated. Where the target wants the rotation
-       outside, RotaryEmbedding does it at the positions that follow from the same lengths.
+       outside, or the operator does not take such a width, RotaryEmbedding does it at the positions that follow from
+       the same lengths.
     3. The scale is written out: the operator's default is right for one head size only.
     4. Of a quantized cache it reads scales [kv_heads, 1, head_dim] or [1] fp32: ones here, which calibration replaces.
     """
@@ -47,7 +48,8 @@ class LowerAttentionPass(ir.passes.InPlacePass):
 
     def _lower(self, model: ir.Model, node: ir.Node, lengths: tuple[ir.Value, ir.Value]) -> None:
         caches = rotary_caches(model, self.rotary_tables)
-        positions = None if self.limits.rope_in_attention else shared_position_ids(model)
+        inside = rotates_inside(self.limits, integer(node, "head_dim"), integer(node, "rotary_dimensions"))
+        positions = None if inside else shared_position_ids(model)
         rewrite = Rewrite(model, node)
         *projected, past_key, past_value, _mask = node.inputs
         query, key, value = [*projected, None, None] if len(projected) == 1 else projected

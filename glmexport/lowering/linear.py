@@ -95,11 +95,13 @@ class LowerLinearPass(ir.passes.InPlacePass):
             return steps
 
         stored = rewrite.weight(f"{name}.q", dtype, (size, rows), codes)
-        scale = rewrite.weight(f"{name}.scales", ir.DataType.FLOAT16, (groups, rows), scales)
+        # An embedding that is the lm_head as well has scales and zero points of that name, the other way round.
+        parts = f"{name}.q" if f"{name}.codes" in rewrite.graph.initializers else name
+        scale = rewrite.weight(f"{parts}.scales", ir.DataType.FLOAT16, (groups, rows), scales)
         (cast,) = rewrite.op("Cast", [scale], {"to": int(ir.DataType.FLOAT)})
         inputs = [stored, cast]
         if not form.symmetric:
-            inputs.append(rewrite.weight(f"{name}.zero_points", dtype, (groups, rows), zero_points))
+            inputs.append(rewrite.weight(f"{parts}.zero_points", dtype, (groups, rows), zero_points))
         (matrix,) = rewrite.op("DequantizeLinear", inputs, {"axis": 0, "block_size": form.group_size})
         return _product(rewrite, matrix, bias)
 

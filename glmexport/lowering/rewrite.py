@@ -138,7 +138,9 @@ def weight(
 ) -> ir.Value:
     """An initializer in the data file of ``block``, produced when it is written; one for each name."""
     if name in graph.initializers:
-        return graph.initializers[name]
+        found = graph.initializers[name]
+        assert found.shape == ir.Shape(list(shape)), f"{name} is {found.shape} already, and not {list(shape)}"
+        return found
 
     def tensor() -> ir.TensorProtocol:
         return ir.Tensor(np.ascontiguousarray(produce()), dtype=dtype, name=name)

@@ -131,6 +131,8 @@ class Mixture:
             )
             for chosen, weights in self._chunks(share.positions, share.weights):
                 inner = self._block.gated(self._read(name, chosen) @ gate_up.T)
+                if name == QUANTIZED:
+                    self.streams.largest.see(inner, mlp.down.key)
                 self._added[name].add(chosen, (inner @ down.T).mul_(weights[:, None].to(inner.device)))
 
     def outputs(self) -> dict[str, Iterator[Tensor] | Activations]:
@@ -204,7 +206,11 @@ class Mixture:
         """Experts and weights [positions, chosen] of every position of a stream."""
         parts = []
         for start, stop in self.streams.batches():
-            normed = self._block.normed(self._branch, self.residual[name].read(start, stop).flatten(0, 1))
+            stream = self.residual[name].read(start, stop).flatten(0, 1)
+            normed = self._block.normed(self._branch, stream)
+            if name == QUANTIZED:
+                self.streams.largest.see(stream, self._branch.input_norm.key)
+                self.streams.largest.see(normed, self.mixture.module)
             parts.append([part.cpu() for part in self._block.route(normed)])
         return torch.cat([experts for experts, _ in parts]), torch.cat([weights for _, weights in parts])
 

@@ -23,13 +23,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from glmexport.architecture.reference import CPU
+from glmexport.definition import Definition, read_json
 from glmexport.errors import MachineError
 from glmexport.quantization.linear import QuantizedLinear
 from glmexport.quantization.packing import pack_codes, pack_zero_points, unpack
 from glmexport.recipe import Format
+from glmexport.untrusted import Limits
 
 _CHUNK = 1 << 22
 _SCRATCH = "scratch"
+#: Of a record, which has every matrix of a block, or what was measured of every document.
+_LIMITS = Limits(values=4_000_000, items=4_000_000, keys=100_000, nonfinite=True)
 
 
 class Activations:
@@ -83,6 +87,23 @@ class Activations:
             file.write(_bytes(states))
 
 
+class _File(Definition):
+    """Size in bytes and SHA-256 of a file of a step."""
+
+    size: int
+    sha256: str
+
+
+class _Step(Definition):
+    """The record of a committed step."""
+
+    files: dict[str, _File]
+    #: Of its matrices, by key.
+    formats: dict[str, Format]
+    in_features: dict[str, int]
+    note: dict[str, Any]
+
+
 class WorkDirectory:
     """Where a walk keeps what it has finished. ``job`` is everything the result depends on."""
 
@@ -119,11 +140,12 @@ class WorkDirectory:
             lock.release()
 
     def record(self, step: str) -> dict[str, Any] | None:
-        """What was noted when ``step`` was committed; None if it was not, or a file of it has changed since."""
-        path = self.path / f"{step}.json"
-        if not path.is_file():
+        """What was noted when ``step`` was committed; None if it was not, or it or a file of it has changed since."""
+        try:
+            record = read_json(_Step, self.path / f"{step}.json", _LIMITS).model_dump()
+        except (OSError, ValueError):
+            # A record that a disk lost or cut is none: the step is computed again.
             return None
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         for name, expected in record["files"].items():
             file = self.path / name
             # Activations of a step are removed once the next step is committed.

@@ -15,6 +15,7 @@ from glmexport.architecture.description import ResidualBranch
 from glmexport.architecture.reference import Block, Substitute
 from glmexport.calibration import CalibrationSet
 from glmexport.quantization.goal import stream_difference
+from glmexport.quantization.largest import Largest
 from glmexport.quantization.linear import QuantizedLinear
 from glmexport.quantization.moments import Measured, Moments
 from glmexport.quantization.store import Activations, WorkDirectory
@@ -39,6 +40,7 @@ class Streams:
         self.work = work
         self.names = (QUANTIZED, ORIGINAL) if asymmetric and bool(calibration.selection.any()) else (QUANTIZED,)
         self.positions = reference.position_embeddings(calibration.ids.shape[1])
+        self.largest = Largest()
         self._batch = max(1, batch_tokens // calibration.ids.shape[1])
 
     @property
@@ -65,7 +67,10 @@ class Streams:
         into = self.moments((head,), None)
         streams = {name: self.committed(before, name) for name in self.names}
         for start, stop in self.batches():
-            ours = self.reference.final_norm(streams[QUANTIZED].read(start, stop))
+            stream = streams[QUANTIZED].read(start, stop)
+            ours = self.reference.final_norm(stream)
+            self.largest.see(stream, self.reference.architecture.final_norm.key)
+            self.largest.see(ours, head.key)
             theirs = None
             if self.asymmetric:
                 theirs = self.reference.final_norm(streams[ORIGINAL].read(start, stop))
@@ -124,6 +129,8 @@ class Passage:
         for start, stop in self.streams.batches():
             stream = self.residual[QUANTIZED].read(start, stop)
             ours = block.branch_tap(tap, stream, self.streams.positions)
+            self.streams.largest.see(stream, branch.input_norm.key)
+            self.streams.largest.see(ours, linears[0].key)
             into.add(start, ours, wish(start, stop, stream) if wish else None)
             if inner is not None:
                 inner.write(start, ours)

@@ -27,6 +27,8 @@ from glmexport.checkpoint import Checkpoint
 from glmexport.progress import Progress
 from glmexport.quantization.decisions import ALLOCATION, FOLDS, allocated_groups, decide_folds, decide_formats
 from glmexport.quantization.draft import round_draft
+from glmexport.quantization.formats import planned_formats
+from glmexport.quantization.largest import Seen
 from glmexport.quantization.linear import QuantizedLinear
 from glmexport.quantization.memory import MemoryPlan
 from glmexport.quantization.mixture import Mixture
@@ -68,6 +70,7 @@ class Walk:
         self.progress = progress
         self.device = device
         self.streams = self._streams()
+        self._planned = planned_formats(architecture, recipe)
         self._allocated: dict[str, Format] = {}
         self.steps = [EMBEDDING, *(block_step(layer.index) for layer in architecture.layers), HEAD]
         #: What is committed with each step, itself included.
@@ -132,6 +135,14 @@ class Walk:
             seconds += note.get("seconds", 0.0)
         return records, seconds
 
+    def largest_activation(self) -> Seen | None:
+        """The largest number that a matrix or a norm read of the calibration text; None: no text was run.
+
+        It is of the quantized model, over all positions. What matrices give is seen where the next one reads it.
+        """
+        notes = [(self.work.record(step) or {"note": {}})["note"].get("largest") for step in self.steps]
+        return max((Seen(*found) for found in notes if found), default=None)
+
     def allocation(self) -> tuple[AllocatedGroup, ...]:
         """What the budget's bits were given to, in the order of the model; nothing for a recipe without one."""
         return allocated_groups(self.work, self.architecture, self.recipe)
@@ -157,6 +168,9 @@ class Walk:
         records: list[QuantizedMatrix] = []
         activations: dict[str, Iterator[Tensor] | Activations] = {}
         elsewhere = 0.0
+        if self.streams:
+            # What trials of formats saw is of other weights.
+            self.streams.largest.take()
         if step == EMBEDDING:
             solved = self._embedding(records)
             if self.streams:
@@ -174,7 +188,8 @@ class Walk:
             elif passage:
                 activations = passage.outputs(_dequantized(solved))
         seconds = time.monotonic() - started - elsewhere
-        note = {"linears": [record.model_dump() for record in records], "seconds": seconds}
+        largest = self.streams.largest.take() if self.streams else None
+        note = {"linears": [record.model_dump() for record in records], "seconds": seconds, "largest": largest}
         self.work.commit(step, solved, note, activations)
         if index:
             self.work.drop_activations(self.steps[index - 1])
@@ -193,12 +208,12 @@ class Walk:
             batch_tokens=self.memory.batch_tokens,
         )
 
-    def _form(self, key: str, default: Format | None) -> Format | None:
-        return self._allocated.get(key, default)
+    def _form(self, key: str) -> Format | None:
+        return self._allocated.get(key, self._planned.get(key))
 
     def _embedding(self, records: list[QuantizedMatrix]) -> dict[str, QuantizedLinear]:
         key = self.architecture.embedding
-        form = self._form(key, self.recipe.embedding)
+        form = self._form(key)
         if form is None:
             return {}
         linear = self._nearest(key, self.architecture.vocabulary_size, self.architecture.hidden_size, form)
@@ -213,7 +228,7 @@ class Walk:
         if self.recipe.keeps_stored:
             return self._stored(layer.attention.linears if mixed else layer.linears, layer.index, records)
         for tap, linears in layer.taps.items():
-            form = self._linear_form(linears[0])
+            form = self._form(linears[0].weight)
             if form is None or (mixed and linears[0] not in layer.attention.linears):
                 continue
             if passage is None:
@@ -255,7 +270,7 @@ class Walk:
             solved = self._unmeasured(mlp.linears, layer, records)
         else:
             for linear in mlp.linears:
-                form = self._linear_form(linear)
+                form = self._form(linear.weight)
                 assert form is not None
                 found = mixture.measure(mlp, linear, solved.get(mlp.gate_up.weight) if solved else None)
                 solved |= self._solve((linear,), layer, found.measured, form, solver, records, tokens=found.tokens)
@@ -269,15 +284,11 @@ class Walk:
         """``linears`` rounded to nearest, without any text."""
         solved = {}
         for linear in linears:
-            form = self._linear_form(linear)
+            form = self._form(linear.weight)
             assert form is not None
             solved[linear.weight] = self._nearest_one(linear, form)
             records.append(QuantizedMatrix.unmeasured(linear.weight, layer, linear.part, solved[linear.weight]))
         return solved
-
-    def _linear_form(self, linear: Linear) -> Format | None:
-        default = self.recipe.linear(mixture=bool(self._routed), routed=linear.weight in self._routed)
-        return self._form(linear.weight, default)
 
     def _stored(
         self, linears: Iterable[Linear], layer: int | None, records: list[QuantizedMatrix]
@@ -295,7 +306,7 @@ class Walk:
         head = self.architecture.lm_head
         if self.recipe.keeps_stored and head.weight in self.checkpoint.quantized:
             return self._stored([head], None, records)
-        form = self._form(head.weight, self.recipe.lm_head)
+        form = self._form(head.weight)
         if form is None or self.architecture.tied:
             # A tied head is the embedding, whose codes are fixed before any activation exists.
             return {}

@@ -2,7 +2,7 @@
 
 from glmexport.release.golden import GOLDEN, Golden, GoldenAnswer, GoldenStep, compare, record
 from glmexport.release.keys import KeyFiles, Signatory, open_signatory
-from glmexport.release.opening import NOBODY, Trust, check_signature, check_signed_file, open_signed
+from glmexport.release.opening import NOBODY, Trust, check_bundle, check_signature, check_signed_file, open_signed
 from glmexport.release.release import Release, read_release
 from glmexport.release.signing import Signed, sign
 from glmexport.release.verification import verify
@@ -20,6 +20,7 @@ __all__ = [
     "Signed",
     "Trust",
     "Verified",
+    "check_bundle",
     "check_signature",
     "check_signed_file",
     "compare",

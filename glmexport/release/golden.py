@@ -125,7 +125,7 @@ def _prompt(tokenizer: Tokenizer, text: str, longest: int) -> list[int]:
     if tokenizer.has_chat_template:
         ids = tokenizer.encode_chat([{"role": "user", "content": text}], add_generation_prompt=True)
     else:
-        ids = tokenizer.prefix + tokenizer.encode(text)
+        ids = tokenizer.sequence(text)
     return ids if len(ids) <= longest or len(text) < 2 else _prompt(tokenizer, text[: len(text) // 2], longest)
 
 

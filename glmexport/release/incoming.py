@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from glmexport.errors import BundleError, InputError, UnverifiedError
+from glmexport.errors import BundleError, InputError, MachineError, UnverifiedError
 from glmexport.release import verifier
 from glmexport.release.verifier import SIGNATURE
 
@@ -71,6 +71,17 @@ def damaged(name: str, where: str) -> UnverifiedError:
         f"{name} in {where} is damaged: its sha256 is not the one that is stated.",
         next_step="Copy it again from where it was made; if that is no better, do not use it.",
     )
+
+
+def require_room(directory: Path, needed: int, what: str) -> None:
+    """Raise MachineError if ``directory``, or what it will be made in, has no room for ``needed`` bytes of ``what``."""
+    there = next(each for each in (directory.absolute(), *directory.absolute().parents) if each.is_dir())
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise MachineError(
+            f"{what} says that it has {needed:,} bytes, and {there} has room for {free:,}.",
+            next_step="Free space, or give a place that has it; if it cannot have so many, do not use it.",
+        )
 
 
 def refuse_existing(directory: Path) -> None:

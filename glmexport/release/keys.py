@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from glmexport.errors import InputError, MachineError
+from glmexport.release.certificates import Unfit, check_chain, from_pem
 from glmexport.release.verifier import SIGNATURE
 
 
@@ -113,6 +114,7 @@ def open_signatory(files: KeyFiles) -> Signatory:
             password = files.password.encode() if files.password is not None else None
             config.use_elliptic_key_signer(private_key=files.private_key, password=password)
             return Signatory(config._signer, "key")
+        _check_certificates(files.certificate, files.chain)
         config.use_certificate_signer(
             private_key=files.private_key, signing_certificate=files.certificate, certificate_chain=files.chain
         )
@@ -122,6 +124,18 @@ def open_signatory(files: KeyFiles) -> Signatory:
         raise InputError(
             f"{what} cannot sign: {_first(error)}.",
             next_step="Give a private key in PEM on the curve P-256, P-384 or P-521 (README, 'Sign, verify, carry').",
+        ) from error
+
+
+def _check_certificates(certificate: Path, chain: Sequence[Path]) -> None:
+    """Raise InputError unless these may sign releases, as far as they say themselves."""
+    try:
+        above = [each for path in chain for each in from_pem(path.read_bytes())]
+        check_chain([*from_pem(certificate.read_bytes())[:1], *above], (), None)
+    except Unfit as error:
+        raise InputError(
+            f"{certificate} cannot sign releases: {error}.",
+            next_step="Have a certificate for signing code issued (README, 'Sign, verify, carry').",
         ) from error
 
 

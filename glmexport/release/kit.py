@@ -16,8 +16,9 @@ from typing import Any, BinaryIO
 from glmexport.errors import InputError
 from glmexport.progress import Progress
 from glmexport.release import unpacker, verifier
-from glmexport.release.incoming import arriving, damaged, signed_digests
+from glmexport.release.incoming import arriving, damaged, require_room, signed_digests
 from glmexport.release.release import Release, read_release
+from glmexport.release.script import verifier_script
 from glmexport.release.verifier import SIGNATURE
 
 UNPACKER, VERIFIER, SUMS, README = "unpack.py", "verify.py", "SHA256SUMS", "README.txt"
@@ -55,11 +56,12 @@ def write_kit(bundle: Path, directory: Path, progress: Progress, volume_bytes: i
         )
     bundle = bundle.resolve()
     signed, release = signed_digests(bundle), read_release(bundle)
+    require_room(directory.parent, sum((bundle / name).stat().st_size for name in signed), str(bundle))
     with arriving(directory) as partial:
         with _Cut(partial, volume_bytes) as volumes:
             _archive(bundle, signed, volumes, progress)
         shutil.copyfile(bundle / SIGNATURE, partial / SIGNATURE)
-        shutil.copyfile(verifier.__file__, partial / VERIFIER)
+        (partial / VERIFIER).write_text(verifier_script(), encoding="utf-8")
         shutil.copyfile(unpacker.__file__, partial / UNPACKER)
         (partial / README).write_text(_readme(release), encoding="utf-8")
         sums = dict(volumes.sums)
@@ -153,7 +155,8 @@ class _Cut(io.RawIOBase):
 
 
 def _readme(release: Release) -> str:
-    return _README.format(target=release.target, bundle=release.bundle, counter=release.counter)
+    target = "".join(each if each.isprintable() else " " for each in release.target)
+    return _README.format(target=target, bundle=release.bundle, counter=release.counter)
 
 
 def _flush(path: Path) -> None:

@@ -11,12 +11,14 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field
 
 from glmexport.bundle import Manifest, read_manifest
+from glmexport.definition import FailFast, parse_json, read_json
 from glmexport.errors import InputError, UnverifiedError
 from glmexport.progress import Progress
 from glmexport.quantization import sha256, write_atomically
+from glmexport.release.access import TAG
 from glmexport.release.incoming import (
     Check,
     arriving,
@@ -24,8 +26,10 @@ from glmexport.release.incoming import (
     copy_verified,
     damaged,
     refuse_existing,
+    require_room,
     signed_digests,
 )
+from glmexport.untrusted import Limits
 
 MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
 INDEX_TYPE = "application/vnd.oci.image.index.v1+json"
@@ -42,9 +46,10 @@ _SUFFIXES = {
 _DIGEST = r"^sha256:[0-9a-f]{64}$"
 #: Of a manifest or an index; registries take no more than 4 MiB.
 _LONGEST = 4 << 20
+_LIMITS = Limits(size=_LONGEST, depth=16, values=200_000, text=1 << 16)
 
 
-class _Part(BaseModel):
+class _Part(FailFast):
     """Of a document that others write, too: keys that are not known here are left alone."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -89,10 +94,13 @@ def write_layout(bundle: Path, directory: Path, progress: Progress, tag: str = "
     Raises:
         BundleError: the bundle is not signed.
         UnverifiedError: a file is not what its signature states.
-        InputError: ``directory`` exists.
+        InputError: ``directory`` exists, or ``tag`` is none.
     """
+    if not TAG.fullmatch(tag):
+        raise InputError(f"{tag!r} is no tag.", next_step="Give letters, digits, '.', '_' and '-', 128 at the most.")
     bundle = bundle.resolve()
     signed, manifest = signed_digests(bundle), read_manifest(bundle)
+    require_room(directory.parent, sum((bundle / name).stat().st_size for name in signed), str(bundle))
     with arriving(directory) as partial:
         layers = []
         with progress.track("blobs", len(signed)) as track:
@@ -114,7 +122,7 @@ def write_layout(bundle: Path, directory: Path, progress: Progress, tag: str = "
             "config": config,
             "layers": layers,
             "annotations": {
-                "org.opencontainers.image.title": manifest.source.title,
+                "org.opencontainers.image.title": _line(manifest.source.title),
                 "org.opencontainers.image.version": manifest.digest(),
             },
         }
@@ -134,13 +142,13 @@ def read_layout(directory: Path) -> tuple[str, bytes, ImageManifest]:
         UnverifiedError: a part of it is damaged.
     """
     path = directory / "index.json"
-    if not path.is_file() or path.stat().st_size > _LONGEST:
+    if not path.is_file():
         raise InputError(f"{directory} is no image layout.", next_step="Give a directory that package --oci wrote.")
     try:
-        (described,) = _Index.model_validate_json(path.read_bytes()).manifests
-    except ValidationError as error:
+        (described,) = read_json(_Index, path, _LIMITS).manifests
+    except ValueError as error:
         raise InputError(
-            f"{path} is not the index of one image: {_first(error)}.", next_step="Package the bundle again."
+            f"{path} is not the index of one image: {error}.", next_step="Package the bundle again."
         ) from error
     content = _small_blob(directory, described)
     return described.digest, content, parse_image(content, described.digest, str(directory))
@@ -155,10 +163,10 @@ def parse_image(content: bytes, digest: str, where: str) -> ImageManifest:
     if len(content) > _LONGEST or f"sha256:{hashlib.sha256(content).hexdigest()}" != digest:
         raise damaged("The manifest", where)
     try:
-        image = ImageManifest.model_validate_json(content)
-    except ValidationError as error:
+        image = parse_json(ImageManifest, content, _LIMITS)
+    except ValueError as error:
         raise UnverifiedError(
-            f"The image in {where} is no model of a known kind: {_first(error)}.", next_step="Package the bundle again."
+            f"The image in {where} is no model of a known kind: {error}.", next_step="Package the bundle again."
         ) from error
     check_arriving_names([layer.name for layer in image.layers], f"The image in {where}")
     return image
@@ -173,6 +181,7 @@ def unpack_layout(directory: Path, destination: Path, check: Check, progress: Pr
     """
     refuse_existing(destination)
     _, _, image = read_layout(directory)
+    require_room(destination.parent, sum(layer.size for layer in image.layers), f"The image in {directory}")
     with arriving(destination) as partial:
         with progress.track("files", len(image.layers)) as track:
             for layer in image.layers:
@@ -238,10 +247,10 @@ def _config(manifest: Manifest, layers: list[dict[str, Any]]) -> dict[str, Any]:
     precision = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[manifest.target.graph.activations]
     return {
         "descriptor": {
-            "name": manifest.source.title,
+            "name": _line(manifest.source.title),
             "family": manifest.family,
             "version": manifest.digest(),
-            "title": f"{manifest.source.title}, {manifest.recipe.name} for {manifest.target.name}",
+            "title": _line(f"{manifest.source.title}, {manifest.recipe.name} for {manifest.target.name}"),
         },
         "config": {
             "architecture": "transformer",
@@ -254,6 +263,6 @@ def _config(manifest: Manifest, layers: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _first(error: ValidationError) -> str:
-    first = error.errors(include_url=False)[0]
-    return f"{'.'.join(map(str, first['loc'])) or 'it'}: {first['msg']}"
+def _line(text: str) -> str:
+    """A name in one line, without what a terminal would obey."""
+    return "".join(each if each.isprintable() else " " for each in text)

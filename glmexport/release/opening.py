@@ -28,11 +28,13 @@ class Trust:
 
     key: Path | None = None
     root: Path | None = None
+    #: With a root: whom the signing certificate has to be of.
+    subject: str | None = None
 
     @property
     def given(self) -> bool:
         """Whether a signature is asked for."""
-        return self.key is not None or self.root is not None
+        return (self.key, self.root, self.subject) != (None, None, None)
 
 
 NOBODY = Trust()
@@ -52,10 +54,17 @@ def open_signed(
         MachineError: there is no openssl, or a file cannot be read.
     """
     manifest = read_manifest(directory)
+    check_bundle(directory, manifest, trust, progress, rewritten=rewritten)
+    return manifest
+
+
+def check_bundle(
+    directory: Path, manifest: Manifest, trust: Trust, progress: Progress, *, rewritten: Collection[str] = ()
+) -> None:
+    """Compare every file of a bundle with its ``manifest`` and with a signature that is there, as ``open_signed``."""
     verify_files(directory, manifest)
     check_settings(directory, manifest)
     check_signature(directory, manifest, trust, progress, rewritten=rewritten.__contains__)
-    return manifest
 
 
 def check_settings(directory: Path, manifest: Manifest) -> None:
@@ -95,7 +104,7 @@ def check_signature(
     try:
         envelope = verifier.read_envelope(directory)
         if trust.given:
-            verifier.check_signature(envelope, trust.key, trust.root)
+            verifier.check_signature(envelope, trust.key, trust.root, trust.subject)
         _compare(directory, manifest, verifier.signed_files(envelope.payload), rewritten)
     except verifier.Refused as error:
         raise refusal(directory, error) from error

@@ -8,97 +8,36 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import ipaddress
-import json
 import os
 import re
 import ssl
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from glmexport.errors import InputError, MachineError
+from glmexport.release.access import PASSWORD, TOKEN, USER, Access, Reference, is_loopback
+from glmexport.release.deadline import Deadline
 from glmexport.release.incoming import damaged
 from glmexport.release.layout import MANIFEST_TYPE, Descriptor
+from glmexport.untrusted import SMALL, parse_object
 
 if TYPE_CHECKING:
     import httpx2
+
+__all__ = ["Access", "Reference", "Registry"]
 
 #: Of an upload; a chunk is held in memory, so that it can be sent again.
 _CHUNK = 16 << 20
 #: A registry that breaks off a download is asked for the rest so often.
 _TRIES = 5
 _REDIRECTS = 5
-_LONGEST_MANIFEST = 4 << 20
-_REFERENCE = re.compile(
-    r"(?P<host>[A-Za-z0-9.-]+(:[0-9]+)?|\[[0-9A-Fa-f:]+\](:[0-9]+)?)"
-    r"/(?P<name>[a-z0-9]+([._-]+[a-z0-9]+)*(/[a-z0-9]+([._-]+[a-z0-9]+)*)*)"
-    r"(:(?P<tag>[A-Za-z0-9_][A-Za-z0-9._-]{0,127}))?(@(?P<digest>sha256:[0-9a-f]{64}))?"
-)
-USER, PASSWORD, TOKEN = "GLMEXPORT_REGISTRY_USER", "GLMEXPORT_REGISTRY_PASSWORD", "GLMEXPORT_REGISTRY_TOKEN"
-
-
-@dataclass(frozen=True)
-class Reference:
-    """An image in a registry: by tag, by digest, or by both, where the digest counts."""
-
-    host: str
-    name: str
-    tag: str | None
-    digest: str | None
-
-    @classmethod
-    def parse(cls, text: str) -> Reference:
-        """Of ``HOST[:PORT]/NAME[:TAG][@sha256:DIGEST]``.
-
-        Raises:
-            InputError: it is not so, or has neither tag nor digest.
-        """
-        match = _REFERENCE.fullmatch(text)
-        if match is None or not (match["tag"] or match["digest"]):
-            raise InputError(
-                f"{text!r} names no image in a registry.",
-                next_step="Write HOST[:PORT]/NAME:TAG or HOST/NAME@sha256:...",
-            )
-        return cls(match["host"], match["name"], match["tag"], match["digest"])
-
-    def __str__(self) -> str:
-        return f"{self.host}/{self.name}" + (f"@{self.digest}" if self.digest else f":{self.tag}")
-
-
-@dataclass(frozen=True)
-class Access:
-    """How a registry is reached: who asks, and what vouches for the server."""
-
-    user: str | None = None
-    password: str | None = field(default=None, repr=False)
-    token: str | None = field(default=None, repr=False)
-    #: Certificates that vouch for the server, instead of the system's.
-    authority: Path | None = None
-    #: HTTP without TLS not only on this machine.
-    plain_http: bool = False
-
-    @classmethod
-    def given(cls, host: str, authority: Path | None, auth_file: Path | None, *, plain_http: bool) -> Access:
-        """From the environment, or from a file such as docker's config.json.
-
-        Raises:
-            InputError: the file cannot be read.
-        """
-        user, password, token = (os.environ.get(name) for name in (USER, PASSWORD, TOKEN))
-        if auth_file and not (user or token):
-            try:
-                entry = json.loads(auth_file.read_bytes())["auths"].get(host, {})
-                if "auth" in entry:
-                    user, _, password = base64.b64decode(entry["auth"], validate=True).decode().partition(":")
-                token = entry.get("registrytoken")
-            except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-                raise InputError(
-                    f"{auth_file} cannot be read: {type(error).__name__}.", next_step="Give a config.json as docker's."
-                ) from error
-        return cls(user, password, token, authority, plain_http)
+#: Bytes that are read of a manifest, of a token's answer, and of one that nobody looks into.
+_LONGEST_MANIFEST, _LONGEST_TOKEN, _LONGEST_REST = 4 << 20, 1 << 16, 1 << 16
+#: Seconds for an answer that is short, and for the beginning of a long one.
+_ANSWER_S = 120.0
+_TOKEN_TEXT = re.compile(r"[\x21-\x7e]+")
 
 
 class Registry:
@@ -113,7 +52,7 @@ class Registry:
 
         self._access, self._where = access, reference
         # Who gives certificates means TLS, on this machine, too.
-        plain = not access.authority and (access.plain_http or _is_loopback(reference.host))
+        plain = not access.authority and (access.plain_http or is_loopback(reference.host))
         self._base = f"{'http' if plain else 'https'}://{reference.host}"
         try:
             context = ssl.create_default_context(cafile=access.authority) if access.authority else True
@@ -121,7 +60,13 @@ class Registry:
             raise InputError(
                 f"{access.authority} has no certificates: {error}.", next_step="Give certificates in PEM with --ca."
             ) from error
-        self._client = httpx2.Client(verify=context, timeout=httpx2.Timeout(60, connect=10))
+        self._client = httpx2.Client(
+            verify=context,
+            timeout=httpx2.Timeout(60, connect=10),
+            # A connection a request, which its deadline may cut; and nothing that becomes longer when it is read.
+            limits=httpx2.Limits(max_keepalive_connections=0),
+            headers={"Accept-Encoding": "identity"},
+        )
         self._authorization = f"Bearer {access.token}" if access.token else None
 
     def __enter__(self) -> Registry:
@@ -158,7 +103,7 @@ class Registry:
         if found.hexdigest() != blob.hex:
             self._ask("DELETE", location)
             raise damaged(blob.name or f"The blob {blob.digest}", str(path))
-        finish = self._client.build_request("PUT", self._url(location)).url.copy_merge_params({"digest": blob.digest})
+        finish = self._url(location).copy_merge_params({"digest": blob.digest})
         self._expect(self._ask("PUT", str(finish)), 201, f"the blob {blob.digest}")
 
     def put_manifest(self, content: bytes, digest: str, tag: str) -> None:
@@ -174,11 +119,9 @@ class Registry:
         path = f"/v2/{self._where.name}/manifests/{self._where.digest or self._where.tag}"
         with self._stream(path, {"Accept": MANIFEST_TYPE}) as answer:
             self._expect(answer, 200, str(self._where))
-            content = b""
-            for piece in answer.iter_bytes():
-                content += piece
-                if len(content) > _LONGEST_MANIFEST:
-                    raise damaged("The manifest", str(self._where))
+            content = _read(answer, _LONGEST_MANIFEST)
+        if content is None:
+            raise damaged("The manifest", str(self._where))
         return content
 
     def download(self, blob: Descriptor, path: Path, received: Callable[[int], None]) -> None:
@@ -210,7 +153,7 @@ class Registry:
         if start >= blob.size and path.exists():
             return
         headers = {"Range": f"bytes={start}-"} if start else {}
-        with self._stream(self._blob(blob.digest), {**headers, "Accept-Encoding": "identity"}) as answer:
+        with self._stream(self._blob(blob.digest), headers, long=True) as answer:
             # One that knows no ranges gives all of it.
             start = start if answer.status_code == 206 else 0
             if answer.status_code not in (200, 206):
@@ -229,75 +172,129 @@ class Registry:
     def _blob(self, digest: str) -> str:
         return f"/v2/{self._where.name}/blobs/{digest}"
 
-    def _url(self, location: str) -> str:
+    def _url(self, location: str) -> httpx2.URL:
         """Absolute; over TLS, unless the registry itself is without."""
         import httpx2
 
-        url = httpx2.URL(self._base).join(location)
-        allowed = url.scheme == "https" or (
-            url.scheme == "http" and (self._access.plain_http or _is_loopback(url.host))
-        )
-        if not allowed:
+        base = httpx2.URL(self._base)
+        try:
+            url = base.join(location)
+        except httpx2.InvalidURL as error:
+            raise MachineError(
+                f"{self._where.host} sends us to an address that is none: {error}.",
+                next_step="Look into the log of the registry.",
+            ) from error
+        without = base.scheme == "http" and (self._access.plain_http or is_loopback(url.host))
+        if not url.host or not (url.scheme == "https" or (url.scheme == "http" and without)):
             raise MachineError(
                 f"{self._where.host} sends us to {url.scheme}://{url.host}, which is not encrypted.",
                 next_step="Correct the registry, or give --plain-http on a network that you trust.",
             )
-        return str(url)
+        return url
 
     def _ask(
         self, method: str, url: str, headers: dict[str, str] | None = None, content: bytes = b""
     ) -> httpx2.Response:
+        """An answer of which the beginning is enough."""
         with self._stream(url, headers or {}, method, content) as answer:
-            answer.read()
+            _read(answer, _LONGEST_REST)
             return answer
 
     @contextmanager
     def _stream(
-        self, url: str, headers: dict[str, str], method: str = "GET", content: bytes = b""
+        self, location: str, headers: dict[str, str], method: str = "GET", content: bytes = b"", *, long: bool = False
     ) -> Iterator[httpx2.Response]:
-        """An answer: after signing in where that is asked for, and after redirects of what is only read."""
+        """An answer: after signing in where that is asked for, and after redirects of what is only read.
+
+        One that is not ``long`` has to end in time, and of a long one the beginning has to come.
+        """
+        url, redirects, asked = self._url(location), 0, False
+        while True:
+            own = _origin(url) == _origin(self._url(""))
+            # Elsewhere, as in the object store that a registry sends us to, nobody has to know who we are.
+            signed_in = {"Authorization": self._signed_in(url)} if own and self._authorization else {}
+            with self._answer(method, url, {**headers, **signed_in}, content, long=long) as answer:
+                if answer.status_code == 401 and own and not asked:
+                    asked = True
+                    self._sign_in(answer.headers.get("www-authenticate", ""))
+                    continue
+                if answer.is_redirect and method in ("GET", "HEAD") and redirects < _REDIRECTS:
+                    redirects += 1
+                    url = self._url(str(url.join(answer.headers["location"])))
+                    continue
+                yield answer
+                return
+
+    @contextmanager
+    def _answer(
+        self, method: str, url: httpx2.URL, headers: dict[str, str], content: bytes = b"", *, long: bool = False
+    ) -> Iterator[httpx2.Response]:
         import httpx2
 
-        url, redirects, asked = self._url(url), 0, False
-        try:
-            while True:
-                own = httpx2.URL(url).netloc == httpx2.URL(self._base).netloc
-                # Elsewhere, as in the object store that a registry sends us to, nobody has to know who we are.
-                signed_in = {"Authorization": self._authorization} if own and self._authorization else {}
-                with self._client.stream(method, url, headers={**headers, **signed_in}, content=content) as answer:
-                    if answer.status_code == 401 and own and not asked:
-                        asked = True
-                        self._sign_in(answer.headers.get("www-authenticate", ""))
-                        continue
-                    if answer.is_redirect and method in ("GET", "HEAD") and redirects < _REDIRECTS:
-                        redirects += 1
-                        url = self._url(str(httpx2.URL(url).join(answer.headers["location"])))
-                        continue
-                    yield answer
-                    return
-        except httpx2.TransportError as error:
-            raise self._unreachable(error) from error
+        with ExitStack() as stack:
+            deadline = stack.enter_context(Deadline(_ANSWER_S))
+            try:
+                request = self._client.build_request(
+                    method, url, headers=headers, content=content, extensions={"trace": deadline.trace}
+                )
+                answer = self._client.send(request, stream=True)
+                stack.callback(answer.close)
+                if long:
+                    deadline.stop()
+                yield answer
+            except (httpx2.TransportError, httpx2.InvalidURL) as error:
+                raise self._unreachable(error, late=deadline.passed) from error
+
+    def _signed_in(self, url: httpx2.URL) -> str:
+        """What says who we are, where nobody else can read it."""
+        if url.scheme != "https" and not is_loopback(url.host):
+            raise InputError(
+                f"{self._where.host} would get the password without TLS.",
+                next_step="Use a registry with TLS, or leave --plain-http or the password out.",
+            )
+        assert self._authorization
+        return self._authorization
 
     def _sign_in(self, challenge: str) -> None:
-        """Answer a challenge: by name and password, or by a token that they are exchanged for."""
+        """Answer a challenge: by name and password, or by a token that they are exchanged for.
+
+        Raises:
+            InputError: a host wants the password that was not named for that.
+        """
         kind, _, rest = challenge.partition(" ")
-        basic = None
-        if self._access.user is not None:
-            pair = f"{self._access.user}:{self._access.password or ''}"
-            basic = f"Basic {base64.b64encode(pair.encode()).decode()}"
-        if kind.lower() == "basic" and basic:
-            self._authorization = basic
+        own = self._access.pair_for(self._where.host, self._where.host)
+        if kind.lower() == "basic" and own:
+            self._authorization = _basic(own)
         elif kind.lower() == "bearer" and not self._access.token:
             fields = dict(re.findall(r'(\w+)="([^"]*)"', rest))
+            realm = self._url(fields.get("realm", ""))
             query = {name: fields[name] for name in ("service", "scope") if name in fields}
-            headers = {"Authorization": basic} if basic else {}
-            answer = self._client.get(self._url(fields.get("realm", "")), params=query, headers=headers)
-            if answer.status_code == 200:
-                try:
-                    told: dict[str, Any] = answer.json()
-                    self._authorization = f"Bearer {told.get('token') or told['access_token']}"
-                except (ValueError, KeyError, AttributeError) as error:
-                    raise self._refused(answer, "a token") from error
+            self._authorization = self._token(realm, query)
+
+    def _token(self, realm: httpx2.URL, query: dict[str, str]) -> str | None:
+        """What a realm gives for the password, if it may learn it, or for nothing where there is none."""
+        host = realm.netloc.decode("ascii")
+        pair = self._access.pair_for(host, self._where.host)
+        if pair is None and self._access.user is not None:
+            raise InputError(
+                f"{self._where.host} sends us to {host} with the password.",
+                next_step=f"If that is where its tokens come from, give --token-host {host}; else do not use it.",
+            )
+        if pair and realm.scheme != "https" and not is_loopback(realm.host):
+            raise InputError(f"{host} would get the password without TLS.", next_step="Use a registry with TLS.")
+        headers = {"Authorization": _basic(pair)} if pair else {}
+        with self._answer("GET", realm.copy_merge_params(query), headers) as answer:
+            if answer.status_code != 200:
+                return None
+            content = _read(answer, _LONGEST_TOKEN)
+            try:
+                told = parse_object(content or b"", SMALL)
+                token = told.get("token") or told["access_token"]
+                if not _TOKEN_TEXT.fullmatch(token):
+                    raise ValueError("no token")
+            except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+                raise self._refused(answer, "a token") from error
+        return f"Bearer {token}"
 
     def _expect(self, answer: httpx2.Response, status: int, what: str) -> httpx2.Response:
         if answer.status_code != status:
@@ -315,20 +312,28 @@ class Registry:
             return InputError(f"{host} does not have {what}.", next_step="Check the name, the tag and the digest.")
         return MachineError(f"{host} answers {status} to {what}.", next_step="Look into the log of the registry.")
 
-    def _unreachable(self, error: Exception) -> MachineError:
-        reason = str(error) or type(error).__name__
+    def _unreachable(self, error: Exception, *, late: bool) -> MachineError:
+        reason = f"its answer did not end in {_ANSWER_S:.0f} s" if late else str(error) or type(error).__name__
         return MachineError(
             f"{self._where.host} cannot be reached: {reason}.",
             next_step="Check the network and the registry, then run the same command again; it goes on where it was.",
         )
 
 
-def _is_loopback(host: str) -> bool:
-    """Whether ``host``, with or without a port, is this machine."""
-    name = host[1 : host.index("]")] if host.startswith("[") else host.rpartition(":")[0] or host
-    if name.count(":") and not host.startswith("["):
-        name = host
-    try:
-        return ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        return name == "localhost"
+def _read(answer: httpx2.Response, longest: int) -> bytes | None:
+    """The content of an answer, as it came; None if it is longer than that."""
+    content = bytearray()
+    for piece in answer.iter_raw(1 << 16):
+        content += piece
+        if len(content) > longest:
+            return None
+    return bytes(content)
+
+
+def _basic(pair: tuple[str, str]) -> str:
+    return f"Basic {base64.b64encode(':'.join(pair).encode()).decode()}"
+
+
+def _origin(url: httpx2.URL) -> tuple[str, bytes]:
+    """What a password is for: a host by a port, with or without TLS."""
+    return url.scheme, url.netloc

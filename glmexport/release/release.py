@@ -6,11 +6,12 @@ import time
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from glmexport.definition import Definition
+from glmexport.definition import Definition, read_json
 from glmexport.errors import BundleError, InputError
 from glmexport.release.verifier import RELEASE
+from glmexport.untrusted import SMALL
 
 #: The first that a counter, which JSON and every language of a verifier has to hold, cannot be.
 _COUNTERS = 1 << 63
@@ -45,10 +46,10 @@ def read_release(bundle: Path) -> Release:
     if not path.is_file():
         raise BundleError(f"{bundle} is not signed: it has no {RELEASE}.", next_step="Sign it with glmexport sign.")
     try:
-        return Release.model_validate_json(path.read_bytes())
-    except ValidationError as error:
+        return read_json(Release, path, SMALL)
+    except ValueError as error:
         raise BundleError(
-            f"{path} describes no release: {str(error).splitlines()[0]}.", next_step="Sign the bundle again."
+            f"{path} describes no release: {error}.", next_step="Sign the bundle again."
         ) from error
 
 

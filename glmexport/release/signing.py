@@ -6,9 +6,12 @@ import contextlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from glmexport import __version__
 from glmexport.bundle import MANIFEST, Manifest, read_manifest, verify_files
@@ -31,12 +34,15 @@ from glmexport.release.incoming import flush_directory
 from glmexport.release.keys import Signatory
 from glmexport.release.opening import NOBODY, check_settings, check_signature
 from glmexport.release.release import Release, next_counter
+from glmexport.release.script import verifier_script
 from glmexport.release.verifier import RELEASE, SIGNATURE
 
 VERIFIER = "verify.py"
 PROVENANCE = f"{ATTESTATIONS}/provenance.json"
 TEST_RESULT = f"{ATTESTATIONS}/test-result.json"
 BOM = f"{ATTESTATIONS}/ml-bom.json"
+#: Seconds after which a folder of a signature is held, or left.
+_NEW_S = 60
 #: What a signature replaces in a bundle, the signature itself last.
 _REPLACED = (*sorted(RELEASE_FILES - {SIGNATURE}), ATTESTATIONS, SIGNATURE)
 
@@ -97,7 +103,7 @@ def sign(
             golden_absent_because=absent,
         )
         (staging / RELEASE).write_text(release.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        shutil.copyfile(verifier.__file__, staging / VERIFIER)
+        (staging / VERIFIER).write_text(verifier_script(), encoding="utf-8")
         _attest(bundle, manifest, signatory, staging)
         digests = _digests(bundle, manifest, staging)
         (staging / SIGNATURE).write_bytes(signatory.model_signature(bundle.name, digests))
@@ -134,18 +140,32 @@ def _digests(bundle: Path, manifest: Manifest, staging: Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _staging(bundle: Path) -> Iterator[Path]:
-    """A folder beside the bundle, in which nothing remains."""
+    """A folder beside the bundle, of which nothing remains; what killed ones have left goes, too."""
+    prefix = f".{bundle.name}.signing-"
+    _remove_left(bundle.parent, prefix)
     try:
-        staging = Path(tempfile.mkdtemp(prefix=f".{bundle.name}.signing-", dir=bundle.parent))
+        place = Path(tempfile.mkdtemp(prefix=prefix, dir=bundle.parent))
     except OSError as error:
         raise MachineError(
             f"{bundle.parent} does not let us write beside the bundle: {error.strerror}.",
             next_step="Sign the bundle where its folder can be written to.",
         ) from error
     try:
-        yield staging
+        with FileLock(place / "lock"):
+            staging = place / "files"
+            staging.mkdir()
+            yield staging
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _remove_left(folder: Path, prefix: str) -> None:
+    """Remove what nobody holds any more; who has just made one may not hold it yet."""
+    for left in folder.iterdir():
+        named = left.name.startswith(prefix) and left.is_dir() and not left.is_symlink()
+        if named and time.time() - left.stat().st_mtime > _NEW_S:
+            with contextlib.suppress(Timeout, OSError), FileLock(left / "lock", timeout=0):
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _put_in_place(staging: Path, bundle: Path) -> None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from glmexport.errors import InputError
+from glmexport.errors import InputError, UnverifiedError
 from glmexport.progress import Progress
-from glmexport.release.incoming import Check, arriving, refuse_existing
-from glmexport.release.layout import Descriptor, open_blob, parse_image, read_layout
+from glmexport.release.incoming import Check, arriving, refuse_existing, require_room
+from glmexport.release.layout import Descriptor, ImageManifest, open_blob, parse_image, read_layout
 from glmexport.release.registry import Access, Reference, Registry
 from glmexport.release.verifier import sha256
 
@@ -57,15 +58,24 @@ def push(layout: Path, reference: Reference, access: Access, progress: Progress)
     return Pushed(digest, tuple(sent), tuple(present), total)
 
 
-def pull(reference: Reference, destination: Path, check: Check, access: Access, progress: Progress) -> str:
+def pull(
+    reference: Reference,
+    destination: Path,
+    check: Check,
+    access: Access,
+    progress: Progress,
+    max_bytes: int | None = None,
+) -> str:
     """Get a bundle from a registry to ``destination``, which must not exist; the image's digest.
 
-    What a pull that fails has got stays in ``.DESTINATION.pulling``, and the next one goes on from there.
+    What a pull has got that the registry breaks off stays in ``.DESTINATION.pulling``, and the next one goes on from
+    there; of one that is refused nothing stays.
 
     Raises:
-        InputError: ``destination`` exists, or the registry has no such image or lets us not.
+        InputError: ``destination`` exists, the registry has no such image or lets us not, or the image has more than
+            ``max_bytes``.
         UnverifiedError: something is not what its digest says, or what ``check`` says.
-        MachineError: the registry cannot be reached, or fails.
+        MachineError: the registry cannot be reached, or fails, or there is no room for what the image claims.
     """
     refuse_existing(destination)
     with Registry(reference, access) as registry:
@@ -73,7 +83,8 @@ def pull(reference: Reference, destination: Path, check: Check, access: Access, 
         digest = reference.digest or f"sha256:{hashlib.sha256(content).hexdigest()}"
         image = parse_image(content, digest, str(reference))
         partial = destination.with_name(f".{destination.name}.pulling")
-        with arriving(destination, partial) as folder:
+        _require_fit(image, str(reference), partial, max_bytes)
+        with _removed_if_refused(partial), arriving(destination, partial) as folder:
             parts = folder / ".parts"
             _keep_only(folder, image.layers)
             parts.mkdir(exist_ok=True)
@@ -88,6 +99,29 @@ def pull(reference: Reference, destination: Path, check: Check, access: Access, 
             shutil.rmtree(parts)
             check(folder)
     return digest
+
+
+def _require_fit(image: ImageManifest, where: str, partial: Path, most: int | None) -> None:
+    """What an image claims is not more than is wanted, nor than there is room for beside what is in ``partial``."""
+    claimed = sum(layer.size for layer in image.layers)
+    if most is not None and claimed > most:
+        raise InputError(
+            f"{where} says that it has {claimed:,} bytes, and {most:,} are allowed.",
+            next_step="Give a greater --max-size, if the image may have so many.",
+        )
+    held = sum(path.lstat().st_size for path in partial.rglob("*") if path.is_file())
+    require_room(partial.parent, claimed - min(held, claimed), where)
+
+
+@contextmanager
+def _removed_if_refused(partial: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        begun = any(path.is_file() and path.lstat().st_size for path in partial.rglob("*"))
+        if not partial.is_symlink() and (isinstance(error, UnverifiedError) or not begun):
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def _distinct(blobs: Iterable[Descriptor]) -> Iterable[Descriptor]:

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Unpack the bundle of this kit with Python and openssl alone, and verify it.
 
-    python3 unpack.py -o DIRECTORY --key PUBLIC.pem | --root CA.pem [--newer-than COUNTER] [--json]
+    python3 unpack.py -o DIRECTORY --key PUBLIC.pem | --root CA.pem [--subject NAME] [--newer-than COUNTER]
+        [--json]
 
 Take the key from where you trust, not from the medium that this kit came on. The signature is verified first; then only
 files that it lists are written, byte for byte as it lists them, and DIRECTORY appears when all of them are there.
@@ -27,6 +28,8 @@ from typing import Any
 
 _VOLUME = re.compile(r"bundle\.tar\.[0-9]{3,}")
 _SUM = re.compile(r"([0-9a-f]{64})  ([A-Za-z0-9._-]+)")
+#: Bytes of SHA256SUMS; of a header that says more of a file than fits into a plain one; of what ends an archive.
+_LONGEST_SUMS, _LONGEST_HEADER = 1 << 22, 1 << 16
 
 
 def verifier_beside(script: Path) -> Any:
@@ -40,6 +43,24 @@ def verifier_beside(script: Path) -> Any:
     return module
 
 
+class Member(tarfile.TarInfo):
+    """A file of an archive, or a header with its long name: of nothing else is anything read.
+
+    tarfile reads headers of headers, global ones and maps of holes into memory, however long they say that they are.
+    """
+
+    def _proc_member(self, archive: tarfile.TarFile) -> Any:
+        more = self.type in (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME)
+        if self.size < 0 or not (more or self.type in (tarfile.REGTYPE, tarfile.AREGTYPE)):
+            raise tarfile.ReadError(f"{self.name!r} is something else than a file")
+        if more and self.size > _LONGEST_HEADER:
+            raise tarfile.ReadError(f"{self.name!r} has a header of {self.size} bytes")
+        return super()._proc_member(archive)  # type: ignore[misc]
+
+    def _proc_gnusparse_10(self, *_: Any) -> None:
+        raise tarfile.ReadError(f"{self.name!r} has holes")
+
+
 class Volumes(io.RawIOBase):
     """The volumes of a kit, one after the other, each against its sum in SHA256SUMS."""
 
@@ -47,7 +68,8 @@ class Volumes(io.RawIOBase):
         super().__init__()
         self._kit, self._refused = kit, verifier.Refused
         try:
-            lines = (kit / "SHA256SUMS").read_text(encoding="ascii").splitlines()
+            with (kit / "SHA256SUMS").open("rb") as file:
+                lines = file.read(_LONGEST_SUMS).decode("ascii").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise self._refused("SHA256SUMS is missing or damaged.") from error
         found = [_SUM.fullmatch(line) for line in lines]
@@ -56,6 +78,9 @@ class Volumes(io.RawIOBase):
         sums = {match[2]: match[1] for match in found if match}
         self._left = sorted((name for name in sums if _VOLUME.fullmatch(name)), key=lambda name: (len(name), name))
         self._sums = sums
+        paths = [kit / name for name in self._left]
+        #: Bytes that they have together.
+        self.size = sum(path.lstat().st_size for path in paths if path.is_file())
         self._file: io.BufferedReader | None = None
         self._name, self._hash = "", hashlib.sha256()
 
@@ -93,18 +118,18 @@ def extract(stream: Any, signed: dict[str, str], target: Path, verifier: Any) ->
     """Write the files of a tar ``stream`` that are in ``signed``: regular ones, each once, byte for byte."""
     missing = dict(signed)
     try:
-        with tarfile.open(fileobj=stream, mode="r|") as archive:
+        with tarfile.open(fileobj=stream, mode="r|", tarinfo=Member) as archive:
             for member in archive:
                 digest = missing.pop(member.name, None)
                 if digest is None:
                     raise verifier.Refused(f"The archive has {member.name!r}, which is not signed or comes twice.")
-                content = archive.extractfile(member) if member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) else None
+                content = None if member.issparse() else archive.extractfile(member)
                 if content is None:
                     raise verifier.Refused(f"The archive has {member.name!r} as something else than a file.")
                 _write(content, target / member.name, digest, member.name, verifier)
-        while stream.read(1 << 20):
-            # To the end, so that the last volume is compared with its sum, too.
-            pass
+        # To the end, so that the last volume is compared with its sum, too; an archive is filled up to a full record.
+        if len(stream.read(2 * tarfile.RECORDSIZE)) > tarfile.RECORDSIZE:
+            raise verifier.Refused("There is more behind the end of the archive.")
     except (tarfile.TarError, ValueError, ArithmeticError, RecursionError, MemoryError) as error:
         # What tarfile lets out of headers that were made to confuse it.
         raise verifier.Refused(f"The archive is damaged: {type(error).__name__}: {error}.") from error
@@ -130,17 +155,22 @@ def unpack(kit: Path, destination: Path, given: argparse.Namespace, verifier: An
     if destination.exists() or destination.is_symlink():
         raise verifier.Refused(f"{destination} exists.", verifier.EXIT_USAGE)
     envelope = verifier.read_envelope(kit)
-    verifier.check_signature(envelope, given.key, given.root)
+    verifier.check_signature(envelope, given.key, given.root, given.subject)
     signed = verifier.signed_files(envelope.payload)
     scratch = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.absolute().parent))
     try:
         bundle = scratch / "bundle"
         bundle.mkdir()
         shutil.copyfile(kit / verifier.SIGNATURE, bundle / verifier.SIGNATURE)
+        volumes = Volumes(kit, verifier)
+        free = shutil.disk_usage(scratch).free
+        if volumes.size > free:
+            message = f"The volumes have {volumes.size:,} bytes, and {scratch.parent} has room for {free:,}."
+            raise verifier.Refused(message, verifier.EXIT_MACHINE)
         # A buffer in between: tarfile reads a stream in pieces, and asks a raw one for more than it may give.
-        with io.BufferedReader(Volumes(kit, verifier), 1 << 20) as stream:
+        with io.BufferedReader(volumes, 1 << 20) as stream:
             extract(stream, signed, bundle, verifier)
-        found = verifier.verify(bundle, given.key, given.root, given.newer_than)
+        found = verifier.verify(bundle, given.key, given.root, given.newer_than, given.subject)
         bundle.rename(destination)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -154,6 +184,7 @@ def main(arguments: list[str] | None = None) -> int:
     with_what = parser.add_mutually_exclusive_group(required=True)
     with_what.add_argument("--key", type=Path, metavar="PUBLIC.pem", help="of the key that signed it")
     with_what.add_argument("--root", type=Path, metavar="CA.pem", help="certificate that vouches for who signed it")
+    parser.add_argument("--subject", metavar="NAME", help="with --root: whom the certificate has to be of")
     parser.add_argument("--newer-than", type=int, metavar="COUNTER", help="refuse a release that is not above it")
     parser.add_argument("--json", action="store_true", help="print the JSON document only")
     try:

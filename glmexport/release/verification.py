@@ -19,11 +19,17 @@ _AGAIN = "Copy the bundle again from where it was signed; if that is no better, 
 
 
 def verify(
-    bundle: Path, key: Path | None = None, *, root: Path | None = None, newer_than: int | None = None
+    bundle: Path,
+    key: Path | None = None,
+    *,
+    root: Path | None = None,
+    newer_than: int | None = None,
+    subject: str | None = None,
 ) -> Verified:
     """Verify that the bundle is what the owner of the public ``key``, or who has a certificate of ``root``, signed.
 
-    With ``newer_than`` a release whose counter is not above it is refused.
+    With ``newer_than`` a release whose counter is not above it is refused; with ``subject``, one that was signed by
+    another than who is called so (a distinguished name by RFC 4514, or ``email:``, ``DNS:`` or ``URI:`` and a name).
 
     Raises:
         UnverifiedError: it is not; names the file.
@@ -33,7 +39,7 @@ def verify(
     try:
         if not bundle.is_dir():
             raise BundleError(f"There is no bundle {bundle}.", next_step="Give the directory of a bundle.")
-        return _verified(bundle.resolve(), key, root, newer_than)
+        return _verified(bundle.resolve(), key, root, newer_than, subject)
     except verifier.Refused as error:
         raise refusal(bundle, error) from error
     except OSError as error:
@@ -51,9 +57,14 @@ def refusal(bundle: Path, error: verifier.Refused) -> InputError | UnverifiedErr
     return UnverifiedError(f"{bundle}: {error}", next_step=_AGAIN)
 
 
-def _verified(bundle: Path, key: Path | None, root: Path | None, newer_than: int | None) -> Verified:
+def _verified(
+    bundle: Path, key: Path | None, root: Path | None, newer_than: int | None, subject: str | None
+) -> Verified:
     envelope = verifier.read_envelope(bundle)
-    verifier.check_material(envelope, key, root)
+    verifier.check_material(envelope, key, root, subject)
+    if root:
+        # model-signing takes a certificate of any use, and any key.
+        verifier.check_certificates(envelope, root, subject)
     verify_model = _model_verifier(envelope, key, root)
     try:
         # It warns of old signatures on stdout, which is for one JSON document.
@@ -74,12 +85,15 @@ def _verified(bundle: Path, key: Path | None, root: Path | None, newer_than: int
 
 
 def _model_verifier(envelope: Envelope, key: Path | None, root: Path | None) -> Any:
-    """model-signing's, for that key or root."""
+    """model-signing's, for that key or root; what it takes of its own past beside signatures of today is refused."""
     try:
         from cryptography import x509
+        from cryptography.exceptions import InvalidSignature
         from cryptography.hazmat.primitives.asymmetric import ec
         from cryptography.hazmat.primitives.serialization import load_pem_public_key
         from model_signing import verifying
+        from model_signing._signing.sign_ec_key import get_ec_key_hash
+        from model_signing._signing.sign_sigstore_pb import pae
     except ImportError as error:
         raise missing(error) from error
 
@@ -101,6 +115,10 @@ def _model_verifier(envelope: Envelope, key: Path | None, root: Path | None) -> 
     curves = (ec.SECP256R1, ec.SECP384R1, ec.SECP521R1)
     if not (isinstance(public, ec.EllipticCurvePublicKey) and isinstance(public.curve, curves)):
         raise verifier.Refused(f"{SIGNATURE} was made with a key of a kind that is not used here.")
+    try:
+        public.verify(envelope.signature, pae(envelope.payload), ec.ECDSA(get_ec_key_hash(public)))
+    except InvalidSignature as error:
+        raise verifier.Refused(f"{SIGNATURE} does not hold: it was made with another key, or was changed.") from error
     return chosen or config().use_elliptic_key_verifier(public_key=key)
 
 

@@ -161,6 +161,7 @@ def _report(
             bits_per_weight_linears=manifest.precision.bits_per_weight_linears,
         ),
         fidelity=validation.fidelity,
+        reference=validation.reference,
         weights=validation.weights,
         prompts=validation.prompts,
         behaviour=validation.behaviour,
@@ -275,6 +276,7 @@ def _limits(validation: Validation) -> tuple[str, ...]:
         "Speed is that of this machine, with one sequence at a time, at the time of the measurement.",
         "The bounds say what other documents of the same kind would show; text of another kind they do not cover.",
         *_captured(validation),
+        *_unchecked(validation),
     )
 
 
@@ -313,6 +315,13 @@ def _answered(validation: Validation) -> tuple[str, ...]:
         f"Free answers are greedy and short, {longest:.0f} tokens on average; long dialogues, sampling and chains of "
         f"tool calls are not covered.{tasks}",
     )
+
+
+def _unchecked(validation: Validation) -> tuple[str, ...]:
+    check = validation.reference
+    if check is None or check.absent_because is None:
+        return ()
+    return (f"The original was not checked against transformers' whole model: {check.absent_because}.",)
 
 
 def _captured(validation: Validation) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from glmexport.report.allocation import summarize
 from glmexport.report.behaviour import LANGUAGE_HEADS, answer_rows, kind, language_row, parted
 from glmexport.report.coverage import COVERAGE_HEADS, coverage_rows
 from glmexport.report.devices import device_table
+from glmexport.untrusted import visible
 from glmexport.validation.results import Gate, LanguageFidelity, Verdict
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
+        finalize=_shown,
     )
     environment.globals.update(
         answer_heads=LANGUAGE_HEADS,
@@ -98,18 +100,23 @@ def _environment() -> Environment:
         percent=text.percent,
         ratio=text.ratio,
         token=_token,
-        visible=text.visible,
+        visible=visible,
     )
     return environment
 
 
+def _shown(value: object) -> object:
+    """Whatever a template writes that is not HTML: nothing is hidden in it."""
+    return visible(value, lines=True) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
 def _foreign(words: str) -> Markup:
     """Text that is not ours: nothing hidden in it, and its direction kept to itself."""
-    return Markup('<bdi dir="auto">{}</bdi>').format(text.visible(words))
+    return Markup('<bdi dir="auto">{}</bdi>').format(visible(words))
 
 
 def _token(words: str, language: str) -> Markup:
-    return Markup('<bdi dir="auto" lang="{}" class="token">{}</bdi>').format(language, text.token(words))
+    return Markup('<bdi dir="auto" lang="{}" class="token">{}</bdi>').format(visible(language), text.token(words))
 
 
 def _part_of(part: float, whole: float) -> str:

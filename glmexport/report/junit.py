@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
 from glmexport.report import text
+from glmexport.untrusted import visible
 from glmexport.validation.results import Gate, Verdict
 
 if TYPE_CHECKING:
@@ -51,10 +52,10 @@ def _suite(name: str, gates: Sequence[Gate], facts: Mapping[str, str], target: s
         "errors": str(verdicts.count(Verdict.INCONCLUSIVE)),
         "skipped": "0",
     }
-    suite = Element("testsuite", {"name": text.visible(name), **counts})
+    suite = Element("testsuite", {"name": visible(name), **counts})
     properties = SubElement(suite, "properties")
     for key, value in facts.items():
-        SubElement(properties, "property", {"name": key, "value": text.visible(value)})
+        SubElement(properties, "property", {"name": key, "value": visible(value)})
     for gate in gates:
         _case(suite, gate, target)
     return suite
@@ -64,15 +65,15 @@ def _failed(suite: Element, failure: str, target: str) -> None:
     """A device that did not answer is a case that could not be decided."""
     suite.set("tests", "1")
     suite.set("errors", "1")
-    case = SubElement(suite, "testcase", {"classname": text.visible(target), "name": "The device answers", "time": "0"})
-    SubElement(case, "error", {"type": Verdict.INCONCLUSIVE, "message": text.visible(failure)})
+    case = SubElement(suite, "testcase", {"classname": visible(target), "name": "The device answers", "time": "0"})
+    SubElement(case, "error", {"type": Verdict.INCONCLUSIVE, "message": visible(failure)})
 
 
 def _case(suite: Element, gate: Gate, target: str) -> None:
     name = gate.name + (f", {gate.language}" if gate.language else "")
-    case = SubElement(suite, "testcase", {"classname": text.visible(target), "name": text.visible(name), "time": "0"})
+    case = SubElement(suite, "testcase", {"classname": visible(target), "name": visible(name), "time": "0"})
     value, limit = text.value_and_limit(gate.value, gate.limit, gate.unit)
-    message = text.visible(f"{value}, {gate.direction} {limit}: {text.sample(gate)}")
+    message = visible(f"{value}, {gate.direction} {limit}: {text.sample(gate)}")
     if gate.verdict is Verdict.BLOCK:
         SubElement(case, "failure", {"type": gate.verdict, "message": message})
     elif gate.verdict is Verdict.INCONCLUSIVE:

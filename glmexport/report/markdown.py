@@ -8,6 +8,7 @@ from glmexport.report import speed, text
 from glmexport.report.behaviour import LANGUAGE_HEADS, answer_rows, language_row
 from glmexport.report.coverage import COVERAGE_HEADS, coverage_rows
 from glmexport.report.devices import device_table
+from glmexport.report.gfm import code, strong
 from glmexport.report.gfm import foreign as _foreign
 from glmexport.report.gfm import table as _table
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 def render_markdown(report: Report) -> str:
     """``report`` in GitHub's dialect; the same report gives the same text."""
     subject = report.subject
-    source = _foreign(subject.checkpoint)
+    source: str = _foreign(subject.checkpoint)
     if subject.adapter:
         source += f" with the adapter {_foreign(subject.adapter)}"
     parts = [
@@ -57,9 +58,9 @@ def render_markdown(report: Report) -> str:
         _table(
             ("", ""),
             (
-                ("Bundle", f"`{subject.bundle_digest}`"),
-                ("Original", f"`{subject.checkpoint_digest}`"),
-                ("Evaluation text", f"`{report.fidelity.text_digest}`" if report.fidelity.text_digest else "–"),
+                ("Bundle", code(subject.bundle_digest)),
+                ("Original", code(subject.checkpoint_digest)),
+                ("Evaluation text", code(report.fidelity.text_digest) if report.fidelity.text_digest else "–"),
                 ("Machine", _foreign(f"{report.machine.processor}, {report.machine.cores or 'unknown'} cores")),
                 ("Versions", _foreign(", ".join(f"{name} {version}" for name, version in report.versions.items()))),
             ),
@@ -74,7 +75,7 @@ def _devices(report: Report) -> list[str]:
     table = device_table(report)
     if table is None or report.detailed is None:
         return []
-    verdicts = ("Verdict", *(f"**{verdict}**" for verdict in table.verdicts))
+    verdicts = ("Verdict", *map(strong, table.verdicts))
     rows = ((_foreign(name), *map(_foreign, cells)) for name, cells in table.rows)
     return [
         "## Devices",
@@ -96,7 +97,7 @@ def _gate(gate: Gate) -> tuple[str, ...]:
         value,
         bounds,
         f"{gate.direction} {limit}",
-        f"**{gate.verdict}**",
+        strong(gate.verdict),
         _foreign(text.sample(gate)),
     )
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from markupsafe import Markup
 
+from glmexport.untrusted import visible
+
 
 def element(name: str, *children: str, **attributes: str | float | None) -> Markup:
     """An SVG element; text and attribute values are escaped, ``font_size`` becomes ``font-size``."""
@@ -12,7 +14,7 @@ def element(name: str, *children: str, **attributes: str | float | None) -> Mark
         for key, value in attributes.items()
         if value is not None
     )
-    return Markup("<{}{}>{}</{}>").format(name, written, Markup("").join(children), name)
+    return Markup("<{}{}>{}</{}>").format(name, written, Markup("").join(map(_shown, children)), name)
 
 
 def figure(key: str, title: str, description: str, height: float, *marks: str) -> Markup:
@@ -40,5 +42,9 @@ def text(x: float, y: float, words: str, kind: str, anchor: str) -> Markup:
     return element("text", words, x=f"{x:.2f}%", y=y, class_=kind, text_anchor=anchor)
 
 
+def _shown(child: str) -> str:
+    return child if isinstance(child, Markup) else visible(child)
+
+
 def _attribute(value: str | float) -> str:
-    return value if isinstance(value, str) else f"{value:.2f}".rstrip("0").rstrip(".")
+    return visible(value) if isinstance(value, str) else f"{value:.2f}".rstrip("0").rstrip(".")

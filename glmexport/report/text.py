@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-import unicodedata
 from typing import TYPE_CHECKING, Literal
+
+from glmexport.untrusted import visible
 
 if TYPE_CHECKING:
     from glmexport.validation.results import Gate
@@ -16,15 +17,6 @@ FIXED = "\u00a0"
 
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _MOST_DIGITS = 12
-_JOINERS = "\u200c\u200d"
-
-
-def visible(text: str) -> str:
-    """``text`` with every control and formatting character spelled out, so that none can hide or reorder.
-
-    The joiners that Persian and the Indic scripts are written with stay.
-    """
-    return "".join(_visible(character) for character in text)
 
 
 def token(text: str) -> str:
@@ -35,16 +27,6 @@ def token(text: str) -> str:
     left = len(text) - len(text.lstrip(" "))
     right = len(text) - left - len(inner)
     return "␣" * left + visible(inner) + "␣" * right
-
-
-def _visible(character: str) -> str:
-    if character == "\n":
-        return "↵"
-    if character == "\t":
-        return "⇥"
-    if unicodedata.category(character) in ("Cc", "Cf", "Zl", "Zp") and character not in _JOINERS:
-        return f"‹U+{ord(character):04X}›"
-    return character
 
 
 def number(value: float, digits: int = 3) -> str:

@@ -10,10 +10,10 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from glmexport.serving.model import Computed, GuidedSequence
+from glmexport.serving.guides import Guide, Held
+from glmexport.serving.model import Computed
 from glmexport.serving.sampling import Sampling, Uniforms, choose, likelihood
 from glmexport.serving.text import AnswerText, Part, Token
-from glmexport.validation.generation import Guide
 from glmexport.validation.speculation import PromptLookup
 
 Reason = Literal["stop", "length"]
@@ -36,6 +36,9 @@ class Order:
     #: Whether the end token is told, too.
     tells_end: bool = False
     guide: Guide | None = None
+    #: The key that it was asked with, by its number; None: none. What was computed for one is not gone on with for
+    #: another, which would be quicker, and so would tell what it had been asked.
+    key: int | None = None
 
 
 @dataclass
@@ -78,7 +81,8 @@ class Timing:
 class End:
     """How an answer ended, and how many tokens its prompt and it have.
 
-    ``cached``: tokens of the prompt that were computed for an earlier request.
+    ``cached``: tokens of the prompt that were computed for an earlier request. ``stopped``: whether a stop string ended
+    it, and not the model.
     """
 
     reason: Reason
@@ -86,6 +90,7 @@ class End:
     prompt_tokens: int
     tokens: int
     cached: int
+    stopped: bool = False
 
 
 @dataclass(frozen=True)
@@ -141,7 +146,7 @@ class Answer:
 
     def end(self, reason: Reason) -> None:
         """Tell how it ended."""
-        self.tell(End(reason, self.timing, len(self.order.prompt), len(self.tokens), self.cached))
+        self.tell(End(reason, self.timing, len(self.order.prompt), len(self.tokens), self.cached, self._text.stopped))
 
     def finish(self, reason: Reason) -> Reason:
         """Hand on what was held back, since nothing follows; ``reason`` again."""
@@ -160,6 +165,10 @@ class Turns(Protocol):
 
     def turn(self) -> Reason | None:
         """One piece of the prompt or one step; how the answer ended, if it did."""
+        ...
+
+    def close(self) -> None:
+        """Nothing follows: what it took is another's."""
         ...
 
 
@@ -210,6 +219,10 @@ class FreeTurns:
         """As ``turn``, by the logits [V] behind ``following``, which were computed with those of others."""
         return self._say(logits[None], [])
 
+    def close(self) -> None:
+        """As ``Turns``."""
+        self.sequence.close()
+
     def _drafts(self, following: int) -> list[int]:
         """Guesses of the tokens behind ``following``, as many as there is room for."""
         left = self.answer.order.max_tokens - len(self.answer.tokens)
@@ -234,19 +247,36 @@ class FreeTurns:
 
 
 class GuidedTurns:
-    """An answer whose tokens onnxruntime-genai chooses, among those that a grammar allows."""
+    """An answer whose tokens are chosen among those that a grammar allows, by its process."""
 
-    def __init__(self, answer: Answer, sequence: GuidedSequence, chunk: int | None) -> None:
+    def __init__(self, answer: Answer, sequence: Computed, held: Held, chunk: int | None) -> None:
         self.answer = answer
         self._sequence = sequence
+        self._held = held
         self._left = list(answer.order.prompt)
         self._chunk = chunk or len(self._left)
+        self._logits: NDArray[np.float32]
 
     def turn(self) -> Reason | None:
-        """As ``Turns``."""
+        """As ``Turns``; a turn in which the process has not chosen yet is short."""
         if self._left:
             piece, self._left = self._left[: self._chunk], self._left[self._chunk :]
-            self._sequence.advance(piece)
+            self._logits = self._sequence.advance(piece)[-1]
             return None
-        chosen = self._sequence.next()
-        return self.answer.finish("stop") if chosen is None else self.answer.say(*chosen)
+        chosen = self._held.choose(self._logits)
+        if chosen is None:
+            return None
+        if chosen.token is None:
+            return self.answer.finish("stop")
+        reason = self.answer.say(chosen.token, self._logits)
+        if reason:
+            return reason
+        if chosen.done:
+            return self.answer.finish("stop")
+        self._logits = self._sequence.advance([chosen.token])[-1]
+        return None
+
+    def close(self) -> None:
+        """As ``Turns``."""
+        self._held.close()
+        self._sequence.close()

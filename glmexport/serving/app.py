@@ -5,22 +5,27 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from glmexport.errors import InputError
 from glmexport.serving.answer import Answer, End, Event, Failed, Order
+from glmexport.serving.body import Bodies
 from glmexport.serving.engine import Closed, Engine, Full
-from glmexport.serving.failure import Gone, Refused
+from glmexport.serving.failure import FAILED, Gone, Refused
 from glmexport.serving.fields import Asked, ChatAsked, TextAsked, read_body
+from glmexport.serving.guard import KEY, REQUEST
+from glmexport.serving.guides import Crowded, Guide, Guides
+from glmexport.serving.log import described
 from glmexport.serving.metrics import Metrics
 from glmexport.serving.orders import Reader
 from glmexport.serving.reply import ChatReply, Head, Reply, TextReply
@@ -33,6 +38,7 @@ _RETRY = {"Retry-After": "1"}
 _log = logging.getLogger("glmexport.serving")
 
 T = TypeVar("T", bound=Asked)
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -51,13 +57,18 @@ class Facts:
 class Service:
     """One bundle, answered by ``engine``. ``draining``: whether the server is about to end."""
 
-    def __init__(self, facts: Facts, reader: Reader, engine: Engine, metrics: Metrics) -> None:
+    def __init__(
+        self, facts: Facts, reader: Reader, engine: Engine, metrics: Metrics, guides: Guides | None = None
+    ) -> None:
         self._facts = facts
         self._reader = reader
         self._engine = engine
         self._metrics = metrics
-        self._limits = reader.limits
+        self._guides = guides
+        self._limits = replace(reader.limits, prompt_ids=reader.context_length)
+        self._bodies = Bodies(reader.limits)
         self.draining = False
+        self._given_up = False
         #: Of every answer that somebody waits for.
         self._queues: set[asyncio.Queue[Event | None]] = set()
 
@@ -78,21 +89,42 @@ class Service:
         return application
 
     def give_up(self) -> None:
-        """End every answer, and tell so."""
+        """End every answer, and tell so; no other is begun."""
+        self._given_up = True
+        if self._guides:
+            self._guides.close()
         for queue in self._queues:
             queue.put_nowait(Failed(_ending()))
 
+    def close(self) -> None:
+        """Read no more requests; what is being read is waited for by nobody."""
+        self._bodies.close()
+
+    @property
+    def reading(self) -> bool:
+        """Whether a request is still being read."""
+        return self._bodies.reading
+
     async def _chat(self, request: Request) -> Response:
-        asked = await self._read(request, ChatAsked)
-        # Templates and tokenizers take their time with long conversations, which others need not wait for.
-        order, grammar = await asyncio.to_thread(self._reader.chat, asked)
+        asked, (order, grammar) = await self._read(request, ChatAsked, self._reader.chat)
+        if order.guide:
+            await self._tried(order.guide)
         head = Head.new("chatcmpl", self._facts.name)
         reply = ChatReply(head, grammar, self._reader.spell, self._metrics, logprobs=asked.logprobs)
         return await self._answered(request, asked, order, self._reader.decoding(order, chat=True), reply)
 
+    async def _tried(self, guide: Guide) -> None:
+        """Refuse what no answer can be held to before the request waits for its turn."""
+        assert self._guides is not None
+        try:
+            await asyncio.wrap_future(self._guides.tried(guide))
+        except Crowded as error:
+            raise Refused(429, "Too many schemas wait.", code="queue_full", headers=_RETRY) from error
+        except InputError as error:
+            raise _ending() if self._guides.closed else Refused(400, str(error), "response_format") from error
+
     async def _text(self, request: Request) -> Response:
-        asked = await self._read(request, TextAsked)
-        order = await asyncio.to_thread(self._reader.text, asked)
+        asked, order = await self._read(request, TextAsked, self._reader.text)
         head = Head.new("cmpl", self._facts.name)
         likely, ids = asked.logprobs is not None, asked.return_token_ids
         reply = TextReply(head, self._reader.spell, order.prompt, logprobs=likely, ids=ids)
@@ -127,18 +159,18 @@ class Service:
         if name not in (None, self._facts.name):
             raise Refused(404, f"There is no such model; this is {self._facts.name}.", "model", "model_not_found")
 
-    async def _read(self, request: Request, model: type[T]) -> T:
-        """The request's body as ``model``."""
+    async def _read(self, request: Request, model: type[T], order: Callable[[T], R]) -> tuple[T, R]:
+        """The request's body as ``model``, and what is ordered by it."""
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise Refused(400, "The body has to be application/json.", code="unsupported_content_type")
-        try:
-            async with asyncio.timeout(self._limits.body_s):
-                data = await _body(request, self._limits.body_bytes)
-        except TimeoutError as error:
-            raise Refused(408, "The body did not arrive in time.", headers={"Connection": "close"}) from error
-        asked = await asyncio.to_thread(read_body, data, model, self._limits)
-        self._known(asked.model)
-        return asked
+
+        def read(data: bytes) -> tuple[T, R]:
+            asked = read_body(data, model, self._limits)
+            self._known(asked.model)
+            return asked, order(asked)
+
+        async with self._bodies.body(request) as data:
+            return await self._bodies.read(partial(read, data))
 
     async def _answered(self, request: Request, asked: Asked, order: Order, text: AnswerText, reply: Reply) -> Response:
         """The answer, as a stream if that was asked for."""
@@ -147,7 +179,7 @@ class Service:
             # What fails before there is anything to show is told by the status.
             first = await anext(events)
             usage = bool(asked.stream_options and asked.stream_options.include_usage)
-            return EventStream(_chunks(first, events, reply, usage), self._limits.send_s)
+            return EventStream(_chunks(first, events, reply, usage))
         async with aclosing(events):
             async for event in events:
                 if isinstance(event, End):
@@ -163,12 +195,15 @@ class Service:
             Refused: it cannot be given, or not be finished.
             Gone: the client has gone.
         """
+        if self._given_up:
+            raise _ending()
         queue: asyncio.Queue[Event | None] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
         def listen(event: Event) -> None:
             loop.call_soon_threadsafe(queue.put_nowait, event)
 
+        order = replace(order, key=request.scope["state"][KEY])
         answer = Answer(order, text, listen, self._metrics.gap.observe)
         try:
             self._engine.submit(answer)
@@ -183,7 +218,7 @@ class Service:
                 if event is None:
                     raise Gone
                 if isinstance(event, Failed):
-                    raise _refusal(event.error)
+                    raise _refusal(event.error, request)
                 yield event
             yield event
         finally:
@@ -220,39 +255,16 @@ def _ending() -> Refused:
     return Refused(503, "The server is about to end.", code="draining", headers=_RETRY)
 
 
-def _refusal(error: Exception) -> Refused:
+def _refusal(error: Exception, request: Request) -> Refused:
     """What a client is told of a failure in the engine."""
     if isinstance(error, Refused):
         return error
     if isinstance(error, InputError):
         return Refused(400, str(error))
-    _log.error("An answer failed.", exc_info=error)
+    _log.error("The answer to request %s failed: %s.", request.scope["state"][REQUEST], described(error))
     if isinstance(error, MemoryError):
         return Refused(503, "There is not enough memory for this request.", headers=_RETRY)
-    return Refused(500, "The model failed on this request; the server's log says how.")
-
-
-async def _body(request: Request, most: int) -> bytes:
-    """The whole body.
-
-    Raises:
-        Refused: it is longer than ``most`` bytes.
-        Gone: the client has gone.
-    """
-    length = request.headers.get("content-length", "")
-    large = Refused(413, f"A body has at most {most} bytes.", code="too_large", headers={"Connection": "close"})
-    if length.isdigit() and int(length) > most:
-        raise large
-    parts, size = [], 0
-    try:
-        async for part in request.stream():
-            size += len(part)
-            if size > most:
-                raise large
-            parts.append(part)
-    except ClientDisconnect as error:
-        raise Gone from error
-    return b"".join(parts)
+    return Refused(500, "The model failed on this request; the log says where, at the name in X-Request-Id.")
 
 
 async def _refused(request: Request, error: Refused) -> Response:
@@ -265,7 +277,7 @@ async def _gone(request: Request, error: Gone) -> Response:
 
 
 async def _failed(request: Request, error: Exception) -> Response:
-    return Refused(500, "The server failed; its log says how.").response
+    return FAILED.response
 
 
 async def _unrouted(request: Request, error: HTTPException) -> Response:

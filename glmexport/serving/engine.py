@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from glmexport.serving.answer import Answer, Failed, FreeTurns, GuidedTurns, Reason, Turns
+from glmexport.serving.guides import Guides
 from glmexport.serving.kept import Kept
 from glmexport.serving.metrics import Metrics
 from glmexport.serving.model import Model
@@ -44,7 +45,7 @@ class Engine:
     """Answers from the bundle in ``directory``.
 
     ``loaded`` is called in the engine's thread once the model is in memory, ``broken`` when it cannot be, or when the
-    thread fails at what is no single answer's.
+    thread fails at what is no single answer's. ``guides`` hold answers to grammars.
     """
 
     def __init__(
@@ -54,7 +55,9 @@ class Engine:
         metrics: Metrics,
         loaded: Callable[[], None],
         broken: Callable[[Exception], None],
+        guides: Guides | None = None,
     ) -> None:
+        self._guides = guides
         self._directory = directory
         self._options = options
         self._metrics = metrics
@@ -109,7 +112,7 @@ class Engine:
             model = Model(self._directory, options.threads, options.parallel if options.batch else 0)
             self.ready = True
             self._loaded()
-            _Shift(model, options, self._metrics, self._next).work()
+            _Shift(model, options, self._metrics, self._next, self._guides).work()
         except Exception as error:
             # Without this thread nobody is answered any more, so the server ends with what went wrong.
             self.ready = False
@@ -136,8 +139,14 @@ class _Shift:
     """The engine's work while the model is in memory."""
 
     def __init__(
-        self, model: Model, options: EngineOptions, metrics: Metrics, following: Callable[[bool], Answer | None]
+        self,
+        model: Model,
+        options: EngineOptions,
+        metrics: Metrics,
+        following: Callable[[bool], Answer | None],
+        guides: Guides | None,
     ) -> None:
+        self._guides = guides
         self._model = model
         self._options = options
         self._metrics = metrics
@@ -170,8 +179,10 @@ class _Shift:
         order, model = answer.order, self._model
         length = len(order.prompt) + order.max_tokens
         if order.guide:
-            return GuidedTurns(answer, model.guided(length, order.guide, order.sampling), model.chunk)
-        sequence = self._kept.take(order.prompt, length) if self._options.reuse else None
+            assert self._guides is not None
+            held = self._guides.begin(order.guide, order.sampling, order.max_tokens)
+            return GuidedTurns(answer, model.begin(length), held, model.chunk)
+        sequence = self._kept.take(order.prompt, length, order.key) if self._options.reuse else None
         if sequence is None:
             self._kept.drop(self._options.parallel - len(self._running) - 1)
             sequence = model.begin(length)
@@ -199,8 +210,7 @@ class _Shift:
             reasons = self._reasons(group)
         except Exception as error:
             for turns in group:
-                if isinstance(turns, FreeTurns):
-                    turns.sequence.close()
+                turns.close()
                 self._fail(turns.answer, error)
             return
         for turns, reason in zip(group, reasons, strict=True):
@@ -225,10 +235,12 @@ class _Shift:
         if isinstance(turns, FreeTurns):
             self._metrics.guessed(turns.drafted, turns.accepted)
             if self._options.reuse:
-                self._kept.keep(turns.sequence)
+                self._kept.keep(turns.sequence, turns.answer.order.key)
                 self._kept.drop(self._options.parallel - len(self._running))
             else:
-                turns.sequence.close()
+                turns.close()
+        else:
+            turns.close()
 
     def _fail(self, answer: Answer, error: Exception) -> None:
         self._metrics.requests.labels("failed").inc()

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 
 from starlette.responses import JSONResponse
 
+#: Characters of what is told; names of fields are the client's own, and may be as long as a body.
+_LONGEST = 400
+
 _TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -39,9 +42,19 @@ class Refused(Exception):
     def document(self) -> dict[str, object]:
         """The body."""
         kind = _TYPES.get(self.status, "invalid_request_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        param = None if self.param is None else _told(self.param)
+        return {"error": {"message": _told(self.message), "type": kind, "param": param, "code": self.code}}
 
     @property
     def response(self) -> JSONResponse:
         """The whole response."""
         return JSONResponse(self.document, self.status, dict(self.headers))
+
+
+FAILED = Refused(500, "The server failed; its log says where, at the name in X-Request-Id.")
+
+
+def _told(text: str) -> str:
+    """A text that can be sent: not too long, and without halves of surrogate pairs."""
+    short = text if len(text) <= _LONGEST else f"{text[:_LONGEST]} …"
+    return short.encode("utf-8", "replace").decode()

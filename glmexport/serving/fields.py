@@ -7,14 +7,26 @@ otherwise take an answer for one that it is not.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
-from typing import Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    PlainValidator,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from glmexport.checkpoint.files import json_object
 from glmexport.serving.failure import Refused
 from glmexport.serving.limits import Limits
+from glmexport.serving.names import TOOL_NAME, is_tool_name
 
 #: Of the client's own bookkeeping: read by nobody.
 IGNORED = frozenset(
@@ -45,10 +57,40 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
 }
 #: Below this, sampling differs from taking the most likely token in nothing but overflows.
 _COLDEST = 1e-4
+#: What separates values in JSON, and texts; also one that is not closed, so that nothing is looked at twice.
+_STRUCTURE = re.compile(rb'[\[{,]|"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 
 
 class _Fields(BaseModel):
+    """Fields of which none is unknown: the first such ends the reading, as a million others would take long to list."""
+
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_others(cls, given: Any) -> Any:
+        names = {field.alias or name for name, field in cls.model_fields.items()}
+        if isinstance(given, dict) and (unknown := next((name for name in given if name not in names), None)):
+            raise PydanticCustomError("extra_forbidden", "unknown field", {"name": unknown})
+        return given
+
+
+def _listed(stop: object) -> object:
+    return [stop] if isinstance(stop, str) else stop
+
+
+def _one_prompt(given: object) -> str | list[int]:
+    """A text or token ids, or a list of one of these; of a wrong list no more is read than its first wrong item."""
+    if isinstance(given, list) and given and isinstance(given[0], (str, list)):
+        if len(given) > 1:
+            raise PydanticCustomError("unsupported_value", "One prompt a request is answered")
+        (given,) = given
+    if isinstance(given, str):
+        return given
+    # A bool is an int in Python, and no token.
+    if isinstance(given, list) and all(type(token) is int for token in given):
+        return given
+    raise PydanticCustomError("prompt_type", "A prompt is a text or a list of token ids")
 
 
 class StreamOptions(_Fields):
@@ -68,7 +110,7 @@ class Asked(_Fields):
     temperature: float = Field(default=1, ge=0, le=2, allow_inf_nan=False)
     top_p: float = Field(default=1, gt=0, le=1, allow_inf_nan=False)
     seed: int | None = None
-    stop: str | list[str] = []
+    stop: Annotated[list[str], FailFast(), BeforeValidator(_listed)] = []
     max_tokens: int | None = Field(default=None, ge=1)
 
     @property
@@ -82,7 +124,7 @@ class Asked(_Fields):
         Raises:
             Refused: too many, too long, or an empty one.
         """
-        stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        stops = tuple(self.stop)
         if len(stops) > limits.stops or any(not 0 < len(stop) <= limits.stop_characters for stop in stops):
             raise Refused(
                 400,
@@ -92,10 +134,19 @@ class Asked(_Fields):
         return stops
 
 
+def _tool_name(given: object) -> str:
+    if not isinstance(given, str) or not is_tool_name(given):
+        raise PydanticCustomError("tool_name", TOOL_NAME)
+    return given
+
+
+ToolName = Annotated[str, PlainValidator(_tool_name)]
+
+
 class Function(_Fields):
     """A tool's declaration."""
 
-    name: str = Field(min_length=1, max_length=256, pattern=r"^\S+$")
+    name: ToolName
     description: str | None = None
     parameters: dict[str, Any] | None = None
     #: Whether arguments must follow the schema, which a free answer cannot promise.
@@ -105,7 +156,7 @@ class Function(_Fields):
 class NamedFunction(_Fields):
     """A tool by its name."""
 
-    name: str
+    name: ToolName
 
 
 class NamedTool(_Fields):
@@ -149,25 +200,28 @@ class TemplateSettings(_Fields):
     """Variables of the chat template that a request may set."""
 
     enable_thinking: bool | None = None
+    #: Whether the reasoning of earlier turns is left out; templates of GLM-4.7 and 5.2 read it.
+    clear_thinking: bool | None = None
 
 
 class ChatAsked(Asked):
     """A body of /v1/chat/completions."""
 
-    messages: list[dict[str, Any]]
+    messages: Annotated[list[dict[str, Any]], FailFast()]
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool = False
     top_logprobs: int = Field(default=0, ge=0)
-    tools: list[Tool] = []
+    tools: Annotated[list[Tool], FailFast()] = []
     tool_choice: Literal["auto", "none", "required"] | NamedTool = "auto"
     response_format: ResponseFormat | None = None
     chat_template_kwargs: TemplateSettings = TemplateSettings()
+    clear_thinking: bool | None = None
 
 
 class TextAsked(Asked):
     """A body of /v1/completions."""
 
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: Annotated[str | list[int], PlainValidator(_one_prompt)]
     logprobs: int | None = Field(default=None, ge=0)
     return_token_ids: bool = False
 
@@ -179,17 +233,19 @@ def read_body(data: bytes, model: type[T], limits: Limits) -> T:
     """The request in a body.
 
     Raises:
-        Refused: no JSON object, nested beyond reason, or with a field that is wrong, unknown or cannot be heeded.
+        Refused: no JSON object, nested beyond reason, of too many values, or with a field that is wrong, unknown or
+            cannot be heeded. What that costs is bounded by the size of the body: the first error ends the reading.
     """
     try:
-        given = json_object(data)
+        given = bounded_object(data, limits, limits.prompt_ids if "prompt" in model.model_fields else 0)
     except ValueError as error:
         raise Refused(400, f"The body cannot be read: {error}.", code="invalid_json") from error
-    if _depth(given) > limits.depth:
-        raise Refused(400, f"The body has more than {limits.depth} levels.", code="invalid_json")
+    # Of a prompt's list, the first wrong item ends the reading.
+    looked_at = {name: value for name, value in given.items() if name != "prompt" or isinstance(value, str)}
+    _check_size(looked_at, limits)
     try:
         # Half of a surrogate pair is no text, and NaN no number, wherever it stands.
-        json.dumps(given, ensure_ascii=False, allow_nan=False).encode()
+        json.dumps(looked_at, ensure_ascii=False, allow_nan=False).encode()
     except ValueError as error:
         raise Refused(400, "The body has a text or a number that is none.", code="invalid_json") from error
     fields = {name: value for name, value in given.items() if value is not None and name not in IGNORED}
@@ -206,9 +262,10 @@ def read_body(data: bytes, model: type[T], limits: Limits) -> T:
 
 def _wrong(error: ValidationError) -> Refused:
     """The first thing that is wrong, without the value, which may be long."""
-    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    first = error.errors(include_url=False, include_input=False)[0]
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
+        where = f"{where}.{first['ctx']['name']}".removeprefix(".")
         return Refused(400, f"{where} is not a field that this server knows.", where, "unknown_parameter")
     if where.startswith("tool_choice"):
         return Refused(400, "tool_choice is auto, none, required, or a function by its name.", "tool_choice")
@@ -217,16 +274,55 @@ def _wrong(error: ValidationError) -> Refused:
     return Refused(400, f"{where or 'The body'}: {first['msg']}.", where or None, first["type"])
 
 
-def _depth(value: object) -> int:
-    """Levels of arrays and objects, without recursion."""
-    level, depth = [value], 0
+def bounded_object(data: bytes, limits: Limits, ids: int = 0) -> dict[str, object]:
+    """The JSON object in ``data``, unless it has too many values: making them stops all other threads.
+
+    Args:
+        data: UTF-8.
+        limits: how many values there may be.
+        ids: how many more, which are the tokens of a prompt.
+
+    Raises:
+        Refused: there are more.
+        ValueError: as ``json_object`` does.
+    """
+    if _exceeds(data, limits.values, ids):
+        raise _too_many(limits)
+    return json_object(data)
+
+
+def _exceeds(data: bytes, values: int, ids: int) -> bool:
+    """Whether JSON has more arrays and objects, texts or commas than so many values and ``ids`` may have."""
+    if data.count(b"[") + data.count(b"{") <= values and data.count(b",") <= values + ids:
+        return False
+    # Some may be within texts. One by one, so that other threads run, and no further than there may be.
+    containers = commas = texts = 0
+    for found in _STRUCTURE.finditer(data):
+        byte = found[0]
+        containers += byte in (b"[", b"{")
+        commas += byte == b","
+        texts += len(byte) > 1
+        if containers > values or commas > values + ids or texts > 2 * values:
+            return True
+    return False
+
+
+def _too_many(limits: Limits) -> Refused:
+    return Refused(400, f"The body has more than {limits.values} values.", code="too_many_values")
+
+
+def _check_size(value: object, limits: Limits) -> None:
+    """Raise Refused for too many levels of arrays and objects, or too many values in them; without recursion."""
+    level, depth, count = [value], 0, 0
     while level:
         within: list[object] = []
         for item in level:
-            if isinstance(item, dict):
-                within += item.values()
-            elif isinstance(item, list):
-                within += item
-        depth += bool(any(isinstance(item, (dict, list)) for item in level))
+            inner = item.values() if isinstance(item, dict) else item if isinstance(item, list) else ()
+            count += len(inner)
+            if count > limits.values:
+                raise _too_many(limits)
+            within += inner
+        depth += any(isinstance(item, (dict, list)) for item in level)
+        if depth > limits.depth:
+            raise Refused(400, f"The body has more than {limits.depth} levels.", code="invalid_json")
         level = within
-    return depth

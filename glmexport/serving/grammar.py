@@ -76,7 +76,7 @@ class Grammar:
     Args:
         tools: what may be called, in OpenAI's form; None: tags of calls are text.
         thinking: whether the prompt has opened ``<think>`` already; None: ``<think>`` is text.
-        lenient: take a call that can be repaired for one.
+        lenient: take a call for one whose form can be repaired, if it then follows the schema of a declared tool.
     """
 
     def __init__(
@@ -100,8 +100,12 @@ class Grammar:
         self._held += text
         return list(_merged(self._read(last=False)))
 
-    def finish(self) -> list[Event]:
-        """The rest, behind which no text comes."""
+    def finish(self, *, cut: bool = False) -> list[Event]:
+        """The rest, behind which no text comes.
+
+        ``cut``: it ends where the model did not end it, so that a call which is not closed may lack anything.
+        """
+        self._lenient &= not cut
         return list(_merged(self._read(last=True)))
 
     def _read(self, *, last: bool) -> Iterator[Event]:
@@ -192,7 +196,8 @@ class Grammar:
         read, repaired = parse(segment, self._tools), False
         if not read.calls and self._lenient and (mended := repair(segment)) is not None:
             read, repaired = parse(mended, self._tools), True
-        if not read.calls:
+        # What had to be repaired is called only if nothing else is wrong with it.
+        if not read.calls or (repaired and read.faults):
             yield Fault(parse(segment, self._tools).faults[0].reason)
             yield from self._text(segment)
             return
@@ -244,7 +249,7 @@ def repair(segment: str) -> str | None:
     body = re.sub(r"<arg_key>([^<]*?)\s*(?=<arg_value>)", r"<arg_key>\1</arg_key>", body)
     parts = re.split(r"(?=<arg_key>)", body)
     closed = [
-        part if "<arg_value>" not in part or "</arg_value>" in part else part.rstrip("\n") + "</arg_value>"
+        part if "<arg_value>" not in part or "</arg_value>" in part else part.removesuffix("\n") + "</arg_value>"
         for part in parts
     ]
     return f"{CALL}{''.join(closed)}{CALLED}"

@@ -7,16 +7,19 @@ host.
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import ipaddress
 import logging
+import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from glmexport.serving.failure import Gone, Refused
+from glmexport.serving.failure import FAILED, Gone, Refused
+from glmexport.serving.log import described
 
 if TYPE_CHECKING:
     from glmexport.serving.metrics import Metrics
@@ -24,6 +27,9 @@ if TYPE_CHECKING:
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 #: Answered without a key, so that whoever starts the server can see whether it is there.
 _OPEN = frozenset({"/healthz", "/readyz"})
+
+#: Where the state of a request has its name, and the number of its key.
+REQUEST, KEY = "request_id", "key"
 
 _log = logging.getLogger("glmexport.serving")
 
@@ -51,6 +57,9 @@ class Guard:
         if scope["type"] != "http":
             return
         begun = False
+        # By it, what a client saw and what the log has can be put together.
+        name = f"req_{secrets.token_hex(12)}"
+        scope["state"] = {**scope.get("state", {}), REQUEST: name}
 
         async def noting(message: Message) -> None:
             nonlocal begun
@@ -58,25 +67,27 @@ class Guard:
             if message["type"] == "http.response.start":
                 if message["status"] >= 400:
                     self._metrics.refused.labels(str(message["status"])).inc()
-                if self.closing:
-                    message["headers"] = [*message["headers"], (b"connection", b"close")]
+                closing = [(b"connection", b"close")] if self.closing else []
+                headers = [*message["headers"], (b"x-request-id", name.encode()), *closing]
+                message = {**message, "headers": headers}
             await send(message)
 
         try:
-            self._check(scope)
+            scope["state"][KEY] = self._checked(scope)
             await self._application(scope, receive, noting)
         except Refused as refused:
             if not begun:
                 await refused.response(scope, receive, noting)
-        except Gone:
+        except (Gone, asyncio.CancelledError):
+            # The server cancels at its very end, when it has left the connection.
             pass
-        except Exception:
-            _log.exception("A request failed.")
+        except Exception as error:
+            _log.error("Request %s failed: %s.", name, described(error))
             if not begun:
-                await Refused(500, "The server failed; its log says how.").response(scope, receive, noting)
+                await FAILED.response(scope, receive, noting)
 
-    def _check(self, scope: Scope) -> None:
-        """Raise Refused unless the request may be answered."""
+    def _checked(self, scope: Scope) -> int | None:
+        """The number of the key that the request has, None without one; raise Refused unless it may be answered."""
         headers: dict[bytes, list[bytes]] = {}
         for name, value in scope["headers"]:
             headers.setdefault(name, []).append(value)
@@ -86,10 +97,14 @@ class Guard:
             raise Refused(403, "The Host header names no host of this server (--allow-host).", code="host_refused")
         if origins and (len(origins) > 1 or origins[0].decode("latin-1").lower() not in _own_origins(host)):
             raise Refused(403, "Pages of other origins are not answered.", code="origin_refused")
-        if self._access.keys and scope["path"] not in _OPEN and not self._opens(headers.get(b"authorization", [])):
+        if not self._access.keys or scope["path"] in _OPEN:
+            return None
+        key = self._key(headers.get(b"authorization", []))
+        if key is None:
             raise Refused(
                 401, "The key is missing or wrong.", code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"}
             )
+        return key
 
     def _is_ours(self, host: str, server: Iterable[object] | None) -> bool:
         name = _name(host)
@@ -98,11 +113,11 @@ class Guard:
         # An address cannot be rebound: it is the one that the client came to, or it is not.
         return name in _LOOPBACK | self._access.hosts or (server is not None and name == next(iter(server), None))
 
-    def _opens(self, given: list[bytes]) -> bool:
+    def _key(self, given: list[bytes]) -> int | None:
         scheme, _, key = given[0].partition(b" ") if len(given) == 1 else (b"", b"", b"")
         # Every key is compared, so that time tells nothing about which one was near.
         right = [hmac.compare_digest(key.strip(), mine) for mine in self._access.keys]
-        return scheme.lower() == b"bearer" and any(right)
+        return right.index(True) if scheme.lower() == b"bearer" and any(right) else None
 
 
 def _own_origins(host: str) -> tuple[str, str]:

@@ -3,6 +3,8 @@
 Reuse changes no answer, not by a bit: runtimes add numbers up in another order for one position than for many, and so
 only whole pieces of a prompt are taken over, behind which the rest is computed in the pieces that it would have anyway.
 What was said before is computed again as part of the prompt.
+
+Each key has its own: a prompt that is answered sooner than it could be would tell that somebody has sent it before.
 """
 
 from __future__ import annotations
@@ -17,38 +19,39 @@ class Kept:
 
     def __init__(self, chunk: int | None) -> None:
         self._chunk = chunk
-        self._sequences: list[Computed] = []
+        #: With the key that each was asked with.
+        self._sequences: list[tuple[int | None, Computed]] = []
 
     def __len__(self) -> int:
         return len(self._sequences)
 
-    def keep(self, sequence: Computed) -> None:
+    def keep(self, sequence: Computed, key: int | None) -> None:
         """As the one used last, if it has anything to take over; otherwise it is closed."""
         if self._chunk and sequence.whole:
-            self._sequences.append(sequence)
+            self._sequences.append((key, sequence))
         else:
             sequence.close()
 
     def drop(self, count: int) -> None:
         """Leave at most ``count``, and close the others."""
         over = max(0, len(self._sequences) - count)
-        for sequence in self._sequences[:over]:
+        for _, sequence in self._sequences[:over]:
             sequence.close()
         del self._sequences[:over]
 
-    def take(self, prompt: Sequence[int], length: int) -> Computed | None:
-        """The sequence that shares most with ``prompt`` and has room for ``length``, cut to what it shares.
+    def take(self, prompt: Sequence[int], length: int, key: int | None) -> Computed | None:
+        """The sequence of a ``key`` that shares most with ``prompt``, with room for ``length``, cut to what it shares.
 
         None where each would lose more than it saves, such as conversations that share no more than their beginning.
         At least one token of the prompt is left to compute, since only then there are logits.
         """
         best, shared = None, 0
-        for sequence in self._sequences:
+        for sequence in (sequence for owner, sequence in self._sequences if owner == key):
             common = self._whole(min(_common(sequence.tokens[: sequence.whole], prompt), len(prompt) - 1))
             if common > shared and 2 * common >= sequence.whole and sequence.capacity >= length:
                 best, shared = sequence, common
         if best is not None:
-            self._sequences.remove(best)
+            self._sequences.remove((key, best))
             best.forget(len(best.tokens) - shared)
             best.whole = shared
         return best

@@ -7,28 +7,33 @@ of an inherited socket for the next process.
 from __future__ import annotations
 
 import asyncio
-import math
 import os
+import resource
 import signal
 import socket
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
-import h11
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from glmexport.errors import InputError, MachineError
+from glmexport.serving.connection import LATE_S, Connection
 from glmexport.serving.guard import is_loopback
 from glmexport.serving.limits import Limits
+from glmexport.serving.log import on_loop_failure
 
 #: The first file descriptor that systemd hands over.
 _FIRST_FD = 3
 _BACKLOG = 512
-#: How long a connection may bring its first request after the server stopped accepting, and how long another one.
-_LATE_S, _LATE_AGAIN_S = 2.0, 0.25
+#: Connections that are accepted in one round of the loop, and how long none is where the system has no more to give.
+_AT_ONCE, _PAUSE_S = 16, 0.5
+#: Files that are left to everything else, and the fewest connections that are worth a server.
+_FILES, _FEWEST = 64, 16
+#: By then what came with a connection has been read.
+_CHANCE_S = 0.01
+_CROWDED = b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nRetry-After: 1\r\nContent-Length: 0\r\n\r\n"
 
 
 def inherited_socket(environment: Mapping[str, str]) -> socket.socket | None:
@@ -120,6 +125,23 @@ def watchdog_s() -> float | None:
     return int(microseconds) / 2e6 if ours and microseconds.isdigit() and int(microseconds) else None
 
 
+def most_connections(limits: Limits) -> int:
+    """How many connections there can be at a time, so that files are left for everything else.
+
+    Raises:
+        MachineError: the process may open too few files.
+    """
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if files == resource.RLIM_INFINITY:
+        return limits.connections
+    if files < _FILES + _FEWEST:
+        raise MachineError(
+            f"This process may open {files} files, and a server needs {_FILES + _FEWEST}.",
+            next_step="Raise the limit: ulimit -n 4096, or LimitNOFILE= for systemd.",
+        )
+    return min(limits.connections, files - _FILES)
+
+
 class Server(uvicorn.Server):
     """``application`` on a ``listener``, which another process goes on with if it was ``inherited``.
 
@@ -139,7 +161,7 @@ class Server(uvicorn.Server):
     ) -> None:
         config = uvicorn.Config(
             application,
-            http=self._connection_type(limits),
+            http=Connection,
             ws="none",
             lifespan="off",
             interface="asgi3",
@@ -150,54 +172,117 @@ class Server(uvicorn.Server):
             server_header=False,
             backlog=_BACKLOG,
             timeout_keep_alive=int(limits.idle_s),
-            # What was given up has this long to be told.
-            timeout_graceful_shutdown=math.ceil(drain_s + _LATE_S),
         )
         super().__init__(config)
         # It may be told to stop before asyncio has made it so.
         listener.setblocking(False)
         self._listener = listener
         self._inherited = inherited
+        self._limits = limits
+        self._most = most_connections(limits)
+        self._open: set[Connection] = set()
         self._signalled = False
-        self._late: set[asyncio.Task[Any]] = set()
+        self._accepted: set[asyncio.Task[Any]] = set()
         self._drain_s = drain_s
         self._draining = draining
         self._give_up = give_up
 
     async def listen(self) -> None:
         """Until a signal ends it, and what was accepted is answered."""
+        asyncio.get_running_loop().set_exception_handler(on_loop_failure)
         await self.serve([self._listener])
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to accept, in place of asyncio's server, which takes connections until no file is left."""
+        self.servers = []
+        self.started = True
+        if not self.should_exit:
+            self._resume()
+
     def stop(self) -> None:
-        """Stop accepting now; end once what was accepted is answered."""
+        """Stop accepting now; end once what was accepted is answered, or ``drain_s`` and a little later."""
         if self.should_exit:
             return
         self.should_exit = True
-        if not self._inherited:
-            self._accept_the_rest()
-        for server in getattr(self, "servers", ()):
-            server.close()
-        self._draining()
-        asyncio.get_running_loop().call_later(self._drain_s, self._give_up)
-
-    def _accept_the_rest(self) -> None:
-        """Take what the kernel has accepted already: behind a socket that is closed, nobody else would."""
         loop = asyncio.get_running_loop()
+        loop.remove_reader(self._listener)
+        if not self._inherited:
+            # Behind a socket that is closed, nobody else would take what the kernel has accepted already.
+            self._accept(_BACKLOG)
+        self._listener.close()
+        self._draining()
+        loop.call_later(self._drain_s, self._give_up)
+        loop.call_later(self._drain_s + LATE_S / 2, self._end)
+        self._leave_the_silent({})
 
-        def connection() -> asyncio.Protocol:
-            made: asyncio.Protocol = self.config.http_protocol_class(  # type: ignore[call-arg]
-                config=self.config, server_state=self.server_state, app_state={}
-            )
-            return made
+    def _resume(self) -> None:
+        """Accept from now on."""
+        if not self.should_exit:
+            asyncio.get_running_loop().add_reader(self._listener, self._accept, _AT_ONCE)
 
-        while True:
+    def _accept(self, most: int) -> None:
+        """Take connections that wait, at most so many."""
+        loop = asyncio.get_running_loop()
+        for _ in range(most):
             try:
                 accepted, _ = self._listener.accept()
-            except OSError:
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
-            task = loop.create_task(loop.connect_accepted_socket(connection, accepted))
-            self._late.add(task)
-            task.add_done_callback(self._late.discard)
+            except OSError:
+                # No file or memory is left; the loop would ask again at once, and for ever.
+                loop.remove_reader(self._listener)
+                loop.call_later(_PAUSE_S, self._resume)
+                return
+            if len(self._open) < self._most or self._make_room():
+                self._take(accepted)
+            else:
+                with accepted, suppress(OSError):
+                    accepted.setblocking(False)
+                    accepted.send(_CROWDED)
+
+    def _take(self, accepted: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        connection = Connection(
+            self.config, self.server_state, self._limits, lambda: self.should_exit, self._open.discard
+        )
+        self._open.add(connection)
+
+        def taken(task: asyncio.Task[Any]) -> None:
+            self._accepted.discard(task)
+            if task.cancelled() or task.exception():
+                self._open.discard(connection)
+
+        task = loop.create_task(loop.connect_accepted_socket(lambda: connection, accepted))
+        self._accepted.add(task)
+        task.add_done_callback(taken)
+
+    def _make_room(self) -> bool:
+        """End the connection whose client has been waited for longest; False where it is the server's turn with all."""
+        waiting = [(since, id(open_), open_) for open_ in self._open if (since := open_.awaited_since) is not None]
+        if not waiting:
+            return False
+        since, _, oldest = min(waiting)
+        if asyncio.get_running_loop().time() - since < _CHANCE_S:
+            return False
+        self._open.discard(oldest)
+        oldest.leave()
+        return True
+
+    def _leave_the_silent(self, before: Mapping[Connection, tuple[int, int]]) -> None:
+        """While the server ends: end connections whose clients have neither brought nor taken anything for a while."""
+        awaited = {open_: open_.progress for open_ in self._open if open_.awaited_since is not None}
+        for connection, progress in awaited.items():
+            if before.get(connection) == progress:
+                connection.leave()
+        asyncio.get_running_loop().call_later(LATE_S, self._leave_the_silent, awaited)
+
+    def _end(self) -> None:
+        """Wait for nobody any more."""
+        for connection in list(self._open):
+            connection.leave()
+        for task in self.server_state.tasks:
+            task.cancel()
+        self.force_exit = True
 
     @contextmanager
     def capture_signals(self) -> Generator[None]:
@@ -220,53 +305,3 @@ class Server(uvicorn.Server):
             self.force_exit = True
         self._signalled = True
         self.stop()
-
-    def _connection_type(self, limits: Limits) -> type[H11Protocol]:
-        """A connection as uvicorn has it, which is also closed when the head of a request does not come.
-
-        One that was accepted before the server stopped accepting may still bring a request for a while.
-        """
-        server = self
-
-        class Connection(H11Protocol):
-            _head: asyncio.TimerHandle | None = None
-
-            def connection_made(self, transport: Any) -> None:
-                super().connection_made(transport)
-                self._head = self.loop.call_later(limits.head_s, self._close)
-                if server.should_exit:
-                    self.shutdown()
-
-            def data_received(self, data: bytes) -> None:
-                super().data_received(data)
-                if self.conn.their_state is not h11.IDLE:
-                    self._arrived()
-                elif self._head is None:
-                    self._head = self.loop.call_later(limits.head_s, self._close)
-                if server.should_exit and self.cycle is not None:
-                    self.cycle.keep_alive = False
-
-            def connection_lost(self, exc: Exception | None) -> None:
-                self._arrived()
-                super().connection_lost(exc)
-
-            def shutdown(self) -> None:
-                if self.cycle is None or self.cycle.response_complete:
-                    self.loop.call_later(_LATE_S if self.cycle is None else _LATE_AGAIN_S, self._close_idle)
-                else:
-                    self.cycle.keep_alive = False
-
-            def _arrived(self) -> None:
-                if self._head is not None:
-                    self._head.cancel()
-                    self._head = None
-
-            def _close_idle(self) -> None:
-                if self.cycle is None or self.cycle.response_complete:
-                    self._close()
-
-            def _close(self) -> None:
-                if not self.transport.is_closing():
-                    self.transport.close()
-
-        return Connection

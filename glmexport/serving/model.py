@@ -13,10 +13,9 @@ from glmexport.errors import InputError
 from glmexport.graph import RECENT_LOGITS, SHORT_STEP
 from glmexport.loop import LoopConfig, read_loop
 from glmexport.serving.batch import BatchedSequence, BatchLoop
-from glmexport.serving.sampling import Sampling
 from glmexport.validation.capacity import CapacityGraph
 from glmexport.validation.fixed_loop import FixedLoop, FixedSequence
-from glmexport.validation.generation import GenaiLoop, Guide, loop_facts
+from glmexport.validation.generation import GenaiLoop, loop_facts
 from glmexport.validation.latent_loop import CHUNK, LatentLoop
 from glmexport.validation.own_loop import open_loop
 
@@ -103,29 +102,6 @@ class Model:
         capacity = min((-(-length // ROOM) + 1) * ROOM, self.context_length)
         return GenaiSequence(self._loop.generator(1, capacity), capacity)
 
-    def guided(self, length: int, guide: Guide, sampling: Sampling) -> GuidedSequence:
-        """A sequence of at most ``length`` tokens whose answer follows ``guide``.
-
-        Raises:
-            InputError: it is no grammar, or the loop of this bundle follows none.
-        """
-        if not isinstance(self._loop, GenaiLoop):
-            raise InputError(
-                "Answers of this bundle cannot be held to a grammar: it is not run by onnxruntime-genai.",
-                next_step="Leave response_format out.",
-            )
-        options: dict[str, Any] = {}
-        if not sampling.greedy:
-            options = {
-                "do_sample": True,
-                "top_k": 0,
-                "temperature": sampling.temperature,
-                "top_p": sampling.top_p,
-                # It takes 31 bits of a seed.
-                "random_seed": sampling.seed % 2**31,
-            }
-        return GuidedSequence(self._loop.generator(1, length, guide, **options))
-
 
 class GenaiSequence:
     """One sequence in onnxruntime-genai."""
@@ -204,22 +180,3 @@ class FixedShapeSequence:
 
     def close(self) -> None:
         """As ``Computed``; what nobody refers to is freed."""
-
-
-class GuidedSequence:
-    """One sequence whose tokens onnxruntime-genai chooses, since the grammar is its own."""
-
-    def __init__(self, generator: Any) -> None:
-        self._generator = generator
-
-    def advance(self, ids: Sequence[int]) -> None:
-        """Compute ``ids`` of the prompt."""
-        self._generator.append_tokens(np.array(ids, np.int32))
-
-    def next(self) -> tuple[int, NDArray[np.float32]] | None:
-        """A token, and the logits [V] that it was chosen by before the grammar; None: the answer has ended."""
-        if self._generator.is_done():
-            return None
-        logits = self._generator.get_logits().reshape(-1).astype(np.float32)
-        self._generator.generate_next_token()
-        return int(self._generator.get_next_tokens()[0]), logits

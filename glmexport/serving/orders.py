@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from glmexport.checkpoint import Tokenizer
-from glmexport.checkpoint.tokenizer import GLM_PREFIX
-from glmexport.errors import CheckpointError
+from glmexport.checkpoint.control import Rendered
+from glmexport.errors import InputError
 from glmexport.serving.answer import Order
 from glmexport.serving.failure import Refused
 from glmexport.serving.fields import Asked, ChatAsked, TextAsked
 from glmexport.serving.grammar import CALL, TAGS, THINK, THOUGHT, Grammar
+from glmexport.serving.guides import Guide
 from glmexport.serving.limits import Limits
 from glmexport.serving.messages import template_messages
 from glmexport.serving.sampling import Sampling
+from glmexport.serving.schemas import check_schema
 from glmexport.serving.text import AnswerText, Decoder
-from glmexport.validation.generation import Guide
 
 #: Tokens of an answer to a text where the request says nothing, as OpenAI has it.
 _TEXT_TOKENS = 16
@@ -60,20 +61,27 @@ class Reader:
             thinking = False
         if thinking is not None:
             settings["enable_thinking"] = thinking
-        messages = template_messages(asked.messages, self.limits.messages)
+        cleared = {asked.clear_thinking, asked.chat_template_kwargs.clear_thinking} - {None}
+        if len(cleared) > 1:
+            raise Refused(400, "clear_thinking differs from chat_template_kwargs.clear_thinking.", "clear_thinking")
+        if cleared:
+            settings["clear_thinking"] = cleared.pop()
+        messages = template_messages(asked.messages, self.limits)
         try:
             prompt = self.tokenizer.render(messages, add_generation_prompt=True, **settings)
-        except CheckpointError as error:
+        except InputError as error:
             raise Refused(400, str(error), "messages") from error
-        opened = prompt.rstrip().endswith(THINK)
+        opened = self._opened(prompt)
         if opening:
-            prompt += (THOUGHT if opened else "") + opening
+            # The name is the client's, and the tags are not.
+            prompt += self.tokenizer.written((THOUGHT if opened else "") + CALL) + opening.removeprefix(CALL)
             opened = False
         limit = asked.max_completion_tokens or asked.max_tokens
         if asked.max_completion_tokens and asked.max_tokens not in (None, asked.max_completion_tokens):
             raise Refused(400, "max_tokens and max_completion_tokens differ.", "max_tokens")
         top = asked.top_logprobs if asked.logprobs else None
-        order = self._order(asked, self.tokenizer.encode(prompt), limit or self.limits.answer_tokens, top, guide)
+        ids = self._encode(self.tokenizer.encode, prompt, "messages")
+        order = self._order(asked, ids, limit or self.limits.answer_tokens, top, guide)
         reasons = self.tokenizer.template_mentions(THINK) and guide is None
         grammar = Grammar(tools or None, opened if reasons else None, lenient=self.lenient)
         # The answer begins in the prompt, so that nothing of it is certain yet.
@@ -100,17 +108,42 @@ class Reader:
 
     def _prompt(self, asked: TextAsked) -> list[int]:
         prompt = asked.prompt
-        if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
-            if len(prompt) > 1:
-                raise Refused(400, "One prompt a request is answered.", "prompt", "unsupported_value")
-            (prompt,) = prompt
         if isinstance(prompt, str):
-            begun = prompt.startswith("".join(GLM_PREFIX))
-            return [*([] if begun else self.tokenizer.prefix), *self.tokenizer.encode(prompt)]
-        ids = [token for token in prompt if isinstance(token, int)]
-        if any(not 0 <= token < self.tokenizer.vocabulary_size for token in ids):
+            return self._encode(self.tokenizer.sequence, prompt, "prompt")
+        if len(prompt) > self.context_length:
+            raise self._too_long(len(prompt), "prompt")
+        if any(not 0 <= token < self.tokenizer.vocabulary_size for token in prompt):
             raise Refused(400, f"Token ids are 0 to {self.tokenizer.vocabulary_size - 1}.", "prompt")
-        return ids
+        return prompt
+
+    def _opened(self, prompt: Rendered) -> bool:
+        """Whether the template has begun the reasoning, which nobody else can."""
+        end = prompt.rstrip()
+        known = THINK in self.tokenizer.control_tokens
+        return end.endswith(THINK) and (not known or (len(end) - len(THINK), len(end)) in end.control)
+
+    def _encode(self, encode: Callable[[str], list[int]], text: str, param: str) -> list[int]:
+        """Token ids of a text that may fit into the context; another one is not encoded at all.
+
+        Raises:
+            Refused: it is too long whatever its tokens are, no Unicode, or names a control token that cannot be text.
+        """
+        try:
+            fewest = self.tokenizer.fewest_tokens(len(text.encode()))
+        except UnicodeEncodeError as error:
+            raise Refused(400, "A text has half of a surrogate pair.", param) from error
+        if fewest > self.context_length:
+            raise self._too_long(fewest, param)
+        try:
+            return encode(text)
+        except InputError as error:
+            raise Refused(400, str(error), param) from error
+
+    def _too_long(self, tokens: int, param: str) -> Refused:
+        return Refused(
+            400, f"The prompt has {tokens} tokens or more and the context {self.context_length}.", param,
+            "context_length_exceeded",
+        )  # fmt: skip
 
     def _order(self, asked: Asked, prompt: Sequence[int], limit: int, top: int | None, guide: Guide | None) -> Order:
         if limit > self.limits.answer_tokens:
@@ -121,10 +154,7 @@ class Reader:
             raise Refused(400, "The prompt is empty.", "prompt")
         room = self.context_length - len(prompt)
         if room < 1:
-            raise Refused(
-                400, f"The prompt has {len(prompt)} tokens and the context {self.context_length}.",
-                "messages" if isinstance(asked, ChatAsked) else "prompt", "context_length_exceeded",
-            )  # fmt: skip
+            raise self._too_long(len(prompt), "messages" if isinstance(asked, ChatAsked) else "prompt")
         # A stop string that is a special token, which no text shows, is an end token.
         special = self.tokenizer.special_tokens
         stops = asked.stops(self.limits)
@@ -153,6 +183,8 @@ class Reader:
         names = {tool.function.name for tool in asked.tools}
         if not names or (name and name not in names):
             raise Refused(400, "tool_choice asks for a tool that tools does not have.", "tool_choice")
+        if any(tag in name for tag in TAGS):
+            raise Refused(400, "tool_choice asks for a tool with a tag of calls in its name.", "tool_choice")
         if not self.tokenizer.template_mentions(CALL):
             raise Refused(
                 400, f"This model's template writes no {CALL}, so that no call can be asked for.", "tool_choice",
@@ -174,4 +206,7 @@ class Reader:
             raise Refused(400, "An answer is either held to JSON or may call tools.", "response_format")
         if asked.chat_template_kwargs.enable_thinking:
             raise Refused(400, "An answer that is held to JSON has no reasoning.", "chat_template_kwargs")
-        return Guide("json_schema", json.dumps(form.json_schema.schema_) if form.json_schema else _ANY_OBJECT)
+        if form.json_schema is None:
+            return Guide("json_schema", _ANY_OBJECT)
+        check_schema(form.json_schema.schema_, "response_format")
+        return Guide("json_schema", json.dumps(form.json_schema.schema_))

@@ -112,7 +112,7 @@ class ChatReply:
 
     def end(self, end: End) -> Iterator[dict[str, Any]]:
         """As ``Reply``."""
-        for delta in self._deltas(self._grammar.finish()):
+        for delta in self._deltas(self._grammar.finish(cut=end.reason == "length" or end.stopped)):
             yield self._chunk(delta)
         yield self._chunk({}, finish=self._finish(end))
 

@@ -8,36 +8,41 @@ import socket
 import stat
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from glmexport.bundle import MANIFEST, Manifest
 from glmexport.checkpoint import Tokenizer
-from glmexport.errors import InputError, MachineError
+from glmexport.errors import GlmexportError, InputError, MachineError
 from glmexport.loop import read_loop
 from glmexport.progress import Progress, Silent
 from glmexport.release import NOBODY, Trust, open_signed
 from glmexport.serving.app import Facts, Service
 from glmexport.serving.engine import Engine, EngineOptions
 from glmexport.serving.guard import Access, Guard
+from glmexport.serving.guides import Guides
 from glmexport.serving.limits import Limits
 from glmexport.serving.listen import (
     Server,
     inherited_socket,
+    most_connections,
     notify,
     own_socket,
     reached_from_outside,
     url_of,
     watchdog_s,
 )
+from glmexport.serving.log import described
 from glmexport.serving.metrics import Metrics
 from glmexport.serving.orders import Reader
 from glmexport.validation.generation import loop_facts
 
 #: A shorter key can be guessed.
 _KEY_CHARACTERS = 16
+#: Connections beside those whose requests run or wait.
+_SPARE = 8
 #: How long the engine has to end its step once nobody waits for it.
-_LAST_STEP_S = 10
+_LAST_STEP_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,7 @@ def serve(
 ) -> bool:
     """Answer requests until SIGTERM or SIGINT; ``told`` once the model is in memory.
 
-    Returns: whether the thread that computes has ended, without which the process should not be torn down.
+    Returns: whether the threads that compute and read have ended, without which the process should not be torn down.
 
     Raises:
         InputError: the bundle, the key file or the address cannot be used.
@@ -118,14 +123,19 @@ class _Served:
             url_of(listener), options.name or manifest.source.name, manifest.digest(), self._threads, inherited
         )
         ends, context_length = loop_facts(directory)
-        guides = read_loop(directory) is None and not options.batch
+        can_guide = read_loop(directory) is None and not options.batch
+        self._guides = Guides(directory) if can_guide else None
         tokenizer = Tokenizer.open(directory)
-        reader = Reader(tokenizer, ends, context_length, options.limits, guides, options.lenient)
+        reader = Reader(tokenizer, ends, context_length, options.limits, can_guide, options.lenient)
         metrics = Metrics()
+        at_work = options.parallel + options.waiting
+        limits = replace(options.limits, connections=max(options.limits.connections, at_work + _SPARE))
+        # Where there are fewer connections, fewer wait: some are left for whoever asks whether the server lives.
+        waiting = min(options.waiting, max(1, most_connections(limits) - options.parallel - _SPARE))
         settings = EngineOptions(
-            self._threads, options.parallel, options.waiting, options.guesses, options.reuse, options.batch
+            self._threads, options.parallel, waiting, options.guesses, options.reuse, options.batch
         )
-        self._engine = Engine(directory, settings, metrics, self._loaded, self._broken)
+        self._engine = Engine(directory, settings, metrics, self._loaded, self._broken, self._guides)
         facts = Facts(
             name=self._serving.name,
             directory=directory.name,
@@ -135,7 +145,7 @@ class _Served:
             context_length=context_length,
             created=int((directory / MANIFEST).stat().st_mtime),
         )
-        self._service = Service(facts, reader, self._engine, metrics)
+        self._service = Service(facts, reader, self._engine, metrics, self._guides)
         hosts = {host.lower() for host in options.hosts}
         if options.host not in ("0.0.0.0", "::"):  # noqa: S104
             hosts.add(options.host.lower())
@@ -144,7 +154,7 @@ class _Served:
             self._guard,
             listener,
             inherited=inherited,
-            limits=options.limits,
+            limits=limits,
             drain_s=options.drain_s,
             draining=self._drain,
             give_up=self._service.give_up,
@@ -155,9 +165,12 @@ class _Served:
         """Until the server has ended."""
         self._told = told
         asyncio.run(self._run())
-        if self._error:
+        if isinstance(self._error, (GlmexportError, MemoryError, OSError)):
             raise self._error
-        return self._engine.join(_LAST_STEP_S)
+        if self._error:
+            # What a library says may be about a request.
+            raise RuntimeError(f"The thread that computes failed: {described(self._error)}.") from None
+        return self._engine.join(_LAST_STEP_S) and not self._service.reading
 
     async def _run(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -167,7 +180,10 @@ class _Served:
             await self._server.listen()
         finally:
             alive.cancel()
+            self._service.close()
             self._engine.close()
+            if self._guides:
+                self._guides.close()
 
     async def _tell_alive(self) -> None:
         """For systemd's watchdog: this loop goes round, and the thread that computes is there."""

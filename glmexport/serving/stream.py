@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
@@ -11,7 +10,7 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from glmexport.serving.failure import Gone, Refused
+from glmexport.serving.failure import FAILED, Gone, Refused
 
 _DONE = b"data: [DONE]\n\n"
 
@@ -22,15 +21,14 @@ def event(document: dict[str, Any]) -> bytes:
 
 
 class EventStream(Response):
-    """``documents`` as they come. A client that takes nothing for ``patience_s`` is left."""
+    """``documents`` as they come."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, documents: AsyncGenerator[dict[str, Any]], patience_s: float) -> None:
+    def __init__(self, documents: AsyncGenerator[dict[str, Any]]) -> None:
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._documents = documents
-        self._patience_s = patience_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI has it."""
@@ -38,11 +36,7 @@ class EventStream(Response):
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
 
             async def pass_on(data: bytes, more: bool = True) -> None:
-                try:
-                    async with asyncio.timeout(self._patience_s):
-                        await send({"type": "http.response.body", "body": data, "more_body": more})
-                except TimeoutError as error:
-                    raise Gone from error
+                await send({"type": "http.response.body", "body": data, "more_body": more})
 
             # Who has gone is told nothing more.
             with suppress(Gone):
@@ -51,4 +45,9 @@ class EventStream(Response):
                         await pass_on(event(document))
                 except Refused as refused:
                     await pass_on(event(refused.document))
+                except Exception:
+                    # Whatever it is, the client is told that the answer is not whole; who called logs it.
+                    await pass_on(event(FAILED.document))
+                    await pass_on(_DONE, more=False)
+                    raise
                 await pass_on(_DONE, more=False)

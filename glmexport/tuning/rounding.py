@@ -9,6 +9,7 @@ from torch import Tensor
 
 from glmexport.architecture import Architecture
 from glmexport.checkpoint import Checkpoint
+from glmexport.quantization.formats import planned_formats
 from glmexport.quantization.linear import QuantizedLinear
 from glmexport.quantization.nearest import round_to_nearest
 from glmexport.quantization.packing import pack_codes, pack_zero_points
@@ -75,12 +76,7 @@ class RoundedWeights(Weights):
 
 def _formats(architecture: Architecture, recipe: Recipe) -> dict[str, Format]:
     """By weight key, of what the recipe rounds."""
-    routed = architecture.routed
-    forms: dict[str, Format | None] = {}
-    if not recipe.keeps_stored:
-        forms = {
-            linear.weight: recipe.linear(mixture=bool(routed), routed=linear.weight in routed)
-            for _, linear in architecture.linears
-        }
-    forms |= {architecture.lm_head.weight: recipe.lm_head, architecture.embedding: recipe.embedding}
+    forms = planned_formats(architecture, recipe)
+    if recipe.keeps_stored:
+        forms = {key: forms[key] for key in (architecture.lm_head.weight, architecture.embedding)}
     return {key: form for key, form in forms.items() if form is not None}

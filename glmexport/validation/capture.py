@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from glmexport import __version__
 from glmexport.bundle.manifest import FileEntry, Source
-from glmexport.definition import Definition
+from glmexport.definition import Definition, read_json
 from glmexport.errors import BundleError
 from glmexport.progress import Progress
 from glmexport.quantization import sha256
@@ -30,7 +30,7 @@ from glmexport.validation.divergence import Divergence, divergence
 from glmexport.validation.fidelity import Answers, Streamed, position_slices
 from glmexport.validation.partition import Partition, partition, partition_divergence
 from glmexport.validation.prompts import GoldenPrompt
-from glmexport.validation.results import CaptureBound, LanguageFidelity
+from glmexport.validation.results import CaptureBound, LanguageFidelity, ReferenceCheck
 from glmexport.validation.texts import EvaluationText
 
 REFERENCE = "reference.json"
@@ -73,6 +73,8 @@ class Capture(Definition):
     texts: tuple[CapturedText, ...]
     #: The original against itself, with another batch and number of threads.
     noise: LanguageFidelity
+    #: Whether the original that was asked is the model that transformers loads.
+    reference_check: ReferenceCheck | None = None
     #: Why transformers cannot open the tokenizer, or None without a chat template.
     prompts: tuple[GoldenPrompt, ...] | str | None
     #: None: no bundle was at hand to draft them.
@@ -81,10 +83,11 @@ class Capture(Definition):
     files: tuple[FileEntry, ...]
 
     def digest(self) -> str:
-        """SHA-256 over its values, and so over every file it lists."""
+        """SHA-256 over its values, and so over every file it lists; not over the check, which memory decides on."""
         import hashlib
 
-        return "sha256:" + hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+        content = self.model_dump_json(exclude={"reference_check"})
+        return "sha256:" + hashlib.sha256(content.encode()).hexdigest()
 
 
 def write_capture(
@@ -98,6 +101,7 @@ def write_capture(
     progress: Progress,
     *,
     top_k: int = TOP_K,
+    check: ReferenceCheck | None = None,
 ) -> Capture:
     """Write the answers of ``original`` into the new ``directory``."""
     (directory / "answers").mkdir(parents=True)
@@ -136,6 +140,7 @@ def write_capture(
             for text in original.texts
         ),
         noise=noise,
+        reference_check=check,
         prompts=prompts if prompts is None or isinstance(prompts, str) else tuple(prompts),
         answers=answers,
         versions=versions,
@@ -173,11 +178,10 @@ class CapturedReference:
                 next_step="Give a directory that glmexport reference wrote.",
             )
         try:
-            capture = Capture.model_validate_json(path.read_bytes())
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
+            capture = read_json(Capture, path)
+        except ValueError as error:
             raise BundleError(
-                f"{path}: {'.'.join(map(str, first['loc'])) or '(top level)'}: {first['msg']}.",
+                f"{path}: {error}.",
                 next_step="Capture the reference again with this version of glmexport.",
             ) from error
         needed = {_AUDIT, *(_answers(text.language) for text in capture.texts)}

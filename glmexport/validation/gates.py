@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from glmexport.bundle import Manifest
+from glmexport.bundle.manifest import LargestActivation
 from glmexport.quantization import ExpertCoverage
 from glmexport.target import Gates
 from glmexport.validation.losses import Loss, losses
@@ -23,6 +24,7 @@ from glmexport.validation.results import (
     Gate,
     LanguageFidelity,
     PromptParity,
+    ReferenceCheck,
     Verdict,
     WeightCheck,
     WeightFault,
@@ -36,6 +38,11 @@ HIDDEN_SHARE = 0.25
 
 #: With about as many tokens as columns GPTQ follows chance, and can end behind rounding to nearest.
 EFFECTIVE_TOKENS = 2.0
+
+
+#: The largest number of float16. Calibration text is a sample: what comes within half of it may be passed by others.
+FLOAT16_LARGEST = 65504.0
+FLOAT16_ROOM = FLOAT16_LARGEST / 2
 
 
 @dataclass(frozen=True)
@@ -118,16 +125,31 @@ def coverage_gate(experts: Sequence[ExpertCoverage]) -> Gate:
     return counted("Cold experts", None, cold, 0, "experts", sample, otherwise=Verdict.WARN)
 
 
+def range_gate(largest: LargestActivation) -> Gate:
+    """No number may come near the end of float16: a WARN beyond half of it, a BLOCK where it becomes infinite."""
+    beyond = not largest.magnitude <= FLOAT16_LARGEST
+    return counted(
+        "Largest activation in float16",
+        None,
+        largest.magnitude,
+        FLOAT16_ROOM,
+        "magnitude",
+        f"calibration text, read by {largest.at}; float16 ends at {FLOAT16_LARGEST:,.0f}",
+        otherwise=Verdict.BLOCK if beyond else Verdict.WARN,
+    )
+
+
 def manifest_gates(manifest: Manifest) -> tuple[Gate, ...]:
-    """``build_gates`` and ``coverage_gate`` of what the build wrote down, as far as it quantized anything."""
+    """``range_gate``, ``build_gates`` and ``coverage_gate`` of what the build wrote down, as far as it did anything."""
+    ranges = (range_gate(manifest.largest_activation),) if manifest.largest_activation else ()
     if not manifest.matrices:
-        return ()
+        return ranges
     fallbacks = sum(matrix.fallback is not None for matrix in manifest.matrices)
     # Those of routed experts have a gate of their own.
     tokens = [matrix.effective_tokens_per_column for matrix in manifest.matrices if matrix.chosen is None]
     fewest = min((count for count in tokens if count is not None), default=None)
     gates = build_gates(fallbacks, fewest, len(manifest.matrices))
-    return (*gates, *((coverage_gate(manifest.experts),) if manifest.experts else ()))
+    return (*ranges, *gates, *((coverage_gate(manifest.experts),) if manifest.experts else ()))
 
 
 def prompt_gate(parity: PromptParity) -> Gate:
@@ -155,6 +177,24 @@ def weight_gates(check: WeightCheck) -> tuple[Gate, ...]:
     return (
         counted("Tensors that were changed", None, len(other), 0, "tensors", sample(other), otherwise=Verdict.BLOCK),
         counted("Matrices with lost rows", None, len(far), 0, "matrices", sample(far), otherwise=Verdict.WARN),
+    )
+
+
+def reference_gate(check: ReferenceCheck | None) -> tuple[Gate, ...]:
+    """The original that everything is compared with has to be the model that transformers loads; nothing if unknown."""
+    if check is None or check.max_difference is None or check.limit is None:
+        return ()
+    sample = f"{check.positions} positions; transformers' whole model in fp32"
+    return (
+        counted(
+            "Original against transformers",
+            None,
+            check.max_difference,
+            check.limit,
+            "logits",
+            sample,
+            otherwise=Verdict.BLOCK,
+        ),
     )
 
 

@@ -10,48 +10,53 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from glmexport.bundle.genai import GENAI_CONFIG, INPUTS, OUTPUTS
 from glmexport.bundle.links import loadable
-from glmexport.definition import Definition, first_problem
+from glmexport.definition import Definition, Size, TokenId, first_problem
 from glmexport.errors import BundleError
 from glmexport.session_settings import check_provider, check_session_entries
+from glmexport.untrusted import SMALL, parse_object, read_regular
 
 #: Tokens of a prompt whose activations are in memory together, so that they do not grow with its length.
 PREFILL_TOKENS = 256
-
-_Size = Annotated[int, Field(strict=True, ge=1, lt=1 << 31)]
-_Token = Annotated[int, Field(strict=True, ge=0, lt=1 << 31)]
 
 
 class _Decoder(Definition):
     filename: Literal["model.onnx"]
     session_options: dict[str, Any]
-    hidden_size: _Size
-    head_size: _Size
-    num_attention_heads: _Size
-    num_key_value_heads: _Size
-    num_hidden_layers: _Size
+    hidden_size: Size
+    head_size: Size
+    num_attention_heads: Size
+    num_key_value_heads: Size
+    num_hidden_layers: Size
     inputs: dict[str, str]
     outputs: dict[str, str]
 
 
 class _Model(Definition):
     type: Literal["decoder"]
-    context_length: _Size
-    vocab_size: _Size
-    bos_token_id: _Token | None
-    eos_token_id: Annotated[tuple[_Token, ...], Field(max_length=64)]
-    pad_token_id: _Token | None
+    context_length: Size
+    vocab_size: Size
+    bos_token_id: TokenId
+    eos_token_id: Annotated[tuple[TokenId, ...], Field(min_length=1, max_length=64)]
+    pad_token_id: TokenId
     decoder: _Decoder
+
+    @model_validator(mode="after")
+    def _every_id_is_a_token(self) -> Self:
+        for token in (self.bos_token_id, *self.eos_token_id, self.pad_token_id):
+            if token >= self.vocab_size:
+                raise ValueError(f"token {token} is none of {self.vocab_size}")
+        return self
 
 
 class _Search(Definition):
     do_sample: Literal[False]
-    max_length: _Size
+    max_length: Size
     min_length: Literal[0]
     num_beams: Literal[1]
     num_return_sequences: Literal[1]
@@ -87,14 +92,15 @@ class GenaiConfig:
         """
         path = bundle / GENAI_CONFIG
         try:
-            text = path.read_text(encoding="utf-8")
-            document = json.loads(text)
+            written = read_regular(path, SMALL.size)
+            document = parse_object(written, SMALL)
             model = _Document.model_validate(document).model
-            _require(json.dumps(document, indent=2) + "\n" == text, "it is not spelled as a build writes it")
+            expected = (json.dumps(document, indent=2) + "\n").encode()
+            _require(written == expected, "it is not spelled as a build writes it")
             _require((model.decoder.inputs, model.decoder.outputs) == (INPUTS, OUTPUTS), "it names other inputs")
             options = model.decoder.session_options
             providers = tuple(_checked(options))
-        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        except (OSError, ValueError, TypeError, AttributeError) as error:
             raise BundleError(
                 f"{path} cannot be used: {_reason(error)}.",
                 next_step="Build the bundle again, or copy it again from where it was built.",

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -128,14 +127,6 @@ class GenerationSession:
         return min(max_tokens, self.context_length - length)
 
 
-@dataclass(frozen=True)
-class Guide:
-    """What every answer must follow."""
-
-    kind: Literal["json_schema"]
-    text: str
-
-
 class GenaiLoop:
     """A bundle in onnxruntime-genai.
 
@@ -189,26 +180,12 @@ class GenaiLoop:
         """Positions of a single prompt that are computed together; None: all of them."""
         return self._config.search_options(1).get("chunk_size")
 
-    def generator(self, batch: int, max_length: int, guide: Guide | None = None, **options: Any) -> Any:
-        """A generator of onnxruntime-genai, greedy unless its search ``options`` say otherwise.
-
-        Raises:
-            InputError: what guides its answer is no grammar.
-        """
+    def generator(self, batch: int, max_length: int) -> Any:
+        """A generator of onnxruntime-genai, greedy."""
         parameters: Any = self._genai.GeneratorParams(self._model)
-        given = {"do_sample": False, **self._config.search_options(batch), **options}
+        given = {"do_sample": False, **self._config.search_options(batch)}
         parameters.set_search_options(max_length=max_length, batch_size=batch, **given)
-        try:
-            if guide:
-                parameters.set_guidance(guide.kind, guide.text)
-            return self._genai.Generator(self._model, parameters)
-        except RuntimeError as error:
-            if guide is None:
-                raise
-            reason = str(error).splitlines()[0]
-            raise InputError(
-                f"onnxruntime-genai cannot hold an answer to this {guide.kind}: {reason}.", next_step="Simplify it."
-            ) from error
+        return self._genai.Generator(self._model, parameters)
 
 
 def _refuse(bundle: Path, speculation: Speculation | None) -> None:

@@ -1,12 +1,15 @@
 """Prompt parity: a bundle's tokenizer and chat template turn conversations into the token ids that the original's do.
 
 A template that was swapped, or a tokenizer that lost a special token, leaves every weight as it was and makes another
-model of them. transformers is the reference: its tokenizer, opened from the checkpoint.
+model of them. transformers is the reference: its tokenizer, opened from the checkpoint. It takes the names of control
+tokens in a message for the tokens, which nothing here does: of such conversations the reference is what is made of them
+with the checkpoint's own files.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from pydantic import Field
@@ -45,7 +48,7 @@ class Conversation(Definition):
 
 
 class GoldenPrompt(Definition):
-    """A conversation, and what transformers makes of it with the original's tokenizer."""
+    """A conversation, and what is made of it with the original's tokenizer."""
 
     conversation: Conversation
     #: None if the template refuses.
@@ -109,9 +112,9 @@ def golden_prompts(checkpoint: Checkpoint, documents: Sequence[Document]) -> lis
         )
         return ids
 
-    prompts = []
+    own, prompts = Tokenizer.open(checkpoint.path), []
     for conversation in golden_conversations(documents):
-        ids = _ids(expected, conversation)
+        ids = _ids(partial(_given, own) if own.names_control(conversation.messages) else expected, conversation)
         refused = isinstance(ids, str)
         prompts.append(
             GoldenPrompt(
@@ -128,16 +131,11 @@ def prompt_parity(golden: Sequence[GoldenPrompt] | str | None, bundle: Tokenizer
     if isinstance(golden, str):
         return PromptParity(compared=0, refused=0, differences=(), unopened=golden)
 
-    def given(conversation: Conversation) -> list[int]:
-        return bundle.encode_chat(
-            conversation.messages, add_generation_prompt=conversation.add_generation_prompt, **conversation.variables
-        )
-
     compared, refused, differences = 0, 0, []
     for prompt in golden:
         conversation = prompt.conversation
         theirs = prompt.refusal if prompt.ids is None else prompt.ids
-        ours = _ids(given, conversation)
+        ours = _ids(partial(_given, bundle), conversation)
         if isinstance(theirs, str) and isinstance(ours, str):
             # A kind of conversation that the template does not admit.
             refused += 1
@@ -151,6 +149,12 @@ def prompt_parity(golden: Sequence[GoldenPrompt] | str | None, bundle: Tokenizer
                 )
             )
     return PromptParity(compared=compared, refused=refused, differences=tuple(differences))
+
+
+def _given(tokenizer: Tokenizer, conversation: Conversation) -> list[int]:
+    return tokenizer.encode_chat(
+        conversation.messages, add_generation_prompt=conversation.add_generation_prompt, **conversation.variables
+    )
 
 
 def _ids(encode: Callable[[Conversation], list[int]], conversation: Conversation) -> list[int] | str:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from glmexport.architecture import Architecture, Reference
 from glmexport.bundle import Manifest
-from glmexport.bundle.read import BundleWeights, bundle_folds
 from glmexport.calibration import Document
 from glmexport.checkpoint import Checkpoint, Tokenizer
 from glmexport.errors import InputError
@@ -22,8 +21,16 @@ from glmexport.target import Gates
 from glmexport.validation.behaviour.plane import BehaviourPlan, ask, ask_bundle, questions_for
 from glmexport.validation.behaviour.tasks import Task
 from glmexport.validation.capture import CapturedReference
-from glmexport.validation.fidelity import Answers, Streamed, compare, statistics_of, summarize
-from glmexport.validation.gates import apply_gates, capture_gate, manifest_gates, prompt_gate, verdict_of, weight_gates
+from glmexport.validation.fidelity import Streamed, compare, statistics_of, summarize
+from glmexport.validation.gates import (
+    apply_gates,
+    capture_gate,
+    manifest_gates,
+    prompt_gate,
+    reference_gate,
+    verdict_of,
+    weight_gates,
+)
 from glmexport.validation.generation import GenerationSession
 from glmexport.validation.host_gates import host_gate
 from glmexport.validation.performance import measure_performance
@@ -38,14 +45,17 @@ from glmexport.validation.results import (
     LayerRouting,
     Performance,
     PromptParity,
+    ReferenceCheck,
     Share,
     Verdict,
     WeightCheck,
 )
 from glmexport.validation.routing import Routes, routing_agreement
 from glmexport.validation.session import ScoringSession
+from glmexport.validation.shares import bundle_answer, shares_of
 from glmexport.validation.texts import EvaluationText, evaluation_texts
 from glmexport.validation.weights import check_weights
+from glmexport.validation.whole_model import check_reference
 
 #: Texts that the original is asked about at a time when it is compared with itself; one, otherwise.
 _OTHER_BATCH = 4
@@ -64,6 +74,8 @@ class ValidationPlan:
     generated_tokens: int = 64
     #: Rounds of speed go on for so long; 0: two, which give no bounds.
     speed_seconds: float = 25
+    #: What computing the original whole may take, beside the rest of this process; None: most of the free memory.
+    max_memory_bytes: int | None = None
     #: None asks for no answers.
     behaviour: BehaviourPlan | None = field(default_factory=BehaviourPlan)
 
@@ -87,6 +99,8 @@ class Validation:
     gates: tuple[Gate, ...]
     verdict: Verdict
     performance_absent_because: str | None = None
+    #: None where the original is not at hand and nobody checked it when it was captured.
+    reference: ReferenceCheck | None = None
 
 
 def texts_for(
@@ -146,15 +160,16 @@ def validate(
     reference = Reference(checkpoint, architecture)
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         session = ScoringSession(directory, manifest, bundle_threads)
+        check = check_reference(reference, texts, Path(folder), plan.max_memory_bytes, progress)
         states = reference_states(reference, texts, Path(folder), progress)
         divergences = compare(
-            Streamed(states, reference), partial(_bundle_answer, session, texts), progress, _IN_ONNX_RUNTIME
+            Streamed(states, reference), partial(bundle_answer, session, texts), progress, _IN_ONNX_RUNTIME
         )
         sample = Streamed(states.only(first_texts(texts, max(1, plan.share_texts))), reference)
         before, after = Routes(), Routes()
         noise = noise_floor(sample, threads, Path(folder), progress, before)
         fidelity = summarize(texts, divergences, tokenizer, arithmetic(manifest), noise)
-        shares = _shares(directory, manifest, sample, plan, session, Path(folder), progress, after)
+        shares = shares_of(directory, manifest, sample, plan.share_texts, session, Path(folder), progress, after)
         routing = routing_agreement(before, after) if shares else ()
         behaviour = _behaviour(
             directory, documents, tasks, session, reference, plan, bundle_threads, Path(folder), progress
@@ -163,7 +178,9 @@ def validate(
     performance = _performance(directory, manifest, checkpoint, texts, plan, policy, threads, bundle_threads, progress)
     prompts = prompt_parity(golden_prompts(checkpoint, documents), Tokenizer.open(directory))
     here = host_gate(manifest)
-    return judged(fidelity, weights, prompts, behaviour, shares, routing, performance, manifest, policy, also=here)
+    return judged(
+        fidelity, weights, prompts, behaviour, shares, routing, performance, manifest, policy, also=here, checked=check
+    )
 
 
 def validate_captured(
@@ -181,7 +198,7 @@ def validate_captured(
     Where the divergence comes from and the original's speed are not measured, for which it would have to be at hand.
     """
     session, texts, tokenizer = ScoringSession(directory, manifest, threads), captured.texts, Tokenizer.open(directory)
-    answers = partial(_bundle_answer, session, texts)
+    answers = partial(bundle_answer, session, texts)
     divergences = compare(captured, answers, progress, _IN_ONNX_RUNTIME)
     capture = captured.capture
     fidelity = summarize(texts, divergences, tokenizer, arithmetic(manifest), capture.noise, captured.audit(answers))
@@ -198,7 +215,10 @@ def validate_captured(
             progress=progress,
         )
     here = host_gate(manifest)
-    return judged(fidelity, None, parity, behaviour, (), (), performance, manifest, policy, also=here)
+    check = capture.reference_check
+    return judged(
+        fidelity, None, parity, behaviour, (), (), performance, manifest, policy, also=here, checked=check
+    )
 
 
 def _behaviour(
@@ -237,9 +257,10 @@ def judged(
     policy: Gates,
     absent: str | None = None,
     also: tuple[Gate, ...] = (),
+    checked: ReferenceCheck | None = None,
 ) -> Validation:
     """Every gate of what was measured and ``also``, and the verdict; ``absent``: why there is no performance."""
-    gates = apply_gates(fidelity, policy, behaviour)
+    gates = apply_gates(fidelity, policy, behaviour) + reference_gate(checked)
     if weights:
         gates += weight_gates(weights)
     if fidelity.capture:
@@ -249,7 +270,9 @@ def judged(
     gates += performance_gates(performance, policy, absent)
     gates += manifest_gates(manifest) + also
     verdict = verdict_of(gates)
-    return Validation(fidelity, weights, prompts, behaviour, shares, routing, performance, gates, verdict, absent)
+    return Validation(
+        fidelity, weights, prompts, behaviour, shares, routing, performance, gates, verdict, absent, checked
+    )
 
 
 def arithmetic(manifest: Manifest) -> str:
@@ -264,11 +287,6 @@ def arithmetic(manifest: Manifest) -> str:
     kinds = sorted({matrix.bits for matrix in manifest.matrices if matrix.layer is not None})
     weights = f"{'/'.join(str(bits) for bits in kinds)}-bit weights"
     return f"{weights}{head}, {activations} (accuracy_level {level})"
-
-
-def _bundle_answer(session: ScoringSession, texts: Sequence[EvaluationText], index: int) -> Tensor:
-    text = texts[index]
-    return session.logits(text.ids)[text.prefix - 1 : -1]
 
 
 def noise_floor(
@@ -297,72 +315,6 @@ def noise_floor(
         return reference.logits(again.states(index))
 
     return statistics_of("all", compare(original, answers, progress, "Original against itself"))
-
-
-def _shares(
-    directory: Path,
-    manifest: Manifest,
-    original: Streamed,
-    plan: ValidationPlan,
-    session: ScoringSession,
-    scratch: Path,
-    progress: Progress,
-    routes: Routes,
-) -> tuple[Share, ...]:
-    """What the linears, the head and embedding, and the runtime's arithmetic each add to the mean KL.
-
-    The bundle's own weights are run in the reference's fp32 arithmetic: first only the linears of the blocks in the
-    original's place, then the embedding and lm_head too; the exported graph itself is the last step. The experts that
-    all the bundle's weights together choose are added to ``routes``.
-    """
-    recipe = manifest.recipe
-    if recipe.linears is None or not plan.share_texts:
-        return ()
-    reference, sample = original.reference, original.texts
-    weights = BundleWeights(directory, reference.architecture)
-    folded = Reference(reference.checkpoint.folded(bundle_folds(directory)), reference.architecture)
-
-    def mean(answers: Answers) -> float:
-        parts = compare(original, answers, progress, "Shares: comparing")
-        return float(torch.cat([part.kl for part in parts]).double().mean())
-
-    linears = reference_states(
-        folded, sample, scratch, progress, label="Shares: linears", substitute=weights.dequantized
-    )
-    only_linears = mean(lambda index: reference.logits(linears.states(index)))
-    architecture = reference.architecture
-    table, head = weights.quantized(architecture.embedding), weights.quantized(architecture.lm_head.weight)
-    whole = reference_states(
-        folded,
-        sample,
-        scratch,
-        progress,
-        label="Shares: all weights",
-        substitute=weights.dequantized,
-        embed=table.lookup if table else None,
-        routes=routes,
-    )
-    project = head.apply if head else reference.logits
-    all_weights = mean(lambda index: project(whole.states(index)))
-    shipped = mean(partial(_bundle_answer, session, sample))
-    note = f"{sum(text.positions for text in sample)} positions"
-    return (
-        Share(
-            name=f"{'mixed' if recipe.budget else recipe.linears.label} linears of the blocks",
-            kl_mean_nats=only_linears,
-            note=f"fp32 arithmetic, {note}",
-        ),
-        Share(
-            name="Embedding and lm_head",
-            kl_mean_nats=all_weights - only_linears,
-            note="in their formats, fp32 arithmetic",
-        ),
-        Share(
-            name="Runtime arithmetic",
-            kl_mean_nats=shipped - all_weights,
-            note=f"the exported graph at accuracy_level {manifest.target.weights.accuracy_level}",
-        ),
-    )
 
 
 def first_texts(texts: Sequence[EvaluationText], each: int) -> list[int]:

@@ -47,13 +47,13 @@ def evaluation_texts(
     documents: Sequence[Document], tokenizer: Tokenizer, *, positions_per_language: int, longest: int
 ) -> list[EvaluationText]:
     """Documents in order until each language has its positions; each cut to ``longest`` tokens, none padded."""
-    prefix = tokenizer.prefix or [0]
+    prefix = len(tokenizer.prefix or [0])
     used: dict[str, int] = {}
     texts = []
     for document in documents:
         room = positions_per_language - used.get(document.language, 0)
-        ids = tokenizer.encode(document.text)[: min(longest - len(prefix), room)]
-        if ids:
-            texts.append(EvaluationText(document.id, document.language, torch.tensor(prefix + ids), len(prefix)))
-            used[document.language] = used.get(document.language, 0) + len(ids)
+        ids = tokenizer.sequence(document.text, judged=True)[: min(longest, prefix + room)]
+        if len(ids) > prefix:
+            texts.append(EvaluationText(document.id, document.language, torch.tensor(ids), prefix))
+            used[document.language] = used.get(document.language, 0) + len(ids) - prefix
     return texts

@@ -12,11 +12,16 @@ from glmexport.calibration import Document
 from glmexport.checkpoint import Checkpoint, Tokenizer
 from glmexport.host import Host
 from glmexport.progress import Progress
-from glmexport.validation.gates import manifest_gates, prompt_gate, verdict_of, weight_gates
+from glmexport.validation.gates import manifest_gates, prompt_gate, reference_gate, verdict_of, weight_gates
 from glmexport.validation.host_gates import provider_gate
 from glmexport.validation.prompts import golden_prompts, prompt_parity
-from glmexport.validation.results import Gate, Verdict
+from glmexport.validation.results import Gate, ReferenceCheck, Verdict
+from glmexport.validation.texts import evaluation_texts
 from glmexport.validation.weights import check_weights
+from glmexport.validation.whole_model import check_reference
+
+#: Tokens of the text that the original is checked on.
+_LONGEST = 128
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,7 @@ class Unrun:
     verdict: Verdict
     #: What the machine lacks, a sentence each.
     lacking: tuple[str, ...]
+    reference: ReferenceCheck
 
 
 def can_run(manifest: Manifest) -> bool:
@@ -41,12 +47,17 @@ def validate_unrun(
     reference: Reference,
     documents: Sequence[Document],
     progress: Progress,
+    max_memory_bytes: int | None = None,
 ) -> Unrun:
-    """Read every number of the graph back and compare it, and every prompt's tokens; run nothing."""
+    """Read every number of the graph back and compare it, and every prompt's tokens; run nothing but the original."""
+    tokenizer = Tokenizer.open(directory)
+    longest = min(_LONGEST, reference.architecture.context_length)
+    texts = evaluation_texts(documents, tokenizer, positions_per_language=_LONGEST, longest=longest)
+    check = check_reference(reference, texts, directory, max_memory_bytes, progress)
     weights = check_weights(directory, manifest, reference, progress)
-    prompts = prompt_parity(golden_prompts(checkpoint, documents), Tokenizer.open(directory))
-    gates: tuple[Gate, ...] = (provider_gate(manifest), *weight_gates(weights))
+    prompts = prompt_parity(golden_prompts(checkpoint, documents), tokenizer)
+    gates: tuple[Gate, ...] = (provider_gate(manifest), *reference_gate(check), *weight_gates(weights))
     if prompts:
         gates += (prompt_gate(prompts),)
     gates += manifest_gates(manifest)
-    return Unrun(gates, verdict_of(gates), tuple(manifest.target.lacking(Host.this())))
+    return Unrun(gates, verdict_of(gates), tuple(manifest.target.lacking(Host.this())), check)

@@ -102,7 +102,9 @@ def test_a_missing_layer_is_named(tmp_path: Path) -> None:
         ({"hidden_act": "gelu"}, "gelu"),
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "longrope"),
         ({"num_key_value_heads": 3}, "num_key_value_heads 3"),
-        ({"head_dim": 20}, "rotary dimensions"),
+        ({"head_dim": 14}, "7 rotary dimensions in a head of 14; pairs"),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.0}}, "0 rotary dimensions in a head of"),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 2.0}}, "64 rotary dimensions in a head of"),
         ({"attention_bias": "yes"}, "attention_bias"),
     ],
 )

@@ -114,10 +114,10 @@ def test_layers_of_token_prediction_are_left_out_with_their_reason(tmp_path: Pat
     checkpoint, architecture = presented(tmp_path)
     unused = dict(architecture.account(checkpoint))
     assert len(unused) == 3 and all("speculative" in reason for reason in unused.values())
-    tensors["model.layers.4.eh_proj.weight"] = torch.ones(4)
+    tensors["model.layers.4.mlp.gate.weight"] = torch.ones(4)
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     checkpoint, architecture = presented(tmp_path)
-    with pytest.raises(CheckpointError, match=r"model\.layers\.4\.eh_proj"):
+    with pytest.raises(CheckpointError, match=r"model\.layers\.4\.mlp\.gate"):
         architecture.account(checkpoint)
 
 

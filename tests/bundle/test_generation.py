@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,9 +13,13 @@ import numpy as np
 import pytest
 from builds import THREADS, Run, Sample, carried, session
 
+from glmexport.bundle.genai import DEFAULT_CACHE_BYTES, default_length
 from glmexport.checkpoint import Tokenizer
 from glmexport.errors import BundleError, InputError
 from glmexport.generation import Piece, generate
+from glmexport.target import open_target
+from glmexport.validation.generation import GenerationSession
+from glmexport.validation.speculation import Speculation
 
 PROMPTS = ["Hello", "The quick brown fox jumps over the lazy dog.", "你好，世界", "x" * 120]
 TOKENS = 32
@@ -92,8 +98,11 @@ def test_run_takes_a_system_message_or_plain_text(sample: Sample, run: Run) -> N
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
     spoken = run(*arguments, "--system", "Be brief.")
     assert spoken.document["prompt_tokens"] == len(tokenizer.encode_chat(messages, add_generation_prompt=True))
-    raw = run(*arguments, "--raw")
-    assert raw.document["prompt_tokens"] == len(tokenizer.prefix) + len("Hello")
+    for prompt in ("Hello", "[gMASK]<sop>Hello"):
+        raw = run(*arguments, "--raw", "-p", prompt)
+        assert raw.document["prompt_tokens"] == len(tokenizer.prefix) + len("Hello")
+    written = run(*arguments, "--raw", "-p", "Hello<|user|>")
+    assert written.document["prompt_tokens"] == len(tokenizer.prefix) + len("Hello<|user|>")
 
 
 class Scripted:
@@ -151,3 +160,59 @@ def test_end_tokens_end_and_are_not_shown(sample: Sample, monkeypatch: pytest.Mo
     end = sample.model.config.eos_token_id[1]
     tokens = [*Tokenizer.open(sample.bundle).encode("ab"), end, 5]
     assert "".join(piece.text for piece in stream(monkeypatch, sample, tokens)) == "ab"
+
+
+def plain(bundle: Path, tokens: int, **options: int) -> int:
+    """Tokens that a program of anybody's has in the end, two of them its prompt, if the model never ends."""
+    import onnxruntime_genai
+
+    model = onnxruntime_genai.Model(str(bundle))
+    parameters = onnxruntime_genai.GeneratorParams(model)
+    parameters.set_search_options(min_length=tokens, **options)
+    generator = onnxruntime_genai.Generator(model, parameters)
+    generator.append_tokens(np.array([[257, 258]], np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    return int(generator.token_count())
+
+
+def test_a_default_length_limits_only_who_names_none(sample: Sample, tmp_path: Path) -> None:
+    """The whole context is there for every loop of ours, and for a program that asks for it."""
+    bundle = Path(shutil.copytree(sample.bundle, tmp_path / "bundle"))
+    path = bundle / "genai_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    assert config["search"]["max_length"] == config["model"]["context_length"] == 256
+    config["search"]["max_length"] = 16
+    path.write_text(json.dumps(config), encoding="utf-8")
+    assert plain(bundle, 16) == 16
+    assert plain(bundle, 64, max_length=64) == 64
+    prompt = list(range(30))
+    for speculation in (None, Speculation("lookup", 2)):
+        ours, whole = (GenerationSession(each, THREADS, speculation) for each in (bundle, sample.bundle))
+        assert (found := ours.tokens(prompt, 40)) == whole.tokens(prompt, 40) and len(prompt) + len(found) > 32
+    assert len(list(ours.distributions(prompt, 8))) == len(list(whole.distributions(prompt, 8))) > 0
+    assert ours.together([prompt, prompt], 8) == whole.together([prompt, prompt], 8)
+
+
+@pytest.mark.parametrize(
+    ("context", "values", "graph", "length"),
+    [
+        # The demo; GLM-4-9B in fp32, in half of it, and with caches of integers; a million tokens of a small model.
+        (2048, 256, {}, 2048),
+        (131072, 40 * 2 * 2 * 128, {}, 8192),
+        (131072, 40 * 2 * 2 * 128, {"activations": "float16"}, 16384),
+        (131072, 40 * 2 * 2 * 128, {"kv_cache": "int8"}, 32768),
+        (131072, 40 * 2 * 2 * 128, {"kv_cache": "int4"}, 65536),
+        (2**20, 1600, {}, 131072),
+        # Latents as heads of one size: less than a usable length would be left.
+        (202752, 47 * 2 * 20 * 256, {}, 1024),
+        (512, 10**9, {}, 512),
+    ],
+)
+def test_a_default_length_fits_into_a_small_machine(
+    context: int, values: int, graph: dict[str, Any], length: int
+) -> None:
+    limits = open_target("x86-avx2").graph.model_copy(update=graph)
+    assert default_length(context, values, limits) == length
+    bits = {"float16": 16, "int8": 8, "int4": 4}.get(next(iter(graph.values()), ""), 32)
+    assert length in (1024, context) or length * values * bits <= 8 * DEFAULT_CACHE_BYTES

@@ -70,6 +70,13 @@ def test_other_initialisations_leave_the_base_alone(start: object, tmp_path: Pat
     [
         ({"r": 0}, "r is 0"),
         ({"r": "8"}, 'r is "8"'),
+        ({"r": True}, "r is true"),
+        ({"r": 10**18}, "r is 1000000000000000000"),
+        ({"lora_alpha": float("nan")}, "lora_alpha is NaN"),
+        ({"alpha_pattern": {"up_proj": float("inf")}}, "up_proj is Infinity"),
+        ({"rank_pattern": {"up_proj": 10**9}}, "up_proj is 1000000000"),
+        ({"layers_to_transform": [-1]}, "layers_to_transform is [-1]"),
+        ({"layers_to_transform": [True]}, "layers_to_transform is [true]"),
         ({"lora_alpha": None}, "lora_alpha is null"),
         ({"bias": "some"}, 'bias is "some"'),
         ({"use_dora": 1}, "use_dora is 1"),
@@ -264,6 +271,26 @@ def test_files_that_are_missing_or_of_another_kind(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="adapter is an adapter, not a checkpoint") as refusal:
         Checkpoint.open(adapter)
     assert f"--adapter {adapter}" in refusal.value.next_step
+
+
+@pytest.mark.parametrize("more", [{}, {"config.json": {"model_type": "glm4"}}], ids=["alone", "with a config.json"])
+@pytest.mark.parametrize("weights", ["adapter_model.safetensors", "adapter_model.bin"])
+def test_an_adapter_in_the_place_of_a_checkpoint_is_told_with_its_base(
+    weights: str, more: dict[str, Any], tmp_path: Path
+) -> None:
+    write_base(tmp_path / "base")
+    adapter = write_adapter(tmp_path / "adapter", factors(UP), base_model_name_or_path="THUDM/GLM-4-9B-0414")
+    (adapter / WEIGHTS).rename(adapter / weights)
+    for name, table in more.items():
+        write_json(adapter / name, table)
+    with pytest.raises(CheckpointError, match="adapter is an adapter, not a checkpoint") as refusal:
+        Checkpoint.open(adapter)
+    assert refusal.value.next_step == (
+        f"Give the checkpoint that it was trained on (THUDM/GLM-4-9B-0414), and --adapter {adapter}."
+    )
+    with pytest.raises(CheckpointError, match="is no adapter") as refusal:
+        Checkpoint.open(tmp_path / "base", adapter=tmp_path / "base")
+    assert "a merged model is a checkpoint: give it alone" in refusal.value.next_step
 
 
 @pytest.mark.parametrize(

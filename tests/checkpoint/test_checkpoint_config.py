@@ -118,7 +118,7 @@ def test_values_cannot_be_changed(config: ConfigReader) -> None:
         (b"\xff\xfe", "byte 0 is not UTF-8"),
         (b'{"a": 1, "b": {"c": 1, "c": 2}}', "key 'c' is given twice"),
         (b'{"a": ' + b"9" * 5000 + b"}", "is not usable"),
-        (b"[" * 200_000, "nested too deeply"),
+        (b"[" * 200_000, "nests deeper than 64"),
     ],
 )
 def test_a_file_that_is_no_table_is_refused_by_name(text: bytes, message: str, tmp_path: Path) -> None:

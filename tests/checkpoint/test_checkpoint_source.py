@@ -54,7 +54,15 @@ def test_code_in_the_directory_is_refused(tmp_path: Path) -> None:
         CheckpointError, match=r"contains code \(modeling_chatglm\.py\), and code .* is never run"
     ) as refusal:
         Checkpoint.open(directory)
+    assert "move modeling_chatglm.py out of the directory" in refusal.value.next_step
+    write_json(directory / "config.json", {"model_type": "glm4", "auto_map": {"AutoModel": "modeling_chatglm.X"}})
+    with pytest.raises(CheckpointError, match="contains code") as refusal:
+        Checkpoint.open(directory)
     assert "trust_remote_code" in refusal.value.next_step
+    # What the first of the two says works.
+    write_json(directory / "config.json", {"model_type": "glm4"})
+    (directory / "modeling_chatglm.py").rename(tmp_path.parent / "modeling_chatglm.py")
+    Checkpoint.open(directory)
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "generation_config.json"])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +59,8 @@ TEXTS = [
     "the theory of the other",
     "  two  spaces\n\ttab",
     "你好，世界 🙂",
-    "[gMASK]<sop>text<|user|>",
-    "\u0000\u200b",
+    "[gMASK text < | user |> [sop]",
+    "\u0000\u200b\ue000",
 ]
 
 
@@ -68,6 +70,59 @@ def test_ids_are_those_of_transformers_without_special_tokens_added(text: str, g
     ids = tokenizer.encode(text)
     assert ids == reference(glm)(text, add_special_tokens=False)["input_ids"]
     assert tokenizer.decode(ids, skip_special=False) == text
+
+
+@pytest.mark.parametrize("text", [*TEXTS, "<|assistant|>" * 50, "the " * 500, "é🙂" * 300])
+def test_no_text_has_fewer_tokens_than_its_length_says(text: str, glm: Path) -> None:
+    tokenizer = Tokenizer.open(glm)
+    fewest = tokenizer.fewest_tokens(len(text.encode()))
+    assert fewest <= len(tokenizer.encode(text)) and (fewest > 0) == bool(text)
+
+
+def _normalized(table: dict[str, Any]) -> None:
+    table["normalizer"] = {"type": "Strip", "strip_left": True, "strip_right": True}
+
+
+def _greedy(table: dict[str, Any]) -> None:
+    table["added_tokens"][0]["rstrip"] = True
+
+
+def _cut(table: dict[str, Any]) -> None:
+    split = {"type": "Split", "pattern": {"String": " "}, "behavior": "Removed", "invert": False}
+    table["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, table["pre_tokenizer"]]}
+
+
+def _isolated(table: dict[str, Any]) -> None:
+    _cut(table)
+    table["pre_tokenizer"]["pretokenizers"][0]["behavior"] = "Isolated"
+
+
+@pytest.mark.parametrize(("change", "certain"), [(_normalized, 0), (_greedy, 0), (_cut, 0), (_isolated, 1)])
+def test_a_length_says_nothing_where_text_is_left_out(glm: Path, change: Any, certain: bool) -> None:
+    path = glm / "tokenizer.json"
+    table = json.loads(path.read_text(encoding="utf-8"))
+    change(table)
+    write_json(path, table)
+    assert bool(Tokenizer.open(glm).fewest_tokens(10**6)) == certain
+
+
+def test_other_threads_run_while_a_text_is_encoded(glm: Path) -> None:
+    tokenizer, done, gaps = Tokenizer.open(glm), threading.Event(), [0.0]
+
+    def look() -> None:
+        last = time.monotonic()
+        while not done.wait(0.001):
+            gaps.append(time.monotonic() - last)
+            last = time.monotonic()
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    begun = time.monotonic()
+    tokenizer.encode("the other Himmel, " * 100_000)
+    took_s = time.monotonic() - begun
+    done.set()
+    looking.join()
+    assert max(gaps) < max(0.5, took_s / 2)
 
 
 @pytest.mark.parametrize("prompt", [False, True])
@@ -117,7 +172,7 @@ def test_named_tokens_of_the_older_file_and_in_tables_are_understood(tmp_path: P
     directory = write_tokenizer(
         tmp_path, glm=False, bos_token={"content": "<s>"}, chat_template="{{ bos_token }}"
     )
-    assert Tokenizer.open(directory).prefix == Tokenizer.open(directory).encode("<s>")
+    assert Tokenizer.open(directory).prefix == [Tokenizer.open(directory).control_tokens["<s>"]]
     write_tokenizer(directory, glm=False, bos_token=None, chat_template="{{ bos_token }}{{ eos_token }}")
     write_json(directory / "special_tokens_map.json", {"bos_token": {"content": "<s>"}, "eos_token": "<s>"})
     tokenizer = Tokenizer.open(directory)
@@ -258,3 +313,40 @@ def test_a_template_that_is_not_text_is_refused(glm: Path) -> None:
     (glm / "chat_template.jinja").write_bytes(b"\xff")
     with pytest.raises(CheckpointError, match=r"chat_template\.jinja is not UTF-8"):
         Tokenizer.open(glm)
+
+
+NEW = {"content": "<|new|>", "special": True, "lstrip": False, "rstrip": False, "normalized": False}
+NAMING: list[tuple[str, dict[str, Any], list[str]]] = [
+    ("tokenizer_config.json", {"additional_special_tokens": ["<|new|>", "<|user|>"]}, ["<|new|>"]),
+    ("tokenizer_config.json", {"additional_special_tokens": [{**NEW, "__type": "AddedToken"}]}, ["<|new|>"]),
+    ("tokenizer_config.json", {"extra_special_tokens": ["<|new|>"]}, ["<|new|>"]),
+    ("tokenizer_config.json", {"extra_special_tokens": {"image_token": "<|new|>"}}, ["<|new|>"]),
+    ("tokenizer_config.json", {"model_specific_special_tokens": {"image_token": "<|new|>"}}, ["<|new|>"]),
+    ("tokenizer_config.json", {"eos_token": "<|new|>"}, ["<|new|>"]),
+    ("tokenizer_config.json", {"pad_token": "<|new|>", "unk_token": "<|other|>"}, ["<|new|>", "<|other|>"]),
+    ("special_tokens_map.json", {"additional_special_tokens": ["<|new|>"]}, ["<|new|>"]),
+    ("special_tokens_map.json", {"eos_token": {**NEW}}, ["<|new|>"]),
+    ("added_tokens.json", {"<|new|>": 400}, ["<|new|>"]),
+    ("tokenizer_config.json", {"additional_special_tokens": ["<|user|>"], "pad_token": None}, []),
+    ("added_tokens.json", {"<|user|>": 282}, []),
+]
+
+
+@pytest.mark.parametrize(("name", "table", "missing"), NAMING, ids=str)
+def test_tokens_that_only_a_configuration_names_are_told(
+    name: str, table: dict[str, Any], missing: list[str], tmp_path: Path
+) -> None:
+    """transformers appends them to the vocabulary."""
+    from transformers import AutoTokenizer
+
+    write_tokenizer(tmp_path)
+    path = tmp_path / name
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    write_json(path, before | table)
+    ours, theirs = Tokenizer.open(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert sorted(ours.unlisted) == sorted(missing)
+    assert len(theirs) == ours.vocabulary_size + len(missing)
+    assert (ours.remark is None) == (not missing)
+    for token in missing:
+        assert token in str(ours.remark) and str(ours.vocabulary_size) in str(ours.remark)
+        assert theirs.convert_tokens_to_ids(token) >= ours.vocabulary_size

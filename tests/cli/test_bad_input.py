@@ -66,6 +66,16 @@ def place(tmp_path: Path) -> Place:
 
 
 @pytest.fixture
+def unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading a checkpoint takes minutes: what can be refused before that is."""
+
+    def read(path: Path, *_: object) -> None:
+        raise AssertionError(f"{path} was read in whole")
+
+    monkeypatch.setattr("glmexport.checkpoint.files._sha256", read)
+
+
+@pytest.fixture
 def checkpoint(sample: Sample, tmp_path: Path) -> Path:
     """A copy that may be damaged."""
     return Path(shutil.copytree(sample.checkpoint, tmp_path / "checkpoint"))
@@ -153,7 +163,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     ),
     "a larger vocabulary than the model's": (
         lambda checkpoint: (
-            edit_json(checkpoint / "config.json", vocab_size=256),
+            edit_json(checkpoint / "config.json", vocab_size=256, pad_token_id=0, eos_token_id=1),
+            edit_json(checkpoint / "generation_config.json", pad_token_id=0, eos_token_id=1),
             edit_weights(
                 checkpoint,
                 lambda tensors: tensors.update(
@@ -163,6 +174,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
         ),
         ("262 tokens", "256"),
     ),
+    "an end token beyond the vocabulary": (
+        config(eos_token_id=[256, 264]), ("config.json", "eos_token_id", "264", "at most 263")
+    ),
+    "no end token": (
+        lambda checkpoint: edit_json(checkpoint / "generation_config.json", eos_token_id=[]),
+        ("generation_config.json", "eos_token_id", "no answer ends"),
+    ),
+    "more layers than tensors": (config(num_hidden_layers=10**6), ("config.json", "num_hidden_layers", "1000000")),
     "no tokenizer": (lambda checkpoint: (checkpoint / "tokenizer.json").unlink(), ("tokenizer.json", "vocabulary")),
     "tokenizer without vocabulary": (no_vocabulary, ("tokenizer.json", "without vocabulary")),
     "auto_map": (config(auto_map={"AutoModel": "modeling.Model"}), ("config.json", "auto_map", "never run")),
@@ -174,6 +193,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
 }
 
 
+@pytest.mark.usefixtures("unread")
 @pytest.mark.parametrize("name", DAMAGE)
 def test_a_damaged_checkpoint(name: str, checkpoint: Path, place: Place, build: Callable[..., Outcome]) -> None:
     damage, words = DAMAGE[name]
@@ -246,6 +266,7 @@ OPTIONS: dict[str, tuple[dict[str, str | Callable[[Path], Path]], int, tuple[str
 }
 
 
+@pytest.mark.usefixtures("unread")
 @pytest.mark.parametrize("name", OPTIONS)
 def test_an_option_that_cannot_be_used(
     name: str, tmp_path: Path, sample: Sample, place: Place, build: Callable[..., Outcome]
@@ -282,6 +303,7 @@ def test_a_line_that_cannot_be_parsed(arguments: list[str], run: Run) -> None:
     usage(run(*arguments))
 
 
+@pytest.mark.usefixtures("unread")
 def test_two_targets_of_one_name(tmp_path: Path, sample: Sample, place: Place, build: Callable[..., Outcome]) -> None:
     files = []
     for folder in ("one", "two"):
@@ -317,6 +339,7 @@ CALIBRATION: dict[str, tuple[Callable[[Path], Path], tuple[str, ...]]] = {
 }
 
 
+@pytest.mark.usefixtures("unread")
 @pytest.mark.parametrize("name", CALIBRATION)
 def test_calibration_text_that_cannot_be_used(
     name: str, tmp_path: Path, sample: Sample, place: Place, build: Callable[..., Outcome]
@@ -336,12 +359,14 @@ def test_only_line_feeds_end_a_line(sample: Sample, tmp_path: Path) -> None:
     assert [document.text for document in documents] == texts
 
 
+@pytest.mark.usefixtures("unread")
 def test_calibration_text_for_a_recipe_without(tmp_path: Path, place: Place, build: Callable[..., Outcome]) -> None:
     path = text_file("own.txt", b"text")(tmp_path)
     check(build(recipe="rtn-w4g32", calibration=path), EXIT_INPUT, "rtn-w4g32", "--calibration")
     assert place.untouched()
 
 
+@pytest.mark.usefixtures("unread")
 def test_a_language_that_no_text_has(
     tmp_path: Path, place: Place, build: Callable[..., Outcome]
 ) -> None:
@@ -353,6 +378,7 @@ def test_a_language_that_no_text_has(
 # Where the bundle goes
 
 
+@pytest.mark.usefixtures("unread")
 def test_an_output_below_a_file(place: Place, build: Callable[..., Outcome]) -> None:
     (place.path / "file").write_text("mine", encoding="utf-8")
     outcome = build(output=place.path / "file" / "bundle")
@@ -361,9 +387,10 @@ def test_an_output_below_a_file(place: Place, build: Callable[..., Outcome]) -> 
     assert (place.path / "file").read_text(encoding="utf-8") == "mine"
 
 
+@pytest.mark.usefixtures("unread")
 def test_a_full_disk(place: Place, build: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
     nothing = SimpleNamespace(free=1000)
-    monkeypatch.setattr("glmexport.job.shutil.disk_usage", lambda _: nothing)
+    monkeypatch.setattr("glmexport.disk.shutil.disk_usage", lambda _: nothing)
     check(build(), EXIT_MACHINE, "of disk", "free", "-o")
     assert place.untouched()
 
@@ -387,6 +414,7 @@ def mount(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
         subprocess.run(["umount", "--lazy", str(where)], check=True)
 
 
+@pytest.mark.usefixtures("unread")
 def test_a_small_disk(build: Callable[..., Outcome], mount: Callable[[str], Path]) -> None:
     disk = mount("1m")
     check(build(output=disk / "new" / "bundle"), EXIT_MACHINE, str(disk), "of disk", "free")
@@ -401,12 +429,13 @@ def test_a_disk_that_fills_up_meanwhile(
 ) -> None:  # fmt: skip
     disk = mount(size)
     roomy = SimpleNamespace(free=1 << 40)
-    monkeypatch.setattr("glmexport.job.shutil.disk_usage", lambda _: roomy)
+    monkeypatch.setattr("glmexport.disk.shutil.disk_usage", lambda _: roomy)
     outcome = build(output=disk / "bundle", recipe=recipe or sample.recipe)
     check(outcome, EXIT_MACHINE, "No space left", "same command")
     assert all(path.name.startswith(".glmexport-work-") for path in disk.iterdir())
 
 
+@pytest.mark.usefixtures("unread")
 def test_an_output_that_exists(sample: Sample, tmp_path: Path, build: Callable[..., Outcome]) -> None:
     bundle = Path(shutil.copytree(sample.bundle, tmp_path / "own" / "bundle"))
     before = everything(bundle)
@@ -415,6 +444,7 @@ def test_an_output_that_exists(sample: Sample, tmp_path: Path, build: Callable[.
     assert [path.name for path in bundle.parent.iterdir()] == ["bundle"]
 
 
+@pytest.mark.usefixtures("unread")
 def test_force_replaces_only_bundles(place: Place, sample: Sample, build: Callable[..., Outcome]) -> None:
     own = place.path / "thesis"
     own.mkdir()
@@ -423,6 +453,7 @@ def test_force_replaces_only_bundles(place: Place, sample: Sample, build: Callab
     assert everything(place.path) == {"thesis", "thesis/chapter.txt"}
 
 
+@pytest.mark.usefixtures("unread")
 def test_force_does_not_replace_a_file(place: Place, sample: Sample, build: Callable[..., Outcome]) -> None:
     own = place.path / "file"
     own.write_text("mine", encoding="utf-8")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from builds import Sample, run, sample
+from signatures import authority, keys, release, signed
 from sshd import PYTHON, Sshd, sshd
 
 from glmexport.deployment import Site, open_site
@@ -21,7 +22,7 @@ from glmexport.deployment.signed import SignedBundle
 from glmexport.progress import Silent
 from glmexport.release import KeyFiles, open_signatory, sign
 
-__all__ = ["run", "sample", "sshd"]
+__all__ = ["authority", "keys", "release", "run", "sample", "signed", "sshd"]
 HERE = Path(__file__).parent
 #: A release whose counter ends in it is answered for wrongly by the stand-in.
 DAMAGED = 9

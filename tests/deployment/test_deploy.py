@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import shutil
 import stat
 import subprocess
@@ -17,6 +19,7 @@ from sshd import Sshd
 from validation.devices.conftest import Hooked
 
 from glmexport.deployment import deploy, prune, roll_back, status
+from glmexport.deployment.program.__main__ import main
 from glmexport.deployment.rollout import Wishes
 from glmexport.deployment.signed import SignedBundle
 from glmexport.errors import (
@@ -370,3 +373,72 @@ def test_units_are_what_systemd_reads(releases: Releases, sshd: Sshd, tmp_path: 
     units = [str(tmp_path / name) for name in ("glmexport.socket", "glmexport.service")]
     done = subprocess.run([analyze, "verify", *units], capture_output=True, text=True, check=False)
     assert "glmexport" not in done.stderr, done.stderr
+
+
+def test_units_have_words_as_they_are(tmp_path: Path) -> None:
+    """Nothing of a path is replaced by systemd, or taken for another word or line."""
+    from glmexport.deployment import Server, service_unit
+
+    strange = tmp_path / "a b%h'c\"d;e$HOME"
+    # systemd has no quotes in the path of a program.
+    program = tmp_path / "a b%h;c$HOME" / "glmexport"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    options = ("--name", "50% $HOME ${x} \\n 'x' \"y\"", "", "%i")
+    root, key = str(strange / "root%n"), str(strange / "key%n")
+    server = Server(at="ssh://x", glmexport=str(program), root=root, api_key_file=key, serve_options=options)
+    text = service_unit(server)
+    lines = dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
+    words = shlex.split(lines["ExecStart"].replace("$$", "$").replace("%%", "\0").replace("%d", "CREDENTIALS"))
+    given = [str(program), "serve", *options, f"{root}/current", "--api-key-file", "CREDENTIALS/api-key"]
+    assert [word.replace("\0", "%") for word in words] == given
+    assert lines["LoadCredential"].replace("%%", "%") == f"api-key:{key}"
+    for name in ("Description", "ExecStart", "LoadCredential"):
+        assert not re.search(r"(?<!%)%(%%)*(?![%d])", lines[name])
+    analyze = shutil.which("systemd-analyze")
+    if analyze:
+        (tmp_path / "glmexport.service").write_text(text.replace("Requires=glmexport.socket\n", ""))
+        asked = [analyze, "verify", str(tmp_path / "glmexport.service")]
+        done = subprocess.run(asked, capture_output=True, text=True, check=False)
+        assert "glmexport.service" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("character", ["\n", "\r", "\0", "\x1b", "\x85", "\u2028"])
+@pytest.mark.parametrize("key", ["root", "python", "glmexport", "api_key_file", "serve_options", "restart"])
+def test_a_site_has_no_characters_that_nobody_sees(key: str, character: str, tmp_path: Path) -> None:
+    from glmexport.deployment import open_site
+
+    value = f"/a{character}ExecStartPre=/bin/b"
+    wrong = [value] if key in ("serve_options", "restart") else value
+    path = tmp_path / "site.toml"
+    path.write_text(f'trust = "x"\n[servers.a]\nat = "ssh://x"\n{key} = {json.dumps(wrong)}\n')
+    with pytest.raises(DefinitionError, match="nobody sees"):
+        open_site(path)
+
+
+@pytest.mark.parametrize("key", ["root", "python", "glmexport", "api_key_file"])
+@pytest.mark.parametrize("value", ["-x", "--help", "@/bin/x", "!/bin/x", "+/bin/x", ":/x", "|x", "", "/x\\", "$HOME/x"])
+def test_a_site_has_paths_that_are_paths(key: str, value: str, tmp_path: Path) -> None:
+    from glmexport.deployment import open_site
+
+    path = tmp_path / "site.toml"
+    path.write_text(f'trust = "x"\n[servers.a]\nat = "ssh://x"\n{key} = {json.dumps(value)}\n')
+    with pytest.raises(DefinitionError, match="has to begin"):
+        open_site(path)
+
+
+@pytest.mark.parametrize("name", ["--detached", "-x", "../x", "", "X" * 32, "0" * 31, "0" * 32 + "\n"])
+def test_a_release_to_go_back_to_has_a_name(name: str, run: Run, releases: Releases, tmp_path: Path) -> None:
+    """Before anybody is asked."""
+    write_site(tmp_path / "site.toml", releases, '[servers.a]\nat = "ssh://192.0.2.1"\n')
+    done = run("rollback", tmp_path / "site.toml", f"--to={name}")
+    assert done.code == EXIT_INPUT and "no name of a release" in done.stderr
+
+
+def test_what_follows_a_command_is_no_option(tmp_path: Path) -> None:
+    """Of the program on a server."""
+    (tmp_path / "orders").mkdir()
+    (tmp_path / "orders" / f"{'0' * 32}.json").write_text('{"format": "glmexport-order", "version": 1, "trust": "x"}')
+    for words in (["status", str(tmp_path), "--detached"], ["prune", str(tmp_path), "--detached"]):
+        assert main(words) == (0 if words[0] == "status" else 1)

@@ -60,6 +60,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         {"attention_bias": False, "tie_word_embeddings": True, "num_key_value_heads": 4},
     ),
     "glm-yarn": ("glm", {"rope_parameters": YARN}),
+    "glm-heads-of-12": ("glm", {"head_dim": 12}),
     "glm4_moe-dense": ("glm4_moe", DENSE),
 }
 IDS = np.random.default_rng(1).integers(0, 250, CAPACITY)
@@ -185,7 +186,7 @@ def test_what_fills_a_chunk_up_changes_nothing(checkpoints: dict[str, tuple[Path
     assert np.abs(rows[0] - original(model, IDS[:6])[4:]).max() <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["glm", "glm4", "glm4_moe-dense"])
+@pytest.mark.parametrize("name", ["glm", "glm4", "glm4-tied-a-key-head-each", "glm4_moe-dense"])
 def test_quantized_they_are_the_other_graphs(
     checkpoints: dict[str, tuple[Path, Any]], tmp_path: Path, name: str
 ) -> None:

@@ -43,6 +43,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         write_checkpoint(base / family, family, num_hidden_layers=2, **changes)
     # Three and a half groups: no matrix fills its groups.
     write_checkpoint(base / "odd", "glm4", num_hidden_layers=1, hidden_size=112, intermediate_size=80)
+    write_checkpoint(base / "tied", "glm", num_hidden_layers=1, tie_word_embeddings=True)
     return {path.name: path for path in base.iterdir()}
 
 
@@ -72,13 +73,25 @@ def test_qdq_is_matmulnbits(checkpoints: dict[str, Path], tmp_path: Path, form: 
     assert "DequantizeLinear" in operators
 
 
-@pytest.mark.parametrize("family", ["glm4", "odd"])
+@pytest.mark.parametrize("form", [W4, W8, SIGNED], ids=lambda form: form.label)
+@pytest.mark.parametrize("operators", [PLAIN, list(EXACT.graph.contrib_operators)], ids=["plain", "fused"])
+def test_one_table_is_looked_up_in_and_multiplied_by(
+    checkpoints: dict[str, Path], tmp_path: Path, form: Format, operators: list[str]
+) -> None:
+    """In QDQ form too, where the product has the table the other way round."""
+    weights = weights_of(checkpoints["tied"], tmp_path / "work", form)
+    expected = logits(weights, EXACT, tmp_path / "packed")
+    target = changed(weights=QDQ, graph={"contrib_operators": operators, "packed_qkv": False, "latent_cache": False})
+    assert np.abs(logits(weights, target, tmp_path / "qdq") - expected).max() < 1e-5
+
+
+@pytest.mark.parametrize("family", ["glm4", "odd", "tied"])
 @pytest.mark.parametrize("form", [W4, W8, SIGNED], ids=lambda form: form.label)
 def test_qdq_dequantizes_to_the_very_numbers(
     checkpoints: dict[str, Path], tmp_path: Path, form: Format, family: str
 ) -> None:
     """What ONNX Runtime's DequantizeLinear gives, bit by bit; and what is read back of the graph's file."""
-    form = form if family == "glm4" else form.model_copy(update={"group_size": 16})
+    form = form.model_copy(update={"group_size": 16}) if family == "odd" else form
     weights = weights_of(checkpoints[family], tmp_path / "work", form)
     export(weights, changed(weights=QDQ, graph={"packed_qkv": False}), tmp_path / "qdq")
     path = tmp_path / "qdq" / "scoring.onnx"

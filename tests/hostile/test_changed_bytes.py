@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from glmexport.bundle import MANIFEST, Manifest, read_manifest, verify_files
 from glmexport.bundle.genai import GENAI_CONFIG
-from glmexport.errors import EXIT_BLOCK, EXIT_INPUT, EXIT_PASS, GlmexportError
+from glmexport.errors import EXIT_BLOCK, EXIT_INPUT, EXIT_PASS, BundleError, GlmexportError
 from glmexport.loop import LOOP_CONFIG, read_loop
 from glmexport.report.document import JSON_NAME, read_report
 from glmexport.validation.genai_config import GenaiConfig
@@ -97,6 +97,53 @@ def test_values(name: str, contents: dict[str, bytes], tmp_path: Path, data: st.
 )
 def test_documents_that_are_none(name: str, content: bytes, tmp_path: Path) -> None:
     refused_or_read(name, content, tmp_path / "bundle")
+
+
+NUMBERS = {
+    GENAI_CONFIG: [
+        *(("model", key) for key in ("context_length", "vocab_size", "bos_token_id", "pad_token_id")),
+        ("model", "eos_token_id", 0),
+        ("model", "decoder", "num_hidden_layers"),
+        ("model", "decoder", "head_size"),
+    ],
+    LOOP_CONFIG: [("context_length",), ("eos_token_id", 0)],
+}
+
+
+@pytest.mark.parametrize("value", [-1, 10**18, True, 2.5, 2.0, "2", None, [2]])
+@pytest.mark.parametrize(
+    ("name", "place"), [(name, place) for name, places in NUMBERS.items() for place in places], ids=str
+)
+def test_ids_and_sizes_that_no_model_has(
+    name: str, place: tuple[Any, ...], value: Any, contents: dict[str, bytes], tmp_path: Path
+) -> None:
+    document: Any = json.loads(contents[name])
+    at = document
+    for key in place[:-1]:
+        at = at[key]
+    at[place[-1]] = value
+    (tmp_path / name).write_text(json.dumps(document), encoding="utf-8")
+    with pytest.raises(BundleError, match=str(place[-1 if isinstance(place[-1], str) else -2])) as refusal:
+        READERS[name](tmp_path)
+    assert name in refusal.value.message
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        (GENAI_CONFIG, {"eos_token_id": []}),
+        (GENAI_CONFIG, {"eos_token_id": [264]}),
+        (GENAI_CONFIG, {"pad_token_id": 264}),
+        (LOOP_CONFIG, {"eos_token_id": []}),
+    ],
+)
+def test_tokens_that_are_none(name: str, changes: dict[str, Any], contents: dict[str, bytes], tmp_path: Path) -> None:
+    document = json.loads(contents[name])
+    (document["model"] if name == GENAI_CONFIG else document).update(changes)
+    (tmp_path / name).write_text(json.dumps(document), encoding="utf-8")
+    with pytest.raises(BundleError, match=r"eos_token_id|264") as refusal:
+        READERS[name](tmp_path)
+    assert name in refusal.value.message
 
 
 def test_a_manifest_is_read_as_it_was_written(sample: Sample) -> None:

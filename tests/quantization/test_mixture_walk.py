@@ -11,7 +11,7 @@ import torch
 from models import MIXTURE
 from tiny import MEMORY, RECIPE, W4G32, W8G32, Model, digests
 
-from glmexport.architecture import Reference, describe
+from glmexport.architecture import FAMILIES, Reference
 from glmexport.calibration import effective_count
 from glmexport.checkpoint import Checkpoint
 from glmexport.progress import Silent
@@ -259,15 +259,15 @@ def test_calibrated_experts_lose_less_than_rounded_ones(model: Model, walked: Wa
 
 
 def test_memory_is_that_of_one_expert(model: Model) -> None:
-    published = describe(_published(256))
-    fewer = describe(_published(64))
+    published = FAMILIES["glm4_moe"](_published(256))
+    fewer = FAMILIES["glm4_moe"](_published(64))
     gptq = RECIPE.model_copy(update={"solver": Solver()})
     assert plan_memory(published, gptq, 16 << 30).peak_bytes <= 16 << 30
     assert plan_memory(published, gptq).peak_bytes == plan_memory(fewer, gptq).peak_bytes
 
 
 def _published(experts: int) -> Any:
-    """What ``describe`` reads of a checkpoint of the largest published shape."""
+    """What the declaration reads of a checkpoint of the largest published shape."""
     from types import SimpleNamespace
 
     from glmexport.checkpoint import ConfigReader
@@ -277,7 +277,9 @@ def _published(experts: int) -> Any:
         "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 12288, "num_hidden_layers": 4,
         "vocab_size": 151552, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "attention_bias": True,
         "eos_token_id": [151329], "n_routed_experts": experts, "num_experts_per_tok": 8,
-        "moe_intermediate_size": 2048, "first_k_dense_replace": 3, "pad_token_id": 151329,
+        "moe_intermediate_size": 2048, "first_k_dense_replace": 3, "pad_token_id": 151329, "n_shared_experts": 1,
+        "n_group": 1, "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 2.5, "use_qk_norm": True,
+        "partial_rotary_factor": 0.5,
     }  # fmt: skip
     reader = ConfigReader(values, "config.json")
     return SimpleNamespace(config=reader, generation_config=None, model_type="glm4_moe", tensors={})

@@ -94,6 +94,26 @@ def test_a_file_that_changed_undoes_the_commit(work: WorkDirectory, name: str, d
     assert work.record("block_000") is not None
 
 
+@pytest.mark.parametrize(
+    "content",
+    [*range(0, 1500, 97), b"null", b"{}", b'{"files": {"a": 1}}', b"[" * 100_000, b"\xff\xfe", bytes(4096)],
+    ids=lambda content: str(content)[:20],
+)
+def test_a_record_that_was_cut_is_none(work: WorkDirectory, content: int | bytes) -> None:
+    commit(work)
+    path = work.path / "block_000.json"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: content % len(whole)] if isinstance(content, int) else content)
+    assert work.record("block_000") is None
+    commit(work)
+    assert path.read_bytes() == whole and work.record("block_000") is not None
+
+
+def test_a_record_that_is_no_file_is_none(work: WorkDirectory) -> None:
+    (work.path / "block_000.json").mkdir()
+    assert work.record("block_000") is None
+
+
 def test_a_weights_file_that_is_gone_undoes_the_commit(work: WorkDirectory) -> None:
     commit(work)
     (work.path / "block_000.safetensors").unlink()

@@ -19,7 +19,7 @@ from glmexport.progress import Silent
 from glmexport.release import KeyFiles, Trust, open_signatory, open_signed, sign
 
 TEMPLATE = "chat_template.jinja"
-VERBS = ["run", "serve", "validate", "validate-captured", "convert", "check", "reference"]
+VERBS = ["run", "serve", "validate", "convert", "check", "reference"]
 
 
 def command(verb: str, bundle: Path, sample: Sample, tmp_path: Path, *more: str | Path) -> list[str | Path | int]:
@@ -29,7 +29,6 @@ def command(verb: str, bundle: Path, sample: Sample, tmp_path: Path, *more: str 
         "run": ["run", bundle, "-p", "Hello", "--max-tokens", 1, "--threads", 1, *more],
         "serve": ["serve", bundle, "--port", 0, *more],
         "validate": ["validate", bundle, *against, *more],
-        "validate-captured": ["validate", bundle, "--plan", *against, *more],
         "convert": ["convert", bundle, *against, "--to", "gptq", "-o", tmp_path / "converted", *more],
         "check": ["targets", "check", bundle, *more],
         "reference": ["reference", sample.checkpoint, "-o", tmp_path / "captured", "--draft", bundle],

@@ -10,6 +10,8 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ from hypothesis import strategies as st
 from signatures import COUNTER, Pair, resign, sha256, tree
 
 from glmexport.bundle import read_manifest
-from glmexport.errors import EXIT_INPUT, EXIT_UNVERIFIED, BundleError, InputError, UnverifiedError
+from glmexport.errors import EXIT_INPUT, EXIT_UNVERIFIED, BundleError, InputError, MachineError, UnverifiedError
 from glmexport.progress import Silent
 from glmexport.release import unpacker, verifier, verify
 from glmexport.release.kit import write_kit
@@ -113,12 +115,36 @@ def rename_layers(layout: Path, names: list[str]) -> None:
     table = json.loads(content)
     for layer, name in zip(table["layers"], names, strict=False):
         layer["annotations"][FILE_PATH] = name
-    content = json.dumps(table).encode()
+    write_manifest(layout, json.dumps(table).encode())
+
+
+def write_manifest(layout: Path, content: bytes) -> None:
+    """Another manifest, which the index names."""
     digest = hashlib.sha256(content).hexdigest()
     (layout / "blobs" / "sha256" / digest).write_bytes(content)
     index = json.loads((layout / "index.json").read_bytes())
     index["manifests"][0] |= {"digest": f"sha256:{digest}", "size": len(content)}
     (layout / "index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("tag", ["", "-x", ".x", "a b", "a\nb", "a/b", "a:b", "x" * 129, "ü", "\x1b[2J"])
+def test_a_tag_is_one(tag: str, signed: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no tag"):
+        write_layout(signed, tmp_path / "layout", Silent(), tag)
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_in_a_layout_are_lines(signed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the manifest calls its source."""
+    manifest = read_manifest(signed)
+    source = manifest.source.model_copy(update={"name": "a\x1b[2J\nb\u2028c"})
+    strange = manifest.model_copy(update={"source": source})
+    monkeypatch.setattr("glmexport.release.layout.read_manifest", lambda _: strange)
+    write_layout(signed, tmp_path / "layout", Silent())
+    _, content, image = read_layout(tmp_path / "layout")
+    config = json.loads((tmp_path / "layout" / "blobs" / "sha256" / image.config.hex).read_bytes())
+    titles = [json.loads(content)["annotations"]["org.opencontainers.image.title"], config["descriptor"]["name"]]
+    assert titles == ["a [2J b c"] * 2 and config["descriptor"]["title"].isprintable()
 
 
 @pytest.mark.parametrize(
@@ -284,6 +310,76 @@ def test_a_hostile_archive_is_refused(members: tuple[tuple[tarfile.TarInfo, byte
     assert {path.name for path in tmp_path.rglob("*")} <= {"target", "good", "empty"}
     assert not any(path.is_symlink() for path in tmp_path.rglob("*"))
     assert not Path("/tmp/glmexport-absolute").exists()
+
+
+def with_headers(content: bytes = b"a", **headers: str) -> bytes:
+    """An archive of one file, about which an extended header says more."""
+    info, _ = member("good", content)
+    info.pax_headers = {name.replace("_", "."): value for name, value in headers.items()}
+    return as_stream((info, content)).getvalue()
+
+
+def header(kind: bytes, size: int, content: bytes = b"") -> bytes:
+    """A header of some kind that says that so many bytes follow; and what does."""
+    info = tarfile.TarInfo("good")
+    info.type, info.size = kind, size
+    return info.tobuf(tarfile.GNU_FORMAT) + content + bytes(-len(content) % 512)
+
+
+LARGE = 200 << 20
+SPARSE = {"GNU_sparse_name": "good", "GNU_sparse_realsize": str(1 << 62)}
+GREEDY: dict[str, Callable[[], bytes]] = {
+    "a long header": lambda: header(tarfile.XHDTYPE, LARGE, bytes(LARGE)) + as_stream(GOOD).getvalue(),
+    "a long name": lambda: header(tarfile.GNUTYPE_LONGNAME, LARGE, bytes(LARGE)) + as_stream(GOOD).getvalue(),
+    "a long link": lambda: header(tarfile.GNUTYPE_LONGLINK, LARGE, bytes(LARGE)) + as_stream(GOOD).getvalue(),
+    "a long header for all": lambda: header(tarfile.XGLTYPE, LARGE, bytes(LARGE)) + as_stream(GOOD).getvalue(),
+    "a header that ends nowhere": lambda: header(tarfile.XHDTYPE, 1 << 62),
+    "a file that ends nowhere": lambda: header(tarfile.REGTYPE, 1 << 62),
+    "a file of less than nothing": lambda: header(tarfile.REGTYPE, -(1 << 40)),
+    "a size in a header": lambda: with_headers(size=str(1 << 62)),
+    "holes": lambda: with_headers(**SPARSE, GNU_sparse_major="1", GNU_sparse_minor="0"),
+    "many holes": lambda: with_headers(
+        b"%d\n" % (1 << 24) + b"0\n" * (1 << 25), **SPARSE, GNU_sparse_major="1", GNU_sparse_minor="0"
+    ),
+    "holes as listed": lambda: with_headers(GNU_sparse_map="0,0", GNU_sparse_size=str(1 << 62), GNU_sparse_name="good"),
+    "holes as numbered": lambda: with_headers(GNU_sparse_size=str(1 << 62), GNU_sparse_numblocks="1"),
+    "more behind the end": lambda: as_stream(GOOD).getvalue() + bytes(LARGE),
+}
+
+
+@pytest.mark.parametrize("made", GREEDY.values(), ids=GREEDY)
+def test_an_archive_takes_no_more_than_it_has(made: Callable[[], bytes], tmp_path: Path) -> None:
+    """Neither of memory nor of the disk."""
+    stream = io.BytesIO(made())
+    tracemalloc.start()
+    try:
+        with pytest.raises(verifier.Refused):
+            unpacker.extract(stream, {"good": A}, tmp_path, verifier)
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*")) <= 1 << 20
+
+
+def test_a_volume_that_no_disk_has_room_for_is_refused(kit: Path, tmp_path: Path, keys: Pair) -> None:
+    with max(kit.glob("bundle.tar.*")).open("r+b") as file:
+        file.truncate(1 << 43)
+    done = unpack(kit, tmp_path / "back", "--key", keys.public)
+    assert done.returncode == 69 and "has room for" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["kit"]
+
+
+def test_a_blob_that_no_disk_has_room_for_is_refused(layout: Path, tmp_path: Path) -> None:
+    _, content, image = read_layout(layout)
+    blob = layout / "blobs" / "sha256" / image.layers[0].hex
+    with blob.open("r+b") as file:
+        file.truncate(1 << 43)
+    table = json.loads(content)
+    table["layers"][0]["size"] = 1 << 43
+    write_manifest(layout, json.dumps(table).encode())
+    with pytest.raises(MachineError, match="has room for"):
+        unpack_layout(layout, tmp_path / "back", nothing, Silent())
+    assert [path.name for path in tmp_path.iterdir()] == ["layout"]
 
 
 @pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])

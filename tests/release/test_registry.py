@@ -28,8 +28,9 @@ from signatures import COUNTER, Judge, Pair, openssl, pair, sha256, sign_with, t
 from glmexport.errors import EXIT_INPUT, EXIT_UNVERIFIED, InputError, MachineError, UnverifiedError
 from glmexport.progress import Silent
 from glmexport.release import verify
+from glmexport.release.access import is_loopback
 from glmexport.release.layout import read_layout, write_layout
-from glmexport.release.registry import Access, Reference, _is_loopback
+from glmexport.release.registry import Access, Reference
 from glmexport.release.transfer import pull, push
 
 PROGRAM = shutil.which("docker-registry")
@@ -187,8 +188,7 @@ def test_a_blob_that_the_registry_changed_is_named(server: Server, layout: Path,
             pull(at_digest(server.host, digest), tmp_path / "back", lambda _: None, Access(), Silent())
         assert not (tmp_path / "back").exists()
         path.write_bytes(content)
-        # Else what was whole would be taken from here.
-        shutil.rmtree(tmp_path / ".back.pulling")
+        assert not (tmp_path / ".back.pulling").exists()
     pull(at_digest(server.host, digest), tmp_path / "back", lambda _: None, Access(), Silent())
     assert tree(tmp_path / "back") == tree(signed)
 
@@ -378,15 +378,18 @@ def test_tokens(layout: Path, tmp_path: Path) -> None:
             f"    rootcertbundle: {certificate}\n"
         )
         with serving(tmp_path / "registry", bearer) as server:
-            digest = push(layout, image(server.host), Access("ministry", "geheim"), Silent()).digest
-            for access in (Access(), Access("ministry", "falsch")):
+            named = Access("ministry", "geheim", token_hosts=frozenset({host}))
+            digest = push(layout, image(server.host), named, Silent()).digest
+            with pytest.raises(InputError, match=f"--token-host {host}"):
+                push(layout, image(server.host), Access("ministry", "geheim"), Silent())
+            for access in (Access(), Access("ministry", "falsch", token_hosts=named.token_hosts)):
                 with pytest.raises(InputError, match="does not let us"):
                     pull(at_digest(server.host, digest), tmp_path / "back", lambda _: None, access, Silent())
             pull(
                 at_digest(server.host, digest),
                 tmp_path / "back",
                 lambda _: None,
-                Access("ministry", "geheim"),
+                named,
                 Silent(),
             )
 
@@ -469,7 +472,7 @@ def test_what_names_no_image(text: str) -> None:
     ],
 )  # fmt: skip
 def test_which_hosts_are_this_machine(host: str, here: bool) -> None:
-    assert _is_loopback(host) == here
+    assert is_loopback(host) == here
 
 
 def test_the_command_line(run: Run, server: Server, layout: Path, tmp_path: Path, keys: Pair, outcome: Judge) -> None:

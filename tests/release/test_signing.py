@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from builds import Run, Sample
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
+from filelock import FileLock
 from securesystemslib.dsse import Envelope
 from securesystemslib.exceptions import VerificationError
 from securesystemslib.signer import SSlibKey
@@ -151,8 +152,23 @@ def test_what_a_killed_signature_leaves_is_refused_and_mended(
     killed = subprocess.run(list(map(str, command)), check=False, capture_output=True, text=True, timeout=120)
     assert killed.returncode == 9, killed.stderr
     assert outcome(release).code == EXIT_UNVERIFIED
+    (left,) = release.parent.glob(".release.signing-*")
+    os.utime(left, (0, 0))
     sign_with(release, keys.private, counter=9)
     assert outcome(release, newer=8).code == 0
+    assert [path.name for path in release.parent.iterdir()] == ["release"]
+
+
+def test_a_signature_that_is_being_made_is_not_disturbed(release: Path, keys: Pair) -> None:
+    for name in ("held", "new", "left"):
+        place = release.parent / f".release.signing-{name}"
+        place.mkdir()
+        if name != "new":
+            os.utime(place, (0, 0))
+    with FileLock(release.parent / ".release.signing-held" / "lock"):
+        os.utime(release.parent / ".release.signing-held", (0, 0))
+        sign_with(release, keys.private, counter=8)
+    assert {path.name for path in release.parent.glob(".*")} == {".release.signing-held", ".release.signing-new"}
 
 
 def test_keys_that_cannot_sign(release: Path, tmp_path: Path, authority: Authority, keys: Pair) -> None:

@@ -51,7 +51,7 @@ def test_unknown_key(report, tmp_path):
 
 def test_the_message_names_a_nested_key(report, tmp_path):
     subject = {**json.loads(report.subject.model_dump_json()), "target": 7}
-    with pytest.raises(BundleError, match=r"report\.json: subject\.target: .*valid string.*1 keys? "):
+    with pytest.raises(BundleError, match=r"report\.json: subject\.target: .*valid string"):
         read_report(stored(report, tmp_path, subject=subject))
 
 
@@ -62,7 +62,7 @@ def test_another_schema_version(report, tmp_path):
 
 def test_what_is_not_json_or_not_there(tmp_path):
     (tmp_path / "report.json").write_bytes(b"{\xff")
-    with pytest.raises(BundleError, match=r"\(top level\): Invalid JSON"):
+    with pytest.raises(BundleError, match=r"report\.json: byte 1 is not UTF-8"):
         read_report(tmp_path / "report.json")
     with pytest.raises(BundleError, match="There is no readable report"):
         read_report(tmp_path / "other.json")

@@ -185,6 +185,37 @@ def test_a_broken_call_is_text_or_repaired(broken: str, reason: str) -> None:
     assert CallEnd(0, repaired=True) in lenient
 
 
+@pytest.mark.parametrize("end", range(23, 22 + len(CITY) + len("</tool_call>")))
+def test_a_call_that_was_cut_is_no_call(end: int) -> None:
+    """Wherever it was: what is missing is not form."""
+    text = f"<tool_call>get_weather{CITY}</tool_call>"[:end]
+    for lenient in (False, True):
+        grammar = Grammar(TOOLS, False, lenient=lenient)
+        events = merged([*grammar.feed(text), *grammar.finish(cut=True)])
+        assert not called(events) and text_of(events, Content) == text
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        "<tool_call>get_wether<arg_key>city<arg_value>Bern</arg_value></tool_call>",
+        "<tool_call>get_weather<arg_key>days<arg_value>3</arg_value></tool_call>",
+        f"<tool_call>get_weather{CITY}<arg_key>days<arg_value>three</arg_value></tool_call>",
+        f"<tool_call>get_weather{CITY}<arg_key>town<arg_value>x</arg_value></tool_call>",
+        '<tool_call>{"name": "remove", "arguments": {}}</tool_call>',
+        '<tool_call>{"name": "get_weather", "arguments": {}}</tool_call>',
+    ],
+)
+def test_what_is_repaired_is_a_call_of_a_tool_as_declared(broken: str) -> None:
+    events = read([broken], lenient=True)
+    assert not called(events) and text_of(events, Content) == broken
+
+
+def test_values_stay_as_they_are_where_a_call_is_repaired() -> None:
+    events = read(["<tool_call>get_weather<arg_key>city<arg_value> Bern\n\n\n</tool_call>"], lenient=True)
+    assert called(events) == [("get_weather", {"city": " Bern\n\n"})]
+
+
 def test_what_cannot_be_repaired_is_text_too() -> None:
     for hopeless in ("<tool_call></tool_call>", "<tool_call>a b</tool_call>", "<tool_call>", "</arg_value>"):
         assert text_of(read([hopeless], lenient=True), Content) == hopeless

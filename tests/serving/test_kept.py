@@ -38,8 +38,8 @@ def test_an_answer_is_the_same_to_the_bit(model: Model, directory: Path) -> None
     following = [*first, *(token.id for token in tokens), *LONG[600:640]]
     anew, _ = answered(model, directory, following, None)
     kept = Kept(model.chunk)
-    kept.keep(sequence)
-    taken = kept.take(following, 1000)
+    kept.keep(sequence, None)
+    taken = kept.take(following, 1000, None)
     assert taken is sequence and len(taken.tokens) == 512 and len(kept) == 0
     again, _ = answered(model, directory, following, taken)
     assert again == anew and len(anew) == 12
@@ -48,14 +48,14 @@ def test_an_answer_is_the_same_to_the_bit(model: Model, directory: Path) -> None
 def test_what_does_not_pay_is_left(model: Model, directory: Path) -> None:
     _, sequence = answered(model, directory, LONG, None)
     kept = Kept(model.chunk)
-    kept.keep(sequence)
+    kept.keep(sequence, None)
     other = RANDOM.integers(0, 250, 400).tolist()
     for prompt in (other, LONG[:200], LONG[:256], [*LONG[:255], 1, 2]):
-        assert kept.take(prompt, 500) is None
-    assert kept.take(LONG, sequence.capacity + 1) is None
+        assert kept.take(prompt, 500, None) is None
+    assert kept.take(LONG, sequence.capacity + 1, None) is None
     assert len(kept) == 1 and len(sequence.tokens) >= 700
     # The same prompt again: what its last token gives has to be computed.
-    assert kept.take(LONG[:513], 600) is sequence and len(sequence.tokens) == 512
+    assert kept.take(LONG[:513], 600, None) is sequence and len(sequence.tokens) == 512
 
 
 def test_a_beginning_that_many_share_costs_no_conversation_its_own(model: Model, directory: Path) -> None:
@@ -63,8 +63,8 @@ def test_a_beginning_that_many_share_costs_no_conversation_its_own(model: Model,
     _, sequence = answered(model, directory, long, None) if model.context_length > 1400 else (None, None)
     kept = Kept(model.chunk)
     assert sequence
-    kept.keep(sequence)
-    assert kept.take([*long[:300], *LONG[:200]], 600) is None
+    kept.keep(sequence, None)
+    assert kept.take([*long[:300], *LONG[:200]], 600, None) is None
 
 
 def test_only_the_last_ones_are_kept(model: Model, directory: Path) -> None:
@@ -72,9 +72,19 @@ def test_only_the_last_ones_are_kept(model: Model, directory: Path) -> None:
     for start in range(3):
         _, sequence = answered(model, directory, LONG[start : start + 300], None)
         made.append(sequence)
-        kept.keep(sequence)
+        kept.keep(sequence, None)
     kept.drop(2)
-    assert len(kept) == 2 and kept.take(LONG[:300], 400) is None
-    assert kept.take(LONG[2:302], 400) is made[2]
-    kept.keep(model.begin(100))
+    assert len(kept) == 2 and kept.take(LONG[:300], 400, None) is None
+    assert kept.take(LONG[2:302], 400, None) is made[2]
+    kept.keep(model.begin(100), None)
     assert len(kept) == 1
+
+
+def test_what_another_key_asked_is_not_gone_on_with(model: Model, directory: Path) -> None:
+    kept = Kept(model.chunk)
+    for key in (0, None):
+        _, sequence = answered(model, directory, LONG, None)
+        kept.keep(sequence, key)
+        for other in {0, 1, None} - {key}:
+            assert kept.take(LONG, 750, other) is None
+        assert kept.take(LONG, 750, key) is sequence and len(kept) == 0

@@ -34,6 +34,10 @@ NOT_OURS = (
     "evil.example", "127.0.0.1.evil.example", "localhost.evil", "", "localhost:80:80", "[::1", "[::1]80",
     "localhost@evil.example", "127.0.0.1:http", "10.0.0.1",
 )  # fmt: skip
+NO_NAMES: tuple[Any, ...] = (
+    "", " ", "a b", "a\n", "x</tool_call>y", "<tool_call>", "a<arg_key>b", "</think>", "<|user|>", "[gMASK]",
+    "a\x1b[2J", "a\u202eb", "x" * 257, 1, None, ["f"], {"f": 1},
+)  # fmt: skip
 NO_PROMPTS: tuple[Any, ...] = (
     [], [10**9], [-1], [2**70], [["a"]], [True], [1.5], ["a", "b"], {"a": 1}, [[1], [2]], [[]], [[1, "a"]],
 )  # fmt: skip
@@ -90,6 +94,8 @@ def test_bodies_that_are_no_request(http: httpx.Client, body: bytes) -> None:
         ({"chat_template_kwargs": {"add_generation_prompt": False}}, "chat_template_kwargs.add_generation_prompt"),
         ({"unheard_of": 1}, "unheard_of"), ({"tool_choice": "required"}, "tool_choice"),
         ({"tool_choice": "f", "tools": [TOOL]}, "tool_choice"),
+        ({"tool_choice": {"type": "function", "function": {"name": "x</tool_call>y"}},
+          "tools": [{"type": "function", "function": {"name": "x</tool_call>y"}}]}, "tool_choice"),
         ({"tools": [{"type": "function"}]}, "tools.0.function"), ({"tools": [TOOL] * 129}, "tools"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name"),
         ({"response_format": {"type": "json_schema"}}, "response_format"),
@@ -108,6 +114,39 @@ def test_bodies_that_are_no_request(http: httpx.Client, body: bytes) -> None:
 def test_fields_that_are_wrong(http: httpx.Client, changes: dict[str, Any], param: str) -> None:
     error = refused(http.post("/v1/chat/completions", json=chat(**changes)), 400)
     assert error["param"] == param
+
+
+@pytest.mark.parametrize("name", NO_NAMES, ids=ascii)
+@pytest.mark.parametrize("place", ["tools", "tool_choice", "call", "answer"])
+def test_names_that_no_call_can_carry(http: httpx.Client, place: str, name: Any) -> None:
+    function = {"type": "function", "function": {"name": name}}
+    changes: dict[str, dict[str, Any]] = {
+        "tools": {"tools": [function]},
+        "tool_choice": {"tools": [TOOL], "tool_choice": function},
+        "call": {"messages": [*user(), {"role": "assistant", "tool_calls": [function]}]},
+        "answer": {"messages": [*user(), {"role": "tool", "name": name or 1, "content": "a"}]},
+    }
+    error = refused(http.post("/v1/chat/completions", json=chat(**changes[place])), 400)
+    assert error["param"].startswith(tuple(changes[place]))
+
+
+@pytest.mark.parametrize("name", ["get_weather", "größe", "मौसम", "天气", "a.b:c-d/e", "x" * 256])
+def test_names_of_any_script(http: httpx.Client, name: str) -> None:
+    function = {"type": "function", "function": {"name": name}}
+    messages = [
+        *user(),
+        {"role": "assistant", "tool_calls": [function]},
+        {"role": "tool", "name": name, "content": "a"},
+    ]
+    answer = http.post("/v1/chat/completions", json=chat(messages=[*messages, *user()], tools=[function]))
+    assert answer.status_code == 200, answer.text
+
+
+def test_arguments_that_are_no_text(http: httpx.Client) -> None:
+    for arguments in ('{"a": "\\ud800"}', '{"\\udfff": 1}'):
+        call = {"function": {"name": "f", "arguments": arguments}}
+        messages = [*user(), {"role": "assistant", "tool_calls": [call]}, *user()]
+        refused(http.post("/v1/chat/completions", json=chat(messages=messages)), 400)
 
 
 @pytest.mark.parametrize("prompt", NO_PROMPTS, ids=str)
@@ -221,6 +260,7 @@ def test_a_key_is_needed_where_there_is_one(bundle: Path, tmp_path: Path, run: R
     )
     try:
         _locked(server)
+        _apart(server)
         _lenient(server)
         _full(server)
         _given_up(server)
@@ -247,6 +287,17 @@ def _locked(server: Served) -> None:
         server.client(api_key="wrong-key").models.list()
 
 
+def _apart(server: Served) -> None:
+    """What one key asked is gone on with for that key, and tells another nothing."""
+    asked = {"prompt": "a" * 1200, "max_tokens": 1}
+    cached = []
+    for key in ("first", "first", "second", "second"):
+        with server.http(headers={"authorization": f"Bearer {key}-key-of-the-house"}) as http:
+            usage = http.post("/v1/completions", json=asked).json()["usage"]
+            cached.append(usage["prompt_tokens_details"]["cached_tokens"])
+    assert cached[0] == cached[2] == 0 < cached[1] == cached[3]
+
+
 def _lenient(server: Served) -> None:
     """A call that is not closed where it should be is repaired, and counted."""
     right = {"authorization": "Bearer second-key-of-the-house"}
@@ -256,6 +307,11 @@ def _lenient(server: Served) -> None:
         (call,) = answer.json()["choices"][0]["message"]["tool_calls"]
         assert json.loads(call["function"]["arguments"]) == {"city": "Bern"}
         assert "glmexport_tool_call_repairs_total 1.0" in http.get("/metrics").text
+        # Cut by the number of tokens or a stop string, the same is no call.
+        for cut in ({"max_tokens": 12}, {"stop": "Bern"}):
+            body = chat(messages=user(content="Hi%"), tools=[tool], **{"max_tokens": 60, **cut})
+            message = http.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]
+            assert "tool_calls" not in message and message["content"].startswith("<tool_call>get_weather")
 
 
 def _full(server: Served) -> None:

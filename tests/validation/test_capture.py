@@ -59,6 +59,8 @@ def test_it_judges_as_the_original_does(sample: Sample, captured: Path, tmp_path
         assert same_ratio == pytest.approx(ratio, abs=1e-5) and same_agreement == agreement
     assert report.fidelity.noise_floor == whole.fidelity.noise_floor
     assert report.prompts == whole.prompts
+    assert report.reference == whole.reference is not None
+    assert any(gate.name == "Original against transformers" for gate in report.gates)
     found = report.fidelity.capture
     assert found is not None and found.top_k == 200 and found.audit_positions == 21 * 8
     assert 0.3 * found.kl_mean_nats < found.kl_mean_partition_nats < found.kl_mean_nats
@@ -228,6 +230,7 @@ def test_command(sample: Sample, captured: Path, tmp_path: Path, run: Run, monke
     assert outcome.code == 0
     assert outcome.document["digest"] == CapturedReference.open(captured).capture.digest()
     assert "200 of 264 tokens a position" in " ".join(outcome.stderr.split())
+    assert "original checked against transformers' whole model" in " ".join(outcome.stderr.split())
     assert run(*arguments).code == EXIT_INPUT
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "letter.txt").write_text("mine", encoding="utf-8")

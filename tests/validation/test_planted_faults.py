@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builds import Run, Sample
+from builds import RECIPE, Run, Sample, build, small_checkpoint, write_recipe
 
 from benchmarks.faults import FAULTS, Stored, plant
 from glmexport.architecture import Reference
@@ -90,6 +90,16 @@ def test_without_a_record_lost_rows_are_still_seen(
     (one,) = found.faults
     assert one.tensor == "lm_head.weight" and one.kind == "far" and re.search(told, one.detail)
     assert [gate.verdict for gate in weight_gates(found)] == [Verdict.PASS, Verdict.WARN]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_symmetric_embedding_is_what_was_decided(tied: bool, tmp_path: Path) -> None:
+    """The operator that looks rows up has zero points always, of a format without them as well."""
+    small_checkpoint(tmp_path / "checkpoint", tie_word_embeddings=tied)
+    recipe = write_recipe(tmp_path, RECIPE.replace("[embedding]\n", "[embedding]\nsymmetric = true\n"))
+    (built,) = build(tmp_path / "checkpoint", tmp_path / "bundle", recipe)
+    found = checked(built.directory, tmp_path / "checkpoint")
+    assert found.faults == () and found.undecided == 0
 
 
 def test_a_changed_norm_is_seen(sample: Sample, tmp_path: Path) -> None:

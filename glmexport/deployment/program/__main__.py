@@ -1,6 +1,7 @@
 """Deploy to this server, step by step.
 
     python3 deploy.pyz preflight ROOT ORDER     what the server is
+    python3 deploy.pyz hold ROOT                lets nobody else send, until its input ends or falls silent
     python3 deploy.pyz missing ROOT ORDER       names the files that have to be sent
     python3 deploy.pyz assemble ROOT ORDER      makes them a release, verified
     python3 deploy.pyz activate ROOT ORDER      serves it, or what served before
@@ -18,7 +19,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import os
 import re
+import select
 import subprocess
 import sys
 import time
@@ -28,15 +31,18 @@ from typing import Any
 from glmexport.deployment.program import receiving
 from glmexport.deployment.program.activation import Activation
 from glmexport.deployment.program.facts import server_facts
-from glmexport.deployment.program.layout import Root
+from glmexport.deployment.program.layout import PATIENCE_S, Root
 from glmexport.deployment.program.ledger import Ledger
 from glmexport.validation.devices.program.files import Failure, Tell
 
 _NO_SPACE = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
 _ORDER = re.compile(r"[0-9a-f]{32}")
+#: Before a command that goes on by itself.
 _DETACHED = "--detached"
 #: Of what goes on by itself.
 _LONG = ("activate", "rollback")
+#: Seconds without a sign of life after which who sends is gone.
+_SILENCE_S = 120
 
 
 def run(command: str, root: Root, arguments: list[str], tell: Tell) -> None:
@@ -47,6 +53,9 @@ def run(command: str, root: Root, arguments: list[str], tell: Tell) -> None:
     """
     if command == "status":
         tell({"event": "status", **status(root)})
+    elif command == "hold":
+        root.make()
+        hold(root, tell)
     elif command == "prune":
         with root.alone():
             prune(root, int(arguments[0]), tell)
@@ -59,10 +68,10 @@ def run(command: str, root: Root, arguments: list[str], tell: Tell) -> None:
         elif command == "missing":
             receiving.tell_missing(root, order, tell)
         elif command == "assemble":
-            with root.alone(patience_s=5):
+            with root.alone(PATIENCE_S):
                 receiving.assemble(root, order, tell)
         elif command in _LONG:
-            with root.alone(patience_s=5):
+            with root.alone(PATIENCE_S):
                 activation = Activation(root, order, tell)
                 if command == "activate":
                     activation.activate()
@@ -70,6 +79,14 @@ def run(command: str, root: Root, arguments: list[str], tell: Tell) -> None:
                     activation.roll_back(arguments[1] if arguments[1:] else None)
         else:
             raise Failure("usage", f"There is no command {command!r}.", "See the program's first lines.")
+
+
+def hold(root: Root, tell: Tell) -> None:
+    """Let nobody else send until whoever asked is done, or is gone: then nothing more comes from there."""
+    with root.alone(PATIENCE_S, "sending"):
+        tell({"event": "held"})
+        while select.select([sys.stdin], [], [], _SILENCE_S)[0] and os.read(sys.stdin.fileno(), 1 << 12):
+            pass
 
 
 def read_order(root: Root, name: str) -> dict[str, Any]:
@@ -94,7 +111,7 @@ def trust(root: Root, order: dict[str, Any]) -> None:
     """
     known = root.trust.read_text("utf-8") if root.trust.is_file() else None
     if known is None or (known != order["trust"] and order["replace_trust"]):
-        with root.alone(patience_s=5):
+        with root.alone(PATIENCE_S):
             Ledger(root.ledger).append("trust", key=order["trust"], former=known)
             replace_text(root.trust, order["trust"])
     elif known != order["trust"]:
@@ -148,6 +165,7 @@ def prune(root: Root, keep: int, tell: Tell) -> None:
     former = [name for name in confirmed if name != current][-1:]
     kept = {current, *former, *confirmed[len(confirmed) - keep :]}
     root.clear()
+    root.clear_orders()
     for name in root.names():
         if name not in kept:
             ledger.append("pruned", release=name)
@@ -167,7 +185,7 @@ def follow(root: Root, command: str, arguments: list[str], tell: Tell) -> None:
     if not events.exists():
         with events.open("xb") as output:
             subprocess.Popen(
-                [sys.executable, sys.argv[0], command, str(root.path), *arguments, _DETACHED],
+                [sys.executable, sys.argv[0], _DETACHED, command, str(root.path), *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -224,8 +242,8 @@ def _failure(error: Exception, root: Root) -> Failure:
 
 def main(arguments: list[str]) -> int:
     """Do what is asked; 0, or 1 after an ``error``."""
-    detached = _DETACHED in arguments
-    command, place, *rest = [each for each in arguments if each != _DETACHED]
+    detached = arguments[:1] == [_DETACHED]
+    command, place, *rest = arguments[detached:]
     root = Root(Path(place).expanduser().absolute())
 
     def tell(event: dict[str, Any]) -> None:

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from glmexport.release.golden_answers import difference
+from glmexport.untrusted import Limits, parse, read_regular
 
 #: Seconds between looks, for a connection, and for one answer.
 _LOOK_S, _CONNECT_S, _ANSWER_S = 0.1, 5, 600
 #: An answer's size, bytes, that is read at most.
 _MOST = 1 << 24
+_LIMITS = Limits(size=_MOST, values=200_000)
 
 
 class Endpoint:
@@ -38,7 +40,7 @@ class Endpoint:
             content = None if body is None else json.dumps(body)
             connection.request("GET" if body is None else "POST", path, content, headers)
             answer = connection.getresponse()
-            return answer.status, json.loads(answer.read(_MOST))
+            return answer.status, parse(answer.read(_MOST), _LIMITS)
         except http.client.HTTPException as error:
             raise ConnectionError(f"{type(error).__name__}: {error}") from error
         finally:
@@ -72,7 +74,8 @@ def golden(endpoint: Endpoint, release: Path, tolerance: float, tell: Callable[[
     path = release / "golden.json"
     if not path.is_file():
         return None
-    answers = json.loads(path.read_text("utf-8"))["answers"]
+    # Of a release that was verified.
+    answers = parse(read_regular(path, _LIMITS.size), _LIMITS)["answers"]
     for number, expected in enumerate(answers, 1):
         request = {
             "prompt": expected["prompt"], "max_tokens": len(expected["steps"]), "temperature": 0,

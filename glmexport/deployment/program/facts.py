@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import shutil
 import socket
 import subprocess
 from typing import Any
+
+from glmexport.untrusted import SMALL, parse
 
 _TIMEOUT_S = 60
 
@@ -30,7 +31,7 @@ def server_facts(command: list[str], ports: list[int]) -> dict[str, Any]:
 def _probe(command: list[str]) -> tuple[dict[str, Any] | None, str | None]:
     said, why = _output(command)
     try:
-        return (json.loads(said), None) if said else (None, why)
+        return (parse(said.encode(), SMALL), None) if said else (None, why)
     except ValueError as error:
         return None, f"{' '.join(command)} prints no JSON: {error}"
 

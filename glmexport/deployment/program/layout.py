@@ -8,6 +8,7 @@
     ledger.jsonl      everything that was done, each line chained to the one before
     trust.pem         the key, or the root certificate, that releases are signed with
     lock              held by whatever changes any of these
+    sending           held by who sends: what two send at once is in one folder
 
 What has a name there was written and is on the disk.
 """
@@ -27,10 +28,16 @@ from typing import Any
 from glmexport.validation.devices.program.files import Failure, replace, sha256
 
 NAME = re.compile(r"[0-9a-f]{32}")
+#: Begins the first line of trust.pem where a certificate has to be of somebody in particular.
+SUBJECT = "glmexport-subject: "
 #: Of what is no release any more, until it is gone.
 _GONE = ".gone-"
 #: Of a release that is not whole yet.
 _PARTIAL = ".partial-"
+#: Seconds for which somebody may ask what became of an order.
+_ASKED_S = 30 * 24 * 3600
+#: Seconds for which one deployment waits for another.
+PATIENCE_S = 600.0
 
 
 class Root:
@@ -117,9 +124,16 @@ class Root:
             (self.files / f"{name}.json").unlink()
 
     def clear(self) -> None:
-        """Remove what is left of removed releases."""
-        for path in self.releases.glob(_GONE + "*"):
+        """Remove what is left of removed releases, and of those that were never whole; nobody puts one together."""
+        for path in (*self.releases.glob(_GONE + "*"), *self.releases.glob(_PARTIAL + "*")):
             shutil.rmtree(path)
+
+    def clear_orders(self) -> None:
+        """Remove orders of which nobody asks any more, and what was half written of them."""
+        for path in (*self.orders.iterdir(), *self.path.glob("*.partial")) if self.orders.is_dir() else ():
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > _ASKED_S:
+                    path.unlink()
 
     def listed(self) -> dict[tuple[str, int], Path]:
         """Where a file of some SHA-256 and size is in a release, as far as their lists say."""
@@ -140,8 +154,8 @@ class Root:
         return None
 
     @contextlib.contextmanager
-    def alone(self, patience_s: float = 0) -> Iterator[None]:
-        """Nobody else changes anything meanwhile.
+    def alone(self, patience_s: float = 0, lock: str = "lock") -> Iterator[None]:
+        """Nobody else who holds ``lock`` does anything meanwhile; the lock of that name is for all that changes.
 
         Raises:
             Failure: somebody does, and ``patience_s`` later still.
@@ -149,7 +163,7 @@ class Root:
         import fcntl
 
         until = time.monotonic() + patience_s
-        with (self.path / "lock").open("w") as file:
+        with (self.path / lock).open("w") as file:
             while True:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from glmexport.deployment.program.layout import synchronize
+from glmexport.untrusted import SMALL, parse
 from glmexport.validation.devices.program.files import Failure
 
 #: What the first line has for a hash.
@@ -39,7 +40,7 @@ class Ledger:
 
     def _read(self, number: int, line: bytes) -> None:
         try:
-            entry = json.loads(line)
+            entry = parse(line, SMALL)
             legal = entry["number"] == number and entry["previous"] == self.head
         except (ValueError, KeyError, TypeError):
             legal = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from glmexport.validation.devices.program.files import Failure, Tell
 
 #: linux/fs.h: the clone shares its blocks with the original until one of them is written to.
 _FICLONE = 0x40049409
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def tell_missing(root: Root, order: dict[str, Any], tell: Tell) -> None:
@@ -31,12 +33,16 @@ def checked(order: dict[str, Any]) -> list[dict[str, Any]]:
     """The files of an order.
 
     Raises:
-        Failure: one of them is not in its folder.
+        Failure: one of them is not in its folder, comes twice, or has no size or SHA-256.
     """
-    for entry in order["files"]:
-        if not contained(entry["path"]):
-            raise Failure("files", f"The order names a file outside of its release: {entry['path']!r}.", "Refuse it.")
     files: list[dict[str, Any]] = order["files"]
+    for entry in files:
+        if not isinstance(entry["path"], str) or not contained(entry["path"]):
+            raise Failure("files", f"The order names a file outside of its release: {entry['path']!r}.", "Refuse it.")
+        if not _SHA256.fullmatch(str(entry["sha256"])) or type(entry["size"]) is not int or entry["size"] < 0:
+            raise Failure("files", f"The order has no SHA-256 or no size for {entry['path']!r}.", "Refuse it.")
+    if len({entry["path"] for entry in files}) != len(files):
+        raise Failure("files", "The order names a file twice.", "Refuse it.")
     return files
 
 

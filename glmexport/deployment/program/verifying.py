@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+from glmexport.deployment.program.layout import SUBJECT
 from glmexport.release.verifier import Refused, verify
 from glmexport.validation.devices.program.files import Failure
 
@@ -23,9 +24,12 @@ def verified(directory: Path, trust: Path) -> Verified:
     Raises:
         Failure: it is not what was signed; names the file.
     """
-    root = "BEGIN CERTIFICATE" in trust.read_text("utf-8")
+    text = trust.read_text("utf-8")
+    root = "BEGIN CERTIFICATE" in text
+    first = text.partition("\n")[0]
+    subject = first[len(SUBJECT) :] if first.startswith(SUBJECT) else None
     try:
-        found = verify(directory, None if root else trust, trust if root else None, None)
+        found = verify(directory, None if root else trust, trust if root else None, None, subject)
     except Refused as error:
         raise Failure("signature", str(error), "Send it again, or sign it with the key that is trusted.") from error
     return Verified(directory, found.digest, found.counter)

@@ -20,6 +20,7 @@ from glmexport.validation.generation import GenerationSession
 from glmexport.validation.reference import reference_states
 from glmexport.validation.results import Behaviour
 from glmexport.validation.session import ScoringSession
+from glmexport.validation.texts import EvaluationText
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,28 @@ def _fitted(question: Question, context_length: int) -> Question:
     return question if question.max_tokens <= room else question.model_copy(update={"max_tokens": room})
 
 
+def task_questions(
+    tasks: Sequence[Task], tokenizer: Tokenizer, plan: BehaviourPlan, context_length: int
+) -> tuple[list[EvaluationText], list[Question]]:
+    """The ``tasks`` in tokens: a text for every choice of those that have some, and a question for each other.
+
+    Raises:
+        InputError: a task fills the context.
+        CheckpointError: the chat template cannot write one.
+    """
+    texts = choice_texts(tasks, tokenizer)
+    own = [task_question(task, tokenizer, plan.max_tokens) for task in tasks if task.choices is None]
+    for name, length in [
+        *((each.id, len(each.ids)) for each in own),
+        *((text.document, len(text.ids)) for text in texts),
+    ]:
+        if length >= context_length:
+            raise InputError(
+                f"The task {name} has {length} tokens and the context {context_length}.", next_step="Shorten it."
+            )
+    return texts, own
+
+
 def ask(
     shipped: Sequence[Question],
     tasks: Sequence[Task],
@@ -66,17 +89,7 @@ def ask(
     Raises:
         InputError: a task fills the context.
     """
-    texts = choice_texts(tasks, tokenizer)
-    own = [task_question(task, tokenizer, plan.max_tokens) for task in tasks if task.choices is None]
-    for name, length in [
-        *((each.id, len(each.ids)) for each in own),
-        *((text.document, len(text.ids)) for text in texts),
-    ]:
-        if length >= session.context_length:
-            raise InputError(
-                f"The task {name} has {length} tokens and the context {session.context_length}.",
-                next_step="Shorten it.",
-            )
+    texts, own = task_questions(tasks, tokenizer, plan, session.context_length)
     asked = [*shipped, *(_fitted(question, session.context_length) for question in own)]
     bundle = bundle_answers(session, asked, progress)
     original, passes = _verified(asked, bundle, session, reference, scratch, progress)

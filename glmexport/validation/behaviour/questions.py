@@ -67,7 +67,7 @@ def questions(
     for language in dict.fromkeys(document.language for document in documents):
         own = [document for document in documents if document.language == language]
         for document in own[:each]:
-            ids = ((tokenizer.prefix or [0]) + tokenizer.encode(document.text))[:_BEGINNING]
+            ids = tokenizer.sequence(document.text, judged=True)[:_BEGINNING]
             if len(ids) == _BEGINNING:
                 found.append(
                     Question(id=document.id, kind="continue", language=language, ids=ids, max_tokens=max_tokens)
@@ -95,11 +95,11 @@ def task_question(task: Task, tokenizer: Tokenizer, max_tokens: int) -> Question
 
 
 def task_prompt(task: Task, tokenizer: Tokenizer) -> list[int]:
-    """Token ids of what is asked."""
+    """Token ids of what is asked; what looks like a control token in it is text."""
     if task.messages is not None:
         return tokenizer.encode_chat([turn.model_dump() for turn in task.messages], add_generation_prompt=True)
     assert task.prompt is not None
-    return (tokenizer.prefix or [0]) + tokenizer.encode(task.prompt)
+    return tokenizer.sequence(task.prompt, judged=True)
 
 
 def _chat(document: Document, tokenizer: Tokenizer, max_tokens: int) -> Iterator[Question]:
@@ -109,7 +109,7 @@ def _chat(document: Document, tokenizer: Tokenizer, max_tokens: int) -> Iterator
         yield Question(
             id=f"{document.id}/chat", kind="chat", language=document.language, ids=ids, max_tokens=max_tokens
         )
-    opening = tokenizer.encode(TOOL_CALL)
+    opening = tokenizer.encode(tokenizer.written(TOOL_CALL))
     knows = tokenizer.template_mentions(TOOL_CALL) and len(opening) == 1
     called = _prompt(tokenizer, [message], tools=list(TOOLS)) if knows else None
     if called:

@@ -8,13 +8,14 @@ import unicodedata
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 import regex
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from glmexport.definition import Definition
 from glmexport.errors import InputError
+from glmexport.untrusted import SMALL, parse_object, read_regular
 
 if TYPE_CHECKING:
     from sacrebleu.metrics.chrf import CHRF
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 SEARCH_SECONDS = 1.0
 #: Length of the texts on which a pattern is tried before anything is generated.
 _TRIAL_LENGTH = 2000
+#: Of a file of tasks, bytes.
+_FILE_LIMIT = 256 << 20
 _EXAMPLE = '{"prompt": "...", "metric": "exact", "target": "..."}'
 
 Text = Annotated[str, Field(min_length=1)]
@@ -123,8 +126,8 @@ def read_tasks(paths: Sequence[Path]) -> list[Task]:
         if path.suffix != ".jsonl":
             raise InputError(f"Tasks {path} are not .jsonl.", next_step=f"Write one task a line: {_EXAMPLE}.")
         try:
-            content = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            content = read_regular(path, _FILE_LIMIT).decode("utf-8")
+        except (OSError, ValueError) as error:
             raise InputError(
                 f"Tasks {path} cannot be read: {error}.", next_step="Give a readable UTF-8 file."
             ) from error
@@ -149,17 +152,15 @@ def read_tasks(paths: Sequence[Path]) -> list[Task]:
 def _task(path: Path, number: int, line: str) -> Task:
     where = f"{path}, line {number}"
     try:
-        record: Any = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not JSON: {error}.", next_step=f"Write one task a line: {_EXAMPLE}.") from error
-    if not isinstance(record, dict):
-        raise InputError(f"{where}: not a JSON object.", next_step=f"Write one task a line: {_EXAMPLE}.")
+        record = parse_object(line.encode(), SMALL)
+    except ValueError as error:
+        raise InputError(f"{where}: not usable: {error}.", next_step=f"Write one task a line: {_EXAMPLE}.") from error
     named = {"id": f"{path.name}:{number}", "name": path.stem} | record
     try:
         # In JSON again: only there a list is a tuple, strictly.
         return Task.model_validate_json(json.dumps(named))
     except ValidationError as error:
-        first = error.errors()[0]
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         key = str(first["loc"][0]) if first["loc"] else "the task"
         message = first["msg"].removeprefix("Value error, ")
         raise InputError(

@@ -14,12 +14,12 @@ GLM-4-0414 has another grammar, which is not read here.
 
 from __future__ import annotations
 
-import json
-import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+
+from glmexport.chat.schema import Parameters
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 _KEY, _KEY_END = "<arg_key>", "</arg_key>"
@@ -37,7 +37,8 @@ class _Tag(NamedTuple):
 class Argument:
     """One argument: ``raw`` as it is written, ``value`` as the tool takes it.
 
-    ``value`` is ``raw`` where the tool's schema says string or nothing, and where ``raw`` is not of its type.
+    ``value`` is ``raw`` where the tool's schema says string or nothing, and where ``raw`` is of none of its types
+    (``chat.schema``).
     """
 
     key: str
@@ -81,8 +82,7 @@ def parse(text: str, tools: Sequence[Mapping[str, Any]] | None = None) -> Parsed
     Args:
         text: what was generated. Reasoning is text like any other.
         tools: the tools' declarations in OpenAI's form (``{"type": "function", "function": {...}}``, or what is in
-            it). With them names, missing and unknown arguments and the types of values are checked too; of a value's
-            schema only ``type`` and ``enum`` of its outermost level.
+            it). With them names, missing and unknown arguments and the types of values are checked too.
     """
     tags = [_Tag(match.group(), match.start(), match.end()) for match in _TAG.finditer(text)]
     schemas = None if tools is None else _schemas(tools)
@@ -179,76 +179,33 @@ def _blank(text: str, start: int, stop: int) -> None:
         raise _Broken(start, f"{_short(between)} stands between the tags of a call.")
 
 
-def _checked(call: Call, schemas: Mapping[str, Mapping[str, Any]]) -> tuple[Call, list[Fault]]:
+def _checked(call: Call, schemas: Mapping[str, Parameters]) -> tuple[Call, list[Fault]]:
     """The call with its values decoded, and where it is not what the tools take."""
     if call.name not in schemas:
         return call, [Fault(call.offset, f"There is no tool {_short(call.name)}.")]
     parameters = schemas[call.name]
-    properties = _table(parameters.get("properties"))
-    faults = [Fault(call.offset, reason) for reason in _missing(call, parameters)]
+    given = {argument.key for argument in call.arguments}
+    faults = [
+        Fault(call.offset, f"{call.name} needs the argument {_short(key)}.")
+        for key in sorted(parameters.required - given)
+    ]
     arguments = []
     for argument in call.arguments:
         value = argument.raw
-        if argument.key in properties:
-            schema = _table(properties[argument.key])
-            value, wrong = _decoded(argument.raw, schema)
+        if argument.key in parameters.properties or parameters.others is not False:
+            value, wrong = parameters.value(argument.key, argument.raw)
             if wrong:
                 faults.append(Fault(call.offset, f"{call.name}: {_short(argument.key)} {wrong}."))
-        elif "properties" in parameters and not parameters.get("additionalProperties", False):
+        else:
             faults.append(Fault(call.offset, f"{call.name} has no argument {_short(argument.key)}."))
         arguments.append(Argument(argument.key, argument.raw, value))
     return Call(call.name, tuple(arguments), call.offset), faults
 
 
-def _missing(call: Call, parameters: Mapping[str, Any]) -> Iterator[str]:
-    required = parameters.get("required")
-    given = {argument.key for argument in call.arguments}
-    for key in required if isinstance(required, list) else ():
-        if isinstance(key, str) and key not in given:
-            yield f"{call.name} needs the argument {_short(key)}."
-
-
-def _decoded(raw: str, schema: Mapping[str, Any]) -> tuple[Any, str]:
-    """The value as the schema's type, and what is wrong with it, if anything."""
-    declared = schema.get("type")
-    types = [declared] if isinstance(declared, str) else declared if isinstance(declared, list) else []
-    value: Any = raw
-    if any(kind != "string" for kind in types):
-        try:
-            decoded = json.loads(raw, parse_constant=_refuse)
-            fits = any(_is_a(decoded, kind) for kind in types if kind != "string")
-        except (ValueError, RecursionError):
-            fits = False
-        if fits:
-            value = decoded
-        elif "string" not in types:
-            return raw, f"is {_short(raw)}, not of type {' or '.join(map(str, types))}"
-    choices = schema.get("enum")
-    if isinstance(choices, list) and not any(type(value) is type(choice) and value == choice for choice in choices):
-        return value, f"is {_short(raw)}, which is none of its values"
-    return value, ""
-
-
-def _is_a(value: object, kind: object) -> bool:
-    """Whether a decoded value is of a type of JSON Schema, for which 1.0 is an integer too."""
-    if isinstance(value, bool):
-        return kind == "boolean"
-    if isinstance(value, int):
-        return kind in ("integer", "number")
-    if isinstance(value, float):
-        # 1e999 is JSON, and no number that a tool could take.
-        return math.isfinite(value) and (kind == "number" or (kind == "integer" and value.is_integer()))
-    return kind == {dict: "object", list: "array", str: "string", type(None): "null"}[type(value)]
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON")
-
-
-def _schemas(tools: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+def _schemas(tools: Sequence[Mapping[str, Any]]) -> dict[str, Parameters]:
     """Parameters of every tool, by name."""
     functions = [_table(tool.get("function", tool)) for tool in tools]
-    return {str(function.get("name")): _table(function.get("parameters")) for function in functions}
+    return {str(function.get("name")): Parameters(_table(function.get("parameters"))) for function in functions}
 
 
 def _table(value: object) -> Mapping[str, Any]:

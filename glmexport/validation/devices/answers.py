@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from glmexport.definition import parse_json
 from glmexport.errors import MachineError
 from glmexport.quantization import sha256
+from glmexport.untrusted import Limits, read_regular
 from glmexport.validation.devices.job import QUESTIONS, RESULT, Job, Result, answer_path, read_job, tokens_path
 from glmexport.validation.divergence import Divergence
 from glmexport.validation.partition import Partition, cells_divergence
@@ -22,6 +23,7 @@ from glmexport.validation.partition import Partition, cells_divergence
 _HEADER = 1 << 12
 #: More than result.json takes, with a node for every operator of a large graph.
 RESULT_BYTES = 1 << 26
+RESULT_LIMITS = Limits(size=RESULT_BYTES)
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _AGAIN = "Run the job again on that device, from nothing."
 
@@ -33,11 +35,9 @@ def read_result(content: bytes, folder: Path, who: str) -> Result:
         MachineError: it does not.
     """
     try:
-        result = Result.model_validate_json(content)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"])) or "(top level)"
-        raise MachineError(f"{who}: {RESULT}: {place}: {first['msg']}.", next_step=_AGAIN) from error
+        result = parse_json(Result, content, RESULT_LIMITS)
+    except ValueError as error:
+        raise MachineError(f"{who}: {RESULT}: {error}.", next_step=_AGAIN) from error
     job = read_job(folder)
     digest = job.digest(folder)
     if result.job_digest != digest:
@@ -94,9 +94,13 @@ class DeviceAnswers:
             MachineError: a file is missing, changed, of another shape, or holds what is no number.
         """
         path = directory / RESULT
-        if path.is_symlink() or not path.is_file() or path.stat().st_size > RESULT_BYTES:
+        if path.is_symlink() or not path.is_file():
             raise MachineError(f"{who}: there is no {RESULT} among the results.", next_step=_AGAIN)
-        result = read_result(path.read_bytes(), folder, who)
+        try:
+            content = read_regular(path, RESULT_BYTES)
+        except ValueError as error:
+            raise MachineError(f"{who}: {RESULT}: {error}.", next_step=_AGAIN) from error
+        result = read_result(content, folder, who)
         for entry in result.files:
             file = directory / entry.path
             if file.is_symlink() or file.parent.is_symlink() or not file.is_file():
@@ -105,6 +109,10 @@ class DeviceAnswers:
                 raise MachineError(
                     f"{who}: {entry.path} is not the file that {RESULT} lists (its sha256 differs).", next_step=_AGAIN
                 )
+            with file.open("rb") as stream:
+                # The library would read whatever length of a header is claimed.
+                if int.from_bytes(stream.read(8), "little") > _HEADER:
+                    raise MachineError(f"{who}: {entry.path} has a header of its own kind.", next_step=_AGAIN)
         with safe_open(folder / QUESTIONS, "pt") as file:
             questions = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
         job = read_job(folder)

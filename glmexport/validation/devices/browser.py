@@ -60,10 +60,13 @@ def open_browser(address: str) -> BrowserRunner:
 
     Raises:
         InputError: it names none.
+        MachineError: it, or what drives it, is not installed: told before the original is asked anything.
     """
     for mode in _OF_MODE:
         if address == f"browser:{mode}" or (address == "browser" and mode == "wasm"):
-            return BrowserRunner(mode)
+            runner = BrowserRunner(mode)
+            runner.program()
+            return runner
     raise InputError(
         f"{address!r} is no browser.",
         next_step=f"Browsers are: {', '.join(f'browser:{mode}' for mode in _OF_MODE)}.",
@@ -136,11 +139,14 @@ class BrowserRunner:
     def _backend(self) -> Backend:
         return "wasm" if self.mode == "wasm" else "webgpu"
 
-    @contextmanager
-    def _launched(self, progress: Progress) -> Iterator[Browser]:
-        """The browser with an empty profile of its own, which goes with it."""
+    def program(self) -> Path:
+        """The browser's program.
+
+        Raises:
+            MachineError: there is none, or Playwright is missing.
+        """
         try:
-            from playwright.sync_api import Error, sync_playwright
+            import playwright.sync_api  # noqa: F401
         except ImportError as error:
             raise MachineError(
                 f"{self.name}: Playwright, which drives the browser, is missing.",
@@ -152,6 +158,14 @@ class BrowserRunner:
                 f"{self.name}: there is no Chromium on PATH.",
                 next_step="Install it: on Debian, apt-get install chromium.",
             )
+        return path
+
+    @contextmanager
+    def _launched(self, progress: Progress) -> Iterator[Browser]:
+        """The browser with an empty profile of its own, which goes with it."""
+        path = self.program()
+        from playwright.sync_api import Error, sync_playwright
+
         # Root has no sandbox in Chromium.
         root = hasattr(os, "geteuid") and os.geteuid() == 0
         if root:

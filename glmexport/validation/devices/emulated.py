@@ -17,6 +17,7 @@ from pathlib import Path
 
 from glmexport.errors import InputError, MachineError
 from glmexport.progress import Progress
+from glmexport.untrusted import SMALL, parse_object, read_regular
 from glmexport.validation.devices.local import LocalRunner
 
 QEMU_ARM64 = "qemu-arm64"
@@ -61,7 +62,12 @@ def open_emulated(directory: Path | None, name: str = QEMU_ARM64) -> LocalRunner
             f"{place} has no files of an emulated arm64 machine.",
             next_step=f"Make them with: glmexport devices prepare {QEMU_ARM64} {place}",
         )
-    python = place / json.loads(record.read_text(encoding="utf-8"))["python"]
+    try:
+        python = place / str(parse_object(read_regular(record, SMALL.size), SMALL)["python"])
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"{record} cannot be read: {error}.", next_step=f"Remove {place}, and prepare the machine again."
+        ) from error
     return LocalRunner(
         name=name,
         command=(_qemu(), "-L", str(place / "root"), "-cpu", _CPU, str(python)),

@@ -30,7 +30,8 @@ from glmexport.bundle.external import WEIGHTS
 from glmexport.bundle.genai import STEP
 from glmexport.bundle.links import loadable
 from glmexport.bundle.manifest import FileEntry
-from glmexport.definition import Definition
+from glmexport.definition import Definition, read_json
+from glmexport.errors import InputError
 from glmexport.graph import ASKED, ATTENTION_MASK, INPUT_IDS, LOGITS, PAST, POSITION_IDS, PRESENT
 from glmexport.loop import FixedLoopConfig, LoopConfig, read_loop
 from glmexport.quantization import sha256, write_atomically
@@ -215,8 +216,15 @@ def needed_files(manifest: Manifest) -> tuple[FileEntry, ...]:
 
 
 def read_job(directory: Path) -> Job:
-    """The job in ``directory``."""
-    return Job.model_validate_json((directory / JOB).read_bytes())
+    """The job in ``directory``.
+
+    Raises:
+        InputError: there is none that can be read.
+    """
+    try:
+        return read_json(Job, directory / JOB)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{directory / JOB} is no job: {error}.", next_step="Write the job again.") from error
 
 
 def _link(bundle: Path, place: Path, manifest: Manifest) -> None:

@@ -75,9 +75,10 @@ class DeviceJudge:
         performance, absent = self._performance(answers)
         behaviour = self._behaviour(answers, tokenizer)
         parity = prompt_parity(capture.prompts, tokenizer)
+        checked = capture.reference_check
         return judged(
-            fidelity, None, parity, behaviour, (), (), performance, self.manifest, self.policy, absent
-        )  # fmt: skip
+            fidelity, None, parity, behaviour, (), (), performance, self.manifest, self.policy, absent, checked=checked
+        )
 
     def _behaviour(self, answers: DeviceAnswers, tokenizer: Tokenizer) -> Behaviour | None:
         captured = self.captured.capture.answers

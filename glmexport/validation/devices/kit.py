@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import os
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from glmexport.errors import InputError, MachineError
 from glmexport.progress import Progress
@@ -20,8 +23,16 @@ from glmexport.validation.devices.runner import PROGRAM, program
 KIT, KIT_RESULT = "kit:", "kit-result:"
 _NAME = "glmexport-kit"
 _CHUNK = 1 << 20
-#: By what zipfile tells of a file that is none, is damaged or cut off, is encrypted, or lacks a member.
-_UNREADABLE = (OSError, EOFError, zipfile.BadZipFile, zlib.error, KeyError, NotImplementedError, RuntimeError)
+#: By what zipfile tells of a file that is none, is damaged or cut off, is encrypted, has names that are no text, or
+#: lacks a member.
+_UNREADABLE = (
+    OSError, EOFError, zipfile.BadZipFile, zlib.error, struct.error, LookupError, ArithmeticError, RuntimeError,
+    ValueError,
+)  # fmt: skip
+#: What archives of the program are packed by. Others let the archive say how much memory unpacking takes.
+_PACKED = frozenset({zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED})
+#: Of the list of an archive's members, bytes: more than that of any job takes.
+_LISTED = 4 << 20
 _README = f"""Unpack this archive on the device, then run in the folder {_NAME}
 
     python3 {PROGRAM}
@@ -56,6 +67,20 @@ def write_kit(job: Path, archive: Path, progress: Progress) -> None:
         raise
 
 
+class _InPieces(io.BufferedReader):
+    """A file of which zipfile gets no more at once than a list of members may take, which it reads in one piece."""
+
+    def __init__(self, file: io.FileIO) -> None:
+        super().__init__(file)
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """As that of a file."""
+        if size is not None and size > _LISTED:
+            raise zipfile.BadZipFile("it has too many members")
+        # Without a size it is asked for nothing but its last 64 KiB.
+        return super().read(_LISTED if size is None or size < 0 else size)
+
+
 @dataclass(frozen=True)
 class KitResultRunner:
     """What a device wrote into ``archive``. Only the files that answer the job are taken, and only as announced."""
@@ -65,9 +90,12 @@ class KitResultRunner:
 
     def __call__(self, job: Path, results: Path, progress: Progress) -> None:
         """See ``Runner``."""
-        with self._reading():
-            archive = zipfile.ZipFile(self.archive)
-        with archive:
+        with ExitStack() as stack:
+            with self._reading():
+                if not self.archive.is_file():
+                    raise FileNotFoundError("it is no file")
+                file = stack.enter_context(_InPieces(io.FileIO(self.archive)))
+                archive = stack.enter_context(zipfile.ZipFile(file))
             content = self._read(archive, RESULT, RESULT_BYTES)
             result = read_result(content, job, self.name)
             with progress.track("Unpacking", len(result.files)) as track:
@@ -88,17 +116,24 @@ class KitResultRunner:
             ) from error
 
     def _read(self, archive: zipfile.ZipFile, name: str, most: int) -> bytes:
-        with self._reading(), archive.open(name) as file:
-            content = file.read(most + 1)
+        content = bytearray()
+        with self._reading(), self._member(archive, name) as file:
+            while len(content) <= most and (block := file.read(_CHUNK)):
+                content += block
         if len(content) > most:
             raise MachineError(f"{self.name}: {name} has more than {most} bytes.", next_step="Refuse the archive.")
-        return content
+        return bytes(content)
+
+    def _member(self, archive: zipfile.ZipFile, name: str) -> IO[bytes]:
+        if archive.getinfo(name).compress_type not in _PACKED:
+            raise zipfile.BadZipFile(f"{name} is packed in a way that the program does not")
+        return archive.open(name)
 
     def _unpack(self, archive: zipfile.ZipFile, name: str, size: int, path: Path) -> None:
         """No more than ``size`` bytes; whether they are the right ones is looked at later, as of any device."""
         path.parent.mkdir(parents=True, exist_ok=True)
         with self._reading():
-            source = archive.open(name)
+            source = self._member(archive, name)
         with source, path.open("wb") as target:
             while (left := size - target.tell()) > 0:
                 with self._reading():

@@ -75,4 +75,6 @@ async def _ended(process: asyncio.subprocess.Process, patience: float = 0) -> in
             return await asyncio.wait_for(process.wait(), patience)
     if process.returncode is None:
         process.kill()
+    # What it said and nobody reads any more would keep the wait from its end.
+    await process.communicate()
     return await process.wait()

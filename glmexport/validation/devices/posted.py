@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load
 
 from glmexport.bundle.manifest import FileEntry
+from glmexport.definition import read_json
 from glmexport.quantization import sha256, write_atomically
+from glmexport.untrusted import Limits, parse_object
+from glmexport.validation.devices.answers import RESULT_LIMITS
 from glmexport.validation.devices.job import (
     QUESTIONS,
     RESULT,
@@ -33,6 +35,7 @@ from glmexport.validation.results import DeviceFacts
 
 #: Most bytes of an event, and of a tensor file's header.
 _EVENT, _HEADER = 1 << 22, 1 << 12
+_EVENT_LIMITS = Limits(size=_EVENT, depth=16, values=200_000)
 #: What adapters that compute in software have in their names: Chromium's, Mesa's, and that of Windows.
 _SOFTWARE = ("swiftshader", "llvmpipe", "lavapipe", "basic render")
 
@@ -89,7 +92,14 @@ class Posted:
             (self._results / path).parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self._results / path, body)
             return {"kind": path.partition("/")[0]}, b""
-        event = json.loads(body)
+        event = parse_object(body, _EVENT_LIMITS)
+        try:
+            return event, json.dumps(self._told(event)).encode()
+        except (LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"The event lacks what its kind has: {type(error).__name__}: {error}.") from error
+
+    def _told(self, event: dict[str, Any]) -> dict[str, Any]:
+        """The reply to an event, which is kept."""
         reply: dict[str, Any] = {}
         match event["kind"]:
             case "facts":
@@ -108,7 +118,7 @@ class Posted:
                 self._update(speed=speed, speed_absent_because=None)
             case "placement":
                 self._update(nodes=placed_nodes(event["lines"], self._directory / self._job.graphs.generation))
-        return event, json.dumps(reply).encode()
+        return reply
 
     def finish(self) -> None:
         """Everything was answered."""
@@ -186,7 +196,8 @@ class Posted:
         if path.startswith("tokens/"):
             # As long as the answer is.
             ((kind, (most,)),) = expected.values()
-            fits = found.keys() == expected.keys() and found["tokens"][0] == kind and 0 < found["tokens"][1][0] <= most
+            given, shape = found.get("tokens", ("", ()))
+            fits = found.keys() == expected.keys() and given == kind and len(shape) == 1 and 0 < shape[0] <= most
         else:
             fits = found == expected
         if not fits:
@@ -195,8 +206,8 @@ class Posted:
     def _read(self) -> Result | None:
         """What was answered before, if it was of this job."""
         try:
-            former = Result.model_validate_json((self._results / RESULT).read_bytes())
-        except (OSError, ValidationError):
+            former = read_json(Result, self._results / RESULT, RESULT_LIMITS)
+        except (OSError, ValueError):
             return None
         return former if former.job_digest == self.job_digest else None
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import io
-import json
 import zipfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +13,7 @@ from typing import Any, Protocol
 import glmexport
 from glmexport.errors import MachineError
 from glmexport.progress import Progress, Track
+from glmexport.untrusted import Limits, parse
 
 PROGRAM = "program.pyz"
 _PACKAGE = "glmexport.validation.devices.program"
@@ -27,6 +27,9 @@ _LOOK = 0.5
 _LABELS = {"verified": "Checking files", "round": "Speed", "prompt": "Free answers", "text": "Texts"}
 #: Longest line of the program's output that is read.
 LINE_BYTES = 1 << 16
+#: Bytes of a line that is taken for an event: the last lines of a server's ledger are in one.
+LONGEST_EVENT = 1 << 18
+_LINE_LIMITS = Limits(size=LONGEST_EVENT, depth=16, values=50_000)
 #: Seconds without a word after which a device is given up.
 SILENCE_S = 3600.0
 
@@ -92,7 +95,7 @@ async def events(
     silence: float = SILENCE_S,
     labels: Mapping[str, str] = _LABELS,
     begin: str = "Reaching the device",
-) -> AsyncIterator[dict[str, Any]]:
+) -> AsyncGenerator[dict[str, Any], None]:
     """What the program tells until it is done.
 
     Args:
@@ -127,7 +130,7 @@ async def events(
 def _event(line: bytes) -> dict[str, Any]:
     """What a line says; a device may print what it likes, which is not for us."""
     try:
-        event = json.loads(line)
+        event = parse(line, _LINE_LIMITS)
     except ValueError:
         return {}
     return event if isinstance(event, dict) else {}
@@ -144,6 +147,9 @@ async def _patient(readline: Callable[[], Awaitable[bytes]], shown: _Shown, who:
             if waited >= silence:
                 raise Ended(f"{who} has not said a word for {silence:.0f} s.", next_step="Look what it does.")
         return reading.result()
+    except (ValueError, asyncio.IncompleteReadError) as error:
+        # By how a stream tells of a line without an end.
+        raise Ended(f"{who} said a line that is too long: {error}.", next_step="Look what it prints.") from error
     finally:
         reading.cancel()
 

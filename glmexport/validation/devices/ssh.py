@@ -70,7 +70,9 @@ def open_ssh(address: str, name: str | None = None, **options: Any) -> SshRunner
 
     Raises:
         InputError: it is none.
+        MachineError: what speaks SSH is not installed: told before the original is asked anything.
     """
+    require_asyncssh("devices")
     where = {key: options.pop(key) for key in ("key", "known_hosts") if key in options}
     return SshRunner(parse_address(address, name, **where), **options)
 

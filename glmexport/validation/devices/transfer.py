@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,8 @@ CHUNK = 1 << 22
 
 async def put_bytes(sftp: asyncssh.SFTPClient, content: bytes, remote: PurePosixPath) -> None:
     """Replace a small file."""
-    partial = f"{remote}.partial"
+    # Of two who write it at once, each writes a file of its own.
+    partial = f"{remote}.{secrets.token_hex(4)}.partial"
     async with _open(sftp)(partial, "wb") as file:
         await file.write(content)
     await sftp.posix_rename(partial, str(remote))

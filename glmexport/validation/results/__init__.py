@@ -32,6 +32,7 @@ from glmexport.validation.results.performance import (
 )
 from glmexport.validation.results.prompts import PromptDifference, PromptParity
 from glmexport.validation.results.record import Count, Number, Record, Verdict, badness, worst
+from glmexport.validation.results.reference import ReferenceCheck
 from glmexport.validation.results.routing import LayerRouting
 from glmexport.validation.results.weights import WeightCheck, WeightFault
 
@@ -61,6 +62,7 @@ __all__ = [
     "PromptDifference",
     "PromptParity",
     "Record",
+    "ReferenceCheck",
     "Share",
     "Speed",
     "SpeedRatios",

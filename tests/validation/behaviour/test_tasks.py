@@ -54,10 +54,10 @@ def test_the_examples_of_the_readme(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "not JSON"),
-        ("[" * 100_000, "not JSON"),
-        ("[1]", "not a JSON object"),
-        ("3", "not a JSON object"),
+        ("{", "no JSON"),
+        ("[" * 100_000, "nests deeper"),
+        ("[1]", "not an object"),
+        ("3", "not an object"),
         ({"metric": "exact", "target": "4"}, "give either prompt or messages"),
         ({**GOOD, "messages": [{"role": "user", "content": "x"}]}, "give either prompt or messages"),
         ({**GOOD, "prompt": ""}, "prompt: "),
@@ -87,8 +87,8 @@ def test_the_examples_of_the_readme(tmp_path: Path) -> None:
         ({**GOOD, "metric": "regex", "target": "("}, "no regular expression"),
         ({**GOOD, "metric": "regex", "target": ["a", "b"]}, "target is one pattern"),
         ({**GOOD, "metric": "regex", "target": "(" * 20_000 + ")" * 20_000}, "no regular expression"),
-        ('{"prompt": "\\ud800", "metric": "exact", "target": "4"}', "JSON"),
-        ('{"prompt": "x", "metric": "exact", "target": NaN}', "target"),
+        ('{"prompt": "\\ud800", "metric": "exact", "target": "4"}', "surrogates"),
+        ('{"prompt": "x", "metric": "exact", "target": NaN}', "NaN is no number"),
     ],
 )
 def test_bad_lines_are_named(tmp_path: Path, line: object, message: str) -> None:

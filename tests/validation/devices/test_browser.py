@@ -292,7 +292,7 @@ def test_what_no_browser_holds_is_refused_before_it_starts(tmp_path: Path) -> No
 def test_a_bundle_for_another_provider_is_refused(tmp_path: Path) -> None:
     logits_job(tmp_path / "job", table(), 1)
     with pytest.raises(InputError, match=f"runs on CPUExecutionProvider, and this device has {WEBGPU}"):
-        open_browser("browser:webgpu")(tmp_path / "job", tmp_path / "results", Silent())
+        BrowserRunner("webgpu")(tmp_path / "job", tmp_path / "results", Silent())
 
 
 def test_without_a_browser(runner: BrowserRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,8 +303,12 @@ def test_without_a_browser(runner: BrowserRunner, tmp_path: Path, monkeypatch: p
     with pytest.raises(MachineError, match="there is no Chromium on PATH") as caught:
         BrowserRunner()(tmp_path / "job", tmp_path / "results", Silent())
     assert "apt-get install chromium" in caught.value.next_step
+    # Told when it is named, before anything is computed.
+    with pytest.raises(MachineError, match="there is no Chromium on PATH"):
+        open_browser("browser")
 
 
+@pytest.mark.usefixtures("runner")
 def test_names_of_browsers() -> None:
     assert open_browser("browser") == open_browser("browser:wasm") == BrowserRunner("wasm")
     assert open_browser("browser:webgpu-software").name == "browser:webgpu-software"

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import json
+import random
 import shutil
+import struct
 import subprocess
 import sys
 import zipfile
@@ -83,6 +87,64 @@ def test_what_is_no_archive(job: Path, tmp_path: Path, content: bytes) -> None:
         KitResultRunner("kit", tmp_path / "results.zip")(job, tmp_path / "results", Silent())
     with pytest.raises(MachineError, match="cannot be read"):
         KitResultRunner("kit", tmp_path / "none.zip")(job, tmp_path / "results", Silent())
+
+
+def packed(kind: int, name: str = "result.json") -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", kind) as archive:
+        archive.writestr(name, b"{}" * 100)
+    return buffer.getvalue()
+
+
+def changed(content: bytes, at: int, byte: int) -> bytes:
+    """``content`` with another byte at ``at`` of its member's entries: in front of it, and in the list."""
+    listed = bytearray(content)
+    listed[content.index(b"PK\x01\x02") + at + 2] = byte
+    listed[at] = byte
+    return bytes(listed)
+
+
+def many_members() -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("result.json", b"{}")
+    whole, entry = buffer.getvalue(), b"PK\x01\x02" + bytes(24) + b"\x01" + bytes(17) + b"a"
+    directory = entry * 100_000
+    return whole + directory + b"PK\x05\x06" + struct.pack("<4H2LH", 0, 0, 1, 1, len(directory), len(whole), 0)
+
+
+@pytest.mark.parametrize(
+    "content",
+    {
+        "lzma": packed(zipfile.ZIP_LZMA),
+        "bzip2": packed(zipfile.ZIP_BZIP2),
+        "cut lzma": packed(zipfile.ZIP_LZMA).replace(b"\x09\x04\x05\x00", b"\xff" * 4),
+        "encrypted": changed(packed(zipfile.ZIP_STORED), 6, 1),
+        "of an unknown kind": changed(packed(zipfile.ZIP_STORED), 8, 77),
+        "of a later version": changed(packed(zipfile.ZIP_STORED), 4, 255),
+        "a name that is no text": packed(zipfile.ZIP_STORED, "\u00e9" * 6).replace(b"\xc3\xa9", b"\xff\xff"),
+        "no such member": packed(zipfile.ZIP_STORED, "other"),
+        "a checksum of something else": packed(zipfile.ZIP_STORED).replace(b"{}{}", b"{}[]", 1),
+        "more members than any job has": many_members(),
+        "a list that is cut": packed(zipfile.ZIP_STORED)[:-30] + packed(zipfile.ZIP_STORED)[-22:],
+    }.values(),
+    ids=lambda content: f"{len(content)} bytes",
+)
+def test_an_archive_that_cannot_be_unpacked(job: Path, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "results.zip").write_bytes(content)
+    with pytest.raises(MachineError, match=r"results\.zip cannot be read: "):
+        KitResultRunner("kit", tmp_path / "results.zip")(job, tmp_path / "results", Silent())
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_an_archive_with_changed_bytes(job: Path, brought: Path, tmp_path: Path, seed: int) -> None:
+    chance, content = random.Random(seed), bytearray(brought.read_bytes())
+    directory = content.rindex(b"PK\x05\x06") - 2000
+    for _ in range(8):
+        content[chance.randrange(max(directory, 0), len(content))] = chance.randrange(256)
+    (tmp_path / "results.zip").write_bytes(content)
+    with contextlib.suppress(MachineError):
+        KitResultRunner("kit", tmp_path / "results.zip")(job, tmp_path / "results", Silent())
 
 
 def test_a_damaged_member(job: Path, brought: Path, tmp_path: Path) -> None:

@@ -155,6 +155,19 @@ def test_a_device_that_says_nothing_is_given_up(job: Path, tmp_path: Path) -> No
         LocalRunner(command=slow, silence=1)(job, tmp_path, Silent())
 
 
+@pytest.mark.parametrize(
+    "said",
+    ["'a' * (1 << 20)", "'[' * 60000 + chr(10)", "'\\x1b[2J' + chr(10)", "'9' * 60000 + chr(10)"],
+    ids=("a line without an end", "a deep line", "commands", "a long number"),
+)
+def test_what_a_device_says_that_is_no_event_is_not_heard(job: Path, tmp_path: Path, said: str) -> None:
+    liar = tmp_path / "python"
+    liar.write_text(f"#!/bin/sh\nexec {sys.executable} -c \"import sys; sys.stdout.write({said})\"\n")
+    liar.chmod(0o755)
+    with pytest.raises(MachineError, match=r"too long|ended before it was done"):
+        LocalRunner(command=(str(liar),))(job, tmp_path / "results", Silent())
+
+
 def test_it_is_the_same_file_and_runs_where_nothing_of_ours_is() -> None:
     content = program()
     assert content == program()

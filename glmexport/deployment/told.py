@@ -1,0 +1,70 @@
+"""What the program of a server tells, of the form that it has to have: it comes from another machine."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from glmexport.errors import MachineError
+
+
+class Answer(BaseModel):
+    """One event."""
+
+    # What later versions of the program add is not looked at.
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
+
+
+class Host(Answer):
+    """What kind of machine a server is, and what it lacks for each target."""
+
+    host: str | None
+    lacking: dict[str, list[str]]
+
+
+class Facts(Answer):
+    """What decides whether a release can come to a server."""
+
+    free_bytes: int
+    free_inodes: int | None
+    received_bytes: int
+    openssl: str | None
+    host: Host | None
+    host_unknown_because: str | None
+
+
+class Entry(Answer):
+    """A line of the ledger."""
+
+    time: str
+    event: str
+
+
+class Status(Answer):
+    """What a server serves."""
+
+    current: str | None
+    releases: list[str]
+    unconfirmed: str | None
+    head: str
+    ledger: list[Entry]
+
+
+Kind = TypeVar("Kind", bound=Answer)
+
+
+def checked(kind: type[Kind], event: dict[str, Any], who: str) -> Kind:
+    """Return ``event`` as what it has to be.
+
+    Raises:
+        MachineError: it is something else; names the server.
+    """
+    try:
+        return kind.model_validate(event)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise MachineError(
+            f"{who} tells something that cannot be: {'.'.join(map(str, first['loc']))}: {first['msg']}.",
+            next_step="Look at the server: another program than the one that was sent answers there.",
+        ) from error

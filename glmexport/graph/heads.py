@@ -1,0 +1,44 @@
+"""Which heads ONNX Runtime's attention operators take: decided when a graph is planned, before anything is computed."""
+
+from __future__ import annotations
+
+from glmexport.architecture import Architecture, DecoderLayer, LatentAttention
+from glmexport.graph.build import own_loop
+from glmexport.target import GraphLimits, Target
+
+ROTARY = "com.microsoft::RotaryEmbedding"
+#: GroupQueryAttention takes heads of a multiple of this size, and of twice the size where it rotates them, which it
+#: does as far as twice the width of its tables goes, in as large steps.
+_STEP, _ROTATED_STEP = 8, 16
+
+
+def rotates_inside(limits: GraphLimits, head_dim: int, rotary_dimensions: int) -> bool:
+    """Whether GroupQueryAttention rotates queries and keys itself; otherwise RotaryEmbedding does, any even width."""
+    fits = head_dim % _ROTATED_STEP == 0 and rotary_dimensions % _ROTATED_STEP == 0
+    return limits.rope_in_attention and fits
+
+
+def unfit_heads(architecture: Architecture, target: Target) -> str | None:
+    """Why the operators of ``target`` do not take the heads of ``architecture``, a clause; None if they do."""
+    limits = target.graph
+    if limits.static_shapes:
+        # Standard arithmetic, of any size.
+        return None
+    draft = architecture.token_prediction
+    for layer in (*architecture.layers, *([draft.layer] if draft else [])):
+        size = _size(layer)
+        if own_loop(architecture, limits):
+            if not target.can(ROTARY):
+                return f"rotates latents by {ROTARY}, which it does not list"
+            continue
+        if size % _STEP:
+            return f"has heads of {size} numbers, and GroupQueryAttention takes multiples of {_STEP}"
+        if not rotates_inside(limits, size, layer.attention.rotary.dimensions) and not target.can(ROTARY):
+            return f"rotates {layer.attention.rotary.dimensions} of {size} numbers by {ROTARY}, which it does not list"
+    return None
+
+
+def _size(layer: DecoderLayer) -> int:
+    """Of a head as it is cached."""
+    attention = layer.attention
+    return attention.padded_head_dim if isinstance(attention, LatentAttention) else attention.head_dim

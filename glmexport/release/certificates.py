@@ -1,0 +1,307 @@
+"""What certificates say of themselves, read from their DER: whether a chain may sign releases, and whose it is.
+
+RFC 5280 has the fields. Which usages a certificate for signing code has follows the CA/Browser Forum's Baseline
+Requirements for Code Signing Certificates, so that one for TLS signs no release. Whether the signatures in a chain hold
+is not looked at here. Standard library of Python 3.9: this is a part of verify.py.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import calendar
+import re
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+_BOOLEAN, _INTEGER, _BITS, _OCTETS, _OID, _SEQUENCE, _SET = 1, 2, 3, 4, 6, 0x30, 0x31
+_VERSION, _EXTENSIONS = 0xA0, 0xA3
+_PEM = re.compile(rb"-----BEGIN ([A-Z0-9 ]+)-----\s(.*?)-----END \1-----", re.DOTALL)
+_RSA, _RSA_PSS, _EC = "1.2.840.113549.1.1.1", "1.2.840.113549.1.1.10", "1.2.840.10045.2.1"
+_EDWARDS = frozenset({"1.3.101.112", "1.3.101.113"})
+#: Bits of an RSA key at least; of elliptic curves these, by the hash that is signed with a key on them.
+SMALLEST_RSA = 2048
+CURVES = {"1.2.840.10045.3.1.7": "sha256", "1.3.132.0.34": "sha384", "1.3.132.0.35": "sha512"}
+_SHA2 = frozenset(f"2.16.840.1.101.3.4.2.{each}" for each in (1, 2, 3))
+#: RSA, then ECDSA, each with SHA-256, SHA-384 and SHA-512.
+_SIGNATURES = _EDWARDS | {
+    _RSA_PSS,
+    *(f"1.2.840.113549.1.1.{each}" for each in (11, 12, 13)),
+    *(f"1.2.840.10045.4.3.{each}" for each in (2, 3, 4)),
+}
+_KEY_USAGE, _ALTERNATIVES, _CONSTRAINTS, _EXTENDED = "2.5.29.15", "2.5.29.17", "2.5.29.19", "2.5.29.37"
+_SERVER, _CODE, _ANY = "1.3.6.1.5.5.7.3.1", "1.3.6.1.5.5.7.3.3", "2.5.29.37.0"
+_DIGITAL_SIGNATURE, _CERTIFICATE_SIGN = 0x80, 0x04
+#: Of a name's attributes: those of RFC 4514, and two more that certificates of people and offices have.
+_ATTRIBUTES = {
+    "2.5.4.3": "CN", "2.5.4.5": "serialNumber", "2.5.4.6": "C", "2.5.4.7": "L", "2.5.4.8": "ST", "2.5.4.9": "STREET",
+    "2.5.4.10": "O", "2.5.4.11": "OU", "0.9.2342.19200300.100.1.1": "UID", "0.9.2342.19200300.100.1.25": "DC",
+    "1.2.840.113549.1.9.1": "emailAddress",
+}  # fmt: skip
+_ENCODINGS = {12: "utf-8", 18: "ascii", 19: "ascii", 20: "latin-1", 22: "ascii", 28: "utf-32-be", 30: "utf-16-be"}
+_ALTERNATIVE_KINDS = {0x81: "email", 0x82: "DNS", 0x86: "URI"}
+
+
+class Unfit(Exception):
+    """Why a certificate may not sign releases, or not vouch for who does."""
+
+
+class Certificate(NamedTuple):
+    """One certificate: its name as RFC 4514 writes it, other names such as ``email:x@y``, and what it may do.
+
+    ``named`` and ``issuer`` are names in DER, ``whole`` is all of it, ``key`` the SubjectPublicKeyInfo in DER,
+    ``starts`` the seconds since 1970 at which it becomes valid, and ``extended`` the object identifiers of its extended
+    usages, or None where it has no such extension.
+    """
+
+    whole: bytes
+    named: bytes
+    issuer: bytes
+    subject: str
+    alternatives: tuple[str, ...]
+    key: bytes
+    starts: int
+    signature: str
+    authority: bool
+    usage: int
+    extended: frozenset[str] | None
+
+
+class _Element(NamedTuple):
+    tag: int
+    content: bytes
+    whole: bytes
+
+
+def from_pem(content: bytes) -> list[bytes]:
+    """Return the certificates in a PEM file, DER; raises Unfit if there is none, or something else is in it."""
+    blocks = _PEM.findall(content)
+    if not blocks or content.count(b"-----BEGIN ") != len(blocks) or {kind for kind, _ in blocks} != {b"CERTIFICATE"}:
+        raise Unfit("it has to have certificates in PEM and nothing else")
+    try:
+        return [base64.b64decode(b"".join(body.split()), validate=True) for _, body in blocks]
+    except binascii.Error as error:
+        raise Unfit("a certificate in it is damaged") from error
+
+
+def to_pem(kind: str, content: bytes) -> str:
+    """Return DER as a block of PEM."""
+    lines = re.findall(".{1,64}", base64.b64encode(content).decode())
+    return "\n".join([f"-----BEGIN {kind}-----", *lines, f"-----END {kind}-----", ""])
+
+
+def check_chain(chain: Sequence[bytes], roots: Sequence[bytes], subject: str | None) -> Certificate:
+    """Return the signing certificate, the first of ``chain``, if all that are given may do what they are there for.
+
+    That each is vouched for by the next has to be verified elsewhere, with no others than these. With ``subject`` the
+    signing certificate has that name. Raises Unfit, which names the certificate.
+    """
+    signer, *others = [read(each) for each in chain]
+    trusted = [read(each) for each in roots]
+    _require_path(signer, others, trusted)
+    for each in (*others, *trusted):
+        _check_strength(each)
+        if not each.authority or not each.usage & _CERTIFICATE_SIGN:
+            raise Unfit(f"{each.subject} is no authority: it needs CA:TRUE and the key usage keyCertSign")
+        if each.extended is not None and _CODE not in each.extended:
+            raise Unfit(f"{each.subject} has extended key usages, and codeSigning is not among them")
+    _check_strength(signer)
+    if signer.authority or not signer.usage & _DIGITAL_SIGNATURE:
+        raise Unfit(f"{signer.subject} is not for signing: it needs the key usage digitalSignature, and CA:FALSE")
+    if signer.extended is not None and (_CODE not in signer.extended or signer.extended & {_ANY, _SERVER}):
+        raise Unfit(f"{signer.subject} has other extended key usages than one for signing code: codeSigning")
+    if subject is not None and subject not in (signer.subject, *signer.alternatives):
+        raise Unfit(f"it is of {' or '.join((signer.subject, *signer.alternatives))}, and not of {subject}")
+    return signer
+
+
+def _require_path(signer: Certificate, others: list[Certificate], roots: list[Certificate]) -> None:
+    """Nothing is there that nobody looks at: each is a root that is trusted, or the one that vouches for another."""
+    below, trusted = signer, {root.whole for root in roots}
+    left = [each for each in others if each.whole not in trusted]
+    while left:
+        above = [each for each in left if each.named == below.issuer]
+        if len(above) != 1 or below.issuer in {root.named for root in roots}:
+            raise Unfit(f"beside {below.subject} there are certificates that do not vouch for it, or not alone")
+        (below,) = above
+        left.remove(below)
+
+
+def _check_strength(certificate: Certificate) -> None:
+    if certificate.signature not in _SIGNATURES:
+        raise Unfit(f"{certificate.subject} is signed with an algorithm that is too weak or not known")
+    kind, size = _strength(certificate.key)
+    if not (kind in _EDWARDS or (kind == _EC and size) or (kind in (_RSA, _RSA_PSS) and size >= SMALLEST_RSA)):
+        raise Unfit(f"{certificate.subject} has a key that is too short, or of a kind that is not used here")
+
+
+def _strength(key: bytes) -> tuple[str, int]:
+    """Object identifier of a key's algorithm, and bits of an RSA modulus or of a curve that is known, else 0."""
+    try:
+        algorithm, bits = _elements(_one(key, _SEQUENCE))
+        kind, *parameters = _elements(algorithm.content)
+        name = _dotted(kind)
+        if name in (_RSA, _RSA_PSS):
+            modulus = _elements(_one(bits.content[1:], _SEQUENCE))[0]
+            return name, int.from_bytes(modulus.content, "big").bit_length()
+        return name, int(name == _EC and _dotted(parameters[0]) in CURVES)
+    except (ValueError, IndexError) as error:
+        raise Unfit("a certificate has a damaged key") from error
+
+
+def hash_of_key(key: bytes) -> str | None:
+    """Return the hash that is signed with a key on the curve P-256, P-384 or P-521 (DER); None for any other key."""
+    try:
+        algorithm, _ = _elements(_one(key, _SEQUENCE))
+        kind, *parameters = _elements(algorithm.content)
+        return CURVES.get(_dotted(parameters[0])) if _dotted(kind) == _EC else None
+    except (ValueError, IndexError):
+        return None
+
+
+def read(content: bytes) -> Certificate:
+    """Read a certificate in DER; raises Unfit if it is none of version 3, or is written in more than one way."""
+    try:
+        signed, algorithm, signature = _elements(_one(content, _SEQUENCE))
+        version, _, inner, issuer, validity, subject, key, *rest = _elements(_content(signed, _SEQUENCE))
+        if version.whole != b"\xa0\x03\x02\x01\x02" or inner.whole != algorithm.whole:
+            raise ValueError("version or algorithm")
+        if _content(signature, _BITS)[0]:
+            raise ValueError("bits that nobody reads")
+        extensions = _extensions([each for each in rest if each.tag == _EXTENSIONS])
+        extended = extensions.get(_EXTENDED)
+        return Certificate(
+            content,
+            subject.whole,
+            issuer.whole,
+            _name(subject),
+            _alternatives(extensions.get(_ALTERNATIVES)),
+            key.whole,
+            _seconds(_elements(_content(validity, _SEQUENCE))[0]),
+            _signature(algorithm),
+            _authority(extensions.get(_CONSTRAINTS)),
+            _usage(extensions.get(_KEY_USAGE)),
+            None if extended is None else frozenset(map(_dotted, _elements(_one(extended, _SEQUENCE)))),
+        )
+    except (ValueError, IndexError, OverflowError) as error:
+        raise Unfit("a certificate is damaged, or not of version 3") from error
+
+
+def _elements(content: bytes) -> list[_Element]:
+    """What DER has one after the other; ValueError, or IndexError, if it is not the only way to write it."""
+    found, at = [], 0
+    while at < len(content):
+        start, tag, length = at, content[at], content[at + 1]
+        at += 2
+        if length > 127:
+            count = length - 128
+            length = int.from_bytes(content[at : at + count], "big")
+            at += count
+            if length < 128 or length.bit_length() <= 8 * (count - 1):
+                raise ValueError("length")
+        if tag & 31 == 31 or at + length > len(content):
+            raise ValueError("tag or length")
+        found.append(_Element(tag, content[at : at + length], content[start : at + length]))
+        at += length
+    return found
+
+
+def _one(content: bytes, tag: int) -> bytes:
+    (element,) = _elements(content)
+    return _content(element, tag)
+
+
+def _content(element: _Element, tag: int) -> bytes:
+    if element.tag != tag:
+        raise ValueError("tag")
+    return element.content
+
+
+def _dotted(element: _Element) -> str:
+    """An object identifier in decimals."""
+    content, numbers, value = _content(element, _OID), [], 0
+    for byte in content:
+        if not value and byte == 0x80:
+            raise ValueError("identifier")
+        value = value << 7 | byte & 127
+        if byte < 128:
+            numbers.append(value)
+            value = 0
+    if content[-1] > 127:
+        raise ValueError("identifier")
+    first = min(numbers[0] // 40, 2)
+    return ".".join(map(str, (first, numbers[0] - 40 * first, *numbers[1:])))
+
+
+def _extensions(found: list[_Element]) -> dict[str, bytes]:
+    table: dict[str, bytes] = {}
+    for element in found:
+        for each in _elements(_one(element.content, _SEQUENCE)):
+            name, *_, value = _elements(_content(each, _SEQUENCE))
+            if _dotted(name) in table:
+                raise ValueError("an extension comes twice")
+            table[_dotted(name)] = _content(value, _OCTETS)
+    return table
+
+
+def _signature(algorithm: _Element) -> str:
+    """Object identifier of a signature algorithm; of RSASSA-PSS, which has its hash beside it, with a hash of SHA-2."""
+    kind, *parameters = _elements(algorithm.content)
+    if _dotted(kind) != _RSA_PSS:
+        return _dotted(kind)
+    hashes = [each for each in _elements(_content(parameters[0], _SEQUENCE)) if each.tag == _VERSION]
+    known = bool(hashes) and _dotted(_elements(_one(hashes[0].content, _SEQUENCE))[0]) in _SHA2
+    return _RSA_PSS if known else f"{_RSA_PSS} without SHA-2"
+
+
+def _authority(extension: bytes | None) -> bool:
+    found = [] if extension is None else _elements(_one(extension, _SEQUENCE))
+    return bool(found) and found[0].tag == _BOOLEAN and found[0].content == b"\xff"
+
+
+def _usage(extension: bytes | None) -> int:
+    """First eight usages, a bit each; none, where there is no such extension."""
+    bits = b"" if extension is None else _one(extension, _BITS)
+    return bits[1] if bits[1:] else 0
+
+
+def _seconds(moment: _Element) -> int:
+    """Seconds since 1970 of a UTCTime or a GeneralizedTime."""
+    form = {23: "%y%m%d%H%M%SZ", 24: "%Y%m%d%H%M%SZ"}[moment.tag] if moment.tag in (23, 24) else ""
+    if not re.fullmatch(rb"[0-9]{12}([0-9]{2})?Z", moment.content):
+        raise ValueError("time")
+    found = time.strptime(moment.content.decode("ascii"), form)
+    # RFC 5280: two digits of a year from 50 on are of the last century.
+    wrong = form.startswith("%y") and 2050 <= found.tm_year < 2069
+    return calendar.timegm((found.tm_year - 100 * wrong, *found[1:6]))
+
+
+def _name(element: _Element) -> str:
+    """A distinguished name as RFC 4514 writes it, the most special part first."""
+    parts = []
+    for each in _elements(_content(element, _SEQUENCE)):
+        pairs = [_elements(_content(pair, _SEQUENCE)) for pair in _elements(_content(each, _SET))]
+        named = [(_ATTRIBUTES.get(_dotted(kind), _dotted(kind)), _value(text)) for kind, text in pairs]
+        parts.append("+".join(f"{kind}={text}" for kind, text in named))
+    return ",".join(reversed(parts))
+
+
+def _value(element: _Element) -> str:
+    if element.tag not in _ENCODINGS:
+        return "#" + element.whole.hex()
+    text = element.content.decode(_ENCODINGS[element.tag])
+    escaped = re.sub(r'([\\,+"<>;]|^[# ]| $)', r"\\\1", text)
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda found: _hexadecimal(found[0]), escaped)
+
+
+def _hexadecimal(character: str) -> str:
+    return "".join(f"\\{byte:02X}" for byte in character.encode())
+
+
+def _alternatives(extension: bytes | None) -> tuple[str, ...]:
+    """Addresses of mail, hosts and URIs among the alternative names, but those with characters that nobody sees."""
+    names = [] if extension is None else _elements(_one(extension, _SEQUENCE))
+    known = [each for each in names if each.tag in _ALTERNATIVE_KINDS]
+    texts = [f"{_ALTERNATIVE_KINDS[each.tag]}:{each.content.decode('ascii')}" for each in known]
+    return tuple(text for text in texts if text.isprintable())
