@@ -272,12 +272,7 @@ def policy_of(manifest: Manifest, options: BuildOptions) -> Policy:
 
 
 def _finish(
-    original: Original,
-    job: Job,
-    walk: Walk,
-    prepared: _Prepared,
-    options: BuildOptions,
-    progress: Progress,
+    original: Original, job: Job, walk: Walk, prepared: _Prepared, options: BuildOptions, progress: Progress
 ) -> Built | BuiltUnrun:
     """Write the bundle beside its place and validate it there, as far as this machine can."""
     partial = partial_of(job.directory)

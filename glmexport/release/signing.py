@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from glmexport import __version__
 from glmexport.bundle import MANIFEST, Manifest, read_manifest, verify_files
 from glmexport.bundle.manifest import ATTESTATIONS, RELEASE_FILES, REPORTS, is_evidence
-from glmexport.errors import BundleError, MachineError
+from glmexport.errors import BundleError, MachineError, UnverifiedError
 from glmexport.progress import Progress, Silent
 from glmexport.quantization import sha256
 from glmexport.release import verifier
@@ -81,7 +81,12 @@ def sign(
     verify_files(bundle, manifest)
     check_settings(bundle, manifest)
     # What is replaced may be others' by now; what stays has to be what was signed before.
-    check_signature(bundle, manifest, NOBODY, Silent(), rewritten=is_evidence)
+    try:
+        check_signature(bundle, manifest, NOBODY, Silent(), rewritten=is_evidence)
+    except UnverifiedError as error:
+        raise UnverifiedError(
+            error.message, next_step=f"If it is you who changed the bundle, remove {SIGNATURE} and sign it."
+        ) from error
     try:
         verifier.files_in(bundle)
         verifier.check_names([entry.path for entry in manifest.files], MANIFEST)

@@ -154,7 +154,8 @@ def changed_block(bundle: Path, key: Path) -> None:
         if entry["path"] == "weights/block_001.data":
             entry["sha256"] = sha256(block)
     (bundle / "bundle.json").write_text(json.dumps(table))
-    (bundle / "report.json").unlink()
+    for name in ("report.json", "model.sig"):
+        (bundle / name).unlink()
     sign_with(bundle, key, counter=COUNTER + 1)
 
 

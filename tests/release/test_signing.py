@@ -181,8 +181,10 @@ def test_keys_that_cannot_sign(release: Path, tmp_path: Path, authority: Authori
         with pytest.raises(InputError, match=name):
             open_signatory(KeyFiles(tmp_path / name))
     with pytest.raises(InputError, match="does not match"):
-        open_signatory(KeyFiles(keys.private, authority.certificate, (authority.root,)))
-    chainless = open_signatory(KeyFiles(authority.key, authority.certificate, (authority.root,)))
+        open_signatory(KeyFiles(keys.private, authority.certificate, (authority.intermediate, authority.root)))
+    with pytest.raises(InputError, match="vouch"):
+        open_signatory(KeyFiles(authority.key, authority.certificate, (authority.root,)))
+    chainless = open_signatory(KeyFiles(authority.key, authority.certificate, (authority.intermediate,)))
     with pytest.raises(InputError, match="chain"):
         sign(release, chainless, counter=8, golden=False, progress=Silent())
     assert tree(release) == before
