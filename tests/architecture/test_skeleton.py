@@ -113,6 +113,22 @@ def test_an_odd_value_is_read_as_by_transformers_or_refused(family: str, tmp_pat
     assert opened >= 5
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["default", "yarn"])
+def test_the_spelling_of_transformers_4_is_the_same_model(family: str, kind: str, tmp_path: Path) -> None:
+    """Base and rotary part beside the sizes, and what stretches the frequencies in a table of its own."""
+    write_checkpoint(tmp_path, family, **TINY[family])
+    before = describe(Checkpoint.open(tmp_path)).layers[0].attention.rotary
+    rope = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["rope_parameters"]
+    stretched = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64} if kind == "yarn" else None
+    older = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+    edit_config(tmp_path, without=("rope_parameters",), **older, rope_scaling=stretched)
+    assert loads(tmp_path)
+    after = describe(Checkpoint.open(tmp_path)).layers[0].attention.rotary
+    assert after.dimensions == before.dimensions
+    assert difference(tmp_path) <= 1e-5
+
+
 @pytest.mark.parametrize("family", ["glm", "glm4"])
 def test_without_head_dim_it_is_128(family: str, tmp_path: Path) -> None:
     write_checkpoint(tmp_path, family, num_hidden_layers=1, head_dim=128)

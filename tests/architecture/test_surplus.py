@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from models import TINY, edit_config, edit_tensors, write_checkpoint, write_predicting
+from predicting import PREDICTING as FAMILIES_THAT_PREDICT
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -160,3 +161,11 @@ def test_an_index_may_name_what_no_file_has_and_nobody_needs(family: str, tmp_pa
     save_file({key: tensor for key, tensor in tensors.items() if key != needed}, tmp_path / shard, {"format": "pt"})
     with pytest.raises(CheckpointError, match=f"lacks tensor {needed}"):
         Original.open(str(tmp_path), Silent())
+
+
+@pytest.mark.parametrize("name", FAMILIES_THAT_PREDICT)
+def test_a_layer_that_predicts_further_need_not_store_the_models_tables(name: str, tmp_path: Path) -> None:
+    family, changes = FAMILIES_THAT_PREDICT[name]
+    write_predicting(tmp_path, family, num_hidden_layers=2, copies=False, **changes)
+    original = Original.open(str(tmp_path), Silent())
+    assert original.architecture.token_prediction is not None and not original.unused
