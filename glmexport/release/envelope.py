@@ -10,6 +10,7 @@ import base64
 import binascii
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -148,11 +149,21 @@ def _check_overlooked(paths: list[Any], files: dict[str, str]) -> None:
             raise Refused(f"{SIGNATURE} lists {name!r}, which it says to overlook, or which belongs to git.")
 
 
+def linked_in_cache(directory: Path, name: str) -> bool:
+    """Return whether the link ``name`` in a snapshot of the hub's cache leads to where that keeps its files."""
+    snapshots = Path(os.path.realpath(directory)).parent
+    repository = snapshots.parent
+    target = os.path.realpath(directory / name)
+    places = [f"{place}{os.sep}" for place in (repository / "blobs", repository.parent / "blobs")]
+    in_cache = snapshots.name == "snapshots" and repository.name.startswith("models--")
+    return in_cache and Path(target).is_file() and target.startswith(tuple(places))
+
+
 def read_file(directory: Path, name: str) -> bytes:
-    """Read a document of a bundle; raises Refused if it is missing, linked or longer than any is."""
+    """Read a document of a bundle; raises Refused if it is missing, a link to elsewhere or longer than any is."""
     path, longest = directory / name, _LONGEST_SIGNATURE if name == SIGNATURE else _LONGEST_JSON
     content = b""
-    if not path.is_symlink() and path.is_file():
+    if path.is_file() and (not path.is_symlink() or linked_in_cache(directory, name)):
         with path.open("rb") as file:
             content = file.read(longest + 1)
     if not 0 < len(content) <= longest:

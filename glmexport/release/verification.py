@@ -66,6 +66,10 @@ def _verified(
         # model-signing takes a certificate of any use, and any key.
         verifier.check_certificates(envelope, root, subject)
     verify_model = _model_verifier(envelope, key, root)
+    linked = any((bundle / name).is_symlink() for name in verifier.files_in(bundle))
+    if linked:
+        # What links lead to was looked at; model-signing would refuse all of them.
+        verify_model.set_hashing_config(_following_links())
     try:
         # It warns of old signatures on stdout, which is for one JSON document.
         with contextlib.redirect_stdout(io.StringIO()):
@@ -120,6 +124,13 @@ def _model_verifier(envelope: Envelope, key: Path | None, root: Path | None) -> 
     except InvalidSignature as error:
         raise verifier.Refused(f"{SIGNATURE} does not hold: it was made with another key, or was changed.") from error
     return chosen or config().use_elliptic_key_verifier(public_key=key)
+
+
+def _following_links() -> Any:
+    from model_signing import hashing
+
+    config: Any = hashing.Config
+    return config().use_file_serialization(hashing_algorithm="sha256").set_allow_symlinks(True)
 
 
 def _reason(error: Exception) -> str:

@@ -42,6 +42,7 @@ from glmexport.release.envelope import (
     Refused,
     check_names,
     legal,
+    linked_in_cache,
     parse,
     read_envelope,
     read_file,
@@ -126,7 +127,10 @@ def check_certificates(envelope: Envelope, root: Path, subject: str | None) -> t
 
 
 def files_in(directory: Path) -> dict[str, os.stat_result]:
-    """Every regular file below ``directory`` by its name there; links and what is no file are refused."""
+    """Every regular file below ``directory`` by its name there; links and what is no file are refused.
+
+    In a snapshot of the hub's cache files are links to where that keeps them, which are followed.
+    """
     found: dict[str, os.stat_result] = {}
     folders = [""]
     while folders:
@@ -136,8 +140,10 @@ def files_in(directory: Path) -> dict[str, os.stat_result]:
                 name = f"{folder}/{entry.name}" if folder else entry.name
                 facts = os.lstat(directory / name)
                 if stat.S_ISLNK(facts.st_mode):
-                    raise Refused(f"{name} is a link; a bundle has real files only.")
-                if stat.S_ISDIR(facts.st_mode):
+                    if not linked_in_cache(directory, name):
+                        raise Refused(f"{name} is a link; a bundle has real files only.")
+                    found[name] = os.stat(directory / name)  # noqa: PTH116
+                elif stat.S_ISDIR(facts.st_mode):
                     folders.append(name)
                 elif not stat.S_ISREG(facts.st_mode):
                     raise Refused(f"{name} is no file.")

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from builds import Run, Sample
 from forged import forge
-from signatures import Authority, Pair, pair, resign, sign_with
+from hub import cached
+from signatures import Authority, Judge, Pair, pair, resign, sign_with
 
 from glmexport.bundle import MANIFEST
 from glmexport.errors import EXIT_INPUT, EXIT_PASS, EXIT_UNVERIFIED, UnverifiedError
@@ -134,3 +135,24 @@ def test_the_harness_asks_for_a_key(release: Path, keys: Pair, tmp_path: Path) -
     stranger = pair(tmp_path, "stranger")
     with pytest.raises(UnverifiedError, match="another key"):
         Settings.of({**settings, "key": str(stranger.public)}).open(Silent())
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_signed_bundle_in_the_cache_of_a_hub(
+    shared: bool, signed: Path, keys: Pair, run: Run, outcome: Judge, tmp_path: Path
+) -> None:
+    """Both verifiers follow its links, and only those that stay in the cache."""
+    snapshot = cached(signed, tmp_path / "hub", shared=shared)
+    assert outcome(snapshot).code == EXIT_PASS
+    arguments = ["-p", "Hello", "--max-tokens", 1, "--threads", 1]
+    assert run("run", snapshot, *arguments, "--key", keys.public).code == EXIT_PASS
+    template = snapshot / TEMPLATE
+    blob = template.resolve()
+    blob.write_bytes(blob.read_bytes() + b" ")
+    assert outcome(snapshot).code == EXIT_UNVERIFIED
+    blob.write_bytes(blob.read_bytes()[:-1])
+    assert outcome(snapshot).code == EXIT_PASS
+    shutil.copyfile(blob, tmp_path / "elsewhere")
+    template.unlink()
+    template.symlink_to(tmp_path / "elsewhere")
+    assert outcome(snapshot).code == EXIT_UNVERIFIED
