@@ -56,7 +56,7 @@ class Original:
                 f"{architecture.vocabulary_size}.",
                 next_step="Use the tokenizer files that belong to these weights.",
             )
-        for remark in filter(None, (tokenizer.remark, context_remark(checkpoint.config))):
+        for remark in filter(None, (tokenizer.remark, context_remark(checkpoint.config, architecture.context_length))):
             progress.remark(remark)
         return cls(checkpoint, architecture, tokenizer, unused)
 

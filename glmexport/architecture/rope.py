@@ -67,19 +67,18 @@ def check_rope(config: ConfigReader) -> None:
                 table.number(key, minimum=least)
 
 
-def context_remark(config: ConfigReader) -> str | None:
-    """What to know of the context of a model whose frequencies are stretched; None where there is nothing."""
-    found = scaled(config)
+def context_remark(config: ConfigReader, context: int) -> str | None:
+    """Return what to know of the ``context`` of a model whose frequencies are stretched; None: there is nothing."""
+    found = scaled(config, context)
     return None if found is None else found.remark
 
 
-def scaled(config: ConfigReader) -> Scaled | None:
-    """The scaling that ``config`` declares; None where frequencies are not stretched to a longer context.
+def scaled(config: ConfigReader, context: int) -> Scaled | None:
+    """Return the scaling that ``config`` declares of a model that has ``context`` tokens; None: there is none.
 
     Raises:
         CheckpointError: as ``check_rope``.
     """
-    context = config.integer(_CONTEXT, minimum=1)
     for table in _tables(config):
         kind = next((table.text(key) for key in ("rope_type", "type") if table.has(key)), "default")
         if kind != "default" and table.has("factor"):

@@ -177,6 +177,8 @@ class _Measured:
 def _measured(speed: Speed, field: str) -> _Measured:
     """The one place that knows how a report holds a figure of speed."""
     figure = getattr(speed, field)
+    if figure is None:
+        return _Measured(math.nan)
     if not isinstance(figure, Interval):
         return _Measured(float(figure))
     known = 0 < figure.lower <= figure.upper < math.inf

@@ -161,7 +161,7 @@ def test_an_adapter_on_a_half_changes_the_whole(tmp_path: Path) -> None:
     [
         (LITE, {"mlp_layer_types": ["dense"]}, "mlp_layer_types must have dense or sparse for each of the 3"),
         (LITE, {"num_key_value_heads": 2}, "num_key_value_heads"),
-        (LITE, {"qk_rope_head_dim": 13, "head_dim": 13}, "even rotary dimension"),
+        (LITE, {"qk_rope_head_dim": 13, "head_dim": 13}, "pairs are rotated"),
         (LITE, {"rope_parameters": {"rope_type": "longrope"}}, "longrope"),
         (LITE, {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         (DSA, {"indexer_types": ["shared", "full", "full"]}, "first layer has no indexer"),

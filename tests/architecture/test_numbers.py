@@ -147,7 +147,7 @@ def test_a_scaling_that_leaves_the_context_is_told(
     config.pop("rope_parameters")
     config |= {section: table, "max_position_embeddings": context}
     (checkpoint / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    remark = context_remark(Checkpoint.open(checkpoint).config)
+    remark = context_remark(Checkpoint.open(checkpoint).config, context)
     assert (remark is None) == (not words)
     for word in words:
         assert word in str(remark)

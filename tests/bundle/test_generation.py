@@ -183,7 +183,7 @@ def test_a_default_length_limits_only_who_names_none(sample: Sample, tmp_path: P
     config = json.loads(path.read_text(encoding="utf-8"))
     assert config["search"]["max_length"] == config["model"]["context_length"] == 256
     config["search"]["max_length"] = 16
-    path.write_text(json.dumps(config), encoding="utf-8")
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     assert plain(bundle, 16) == 16
     assert plain(bundle, 64, max_length=64) == 64
     prompt = list(range(30))
