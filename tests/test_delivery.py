@@ -87,7 +87,8 @@ def damaged(good: Path, place: Path, private: Path, run: Run, monkeypatch: pytes
     weights.write_bytes(content.tobytes())
     manifest = read_manifest(bundle).model_copy(update={"files": list_files(bundle)})
     (bundle / MANIFEST).write_text(manifest.model_dump_json(), encoding="utf-8")
-    (bundle / "report.json").unlink()
+    for name in ("report.json", "model.sig"):
+        (bundle / name).unlink()
     recorded = Golden.model_validate_json((good / GOLDEN).read_text(encoding="utf-8"))
     monkeypatch.setattr("glmexport.release.signing.record", lambda *_: recorded)
     done = run("sign", bundle, "--key", private, "--counter", 2, "--force")

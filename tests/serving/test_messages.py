@@ -18,7 +18,7 @@ USER = {"role": "user", "content": "Hi!"}
 
 
 def read(message: dict[str, Any]) -> dict[str, Any]:
-    return template_messages([message], 9)[0]
+    return template_messages([message], Limits())[0]
 
 
 def call(**function: Any) -> dict[str, Any]:
@@ -113,9 +113,10 @@ def test_no_field_of_a_request_writes_a_control_token(bundle: Path, name: str) -
     reader = Reader(tokenizer, frozenset(), 4096, Limits(), guides=True, lenient=False)
 
     def control(said: str) -> list[int]:
-        function = {"name": f"f{said}", "arguments": {f"k{said}": said}}
+        # A name that a call cannot carry is refused before.
+        function = {"name": "f", "arguments": {f"k{said}": said}}
         parameters = {"type": "object", "properties": {said: {"enum": [said]}}}
-        tool = {"type": "function", "function": {"name": f"f{said}", "description": said, "parameters": parameters}}
+        tool = {"type": "function", "function": {"name": "f", "description": said, "parameters": parameters}}
         parts = [{"type": "text", "text": said[:5]}, {"type": "text", "text": said[5:]}]
         messages = [
             {"role": "system", "content": said, "name": said},
@@ -124,7 +125,7 @@ def test_no_field_of_a_request_writes_a_control_token(bundle: Path, name: str) -
             {"role": "tool", "content": said, "tool_call_id": said},
             {"role": "user", "content": f"Hi{said}"},
         ]
-        choice = {"type": "function", "function": {"name": f"f{said}"}}
+        choice = {"type": "function", "function": {"name": "f"}}
         asked = {"messages": messages, "tools": [tool], "tool_choice": choice, "max_tokens": 1}
         order, _ = reader.chat(ChatAsked.model_validate(asked))
         return [token for token in order.prompt if token in known]

@@ -95,7 +95,7 @@ def test_bodies_that_are_no_request(http: httpx.Client, body: bytes) -> None:
         ({"unheard_of": 1}, "unheard_of"), ({"tool_choice": "required"}, "tool_choice"),
         ({"tool_choice": "f", "tools": [TOOL]}, "tool_choice"),
         ({"tool_choice": {"type": "function", "function": {"name": "x</tool_call>y"}},
-          "tools": [{"type": "function", "function": {"name": "x</tool_call>y"}}]}, "tool_choice"),
+          "tools": [{"type": "function", "function": {"name": "x</tool_call>y"}}]}, "tools.0.function.name"),
         ({"tools": [{"type": "function"}]}, "tools.0.function"), ({"tools": [TOOL] * 129}, "tools"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name"),
         ({"response_format": {"type": "json_schema"}}, "response_format"),
