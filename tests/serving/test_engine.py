@@ -21,6 +21,7 @@ from glmexport.serving.answer import Answer, End, Event, Failed, Order
 from glmexport.serving.app import Facts, Service
 from glmexport.serving.engine import Closed, Engine, EngineOptions, Full
 from glmexport.serving.guard import Access, Guard
+from glmexport.serving.guides import Guides
 from glmexport.serving.limits import Limits
 from glmexport.serving.metrics import Metrics
 from glmexport.serving.orders import Reader
@@ -34,12 +35,12 @@ ENDS = frozenset({256})
 class Waiting:
     """An engine that is not started yet, and what it tells."""
 
-    def __init__(self, directory: Path, **options: Any) -> None:
-        self.tokenizer = Tokenizer.open(directory)
+    def __init__(self, directory: Path, guides: Guides | None = None, **options: Any) -> None:
+        self.tokenizer, self.guides = Tokenizer.open(directory), guides
         self.loaded, self.errors = threading.Event(), queue.Queue[Exception]()
         self.metrics = Metrics()
         settings = EngineOptions(threads=1, **options)
-        self.engine = Engine(directory, settings, self.metrics, self.loaded.set, self.errors.put)
+        self.engine = Engine(directory, settings, self.metrics, self.loaded.set, self.errors.put, guides)
 
     def submit(self, text: str, count: int = 8) -> tuple[Answer, queue.Queue[Event]]:
         """A request, and where its events come."""
@@ -112,8 +113,8 @@ def surface(waiting: Waiting, bundle: Path, limits: Limits) -> tuple[Guard, Serv
     facts = Facts(
         "tiny", bundle.name, manifest.digest(), manifest.family, manifest.target.name, context_length, created=0
     )
-    reader = Reader(waiting.tokenizer, ends, context_length, limits, guides=True, lenient=False)
-    service = Service(facts, reader, waiting.engine, waiting.metrics)
+    reader = Reader(waiting.tokenizer, ends, context_length, limits, guides=waiting.guides is not None, lenient=False)
+    service = Service(facts, reader, waiting.engine, waiting.metrics, waiting.guides)
     return Guard(service.application(), Access(), waiting.metrics), service
 
 

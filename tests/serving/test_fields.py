@@ -21,6 +21,7 @@ from glmexport.checkpoint import Tokenizer
 from glmexport.serving.failure import Refused
 from glmexport.serving.fields import IGNORED, NEUTRAL, ChatAsked, TextAsked, read_body
 from glmexport.serving.guard import Guard
+from glmexport.serving.guides import Guides
 from glmexport.serving.limits import Limits
 from glmexport.serving.orders import Reader
 
@@ -146,12 +147,14 @@ def test_a_text_that_cannot_fit_is_not_encoded(reader: Reader, monkeypatch: pyte
 @pytest.fixture(scope="module")
 def answering(bundle: Path) -> Iterator[Guard]:
     """All of the server but its socket."""
-    waiting = Waiting(bundle)
+    guides = Guides(bundle)
+    waiting = Waiting(bundle, guides)
     guard, _ = surface(waiting, bundle, Limits(answer_tokens=3))
     waiting.engine.start()
     yield guard
     waiting.engine.close()
     assert waiting.engine.join(PATIENCE_S)
+    guides.close()
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=200)
