@@ -129,6 +129,14 @@ def test_the_spelling_of_transformers_4_is_the_same_model(family: str, kind: str
     assert difference(tmp_path) <= 1e-5
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_of_two_tables_the_one_that_transformers_reads_counts(family: str, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, family, **TINY[family])
+    stretched = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 1e4}
+    edit_config(tmp_path, rope_scaling=stretched)
+    assert loads(tmp_path) and difference(tmp_path) <= 1e-5
+
+
 @pytest.mark.parametrize("family", ["glm", "glm4"])
 def test_without_head_dim_it_is_128(family: str, tmp_path: Path) -> None:
     write_checkpoint(tmp_path, family, num_hidden_layers=1, head_dim=128)
