@@ -40,6 +40,8 @@ def completed(checkpoint: Checkpoint) -> tuple[Checkpoint, Any]:
     try:
         config: Any = CONFIG_MAPPING[checkpoint.model_type].from_dict(copy.deepcopy(dict(given.values)))
         read = {key: value for key, value in config.to_dict().items() if value is not None and key not in _TOKENS}
+    except MemoryError:
+        raise
     # Each class checks in its own way, by errors that have no base in common.
     except Exception as error:
         raise CheckpointError(
@@ -66,6 +68,8 @@ def skeleton(config: Any) -> nn.Module:
             model: nn.Module = AutoModelForCausalLM.from_config(
                 config, attn_implementation="sdpa", dtype=torch.float32, trust_remote_code=False
             )
+    except MemoryError:
+        raise
     # Whatever a size that fits no other leads to in modules that were not written for it.
     except Exception as error:
         raise CheckpointError(

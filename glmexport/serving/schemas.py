@@ -44,11 +44,11 @@ def check_schema(schema: Mapping[str, Any], param: str) -> None:
 
 def _excess(key: str, value: object) -> Iterator[str]:
     """What is too large about one value of a schema."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if key in _COUNTS and number and value > COUNT:  # type: ignore[operator]
-        yield f"{key} is at most {COUNT}"
-    if key == "multipleOf" and number and not DIVISORS[0] <= value <= DIVISORS[1]:  # type: ignore[operator]
-        yield f"multipleOf is {DIVISORS[0]:g} to {DIVISORS[1]:g}"
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if key in _COUNTS and value > COUNT:
+            yield f"{key} is at most {COUNT}"
+        if key == "multipleOf" and not DIVISORS[0] <= value <= DIVISORS[1]:
+            yield f"multipleOf is {DIVISORS[0]:g} to {DIVISORS[1]:g}"
     if key in _LISTS and isinstance(value, list) and len(value) > BRANCHES:
         yield f"{key} has at most {BRANCHES} branches"
     patterns = [value] if key == "pattern" else value if key == "patternProperties" else ()
