@@ -19,22 +19,26 @@ import onnxruntime
 import torch
 from torch import Tensor
 
-from glmexport.architecture import Reference, describe
-from glmexport.bundle.cache_scales import calibrate_caches, set_scales
-from glmexport.bundle.external import write_graphs
-from glmexport.calibrating import cache_text
-from glmexport.calibration import USER, evaluation_documents, pack, shipped_documents
-from glmexport.checkpoint import Checkpoint, Tokenizer
+from glmexport.assembly.cache_scales import calibrate_caches, set_scales
+from glmexport.assembly.external import write_graphs
+from glmexport.bundle.names import ATTENTION_MASK, INPUT_IDS, LOGITS
+from glmexport.calibration.corpus import USER, evaluation_documents, shipped_documents
+from glmexport.calibration.sequences import pack
+from glmexport.checkpoint.checkpoint import Checkpoint
 from glmexport.demo import demo_checkpoint
-from glmexport.graph import ATTENTION_MASK, INPUT_IDS, LOGITS, build_graph
-from glmexport.lowering import lower
-from glmexport.progress import Silent
+from glmexport.engine.caches import empty_cache
+from glmexport.foundation import machine
+from glmexport.foundation.progress import Silent
+from glmexport.foundation.recipe import open_recipe
+from glmexport.foundation.target import open_target
+from glmexport.graph.build import build_graph
+from glmexport.lowering.pipeline import lower
 from glmexport.quantization.weights import Weights
-from glmexport.recipe import open_recipe
-from glmexport.target import open_target
-from glmexport.validation import machine
-from glmexport.validation.caches import empty_cache
+from glmexport.reference.describe import describe
+from glmexport.reference.reference import Reference
+from glmexport.tokenizer.tokenizer import Tokenizer
 from glmexport.validation.texts import EvaluationText, evaluation_texts
+from glmexport.workflows.calibration_text import cache_text
 
 FORMS = (("activations", "channel"), ("int8", "channel"), ("int8", "tensor"), ("int4", "channel"), ("int4", "tensor"))
 GRAPH = "scoring.onnx"

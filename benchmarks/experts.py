@@ -19,11 +19,11 @@ import onnx_ir as ir
 import onnxruntime
 from numpy.typing import NDArray
 
-from glmexport.graph import BLOCK, DOMAIN
+from glmexport.foundation import machine
+from glmexport.graph.operators import BLOCK, DOMAIN
 from glmexport.lowering.experts import LowerExpertsPass
 from glmexport.lowering.mlp import LowerGatedActivationPass
 from glmexport.lowering.rewrite import MICROSOFT, Rewrite
-from glmexport.validation import machine
 
 HIDDEN, INNER, EXPERTS, CHOSEN, GROUP = 2048, 768, 128, 8, 32
 #: By positions.

@@ -19,16 +19,17 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from glmexport.bundle import SCORING, read_manifest
-from glmexport.bundle.manifest import MANIFEST, list_files
-from glmexport.calibration import shipped_documents
-from glmexport.checkpoint import Tokenizer
+from glmexport.bundle.manifest import MANIFEST, list_files, read_manifest
+from glmexport.bundle.names import SCORING
+from glmexport.calibration.corpus import shipped_documents
 from glmexport.cli.console import Terminal
-from glmexport.compile import BuildOptions, validate_bundle
-from glmexport.job import Original
 from glmexport.report.document import Report
-from glmexport.validation.results import Gate, Verdict
+from glmexport.results.gate import Gate
+from glmexport.results.record import Verdict
+from glmexport.tokenizer.tokenizer import Tokenizer
 from glmexport.validation.run import ValidationPlan
+from glmexport.workflows.job import Original
+from glmexport.workflows.validate import BuildOptions, validate_bundle
 
 LANGUAGE = "zh"
 

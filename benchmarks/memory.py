@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.synthetic import write_synthetic
-from glmexport.validation import machine
+from glmexport.foundation import machine
 
 WIDTH = {
     # A layer is 4 M weights: if each left its fp32 weights behind, 24 more layers would add 400 MB.
@@ -91,16 +91,19 @@ def child(checkpoint: Path, tokens: int, threads: int, limit: int) -> None:
     """Quantize and write ``checkpoint``; print peak memory and seconds."""
     import torch
 
-    from glmexport.architecture import Reference
-    from glmexport.bundle import write_bundle
-    from glmexport.calibration import pack, shipped_documents
+    from glmexport.assembly.write import write_bundle
+    from glmexport.calibration.corpus import shipped_documents
+    from glmexport.calibration.sequences import pack
     from glmexport.cli.console import Terminal
-    from glmexport.job import Original
-    from glmexport.provenance import calibration_source, source_of
-    from glmexport.quantization import Walk, WorkDirectory, plan_memory
+    from glmexport.foundation.recipe import open_recipe
+    from glmexport.foundation.target import HOST, open_target
+    from glmexport.quantization.memory import plan_memory
+    from glmexport.quantization.store import WorkDirectory
+    from glmexport.quantization.walk import Walk
     from glmexport.quantization.weights import Weights
-    from glmexport.recipe import open_recipe
-    from glmexport.target import HOST, open_target
+    from glmexport.reference.reference import Reference
+    from glmexport.workflows.job import Original
+    from glmexport.workflows.provenance import calibration_source, source_of
 
     torch.set_num_threads(threads)
     terminal = Terminal()

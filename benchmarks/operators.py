@@ -19,8 +19,8 @@ import numpy as np
 import onnxruntime
 
 from benchmarks.sessions import Decoder
-from glmexport.validation import machine
-from glmexport.validation.genai_config import PREFILL_TOKENS
+from glmexport.bundle.genai_config import PREFILL_TOKENS
+from glmexport.foundation import machine
 
 _TIMES = {"decode": 24, "prefill": 4}
 

@@ -27,16 +27,17 @@ from safetensors.torch import load_file, save_file
 from benchmarks.peers import ADDED_UP, NOT_RUN, ONE_AT_A_TIME, PEERS, PeerFailed, run_peer
 from benchmarks.peers.environments import EnvironmentFailed
 from benchmarks.table import ablation, headline, overview, table
-from glmexport.architecture import Reference
-from glmexport.calibration import pack, shipped_documents
+from glmexport.calibration.corpus import shipped_documents
+from glmexport.calibration.sequences import pack
 from glmexport.cli.console import Terminal
-from glmexport.job import Original
-from glmexport.recipe import CalibrationPlan, Format, open_recipe
-from glmexport.validation import machine
+from glmexport.foundation import machine
+from glmexport.foundation.recipe import CalibrationPlan, Format, open_recipe
+from glmexport.reference.reference import Reference
 from glmexport.validation.divergence import Divergence
 from glmexport.validation.fidelity import Streamed, compare, summarize
 from glmexport.validation.reference import ReferenceStates, reference_states
 from glmexport.validation.texts import EvaluationText, evaluation_texts
+from glmexport.workflows.job import Original
 
 FORMATS = ("w4g32", "w4g64", "w4g128", "w4g32-sym", "w4g64-sym", "w4g128-sym")
 MIXED = (3.2, 4.25, 4.6, 5.0)

@@ -19,13 +19,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from glmexport.cli.console import Terminal
-from glmexport.compile import BuildOptions, build
-from glmexport.job import Original, jobs_of
-from glmexport.recipe import Recipe
+from glmexport.foundation import machine
+from glmexport.foundation.recipe import Recipe
+from glmexport.foundation.target import HOST, Target, open_target
 from glmexport.report.document import Report
-from glmexport.target import HOST, Target, open_target
-from glmexport.validation import machine
 from glmexport.validation.run import ValidationPlan
+from glmexport.workflows.build import build
+from glmexport.workflows.job import Original, jobs_of
+from glmexport.workflows.validate import BuildOptions
 
 
 def with_tokens(recipe: Recipe, tokens: int | None) -> Recipe:

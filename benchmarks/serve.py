@@ -30,10 +30,10 @@ from typing import Any
 import numpy as np
 import psutil
 
-from glmexport.bundle import read_manifest
-from glmexport.calibration import shipped_documents
-from glmexport.checkpoint import Tokenizer
-from glmexport.validation import machine
+from glmexport.bundle.manifest import read_manifest
+from glmexport.calibration.corpus import shipped_documents
+from glmexport.foundation import machine
+from glmexport.tokenizer.tokenizer import Tokenizer
 from glmexport.validation.bootstrap import percentile
 
 CONCURRENCY = (1, 2, 4, 8, 16, 32)

@@ -22,8 +22,8 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from glmexport.graph import ATTENTION_MASK, INPUT_IDS, LOGITS, PAST, PRESENT
-from glmexport.validation import machine
+from glmexport.bundle.names import ATTENTION_MASK, INPUT_IDS, LOGITS, PAST, PRESENT
+from glmexport.foundation import machine
 
 #: Attributes of SessionOptions, and configuration entries (with a dot), that differ from the default.
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -17,13 +17,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from glmexport.bundle import read_manifest
-from glmexport.calibration import shipped_documents
-from glmexport.checkpoint import Tokenizer
-from glmexport.loop import read_loop
-from glmexport.validation import machine
-from glmexport.validation.generation import GenerationSession
-from glmexport.validation.speculation import Method, Speculation, speculate
+from glmexport.bundle.loop import read_loop
+from glmexport.bundle.manifest import read_manifest
+from glmexport.calibration.corpus import shipped_documents
+from glmexport.engine.generation import GenerationSession
+from glmexport.engine.speculation import Method, Speculation, speculate
+from glmexport.foundation import machine
+from glmexport.tokenizer.tokenizer import Tokenizer
 
 GUESSED = (1, 4, 8)
 ROUNDS = 3

@@ -22,8 +22,8 @@ from typing import Any
 from benchmarks.runtimes import Runnable, RuntimeFailed, Worker
 from benchmarks.runtimes.prepare import LLAMA_CPP_PACKAGE, RUNTIMES, Preparation, prepared
 from benchmarks.synthetic import write_synthetic
-from glmexport.target import HOST, open_target
-from glmexport.validation import machine
+from glmexport.foundation import machine
+from glmexport.foundation.target import HOST, open_target
 from glmexport.validation.energy import Rapl, open_rapl
 
 RESULTS = Path(__file__).with_name("results")

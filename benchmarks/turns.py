@@ -18,8 +18,8 @@ from statistics import median
 from benchmarks.peers import PEERS, run_peer
 from benchmarks.quality import prepare, uniform
 from glmexport.cli.console import Terminal
-from glmexport.job import Original
-from glmexport.validation import machine
+from glmexport.foundation import machine
+from glmexport.workflows.job import Original
 
 
 def main() -> None:

@@ -20,9 +20,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from glmexport.architecture import describe
 from glmexport.architecture.description import Linear
-from glmexport.checkpoint import Checkpoint
+from glmexport.checkpoint.checkpoint import Checkpoint
+from glmexport.reference.describe import describe
 
 SPREAD, OUTLIERS, FACTOR, SEED = 1.0, 0.01, 20.0, 5
 

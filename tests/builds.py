@@ -16,21 +16,22 @@ import onnxruntime
 import pytest
 from models import write_checkpoint
 
-import glmexport.compile
+import glmexport.workflows.build
+import glmexport.workflows.validate
+from glmexport.assembly.read import BundleWeights
 from glmexport.bundle.manifest import EVIDENCE
-from glmexport.bundle.read import BundleWeights
+from glmexport.bundle.names import LOGITS
 from glmexport.cli import main
-from glmexport.compile import BuildOptions, Built
-from glmexport.definition import shipped_folder
-from glmexport.graph import LOGITS
-from glmexport.job import Job, Original
-from glmexport.progress import Progress, Silent
-from glmexport.recipe import open_recipe
-from glmexport.target import open_target
-from glmexport.validation.placement import Node
+from glmexport.engine.placement import Node
+from glmexport.foundation.definition import shipped_folder
+from glmexport.foundation.progress import Progress, Silent
+from glmexport.foundation.recipe import open_recipe
+from glmexport.foundation.target import open_target
 from glmexport.validation.run import ValidationPlan
 from glmexport.validation.runtimes import Memory, Round, RuntimeRequest
 from glmexport.validation.speed import Turns
+from glmexport.workflows.job import Job, Original
+from glmexport.workflows.validate import BuildOptions, Built
 
 TARGET = "x86-avx2"
 THREADS = 1
@@ -124,7 +125,7 @@ def build(
     ]
     settings = BuildOptions(THREADS, validation=QUICK, **options)
     with nullcontext() if measure else patch(TURNS, no_turns):
-        built = glmexport.compile.build(original, jobs, settings, progress)
+        built = glmexport.workflows.build.build(original, jobs, settings, progress)
     assert all(isinstance(bundle, Built) for bundle in built)
     return built
 
@@ -215,6 +216,6 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         plan = QUICK if positions == DEFAULT else replace(QUICK, positions_per_language=positions)
         return BuildOptions(*values, validation=plan, **named)
 
-    monkeypatch.setattr(glmexport.compile, "BuildOptions", options)
+    monkeypatch.setattr(glmexport.workflows.validate, "BuildOptions", options)
     monkeypatch.setattr(TURNS, no_turns)
     return call

@@ -8,10 +8,10 @@ from pathlib import Path
 import onnxruntime
 import pytest
 
-from glmexport.errors import MachineError
-from glmexport.progress import Silent
-from glmexport.validation.devices.emulated import default_sysroot, prepare
-from glmexport.validation.devices.web_runtime import ARCHIVE, cache_folder, web_runtime
+from glmexport.devices.emulated import default_sysroot, prepare
+from glmexport.devices.web_runtime import ARCHIVE, cache_folder, web_runtime
+from glmexport.foundation.errors import MachineError
+from glmexport.foundation.progress import Silent
 
 
 def require_browser() -> None:

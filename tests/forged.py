@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from glmexport.bundle import MANIFEST
+from glmexport.bundle.manifest import MANIFEST
 
 
 def forge(bundle: Path, name: str, change: Callable[[Any], object]) -> None:

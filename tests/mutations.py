@@ -26,8 +26,8 @@ from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from signatures import SCRIPT
 
-from glmexport.errors import GlmexportError
-from glmexport.release import verify
+from glmexport.foundation.errors import GlmexportError
+from glmexport.release.verification import verify
 
 SIGNATURE = "model.sig"
 #: By the size of a curve: the order of its group.

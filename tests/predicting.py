@@ -10,16 +10,16 @@ from models import MIXTURE, write_predicting
 from safetensors.torch import load_file
 from torch import Tensor
 
-from glmexport.architecture import Reference, describe
-from glmexport.architecture.reference import Block
-from glmexport.bundle import write_bundle
-from glmexport.checkpoint import Checkpoint
-from glmexport.job import Original
-from glmexport.progress import Silent
-from glmexport.provenance import source_of
+from glmexport.assembly.write import write_bundle
+from glmexport.checkpoint.checkpoint import Checkpoint
+from glmexport.foundation.progress import Silent
+from glmexport.foundation.recipe import open_recipe
+from glmexport.foundation.target import open_target
 from glmexport.quantization.weights import Weights
-from glmexport.recipe import open_recipe
-from glmexport.target import open_target
+from glmexport.reference.describe import describe
+from glmexport.reference.reference import Block, Reference
+from glmexport.workflows.job import Original
+from glmexport.workflows.provenance import source_of
 
 INDEXED: dict[str, Any] = {
     "index_topk": 64,

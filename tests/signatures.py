@@ -16,10 +16,12 @@ from pathlib import Path
 import pytest
 from builds import THREADS, Sample
 
-from glmexport.errors import GlmexportError
-from glmexport.progress import Silent
-from glmexport.release import KeyFiles, open_signatory, sign, verify
+from glmexport.foundation.errors import GlmexportError
+from glmexport.foundation.progress import Silent
+from glmexport.release.keys import KeyFiles, open_signatory
 from glmexport.release.script import verifier_script
+from glmexport.release.signing import sign
+from glmexport.release.verification import verify
 
 #: The verifier as it is shipped.
 SCRIPT = Path(tempfile.mkdtemp(prefix="verifier-")) / "verify.py"

@@ -17,8 +17,8 @@ from typing import Any
 import psutil
 import pytest
 
-from glmexport.ssh import SshAddress
-from glmexport.validation.devices.ssh import SshRunner
+from glmexport.devices.ssh import SshRunner
+from glmexport.wire.ssh import SshAddress
 
 
 @dataclass

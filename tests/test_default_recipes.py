@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 from models import TINY, write_checkpoint, write_predicting
 
-from glmexport.architecture import FAMILIES
-from glmexport.errors import InputError
-from glmexport.estimate import estimate
-from glmexport.job import Job, Original, budget_of, jobs_of, recipe_for, refuse_formats
-from glmexport.progress import Silent
-from glmexport.quantization.formats import planned_formats, products
-from glmexport.quantization.linear import stored_bits
-from glmexport.recipe import open_recipe
-from glmexport.target import Target, shipped_targets
+from glmexport.architecture.registry import FAMILIES
+from glmexport.formats.plan import planned_formats, products
+from glmexport.formats.quantized_linear import stored_bits
+from glmexport.foundation.errors import InputError
+from glmexport.foundation.progress import Silent
+from glmexport.foundation.recipe import open_recipe
+from glmexport.foundation.target import Target, shipped_targets
+from glmexport.workflows.estimate import estimate
+from glmexport.workflows.job import Job, Original, budget_of, jobs_of, recipe_for, refuse_formats
 
 #: What a target cannot run at all, whatever the formats are.
 CANNOT_RUN = ("selects what it attends to", "mixture of experts", "latent attention, which is lowered")

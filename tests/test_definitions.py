@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from glmexport.definition import names
-from glmexport.errors import DefinitionError
-from glmexport.host import CPU_PROVIDER, Gpu, Host, gpus_in
+from glmexport.foundation.definition import names
+from glmexport.foundation.errors import DefinitionError
+from glmexport.foundation.host import CPU_PROVIDER, Gpu, Host, gpus_in
+from glmexport.foundation.recipe import RECIPES, CalibrationPlan, Format, Recipe, Solver, open_recipe
+from glmexport.foundation.resources import shipped
+from glmexport.foundation.target import HOST, TARGETS, Limits, host_target, open_policy, open_target, shipped_targets
 from glmexport.lowering.explain import lowerings
-from glmexport.recipe import RECIPES, CalibrationPlan, Format, Recipe, Solver, open_recipe
-from glmexport.resources import shipped
-from glmexport.target import HOST, TARGETS, Limits, host_target, open_policy, open_target, shipped_targets
 
 AVX2 = ["fpu", "sse4_2", "avx2", "fma", "f16c"]
 VNNI = [*AVX2, "avx512f", "avx512bw", "avx512vl", "avx512_vnni"]
@@ -276,11 +276,11 @@ def test_an_unknown_host_is_refused(machine: str, flags: list[str]) -> None:
 
 
 def test_host_is_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("glmexport.host.platform.machine", lambda: "AMD64")
-    monkeypatch.setattr("glmexport.host.cpu_flags", lambda: frozenset(VNNI))
+    monkeypatch.setattr("glmexport.foundation.host.platform.machine", lambda: "AMD64")
+    monkeypatch.setattr("glmexport.foundation.host.cpu_flags", lambda: frozenset(VNNI))
     assert open_target(HOST).name == "x86-avx512-vnni"
-    monkeypatch.setattr("glmexport.host.providers", lambda: ("CUDAExecutionProvider", CPU_PROVIDER))
-    monkeypatch.setattr("glmexport.host.gpus", lambda: (Gpu("GPU", 9.0, 1 << 36),))
+    monkeypatch.setattr("glmexport.foundation.host.providers", lambda: ("CUDAExecutionProvider", CPU_PROVIDER))
+    monkeypatch.setattr("glmexport.foundation.host.gpus", lambda: (Gpu("GPU", 9.0, 1 << 36),))
     assert open_target(HOST).name == "cuda"
 
 

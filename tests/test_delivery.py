@@ -16,11 +16,9 @@ from builds import Run, Sample, run, sample
 from deployment.conftest import Place, Places, key_pair, places, stand_in
 from sshd import Sshd, sshd
 
-from glmexport.bundle import read_manifest
-from glmexport.bundle.manifest import MANIFEST, list_files
-from glmexport.errors import EXIT_BLOCK, EXIT_PASS
-from glmexport.release import Golden
-from glmexport.release.golden import GOLDEN
+from glmexport.bundle.manifest import MANIFEST, list_files, read_manifest
+from glmexport.foundation.errors import EXIT_BLOCK, EXIT_PASS
+from glmexport.release.golden import GOLDEN, Golden
 
 __all__ = ["places", "run", "sample", "sshd", "stand_in"]
 pytestmark = pytest.mark.slow

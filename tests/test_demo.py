@@ -12,16 +12,17 @@ import pytest
 from builds import Run, carried, run
 from components import emulated_arm64, require_browser
 
-from glmexport.calibration import shipped_documents
-from glmexport.compile import BuildOptions, Built, build
-from glmexport.generation import generate
-from glmexport.job import Original, jobs_of
-from glmexport.progress import Silent
+from glmexport.calibration.corpus import shipped_documents
+from glmexport.engine.text import generate
+from glmexport.foundation.machine import cores
+from glmexport.foundation.progress import Silent
+from glmexport.foundation.target import HOST, open_target
 from glmexport.report.document import read_report
-from glmexport.target import HOST, open_target
-from glmexport.validation.machine import cores
-from glmexport.validation.results import Verdict
+from glmexport.results.record import Verdict
 from glmexport.validation.run import ValidationPlan
+from glmexport.workflows.build import build
+from glmexport.workflows.job import Original, jobs_of
+from glmexport.workflows.validate import BuildOptions, Built
 
 __all__ = ["run"]
 pytestmark = pytest.mark.slow

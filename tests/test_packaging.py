@@ -47,7 +47,7 @@ def test_contents(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     expected = shipped("targets", "*.toml") | shipped("calibration/recipes", "*.toml")
     expected |= shipped("calibration/corpora", "*")
-    for kind in ("*.py", "demo/checkpoint/*", "report/templates/*", "report/*.json", "validation/devices/browser/*.*"):
+    for kind in ("*.py", "demo/checkpoint/*", "report/templates/*", "report/*.json", "devices/browser/*.*"):
         found = {f"glmexport/{path.relative_to(PACKAGE).as_posix()}" for path in PACKAGE.rglob(kind)}
         assert found, kind
         expected |= found

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 from models import write_tokenizer
 
-from glmexport.calibration import Document
+from glmexport.calibration.corpus import Document
 from glmexport.calibration.sequences import pack
-from glmexport.checkpoint import Tokenizer
-from glmexport.recipe import CalibrationPlan
+from glmexport.foundation.recipe import CalibrationPlan
 from glmexport.release.golden import _prompt
 from glmexport.serving.fields import TextAsked
 from glmexport.serving.limits import Limits
 from glmexport.serving.orders import Reader
+from glmexport.tokenizer.tokenizer import Tokenizer
 from glmexport.validation.behaviour.choices import choice_texts
 from glmexport.validation.behaviour.questions import questions, task_prompt
 from glmexport.validation.behaviour.tasks import Task

@@ -1,4 +1,4 @@
-"""The shape of the source: stages import only stages above them, files stay short, only cli prints."""
+"""The shape of the source: rooms import only rooms above them, files stay short, only cli prints."""
 
 from __future__ import annotations
 
@@ -13,67 +13,53 @@ import pytest
 import glmexport
 
 PACKAGE = Path(glmexport.__file__).parent
-STAGES = (
-    "checkpoint",
-    "architecture",
-    "calibration",
-    "quantization",
-    "graph",
-    "lowering",
-    "bundle",
-    "chat",
-    "validation",
-    "tuning",
-    "report",
-    "release",
-    "deployment",
-    "serving",
-)
-SHARED = (
-    "errors", "definition", "host", "loop", "recipe", "evidence", "target", "resources", "progress", "divergence",
-    "languages", "extras", "session_settings", "ssh", "untrusted",
+#: The rooms in order: one imports only those above it and itself.
+FOUNDATION = ("foundation",)
+RUN_WING = (
+    "tokenizer", "chat", "bundle", "results", "engine", "report", "release", "wire", "deployment", "serving",
 )  # fmt: skip
-#: May import anything: they run the stages.
-OUTSIDE = (
-    "calibrating", "capture", "compile", "convert", "job", "device", "disk", "estimate", "fit", "fleet", "generation",
-    "lm_eval", "matching", "plan", "provenance", "tune", "cli", "__main__",
+BUILD_WING = (
+    "demo", "checkpoint", "architecture", "reference", "calibration", "formats", "quantization", "graph", "lowering",
+    "assembly", "validation", "devices", "tuning",
 )  # fmt: skip
-#: A checkpoint that is shipped as a package, for the stage that opens checkpoints.
-ALLOWED = {"checkpoint": ("demo",)}
+CALLED = ("workflows", "cli", "lm_eval")
+ROOMS = (*FOUNDATION, *RUN_WING, *BUILD_WING, *CALLED)
+#: What only building needs. A machine that runs a bundle has none of it.
+BUILDING = frozenset((
+    "torch", "transformers", "scipy", "onnx", "onnx_ir", "safetensors", "huggingface_hub", "sacrebleu", "py3langid",
+    "tomli_w", "gptqmodel", "optimum", "lm_eval",
+))  # fmt: skip
 LONGEST = 400
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
-def part(path: Path) -> str:
-    """Stage or module that a file belongs to."""
+def room(path: Path) -> str:
+    """Return the folder that a file belongs to; the package's own two files belong to cli."""
     relative = path.relative_to(PACKAGE)
-    return relative.parts[0].removesuffix(".py")
+    return relative.parts[0] if len(relative.parts) > 1 else "cli"
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Parts of the package that a file imports, wherever in it; ``__version__`` is no part."""
+    """Yield the dotted name of everything that a file imports, wherever in it."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        names = []
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-        for name in names:
-            package, _, rest = name.partition(".")
-            if package == "glmexport" and rest and rest != "__version__":
-                yield rest.split(".")[0]
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
 def test_file(path: Path) -> None:
-    mine = part(path)
-    assert mine in (*STAGES, *SHARED, *OUTSIDE, "demo", "__init__"), f"{mine} is no stage"
-    if mine not in OUTSIDE:
-        above = STAGES[: STAGES.index(mine)] if mine in STAGES else ()
-        legal = {mine, *SHARED, *above, *ALLOWED.get(mine, ())}
-        assert set(imports(path)) <= legal, f"{mine} may import {sorted(legal)}"
+    mine = room(path)
+    assert mine in ROOMS, f"{mine} has no place in the order"
+    legal = {*ROOMS[: ROOMS.index(mine) + 1], "__version__"}
+    imported = set(imports(path))
+    own = {name.split(".")[1] for name in imported if name.startswith("glmexport.")}
+    assert own <= legal, f"{mine} may import {sorted(legal)}"
+    if mine in (*FOUNDATION, *RUN_WING):
+        assert not BUILDING & {name.split(".")[0] for name in imported}, f"{mine} is in the run wing"
     source = path.read_text(encoding="utf-8")
     assert source.count("\n") <= LONGEST
     if mine != "cli":
@@ -84,12 +70,12 @@ def test_file(path: Path) -> None:
         assert not {"traceback"} & modules
 
 
-def test_the_docstring_lists_the_stages_in_order() -> None:
+def test_the_docstring_lists_the_rooms_in_order() -> None:
     text = glmexport.__doc__ or ""
     listed = [line.split()[0] for line in text.splitlines() if line.startswith("    ")]
-    assert listed == [*STAGES, "cli"]
+    assert listed == [*ROOMS]
     folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
-    assert folders == {*STAGES, "cli", "demo", "lm_eval"}
+    assert folders == {*ROOMS}
 
 
 def test_help_waits_for_no_library_of_numbers() -> None:

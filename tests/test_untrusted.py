@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glmexport import untrusted
-from glmexport.definition import Definition, parse_json
-from glmexport.untrusted import LARGE, Limits, parse, read_regular, visible
+from glmexport.foundation import untrusted
+from glmexport.foundation.definition import Definition, parse_json
+from glmexport.foundation.untrusted import LARGE, Limits, parse, read_regular, visible
 
 FEW = Limits(size=1000, depth=3, values=20, items=5, keys=4, text=50, number=10)
 VALUES = st.recursive(

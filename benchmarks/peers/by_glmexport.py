@@ -16,14 +16,17 @@ from common import request
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from glmexport.architecture import describe
-from glmexport.calibration import CalibrationSet
-from glmexport.checkpoint import Checkpoint, Fold
-from glmexport.progress import Silent
-from glmexport.quantization import Walk, WorkDirectory, plan_memory
-from glmexport.quantization.linear import stored_bits
+from glmexport.calibration.sequences import CalibrationSet
+from glmexport.checkpoint.checkpoint import Checkpoint
+from glmexport.checkpoint.fold import Fold
+from glmexport.formats.quantized_linear import stored_bits
+from glmexport.foundation.progress import Silent
+from glmexport.foundation.recipe import Budget, CalibrationPlan, Format, Recipe
+from glmexport.quantization.memory import plan_memory
+from glmexport.quantization.store import WorkDirectory
+from glmexport.quantization.walk import Walk
 from glmexport.quantization.weights import Weights
-from glmexport.recipe import Budget, CalibrationPlan, Format, Recipe
+from glmexport.reference.describe import describe
 
 NEAREST: dict[str, Any] = {"method": "round-to-nearest"}
 ALONE: dict[str, Any] = {

@@ -15,7 +15,7 @@ import onnx
 
 from benchmarks.peers.environments import create, interpreter
 from benchmarks.runtimes import Runnable, RuntimeFailed, run
-from glmexport.validation.genai_config import PREFILL_TOKENS
+from glmexport.bundle.genai_config import PREFILL_TOKENS
 
 _SCRIPTS = Path(__file__).parent
 #: Of the releases with every processor's kernels in one package: llama.cpp's libraries as node-llama-cpp ships them.

@@ -15,16 +15,19 @@ import torch
 from torch import Tensor
 
 from benchmarks.quality import uniform
-from glmexport.architecture import Architecture, Reference, describe
-from glmexport.bundle.external import write_graphs
-from glmexport.bundle.genai import MODEL, loop_config
-from glmexport.checkpoint import Checkpoint
-from glmexport.graph import build_graph
-from glmexport.lowering import lower
-from glmexport.progress import Silent
+from glmexport.architecture.description import Architecture
+from glmexport.assembly.external import write_graphs
+from glmexport.assembly.genai import loop_config
+from glmexport.bundle.names import MODEL
+from glmexport.checkpoint.checkpoint import Checkpoint
+from glmexport.foundation.progress import Silent
+from glmexport.foundation.recipe import Format
+from glmexport.foundation.target import open_target
+from glmexport.graph.build import build_graph
+from glmexport.lowering.pipeline import lower
 from glmexport.quantization.weights import Weights
-from glmexport.recipe import Format
-from glmexport.target import open_target
+from glmexport.reference.describe import describe
+from glmexport.reference.reference import Reference
 
 #: Of the lm_head and the embedding, as in every recipe.
 _EIGHT = Format(bits=8, group_size=32)

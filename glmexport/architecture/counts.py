@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from glmexport.checkpoint import Checkpoint
-from glmexport.errors import CheckpointError
+from glmexport.checkpoint.checkpoint import Checkpoint
+from glmexport.foundation.errors import CheckpointError
 
 _LAYERS = ("num_hidden_layers", "num_nextn_predict_layers", "num_mtp_layers")
 _EXPERTS = ("n_routed_experts",)

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from glmexport.architecture.description import (
-    Architecture,
-    DecoderLayer,
-    GatedMlp,
-    Linear,
-    Norm,
-    Rotary,
-)
+from glmexport.architecture.description import Architecture, DecoderLayer, GatedMlp, Linear, Norm, Rotary
 from glmexport.architecture.grouped import GroupedQueryAttention
 from glmexport.architecture.special_tokens import SpecialTokens
 from glmexport.architecture.tables import Tables
-from glmexport.checkpoint import Checkpoint, ConfigReader
-from glmexport.errors import CheckpointError
+from glmexport.checkpoint.checkpoint import Checkpoint
+from glmexport.checkpoint.config import ConfigReader
+from glmexport.foundation.errors import CheckpointError
 
 #: Rope types whose tables do not depend on the length of the text at hand.
 STATIC_ROPE_TYPES = ("default", "linear", "yarn", "llama3")

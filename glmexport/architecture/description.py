@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from glmexport.architecture.surplus import harmless
-from glmexport.checkpoint import Checkpoint
-from glmexport.errors import CheckpointError
+from glmexport.checkpoint.checkpoint import Checkpoint
+from glmexport.foundation.errors import CheckpointError
 
 if TYPE_CHECKING:
     from glmexport.architecture.experts import MixtureOfExperts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from glmexport.architecture.dense import dense_architecture
 from glmexport.architecture.description import Architecture
-from glmexport.checkpoint import Checkpoint
+from glmexport.checkpoint.checkpoint import Checkpoint
 
 MODEL_TYPE = "glm4"
 

@@ -5,19 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from glmexport.architecture.dense import dense_architecture, dense_layer
-from glmexport.architecture.description import (
-    Architecture,
-    DecoderLayer,
-    GatedMlp,
-    Linear,
-    Norm,
-    Rotary,
-)
+from glmexport.architecture.description import Architecture, DecoderLayer, GatedMlp, Linear, Norm, Rotary
 from glmexport.architecture.experts import EXPERT_INPUT, EXPERT_OUTPUT, MixtureOfExperts, Router
 from glmexport.architecture.grouped import GroupedQueryAttention
 from glmexport.architecture.token_prediction import mixture_at, with_token_prediction
-from glmexport.checkpoint import Checkpoint, ConfigReader
-from glmexport.errors import CheckpointError
+from glmexport.checkpoint.checkpoint import Checkpoint
+from glmexport.checkpoint.config import ConfigReader
+from glmexport.foundation.errors import CheckpointError
 
 MODEL_TYPE = "glm4_moe"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from glmexport.architecture.description import Architecture
 from glmexport.architecture.latent_family import every_layer, latent_architecture
-from glmexport.checkpoint import Checkpoint
+from glmexport.checkpoint.checkpoint import Checkpoint
 
 MODEL_TYPE = "glm4_moe_lite"
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from glmexport.checkpoint import Checkpoint, ConfigReader
+from glmexport.checkpoint.checkpoint import Checkpoint
+from glmexport.checkpoint.config import ConfigReader
 
 MODEL_TYPE = "glm5_next"
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from glmexport.architecture.description import Architecture
 from glmexport.architecture.latent_family import IndexerPlan, every_layer, latent_architecture
-from glmexport.checkpoint import Checkpoint
-from glmexport.errors import CheckpointError
+from glmexport.checkpoint.checkpoint import Checkpoint
+from glmexport.foundation.errors import CheckpointError
 
 MODEL_TYPE = "glm_moe_dsa"
 

@@ -13,8 +13,9 @@ from glmexport.architecture.latent import Indexer, LatentAttention
 from glmexport.architecture.special_tokens import SpecialTokens
 from glmexport.architecture.tables import Tables
 from glmexport.architecture.token_prediction import mixture_at, with_token_prediction
-from glmexport.checkpoint import Checkpoint, ConfigReader
-from glmexport.errors import CheckpointError
+from glmexport.checkpoint.checkpoint import Checkpoint
+from glmexport.checkpoint.config import ConfigReader
+from glmexport.foundation.errors import CheckpointError
 
 #: transformers leaves the epsilon of the norms inside the attention at its RMSNorm's default.
 _LATENT_EPSILON = 1e-6

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from glmexport.checkpoint import ConfigReader
+from glmexport.checkpoint.config import ConfigReader
 
 #: Where transformers 5 and 4 write them.
 _SECTIONS = ("rope_parameters", "rope_scaling")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from glmexport.checkpoint import Checkpoint, ConfigReader
-from glmexport.errors import CheckpointError
+from glmexport.checkpoint.checkpoint import Checkpoint
+from glmexport.checkpoint.config import ConfigReader
+from glmexport.foundation.errors import CheckpointError
 
 _BEGIN, _END, _FILL = "bos_token_id", "eos_token_id", "pad_token_id"
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from glmexport.checkpoint import Checkpoint
+from glmexport.checkpoint.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from glmexport.architecture.description import DecoderLayer

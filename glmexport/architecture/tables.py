@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from glmexport.architecture.description import Architecture, Linear, Unused
-from glmexport.checkpoint import Checkpoint
+from glmexport.checkpoint.checkpoint import Checkpoint
 
 EMBEDDING, LM_HEAD = "model.embed_tokens", "lm_head"
 

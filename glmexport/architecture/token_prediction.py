@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from glmexport.architecture.description import Architecture, DecoderLayer, Linear, Norm, Unused
 from glmexport.architecture.tables import equal
-from glmexport.checkpoint import Checkpoint
+from glmexport.checkpoint.checkpoint import Checkpoint
 
 _LAYER = re.compile(r"model\.layers\.(\d{1,9})\.(.+)")
 #: What no other layer has.

@@ -12,8 +12,8 @@ from pathlib import Path
 import onnx_ir as ir
 import psutil
 
-from glmexport.checkpoint.files import cache_repository
-from glmexport.errors import MachineError
+from glmexport.foundation.errors import MachineError
+from glmexport.foundation.files import cache_repository
 
 _PREFIX = ".glmexport-"
 

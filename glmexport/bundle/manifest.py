@@ -9,13 +9,13 @@ from typing import Literal
 
 from pydantic import Field
 
-from glmexport.checkpoint.files import cache_repository, is_inside
-from glmexport.definition import Definition, read_json
-from glmexport.errors import BundleError
-from glmexport.quantization import AllocatedGroup, ExpertCoverage, QuantizedMatrix, sha256
-from glmexport.recipe import Recipe
-from glmexport.target import Target
-from glmexport.untrusted import Limits
+from glmexport.bundle.records import AllocatedGroup, ExpertCoverage, QuantizedMatrix
+from glmexport.foundation.definition import Definition, read_json
+from glmexport.foundation.errors import BundleError
+from glmexport.foundation.files import cache_repository, is_inside, sha256
+from glmexport.foundation.recipe import Recipe
+from glmexport.foundation.target import Target
+from glmexport.foundation.untrusted import Limits
 
 MANIFEST = "bundle.json"
 #: What validation writes into a bundle.

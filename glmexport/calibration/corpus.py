@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from glmexport.checkpoint import Tokenizer
-from glmexport.definition import Definition, read_toml
-from glmexport.errors import DefinitionError, InputError
-from glmexport.resources import shipped
-from glmexport.untrusted import Limits, parse_object, read_regular
+from glmexport.foundation.definition import Definition, read_toml
+from glmexport.foundation.errors import DefinitionError, InputError
+from glmexport.foundation.resources import shipped
+from glmexport.foundation.untrusted import Limits, parse_object, read_regular
+from glmexport.tokenizer.tokenizer import Tokenizer
 
 #: Language under which text of the user's counts.
 USER = "user"

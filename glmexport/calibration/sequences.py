@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from glmexport.calibration.corpus import Document
-from glmexport.checkpoint import Tokenizer
-from glmexport.errors import InputError
-from glmexport.recipe import CalibrationPlan
+from glmexport.foundation.errors import InputError
+from glmexport.foundation.recipe import CalibrationPlan
+from glmexport.tokenizer.tokenizer import Tokenizer
 
 #: Below this share of the planned tokens the Hessians would describe too little text to be trusted.
 _LEAST_SHARE = 0.25

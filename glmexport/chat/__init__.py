@@ -1,1 +1,1 @@
-"""What the parts of a conversation mean, for those who judge answers and those who serve them alike."""
+"""GLM's grammar of reasoning and tool calls, and the schemas of a tool's arguments."""

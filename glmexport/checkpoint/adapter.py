@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 from glmexport.checkpoint.adapter_config import ADAPTER_CONFIG, MERGE_WITH_PEFT, AdapterConfig
 from glmexport.checkpoint.adapter_tensors import assign
 from glmexport.checkpoint.config import ConfigReader
-from glmexport.checkpoint.files import contained, files_digest, optional, source_name
 from glmexport.checkpoint.header import TensorEntry, read_header
 from glmexport.checkpoint.low_rank import LowRank
 from glmexport.checkpoint.snapshot import Snapshot
-from glmexport.checkpoint.source import listed, refuse_hazards, resolve
-from glmexport.checkpoint.tokenizer import tokenizer_files
-from glmexport.errors import CheckpointError
-from glmexport.progress import Progress
+from glmexport.checkpoint.source import refuse_hazards, resolve
+from glmexport.foundation.errors import CheckpointError
+from glmexport.foundation.files import contained, files_digest, listed, optional, source_name
+from glmexport.foundation.progress import Progress
+from glmexport.tokenizer.tokenizer import tokenizer_files
 
 if TYPE_CHECKING:
     from glmexport.checkpoint.checkpoint import Checkpoint

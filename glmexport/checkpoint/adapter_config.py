@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from glmexport.checkpoint.config import ConfigReader
-from glmexport.checkpoint.files import optional
-from glmexport.errors import CheckpointError
+from glmexport.foundation.errors import CheckpointError
+from glmexport.foundation.files import optional
 
 ADAPTER_CONFIG = "adapter_config.json"
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from glmexport.checkpoint.adapter_config import MERGE_WITH_PEFT, AdapterConfig
 from glmexport.checkpoint.header import TensorEntry
 from glmexport.checkpoint.low_rank import LowRank
-from glmexport.errors import CheckpointError
+from glmexport.foundation.errors import CheckpointError
 
 _PREFIX = "base_model.model."
 _UPDATE = re.compile(r"(?P<module>.+)\.(?P<part>lora_[AB]\.weight|lora_embedding_[AB]|lora_magnitude_vector)")

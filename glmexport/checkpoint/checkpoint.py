@@ -14,7 +14,6 @@ from glmexport.checkpoint.adapter import Adapter
 from glmexport.checkpoint.adapter_config import refuse_adapter
 from glmexport.checkpoint.config import ConfigReader
 from glmexport.checkpoint.derived import DerivedMatrix, packed_weights, scaled_weights, stack
-from glmexport.checkpoint.files import contained, files_digest, optional, source_name
 from glmexport.checkpoint.fold import Fold
 from glmexport.checkpoint.gptq import QUANTIZE_CONFIG, GptqFormat, read_settings
 from glmexport.checkpoint.header import TensorEntry
@@ -25,9 +24,10 @@ from glmexport.checkpoint.parts import BlockScaled, Page, block_scaled, block_si
 from glmexport.checkpoint.shards import Shards, is_finite
 from glmexport.checkpoint.snapshot import Snapshot
 from glmexport.checkpoint.source import DEMO, refuse_hazards, resolve
-from glmexport.checkpoint.tokenizer import tokenizer_files
-from glmexport.errors import CheckpointError
-from glmexport.progress import Progress
+from glmexport.foundation.errors import CheckpointError
+from glmexport.foundation.files import contained, files_digest, optional, source_name
+from glmexport.foundation.progress import Progress
+from glmexport.tokenizer.tokenizer import tokenizer_files
 
 if TYPE_CHECKING:
     import torch

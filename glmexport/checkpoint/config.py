@@ -9,9 +9,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import cast
 
-from glmexport.checkpoint.files import read_json
-from glmexport.definition import LARGEST
-from glmexport.errors import CheckpointError
+from glmexport.foundation.definition import LARGEST
+from glmexport.foundation.errors import CheckpointError
+from glmexport.foundation.files import read_json
 
 _SHOWN_CHARACTERS = 80
 

@@ -9,7 +9,7 @@ from glmexport.checkpoint.gptq import GptqFormat
 from glmexport.checkpoint.header import TensorEntry
 from glmexport.checkpoint.packed import PackedMatrix
 from glmexport.checkpoint.parts import BlockScaled, Page
-from glmexport.errors import CheckpointError
+from glmexport.foundation.errors import CheckpointError
 
 GPTQ = "GPTQ"
 _SLAB_WEIGHTS = 1 << 24

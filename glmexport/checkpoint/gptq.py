@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from glmexport.checkpoint.config import ConfigReader
-from glmexport.checkpoint.files import optional
-from glmexport.errors import CheckpointError
-from glmexport.recipe import Format
+from glmexport.foundation.errors import CheckpointError
+from glmexport.foundation.files import optional
+from glmexport.foundation.recipe import Format
 
 QUANTIZE_CONFIG = "quantize_config.json"
 

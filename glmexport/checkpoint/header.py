@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from glmexport.checkpoint.files import unreadable
-from glmexport.errors import CheckpointError
-from glmexport.untrusted import Limits, open_regular, parse_object
+from glmexport.foundation.errors import CheckpointError
+from glmexport.foundation.files import unreadable
+from glmexport.foundation.untrusted import Limits, open_regular, parse_object
 
 #: Of one header. A model of 120,000 tensors in one file has a header of 15 MB; the format itself allows 100 MB.
 HEADER_LIMITS = Limits(size=32 << 20, depth=3, values=2_000_000, items=1 << 16, keys=200_000)

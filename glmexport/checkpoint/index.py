@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from glmexport.checkpoint.files import contained, optional, read_json, refuse_escape
 from glmexport.checkpoint.header import TensorEntry, read_header
-from glmexport.errors import CheckpointError
-from glmexport.progress import Progress
+from glmexport.foundation.errors import CheckpointError
+from glmexport.foundation.files import contained, optional, read_json, refuse_escape
+from glmexport.foundation.progress import Progress
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

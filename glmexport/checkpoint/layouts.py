@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from glmexport.checkpoint.config import ConfigReader
-from glmexport.checkpoint.files import optional
 from glmexport.checkpoint.gptq import QUANTIZE_CONFIG
 from glmexport.checkpoint.header import WEIGHT_DTYPES, TensorEntry
-from glmexport.errors import CheckpointError
+from glmexport.foundation.errors import CheckpointError
+from glmexport.foundation.files import optional
 
 GPTQ, FP8 = "GPTQ", "fp8"
 _READ = (GPTQ, FP8)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from glmexport.checkpoint.gptq import QUANTIZE_CONFIG, VERSIONS, GptqFormat, GptqSettings
 from glmexport.checkpoint.header import TensorEntry
 from glmexport.checkpoint.reading import reading
-from glmexport.errors import CheckpointError
+from glmexport.foundation.errors import CheckpointError
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from glmexport.checkpoint.config import ConfigReader
 from glmexport.checkpoint.header import TensorEntry
 from glmexport.checkpoint.shards import Shards
-from glmexport.errors import CheckpointError
+from glmexport.foundation.errors import CheckpointError
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from glmexport.checkpoint.files import unreadable
 from glmexport.checkpoint.header import TensorEntry
-from glmexport.errors import CheckpointError, MachineError
+from glmexport.foundation.errors import CheckpointError, MachineError
+from glmexport.foundation.files import unreadable
 
 
 @contextmanager

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from glmexport.checkpoint.files import version
 from glmexport.checkpoint.header import WEIGHT_DTYPES, TensorEntry
 from glmexport.checkpoint.reading import reading
-from glmexport.errors import CheckpointError
+from glmexport.foundation.errors import CheckpointError
+from glmexport.foundation.files import version
 
 if TYPE_CHECKING:
     import torch

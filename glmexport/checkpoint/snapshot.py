@@ -7,9 +7,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from glmexport.checkpoint.files import JSON_LIMITS, optional, unreadable, version
-from glmexport.checkpoint.tokenizer import tokenizer_files
-from glmexport.errors import CheckpointError
+from glmexport.foundation.errors import CheckpointError
+from glmexport.foundation.files import JSON_LIMITS, optional, unreadable, version
+from glmexport.tokenizer.tokenizer import tokenizer_files
 
 #: By file: the digest of its content, or of a large one its size, time and inode.
 _State = Mapping[Path, object]

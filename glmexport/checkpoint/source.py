@@ -6,9 +6,9 @@ import os
 import re
 from pathlib import Path
 
-from glmexport.checkpoint.files import optional, read_json, unreadable
-from glmexport.errors import CheckpointError, GlmexportError, MachineError
-from glmexport.progress import Progress
+from glmexport.foundation.errors import CheckpointError, GlmexportError, MachineError
+from glmexport.foundation.files import listed, optional, read_json, unreadable
+from glmexport.foundation.progress import Progress
 
 DEMO = "demo"
 
@@ -185,7 +185,3 @@ def _has_key(value: object, key: str) -> bool:
     return isinstance(value, list) and any(_has_key(item, key) for item in value)
 
 
-def listed(names: list[str], shown: int = 3) -> str:
-    """The first of ``names``, and how many more there are."""
-    rest = len(names) - shown
-    return ", ".join(names[:shown]) + (f" and {rest} more" if rest > 0 else "")

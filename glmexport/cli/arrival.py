@@ -23,7 +23,7 @@ def check_of(
     Raises:
         click.UsageError: there is nothing to verify with, and that was not asked for.
     """
-    from glmexport.release import verify
+    from glmexport.release.verification import verify
 
     if no_verify:
         if key or root or subject is not None or newer_than is not None:

@@ -25,7 +25,7 @@ from glmexport.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from glmexport.recipe import Recipe
+    from glmexport.foundation.recipe import Recipe
 
 
 @click.command()
@@ -77,15 +77,16 @@ def build(
     import torch
 
     from glmexport.cli.verdict import exit_code, show, show_unrun
-    from glmexport.compile import BuildOptions, BuiltUnrun, command_line
-    from glmexport.compile import build as compile_bundles
-    from glmexport.device import device_name as name_of
-    from glmexport.device import open_device
-    from glmexport.estimate import estimate, measured_flops
-    from glmexport.job import Original, budget_of, formats_of, jobs_of, listed_unused
-    from glmexport.target import open_policy, open_target
+    from glmexport.foundation.target import open_policy, open_target
     from glmexport.validation.behaviour.tasks import read_tasks
     from glmexport.validation.run import ValidationPlan
+    from glmexport.workflows.build import BuiltUnrun
+    from glmexport.workflows.build import build as compile_bundles
+    from glmexport.workflows.device import device_name as name_of
+    from glmexport.workflows.device import open_device
+    from glmexport.workflows.estimate import estimate, measured_flops
+    from glmexport.workflows.job import Original, budget_of, formats_of, jobs_of, listed_unused
+    from glmexport.workflows.validate import BuildOptions, command_line
 
     terminal = Terminal()
     device = open_device(device_name)
@@ -159,7 +160,7 @@ def build(
 
 def calibration_text(recipe: Recipe, own: Sequence[Path]) -> str:
     """What ``recipe`` calibrates on, for people."""
-    from glmexport.calibration import USER
+    from glmexport.calibration.corpus import USER
 
     if recipe.calibration is None:
         return "none: this recipe needs no text"

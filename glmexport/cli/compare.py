@@ -12,8 +12,8 @@ from rich.text import Text
 
 from glmexport.cli.console import Terminal, emit, gibibytes
 from glmexport.cli.options import json_option
-from glmexport.errors import EXIT_BLOCK, EXIT_INCONCLUSIVE, EXIT_PASS
-from glmexport.untrusted import visible
+from glmexport.foundation.errors import EXIT_BLOCK, EXIT_INCONCLUSIVE, EXIT_PASS
+from glmexport.foundation.untrusted import visible
 
 if TYPE_CHECKING:
     from glmexport.report.comparison import Change, Comparison

@@ -16,8 +16,8 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from glmexport.progress import Track
-from glmexport.untrusted import visible
+from glmexport.foundation.progress import Track
+from glmexport.foundation.untrusted import visible
 
 _UNITS = {"": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 

@@ -12,7 +12,7 @@ from glmexport.cli.console import Terminal, emit, gibibytes
 from glmexport.cli.options import adapter_option, json_option, trust_options
 
 if TYPE_CHECKING:
-    from glmexport.release import Trust
+    from glmexport.release.opening import Trust
 
 
 
@@ -44,10 +44,10 @@ def convert(
 
     Embedding, lm_head, norms and biases are those of the original, in its own precision.
     """
-    from glmexport.bundle import read_manifest
-    from glmexport.bundle.gptq import Layout
-    from glmexport.convert import convert_to_gptq
-    from glmexport.job import Original
+    from glmexport.assembly.gptq import Layout
+    from glmexport.bundle.manifest import read_manifest
+    from glmexport.workflows.convert import convert_to_gptq
+    from glmexport.workflows.job import Original
 
     terminal = Terminal()
     manifest = read_manifest(bundle)

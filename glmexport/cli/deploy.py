@@ -14,10 +14,10 @@ from rich.text import Text
 
 from glmexport.cli.console import Terminal, emit, gibibytes, say
 from glmexport.cli.options import json_option
-from glmexport.errors import EXIT_BLOCK, EXIT_MACHINE, EXIT_PASS
+from glmexport.foundation.errors import EXIT_BLOCK, EXIT_MACHINE, EXIT_PASS
 
 if TYPE_CHECKING:
-    from glmexport.deployment import Outcome
+    from glmexport.deployment.rollout import Outcome
 
 _SITE = click.argument("site", type=click.Path(path_type=Path))
 _COLOURS = {"confirmed": "green", "unchanged": "green", "done": "green", "not begun": "dim"}
@@ -39,9 +39,9 @@ def deploy(bundle: Path, site: Path, unproven: bool, allow_older: bool, replace_
     and asked again; a server that does not answer as it should gets its former release back. Exit code 0 if all serve
     it, 1 if the release was refused or taken back, 69 if a server could not be reached or has no room.
     """
-    from glmexport.deployment import deploy, open_site
-    from glmexport.deployment.rollout import Wishes, trust_file
+    from glmexport.deployment.rollout import Wishes, deploy, trust_file
     from glmexport.deployment.signed import SignedBundle
+    from glmexport.deployment.site import open_site
 
     terminal = Terminal()
     place = open_site(site)
@@ -69,7 +69,8 @@ def deploy(bundle: Path, site: Path, unproven: bool, allow_older: bool, replace_
 @json_option
 def rollback(site: Path, name: str | None, as_json: bool) -> int:
     """Serve a former release on every server of SITE, verified once more."""
-    from glmexport.deployment import open_site, roll_back
+    from glmexport.deployment.rollout import roll_back
+    from glmexport.deployment.site import open_site
 
     terminal = Terminal()
     return _told(terminal, roll_back(open_site(site), name, terminal), as_json)
@@ -80,8 +81,8 @@ def rollback(site: Path, name: str | None, as_json: bool) -> int:
 @json_option
 def status(site: Path, as_json: bool) -> int:
     """What every server of SITE serves, what else it has, and how it came to that."""
-    from glmexport.deployment import open_site
-    from glmexport.deployment import status as ask
+    from glmexport.deployment.rollout import status as ask
+    from glmexport.deployment.site import open_site
 
     terminal = Terminal()
     outcomes = ask(open_site(site), terminal)
@@ -98,8 +99,8 @@ def status(site: Path, as_json: bool) -> int:
 @json_option
 def prune(site: Path, keep: int, as_json: bool) -> int:
     """Remove old releases from every server of SITE; never the present one, nor the one before it."""
-    from glmexport.deployment import open_site
-    from glmexport.deployment import prune as remove
+    from glmexport.deployment.rollout import prune as remove
+    from glmexport.deployment.site import open_site
 
     terminal = Terminal()
     outcomes = remove(open_site(site), keep, terminal)
@@ -115,7 +116,8 @@ def prune(site: Path, keep: int, as_json: bool) -> int:
 @json_option
 def units(site: Path, name: str | None, as_json: bool) -> None:
     """Print the systemd units that serve what is deployed to a server of SITE."""
-    from glmexport.deployment import open_site, service_unit, socket_unit
+    from glmexport.deployment.site import open_site
+    from glmexport.deployment.unit import service_unit, socket_unit
 
     servers = open_site(site).servers
     if name is None and len(servers) > 1:

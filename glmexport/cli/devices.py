@@ -26,8 +26,8 @@ def prepare(kind: str, directory: Path | None, as_json: bool) -> None:
     Debian's packages of Python and the wheels of numpy and onnxruntime for that architecture, about 200 MB, go into
     DIRECTORY (by default into the user's cache). Needs Debian or Ubuntu, but no root, and qemu-user-static to use them.
     """
-    from glmexport.validation.devices.emulated import default_sysroot
-    from glmexport.validation.devices.emulated import prepare as fetch
+    from glmexport.devices.emulated import default_sysroot
+    from glmexport.devices.emulated import prepare as fetch
 
     terminal = Terminal()
     versions = fetch(directory, terminal)

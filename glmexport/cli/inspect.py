@@ -28,9 +28,9 @@ def inspect(
     """Family, parameters by part, context and tokenizer of CHECKPOINT, and an estimate for every target."""
     import torch
 
-    from glmexport.architecture import UNFINISHED
-    from glmexport.checkpoint import Checkpoint
-    from glmexport.job import Original, listed_unused
+    from glmexport.architecture.registry import UNFINISHED
+    from glmexport.checkpoint.checkpoint import Checkpoint
+    from glmexport.workflows.job import Original, listed_unused
 
     terminal = Terminal()
     opened = Checkpoint.open(checkpoint, None, adapter)
@@ -137,8 +137,8 @@ def _description(original: Any) -> dict[str, Any]:
 
 def _token_prediction(original: Any) -> dict[str, Any] | None:
     """What becomes of the layer that predicts further ahead, target by target; None where there is none."""
-    from glmexport.job import NO_DRAFTS
-    from glmexport.target import shipped_targets
+    from glmexport.foundation.target import shipped_targets
+    from glmexport.workflows.job import NO_DRAFTS
 
     draft = original.architecture.token_prediction
     if draft is None:
@@ -191,7 +191,7 @@ def _formats(checkpoint: Any) -> dict[str, Any] | None:
 
 
 def _quantization(original: Any) -> dict[str, str]:
-    from glmexport.job import formats_of
+    from glmexport.workflows.job import formats_of
 
     return {"quantized": f"gptq, {formats_of(original)}"} if original.checkpoint.quantized else {}
 
@@ -217,7 +217,7 @@ def _unused_elements(original: Any) -> int:
 
 def _tokenizer(original: Any) -> dict[str, Any]:
     """What the tokenizer knows, and how many tokens a character of each language of the corpora costs it."""
-    from glmexport.calibration import shipped_documents
+    from glmexport.calibration.corpus import shipped_documents
 
     tokenizer = original.tokenizer
     names = {token: name for name, token in tokenizer.special_tokens.items()}
@@ -234,11 +234,11 @@ def _tokenizer(original: Any) -> dict[str, Any]:
 
 
 def _estimates(original: Any, recipe: str | None, max_memory: int | None) -> list[dict[str, Any]]:
-    from glmexport.errors import InputError
-    from glmexport.estimate import estimate, measured_flops
-    from glmexport.graph import cache_bytes_per_token
-    from glmexport.job import Job, recipe_for, refuse_formats
-    from glmexport.target import shipped_targets
+    from glmexport.foundation.errors import InputError
+    from glmexport.foundation.target import shipped_targets
+    from glmexport.graph.build import cache_bytes_per_token
+    from glmexport.workflows.estimate import estimate, measured_flops
+    from glmexport.workflows.job import Job, recipe_for, refuse_formats
 
     flops = measured_flops()
     rows = []

@@ -34,15 +34,9 @@ from glmexport.cli.targets import targets
 from glmexport.cli.tune import tune
 from glmexport.cli.validate import validate
 from glmexport.cli.verify import verify
-from glmexport.errors import (
-    EXIT_BUG,
-    EXIT_INPUT,
-    EXIT_INTERRUPTED,
-    EXIT_MACHINE,
-    GlmexportError,
-)
-from glmexport.extras import lacking
-from glmexport.untrusted import visible
+from glmexport.foundation.errors import EXIT_BUG, EXIT_INPUT, EXIT_INTERRUPTED, EXIT_MACHINE, GlmexportError
+from glmexport.foundation.extras import lacking
+from glmexport.foundation.untrusted import visible
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 import click
 
 from glmexport.cli.console import Terminal, emit
-from glmexport.errors import EXIT_PASS
+from glmexport.foundation.errors import EXIT_PASS
 
 if TYPE_CHECKING:
-    from glmexport.compile import BuildOptions
-    from glmexport.job import Original
+    from glmexport.devices.fleet import Member
     from glmexport.validation.capture import CapturedReference
-    from glmexport.validation.devices.fleet import Member
+    from glmexport.workflows.job import Original
+    from glmexport.workflows.validate import BuildOptions
 
 
 def on_devices(
@@ -30,9 +30,9 @@ def on_devices(
 ) -> int:
     """Write the kits that are asked for, have all other devices answer, and show what they did."""
     from glmexport.cli.verdict import exit_code, show
-    from glmexport.fleet import discard, locked, prepare_job, validate_on_devices, write_kits
-    from glmexport.job import Original
-    from glmexport.validation.devices.kit import KIT, KIT_RESULT
+    from glmexport.devices.kit import KIT, KIT_RESULT
+    from glmexport.workflows.fleet import discard, locked, prepare_job, validate_on_devices, write_kits
+    from glmexport.workflows.job import Original
 
     kits = [Path(address.removeprefix(KIT)) for address in addresses if address.startswith(KIT)]
     carried = [address for address in addresses if address.startswith((KIT, KIT_RESULT))]
@@ -67,8 +67,8 @@ def on_devices(
 
 
 def _members(addresses: list[str], fleet: Path | None) -> list[Member]:
-    from glmexport.validation.devices.emulated import QEMU_ARM64
-    from glmexport.validation.devices.fleet import Member, open_device, open_fleet
+    from glmexport.devices.emulated import QEMU_ARM64
+    from glmexport.devices.fleet import Member, open_device, open_fleet
 
     members = open_fleet(fleet) if fleet else []
     for address in addresses:

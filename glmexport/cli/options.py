@@ -11,7 +11,7 @@ import click
 from click.core import ParameterSource
 
 from glmexport.cli.console import Bytes
-from glmexport.validation.machine import cores
+from glmexport.foundation.machine import cores
 
 Command = Callable[..., Any]
 
@@ -127,7 +127,7 @@ def trust_options(command: Command) -> Command:
 
     @wraps(command)
     def trusting(*arguments: Any, key: Path | None, root: Path | None, subject: str | None, **others: Any) -> Any:
-        from glmexport.release import Trust
+        from glmexport.release.opening import Trust
 
         return command(*arguments, trust=Trust(key, root, subject), **others)
 

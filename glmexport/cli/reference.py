@@ -8,13 +8,7 @@ from pathlib import Path
 import click
 
 from glmexport.cli.console import Terminal, emit, gibibytes
-from glmexport.cli.options import (
-    adapter_option,
-    checkpoint_argument,
-    evaluation_options,
-    json_option,
-    threads_option,
-)
+from glmexport.cli.options import adapter_option, checkpoint_argument, evaluation_options, json_option, threads_option
 
 
 @click.command()
@@ -50,10 +44,10 @@ def reference(
     One block is in memory at a time. Finished blocks are kept until the end: after an interruption the same command
     goes on where it stopped.
     """
-    from glmexport.capture import CaptureOptions, capture_reference
     from glmexport.cli.verdict import told_check
-    from glmexport.job import Original
     from glmexport.validation.run import ValidationPlan
+    from glmexport.workflows.capture import CaptureOptions, capture_reference
+    from glmexport.workflows.job import Original
 
     terminal = Terminal()
     original = Original.open(checkpoint, terminal, adapter)

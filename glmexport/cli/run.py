@@ -11,10 +11,10 @@ import click
 
 from glmexport.cli.console import Terminal, emit
 from glmexport.cli.options import bundle_threads, json_option, threads_option, trust_options
-from glmexport.untrusted import visible
+from glmexport.foundation.untrusted import visible
 
 if TYPE_CHECKING:
-    from glmexport.release import Trust
+    from glmexport.release.opening import Trust
 
 
 
@@ -53,10 +53,10 @@ def run(
     as_json: bool,
 ) -> None:
     """Generate from BUNDLE as it is deployed, greedily, and print the text as it comes."""
-    from glmexport.checkpoint import Tokenizer
-    from glmexport.generation import generate
-    from glmexport.release import open_signed
-    from glmexport.validation.speculation import open_speculation
+    from glmexport.engine.speculation import open_speculation
+    from glmexport.engine.text import generate
+    from glmexport.release.opening import open_signed
+    from glmexport.tokenizer.tokenizer import Tokenizer
 
     terminal = Terminal()
     speculation = open_speculation(speculate, draft_tokens)

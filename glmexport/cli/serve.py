@@ -12,10 +12,10 @@ import click
 
 from glmexport.cli.console import Bytes, Terminal, emit
 from glmexport.cli.options import bundle_threads, json_option, threads_option, trust_options
-from glmexport.errors import EXIT_PASS, InputError, MachineError
+from glmexport.foundation.errors import EXIT_PASS, InputError, MachineError
 
 if TYPE_CHECKING:
-    from glmexport.release import Trust
+    from glmexport.release.opening import Trust
 
 
 
@@ -101,11 +101,11 @@ def serve(
             f"A part of the server is not installed: {error.name}.", next_step="pip install 'glmexport[serve]'"
         ) from error
 
+    from glmexport.engine.speculation import DEFAULT_TOKENS
     from glmexport.serving.limits import Limits
     from glmexport.serving.log import logged_to
     from glmexport.serving.server import ServeOptions, Serving
     from glmexport.serving.server import serve as run
-    from glmexport.validation.speculation import DEFAULT_TOKENS
 
     if batch and speculate != "none":
         raise InputError("Tokens are either guessed or computed together.", next_step="Leave out one of the two.")

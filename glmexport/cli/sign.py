@@ -53,8 +53,8 @@ def sign(
     """Sign BUNDLE: its files, its report, its provenance and what it answers, so that no byte can change unnoticed."""
     import os
 
-    from glmexport.bundle import read_manifest
-    from glmexport.release import KeyFiles, open_signatory
+    from glmexport.bundle.manifest import read_manifest
+    from glmexport.release.keys import KeyFiles, open_signatory
     from glmexport.release.signing import sign as sign_bundle
 
     _require_one_signer(key, certificate, chain, pkcs11)

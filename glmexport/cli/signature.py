@@ -13,7 +13,7 @@ from glmexport.cli.console import Terminal
 def telling_of_signature(terminal: Terminal, directory: Path) -> Iterator[None]:
     """Say so if what is done within changes the report of a bundle under a signature, which covers it."""
     from glmexport.bundle.manifest import REPORTS, SIGNATURE
-    from glmexport.quantization import sha256
+    from glmexport.foundation.files import sha256
 
     def reports() -> dict[str, str]:
         return {name: sha256(directory / name) for name in sorted(REPORTS) if (directory / name).is_file()}
@@ -31,7 +31,7 @@ def signed_report_path(path: Path) -> Path:
     Raises:
         UnverifiedError: ``path`` is a signed bundle, and its report is another one.
     """
-    from glmexport.release import check_signed_file
+    from glmexport.release.opening import check_signed_file
     from glmexport.report.document import report_path
 
     report = report_path(path)

@@ -16,7 +16,7 @@ from glmexport.cli.options import json_option, trust_options
 
 if TYPE_CHECKING:
     from glmexport.lowering.explain import Lowering
-    from glmexport.release import Trust
+    from glmexport.release.opening import Trust
 
 
 @click.group()
@@ -28,8 +28,8 @@ def targets() -> None:
 @json_option
 def list_targets(as_json: bool) -> None:
     """Names of the shipped targets, whether they have run on such hardware, and which of them this host is."""
-    from glmexport.errors import DefinitionError
-    from glmexport.target import HOST, open_target, shipped_targets
+    from glmexport.foundation.errors import DefinitionError
+    from glmexport.foundation.target import HOST, open_target, shipped_targets
 
     try:
         host = open_target(HOST).name
@@ -54,8 +54,8 @@ def list_targets(as_json: bool) -> None:
 @json_option
 def show_target(name: str, as_json: bool) -> None:
     """What the graphs of a target are made of and why. NAME is a shipped target, a .toml file, or host."""
+    from glmexport.foundation.target import open_target
     from glmexport.lowering.explain import lowerings
-    from glmexport.target import open_target
 
     target = open_target(name)
     decisions = lowerings(target)
@@ -87,9 +87,9 @@ def show_target(name: str, as_json: bool) -> None:
 @json_option
 def probe(as_json: bool) -> None:
     """What this host is: processor, GPUs and providers, which targets it is of, and what it lacks for the others."""
-    from glmexport.host import Host
-    from glmexport.target import host_target, shipped_targets
-    from glmexport.validation.machine import instruction_sets, processor_name
+    from glmexport.foundation.host import Host
+    from glmexport.foundation.machine import instruction_sets, processor_name
+    from glmexport.foundation.target import host_target, shipped_targets
 
     host = Host.this()
     lacking = {target.name: target.lacking(host) for target in shipped_targets()}
@@ -130,10 +130,10 @@ def probe(as_json: bool) -> None:
 @json_option
 def check(bundle: Path, trust: Trust, as_json: bool) -> int:
     """Whether BUNDLE can run on this host, and why not. Nothing is run; exit code 0 if it can, 1 if it cannot."""
-    from glmexport.errors import EXIT_BLOCK, EXIT_PASS
-    from glmexport.fit import fit
-    from glmexport.host import Host
-    from glmexport.release import open_signed
+    from glmexport.bundle.fit import fit
+    from glmexport.foundation.errors import EXIT_BLOCK, EXIT_PASS
+    from glmexport.foundation.host import Host
+    from glmexport.release.opening import open_signed
 
     manifest = open_signed(bundle, trust, Terminal())
     checks = fit(manifest, Host.this())

@@ -15,7 +15,7 @@ from glmexport.cli.console import Terminal, emit, titled_table
 from glmexport.cli.options import adapter_option, checkpoint_argument, json_option
 
 if TYPE_CHECKING:
-    from glmexport.evidence import Evidence, Gain, KvCache, Outcome, Preference, Tried
+    from glmexport.foundation.evidence import Evidence, Gain, KvCache, Outcome, Preference, Tried
 
 _STYLE = {"chosen": "bold green", "start": "bold", "front": "", "beaten": "dim", "illegal": "yellow"}
 
@@ -113,11 +113,11 @@ def tune(
     Measured are speed, in turns with what the target says now, and divergence. Finished measurements are kept until the
     tuning is done: after an interruption the same command goes on where it stopped.
     """
-    from glmexport.job import Original
-    from glmexport.target import open_target
-    from glmexport.tune import TuneOptions
-    from glmexport.tune import tune as tune_target
-    from glmexport.validation.machine import cores
+    from glmexport.foundation.machine import cores
+    from glmexport.foundation.target import open_target
+    from glmexport.workflows.job import Original
+    from glmexport.workflows.tune import TuneOptions
+    from glmexport.workflows.tune import tune as tune_target
 
     terminal = Terminal()
     target = open_target(target_name)

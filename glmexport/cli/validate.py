@@ -21,8 +21,8 @@ from glmexport.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from glmexport.job import Original
-    from glmexport.release import Trust
+    from glmexport.release.opening import Trust
+    from glmexport.workflows.job import Original
 
 
 @click.command()
@@ -75,18 +75,24 @@ def validate(
     The original is a checkpoint (--against) or what it answered elsewhere (--reference). With --device or --fleet the
     same job runs on each device, and the worst verdict is the whole's.
     """
-    from glmexport.bundle import read_manifest
+    from glmexport.bundle.manifest import read_manifest
     from glmexport.cli.plan import show_plan
     from glmexport.cli.signature import telling_of_signature
     from glmexport.cli.verdict import exit_code, show
-    from glmexport.compile import BuildOptions, command_line, threads_of, validate_bundle, validate_captured_bundle
-    from glmexport.errors import EXIT_PASS
-    from glmexport.job import Original
-    from glmexport.plan import plan_bundle
-    from glmexport.target import open_policy
+    from glmexport.foundation.errors import EXIT_PASS
+    from glmexport.foundation.target import open_policy
     from glmexport.validation.behaviour.tasks import read_tasks
     from glmexport.validation.capture import CapturedReference
     from glmexport.validation.run import ValidationPlan
+    from glmexport.workflows.job import Original
+    from glmexport.workflows.plan import plan_bundle
+    from glmexport.workflows.validate import (
+        BuildOptions,
+        command_line,
+        threads_of,
+        validate_bundle,
+        validate_captured_bundle,
+    )
 
     terminal = Terminal()
     _require_one_original(checkpoint, reference)

@@ -11,24 +11,20 @@ from rich.table import Table
 from rich.text import Text
 
 from glmexport.cli.console import gibibytes, titled_table
-from glmexport.errors import EXIT_BLOCK, EXIT_INCONCLUSIVE, EXIT_PASS
+from glmexport.foundation.errors import EXIT_BLOCK, EXIT_INCONCLUSIVE, EXIT_PASS
+from glmexport.foundation.target import Target
 from glmexport.report.allocation import summarize
 from glmexport.report.behaviour import answer_rows
 from glmexport.report.devices import device_table
 from glmexport.report.document import HTML_NAME, Report
 from glmexport.report.speed import bounded, reached, speed_rows, value
-from glmexport.target import Target
-from glmexport.validation.results import (
-    Behaviour,
-    CaptureBound,
-    Gate,
-    Interval,
-    LanguageFidelity,
-    Performance,
-    ReferenceCheck,
-    Verdict,
-    WeightCheck,
-)
+from glmexport.results.behaviour import Behaviour
+from glmexport.results.fidelity import CaptureBound, LanguageFidelity
+from glmexport.results.gate import Gate
+from glmexport.results.performance import Interval, Performance
+from glmexport.results.record import Verdict
+from glmexport.results.reference import ReferenceCheck
+from glmexport.results.weights import WeightCheck
 from glmexport.validation.unrun import Unrun
 
 _EXIT = {

@@ -19,7 +19,7 @@ def verify(
     bundle: Path, key: Path | None, root: Path | None, subject: str | None, newer_than: int | None, as_json: bool
 ) -> None:
     """Verify that every byte of BUNDLE is what was signed, and that nothing else is in it; exit code 65 if not."""
-    from glmexport.release import verify as verify_bundle
+    from glmexport.release.verification import verify as verify_bundle
 
     found = verify_bundle(bundle, key, root=root, newer_than=newer_than, subject=subject)
     Terminal().facts(

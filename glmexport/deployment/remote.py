@@ -11,28 +11,28 @@ from contextlib import asynccontextmanager
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from glmexport.deployment.program.layout import contained
 from glmexport.deployment.signed import SignedBundle
 from glmexport.deployment.site import Server, Site
 from glmexport.deployment.told import Facts, checked
-from glmexport.errors import InputError, MachineError
-from glmexport.progress import Progress, Silent
-from glmexport.validation.devices import transfer
-from glmexport.validation.devices.runner import LINE_BYTES, Ended, events, packed
+from glmexport.foundation.errors import InputError, MachineError
+from glmexport.foundation.progress import Progress, Silent
+from glmexport.wire import transfer
+from glmexport.wire.runner import LINE_BYTES, Ended, events, packed
+from glmexport.wire.server.layout import contained
 
 if TYPE_CHECKING:
     import asyncssh
 
 _PROGRAM = "deploy.pyz"
-_PACKAGE = "glmexport.deployment.program"
+_PACKAGE = "glmexport.wire.server"
 _MODULES = ("activation", "answering", "facts", "layout", "ledger", "receiving", "verifying")
 _ELSEWHERE = (
     "glmexport.release.certificates",
     "glmexport.release.envelope",
     "glmexport.release.golden_answers",
     "glmexport.release.verifier",
-    "glmexport.untrusted",
-    "glmexport.validation.devices.program.files",
+    "glmexport.foundation.untrusted",
+    "glmexport.wire.standalone",
 )
 #: What takes its time, by the command; the others are done before a bar could be read.
 _SHOWN = {"assemble": "Assembling on {}", "activate": "Switching {}", "rollback": "Switching {}"}

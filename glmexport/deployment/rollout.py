@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glmexport.deployment.program.layout import NAME
 from glmexport.deployment.remote import Remote, order_name, require_fit
 from glmexport.deployment.signed import SignedBundle
 from glmexport.deployment.site import Site
 from glmexport.deployment.told import Status, checked
-from glmexport.errors import GlmexportError, InputError
-from glmexport.progress import Progress
-from glmexport.ssh import persist, require_asyncssh
-from glmexport.validation.devices.runner import Told
+from glmexport.foundation.errors import GlmexportError, InputError
+from glmexport.foundation.progress import Progress
+from glmexport.wire.runner import Told
+from glmexport.wire.server.layout import NAME
+from glmexport.wire.ssh import persist, require_asyncssh
 
 if TYPE_CHECKING:
     import asyncssh

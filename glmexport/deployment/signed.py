@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from glmexport.bundle.manifest import FileEntry
-from glmexport.errors import BundleError
-from glmexport.progress import Progress
-from glmexport.quantization import sha256
-from glmexport.release import read_release, verify
+from glmexport.foundation.errors import BundleError
+from glmexport.foundation.files import sha256
+from glmexport.foundation.progress import Progress
+from glmexport.release.release import read_release
+from glmexport.release.verification import verify
 from glmexport.release.verifier import SIGNATURE
 from glmexport.report.document import JSON_NAME, read_report
-from glmexport.validation.results import Verdict
+from glmexport.results.record import Verdict
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from typing import Self
 
 from pydantic import Field, field_validator, model_validator
 
-from glmexport.definition import Definition, read_toml
-from glmexport.deployment.program.layout import SUBJECT
-from glmexport.errors import DefinitionError, InputError
-from glmexport.ssh import SshAddress, parse_address
+from glmexport.foundation.definition import Definition, read_toml
+from glmexport.foundation.errors import DefinitionError, InputError
+from glmexport.wire.server.layout import SUBJECT
+from glmexport.wire.ssh import SshAddress, parse_address
 
 #: The unit that ``glmexport deploy --install-unit`` writes.
 UNIT = "glmexport"

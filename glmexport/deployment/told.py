@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from glmexport.errors import MachineError
+from glmexport.foundation.errors import MachineError
 
 
 class Answer(BaseModel):

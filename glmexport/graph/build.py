@@ -7,18 +7,11 @@ from typing import Any
 
 import onnx_ir as ir
 
-from glmexport.architecture import (
-    Architecture,
-    DecoderLayer,
-    GatedMlp,
-    LatentAttention,
-    Linear,
-    MixtureOfExperts,
-    Norm,
-    TokenPrediction,
-)
-from glmexport.graph.latent import LatentLayers
-from glmexport.graph.names import (
+from glmexport.architecture.description import Architecture, DecoderLayer, GatedMlp, Linear, Norm
+from glmexport.architecture.experts import MixtureOfExperts
+from glmexport.architecture.latent import LatentAttention
+from glmexport.architecture.token_prediction import TokenPrediction
+from glmexport.bundle.names import (
     ATTENTION_MASK,
     BLOCK_NAME,
     HIDDEN,
@@ -32,8 +25,9 @@ from glmexport.graph.names import (
     STREAM_IN,
     STREAM_OUT,
 )
+from glmexport.foundation.target import GraphLimits
+from glmexport.graph.latent import LatentLayers
 from glmexport.graph.operators import BLOCK, DOMAIN
-from glmexport.target import GraphLimits
 
 
 def own_loop(architecture: Architecture, limits: GraphLimits) -> bool:

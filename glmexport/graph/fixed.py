@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from glmexport.architecture import Architecture
+from glmexport.architecture.description import Architecture
+from glmexport.bundle.names import ASKED, INPUT_IDS, LOGITS, PAST, POSITION_IDS, PRESENT
+from glmexport.foundation.target import GraphLimits
 from glmexport.graph.build import _Builder, _value
-from glmexport.graph.names import ASKED, INPUT_IDS, LOGITS, PAST, POSITION_IDS, PRESENT
-from glmexport.target import GraphLimits
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from glmexport.architecture import Architecture, DecoderLayer, LatentAttention
+from glmexport.architecture.description import Architecture, DecoderLayer
+from glmexport.architecture.latent import LatentAttention
+from glmexport.foundation.target import GraphLimits, Target
 from glmexport.graph.build import own_loop
-from glmexport.target import GraphLimits, Target
 
 ROTARY = "com.microsoft::RotaryEmbedding"
 #: GroupQueryAttention takes heads of a multiple of this size, and of twice the size where it rotates them, which it

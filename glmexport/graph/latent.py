@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
-from glmexport.architecture import Indexer, LatentAttention
-from glmexport.graph.names import INDEX, LATENT, PAST, PRESENT
+from glmexport.architecture.latent import Indexer, LatentAttention
+from glmexport.bundle.names import INDEX, LATENT, PAST, PRESENT
 
 if TYPE_CHECKING:
     from glmexport.graph.build import _Builder

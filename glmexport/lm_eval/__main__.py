@@ -11,8 +11,8 @@ from __future__ import annotations
 import sys
 
 from glmexport.cli.main import tell
-from glmexport.errors import GlmexportError
-from glmexport.extras import lacking
+from glmexport.foundation.errors import GlmexportError
+from glmexport.foundation.extras import lacking
 
 
 def main() -> None:

@@ -10,11 +10,12 @@ from typing import Any
 import psutil
 import torch
 
-from glmexport.architecture import Reference
-from glmexport.checkpoint import Checkpoint, Tokenizer
-from glmexport.errors import InputError
+from glmexport.checkpoint.checkpoint import Checkpoint
+from glmexport.foundation.errors import InputError
+from glmexport.foundation.progress import Progress
 from glmexport.lm_eval.likelihood import TOKENS, portions
-from glmexport.progress import Progress
+from glmexport.reference.reference import Reference
+from glmexport.tokenizer.tokenizer import Tokenizer
 from glmexport.validation.behaviour.original import verified_answers
 
 #: Tokens after a prompt, one by one, at most so many, the end token included.

@@ -10,11 +10,11 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from glmexport.architecture import Reference
-from glmexport.errors import InputError
-from glmexport.progress import Progress
+from glmexport.engine.scoring import ScoringSession
+from glmexport.foundation.errors import InputError
+from glmexport.foundation.progress import Progress
+from glmexport.reference.reference import Reference
 from glmexport.validation.reference import reference_states
-from glmexport.validation.session import ScoringSession
 from glmexport.validation.texts import EvaluationText
 
 T = TypeVar("T")

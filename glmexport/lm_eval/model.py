@@ -8,12 +8,12 @@ from typing import Any
 
 from lm_eval.api.model import LM
 
-from glmexport.checkpoint.control import Rendered
 from glmexport.cli.console import Terminal
-from glmexport.errors import InputError
+from glmexport.foundation.errors import InputError
 from glmexport.lm_eval.answering import Ending, Prompt
 from glmexport.lm_eval.likelihood import Request, fitted, windows
 from glmexport.lm_eval.subject import Settings
+from glmexport.tokenizer.control import Rendered
 
 NAME = "glmexport"
 

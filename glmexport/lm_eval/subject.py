@@ -12,17 +12,17 @@ from typing import Any, Protocol
 
 import torch
 
-from glmexport.architecture import Reference
-from glmexport.checkpoint import Tokenizer
-from glmexport.errors import InputError
-from glmexport.job import Original
+from glmexport.engine.generation import GenerationSession
+from glmexport.engine.scoring import ScoringSession
+from glmexport.foundation.errors import InputError
+from glmexport.foundation.machine import cores
+from glmexport.foundation.progress import Progress
 from glmexport.lm_eval.answering import Prompt, Stream, fits_in_memory, streamed_answers, verified_texts, whole_stream
 from glmexport.lm_eval.likelihood import Likelihood, Request, bundle_likelihoods, checkpoint_likelihoods
-from glmexport.progress import Progress
-from glmexport.release import NOBODY, Trust, open_signed
-from glmexport.validation.generation import GenerationSession
-from glmexport.validation.machine import cores
-from glmexport.validation.session import ScoringSession
+from glmexport.reference.reference import Reference
+from glmexport.release.opening import NOBODY, Trust, open_signed
+from glmexport.tokenizer.tokenizer import Tokenizer
+from glmexport.workflows.job import Original
 
 
 class Subject(Protocol):

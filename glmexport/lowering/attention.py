@@ -9,10 +9,11 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from glmexport.graph import ATTENTION_MASK, INPUT_IDS, rotates_inside
+from glmexport.bundle.names import ATTENTION_MASK, INPUT_IDS
+from glmexport.foundation.target import GraphLimits, Target
+from glmexport.graph.heads import rotates_inside
 from glmexport.graph.operators import integer, nodes_of, number
 from glmexport.lowering.rewrite import FLOAT32, MICROSOFT, SHARED_BLOCK, Rewrite, weight
-from glmexport.target import GraphLimits, Target
 
 SEQUENCE_LENGTHS, TOTAL_LENGTH, POSITIONS = "sequence_lengths", "total_length", "positions"
 #: Names of the initializers that hold the scales of a cache, by the block and by "key" or "value".

@@ -6,12 +6,12 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from glmexport.foundation.recipe import Format
+from glmexport.foundation.target import Target
 from glmexport.graph.operators import nodes_of, text
 from glmexport.lowering.constant import as_numbers, first_of
 from glmexport.lowering.rewrite import MICROSOFT, Rewrite
 from glmexport.quantization.weights import Weights
-from glmexport.recipe import Format
-from glmexport.target import Target
 
 FUSED = f"{MICROSOFT}::GatherBlockQuantized"
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from glmexport.foundation.target import Claim, GraphLimits, Target
 from glmexport.lowering.embedding import FUSED as FUSED_ROWS
 from glmexport.lowering.norm import FUSED
-from glmexport.target import Claim, GraphLimits, Target
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 

@@ -9,11 +9,11 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from glmexport.foundation.target import Target
 from glmexport.graph.operators import integer, nodes_of, text
 from glmexport.lowering.norm import normalized
 from glmexport.lowering.rewrite import Rewrite
 from glmexport.quantization.weights import Weights
-from glmexport.target import Target
 
 
 class LowerHeadNormPass(ir.passes.InPlacePass):

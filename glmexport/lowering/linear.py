@@ -9,11 +9,11 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
+from glmexport.foundation.recipe import Format
+from glmexport.foundation.target import Target
 from glmexport.graph.operators import integer, nodes_of, texts
 from glmexport.lowering.rewrite import MICROSOFT, Rewrite
 from glmexport.quantization.weights import Weights
-from glmexport.recipe import Format
-from glmexport.target import Target
 
 
 class LowerLinearPass(ir.passes.InPlacePass):

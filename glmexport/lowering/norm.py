@@ -9,10 +9,10 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from glmexport.foundation.target import Target
 from glmexport.graph.operators import nodes_of, number, text
 from glmexport.lowering.rewrite import MICROSOFT, Rewrite
 from glmexport.quantization.weights import Weights
-from glmexport.target import Target
 
 FUSED = f"{MICROSOFT}::SkipSimplifiedLayerNormalization"
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import onnx_ir as ir
 import torch
 
-from glmexport.graph import DOMAIN, violations
+from glmexport.foundation.target import Target
+from glmexport.graph.operators import DOMAIN, violations
 from glmexport.lowering.asked_position import LowerAskedPositionPass
 from glmexport.lowering.attention import LowerAttentionPass
 from glmexport.lowering.embedding import LowerEmbeddingPass
@@ -23,7 +24,6 @@ from glmexport.lowering.rewrite import MICROSOFT
 from glmexport.lowering.route import LowerRoutePass
 from glmexport.lowering.selection import LowerIndexSelectionPass
 from glmexport.quantization.weights import Weights
-from glmexport.target import Target
 
 
 def lower(

@@ -9,10 +9,10 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from glmexport.errors import InputError
-from glmexport.graph import LOGITS, RECENT_LOGITS
+from glmexport.bundle.names import LOGITS, RECENT_LOGITS
+from glmexport.foundation.errors import InputError
+from glmexport.foundation.target import Target
 from glmexport.lowering.rewrite import FLOAT32, metadata
-from glmexport.target import Target
 
 ACTIVATIONS = {
     "float32": ir.DataType.FLOAT,

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from glmexport.architecture import Architecture
-from glmexport.errors import InputError
-from glmexport.quantization.linear import stored_bits
-from glmexport.recipe import Budget, Format, Recipe
+from glmexport.architecture.description import Architecture
+from glmexport.formats.quantized_linear import stored_bits
+from glmexport.foundation.errors import InputError
+from glmexport.foundation.recipe import Budget, Format, Recipe
 
 
 @dataclass(frozen=True)

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import time
 
-from glmexport.architecture import Architecture
-from glmexport.checkpoint import Fold
-from glmexport.checkpoint.fold import as_tensors, from_tensors
-from glmexport.progress import Progress
+from glmexport.architecture.description import Architecture
+from glmexport.bundle.records import AllocatedGroup
+from glmexport.checkpoint.fold import Fold, as_tensors, from_tensors
+from glmexport.foundation.progress import Progress
+from glmexport.foundation.recipe import Format, Recipe
 from glmexport.quantization.allocation import allocate, available_bits, tie_groups
 from glmexport.quantization.folding import choose_folds
 from glmexport.quantization.memory import MemoryPlan
 from glmexport.quantization.problem import LEAST_TOKENS
-from glmexport.quantization.record import AllocatedGroup
 from glmexport.quantization.sensitivity import Probe, probe_ids
 from glmexport.quantization.store import WorkDirectory
 from glmexport.quantization.streams import Streams
-from glmexport.recipe import Format, Recipe
 
 FOLDS, ALLOCATION = "folds", "allocation"
 #: Held-out tokens on which the channels of every tap are measured before scales are folded.

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from glmexport.architecture import Reference
 from glmexport.quantization.memory import COMPARED_POSITIONS
+from glmexport.reference.reference import Reference
 
 #: For a slab [n, H] of the lm_head: inputs [P, K] and matrix [n, K], whose product is the change of its logits.
 Change = Callable[[Tensor], tuple[Tensor, Tensor]]

@@ -8,13 +8,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from glmexport.architecture import Linear, TokenPrediction
-from glmexport.progress import Progress
-from glmexport.quantization.linear import QuantizedLinear
-from glmexport.quantization.record import QuantizedMatrix
+from glmexport.architecture.description import Linear
+from glmexport.architecture.token_prediction import TokenPrediction
+from glmexport.bundle.records import QuantizedMatrix
+from glmexport.formats.quantized_linear import QuantizedLinear
+from glmexport.foundation.progress import Progress
+from glmexport.foundation.recipe import Format, Recipe
+from glmexport.quantization.record import unmeasured
 from glmexport.quantization.steps import draft_steps
 from glmexport.quantization.store import WorkDirectory
-from glmexport.recipe import Format, Recipe
 
 
 def round_draft(
@@ -51,7 +53,7 @@ def round_draft(
                     matrix = nearest(linear, form)
                 if matrix is not None:
                     solved[linear.weight] = matrix
-                    records.append(QuantizedMatrix.unmeasured(linear.weight, draft.layer.index, linear.part, matrix))
+                    records.append(unmeasured(linear.weight, draft.layer.index, linear.part, matrix))
             note = {"linears": [record.model_dump() for record in records], "seconds": time.monotonic() - started}
             work.commit(step, solved, note)
             track.advance(1, step)

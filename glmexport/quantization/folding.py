@@ -15,13 +15,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from glmexport.architecture import Linear, Reference
-from glmexport.architecture.description import Norm, Writer
-from glmexport.architecture.reference import Block
+from glmexport.architecture.description import Linear, Norm, Writer
 from glmexport.checkpoint.fold import Fold
-from glmexport.progress import Progress
-from glmexport.quantization.grid import decode, encode, searched_grid
-from glmexport.recipe import Format
+from glmexport.formats.grid import decode, encode, searched_grid
+from glmexport.foundation.progress import Progress
+from glmexport.foundation.recipe import Format
+from glmexport.reference.reference import Block, Reference
 
 #: Powers p that are tried: between a step that follows the whole group and one that follows its largest weight.
 _POWERS = (2.0, 4.0, 8.0)

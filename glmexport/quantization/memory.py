@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from glmexport.architecture import Architecture, DecoderLayer, MixtureOfExperts
-from glmexport.architecture.filling import KEPT_BYTES
-from glmexport.errors import MachineError
+from glmexport.architecture.description import Architecture, DecoderLayer
+from glmexport.architecture.experts import MixtureOfExperts
+from glmexport.foundation.errors import MachineError
+from glmexport.foundation.recipe import Recipe
 from glmexport.quantization.allocation import tie_groups
 from glmexport.quantization.factor import DOUBLE_LIMIT
 from glmexport.quantization.moments import SAMPLE_POSITIONS
-from glmexport.recipe import Recipe
+from glmexport.reference.filling import KEPT_BYTES
 
 #: Positions of the probe whose logits over a slab of the lm_head are held at a time.
 COMPARED_POSITIONS = 256

@@ -19,14 +19,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from glmexport.architecture import GatedMlp, Linear, MixtureOfExperts
-from glmexport.architecture.reference import Block
-from glmexport.calibration import Hessian, effective_count
+from glmexport.architecture.description import GatedMlp, Linear
+from glmexport.architecture.experts import MixtureOfExperts
+from glmexport.calibration.hessian import Hessian
+from glmexport.calibration.sequences import effective_count
+from glmexport.formats.quantized_linear import QuantizedLinear
 from glmexport.quantization.goal import Sample
-from glmexport.quantization.linear import QuantizedLinear
 from glmexport.quantization.moments import SAMPLE_POSITIONS, Measured
 from glmexport.quantization.store import Activations
 from glmexport.quantization.streams import ORIGINAL, QUANTIZED, Passage
+from glmexport.reference.reference import Block
 
 #: What the pool is worth in a Hessian, in positions a column.
 PRIOR = 1.0

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from glmexport.architecture import Linear
-from glmexport.calibration import CalibrationSet, Hessian, SecondMoment
+from glmexport.architecture.description import Linear
+from glmexport.calibration.hessian import Hessian, SecondMoment
+from glmexport.calibration.sequences import CalibrationSet
 from glmexport.quantization.goal import Goal, Sample
 
 #: Held-out positions that solutions are judged on; every further one would cost a product a matrix.

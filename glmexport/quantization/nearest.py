@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from glmexport.quantization.grid import encode, minmax_grid, searched_grid
-from glmexport.quantization.linear import QuantizedLinear
-from glmexport.recipe import Format
+from glmexport.formats.grid import encode, minmax_grid, searched_grid
+from glmexport.formats.quantized_linear import QuantizedLinear
+from glmexport.foundation.recipe import Format
 
 
 def round_to_nearest(weight: Tensor, form: Format, importance: Tensor | None = None) -> QuantizedLinear:

@@ -12,10 +12,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from glmexport.formats.grid import stored_scale
+from glmexport.foundation.recipe import Format
 from glmexport.quantization.factor import Factor
-from glmexport.quantization.grid import stored_scale
 from glmexport.quantization.order import ColumnOrder, strips
-from glmexport.recipe import Format
 
 
 class Rounded(Protocol):

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from glmexport.foundation.recipe import Format, Solver
 from glmexport.quantization.factor import Factor, factorize
 from glmexport.quantization.goal import Sample
 from glmexport.quantization.nearest import column_importance
 from glmexport.quantization.order import ColumnOrder, column_order
-from glmexport.recipe import Format, Solver
 
 #: Standard errors by which held-out text has to prefer one result. Where the errors of the matrices before it are much
 #: larger than its own, a row's cost is mostly chance: on the demo 29 of 20,736 rows rounded to nearest cost up to 3 %

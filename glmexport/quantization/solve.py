@@ -13,15 +13,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from glmexport.formats.grid import minmax_grid, searched_grid
+from glmexport.formats.quantized_linear import QuantizedLinear
+from glmexport.foundation.recipe import Format, Solver
 from glmexport.quantization.factor import Factor
 from glmexport.quantization.goal import Goal, Sample, shrinkage
-from glmexport.quantization.grid import minmax_grid, searched_grid
-from glmexport.quantization.linear import QuantizedLinear
 from glmexport.quantization.nearest import round_to_nearest, stored
 from glmexport.quantization.order import ColumnOrder, strips
 from glmexport.quantization.polish import polish
 from glmexport.quantization.problem import Problem
-from glmexport.recipe import Format, Solver
 
 #: Up to twice this width errors are told of every row.
 _TOLD_SIZE = 512

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from glmexport.architecture import DecoderLayer, GatedMlp, Linear, MixtureOfExperts, TokenPrediction
+from glmexport.architecture.description import DecoderLayer, GatedMlp, Linear
+from glmexport.architecture.experts import MixtureOfExperts
+from glmexport.architecture.token_prediction import TokenPrediction
 
 EMBEDDING, HEAD = "embedding", "head"
 

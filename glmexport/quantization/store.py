@@ -22,15 +22,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from glmexport.architecture.reference import CPU
-from glmexport.definition import Definition, read_json
-from glmexport.errors import MachineError
-from glmexport.quantization.linear import QuantizedLinear
-from glmexport.quantization.packing import pack_codes, pack_zero_points, unpack
-from glmexport.recipe import Format
-from glmexport.untrusted import Limits
+from glmexport.formats.packing import pack_codes, pack_zero_points, unpack
+from glmexport.formats.quantized_linear import QuantizedLinear
+from glmexport.foundation.definition import Definition, read_json
+from glmexport.foundation.errors import MachineError
+from glmexport.foundation.files import sha256, write_atomically
+from glmexport.foundation.recipe import Format
+from glmexport.foundation.untrusted import Limits
+from glmexport.reference.reference import CPU
 
-_CHUNK = 1 << 22
 _SCRATCH = "scratch"
 #: Of a record, which has every matrix of a block, or what was measured of every document.
 _LIMITS = Limits(values=4_000_000, items=4_000_000, keys=100_000, nonfinite=True)
@@ -244,23 +244,8 @@ class WorkDirectory:
         return self.path / f"{step}.{name}.activations"
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace ``path`` by ``content``: a reader, or a crash, sees the old file or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
-def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _tensors(linears: Mapping[str, QuantizedLinear]) -> dict[str, Tensor]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from glmexport.checkpoint import Checkpoint
-from glmexport.quantization.linear import QuantizedLinear
+from glmexport.checkpoint.checkpoint import Checkpoint
+from glmexport.formats.quantized_linear import QuantizedLinear
 
 
 def stored_linear(checkpoint: Checkpoint, key: str, chunk_weights: int) -> QuantizedLinear | None:

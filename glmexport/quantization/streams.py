@@ -10,15 +10,14 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from glmexport.architecture import DecoderLayer, Linear, Reference
-from glmexport.architecture.description import ResidualBranch
-from glmexport.architecture.reference import Block, Substitute
-from glmexport.calibration import CalibrationSet
+from glmexport.architecture.description import DecoderLayer, Linear, ResidualBranch
+from glmexport.calibration.sequences import CalibrationSet
+from glmexport.formats.quantized_linear import QuantizedLinear
 from glmexport.quantization.goal import stream_difference
 from glmexport.quantization.largest import Largest
-from glmexport.quantization.linear import QuantizedLinear
 from glmexport.quantization.moments import Measured, Moments
 from glmexport.quantization.store import Activations, WorkDirectory
+from glmexport.reference.reference import Block, Reference, Substitute
 
 QUANTIZED, ORIGINAL = "quantized", "original"
 

@@ -13,35 +13,30 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from glmexport.architecture import (
-    Architecture,
-    DecoderLayer,
-    GatedMlp,
-    Linear,
-    MixtureOfExperts,
-    Reference,
-)
-from glmexport.architecture.reference import CPU, Substitute
-from glmexport.calibration import CalibrationSet
-from glmexport.checkpoint import Checkpoint
-from glmexport.progress import Progress
+from glmexport.architecture.description import Architecture, DecoderLayer, GatedMlp, Linear
+from glmexport.architecture.experts import MixtureOfExperts
+from glmexport.bundle.records import AllocatedGroup, QuantizedMatrix
+from glmexport.calibration.sequences import CalibrationSet
+from glmexport.checkpoint.checkpoint import Checkpoint
+from glmexport.formats.plan import planned_formats
+from glmexport.formats.quantized_linear import QuantizedLinear
+from glmexport.foundation.progress import Progress
+from glmexport.foundation.recipe import Format, Recipe, Solver
 from glmexport.quantization.decisions import ALLOCATION, FOLDS, allocated_groups, decide_folds, decide_formats
 from glmexport.quantization.draft import round_draft
-from glmexport.quantization.formats import planned_formats
 from glmexport.quantization.largest import Seen
-from glmexport.quantization.linear import QuantizedLinear
 from glmexport.quantization.memory import MemoryPlan
 from glmexport.quantization.mixture import Mixture
 from glmexport.quantization.moments import Measured
 from glmexport.quantization.nearest import round_to_nearest
 from glmexport.quantization.problem import Problem
-from glmexport.quantization.record import AllocatedGroup, QuantizedMatrix
+from glmexport.quantization.record import routed, solved_record, unmeasured
 from glmexport.quantization.solve import gptq
 from glmexport.quantization.steps import EMBEDDING, HEAD, block_step, draft_steps, expert_steps
 from glmexport.quantization.store import Activations, WorkDirectory
 from glmexport.quantization.stored import stored_linear
 from glmexport.quantization.streams import Passage, Streams
-from glmexport.recipe import Format, Recipe, Solver
+from glmexport.reference.reference import CPU, Reference, Substitute
 
 
 class Walk:
@@ -217,7 +212,7 @@ class Walk:
         if form is None:
             return {}
         linear = self._nearest(key, self.architecture.vocabulary_size, self.architecture.hidden_size, form)
-        records.append(QuantizedMatrix.unmeasured(key, None, "embedding", linear))
+        records.append(unmeasured(key, None, "embedding", linear))
         return {key: linear}
 
     def _block(
@@ -274,7 +269,7 @@ class Walk:
                 assert form is not None
                 found = mixture.measure(mlp, linear, solved.get(mlp.gate_up.weight) if solved else None)
                 solved |= self._solve((linear,), layer, found.measured, form, solver, records, tokens=found.tokens)
-                records[-1] = records[-1].routed(linear, found.chosen, found.own_tokens)
+                records[-1] = routed(records[-1], linear, found.chosen, found.own_tokens)
         note = {"linears": [record.model_dump() for record in records], "seconds": time.monotonic() - started}
         self.work.commit(step, solved, note)
 
@@ -287,7 +282,7 @@ class Walk:
             form = self._form(linear.weight)
             assert form is not None
             solved[linear.weight] = self._nearest_one(linear, form)
-            records.append(QuantizedMatrix.unmeasured(linear.weight, layer, linear.part, solved[linear.weight]))
+            records.append(unmeasured(linear.weight, layer, linear.part, solved[linear.weight]))
         return solved
 
     def _stored(
@@ -299,7 +294,7 @@ class Walk:
             stored = self._stored_one(linear)
             if stored is not None:
                 kept[linear.weight] = stored
-                records.append(QuantizedMatrix.unmeasured(linear.weight, layer, linear.part, stored))
+                records.append(unmeasured(linear.weight, layer, linear.part, stored))
         return kept
 
     def _head(self, records: list[QuantizedMatrix]) -> dict[str, QuantizedLinear]:
@@ -312,7 +307,7 @@ class Walk:
             return {}
         if self.streams is None:
             linear = self._nearest_one(head, form)
-            records.append(QuantizedMatrix.unmeasured(head.weight, None, head.part, linear))
+            records.append(unmeasured(head.weight, None, head.part, linear))
             return {head.weight: linear}
         # At 8 bits the sweep already leaves next to nothing, and the head has the most rows of all.
         rounds = 0 if form.bits == 8 else self.recipe.solver.polish_rounds
@@ -342,7 +337,7 @@ class Walk:
             solved[linear.weight] = solution.linear
             fold = self.checkpoint.folds.get(linear.weight)
             folded = fold is not None and fold.columns is not None
-            records.append(QuantizedMatrix.solved(linear, layer, solution, tokens, folded=folded))
+            records.append(solved_record(linear, layer, solution, tokens, folded=folded))
         return solved
 
     def _nearest_one(self, linear: Linear, form: Format) -> QuantizedLinear:

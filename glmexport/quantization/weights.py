@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from glmexport.architecture import Architecture
-from glmexport.checkpoint import Checkpoint
-from glmexport.quantization.linear import QuantizedLinear
+from glmexport.architecture.description import Architecture
+from glmexport.checkpoint.checkpoint import Checkpoint
+from glmexport.formats.quantized_linear import QuantizedLinear
+from glmexport.foundation.recipe import Format
 from glmexport.quantization.store import WorkDirectory
-from glmexport.recipe import Format
 
 
 class Weights:

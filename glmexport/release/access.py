@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from glmexport.errors import InputError
-from glmexport.untrusted import SMALL, parse_object, read_regular
+from glmexport.foundation.errors import InputError
+from glmexport.foundation.untrusted import SMALL, parse_object, read_regular
 
 _REFERENCE = re.compile(
     r"(?P<host>[A-Za-z0-9.-]+(:[0-9]+)?|\[[0-9A-Fa-f:]+\](:[0-9]+)?)"

@@ -9,11 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from glmexport.bundle import MANIFEST, Manifest
-from glmexport.errors import BundleError
-from glmexport.quantization import sha256
+from glmexport.bundle.manifest import MANIFEST, Manifest
+from glmexport.foundation.errors import BundleError
+from glmexport.foundation.files import sha256
 from glmexport.report.document import JSON_NAME, Report, read_report
-from glmexport.validation.results import Verdict
+from glmexport.results.record import Verdict
 
 PROVENANCE_TYPE = "https://slsa.dev/provenance/v1"
 TEST_RESULT_TYPE = "https://in-toto.io/attestation/test-result/v0.1"

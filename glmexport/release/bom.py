@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from glmexport import __version__
-from glmexport.bundle import FileEntry, Manifest
+from glmexport.bundle.manifest import FileEntry, Manifest
 from glmexport.report.document import Report
 
 BOM_TYPE = "https://cyclonedx.org/bom"

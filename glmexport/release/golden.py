@@ -15,15 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glmexport import __version__
-from glmexport.bundle import Manifest
-from glmexport.calibration import Document, shipped_documents
-from glmexport.checkpoint import Tokenizer
-from glmexport.definition import Definition
-from glmexport.host import Host
-from glmexport.progress import Progress
+from glmexport.bundle.fit import can_run
+from glmexport.bundle.manifest import Manifest
+from glmexport.calibration.corpus import Document, shipped_documents
+from glmexport.engine.generation import GenerationSession
+from glmexport.foundation.definition import Definition
+from glmexport.foundation.host import Host
+from glmexport.foundation.progress import Progress
 from glmexport.release.golden_answers import difference
-from glmexport.validation.generation import GenerationSession
-from glmexport.validation.unrun import can_run
+from glmexport.tokenizer.tokenizer import Tokenizer
 
 GOLDEN = "golden.json"
 TOKENS = 16

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from glmexport.errors import BundleError, InputError, MachineError, UnverifiedError
+from glmexport.foundation.errors import BundleError, InputError, MachineError, UnverifiedError
 from glmexport.release import verifier
 from glmexport.release.verifier import SIGNATURE
 

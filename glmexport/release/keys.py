@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from glmexport.errors import InputError, MachineError
+from glmexport.foundation.errors import InputError, MachineError
 from glmexport.release.certificates import Unfit, check_chain, from_pem
 from glmexport.release.verifier import SIGNATURE
 

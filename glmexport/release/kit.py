@@ -13,8 +13,8 @@ import tarfile
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from glmexport.errors import InputError
-from glmexport.progress import Progress
+from glmexport.foundation.errors import InputError
+from glmexport.foundation.progress import Progress
 from glmexport.release import unpacker, verifier
 from glmexport.release.incoming import arriving, damaged, require_room, signed_digests
 from glmexport.release.release import Release, read_release

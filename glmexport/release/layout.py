@@ -13,11 +13,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from glmexport.bundle import Manifest, read_manifest
-from glmexport.definition import FailFast, parse_json, read_json
-from glmexport.errors import InputError, UnverifiedError
-from glmexport.progress import Progress
-from glmexport.quantization import sha256, write_atomically
+from glmexport.bundle.manifest import Manifest, read_manifest
+from glmexport.foundation.definition import FailFast, parse_json, read_json
+from glmexport.foundation.errors import InputError, UnverifiedError
+from glmexport.foundation.files import sha256, write_atomically
+from glmexport.foundation.progress import Progress
+from glmexport.foundation.untrusted import Limits
 from glmexport.release.access import TAG
 from glmexport.release.incoming import (
     Check,
@@ -29,7 +30,6 @@ from glmexport.release.incoming import (
     require_room,
     signed_digests,
 )
-from glmexport.untrusted import Limits
 
 MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
 INDEX_TYPE = "application/vnd.oci.image.index.v1+json"

@@ -11,15 +11,16 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from glmexport.bundle import MANIFEST, Manifest, read_manifest, verify_files
-from glmexport.bundle.genai import GENAI_CONFIG, session_options
-from glmexport.errors import BundleError, MachineError, UnverifiedError
-from glmexport.loop import LOOP_CONFIG, read_loop
-from glmexport.progress import Progress
+from glmexport.assembly.genai import session_options
+from glmexport.bundle.genai_config import GenaiConfig
+from glmexport.bundle.loop import LOOP_CONFIG, read_loop
+from glmexport.bundle.manifest import MANIFEST, Manifest, read_manifest, verify_files
+from glmexport.bundle.names import GENAI_CONFIG
+from glmexport.foundation.errors import BundleError, MachineError, UnverifiedError
+from glmexport.foundation.progress import Progress
 from glmexport.release import verifier
 from glmexport.release.verification import refusal
 from glmexport.release.verifier import SIGNATURE
-from glmexport.validation.genai_config import GenaiConfig
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from glmexport.errors import InputError, MachineError
+from glmexport.foundation.errors import InputError, MachineError
+from glmexport.foundation.untrusted import SMALL, parse_object
 from glmexport.release.access import PASSWORD, TOKEN, USER, Access, Reference, is_loopback
 from glmexport.release.deadline import Deadline
 from glmexport.release.incoming import damaged
 from glmexport.release.layout import MANIFEST_TYPE, Descriptor
-from glmexport.untrusted import SMALL, parse_object
 
 if TYPE_CHECKING:
     import httpx2

@@ -8,10 +8,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from glmexport.definition import Definition, read_json
-from glmexport.errors import BundleError, InputError
+from glmexport.foundation.definition import Definition, read_json
+from glmexport.foundation.errors import BundleError, InputError
+from glmexport.foundation.untrusted import SMALL
 from glmexport.release.verifier import RELEASE
-from glmexport.untrusted import SMALL
 
 #: The first that a counter, which JSON and every language of a verifier has to hold, cannot be.
 _COUNTERS = 1 << 63

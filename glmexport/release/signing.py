@@ -14,11 +14,19 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from glmexport import __version__
-from glmexport.bundle import MANIFEST, Manifest, read_manifest, verify_files
-from glmexport.bundle.manifest import ATTESTATIONS, RELEASE_FILES, REPORTS, is_evidence
-from glmexport.errors import BundleError, MachineError, UnverifiedError
-from glmexport.progress import Progress, Silent
-from glmexport.quantization import sha256
+from glmexport.bundle.manifest import (
+    ATTESTATIONS,
+    MANIFEST,
+    RELEASE_FILES,
+    REPORTS,
+    Manifest,
+    is_evidence,
+    read_manifest,
+    verify_files,
+)
+from glmexport.foundation.errors import BundleError, MachineError, UnverifiedError
+from glmexport.foundation.files import sha256
+from glmexport.foundation.progress import Progress, Silent
 from glmexport.release import verifier
 from glmexport.release.attestations import (
     PROVENANCE_TYPE,

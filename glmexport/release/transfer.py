@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from glmexport.errors import InputError, UnverifiedError
-from glmexport.progress import Progress
+from glmexport.foundation.errors import InputError, UnverifiedError
+from glmexport.foundation.progress import Progress
 from glmexport.release.incoming import Check, arriving, refuse_existing, require_room
 from glmexport.release.layout import Descriptor, ImageManifest, open_blob, parse_image, read_layout
 from glmexport.release.registry import Access, Reference, Registry

@@ -10,10 +10,11 @@ import io
 from pathlib import Path
 from typing import Any
 
-from glmexport.errors import BundleError, InputError, MachineError, UnverifiedError
+from glmexport.foundation.errors import BundleError, InputError, MachineError, UnverifiedError
 from glmexport.release import verifier
+from glmexport.release.envelope import Envelope
 from glmexport.release.keys import missing
-from glmexport.release.verifier import SIGNATURE, Envelope, Verified
+from glmexport.release.verifier import SIGNATURE, Verified
 
 _AGAIN = "Copy the bundle again from where it was signed; if that is no better, do not use it."
 

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 import regex
 
-from glmexport.languages import language_name
+from glmexport.foundation.languages import language_name
 from glmexport.report import text
 
 if TYPE_CHECKING:
-    from glmexport.validation.results import Answer, Behaviour, LanguageBehaviour, Paired
+    from glmexport.results.behaviour import Answer, Behaviour, LanguageBehaviour
+    from glmexport.results.paired import Paired
 
 _KINDS = {
     "continue": "Text to go on with",

@@ -10,13 +10,15 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from glmexport.errors import InputError
+from glmexport.foundation.errors import InputError
+from glmexport.foundation.target import Limits
 from glmexport.report.comparison import Change, Comparison, GateChange, Outcome, Side
 from glmexport.report.differing import differing, same_conditions, same_run, same_text
 from glmexport.report.document import Report
-from glmexport.target import Limits
-from glmexport.validation.results import Estimate, Interval, LanguageFidelity, Speed, Verdict, badness, worst
-from glmexport.validation.statistics import Difference, difference, holm, log_ratio
+from glmexport.results.fidelity import Estimate, LanguageFidelity
+from glmexport.results.performance import Interval, Speed
+from glmexport.results.record import Verdict, badness, worst
+from glmexport.results.statistics import Difference, difference, holm, log_ratio
 
 CONFIDENCE = 0.95
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from glmexport.validation.results import Count, Number, Record, Verdict
+from glmexport.results.record import Count, Number, Record, Verdict
 
 Outcome = Literal["no worse", "worse", "undecided"]
 

@@ -6,10 +6,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from glmexport.languages import language_name
+from glmexport.foundation.languages import language_name
 from glmexport.report import text
 from glmexport.report.speed import NOT_MEASURED
-from glmexport.validation.results import DeviceFacts, DeviceResult, Fidelity, Performance, Verdict, badness, worst
+from glmexport.results.device import DeviceFacts, DeviceResult
+from glmexport.results.fidelity import Fidelity
+from glmexport.results.performance import Performance
+from glmexport.results.record import Verdict, badness, worst
 
 if TYPE_CHECKING:
     from glmexport.report.document import Report

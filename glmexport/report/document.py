@@ -8,28 +8,20 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from glmexport.definition import read_json
-from glmexport.errors import BundleError
-from glmexport.target import Gates
-from glmexport.untrusted import Limits
-from glmexport.validation.results import (
-    Behaviour,
-    Count,
-    DeviceResult,
-    Fidelity,
-    Gate,
-    LayerRouting,
-    Number,
-    Overlap,
-    Performance,
-    PromptParity,
-    Record,
-    ReferenceCheck,
-    Share,
-    Verdict,
-    WeightCheck,
-    worst,
-)
+from glmexport.foundation.definition import read_json
+from glmexport.foundation.errors import BundleError
+from glmexport.foundation.target import Gates
+from glmexport.foundation.untrusted import Limits
+from glmexport.results.behaviour import Behaviour
+from glmexport.results.device import DeviceResult
+from glmexport.results.fidelity import Fidelity, Overlap, Share
+from glmexport.results.gate import Gate
+from glmexport.results.performance import Performance
+from glmexport.results.prompts import PromptParity
+from glmexport.results.record import Count, Number, Record, Verdict, worst
+from glmexport.results.reference import ReferenceCheck
+from glmexport.results.routing import LayerRouting
+from glmexport.results.weights import WeightCheck
 
 JSON_NAME = "report.json"
 HTML_NAME = "report.html"

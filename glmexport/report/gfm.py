@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from glmexport.untrusted import visible
+from glmexport.foundation.untrusted import visible
 
 _SPECIAL = re.compile(r"([\\`*_{}\[\]()#+\-.!|<>~&:@])")
 #: What has a meaning within a line, other than the signs of numbers.

@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Literal
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from glmexport.languages import language_name
+from glmexport.foundation.languages import language_name
+from glmexport.foundation.untrusted import visible
 from glmexport.report import charts, speed, text
 from glmexport.report.allocation import summarize
 from glmexport.report.behaviour import LANGUAGE_HEADS, answer_rows, kind, language_row, parted
 from glmexport.report.coverage import COVERAGE_HEADS, coverage_rows
 from glmexport.report.devices import device_table
-from glmexport.untrusted import visible
-from glmexport.validation.results import Gate, LanguageFidelity, Verdict
+from glmexport.results.fidelity import LanguageFidelity
+from glmexport.results.gate import Gate
+from glmexport.results.record import Verdict
 
 if TYPE_CHECKING:
     from glmexport.report.document import Report

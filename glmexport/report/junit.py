@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
+from glmexport.foundation.untrusted import visible
 from glmexport.report import text
-from glmexport.untrusted import visible
-from glmexport.validation.results import Gate, Verdict
+from glmexport.results.gate import Gate
+from glmexport.results.record import Verdict
 
 if TYPE_CHECKING:
     from glmexport.report.document import Report

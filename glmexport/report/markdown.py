@@ -14,7 +14,8 @@ from glmexport.report.gfm import table as _table
 
 if TYPE_CHECKING:
     from glmexport.report.document import Report
-    from glmexport.validation.results import Gate, LanguageFidelity
+    from glmexport.results.fidelity import LanguageFidelity
+    from glmexport.results.gate import Gate
 
 
 def render_markdown(report: Report) -> str:

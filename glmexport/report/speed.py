@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from glmexport.report import text
-from glmexport.validation.results import Figure, Interval, Performance, Speed
+from glmexport.results.performance import Figure, Interval, Performance, Speed
 
 NOT_MEASURED = "not measured"
 

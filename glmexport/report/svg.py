@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from markupsafe import Markup
 
-from glmexport.untrusted import visible
+from glmexport.foundation.untrusted import visible
 
 
 def element(name: str, *children: str, **attributes: str | float | None) -> Markup:

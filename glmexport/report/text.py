@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Literal
 
-from glmexport.untrusted import visible
+from glmexport.foundation.untrusted import visible
 
 if TYPE_CHECKING:
-    from glmexport.validation.results import Gate
+    from glmexport.results.gate import Gate
 
 THIN = "\u202f"
 """Narrow no-break space, between thousands and before the percent sign."""

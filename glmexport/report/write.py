@@ -7,7 +7,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from glmexport.errors import InputError, MachineError
+from glmexport.foundation.errors import InputError, MachineError
 from glmexport.report.document import HTML_NAME, JSON_NAME, JUNIT_NAME, MARKDOWN_NAME, Report, read_report
 from glmexport.report.html import render_html
 from glmexport.report.junit import render_junit

@@ -10,11 +10,11 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from glmexport.engine.computed import Computed
+from glmexport.engine.sampling import Sampling, Uniforms, choose, likelihood
+from glmexport.engine.speculation import PromptLookup
 from glmexport.serving.guides import Guide, Held
-from glmexport.serving.model import Computed
-from glmexport.serving.sampling import Sampling, Uniforms, choose, likelihood
 from glmexport.serving.text import AnswerText, Part, Token
-from glmexport.validation.speculation import PromptLookup
 
 Reason = Literal["stop", "length"]
 

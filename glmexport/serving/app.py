@@ -17,10 +17,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from glmexport.errors import InputError
+from glmexport.foundation.errors import InputError
 from glmexport.serving.answer import Answer, End, Event, Failed, Order
 from glmexport.serving.body import Bodies
-from glmexport.serving.engine import Closed, Engine, Full
 from glmexport.serving.failure import FAILED, Gone, Refused
 from glmexport.serving.fields import Asked, ChatAsked, TextAsked, read_body
 from glmexport.serving.guard import KEY, REQUEST
@@ -29,6 +28,7 @@ from glmexport.serving.log import described
 from glmexport.serving.metrics import Metrics
 from glmexport.serving.orders import Reader
 from glmexport.serving.reply import ChatReply, Head, Reply, TextReply
+from glmexport.serving.scheduler import Closed, Engine, Full
 from glmexport.serving.stream import EventStream
 from glmexport.serving.text import AnswerText, Part
 

@@ -23,7 +23,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from glmexport.checkpoint.files import json_object
+from glmexport.foundation.files import json_object
 from glmexport.serving.failure import Refused
 from glmexport.serving.limits import Limits
 from glmexport.serving.names import TOOL_NAME, is_tool_name

@@ -26,9 +26,9 @@ from weakref import WeakSet
 import numpy as np
 from numpy.typing import NDArray
 
-from glmexport.bundle.genai import GENAI_CONFIG
-from glmexport.errors import InputError, MachineError
-from glmexport.serving.sampling import Sampling
+from glmexport.bundle.names import GENAI_CONFIG
+from glmexport.engine.sampling import Sampling
+from glmexport.foundation.errors import InputError, MachineError
 
 _PROGRAM = Path(__file__).with_name("guide_program.py")
 #: First byte of what is sent to it.

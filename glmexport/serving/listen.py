@@ -18,7 +18,7 @@ from typing import Any
 import uvicorn
 from starlette.types import ASGIApp
 
-from glmexport.errors import InputError, MachineError
+from glmexport.foundation.errors import InputError, MachineError
 from glmexport.serving.connection import LATE_S, Connection
 from glmexport.serving.guard import is_loopback
 from glmexport.serving.limits import Limits

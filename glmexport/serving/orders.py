@@ -7,19 +7,19 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from glmexport.checkpoint import Tokenizer
-from glmexport.checkpoint.control import Rendered
-from glmexport.errors import InputError
+from glmexport.chat.grammar import CALL, TAGS, THINK, THOUGHT, Grammar
+from glmexport.engine.sampling import Sampling
+from glmexport.foundation.errors import InputError
 from glmexport.serving.answer import Order
 from glmexport.serving.failure import Refused
 from glmexport.serving.fields import Asked, ChatAsked, TextAsked
-from glmexport.serving.grammar import CALL, TAGS, THINK, THOUGHT, Grammar
 from glmexport.serving.guides import Guide
 from glmexport.serving.limits import Limits
 from glmexport.serving.messages import template_messages
-from glmexport.serving.sampling import Sampling
 from glmexport.serving.schemas import check_schema
 from glmexport.serving.text import AnswerText, Decoder
+from glmexport.tokenizer.control import Rendered
+from glmexport.tokenizer.tokenizer import Tokenizer
 
 #: Tokens of an answer to a text where the request says nothing, as OpenAI has it.
 _TEXT_TOKENS = 16

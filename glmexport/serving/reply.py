@@ -8,17 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from glmexport.chat.grammar import CallArguments, CallBegin, CallEnd, Content, Event, Fault, Grammar, Reasoning
 from glmexport.serving.answer import End
-from glmexport.serving.grammar import (
-    CallArguments,
-    CallBegin,
-    CallEnd,
-    Content,
-    Event,
-    Fault,
-    Grammar,
-    Reasoning,
-)
 from glmexport.serving.metrics import Metrics
 from glmexport.serving.text import Part, Token
 

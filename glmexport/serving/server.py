@@ -11,14 +11,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from glmexport.bundle import MANIFEST, Manifest
-from glmexport.checkpoint import Tokenizer
-from glmexport.errors import GlmexportError, InputError, MachineError
-from glmexport.loop import read_loop
-from glmexport.progress import Progress, Silent
-from glmexport.release import NOBODY, Trust, open_signed
+from glmexport.bundle.loop import read_loop
+from glmexport.bundle.manifest import MANIFEST, Manifest
+from glmexport.engine.generation import loop_facts
+from glmexport.foundation.errors import GlmexportError, InputError, MachineError
+from glmexport.foundation.progress import Progress, Silent
+from glmexport.release.opening import NOBODY, Trust, open_signed
 from glmexport.serving.app import Facts, Service
-from glmexport.serving.engine import Engine, EngineOptions
 from glmexport.serving.guard import Access, Guard
 from glmexport.serving.guides import Guides
 from glmexport.serving.limits import Limits
@@ -35,7 +34,8 @@ from glmexport.serving.listen import (
 from glmexport.serving.log import described
 from glmexport.serving.metrics import Metrics
 from glmexport.serving.orders import Reader
-from glmexport.validation.generation import loop_facts
+from glmexport.serving.scheduler import Engine, EngineOptions
+from glmexport.tokenizer.tokenizer import Tokenizer
 
 #: A shorter key can be guessed.
 _KEY_CHARACTERS = 16

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from glmexport.checkpoint import Tokenizer
-from glmexport.serving.sampling import Likely
+from glmexport.engine.sampling import Likely
+from glmexport.tokenizer.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from glmexport.evidence import Divergences, Evidence, Gains, Preference, Settings, Tried
-from glmexport.recipe import STORED
-from glmexport.target import Provenance, Target
+from glmexport.foundation.evidence import Divergences, Evidence, Gains, Preference, Settings, Tried
+from glmexport.foundation.recipe import STORED
+from glmexport.foundation.target import Provenance, Target
 from glmexport.tuning.candidates import Numerics, identity, label, numerics, with_settings
 from glmexport.tuning.pareto import Timed
 from glmexport.tuning.search import Fate

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from glmexport.architecture import Architecture, GroupedQueryAttention
-from glmexport.evidence import FLOATS, KvCache, Settings
-from glmexport.graph import own_loop
-from glmexport.recipe import Recipe
-from glmexport.target import Target
+from glmexport.architecture.description import Architecture
+from glmexport.architecture.grouped import GroupedQueryAttention
+from glmexport.foundation.evidence import FLOATS, KvCache, Settings
+from glmexport.foundation.recipe import Recipe
+from glmexport.foundation.target import Target
+from glmexport.graph.build import own_loop
 
 #: Providers that have kernels for more than one accuracy_level; others ignore it.
 _LEVELS = {"CPUExecutionProvider": (0, 4), "WebGpuExecutionProvider": (0, 4)}

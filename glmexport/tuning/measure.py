@@ -11,10 +11,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from glmexport.evidence import Gain, Gains, Preference
+from glmexport.foundation.evidence import Gain, Gains, Preference
+from glmexport.results.performance import Interval
 from glmexport.tuning.slices import Slices
 from glmexport.validation import bootstrap
-from glmexport.validation.results import Interval
 from glmexport.validation.runtimes import Round, RuntimeRequest
 from glmexport.validation.speed import Worker
 

@@ -7,15 +7,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from glmexport.architecture import Architecture
-from glmexport.checkpoint import Checkpoint
-from glmexport.quantization.formats import planned_formats
-from glmexport.quantization.linear import QuantizedLinear
+from glmexport.architecture.description import Architecture
+from glmexport.checkpoint.checkpoint import Checkpoint
+from glmexport.formats.packing import pack_codes, pack_zero_points
+from glmexport.formats.plan import planned_formats
+from glmexport.formats.quantized_linear import QuantizedLinear
+from glmexport.foundation.recipe import Format, Recipe
 from glmexport.quantization.nearest import round_to_nearest
-from glmexport.quantization.packing import pack_codes, pack_zero_points
 from glmexport.quantization.stored import stored_linear
 from glmexport.quantization.weights import Weights
-from glmexport.recipe import Format, Recipe
 
 #: Weights that are rounded together.
 _CHUNK = 1 << 24

@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
-from glmexport.errors import MachineError
-from glmexport.evidence import Divergences, Gains, Outcome, Preference, Settings
-from glmexport.progress import Progress
-from glmexport.quantization import WorkDirectory
+from glmexport.foundation.errors import MachineError
+from glmexport.foundation.evidence import Divergences, Gains, Outcome, Preference, Settings
+from glmexport.foundation.progress import Progress
+from glmexport.quantization.store import WorkDirectory
 from glmexport.tuning.candidates import Numerics, identity, label, numerics
 from glmexport.tuning.measure import Pair, Side, as_numbers, from_numbers, gains_of, take_pairs
 from glmexport.tuning.pareto import Timed, better_half, contenders, front, pick

@@ -16,14 +16,15 @@ from pathlib import Path
 
 import torch
 
-from glmexport.architecture import Architecture, DecoderLayer
-from glmexport.bundle import MANIFEST, Source, write_bundle
-from glmexport.bundle.genai import loop_config
-from glmexport.checkpoint import Checkpoint
-from glmexport.evidence import Settings
-from glmexport.progress import Silent
-from glmexport.recipe import Recipe
-from glmexport.target import Target
+from glmexport.architecture.description import Architecture, DecoderLayer
+from glmexport.assembly.genai import loop_config
+from glmexport.assembly.write import write_bundle
+from glmexport.bundle.manifest import MANIFEST, Source
+from glmexport.checkpoint.checkpoint import Checkpoint
+from glmexport.foundation.evidence import Settings
+from glmexport.foundation.progress import Silent
+from glmexport.foundation.recipe import Recipe
+from glmexport.foundation.target import Target
 from glmexport.tuning.candidates import with_settings
 from glmexport.tuning.rounding import RoundedWeights
 

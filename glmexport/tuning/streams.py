@@ -21,23 +21,25 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from glmexport.architecture import DecoderLayer, Reference
-from glmexport.bundle.cache_scales import CacheGauges, set_scales
-from glmexport.bundle.external import write_graphs
-from glmexport.divergence import kl_divergence
-from glmexport.evidence import Deviation, Divergences
-from glmexport.graph import ATTENTION_MASK, INPUT_IDS, LOGITS, STREAM_IN, STREAM_OUT, build_part
-from glmexport.lowering import lower
-from glmexport.progress import Progress, Silent
-from glmexport.quantization import WorkDirectory
+from glmexport.architecture.description import DecoderLayer
+from glmexport.assembly.cache_scales import CacheGauges, set_scales
+from glmexport.assembly.external import write_graphs
+from glmexport.bundle.names import ATTENTION_MASK, INPUT_IDS, LOGITS, STREAM_IN, STREAM_OUT
+from glmexport.engine.caches import CACHE_TYPES
+from glmexport.engine.session import open_session
+from glmexport.foundation.evidence import Deviation, Divergences
+from glmexport.foundation.progress import Progress, Silent
+from glmexport.foundation.target import Target
+from glmexport.graph.build import build_part
+from glmexport.lowering.pipeline import lower
+from glmexport.quantization.store import WorkDirectory
 from glmexport.quantization.weights import Weights
-from glmexport.target import Target
+from glmexport.reference.divergence import kl_divergence
+from glmexport.reference.reference import Reference
+from glmexport.results.record import badness
+from glmexport.results.statistics import bounds, clustered_mean
 from glmexport.tuning.slices import units
-from glmexport.validation.caches import CACHE_TYPES
 from glmexport.validation.fidelity import Streamed, position_slices
-from glmexport.validation.results import badness
-from glmexport.validation.session import open_session
-from glmexport.validation.statistics import bounds, clustered_mean
 from glmexport.validation.texts import EvaluationText
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import tomli_w
 
-from glmexport.quantization import write_atomically
-from glmexport.target import Target
+from glmexport.foundation.files import write_atomically
+from glmexport.foundation.target import Target
 
 
 def target_toml(target: Target) -> str:

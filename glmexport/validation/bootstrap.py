@@ -15,7 +15,7 @@ import numpy as np
 from scipy.special import bdtr, betainc
 from scipy.stats import bootstrap
 
-from glmexport.validation.results import Figure, Interval
+from glmexport.results.performance import Figure, Interval
 
 _RESAMPLES = 4999
 #: Resamples that are in memory at a time.

@@ -21,16 +21,17 @@ from torch import Tensor
 
 from glmexport import __version__
 from glmexport.bundle.manifest import FileEntry, Source
-from glmexport.definition import Definition, read_json
-from glmexport.errors import BundleError
-from glmexport.progress import Progress
-from glmexport.quantization import sha256
+from glmexport.foundation.definition import Definition, read_json
+from glmexport.foundation.errors import BundleError
+from glmexport.foundation.files import sha256
+from glmexport.foundation.progress import Progress
+from glmexport.results.fidelity import CaptureBound, LanguageFidelity
+from glmexport.results.reference import ReferenceCheck
 from glmexport.validation.behaviour.questions import Question
 from glmexport.validation.divergence import Divergence, divergence
 from glmexport.validation.fidelity import Answers, Streamed, position_slices
 from glmexport.validation.partition import Partition, partition, partition_divergence
 from glmexport.validation.prompts import GoldenPrompt
-from glmexport.validation.results import CaptureBound, LanguageFidelity, ReferenceCheck
 from glmexport.validation.texts import EvaluationText
 
 REFERENCE = "reference.json"

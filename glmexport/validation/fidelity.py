@@ -11,21 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from glmexport.architecture import Reference
-from glmexport.checkpoint import Tokenizer
-from glmexport.progress import Progress
+from glmexport.foundation.progress import Progress
+from glmexport.reference.reference import Reference
+from glmexport.results.fidelity import CaptureBound, Estimate, Fidelity, LanguageFidelity, PositionBand, WorstToken
+from glmexport.results.record import badness
+from glmexport.results.statistics import Kind, clustered_mean
+from glmexport.tokenizer.tokenizer import Tokenizer
 from glmexport.validation.divergence import Divergence, divergence
 from glmexport.validation.reference import ReferenceStates
-from glmexport.validation.results import (
-    CaptureBound,
-    Estimate,
-    Fidelity,
-    LanguageFidelity,
-    PositionBand,
-    WorstToken,
-    badness,
-)
-from glmexport.validation.statistics import Kind, clustered_mean
 from glmexport.validation.texts import EvaluationText, text_digest
 
 #: Positions whose logits are held at a time.

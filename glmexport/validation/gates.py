@@ -11,27 +11,18 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from glmexport.bundle import Manifest
-from glmexport.bundle.manifest import LargestActivation
-from glmexport.quantization import ExpertCoverage
-from glmexport.target import Gates
+from glmexport.bundle.manifest import LargestActivation, Manifest
+from glmexport.bundle.records import ExpertCoverage
+from glmexport.foundation.target import Gates
+from glmexport.results.behaviour import Behaviour
+from glmexport.results.fidelity import CaptureBound, Estimate, Fidelity, LanguageFidelity
+from glmexport.results.gate import Gate
+from glmexport.results.prompts import PromptParity
+from glmexport.results.record import Verdict, badness, worst
+from glmexport.results.reference import ReferenceCheck
+from glmexport.results.statistics import bounds, documents_needed, holm, p_value
+from glmexport.results.weights import WeightCheck, WeightFault
 from glmexport.validation.losses import Loss, losses
-from glmexport.validation.results import (
-    Behaviour,
-    CaptureBound,
-    Estimate,
-    Fidelity,
-    Gate,
-    LanguageFidelity,
-    PromptParity,
-    ReferenceCheck,
-    Verdict,
-    WeightCheck,
-    WeightFault,
-    badness,
-    worst,
-)
-from glmexport.validation.statistics import bounds, documents_needed, holm, p_value
 
 #: A captured original may hide so much of the divergence before somebody has to know.
 HIDDEN_SHARE = 0.25

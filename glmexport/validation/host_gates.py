@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from glmexport.bundle import Manifest
-from glmexport.host import Host
+from glmexport.bundle.manifest import Manifest
+from glmexport.foundation.host import Host
+from glmexport.results.gate import Gate
+from glmexport.results.record import Verdict
 from glmexport.validation.gates import counted
-from glmexport.validation.results import Gate, Verdict
 
 
 def provider_gate(manifest: Manifest) -> Gate:

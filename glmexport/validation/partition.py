@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from glmexport.divergence import kl_divergence
+from glmexport.reference.divergence import kl_divergence
 from glmexport.validation.divergence import Divergence
 
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import psutil
 
-from glmexport.bundle import Manifest
-from glmexport.checkpoint import Checkpoint
-from glmexport.progress import Progress
+from glmexport.bundle.manifest import Manifest
+from glmexport.checkpoint.checkpoint import Checkpoint
+from glmexport.engine.placement import placement
+from glmexport.foundation.machine import memory_bandwidth
+from glmexport.foundation.progress import Progress
+from glmexport.results.performance import Figure, Interval, Performance, Speed, SpeedRatios
 from glmexport.validation import bootstrap
-from glmexport.validation.machine import memory_bandwidth
-from glmexport.validation.placement import placement
-from glmexport.validation.results import Figure, Interval, Performance, Speed, SpeedRatios
 from glmexport.validation.runtimes import Round, RuntimeName, RuntimeRequest
 from glmexport.validation.speed import Turns, take_turns
 

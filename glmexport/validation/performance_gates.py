@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from math import isfinite
 from typing import Literal
 
-from glmexport.target import Gates, PerformanceLimits
-from glmexport.validation.results import Gate, Interval, Performance, Placement, Verdict
+from glmexport.foundation.target import Gates, PerformanceLimits
+from glmexport.results.gate import Gate
+from glmexport.results.performance import Interval, Performance, Placement
+from glmexport.results.record import Verdict
 
 
 def performance_gates(performance: Performance | None, policy: Gates, absent: str | None = None) -> tuple[Gate, ...]:

@@ -13,14 +13,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from glmexport.architecture import Reference
-from glmexport.target import Gates
+from glmexport.engine.scoring import ScoringSession
+from glmexport.foundation.target import Gates
+from glmexport.reference.reference import Reference
+from glmexport.results.fidelity import LanguageFidelity
+from glmexport.results.record import Count, Number, Record
+from glmexport.results.statistics import POWER, documents_needed, showable_limit
 from glmexport.validation.divergence import divergence
 from glmexport.validation.gates import judged_estimates
-from glmexport.validation.results import LanguageFidelity, Number, Record
-from glmexport.validation.results.record import Count
-from glmexport.validation.session import ScoringSession
-from glmexport.validation.statistics import POWER, documents_needed, showable_limit
 from glmexport.validation.texts import EvaluationText
 
 #: Documents that are timed.

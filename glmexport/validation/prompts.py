@@ -14,11 +14,12 @@ from typing import Any
 
 from pydantic import Field
 
-from glmexport.calibration import Document
-from glmexport.checkpoint import Checkpoint, Tokenizer
-from glmexport.definition import Definition
-from glmexport.errors import CheckpointError
-from glmexport.validation.results import PromptDifference, PromptParity
+from glmexport.calibration.corpus import Document
+from glmexport.checkpoint.checkpoint import Checkpoint
+from glmexport.foundation.definition import Definition
+from glmexport.foundation.errors import CheckpointError
+from glmexport.results.prompts import PromptDifference, PromptParity
+from glmexport.tokenizer.tokenizer import Tokenizer
 
 _LONGEST = 160
 #: Tokens shown before and behind the first difference.

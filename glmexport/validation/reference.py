@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from glmexport.architecture import Reference
-from glmexport.architecture.reference import Block, Substitute
-from glmexport.progress import Progress
-from glmexport.quantization import WorkDirectory
+from glmexport.foundation.progress import Progress
+from glmexport.quantization.store import WorkDirectory
+from glmexport.reference.reference import Block, Reference, Substitute
 from glmexport.validation.routing import Routes
 from glmexport.validation.texts import EvaluationText
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from glmexport.validation.results import LayerRouting
+from glmexport.results.routing import LayerRouting
 
 
 class Routes:

@@ -11,13 +11,26 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from glmexport.architecture import Architecture, Reference
-from glmexport.bundle import Manifest
-from glmexport.calibration import Document
-from glmexport.checkpoint import Checkpoint, Tokenizer
-from glmexport.errors import InputError
-from glmexport.progress import Progress
-from glmexport.target import Gates
+from glmexport.architecture.description import Architecture
+from glmexport.bundle.manifest import Manifest
+from glmexport.calibration.corpus import Document
+from glmexport.checkpoint.checkpoint import Checkpoint
+from glmexport.engine.generation import GenerationSession
+from glmexport.engine.scoring import ScoringSession
+from glmexport.foundation.errors import InputError
+from glmexport.foundation.progress import Progress
+from glmexport.foundation.target import Gates
+from glmexport.reference.reference import Reference
+from glmexport.results.behaviour import Behaviour
+from glmexport.results.fidelity import Fidelity, LanguageFidelity, Share
+from glmexport.results.gate import Gate
+from glmexport.results.performance import Performance
+from glmexport.results.prompts import PromptParity
+from glmexport.results.record import Verdict
+from glmexport.results.reference import ReferenceCheck
+from glmexport.results.routing import LayerRouting
+from glmexport.results.weights import WeightCheck
+from glmexport.tokenizer.tokenizer import Tokenizer
 from glmexport.validation.behaviour.plane import BehaviourPlan, ask, ask_bundle, questions_for
 from glmexport.validation.behaviour.tasks import Task
 from glmexport.validation.capture import CapturedReference
@@ -31,27 +44,12 @@ from glmexport.validation.gates import (
     verdict_of,
     weight_gates,
 )
-from glmexport.validation.generation import GenerationSession
 from glmexport.validation.host_gates import host_gate
 from glmexport.validation.performance import measure_performance
 from glmexport.validation.performance_gates import performance_gates
 from glmexport.validation.prompts import golden_prompts, prompt_parity
 from glmexport.validation.reference import reference_states
-from glmexport.validation.results import (
-    Behaviour,
-    Fidelity,
-    Gate,
-    LanguageFidelity,
-    LayerRouting,
-    Performance,
-    PromptParity,
-    ReferenceCheck,
-    Share,
-    Verdict,
-    WeightCheck,
-)
 from glmexport.validation.routing import Routes, routing_agreement
-from glmexport.validation.session import ScoringSession
 from glmexport.validation.shares import bundle_answer, shares_of
 from glmexport.validation.texts import EvaluationText, evaluation_texts
 from glmexport.validation.weights import check_weights

@@ -16,11 +16,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Protocol, TextIO
 
-from glmexport.definition import Definition
-from glmexport.loop import FixedLoopConfig, LoopConfig, read_loop
+from glmexport.bundle.loop import FixedLoopConfig, LoopConfig, read_loop
+from glmexport.engine.placement import Node, profile
+from glmexport.foundation.definition import Definition
+from glmexport.foundation.machine import peak_memory_and_source
 from glmexport.validation.energy import Rapl, open_rapl
-from glmexport.validation.machine import peak_memory_and_source
-from glmexport.validation.placement import Node, profile
 
 RuntimeName = Literal["onnxruntime-genai", "transformers"]
 
@@ -80,7 +80,7 @@ class _Genai:
         import numpy as np
         import onnxruntime_genai
 
-        from glmexport.validation.genai_config import GenaiConfig, genai_settings
+        from glmexport.bundle.genai_config import GenaiConfig, genai_settings
 
         bundle = Path(request.directory)
         self.name = f"onnxruntime-genai {onnxruntime_genai.__version__}"
@@ -109,7 +109,7 @@ class _Own:
     def __init__(self, request: RuntimeRequest, config: LoopConfig | FixedLoopConfig) -> None:
         import onnxruntime
 
-        from glmexport.validation.own_loop import open_loop
+        from glmexport.engine.own_loop import open_loop
 
         self._loop = open_loop(Path(request.directory), config, request.threads)
         self.name = f"onnxruntime {onnxruntime.__version__} {self._loop.kind}"

@@ -9,15 +9,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from glmexport.architecture import Reference
-from glmexport.bundle import Manifest
-from glmexport.bundle.read import BundleWeights, bundle_folds
-from glmexport.progress import Progress
+from glmexport.assembly.read import BundleWeights, bundle_folds
+from glmexport.bundle.manifest import Manifest
+from glmexport.engine.scoring import ScoringSession
+from glmexport.foundation.progress import Progress
+from glmexport.reference.reference import Reference
+from glmexport.results.fidelity import Share
 from glmexport.validation.fidelity import Answers, Streamed, compare
 from glmexport.validation.reference import reference_states
-from glmexport.validation.results import Share
 from glmexport.validation.routing import Routes
-from glmexport.validation.session import ScoringSession
 from glmexport.validation.texts import EvaluationText
 
 

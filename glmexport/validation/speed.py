@@ -19,10 +19,10 @@ from signal import Signals
 from types import TracebackType
 from typing import Self, TypeVar
 
-from glmexport.definition import Definition
-from glmexport.errors import MachineError
-from glmexport.progress import Progress
-from glmexport.validation.placement import Node
+from glmexport.engine.placement import Node
+from glmexport.foundation.definition import Definition
+from glmexport.foundation.errors import MachineError
+from glmexport.foundation.progress import Progress
 from glmexport.validation.runtimes import Loaded, Memory, Nodes, Round, RuntimeRequest
 
 #: As many as bounds of 95 % take, and a whole number of ABBA.

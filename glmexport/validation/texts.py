@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from glmexport.calibration import Document
-from glmexport.checkpoint import Tokenizer
+from glmexport.calibration.corpus import Document
+from glmexport.tokenizer.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

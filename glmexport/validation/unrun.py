@@ -6,16 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from glmexport.architecture import Reference
-from glmexport.bundle import Manifest
-from glmexport.calibration import Document
-from glmexport.checkpoint import Checkpoint, Tokenizer
-from glmexport.host import Host
-from glmexport.progress import Progress
+from glmexport.bundle.manifest import Manifest
+from glmexport.calibration.corpus import Document
+from glmexport.checkpoint.checkpoint import Checkpoint
+from glmexport.foundation.host import Host
+from glmexport.foundation.progress import Progress
+from glmexport.reference.reference import Reference
+from glmexport.results.gate import Gate
+from glmexport.results.record import Verdict
+from glmexport.results.reference import ReferenceCheck
+from glmexport.tokenizer.tokenizer import Tokenizer
 from glmexport.validation.gates import manifest_gates, prompt_gate, reference_gate, verdict_of, weight_gates
 from glmexport.validation.host_gates import provider_gate
 from glmexport.validation.prompts import golden_prompts, prompt_parity
-from glmexport.validation.results import Gate, ReferenceCheck, Verdict
 from glmexport.validation.texts import evaluation_texts
 from glmexport.validation.weights import check_weights
 from glmexport.validation.whole_model import check_reference
@@ -35,9 +38,6 @@ class Unrun:
     reference: ReferenceCheck
 
 
-def can_run(manifest: Manifest) -> bool:
-    """Whether this machine has the execution provider of the bundle's target."""
-    return manifest.target.provider.name in Host.this().providers
 
 
 def validate_unrun(

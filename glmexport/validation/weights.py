@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from glmexport.architecture import Reference
-from glmexport.bundle import Manifest
-from glmexport.bundle.read import BundleWeights, bundle_folds
-from glmexport.checkpoint import Checkpoint
-from glmexport.progress import Progress
-from glmexport.quantization import QuantizedLinear
-from glmexport.validation.results import WeightCheck, WeightFault
+from glmexport.assembly.read import BundleWeights, bundle_folds
+from glmexport.bundle.manifest import Manifest
+from glmexport.checkpoint.checkpoint import Checkpoint
+from glmexport.formats.quantized_linear import QuantizedLinear
+from glmexport.foundation.progress import Progress
+from glmexport.reference.reference import Reference
+from glmexport.results.weights import WeightCheck, WeightFault
 
 #: A row this far from the original's, relative to its length, has lost it: a row of zeros is 1.
 FAR = 0.9

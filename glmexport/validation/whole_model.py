@@ -16,11 +16,10 @@ import psutil
 import torch
 from torch import Tensor
 
-from glmexport.architecture import Reference
-from glmexport.architecture.reference import CPU
-from glmexport.progress import Progress
+from glmexport.foundation.progress import Progress
+from glmexport.reference.reference import CPU, Reference
+from glmexport.results.reference import ReferenceCheck
 from glmexport.validation.reference import reference_states
-from glmexport.validation.results import ReferenceCheck
 from glmexport.validation.texts import EvaluationText
 
 #: Of the free memory that the whole model may take.

@@ -13,9 +13,11 @@ from adapters import PREFIX, factors, write_adapter
 from models import write_checkpoint
 from safetensors.torch import load_file, save_file
 
-from glmexport.architecture import FAMILIES, Reference, describe
-from glmexport.checkpoint import Checkpoint
-from glmexport.errors import CheckpointError
+from glmexport.architecture.registry import FAMILIES
+from glmexport.checkpoint.checkpoint import Checkpoint
+from glmexport.foundation.errors import CheckpointError
+from glmexport.reference.describe import describe
+from glmexport.reference.reference import Reference
 
 
 def changed_config(directory: Path, **changes: Any) -> Checkpoint:

@@ -13,12 +13,15 @@ from adapters import factors, write_adapter
 from models import write_checkpoint
 from transformers import GlmMoeDsaConfig
 
-from glmexport.architecture import Architecture, LatentAttention, Reference, describe
-from glmexport.checkpoint import Checkpoint
-from glmexport.errors import CheckpointError
-from glmexport.progress import Silent
+from glmexport.architecture.description import Architecture
+from glmexport.architecture.latent import LatentAttention
+from glmexport.checkpoint.checkpoint import Checkpoint
+from glmexport.foundation.errors import CheckpointError
+from glmexport.foundation.progress import Silent
+from glmexport.foundation.recipe import Format
 from glmexport.quantization.folding import choose_folds
-from glmexport.recipe import Format
+from glmexport.reference.describe import describe
+from glmexport.reference.reference import Reference
 
 LITE, DSA = "glm4_moe_lite", "glm_moe_dsa"
 SHARED = {"index_topk": 8, "index_n_heads": 32, "index_head_dim": 24, "num_hidden_layers": 4}

@@ -12,9 +12,13 @@ import torch
 from models import MIXTURE, write_checkpoint
 from safetensors.torch import load_file, save_file
 
-from glmexport.architecture import Architecture, MixtureOfExperts, Reference, describe, filling
-from glmexport.checkpoint import Checkpoint
-from glmexport.errors import CheckpointError
+from glmexport.architecture.description import Architecture
+from glmexport.architecture.experts import MixtureOfExperts
+from glmexport.checkpoint.checkpoint import Checkpoint
+from glmexport.foundation.errors import CheckpointError
+from glmexport.reference import filling
+from glmexport.reference.describe import describe
+from glmexport.reference.reference import Reference
 
 IDS = torch.randint(0, 250, (2, 20), generator=torch.Generator().manual_seed(0))
 
@@ -214,7 +218,7 @@ def test_broken_fp8_is_refused(tmp_path: Path, change: Any, message: str) -> Non
 def test_texts_that_pass_the_experts_together_pass_them_as_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: int
 ) -> None:
-    from glmexport.progress import Silent
+    from glmexport.foundation.progress import Silent
     from glmexport.validation import reference as by_block
     from glmexport.validation.texts import EvaluationText
 

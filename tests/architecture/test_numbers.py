@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 from models import MIXTURE, write_checkpoint
 
-from glmexport.architecture import FAMILIES, Reference, describe
+from glmexport.architecture.registry import FAMILIES
 from glmexport.architecture.rope import context_remark
-from glmexport.checkpoint import Checkpoint
-from glmexport.errors import CheckpointError
+from glmexport.checkpoint.checkpoint import Checkpoint
+from glmexport.foundation.errors import CheckpointError
+from glmexport.reference.describe import describe
+from glmexport.reference.reference import Reference
 
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
          "max_position_embeddings")  # fmt: skip

@@ -12,14 +12,18 @@ import torch
 from models import TINY, edit_config, write_checkpoint
 from transformers import AutoModelForCausalLM
 
-from glmexport.architecture import FAMILIES, Architecture, LatentAttention, Reference, describe
-from glmexport.architecture.skeleton import completed, require_agreement, skeleton
-from glmexport.checkpoint import Checkpoint
-from glmexport.errors import CheckpointError
-from glmexport.job import Original
-from glmexport.progress import Silent
+from glmexport.architecture.description import Architecture
+from glmexport.architecture.latent import LatentAttention
+from glmexport.architecture.registry import FAMILIES
+from glmexport.checkpoint.checkpoint import Checkpoint
+from glmexport.foundation.errors import CheckpointError
+from glmexport.foundation.progress import Silent
+from glmexport.reference.describe import describe
+from glmexport.reference.reference import Reference
+from glmexport.reference.skeleton import completed, require_agreement, skeleton
 from glmexport.validation.texts import EvaluationText
 from glmexport.validation.whole_model import check_reference
+from glmexport.workflows.job import Original
 
 #: Of the files and of transformers itself, not of the model; token ids are not completed.
 NOT_OF_THE_MODEL = {"architectures", "model_type", "transformers_version", "dtype", "eos_token_id", "pad_token_id"}

@@ -13,12 +13,13 @@ from predicting import PREDICTING as FAMILIES_THAT_PREDICT
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from glmexport.architecture import FAMILIES, Reference
-from glmexport.errors import CheckpointError
-from glmexport.job import Original, listed_unused
-from glmexport.progress import Silent
+from glmexport.architecture.registry import FAMILIES
+from glmexport.foundation.errors import CheckpointError
+from glmexport.foundation.progress import Silent
+from glmexport.reference.reference import Reference
 from glmexport.validation.texts import EvaluationText
 from glmexport.validation.whole_model import check_reference
+from glmexport.workflows.job import Original, listed_unused
 
 FREQUENCIES = {
     "model.rotary_emb.inv_freq": torch.ones(8),

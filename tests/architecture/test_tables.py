@@ -10,13 +10,15 @@ from models import TINY, edit_config, edit_tensors, write_checkpoint
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from glmexport.architecture import FAMILIES, Reference, describe
-from glmexport.checkpoint import Checkpoint
-from glmexport.errors import CheckpointError
-from glmexport.job import Original
-from glmexport.progress import Silent
+from glmexport.architecture.registry import FAMILIES
+from glmexport.checkpoint.checkpoint import Checkpoint
+from glmexport.foundation.errors import CheckpointError
+from glmexport.foundation.progress import Silent
+from glmexport.reference.describe import describe
+from glmexport.reference.reference import Reference
 from glmexport.validation.texts import EvaluationText
 from glmexport.validation.whole_model import check_reference
+from glmexport.workflows.job import Original
 
 EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 def written(directory: Path, family: str, flag: bool, tables: str) -> Path:

@@ -14,14 +14,14 @@ from models import write_predicting
 from predicting import INDEXED, PREDICTING, SPARSE
 from safetensors.torch import load_file, save_file
 
-from glmexport.architecture import Reference
-from glmexport.bundle import read_manifest
-from glmexport.job import Original
-from glmexport.loop import read_loop
-from glmexport.progress import Silent
+from glmexport.bundle.loop import read_loop
+from glmexport.bundle.manifest import read_manifest
+from glmexport.foundation.progress import Silent
+from glmexport.foundation.target import shipped_targets
+from glmexport.reference.reference import Reference
 from glmexport.report.document import read_report
-from glmexport.target import shipped_targets
 from glmexport.validation.weights import check_weights
+from glmexport.workflows.job import Original
 
 NEAREST = f'summary = "Rounded"\n{FORMATS}\n[solver]\nmethod = "round-to-nearest"\n'
 LITE = PREDICTING["glm4_moe_lite"]

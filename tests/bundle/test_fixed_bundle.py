@@ -13,24 +13,24 @@ import pytest
 import torch
 from builds import FORMATS, THREADS, Run, build, bundle_weights, small_checkpoint, write_recipe, write_target
 
-from glmexport.bundle import read_manifest
-from glmexport.compile import Built
-from glmexport.definition import shipped_folder
-from glmexport.errors import EXIT_INPUT, BundleError, InputError
-from glmexport.host import CPU_PROVIDER
-from glmexport.loop import FixedLoopConfig, read_loop
-from glmexport.progress import Silent
-from glmexport.serving.model import Model
-from glmexport.validation.devices.answers import DeviceAnswers
-from glmexport.validation.devices.job import PromptQuestion, SpeedRequest, TextQuestion, read_job, write_job
-from glmexport.validation.devices.local import LocalRunner
-from glmexport.validation.devices.web_limits import check_limits
-from glmexport.validation.fixed_loop import FixedLoop
-from glmexport.validation.generation import GenerationSession
+from glmexport.bundle.loop import FixedLoopConfig, read_loop
+from glmexport.bundle.manifest import read_manifest
+from glmexport.devices.answers import DeviceAnswers
+from glmexport.devices.job import PromptQuestion, SpeedRequest, TextQuestion, read_job, write_job
+from glmexport.devices.local import LocalRunner
+from glmexport.devices.web_limits import check_limits
+from glmexport.engine.computed import Model
+from glmexport.engine.fixed_loop import FixedLoop
+from glmexport.engine.generation import GenerationSession
+from glmexport.engine.scoring import ScoringSession
+from glmexport.engine.speculation import open_speculation
+from glmexport.foundation.definition import shipped_folder
+from glmexport.foundation.errors import EXIT_INPUT, BundleError, InputError
+from glmexport.foundation.host import CPU_PROVIDER
+from glmexport.foundation.progress import Silent
 from glmexport.validation.runtimes import RuntimeRequest
-from glmexport.validation.session import ScoringSession
-from glmexport.validation.speculation import open_speculation
 from glmexport.validation.speed import take_turns
+from glmexport.workflows.validate import Built
 
 SIGNED = FORMATS.replace("group_size = 32", "group_size = 32\nsymmetric = true", 2)
 NEAREST = f'summary = "Rounded"\n{SIGNED}\n[solver]\nmethod = "round-to-nearest"\n'

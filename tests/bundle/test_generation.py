@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from builds import THREADS, Run, Sample, carried, session
 
-from glmexport.bundle.genai import DEFAULT_CACHE_BYTES, default_length
-from glmexport.checkpoint import Tokenizer
-from glmexport.errors import BundleError, InputError
-from glmexport.generation import Piece, generate
-from glmexport.target import open_target
-from glmexport.validation.generation import GenerationSession
-from glmexport.validation.speculation import Speculation
+from glmexport.assembly.genai import DEFAULT_CACHE_BYTES, default_length
+from glmexport.engine.generation import GenerationSession
+from glmexport.engine.speculation import Speculation
+from glmexport.engine.text import Piece, generate
+from glmexport.foundation.errors import BundleError, InputError
+from glmexport.foundation.target import open_target
+from glmexport.tokenizer.tokenizer import Tokenizer
 
 PROMPTS = ["Hello", "The quick brown fox jumps over the lazy dog.", "你好，世界", "x" * 120]
 TOKENS = 32

@@ -14,17 +14,17 @@ import torch
 from builds import FORMATS, RECIPE, THREADS, Run, build, bundle_weights, small_checkpoint, write_recipe, write_target
 from safetensors.torch import load_file
 
-from glmexport.bundle import read_manifest
-from glmexport.errors import BundleError, InputError
-from glmexport.job import Original
-from glmexport.loop import read_loop
-from glmexport.progress import Silent
-from glmexport.validation.capacity import GROWTH
-from glmexport.validation.generation import GenerationSession
-from glmexport.validation.latent_loop import LatentLoop
+from glmexport.bundle.loop import read_loop
+from glmexport.bundle.manifest import read_manifest
+from glmexport.engine.capacity import GROWTH
+from glmexport.engine.generation import GenerationSession
+from glmexport.engine.latent_loop import LatentLoop
+from glmexport.engine.scoring import ScoringSession
+from glmexport.foundation.errors import BundleError, InputError
+from glmexport.foundation.progress import Silent
 from glmexport.validation.runtimes import RuntimeRequest
-from glmexport.validation.session import ScoringSession
 from glmexport.validation.speed import take_turns
+from glmexport.workflows.job import Original
 
 LITE, DSA = "glm4_moe_lite", "glm_moe_dsa"
 INDEXED = {"index_topk": 64, "index_n_heads": 32, "index_head_dim": 24, "indexer_types": ["full", "shared"]}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from models import write_tokenizer
 
-from glmexport.checkpoint import Tokenizer
+from glmexport.tokenizer.tokenizer import Tokenizer
 
 
 @pytest.fixture(autouse=True, scope="package")

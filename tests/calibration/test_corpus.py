@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from glmexport.calibration import Document, overlap, shipped_documents, shipped_languages
 from glmexport.calibration import corpus as module
-from glmexport.definition import names
-from glmexport.errors import DefinitionError
-from glmexport.recipe import RECIPES, open_recipe
-from glmexport.resources import shipped
+from glmexport.calibration.corpus import Document, overlap, shipped_documents, shipped_languages
+from glmexport.foundation.definition import names
+from glmexport.foundation.errors import DefinitionError
+from glmexport.foundation.recipe import RECIPES, open_recipe
+from glmexport.foundation.resources import shipped
 
 
 @pytest.fixture

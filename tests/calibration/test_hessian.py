@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from glmexport.calibration import Hessian, SecondMoment
+from glmexport.calibration.hessian import Hessian, SecondMoment
 
 
 def test_it_is_the_naive_sum() -> None:

@@ -9,10 +9,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from glmexport.calibration import USER, CalibrationSet, Document, pack, shipped_documents
-from glmexport.checkpoint import Tokenizer
-from glmexport.errors import InputError
-from glmexport.recipe import CalibrationPlan, open_recipe
+from glmexport.calibration.corpus import USER, Document, shipped_documents
+from glmexport.calibration.sequences import CalibrationSet, pack
+from glmexport.foundation.errors import InputError
+from glmexport.foundation.recipe import CalibrationPlan, open_recipe
+from glmexport.tokenizer.tokenizer import Tokenizer
 
 LENGTH = 64
 

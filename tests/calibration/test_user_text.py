@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from glmexport.calibration import USER, user_documents
-from glmexport.checkpoint import Tokenizer
-from glmexport.errors import InputError
+from glmexport.calibration.corpus import USER, user_documents
+from glmexport.foundation.errors import InputError
+from glmexport.tokenizer.tokenizer import Tokenizer
 
 
 def write(path: Path, *records: object) -> Path:

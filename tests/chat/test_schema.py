@@ -14,7 +14,7 @@ from jsonschema import Draft202012Validator
 from pydantic import BaseModel
 
 from glmexport.chat.schema import Parameters
-from glmexport.validation.behaviour.toolcalls import parse
+from glmexport.chat.tool_calls import parse
 
 INTEGER, STRING, NULL = {"type": "integer"}, {"type": "string"}, {"type": "null"}
 POINT = {"type": "object", "properties": {"x": INTEGER, "label": STRING}, "required": ["x"]}

@@ -23,9 +23,9 @@ from adapter_builders import (
 )
 from adapters import PREFIX
 
-from glmexport.checkpoint import Checkpoint
-from glmexport.errors import CheckpointError
-from glmexport.progress import Silent
+from glmexport.checkpoint.checkpoint import Checkpoint
+from glmexport.foundation.errors import CheckpointError
+from glmexport.foundation.progress import Silent
 
 
 def check(tmp_path: Path, tensors: Tensors, scales: dict[str, float], **settings: Any) -> Checkpoint:

@@ -13,9 +13,9 @@ from adapter_builders import DOWN, EMBED, HEAD, QUERY, UP, Tensors, factors, wri
 from adapters import PREFIX, WEIGHTS
 from checkpoint_builders import write_checkpoint, write_json, write_tokenizer
 
-from glmexport.checkpoint import Checkpoint
-from glmexport.errors import CheckpointError
-from glmexport.progress import Silent
+from glmexport.checkpoint.checkpoint import Checkpoint
+from glmexport.foundation.errors import CheckpointError
+from glmexport.foundation.progress import Silent
 
 
 def refuse(tmp_path: Path, message: str, tensors: Tensors | None = None, **settings: Any) -> CheckpointError:

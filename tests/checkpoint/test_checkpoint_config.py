@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from glmexport.checkpoint import ConfigReader
-from glmexport.errors import CheckpointError
+from glmexport.checkpoint.config import ConfigReader
+from glmexport.foundation.errors import CheckpointError
 
 VALUES: dict[str, object] = {
     "layers": 40,

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Library
 
-from glmexport.checkpoint import Tokenizer
-from glmexport.checkpoint.control import ControlTokens, Rendered, _Marked
+from glmexport.tokenizer.control import ControlTokens, Rendered, _Marked
+from glmexport.tokenizer.tokenizer import Tokenizer
 
 SPECIAL = ("<|system|>", "<|observation|>", "/nothink")
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())

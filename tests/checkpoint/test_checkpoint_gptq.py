@@ -13,8 +13,8 @@ from checkpoint_builders import write_checkpoint
 from gptq_files import QUANTIZE_CONFIG, Matrix, settings
 from safetensors.torch import load_file, save_file
 
-from glmexport.checkpoint import Checkpoint
-from glmexport.errors import CheckpointError
+from glmexport.checkpoint.checkpoint import Checkpoint
+from glmexport.foundation.errors import CheckpointError
 
 MODULE = "model.a_proj"
 KEY = f"{MODULE}.weight"

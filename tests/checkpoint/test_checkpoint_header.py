@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from glmexport.checkpoint.header import read_header
-from glmexport.errors import CheckpointError
+from glmexport.foundation.errors import CheckpointError
 
 
 def test_a_header_of_the_library_is_read_as_it_was_written(tmp_path: Path) -> None:

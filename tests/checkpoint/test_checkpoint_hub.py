@@ -13,8 +13,9 @@ import torch
 from fake_hub import COMMIT, FakeHub, fill_cache
 from huggingface_hub import constants
 
-from glmexport.checkpoint import Checkpoint, resolve
-from glmexport.errors import CheckpointError, MachineError
+from glmexport.checkpoint.checkpoint import Checkpoint
+from glmexport.checkpoint.source import resolve
+from glmexport.foundation.errors import CheckpointError, MachineError
 
 
 @pytest.mark.parametrize(

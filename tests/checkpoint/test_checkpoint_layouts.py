@@ -10,8 +10,8 @@ import pytest
 import torch
 from checkpoint_builders import write_checkpoint, write_json
 
-from glmexport.checkpoint import Checkpoint
-from glmexport.errors import CheckpointError
+from glmexport.checkpoint.checkpoint import Checkpoint
+from glmexport.foundation.errors import CheckpointError
 
 GROUPS: dict[str, Any] = {"group_size": 64, "bits": 4}
 #: By the layout: what config.json has on top of the family, as each library writes it.

@@ -11,9 +11,9 @@ import pytest
 import torch
 from checkpoint_builders import INDEX, write_checkpoint, write_json, write_tokenizer
 
-from glmexport.checkpoint import Checkpoint
-from glmexport.errors import CheckpointError
-from glmexport.progress import Silent
+from glmexport.checkpoint.checkpoint import Checkpoint
+from glmexport.foundation.errors import CheckpointError
+from glmexport.foundation.progress import Silent
 
 A, B = torch.arange(6.0).reshape(3, 2), torch.ones(4, dtype=torch.bfloat16)
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"

@@ -9,8 +9,8 @@ import pytest
 import torch
 from checkpoint_builders import entry, write_checkpoint, write_raw
 
-from glmexport.checkpoint import Checkpoint
-from glmexport.errors import CheckpointError, MachineError
+from glmexport.checkpoint.checkpoint import Checkpoint
+from glmexport.foundation.errors import CheckpointError, MachineError
 
 A = torch.arange(6.0).reshape(3, 2)
 

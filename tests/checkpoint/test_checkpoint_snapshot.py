@@ -11,8 +11,8 @@ import pytest
 from adapter_builders import UP, factors, write_adapter, write_base
 from checkpoint_builders import write_tokenizer
 
-from glmexport.checkpoint import Checkpoint
-from glmexport.errors import CheckpointError
+from glmexport.checkpoint.checkpoint import Checkpoint
+from glmexport.foundation.errors import CheckpointError
 
 SMALL = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
          "additional_chat_templates/tool_use.jinja", "special_tokens_map.json")  # fmt: skip

@@ -10,10 +10,10 @@ from types import ModuleType
 import pytest
 from checkpoint_builders import write_checkpoint, write_json
 
-from glmexport.checkpoint import Checkpoint, resolve
-from glmexport.checkpoint.source import refuse_hazards
-from glmexport.errors import CheckpointError
-from glmexport.progress import Silent
+from glmexport.checkpoint.checkpoint import Checkpoint
+from glmexport.checkpoint.source import refuse_hazards, resolve
+from glmexport.foundation.errors import CheckpointError
+from glmexport.foundation.progress import Silent
 
 
 def test_a_directory_is_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,9 +8,9 @@ import time
 
 import pytest
 
-from glmexport.checkpoint import templates
-from glmexport.checkpoint.templates import render_template
-from glmexport.errors import CheckpointError
+from glmexport.foundation.errors import CheckpointError
+from glmexport.tokenizer import templates
+from glmexport.tokenizer.templates import render_template
 
 MESSAGES = [{"role": "user", "content": "héllo\n中文 😀 \u200d", "parts": [1, 2.5, None, True, {"a": "<b>"}]}]
 HOSTILE = {

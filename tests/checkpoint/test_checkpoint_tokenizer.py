@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from checkpoint_builders import write_json, write_tokenizer
 
-from glmexport.checkpoint import Tokenizer
-from glmexport.errors import CheckpointError, InputError
+from glmexport.foundation.errors import CheckpointError, InputError
+from glmexport.tokenizer.tokenizer import Tokenizer
 
 TEMPLATE = """[gMASK]<sop>
 {%- if tools %}

@@ -15,9 +15,9 @@ from adapters import CONFIG, PREFIX, WEIGHTS, factors, write_adapter
 from builds import TARGET, THREADS, Outcome, Run, digests, session, small_checkpoint
 from safetensors.torch import load_file, save_file
 
-from glmexport.bundle import read_manifest
-from glmexport.checkpoint import Checkpoint
-from glmexport.errors import EXIT_INCONCLUSIVE, EXIT_INPUT
+from glmexport.bundle.manifest import read_manifest
+from glmexport.checkpoint.checkpoint import Checkpoint
+from glmexport.foundation.errors import EXIT_INCONCLUSIVE, EXIT_INPUT
 from glmexport.report.document import read_report
 
 QUERY = "model.layers.0.self_attn.q_proj"

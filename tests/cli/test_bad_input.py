@@ -15,9 +15,9 @@ import torch
 from builds import FORMATS, RECIPE, TARGET, THREADS, Outcome, Run, Sample, small_checkpoint, write_recipe, write_target
 from safetensors.torch import load_file, save_file
 
-from glmexport.calibration import user_documents
-from glmexport.checkpoint import Tokenizer
-from glmexport.errors import EXIT_INPUT, EXIT_MACHINE
+from glmexport.calibration.corpus import user_documents
+from glmexport.foundation.errors import EXIT_INPUT, EXIT_MACHINE
+from glmexport.tokenizer.tokenizer import Tokenizer
 
 WEIGHTS = "model.safetensors"
 GATE_UP = "model.layers.1.mlp.gate_up_proj.weight"
@@ -72,7 +72,7 @@ def unread(monkeypatch: pytest.MonkeyPatch) -> None:
     def read(path: Path, *_: object) -> None:
         raise AssertionError(f"{path} was read in whole")
 
-    monkeypatch.setattr("glmexport.checkpoint.files._sha256", read)
+    monkeypatch.setattr("glmexport.foundation.files._sha256", read)
 
 
 @pytest.fixture
@@ -390,7 +390,7 @@ def test_an_output_below_a_file(place: Place, build: Callable[..., Outcome]) -> 
 @pytest.mark.usefixtures("unread")
 def test_a_full_disk(place: Place, build: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
     nothing = SimpleNamespace(free=1000)
-    monkeypatch.setattr("glmexport.disk.shutil.disk_usage", lambda _: nothing)
+    monkeypatch.setattr("glmexport.foundation.disk.shutil.disk_usage", lambda _: nothing)
     check(build(), EXIT_MACHINE, "of disk", "free", "-o")
     assert place.untouched()
 
@@ -429,7 +429,7 @@ def test_a_disk_that_fills_up_meanwhile(
 ) -> None:  # fmt: skip
     disk = mount(size)
     roomy = SimpleNamespace(free=1 << 40)
-    monkeypatch.setattr("glmexport.disk.shutil.disk_usage", lambda _: roomy)
+    monkeypatch.setattr("glmexport.foundation.disk.shutil.disk_usage", lambda _: roomy)
     outcome = build(output=disk / "bundle", recipe=recipe or sample.recipe)
     check(outcome, EXIT_MACHINE, "No space left", "same command")
     assert all(path.name.startswith(".glmexport-work-") for path in disk.iterdir())

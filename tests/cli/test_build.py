@@ -33,20 +33,20 @@ from builds import (
 )
 from rich.console import Console
 
-from glmexport.architecture import Reference
-from glmexport.bundle import read_manifest, verify_files
-from glmexport.bundle.read import bundle_folds
-from glmexport.checkpoint import Tokenizer
+from glmexport.assembly.read import bundle_folds
+from glmexport.bundle.manifest import read_manifest, verify_files
 from glmexport.cli.build import calibration_text
 from glmexport.cli.verdict import show
-from glmexport.errors import EXIT_INCONCLUSIVE
-from glmexport.job import Original
-from glmexport.progress import Silent, Track
-from glmexport.recipe import CalibrationPlan, open_recipe
+from glmexport.foundation.errors import EXIT_INCONCLUSIVE
+from glmexport.foundation.progress import Silent, Track
+from glmexport.foundation.recipe import CalibrationPlan, open_recipe
+from glmexport.reference.reference import Reference
 from glmexport.report.document import HTML_NAME, read_report
+from glmexport.results.record import Verdict
+from glmexport.tokenizer.tokenizer import Tokenizer
 from glmexport.validation.reference import reference_states
-from glmexport.validation.results import Verdict
 from glmexport.validation.texts import EvaluationText
+from glmexport.workflows.job import Original
 
 GRAPHS = ("model.onnx", "scoring.onnx")
 ALIGNMENT = 4096

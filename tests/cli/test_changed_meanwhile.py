@@ -11,13 +11,13 @@ import builds
 import pytest
 from builds import QUICK, THREADS, TURNS, Sample, no_turns, write_recipe, write_target
 
-from glmexport.bundle import read_manifest
-from glmexport.capture import CaptureOptions, capture_reference
-from glmexport.compile import BuildOptions, validate_bundle
-from glmexport.convert import convert_to_gptq
-from glmexport.errors import CheckpointError
-from glmexport.job import Original
-from glmexport.progress import Silent, Track
+from glmexport.bundle.manifest import read_manifest
+from glmexport.foundation.errors import CheckpointError
+from glmexport.foundation.progress import Silent, Track
+from glmexport.workflows.capture import CaptureOptions, capture_reference
+from glmexport.workflows.convert import convert_to_gptq
+from glmexport.workflows.job import Original
+from glmexport.workflows.validate import BuildOptions, validate_bundle
 
 RECIPE = "rtn-w4g32"
 

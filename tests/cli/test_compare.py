@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from builds import Outcome, Run
 
-from glmexport.errors import EXIT_BLOCK, EXIT_INCONCLUSIVE, EXIT_INPUT, EXIT_MACHINE, EXIT_PASS
+from glmexport.foundation.errors import EXIT_BLOCK, EXIT_INCONCLUSIVE, EXIT_INPUT, EXIT_MACHINE, EXIT_PASS
 from glmexport.report.comparison import Comparison
 from glmexport.report.document import Report, schema_text
 from glmexport.report.write import write_report

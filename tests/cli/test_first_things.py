@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 from builds import TARGET, THREADS, Run, Sample, small_checkpoint, write_target
 
-from glmexport.compile import BuildOptions, build, validate_bundle
-from glmexport.errors import EXIT_INPUT, EXIT_MACHINE, InputError
-from glmexport.job import Job, Original
-from glmexport.progress import Silent
-from glmexport.recipe import open_recipe
-from glmexport.target import open_target
+from glmexport.foundation.errors import EXIT_INPUT, EXIT_MACHINE, InputError
+from glmexport.foundation.progress import Silent
+from glmexport.foundation.recipe import open_recipe
+from glmexport.foundation.target import open_target
 from glmexport.validation.behaviour.tasks import Task
+from glmexport.workflows.build import build
+from glmexport.workflows.job import Job, Original
+from glmexport.workflows.validate import BuildOptions, validate_bundle
 
 
 class Ask:
@@ -43,15 +44,15 @@ def ask(sample: Sample, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatc
     def read(path: Path, *_: object) -> str:
         raise AssertionError(f"{path} was read in whole")
 
-    monkeypatch.setattr("glmexport.checkpoint.files._sha256", read)
+    monkeypatch.setattr("glmexport.foundation.files._sha256", read)
     # Of a graph the conversion has to know what it stores.
     monkeypatch.setattr("glmexport.bundle.manifest.verify_files", read)
-    monkeypatch.setattr("glmexport.matching.verify_files", read)
+    monkeypatch.setattr("glmexport.workflows.matching.verify_files", read)
     return asked
 
 
 def full(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("glmexport.disk.shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr("glmexport.foundation.disk.shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
 
 
 def without_provider(bundle: Path) -> None:

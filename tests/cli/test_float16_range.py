@@ -10,15 +10,16 @@ from builds import THREADS, build, small_checkpoint, write_recipe
 from models import MIXTURE
 from safetensors.torch import load_file, save_file
 
-import glmexport.compile
+import glmexport.workflows.build
 from glmexport.bundle.manifest import LargestActivation, read_manifest
-from glmexport.compile import BuildOptions, BuiltUnrun
-from glmexport.job import Job, Original
-from glmexport.progress import Silent
-from glmexport.recipe import open_recipe
-from glmexport.target import open_target
+from glmexport.foundation.progress import Silent
+from glmexport.foundation.recipe import open_recipe
+from glmexport.foundation.target import open_target
+from glmexport.results.record import Verdict
 from glmexport.validation.gates import range_gate
-from glmexport.validation.results import Verdict
+from glmexport.workflows.build import BuiltUnrun
+from glmexport.workflows.job import Job, Original
+from glmexport.workflows.validate import BuildOptions
 
 DOWN = "model.layers.0.mlp.down_proj.weight"
 NAME = "Largest activation in float16"
@@ -36,7 +37,7 @@ def louder(directory: Path, family: str, factor: float) -> Path:
 def built(checkpoint: Path, place: Path, target: str) -> BuiltUnrun:
     original = Original.open(str(checkpoint), Silent())
     job = Job(open_target(target), open_recipe(str(write_recipe(place))), place / "bundle")
-    (bundle,) = glmexport.compile.build(original, [job], BuildOptions(THREADS), Silent())
+    (bundle,) = glmexport.workflows.build.build(original, [job], BuildOptions(THREADS), Silent())
     assert isinstance(bundle, BuiltUnrun)
     return bundle
 

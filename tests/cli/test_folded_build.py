@@ -9,13 +9,14 @@ from builds import RECIPE, Run, build, write_recipe, write_target
 from models import write_uneven
 from torch import Tensor
 
-from glmexport.architecture import Reference, describe
-from glmexport.bundle import read_manifest
-from glmexport.bundle.write import FOLDS
-from glmexport.checkpoint import Checkpoint
-from glmexport.job import Original
-from glmexport.progress import Silent
-from glmexport.validation.session import ScoringSession
+from glmexport.bundle.manifest import read_manifest
+from glmexport.bundle.names import FOLDS
+from glmexport.checkpoint.checkpoint import Checkpoint
+from glmexport.engine.scoring import ScoringSession
+from glmexport.foundation.progress import Silent
+from glmexport.reference.describe import describe
+from glmexport.reference.reference import Reference
+from glmexport.workflows.job import Original
 
 
 def logits(checkpoint: Checkpoint, ids: Tensor) -> Tensor:

@@ -9,14 +9,14 @@ import pytest
 from builds import RECIPE, Run, Sample, session, small_checkpoint, write_recipe, write_target
 from models import MIXTURE
 
-from glmexport.bundle import read_manifest
-from glmexport.errors import EXIT_INCONCLUSIVE, EXIT_INPUT
-from glmexport.host import CPU_PROVIDER, Host
-from glmexport.loop import FixedLoopConfig, read_loop
-from glmexport.target import open_target, shipped_targets
-from glmexport.validation.caches import CACHE_TYPES
-from glmexport.validation.fixed import FixedGraph
-from glmexport.validation.generation import GenerationSession
+from glmexport.bundle.loop import FixedLoopConfig, read_loop
+from glmexport.bundle.manifest import read_manifest
+from glmexport.engine.caches import CACHE_TYPES
+from glmexport.engine.fixed import FixedGraph
+from glmexport.engine.generation import GenerationSession
+from glmexport.foundation.errors import EXIT_INCONCLUSIVE, EXIT_INPUT
+from glmexport.foundation.host import CPU_PROVIDER, Host
+from glmexport.foundation.target import open_target, shipped_targets
 
 AVX2 = Host("x86_64", frozenset({"avx2", "fma"}))
 #: With this provider and native, bundles of another class run here.

@@ -16,7 +16,7 @@ import pytest
 from builds import TARGET, THREADS, Sample, digests
 
 import glmexport
-from glmexport.errors import EXIT_INPUT, EXIT_INTERRUPTED
+from glmexport.foundation.errors import EXIT_INPUT, EXIT_INTERRUPTED
 
 pytestmark = pytest.mark.slow
 

@@ -10,14 +10,14 @@ import torch
 from builds import RECIPE, THREADS, Run, build, write_recipe, write_target
 from models import MIXTURE, write_checkpoint
 
-from glmexport.architecture import Reference
-from glmexport.bundle import read_manifest
-from glmexport.job import Original
-from glmexport.progress import Silent
+from glmexport.bundle.manifest import read_manifest
+from glmexport.engine.generation import GenerationSession
+from glmexport.foundation.progress import Silent
+from glmexport.reference.reference import Reference
 from glmexport.report.document import read_report
-from glmexport.validation.generation import GenerationSession
 from glmexport.validation.reference import reference_states
 from glmexport.validation.texts import EvaluationText
+from glmexport.workflows.job import Original
 
 LAYERS: dict[str, Any] = {"num_hidden_layers": 3, "mlp_layer_types": ["dense", "sparse", "sparse"]}
 INDEXED = {"index_topk": 64, "index_n_heads": 32, "index_head_dim": 24, "indexer_types": ["full", "shared", "shared"]}

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import pytest
 from builds import Sample
 
-from glmexport.errors import EXIT_MACHINE
-from glmexport.extras import EXTRAS, lacking
+from glmexport.foundation.errors import EXIT_MACHINE
+from glmexport.foundation.extras import EXTRAS, lacking
 
 #: Has every optional package missing, and runs command lines one after the other: importing the rest takes seconds.
 DRIVER = """

@@ -14,15 +14,15 @@ from builds import RECIPE, TARGET, THREADS, Run, build, bundle_weights, digests,
 from models import MIXTURE, write_checkpoint
 from safetensors.torch import load_file, save_file
 
-from glmexport.architecture import Reference
-from glmexport.bundle import read_manifest, verify_files
-from glmexport.bundle.read import bundle_folds
-from glmexport.checkpoint import Tokenizer
-from glmexport.generation import generate
-from glmexport.job import Original
-from glmexport.progress import Silent
-from glmexport.recipe import Format
+from glmexport.assembly.read import bundle_folds
+from glmexport.bundle.manifest import read_manifest, verify_files
+from glmexport.engine.text import generate
+from glmexport.foundation.progress import Silent
+from glmexport.foundation.recipe import Format
+from glmexport.reference.reference import Reference
 from glmexport.report.document import read_report
+from glmexport.tokenizer.tokenizer import Tokenizer
+from glmexport.workflows.job import Original
 
 SHAPE: dict[str, Any] = MIXTURE | {"num_hidden_layers": 2, "use_qk_norm": True}
 

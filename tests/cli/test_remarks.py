@@ -8,7 +8,7 @@ from pathlib import Path
 
 from builds import Run, Sample
 
-from glmexport.errors import EXIT_PASS
+from glmexport.foundation.errors import EXIT_PASS
 
 
 def test_inspect_tells_of_tokens_without_ids_and_of_a_context_that_stayed(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from builds import Run, Sample
 
-from glmexport.bundle import MANIFEST
+from glmexport.bundle.manifest import MANIFEST
 from glmexport.cli.console import PlainConsole, Terminal, emit, say
 from glmexport.report.document import JSON_NAME
 

@@ -17,10 +17,10 @@ from builds import TARGET, Run, Sample, build, small_checkpoint, write_target
 from gptq_files import quantize
 from safetensors.torch import load_file, save_file
 
-import glmexport.tune
-from glmexport.errors import EXIT_INPUT, EXIT_INTERRUPTED
-from glmexport.evidence import Evidence
-from glmexport.target import open_target
+import glmexport.workflows.tune
+from glmexport.foundation.errors import EXIT_INPUT, EXIT_INTERRUPTED
+from glmexport.foundation.evidence import Evidence
+from glmexport.foundation.target import open_target
 from glmexport.tuning.measure import Times
 from glmexport.tuning.streams import Streams
 
@@ -57,21 +57,21 @@ class Side:
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """One core, and text of two languages."""
-    monkeypatch.setattr("glmexport.validation.machine.cores", lambda: CORES)
-    documents = glmexport.tune.evaluation_documents
+    monkeypatch.setattr("glmexport.foundation.machine.cores", lambda: CORES)
+    documents = glmexport.workflows.tune.evaluation_documents
 
     def few(*arguments: Any) -> list[Any]:
         every = documents(*arguments)
         return [next(document for document in every if document.language == language) for language in ("en", "zh")]
 
-    monkeypatch.setattr(glmexport.tune, "evaluation_documents", few)
+    monkeypatch.setattr(glmexport.workflows.tune, "evaluation_documents", few)
 
 
 @pytest.fixture
 def seconds(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[str, dict[str, Any]], float]], None]:
     def known(function: Callable[[str, dict[str, Any]], float]) -> None:
         monkeypatch.setattr(Side, "seconds", staticmethod(function), raising=False)
-        monkeypatch.setattr(glmexport.tune, "Side", Side)
+        monkeypatch.setattr(glmexport.workflows.tune, "Side", Side)
 
     return known
 
@@ -241,7 +241,7 @@ def test_what_cannot_be_used_is_told_before_anything_is_measured(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_target(tmp_path, {"bits = [2, 4, 8]": "bits = [4]"}, "four")
-    monkeypatch.setattr(glmexport.tune, "reference_states", lambda *_, **__: pytest.fail("measured"))
+    monkeypatch.setattr(glmexport.workflows.tune, "reference_states", lambda *_, **__: pytest.fail("measured"))
     outcome = run("tune", sample.checkpoint, *options)
     assert outcome.code == EXIT_INPUT and message in outcome.stderr.replace("\n", " "), outcome.stderr
     assert "Traceback" not in outcome.stderr and [path.name for path in tmp_path.iterdir()] == ["four.toml"]

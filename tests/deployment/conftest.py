@@ -17,10 +17,11 @@ from builds import Sample, run, sample
 from signatures import authority, keys, release, signed
 from sshd import PYTHON, Sshd, sshd
 
-from glmexport.deployment import Site, open_site
 from glmexport.deployment.signed import SignedBundle
-from glmexport.progress import Silent
-from glmexport.release import KeyFiles, open_signatory, sign
+from glmexport.deployment.site import Site, open_site
+from glmexport.foundation.progress import Silent
+from glmexport.release.keys import KeyFiles, open_signatory
+from glmexport.release.signing import sign
 
 __all__ = ["authority", "keys", "release", "run", "sample", "signed", "sshd"]
 HERE = Path(__file__).parent

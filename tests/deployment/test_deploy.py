@@ -18,11 +18,9 @@ from deployment.conftest import DAMAGED, Places, Releases, free_port, key_pair, 
 from sshd import Sshd
 from validation.devices.conftest import Hooked
 
-from glmexport.deployment import deploy, prune, roll_back, status
-from glmexport.deployment.program.__main__ import main
-from glmexport.deployment.rollout import Wishes
+from glmexport.deployment.rollout import Wishes, deploy, prune, roll_back, status
 from glmexport.deployment.signed import SignedBundle
-from glmexport.errors import (
+from glmexport.foundation.errors import (
     EXIT_BLOCK,
     EXIT_INPUT,
     EXIT_MACHINE,
@@ -31,9 +29,10 @@ from glmexport.errors import (
     DefinitionError,
     UnverifiedError,
 )
-from glmexport.progress import Silent
+from glmexport.foundation.progress import Silent
 from glmexport.release.verifier import verify
-from glmexport.validation.devices import transfer
+from glmexport.wire import transfer
+from glmexport.wire.server.__main__ import main
 
 pytest.importorskip("asyncssh", reason="the extra 'deploy' is not installed")
 
@@ -180,7 +179,7 @@ def test_what_is_changed_on_the_way_is_refused(
 
 def transfer_entry(path: Path, name: str):  # type: ignore[no-untyped-def]
     from glmexport.bundle.manifest import FileEntry
-    from glmexport.quantization import sha256
+    from glmexport.foundation.files import sha256
 
     return FileEntry(path=name, size=path.stat().st_size, sha256=sha256(path))
 
@@ -240,7 +239,7 @@ def test_a_connection_that_is_cut_is_taken_up_again(
 ) -> None:
     """While files are sent, and while they are put together; of the switch, see test_killed."""
     monkeypatch.setattr(transfer, "CHUNK", 1 << 14)
-    monkeypatch.setattr("glmexport.ssh._WAIT_S", 0.05)
+    monkeypatch.setattr("glmexport.wire.ssh._WAIT_S", 0.05)
     place = places()
     site = write_site(tmp_path / "site.toml", releases, place.toml("a", sshd))
     release = releases.signed(1)
@@ -351,7 +350,7 @@ def test_the_command_line(run: Run, releases: Releases, places: Places, sshd: Ss
     ],
 )
 def test_sites_that_are_none(tmp_path: Path, text: str, message: str) -> None:
-    from glmexport.deployment import open_site
+    from glmexport.deployment.site import open_site
 
     path = tmp_path / "site.toml"
     path.write_text(text)
@@ -362,7 +361,8 @@ def test_sites_that_are_none(tmp_path: Path, text: str, message: str) -> None:
 
 
 def test_units_are_what_systemd_reads(releases: Releases, sshd: Sshd, tmp_path: Path) -> None:
-    from glmexport.deployment import Server, service_unit, socket_unit
+    from glmexport.deployment.site import Server
+    from glmexport.deployment.unit import service_unit, socket_unit
 
     server = Server(at="ssh://x", glmexport="/bin/true", api_key_file="/etc/key", listen="::", allow=("10.0.0.0/8",))
     for name, text in (("glmexport.socket", socket_unit(server)), ("glmexport.service", service_unit(server))):
@@ -377,7 +377,8 @@ def test_units_are_what_systemd_reads(releases: Releases, sshd: Sshd, tmp_path: 
 
 def test_units_have_words_as_they_are(tmp_path: Path) -> None:
     """Nothing of a path is replaced by systemd, or taken for another word or line."""
-    from glmexport.deployment import Server, service_unit
+    from glmexport.deployment.site import Server
+    from glmexport.deployment.unit import service_unit
 
     strange = tmp_path / "a b%h'c\"d;e$HOME"
     # systemd has no quotes in the path of a program.
@@ -407,7 +408,7 @@ def test_units_have_words_as_they_are(tmp_path: Path) -> None:
 @pytest.mark.parametrize("character", ["\n", "\r", "\0", "\x1b", "\x85", "\u2028"])
 @pytest.mark.parametrize("key", ["root", "python", "glmexport", "api_key_file", "serve_options", "restart"])
 def test_a_site_has_no_characters_that_nobody_sees(key: str, character: str, tmp_path: Path) -> None:
-    from glmexport.deployment import open_site
+    from glmexport.deployment.site import open_site
 
     value = f"/a{character}ExecStartPre=/bin/b"
     wrong = [value] if key in ("serve_options", "restart") else value
@@ -420,7 +421,7 @@ def test_a_site_has_no_characters_that_nobody_sees(key: str, character: str, tmp
 @pytest.mark.parametrize("key", ["root", "python", "glmexport", "api_key_file"])
 @pytest.mark.parametrize("value", ["-x", "--help", "@/bin/x", "!/bin/x", "+/bin/x", ":/x", "|x", "", "/x\\", "$HOME/x"])
 def test_a_site_has_paths_that_are_paths(key: str, value: str, tmp_path: Path) -> None:
-    from glmexport.deployment import open_site
+    from glmexport.deployment.site import open_site
 
     path = tmp_path / "site.toml"
     path.write_text(f'trust = "x"\n[servers.a]\nat = "ssh://x"\n{key} = {json.dumps(value)}\n')

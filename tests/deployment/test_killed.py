@@ -16,13 +16,13 @@ import pytest
 from deployment.conftest import DAMAGED, Place, Places, Releases, free_port, write_site
 from sshd import Sshd
 
-from glmexport.deployment import Site, deploy
-from glmexport.deployment.program.answering import Endpoint
-from glmexport.deployment.program.ledger import Ledger
-from glmexport.deployment.rollout import Wishes
+from glmexport.deployment.rollout import Wishes, deploy
 from glmexport.deployment.signed import SignedBundle
-from glmexport.progress import Silent
+from glmexport.deployment.site import Site
+from glmexport.foundation.progress import Silent
 from glmexport.release.verifier import verify
+from glmexport.wire.server.answering import Endpoint
+from glmexport.wire.server.ledger import Ledger
 
 pytest.importorskip("asyncssh", reason="the extra 'deploy' is not installed")
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glmexport.deployment.program.ledger import BACK, BEGINNING, CONFIRMED, SWITCHING, Ledger
-from glmexport.validation.devices.program.files import Failure
+from glmexport.wire.server.ledger import BACK, BEGINNING, CONFIRMED, SWITCHING, Ledger
+from glmexport.wire.standalone import Failure
 
 
 def written(path: Path, *events: str) -> Ledger:

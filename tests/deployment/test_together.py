@@ -16,14 +16,14 @@ import pytest
 from deployment.conftest import Place, Places, Releases, write_site
 from sshd import Sshd
 
-from glmexport.deployment import Outcome, Site, deploy, prune
-from glmexport.deployment.program.__main__ import main
-from glmexport.deployment.program.layout import Root
-from glmexport.deployment.rollout import Wishes
+from glmexport.deployment.rollout import Outcome, Wishes, deploy, prune
 from glmexport.deployment.signed import SignedBundle
-from glmexport.progress import Silent
+from glmexport.deployment.site import Site
+from glmexport.foundation.progress import Silent
 from glmexport.release.verifier import verify
-from glmexport.validation.devices.program.files import Failure
+from glmexport.wire.server.__main__ import main
+from glmexport.wire.server.layout import Root
+from glmexport.wire.standalone import Failure
 
 pytest.importorskip("asyncssh", reason="the extra 'deploy' is not installed")
 
@@ -90,7 +90,7 @@ def held(place: Place) -> bool:
 
 HOLDING = """
 import sys
-from glmexport.deployment.program import __main__ as program
+from glmexport.wire.server import __main__ as program
 program._SILENCE_S = float(sys.argv[1])
 sys.exit(program.main(["hold", sys.argv[2]]))
 """

@@ -9,8 +9,8 @@ import pytest
 from deployment.conftest import Places, Releases, write_site
 from sshd import Sshd
 
-from glmexport.deployment import deploy, prune, roll_back, status
-from glmexport.progress import Silent
+from glmexport.deployment.rollout import deploy, prune, roll_back, status
+from glmexport.foundation.progress import Silent
 
 pytest.importorskip("asyncssh", reason="the extra 'deploy' is not installed")
 

@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 from signatures import Authority, Pair
 
-from glmexport.deployment import open_site
-from glmexport.deployment.program.verifying import verified
 from glmexport.deployment.signed import SignedBundle
-from glmexport.errors import DefinitionError, InputError, UnverifiedError
-from glmexport.progress import Silent
-from glmexport.release import KeyFiles, open_signatory, sign
-from glmexport.validation.devices.program.files import Failure
+from glmexport.deployment.site import open_site
+from glmexport.foundation.errors import DefinitionError, InputError, UnverifiedError
+from glmexport.foundation.progress import Silent
+from glmexport.release.keys import KeyFiles, open_signatory
+from glmexport.release.signing import sign
+from glmexport.wire.server.verifying import verified
+from glmexport.wire.standalone import Failure
 
 SITE = 'trust = "{trust}"\nsubject = "{subject}"\n[servers.a]\nat = "ssh://x"\n'
 

@@ -14,18 +14,9 @@ import sys
 
 import atheris
 
-with atheris.instrument_imports(include=["glmexport.serving", "glmexport.validation.behaviour.toolcalls"]):
-    from glmexport.serving.grammar import (
-        CallArguments,
-        CallBegin,
-        Content,
-        Event,
-        Fault,
-        Grammar,
-        Reasoning,
-        arguments_of,
-    )
-    from glmexport.validation.behaviour.toolcalls import parse
+with atheris.instrument_imports(include=["glmexport.serving", "glmexport.chat.tool_calls"]):
+    from glmexport.chat.grammar import CallArguments, CallBegin, Content, Event, Fault, Grammar, Reasoning, arguments_of
+    from glmexport.chat.tool_calls import parse
 
 PARAMETERS = {"type": "object", "properties": {"a": {"type": "string"}, "b": {"type": ["integer", "object", "null"]}}}
 TOOLS = [{"type": "function", "function": {"name": name, "parameters": PARAMETERS}} for name in ("f", "g")]

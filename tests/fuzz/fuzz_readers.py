@@ -22,13 +22,13 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "hostile"))
 with atheris.instrument_imports(include=["glmexport", "json"]):
     from reading import READERS, Reader
 
-    from glmexport.checkpoint.templates import render_template
     from glmexport.demo import demo_checkpoint
-    from glmexport.errors import GlmexportError
+    from glmexport.foundation.errors import GlmexportError
     from glmexport.release import verifier
     from glmexport.serving.failure import Refused
     from glmexport.serving.fields import ChatAsked, TextAsked, read_body
     from glmexport.serving.limits import Limits
+    from glmexport.tokenizer.templates import render_template
 
 PLACE = Path(tempfile.mkdtemp(prefix="fuzz-"))
 #: What one input may take: CPU seconds, and bytes by which the highest resident memory grows.

@@ -9,17 +9,19 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from glmexport.architecture import Reference, describe
-from glmexport.bundle.external import write_graphs
-from glmexport.checkpoint import Checkpoint
-from glmexport.graph import build_graph
-from glmexport.lowering import lower
-from glmexport.progress import Silent
-from glmexport.quantization import WorkDirectory, round_to_nearest
+from glmexport.assembly.external import write_graphs
+from glmexport.checkpoint.checkpoint import Checkpoint
+from glmexport.engine.caches import CACHE_TYPES
+from glmexport.foundation.progress import Silent
+from glmexport.foundation.recipe import Format
+from glmexport.foundation.target import Target, open_target
+from glmexport.graph.build import build_graph
+from glmexport.lowering.pipeline import lower
+from glmexport.quantization.nearest import round_to_nearest
+from glmexport.quantization.store import WorkDirectory
 from glmexport.quantization.weights import Weights
-from glmexport.recipe import Format
-from glmexport.target import Target, open_target
-from glmexport.validation.caches import CACHE_TYPES
+from glmexport.reference.describe import describe
+from glmexport.reference.reference import Reference
 
 CPU = "CPUExecutionProvider"
 

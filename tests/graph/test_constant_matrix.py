@@ -12,16 +12,17 @@ import pytest
 import torch
 from models import write_checkpoint
 
-from glmexport.architecture import describe
-from glmexport.bundle.external import write_graphs
-from glmexport.checkpoint import Checkpoint
-from glmexport.graph import BLOCK
+from glmexport.assembly.external import write_graphs
+from glmexport.checkpoint.checkpoint import Checkpoint
+from glmexport.foundation.progress import Silent
+from glmexport.foundation.recipe import Format
+from glmexport.graph.operators import BLOCK
 from glmexport.lowering.constant import constant_matrix
 from glmexport.lowering.rewrite import Rewrite
-from glmexport.progress import Silent
-from glmexport.quantization import WorkDirectory, round_to_nearest
+from glmexport.quantization.nearest import round_to_nearest
+from glmexport.quantization.store import WorkDirectory
 from glmexport.quantization.weights import Weights
-from glmexport.recipe import Format
+from glmexport.reference.describe import describe
 
 
 @pytest.fixture(scope="module")

@@ -10,14 +10,15 @@ import pytest
 import torch
 from predicting import PREDICTING, Predicting
 
-from glmexport.architecture import Reference, describe
-from glmexport.bundle.external import write_graphs
-from glmexport.checkpoint import Checkpoint
-from glmexport.graph import build_draft, build_graph
-from glmexport.lowering import lower
-from glmexport.progress import Silent
+from glmexport.assembly.external import write_graphs
+from glmexport.checkpoint.checkpoint import Checkpoint
+from glmexport.foundation.progress import Silent
+from glmexport.foundation.target import open_target
+from glmexport.graph.build import build_draft, build_graph
+from glmexport.lowering.pipeline import lower
 from glmexport.quantization.weights import Weights
-from glmexport.target import open_target
+from glmexport.reference.describe import describe
+from glmexport.reference.reference import Reference
 
 TOLERANCE = 1e-4
 CAPACITY = 40

@@ -16,21 +16,22 @@ from forms import CPU, EXACT, Session, changed, weights_of
 from forms import export as export_dynamic
 from models import MIXTURE, write_checkpoint
 
-from glmexport.architecture import Reference
-from glmexport.bundle.external import write_graphs
-from glmexport.bundle.genai import loop_config
-from glmexport.bundle.write import graphs_of
-from glmexport.errors import InputError
-from glmexport.graph import cache_bytes_per_token, fixed_sizes
-from glmexport.loop import FixedLoopConfig
-from glmexport.lowering import lower
+from glmexport.assembly.external import write_graphs
+from glmexport.assembly.genai import loop_config
+from glmexport.assembly.write import graphs_of
+from glmexport.bundle.loop import FixedLoopConfig
+from glmexport.engine.fixed import FixedGraph
+from glmexport.foundation.errors import InputError
+from glmexport.foundation.progress import Silent
+from glmexport.foundation.recipe import Format
+from glmexport.foundation.target import Target, open_target
+from glmexport.graph.build import cache_bytes_per_token
+from glmexport.graph.fixed import fixed_sizes
 from glmexport.lowering.explain import lowerings
 from glmexport.lowering.fixed_attention import UNSEEN
-from glmexport.progress import Silent
+from glmexport.lowering.pipeline import lower
 from glmexport.quantization.weights import Weights
-from glmexport.recipe import Format
-from glmexport.target import Target, open_target
-from glmexport.validation.fixed import FixedGraph
+from glmexport.reference.reference import Reference
 
 TOLERANCE = 1e-4
 CHUNK, CAPACITY = 16, 56

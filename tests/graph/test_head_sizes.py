@@ -12,12 +12,12 @@ import torch
 from forms import EXACT, Session, changed, export, weights_of
 from models import TINY, write_checkpoint
 
-from glmexport.errors import InputError
-from glmexport.graph import unfit_heads
-from glmexport.job import Job, Original, refuse_formats
-from glmexport.progress import Silent
-from glmexport.recipe import open_recipe
-from glmexport.target import Target, open_target
+from glmexport.foundation.errors import InputError
+from glmexport.foundation.progress import Silent
+from glmexport.foundation.recipe import open_recipe
+from glmexport.foundation.target import Target, open_target
+from glmexport.graph.heads import unfit_heads
+from glmexport.workflows.job import Job, Original, refuse_formats
 
 TOLERANCE = 1e-4
 HEADS = changed(weights={"accuracy_level": 0}, graph={"latent_cache": False})

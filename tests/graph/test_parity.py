@@ -12,15 +12,16 @@ from builds import carried
 from models import MIXTURE, write_checkpoint
 from transformers import AutoModelForCausalLM
 
-from glmexport.architecture import Reference, describe
-from glmexport.bundle.external import write_graphs
-from glmexport.checkpoint import Checkpoint
+from glmexport.assembly.external import write_graphs
+from glmexport.checkpoint.checkpoint import Checkpoint
 from glmexport.demo import demo_checkpoint
-from glmexport.graph import build_graph
-from glmexport.lowering import lower
-from glmexport.progress import Silent
+from glmexport.foundation.progress import Silent
+from glmexport.foundation.target import open_target
+from glmexport.graph.build import build_graph
+from glmexport.lowering.pipeline import lower
 from glmexport.quantization.weights import Weights
-from glmexport.target import open_target
+from glmexport.reference.describe import describe
+from glmexport.reference.reference import Reference
 
 TOLERANCE = 1e-4
 

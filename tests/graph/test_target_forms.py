@@ -16,15 +16,15 @@ from forms import CPU, EXACT, Session, changed, export, weights_of
 from models import MIXTURE, write_checkpoint
 from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKernel
 
-from glmexport.bundle.cache_scales import calibrate_caches, set_scales
-from glmexport.bundle.read import BundleWeights
-from glmexport.errors import InputError
-from glmexport.graph import cache_bytes_per_token
+from glmexport.assembly.cache_scales import calibrate_caches, set_scales
+from glmexport.assembly.read import BundleWeights
+from glmexport.engine.caches import CACHE_TYPES
+from glmexport.foundation.errors import InputError
+from glmexport.foundation.progress import Silent
+from glmexport.foundation.recipe import Format
+from glmexport.graph.build import cache_bytes_per_token
 from glmexport.lowering.precision import as_type
-from glmexport.progress import Silent
 from glmexport.quantization.weights import Weights
-from glmexport.recipe import Format
-from glmexport.validation.caches import CACHE_TYPES
 
 W4, W8 = Format(bits=4, group_size=32), Format(bits=8, group_size=32)
 SIGNED = Format(bits=4, group_size=32, symmetric=True)

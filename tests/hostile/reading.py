@@ -19,10 +19,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from glmexport.bundle import MANIFEST, read_manifest
-from glmexport.bundle.genai import GENAI_CONFIG
+from glmexport.bundle.genai_config import GenaiConfig
+from glmexport.bundle.loop import LOOP_CONFIG, read_loop
+from glmexport.bundle.manifest import MANIFEST, read_manifest
+from glmexport.bundle.names import GENAI_CONFIG
 from glmexport.calibration.corpus import user_documents
-from glmexport.checkpoint import Tokenizer
 from glmexport.checkpoint.adapter_config import AdapterConfig
 from glmexport.checkpoint.config import ConfigReader
 from glmexport.checkpoint.gptq import read_settings
@@ -31,21 +32,20 @@ from glmexport.checkpoint.index import INDEX, read_index
 from glmexport.checkpoint.source import refuse_hazards
 from glmexport.demo import demo_checkpoint
 from glmexport.deployment.site import open_site
-from glmexport.errors import GlmexportError
-from glmexport.loop import LOOP_CONFIG, read_loop
+from glmexport.devices.answers import DeviceAnswers
+from glmexport.devices.fleet import open_fleet
+from glmexport.devices.job import JOB, RESULT, read_job
+from glmexport.devices.kit import KitResultRunner
+from glmexport.foundation.errors import GlmexportError
+from glmexport.foundation.target import open_policy, open_target
 from glmexport.release import verifier
 from glmexport.release.layout import parse_image, read_layout
 from glmexport.release.registry import Access
 from glmexport.release.release import read_release
 from glmexport.report.document import JSON_NAME, read_report
-from glmexport.target import open_policy, open_target
+from glmexport.tokenizer.tokenizer import Tokenizer
 from glmexport.validation.behaviour.tasks import read_tasks
 from glmexport.validation.capture import REFERENCE, CapturedReference
-from glmexport.validation.devices.answers import DeviceAnswers
-from glmexport.validation.devices.fleet import open_fleet
-from glmexport.validation.devices.job import JOB, RESULT, read_job
-from glmexport.validation.devices.kit import KitResultRunner
-from glmexport.validation.genai_config import GenaiConfig
 
 CONFIG = "config.json"
 

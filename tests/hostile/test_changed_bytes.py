@@ -14,12 +14,12 @@ from builds import Run, Sample
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from glmexport.bundle import MANIFEST, Manifest, read_manifest, verify_files
-from glmexport.bundle.genai import GENAI_CONFIG
-from glmexport.errors import EXIT_BLOCK, EXIT_INPUT, EXIT_PASS, BundleError, GlmexportError
-from glmexport.loop import LOOP_CONFIG, read_loop
+from glmexport.bundle.genai_config import GenaiConfig
+from glmexport.bundle.loop import LOOP_CONFIG, read_loop
+from glmexport.bundle.manifest import MANIFEST, Manifest, read_manifest, verify_files
+from glmexport.bundle.names import GENAI_CONFIG
+from glmexport.foundation.errors import EXIT_BLOCK, EXIT_INPUT, EXIT_PASS, BundleError, GlmexportError
 from glmexport.report.document import JSON_NAME, read_report
-from glmexport.validation.genai_config import GenaiConfig
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),

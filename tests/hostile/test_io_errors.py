@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from builds import TARGET, Sample
 
-from glmexport.bundle import read_manifest, verify_files
-from glmexport.errors import EXIT_INCONCLUSIVE, EXIT_MACHINE
+from glmexport.bundle.manifest import read_manifest, verify_files
+from glmexport.foundation.errors import EXIT_INCONCLUSIVE, EXIT_MACHINE
 
 pytestmark = pytest.mark.slow
 

@@ -10,7 +10,7 @@ import pytest
 from builds import Run, Sample
 from hub import cached
 
-from glmexport.errors import EXIT_INCONCLUSIVE, EXIT_INPUT, EXIT_MACHINE, EXIT_PASS
+from glmexport.foundation.errors import EXIT_INCONCLUSIVE, EXIT_INPUT, EXIT_MACHINE, EXIT_PASS
 
 
 @pytest.fixture(params=[False, True], ids=["repository", "shared"])

@@ -12,12 +12,12 @@ import pytest
 from builds import TARGET, Run, Sample, write_target
 from forged import forge
 
-from glmexport.bundle import MANIFEST
-from glmexport.bundle.genai import GENAI_CONFIG
-from glmexport.errors import EXIT_INPUT, EXIT_PASS, BundleError
-from glmexport.loop import LOOP_CONFIG, read_loop
-from glmexport.session_settings import PROVIDER_OPTIONS, SESSION_ENTRIES
-from glmexport.validation.genai_config import GenaiConfig
+from glmexport.bundle.genai_config import GenaiConfig
+from glmexport.bundle.loop import LOOP_CONFIG, read_loop
+from glmexport.bundle.manifest import MANIFEST
+from glmexport.bundle.names import GENAI_CONFIG
+from glmexport.foundation.errors import EXIT_INPUT, EXIT_PASS, BundleError
+from glmexport.foundation.session_settings import PROVIDER_OPTIONS, SESSION_ENTRIES
 
 #: Settings that name a library, or a file that is read or written; some by the name of onnxruntime-genai.
 SETTINGS = [

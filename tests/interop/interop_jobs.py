@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-import glmexport.compile
-from glmexport.convert import convert_to_gptq
+import glmexport.workflows.build
 from glmexport.demo import demo_checkpoint
-from glmexport.job import Original
-from glmexport.progress import Silent
+from glmexport.foundation.progress import Silent
+from glmexport.workflows.convert import convert_to_gptq
+from glmexport.workflows.job import Original
 
 VARIABLE = "GLMEXPORT_GPTQMODEL_PYTHON"
 DRIVER = Path(__file__).with_name("gptqmodel_driver.py")
@@ -91,7 +91,7 @@ def build_unvalidated(checkpoint: Path, bundle: Path, recipe: str) -> Path:
     from builds import build
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(glmexport.compile, "_validated", lambda *_: None)
+        patch.setattr(glmexport.workflows.build, "validated", lambda *_: None)
         build(checkpoint, bundle, recipe)
     return bundle
 

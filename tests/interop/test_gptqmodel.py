@@ -17,10 +17,10 @@ from interop_jobs import IDS, OURS, SETTINGS, build_unvalidated
 from safetensors.torch import load_file
 from torch import Tensor
 
-from glmexport.architecture import Reference
-from glmexport.errors import CheckpointError
-from glmexport.job import Original
-from glmexport.progress import Silent
+from glmexport.foundation.errors import CheckpointError
+from glmexport.foundation.progress import Silent
+from glmexport.reference.reference import Reference
+from glmexport.workflows.job import Original
 
 READABLE = [name for name in SETTINGS if name != "act-order"]
 WRITTEN = [f"{recipe}-{library}" for recipe in OURS for library in ("gptqmodel", "transformers")]

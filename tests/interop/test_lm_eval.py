@@ -20,7 +20,7 @@ from interop_jobs import build_unvalidated
 
 import glmexport
 from glmexport.demo import demo_checkpoint
-from glmexport.errors import EXIT_INPUT
+from glmexport.foundation.errors import EXIT_INPUT
 
 VARIABLE = "GLMEXPORT_LM_EVAL_PYTHON"
 ROWS = [

@@ -12,11 +12,11 @@ from builds import THREADS, build, small_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 
-import glmexport.compile
 import glmexport.lm_eval.answering
-from glmexport.architecture import Reference
-from glmexport.errors import InputError
-from glmexport.job import Original
+import glmexport.workflows.build
+from glmexport.engine.generation import GenerationSession
+from glmexport.foundation.errors import InputError
+from glmexport.foundation.progress import Silent
 from glmexport.lm_eval.answering import (
     Ending,
     Prompt,
@@ -27,8 +27,8 @@ from glmexport.lm_eval.answering import (
     verified_texts,
     whole_stream,
 )
-from glmexport.progress import Silent
-from glmexport.validation.generation import GenerationSession
+from glmexport.reference.reference import Reference
+from glmexport.workflows.job import Original
 
 PREFIX = (262, 263)
 
@@ -52,7 +52,7 @@ def original(model: Any, place: Path) -> Original:
 @pytest.fixture(scope="module")
 def session(original: Original, place: Path) -> GenerationSession:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(glmexport.compile, "_validated", lambda *_: None)
+        patch.setattr(glmexport.workflows.build, "validated", lambda *_: None)
         build(place / "checkpoint", place / "bundle", "fp32")
     return GenerationSession(place / "bundle", THREADS)
 

@@ -14,12 +14,12 @@ from builds import THREADS, build, small_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 
-import glmexport.compile
 import glmexport.lm_eval.likelihood
-from glmexport.architecture import Reference
-from glmexport.bundle import read_manifest
-from glmexport.errors import InputError
-from glmexport.job import Original
+import glmexport.workflows.build
+from glmexport.bundle.manifest import read_manifest
+from glmexport.engine.scoring import ScoringSession
+from glmexport.foundation.errors import InputError
+from glmexport.foundation.progress import Silent
 from glmexport.lm_eval.likelihood import (
     Likelihood,
     Request,
@@ -28,8 +28,8 @@ from glmexport.lm_eval.likelihood import (
     fitted,
     windows,
 )
-from glmexport.progress import Silent
-from glmexport.validation.session import ScoringSession
+from glmexport.reference.reference import Reference
+from glmexport.workflows.job import Original
 
 PREFIX = [262, 263]
 
@@ -48,7 +48,7 @@ def model(place: Path) -> Any:
 @pytest.fixture(scope="module")
 def session(model: Any, place: Path) -> ScoringSession:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(glmexport.compile, "_validated", lambda *_: None)
+        patch.setattr(glmexport.workflows.build, "validated", lambda *_: None)
         build(place / "checkpoint", place / "bundle", "fp32")
     return ScoringSession(place / "bundle", read_manifest(place / "bundle"), THREADS)
 

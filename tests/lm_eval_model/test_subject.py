@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 from builds import build, small_checkpoint
 
-import glmexport.compile
 import glmexport.lm_eval.subject
-from glmexport.errors import BundleError, InputError
+import glmexport.workflows.build
+from glmexport.foundation.errors import BundleError, InputError
+from glmexport.foundation.progress import Silent
 from glmexport.lm_eval.answering import Ending, Prompt
 from glmexport.lm_eval.likelihood import Request
 from glmexport.lm_eval.subject import BundleSubject, CheckpointSubject, Settings
-from glmexport.progress import Silent
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_a_bundle_that_is_none(tmp_path: Path) -> None:
 def test_a_bundle_and_its_checkpoint_are_asked_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint, bundle = tmp_path / "checkpoint", tmp_path / "bundle"
     small_checkpoint(checkpoint)
-    monkeypatch.setattr(glmexport.compile, "_validated", lambda *_: None)
+    monkeypatch.setattr(glmexport.workflows.build, "validated", lambda *_: None)
     build(checkpoint, bundle, "fp32")
     progress = Silent()
     arguments: list[dict[str, Any]] = [

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from glmexport.quantization import QuantizedLinear
-from glmexport.recipe import Format
+from glmexport.formats.quantized_linear import QuantizedLinear
+from glmexport.foundation.recipe import Format
 
 EVERY_FORM = [
     Format(bits=bits, group_size=size, symmetric=symmetric)

@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import RECIPE, Model
 
-from glmexport.errors import InputError
+from glmexport.formats.quantized_linear import stored_bits
+from glmexport.foundation.errors import InputError
+from glmexport.foundation.recipe import Budget, Format, Recipe
 from glmexport.quantization.allocation import allocate, available_bits, require_fit, tie_groups
 from glmexport.quantization.decisions import ALLOCATION
-from glmexport.quantization.linear import stored_bits
 from glmexport.quantization.weights import Weights
-from glmexport.recipe import Budget, Format, Recipe
 
 CANDIDATES = (
     Format(bits=2, group_size=32),

@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from glmexport.architecture.reference import CPU
-from glmexport.device import device_name, open_device, plan_on, running_on
-from glmexport.errors import InputError, MachineError
-from glmexport.recipe import Budget
+from glmexport.foundation.errors import InputError, MachineError
+from glmexport.foundation.recipe import Budget
+from glmexport.reference.reference import CPU
+from glmexport.workflows.device import device_name, open_device, plan_on, running_on
 
 pytestmark = pytest.mark.slow
 CUDA = torch.device("cuda", 0)

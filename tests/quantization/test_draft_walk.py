@@ -9,11 +9,16 @@ from builds import FORMATS, write_recipe
 from models import write_predicting
 from predicting import PREDICTING
 
-from glmexport.architecture import Linear, MixtureOfExperts, TokenPrediction
-from glmexport.job import Original
-from glmexport.progress import Silent
-from glmexport.quantization import Walk, WorkDirectory, plan_memory, round_to_nearest
-from glmexport.recipe import open_recipe
+from glmexport.architecture.description import Linear
+from glmexport.architecture.experts import MixtureOfExperts
+from glmexport.architecture.token_prediction import TokenPrediction
+from glmexport.foundation.progress import Silent
+from glmexport.foundation.recipe import open_recipe
+from glmexport.quantization.memory import plan_memory
+from glmexport.quantization.nearest import round_to_nearest
+from glmexport.quantization.store import WorkDirectory
+from glmexport.quantization.walk import Walk
+from glmexport.workflows.job import Original
 
 SHARED = "\n[shared]\nbits = 4\ngroup_size = 16\n"
 

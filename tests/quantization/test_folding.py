@@ -10,13 +10,14 @@ from matrices import generator
 from models import write_uneven
 from torch import Tensor
 
-from glmexport.architecture import Reference, describe
-from glmexport.checkpoint import Checkpoint, Fold
-from glmexport.checkpoint.fold import as_tensors, from_tensors
-from glmexport.progress import Silent
+from glmexport.checkpoint.checkpoint import Checkpoint
+from glmexport.checkpoint.fold import Fold, as_tensors, from_tensors
+from glmexport.foundation.progress import Silent
+from glmexport.foundation.recipe import Format
 from glmexport.quantization.folding import _candidates, choose_folds
 from glmexport.quantization.nearest import round_to_nearest
-from glmexport.recipe import Format
+from glmexport.reference.describe import describe
+from glmexport.reference.reference import Reference
 
 W4G32 = Format(bits=4, group_size=32)
 PREFIX = 1

@@ -7,9 +7,12 @@ import torch
 from matrices import generator
 from torch import Tensor
 
-from glmexport.quantization import Problem, QuantizedLinear, gptq, round_to_nearest
+from glmexport.formats.quantized_linear import QuantizedLinear
+from glmexport.foundation.recipe import Format, Solver
 from glmexport.quantization.goal import Goal, Sample, shrinkage, stream_difference
-from glmexport.recipe import Format, Solver
+from glmexport.quantization.nearest import round_to_nearest
+from glmexport.quantization.problem import Problem
+from glmexport.quantization.solve import gptq
 
 K, N = 48, 20
 W4G16 = Format(bits=4, group_size=16)

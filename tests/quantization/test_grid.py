@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from matrices import generator
 from torch import Tensor
 
-from glmexport.quantization.grid import decode, encode, minmax_grid, searched_grid, stored_scale
-from glmexport.recipe import Format
+from glmexport.formats.grid import decode, encode, minmax_grid, searched_grid, stored_scale
+from glmexport.foundation.recipe import Format
 
 ASYMMETRIC = Format(bits=4, group_size=16)
 SYMMETRIC = Format(bits=4, group_size=16, symmetric=True)

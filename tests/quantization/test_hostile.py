@@ -14,19 +14,23 @@ from models import write_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from glmexport.architecture import Reference, describe
-from glmexport.calibration import CalibrationSet
-from glmexport.checkpoint import Checkpoint
-from glmexport.errors import CheckpointError
-from glmexport.progress import Silent
-from glmexport.quantization import MemoryPlan, Problem, Solution, Walk, WorkDirectory, gptq, round_to_nearest
+from glmexport.calibration.sequences import CalibrationSet
+from glmexport.checkpoint.checkpoint import Checkpoint
+from glmexport.foundation.errors import CheckpointError
+from glmexport.foundation.progress import Silent
+from glmexport.foundation.recipe import CalibrationPlan, Format, Recipe, Solver
 from glmexport.quantization.goal import Sample
-from glmexport.quantization.nearest import column_importance
-from glmexport.quantization.problem import LEAST_TOKENS
+from glmexport.quantization.memory import MemoryPlan
+from glmexport.quantization.nearest import column_importance, round_to_nearest
+from glmexport.quantization.problem import LEAST_TOKENS, Problem
+from glmexport.quantization.solve import Solution, gptq
+from glmexport.quantization.store import WorkDirectory
+from glmexport.quantization.walk import Walk
 from glmexport.quantization.weights import Weights
-from glmexport.recipe import CalibrationPlan, Format, Recipe, Solver
+from glmexport.reference.describe import describe
+from glmexport.reference.reference import Reference
+from glmexport.results.record import Verdict
 from glmexport.validation.gates import build_gates, verdict_of
-from glmexport.validation.results import Verdict
 
 K, N = 96, 24
 W4G32 = Format(bits=4, group_size=32)

@@ -10,10 +10,10 @@ import torch
 from models import LATENT
 from tiny import NEAREST, RECIPE, Model
 
-from glmexport.architecture import Reference
-from glmexport.checkpoint import Checkpoint
-from glmexport.quantization import Walk
+from glmexport.checkpoint.checkpoint import Checkpoint
+from glmexport.quantization.walk import Walk
 from glmexport.quantization.weights import Weights
+from glmexport.reference.reference import Reference
 
 SIZES = {**LATENT, "num_attention_heads": 4, "num_key_value_heads": 4}
 INDEXED = {"index_topk": 64, "index_n_heads": 32, "index_head_dim": 24, "indexer_types": ["full", "shared"]}

@@ -11,15 +11,21 @@ import torch
 from models import MIXTURE
 from tiny import MEMORY, RECIPE, W4G32, W8G32, Model, digests
 
-from glmexport.architecture import FAMILIES, Reference
-from glmexport.calibration import effective_count
-from glmexport.checkpoint import Checkpoint
-from glmexport.progress import Silent
-from glmexport.quantization import QuantizedMatrix, Walk, WorkDirectory, coverage, mixture, plan_memory
+from glmexport.architecture.registry import FAMILIES
+from glmexport.bundle.records import QuantizedMatrix
+from glmexport.calibration.sequences import effective_count
+from glmexport.checkpoint.checkpoint import Checkpoint
+from glmexport.foundation.progress import Silent
+from glmexport.foundation.recipe import Format, Solver
+from glmexport.quantization import mixture
+from glmexport.quantization.memory import plan_memory
 from glmexport.quantization.mixture import PRIOR, Mixture
+from glmexport.quantization.record import coverage
+from glmexport.quantization.store import WorkDirectory
 from glmexport.quantization.streams import ORIGINAL, QUANTIZED
+from glmexport.quantization.walk import Walk
 from glmexport.quantization.weights import Weights
-from glmexport.recipe import Format, Solver
+from glmexport.reference.reference import Reference
 
 EXPERTS = MIXTURE["n_routed_experts"]
 NEAREST = RECIPE.model_copy(update={"solver": Solver(method="round-to-nearest"), "calibration": None})
@@ -270,7 +276,7 @@ def _published(experts: int) -> Any:
     """What the declaration reads of a checkpoint of the largest published shape."""
     from types import SimpleNamespace
 
-    from glmexport.checkpoint import ConfigReader
+    from glmexport.checkpoint.config import ConfigReader
 
     values = {
         "model_type": "glm4_moe", "hidden_act": "silu", "hidden_size": 6144, "num_attention_heads": 96,

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from matrices import EVERY_FORM, random_linear
 from onnx import TensorProto, helper, numpy_helper
 
-from glmexport.quantization import QuantizedLinear, pack_codes, pack_zero_points, unpack
-from glmexport.quantization.linear import stored_bits
-from glmexport.recipe import Format
+from glmexport.formats.packing import pack_codes, pack_zero_points, unpack
+from glmexport.formats.quantized_linear import QuantizedLinear, stored_bits
+from glmexport.foundation.recipe import Format
 
 forms = st.sampled_from(EVERY_FORM)
 form_cases = pytest.mark.parametrize("form", EVERY_FORM, ids=lambda form: form.label)

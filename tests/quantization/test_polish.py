@@ -9,12 +9,12 @@ import torch
 from matrices import correlated, output_error, weights
 from torch import Tensor
 
-from glmexport.quantization import round_to_nearest
+from glmexport.foundation.recipe import Format
 from glmexport.quantization.factor import Factor, factorize
+from glmexport.quantization.nearest import round_to_nearest
 from glmexport.quantization.order import ColumnOrder, column_order
 from glmexport.quantization.polish import polish
 from glmexport.quantization.solve import Sweep
-from glmexport.recipe import Format
 
 FORMS = [
     Format(bits=4, group_size=16),

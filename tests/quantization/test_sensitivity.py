@@ -13,15 +13,17 @@ from test_allocation import mixed
 from tiny import MEMORY, Model
 from torch import Tensor
 
-from glmexport.architecture import DecoderLayer, Reference
-from glmexport.architecture.reference import Block
-from glmexport.divergence import kl_divergence
-from glmexport.errors import MachineError
-from glmexport.progress import Silent
-from glmexport.quantization import MemoryPlan, WorkDirectory, plan_memory, round_to_nearest
+from glmexport.architecture.description import DecoderLayer
+from glmexport.foundation.errors import MachineError
+from glmexport.foundation.progress import Silent
 from glmexport.quantization.allocation import EMBEDDING_TAP, probe_bytes, tie_groups
 from glmexport.quantization.deviation import Outputs, of_head, of_states, of_states_and_head
+from glmexport.quantization.memory import MemoryPlan, plan_memory
+from glmexport.quantization.nearest import round_to_nearest
 from glmexport.quantization.sensitivity import Probe, probe_ids
+from glmexport.quantization.store import WorkDirectory
+from glmexport.reference.divergence import kl_divergence
+from glmexport.reference.reference import Block, Reference
 
 RECIPE = mixed(4.5)
 

@@ -9,10 +9,13 @@ import torch
 from matrices import EVERY_FORM, correlated, generator, output_error, relative_error, row_errors, weights
 from torch import Tensor
 
-from glmexport.quantization import Problem, QuantizedLinear, Solution, gptq, round_to_nearest
+from glmexport.formats.grid import decode, encode, minmax_grid
+from glmexport.formats.quantized_linear import QuantizedLinear
+from glmexport.foundation.recipe import Format, Solver
 from glmexport.quantization import solve as solving
-from glmexport.quantization.grid import decode, encode, minmax_grid
-from glmexport.recipe import Format, Solver
+from glmexport.quantization.nearest import round_to_nearest
+from glmexport.quantization.problem import Problem
+from glmexport.quantization.solve import Solution, gptq
 
 W4G32 = Format(bits=4, group_size=32)
 DEFAULT = Solver()

@@ -11,8 +11,10 @@ import torch
 from matrices import EVERY_FORM, generator, random_linear
 from torch import Tensor
 
-from glmexport.errors import MachineError
-from glmexport.quantization import WorkDirectory, pack_codes, pack_zero_points, sha256, write_atomically
+from glmexport.formats.packing import pack_codes, pack_zero_points
+from glmexport.foundation.errors import MachineError
+from glmexport.foundation.files import sha256, write_atomically
+from glmexport.quantization.store import WorkDirectory
 
 JOB = {"checkpoint": "sha256:abc", "recipe": "w4g32", "batch": [512, 4096]}
 LINEARS = {form.label: random_linear(6, 200, form, index) for index, form in enumerate(EVERY_FORM)}

@@ -11,22 +11,17 @@ import torch
 from tiny import NEAREST, RECIPE, W4G32, W8G32, Model, digests
 from torch import Tensor
 
-from glmexport.architecture import Reference
-from glmexport.errors import MachineError
-from glmexport.progress import Silent
-from glmexport.quantization import (
-    EMBEDDING,
-    HEAD,
-    MemoryPlan,
-    Problem,
-    Walk,
-    block_step,
-    plan_memory,
-    round_to_nearest,
-)
+from glmexport.foundation.errors import MachineError
+from glmexport.foundation.progress import Silent
+from glmexport.quantization.memory import MemoryPlan, plan_memory
+from glmexport.quantization.nearest import round_to_nearest
+from glmexport.quantization.problem import Problem
+from glmexport.quantization.steps import EMBEDDING, HEAD, block_step
 from glmexport.quantization.store import Activations
 from glmexport.quantization.streams import Passage
+from glmexport.quantization.walk import Walk
 from glmexport.quantization.weights import Weights
+from glmexport.reference.reference import Reference
 
 
 @pytest.fixture(scope="module")

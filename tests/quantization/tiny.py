@@ -8,13 +8,19 @@ from typing import Any
 import torch
 from models import write_checkpoint
 
-from glmexport.architecture import Architecture, describe
-from glmexport.architecture.reference import CPU
-from glmexport.calibration import CalibrationSet, pack, shipped_documents
-from glmexport.checkpoint import Checkpoint, Tokenizer
-from glmexport.progress import Silent
-from glmexport.quantization import MemoryPlan, Walk, WorkDirectory, sha256
-from glmexport.recipe import CalibrationPlan, Format, Recipe, Solver
+from glmexport.architecture.description import Architecture
+from glmexport.calibration.corpus import shipped_documents
+from glmexport.calibration.sequences import CalibrationSet, pack
+from glmexport.checkpoint.checkpoint import Checkpoint
+from glmexport.foundation.files import sha256
+from glmexport.foundation.progress import Silent
+from glmexport.foundation.recipe import CalibrationPlan, Format, Recipe, Solver
+from glmexport.quantization.memory import MemoryPlan
+from glmexport.quantization.store import WorkDirectory
+from glmexport.quantization.walk import Walk
+from glmexport.reference.describe import describe
+from glmexport.reference.reference import CPU
+from glmexport.tokenizer.tokenizer import Tokenizer
 
 W4G32, W8G32 = Format(bits=4, group_size=32), Format(bits=8, group_size=32)
 RECIPE = Recipe(

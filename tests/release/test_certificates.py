@@ -22,10 +22,9 @@ from hypothesis import strategies as st
 from model_signing.signing import Config
 from signatures import AUTHORITY, SIGNING, Judge, certify, tree
 
-from glmexport.errors import EXIT_INPUT, EXIT_UNVERIFIED, InputError
-from glmexport.release import KeyFiles, open_signatory
+from glmexport.foundation.errors import EXIT_INPUT, EXIT_UNVERIFIED, InputError
 from glmexport.release.certificates import Unfit, from_pem, read
-from glmexport.release.keys import Signatory
+from glmexport.release.keys import KeyFiles, Signatory, open_signatory
 
 CODE, SERVER, CLIENT, MAIL, ANY = (
     ExtendedKeyUsageOID.CODE_SIGNING,

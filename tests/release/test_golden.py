@@ -14,24 +14,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from signatures import Pair, sha256
 
-from glmexport.bundle import read_manifest
-from glmexport.calibration import shipped_languages
-from glmexport.host import Host
-from glmexport.progress import Silent
-from glmexport.release import (
-    GOLDEN,
-    Golden,
-    GoldenAnswer,
-    GoldenStep,
-    KeyFiles,
-    compare,
-    open_signatory,
-    read_release,
-    record,
-    sign,
-)
-from glmexport.validation.generation import GenerationSession
-from glmexport.validation.session import ScoringSession
+from glmexport.bundle.manifest import read_manifest
+from glmexport.calibration.corpus import shipped_languages
+from glmexport.engine.generation import GenerationSession
+from glmexport.engine.scoring import ScoringSession
+from glmexport.foundation.host import Host
+from glmexport.foundation.progress import Silent
+from glmexport.release.golden import GOLDEN, Golden, GoldenAnswer, GoldenStep, compare, record
+from glmexport.release.keys import KeyFiles, open_signatory
+from glmexport.release.release import read_release
+from glmexport.release.signing import sign
 
 #: Nats: activations are quantized to int8, and one row or many round differently.
 ROUNDING = 0.03

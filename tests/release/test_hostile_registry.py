@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from glmexport.errors import GlmexportError, InputError, MachineError, UnverifiedError
-from glmexport.progress import Silent
+from glmexport.foundation.errors import GlmexportError, InputError, MachineError, UnverifiedError
+from glmexport.foundation.progress import Silent
 from glmexport.release.access import Access, Reference
 from glmexport.release.layout import ARTIFACT_TYPE, FILE_PATH, write_layout
 from glmexport.release.registry import Registry

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from mutations import Subject, both_say
 from signatures import Authority, Pair
 
-from glmexport.release import KeyFiles, open_signatory
+from glmexport.release.keys import KeyFiles, open_signatory
 
 SEED = 20260
 

@@ -13,11 +13,13 @@ from forged import forge
 from hub import cached
 from signatures import Authority, Judge, Pair, pair, resign, sign_with
 
-from glmexport.bundle import MANIFEST
-from glmexport.errors import EXIT_INPUT, EXIT_PASS, EXIT_UNVERIFIED, UnverifiedError
+from glmexport.bundle.manifest import MANIFEST
+from glmexport.foundation.errors import EXIT_INPUT, EXIT_PASS, EXIT_UNVERIFIED, UnverifiedError
+from glmexport.foundation.progress import Silent
 from glmexport.lm_eval.subject import Settings
-from glmexport.progress import Silent
-from glmexport.release import KeyFiles, Trust, open_signatory, open_signed, sign
+from glmexport.release.keys import KeyFiles, open_signatory
+from glmexport.release.opening import Trust, open_signed
+from glmexport.release.signing import sign
 
 TEMPLATE = "chat_template.jinja"
 VERBS = ["run", "serve", "validate", "convert", "check", "reference"]

@@ -20,12 +20,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from signatures import COUNTER, Pair, resign, sha256, tree
 
-from glmexport.bundle import read_manifest
-from glmexport.errors import EXIT_INPUT, EXIT_UNVERIFIED, BundleError, InputError, MachineError, UnverifiedError
-from glmexport.progress import Silent
-from glmexport.release import unpacker, verifier, verify
+from glmexport.bundle.manifest import read_manifest
+from glmexport.foundation.errors import (
+    EXIT_INPUT,
+    EXIT_UNVERIFIED,
+    BundleError,
+    InputError,
+    MachineError,
+    UnverifiedError,
+)
+from glmexport.foundation.progress import Silent
+from glmexport.release import unpacker, verifier
 from glmexport.release.kit import write_kit
 from glmexport.release.layout import FILE_PATH, read_layout, unpack_layout, write_layout
+from glmexport.release.verification import verify
 
 
 def nothing(_: Path) -> None:

@@ -25,13 +25,13 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 from signatures import COUNTER, Judge, Pair, openssl, pair, sha256, sign_with, tree
 
-from glmexport.errors import EXIT_INPUT, EXIT_UNVERIFIED, InputError, MachineError, UnverifiedError
-from glmexport.progress import Silent
-from glmexport.release import verify
+from glmexport.foundation.errors import EXIT_INPUT, EXIT_UNVERIFIED, InputError, MachineError, UnverifiedError
+from glmexport.foundation.progress import Silent
 from glmexport.release.access import is_loopback
 from glmexport.release.layout import read_layout, write_layout
 from glmexport.release.registry import Access, Reference
 from glmexport.release.transfer import pull, push
+from glmexport.release.verification import verify
 
 PROGRAM = shutil.which("docker-registry")
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason="docker-registry is not installed (Debian: docker-registry)")

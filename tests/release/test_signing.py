@@ -21,11 +21,13 @@ from securesystemslib.exceptions import VerificationError
 from securesystemslib.signer import SSlibKey
 from signatures import COUNTER, Authority, Judge, Pair, openssl, pair, sha256, sign_with, tree
 
-from glmexport.bundle import AdapterSource, read_manifest, verify_files
-from glmexport.errors import EXIT_INPUT, EXIT_UNVERIFIED, BundleError, InputError, MachineError
-from glmexport.progress import Silent
-from glmexport.release import KeyFiles, open_signatory, read_release, sign
+from glmexport.bundle.manifest import AdapterSource, read_manifest, verify_files
+from glmexport.foundation.errors import EXIT_INPUT, EXIT_UNVERIFIED, BundleError, InputError, MachineError
+from glmexport.foundation.progress import Silent
 from glmexport.release.bom import bill_of_materials
+from glmexport.release.keys import KeyFiles, open_signatory
+from glmexport.release.release import read_release
+from glmexport.release.signing import sign
 from glmexport.report.document import read_report
 
 SOFTHSM = Path("/usr/lib/softhsm/libsofthsm2.so")

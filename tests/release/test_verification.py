@@ -20,9 +20,12 @@ from hypothesis import strategies as st
 from signatures import COUNTER, SCRIPT, Authority, Judge, Pair, make_authority, pair, resign, sign_with, tree
 
 from glmexport.bundle.manifest import EVIDENCE, MANIFEST, is_evidence
-from glmexport.errors import EXIT_INPUT, EXIT_UNVERIFIED
-from glmexport.progress import Silent
-from glmexport.release import KeyFiles, Release, open_signatory, read_release, sign, verifier
+from glmexport.foundation.errors import EXIT_INPUT, EXIT_UNVERIFIED
+from glmexport.foundation.progress import Silent
+from glmexport.release import verifier
+from glmexport.release.keys import KeyFiles, open_signatory
+from glmexport.release.release import Release, read_release
+from glmexport.release.signing import sign
 
 FILES = [
     "attestations/ml-bom.json",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from glmexport.foundation.target import Gates
 from glmexport.report.document import (
     CalibrationSummary,
     GroupResult,
@@ -15,38 +16,15 @@ from glmexport.report.document import (
     Size,
     Subject,
 )
-from glmexport.target import Gates
-from glmexport.validation.results import (
-    Answer,
-    Behaviour,
-    Concurrency,
-    DeviceFacts,
-    DeviceResult,
-    Estimate,
-    Fidelity,
-    Figure,
-    Gate,
-    Interval,
-    LanguageBehaviour,
-    LanguageFidelity,
-    Overlap,
-    Paired,
-    Performance,
-    PlacedOperators,
-    Placement,
-    PositionBand,
-    PromptDifference,
-    PromptParity,
-    Share,
-    Speed,
-    SpeedRatios,
-    TaskGroup,
-    Translation,
-    Verdict,
-    WorstToken,
-    worst,
-)
-from glmexport.validation.statistics import Kind
+from glmexport.results.behaviour import Answer, Behaviour, Concurrency, LanguageBehaviour, TaskGroup, Translation
+from glmexport.results.device import DeviceFacts, DeviceResult
+from glmexport.results.fidelity import Estimate, Fidelity, LanguageFidelity, Overlap, PositionBand, Share, WorstToken
+from glmexport.results.gate import Gate
+from glmexport.results.paired import Paired
+from glmexport.results.performance import Figure, Interval, Performance, PlacedOperators, Placement, Speed, SpeedRatios
+from glmexport.results.prompts import PromptDifference, PromptParity
+from glmexport.results.record import Verdict, worst
+from glmexport.results.statistics import Kind
 
 ATTACK = "<script>alert(1)</script>"
 

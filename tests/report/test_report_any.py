@@ -13,7 +13,7 @@ from rich.console import Console
 from sample_report import groups, make_report, with_devices
 
 from glmexport.cli.verdict import show
-from glmexport.errors import InputError
+from glmexport.foundation.errors import InputError
 from glmexport.report.compare import compare
 from glmexport.report.document import Report
 from glmexport.report.html import render_html

@@ -9,7 +9,7 @@ import pytest
 from playwright.sync_api import sync_playwright
 from sample_report import ATTACK, groups, language, make_report
 
-from glmexport.languages import language_name
+from glmexport.foundation.languages import language_name
 from glmexport.report.document import HTML_NAME
 from glmexport.report.write import write_report
 

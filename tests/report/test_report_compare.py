@@ -6,11 +6,13 @@ import pytest
 from sample_report import LANGUAGES, estimate, figure, gates, language
 from scipy import stats
 
-from glmexport.errors import InputError
+from glmexport.foundation.errors import InputError
 from glmexport.report.compare import compare
 from glmexport.report.document import Report
-from glmexport.validation.results import CaptureBound, Gate, Verdict
-from glmexport.validation.statistics import holm
+from glmexport.results.fidelity import CaptureBound
+from glmexport.results.gate import Gate
+from glmexport.results.record import Verdict
+from glmexport.results.statistics import holm
 
 METRICS = ("Mean KL divergence", "ln perplexity ratio", "Top-1 agreement")
 

@@ -16,7 +16,7 @@ from glmexport.report.document import Report
 from glmexport.report.html import render_html
 from glmexport.report.junit import render_junit
 from glmexport.report.markdown import render_markdown
-from glmexport.validation.results import Verdict
+from glmexport.results.record import Verdict
 
 
 @pytest.fixture

@@ -7,11 +7,13 @@ import pytest
 from pydantic import ValidationError
 from sample_report import groups
 
-from glmexport.errors import BundleError, MachineError
+from glmexport.foundation.errors import BundleError, MachineError
 from glmexport.report import document
 from glmexport.report.document import SCHEMA_NAME, json_schema, read_report, schema_text
 from glmexport.report.write import write_report
-from glmexport.validation.results import Fidelity, Gate, Verdict, worst
+from glmexport.results.fidelity import Fidelity
+from glmexport.results.gate import Gate
+from glmexport.results.record import Verdict, worst
 
 
 def stored(report, path, **changes):

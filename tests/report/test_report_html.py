@@ -6,12 +6,14 @@ from html.parser import HTMLParser
 import pytest
 from sample_report import ATTACK, groups, language, make_report
 
-from glmexport.languages import language_name
+from glmexport.foundation.languages import language_name
 from glmexport.report import text
 from glmexport.report.allocation import summarize
 from glmexport.report.document import CalibrationSummary, Report
 from glmexport.report.html import render_html
-from glmexport.validation.results import Gate, Overlap, Verdict
+from glmexport.results.fidelity import Overlap
+from glmexport.results.gate import Gate
+from glmexport.results.record import Verdict
 
 VOID = {"meta", "link", "br"}
 

@@ -8,7 +8,7 @@ from glmexport.bundle.manifest import REPORTS
 from glmexport.report.document import HTML_NAME, JSON_NAME, JUNIT_NAME, MARKDOWN_NAME
 from glmexport.report.junit import render_junit
 from glmexport.report.markdown import render_markdown
-from glmexport.validation.results import Verdict
+from glmexport.results.record import Verdict
 
 HOSTILE = "a|b\n# <script>alert(1)</script> [x](javascript:y) `z` \u202e\x00&amp;]]>"
 

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from glmexport.languages import language_name
+from glmexport.foundation.languages import language_name
 from glmexport.report import text
 
 

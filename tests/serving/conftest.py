@@ -10,7 +10,7 @@ import pytest
 from builds import run
 from served import Served, scripted_bundle, start
 
-from glmexport.serving.model import Model
+from glmexport.engine.computed import Model
 
 __all__ = ["run"]
 

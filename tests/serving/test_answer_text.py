@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import write_tokenizer
 
-from glmexport.checkpoint import Tokenizer
 from glmexport.serving.text import AnswerText, Decoder, Token
+from glmexport.tokenizer.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")

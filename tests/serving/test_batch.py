@@ -11,11 +11,11 @@ from builds import Run
 from served import PATIENCE_S, scripted_bundle
 from test_engine import Waiting, last
 
-from glmexport.errors import InputError
+from glmexport.engine.batch import BatchLoop
+from glmexport.engine.computed import Model
+from glmexport.engine.generation import GenerationSession
+from glmexport.foundation.errors import InputError
 from glmexport.serving.answer import End, Event
-from glmexport.serving.batch import BatchLoop
-from glmexport.serving.model import Model
-from glmexport.validation.generation import GenerationSession
 
 PROMPTS = [np.random.default_rng(at).integers(0, 250, size).tolist() for at, size in enumerate((20, 300, 7, 1020))]
 

@@ -14,20 +14,20 @@ import pytest
 from served import PATIENCE_S
 from test_turns import prompt_of
 
-from glmexport.bundle import read_manifest
-from glmexport.checkpoint import Tokenizer
-from glmexport.errors import BundleError
+from glmexport.bundle.manifest import read_manifest
+from glmexport.engine.generation import loop_facts
+from glmexport.engine.sampling import Sampling
+from glmexport.foundation.errors import BundleError
 from glmexport.serving.answer import Answer, End, Event, Failed, Order
 from glmexport.serving.app import Facts, Service
-from glmexport.serving.engine import Closed, Engine, EngineOptions, Full
 from glmexport.serving.guard import Access, Guard
 from glmexport.serving.guides import Guides
 from glmexport.serving.limits import Limits
 from glmexport.serving.metrics import Metrics
 from glmexport.serving.orders import Reader
-from glmexport.serving.sampling import Sampling
+from glmexport.serving.scheduler import Closed, Engine, EngineOptions, Full
 from glmexport.serving.text import AnswerText, Decoder
-from glmexport.validation.generation import loop_facts
+from glmexport.tokenizer.tokenizer import Tokenizer
 
 ENDS = frozenset({256})
 
@@ -172,7 +172,7 @@ def test_a_thread_that_fails_ends_the_server(bundle: Path, monkeypatch: pytest.M
     def fails(*_: object) -> None:
         raise failure
 
-    monkeypatch.setattr("glmexport.serving.engine._Shift._begin", fails)
+    monkeypatch.setattr("glmexport.serving.scheduler._Shift._begin", fails)
     waiting.submit("Hi!")
     _, behind = waiting.submit("Hi!")
     waiting.engine.start()

@@ -17,13 +17,13 @@ from pydantic import ValidationError
 from served import PATIENCE_S
 from test_engine import Waiting, client_of, surface
 
-from glmexport.checkpoint import Tokenizer
 from glmexport.serving.failure import Refused
 from glmexport.serving.fields import IGNORED, NEUTRAL, ChatAsked, TextAsked, read_body
 from glmexport.serving.guard import Guard
 from glmexport.serving.guides import Guides
 from glmexport.serving.limits import Limits
 from glmexport.serving.orders import Reader
+from glmexport.tokenizer.tokenizer import Tokenizer
 
 LIMITS = Limits()
 NAMES = sorted({*ChatAsked.model_fields, *TextAsked.model_fields, *NEUTRAL, *IGNORED})

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from glmexport.serving.grammar import (
+from glmexport.chat.grammar import (
     CallArguments,
     CallBegin,
     CallEnd,
@@ -23,7 +23,7 @@ from glmexport.serving.grammar import (
     Reasoning,
     arguments_of,
 )
-from glmexport.validation.behaviour.toolcalls import parse
+from glmexport.chat.tool_calls import parse
 
 TOOLS: list[dict[str, Any]] = [
     {

@@ -15,12 +15,12 @@ import pytest
 from served import PATIENCE_S, Served, start
 
 import glmexport.serving.guides
-from glmexport.checkpoint import Tokenizer
-from glmexport.errors import InputError, MachineError
+from glmexport.engine.sampling import Sampling
+from glmexport.foundation.errors import InputError, MachineError
 from glmexport.serving.failure import Refused
 from glmexport.serving.guides import COMPILE_S, Crowded, Guide, Guides
-from glmexport.serving.sampling import Sampling
 from glmexport.serving.schemas import check_schema
+from glmexport.tokenizer.tokenizer import Tokenizer
 
 YES = {"type": "object", "properties": {"a": {"enum": ["yes", "no"]}}, "required": ["a"], "additionalProperties": False}
 CHOSEN = Guide("json_schema", json.dumps(YES))

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-from glmexport.checkpoint import Tokenizer
+from glmexport.engine.computed import Computed, Model
+from glmexport.engine.kept import Kept
+from glmexport.engine.sampling import Sampling
 from glmexport.serving.answer import Answer, End, FreeTurns, Order
-from glmexport.serving.kept import Kept
-from glmexport.serving.model import Computed, Model
-from glmexport.serving.sampling import Sampling
 from glmexport.serving.text import AnswerText, Decoder, Part, Token
+from glmexport.tokenizer.tokenizer import Tokenizer
 
 RANDOM = np.random.default_rng(0)
 LONG = RANDOM.integers(0, 250, 700).tolist()

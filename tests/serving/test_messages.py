@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from glmexport.checkpoint import Tokenizer
 from glmexport.serving.failure import Refused
 from glmexport.serving.fields import ChatAsked
 from glmexport.serving.limits import Limits
 from glmexport.serving.messages import template_messages
 from glmexport.serving.orders import Reader
+from glmexport.tokenizer.tokenizer import Tokenizer
 
 USER = {"role": "user", "content": "Hi!"}
 

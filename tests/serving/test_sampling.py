@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from glmexport.serving.sampling import Sampling, Uniforms, choose, likelihood, nucleus
+from glmexport.engine.sampling import Sampling, Uniforms, choose, likelihood, nucleus
 
 logits_of = arrays(np.float32, st.integers(2, 40), elements=st.floats(-30, 30, width=32))
 uniforms = st.floats(0, 1, exclude_max=True)

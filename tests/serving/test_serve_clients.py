@@ -13,9 +13,9 @@ import pytest
 from scripted import SCRIPTS
 from served import Served
 
-from glmexport.checkpoint import Tokenizer
-from glmexport.generation import generate
-from glmexport.validation.generation import GenerationSession
+from glmexport.engine.generation import GenerationSession
+from glmexport.engine.text import generate
+from glmexport.tokenizer.tokenizer import Tokenizer
 
 TOOL: Any = {
     "type": "function",

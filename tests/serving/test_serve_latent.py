@@ -11,8 +11,8 @@ import pytest
 from scripted import SCRIPTS
 from served import Served, scripted_bundle, start
 
-from glmexport.checkpoint import Tokenizer
-from glmexport.generation import generate
+from glmexport.engine.text import generate
+from glmexport.tokenizer.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")

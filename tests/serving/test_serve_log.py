@@ -53,12 +53,12 @@ def fails(*given: Any, **named: Any) -> Any:
 
 
 FAILING = (
-    "glmexport.checkpoint.Tokenizer.encode", "glmexport.checkpoint.Tokenizer.decode",
+    "glmexport.tokenizer.tokenizer.Tokenizer.encode", "glmexport.tokenizer.tokenizer.Tokenizer.decode",
     "glmexport.serving.app.read_body", "glmexport.serving.orders.template_messages",
-    "glmexport.serving.grammar.Grammar.feed", "glmexport.serving.grammar.Grammar.finish",
+    "glmexport.chat.grammar.Grammar.feed", "glmexport.chat.grammar.Grammar.finish",
     "glmexport.serving.reply.usage", "glmexport.serving.answer.FreeTurns.turn", "glmexport.serving.answer.choose",
-    "glmexport.serving.model.Model.begin", "glmexport.serving.answer.Answer.say",
-    "glmexport.serving.text.AnswerText.add", "glmexport.serving.engine.Engine.submit",
+    "glmexport.engine.computed.Model.begin", "glmexport.serving.answer.Answer.say",
+    "glmexport.serving.text.AnswerText.add", "glmexport.serving.scheduler.Engine.submit",
 )  # fmt: skip
 
 

@@ -21,8 +21,7 @@ from builds import Run
 from scripted import SCRIPTS
 from served import PATIENCE_S, Served, ready, start
 
-from glmexport.bundle import read_manifest
-from glmexport.bundle.manifest import list_files
+from glmexport.bundle.manifest import list_files, read_manifest
 
 ASKED: Any = {"model": "tiny", "messages": [{"role": "user", "content": "Hi!"}], "temperature": 0}
 ENDLESS: Any = {**ASKED, "messages": [{"role": "user", "content": "Endless~"}], "stream": True}

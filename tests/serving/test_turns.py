@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from builds import THREADS
 
-from glmexport.checkpoint import Tokenizer
+from glmexport.engine.computed import Model
+from glmexport.engine.generation import GenerationSession
+from glmexport.engine.sampling import Sampling
 from glmexport.serving.answer import Answer, End, Event, FreeTurns, Order
-from glmexport.serving.model import Model
-from glmexport.serving.sampling import Sampling
 from glmexport.serving.text import AnswerText, Decoder, Part, Token
-from glmexport.validation.generation import GenerationSession
+from glmexport.tokenizer.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")

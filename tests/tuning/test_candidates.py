@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 from models import FAMILY, write_checkpoint
 
-from glmexport.architecture import Architecture
-from glmexport.evidence import Settings
-from glmexport.job import Original
-from glmexport.progress import Silent
-from glmexport.recipe import open_recipe
-from glmexport.target import Provider, Target, open_target
+from glmexport.architecture.description import Architecture
+from glmexport.foundation.evidence import Settings
+from glmexport.foundation.progress import Silent
+from glmexport.foundation.recipe import open_recipe
+from glmexport.foundation.target import Provider, Target, open_target
 from glmexport.tuning.candidates import (
     SPINNING,
     Numerics,
@@ -26,6 +25,7 @@ from glmexport.tuning.candidates import (
     start_settings,
     with_settings,
 )
+from glmexport.workflows.job import Original
 
 RECIPES = {name: open_recipe(name) for name in ("w4g32", "w4g128")}
 #: A setting that is not tried by default.

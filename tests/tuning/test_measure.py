@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 from builds import THREADS, Sample
 
-from glmexport.architecture import Architecture
-from glmexport.errors import MachineError
-from glmexport.job import Original
-from glmexport.progress import Silent
+from glmexport.architecture.description import Architecture
+from glmexport.foundation.errors import MachineError
+from glmexport.foundation.progress import Silent
 from glmexport.tuning import measure
 from glmexport.tuning.measure import Side, Times, Workload, as_numbers, from_numbers, gains_of, take_pairs
 from glmexport.tuning.slices import Slices
+from glmexport.workflows.job import Original
 
 WORKLOAD = Workload(prompt=tuple(range(10)), short=3, generated=4)
 

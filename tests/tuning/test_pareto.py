@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glmexport.evidence import Deviation, Divergences, Gain, Gains, Settings
+from glmexport.foundation.evidence import Deviation, Divergences, Gain, Gains, Settings
 from glmexport.tuning.candidates import Numerics
 from glmexport.tuning.pareto import Timed, better_half, contenders, front, pick, too_divergent
 

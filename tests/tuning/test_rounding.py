@@ -9,11 +9,12 @@ import torch
 from builds import build, bundle_weights, small_checkpoint
 from gptq_files import quantize
 
-from glmexport.job import Original
-from glmexport.progress import Silent
-from glmexport.quantization import round_to_nearest, unpack
-from glmexport.recipe import STORED, open_recipe
+from glmexport.formats.packing import unpack
+from glmexport.foundation.progress import Silent
+from glmexport.foundation.recipe import STORED, open_recipe
+from glmexport.quantization.nearest import round_to_nearest
 from glmexport.tuning.rounding import RoundedWeights
+from glmexport.workflows.job import Original
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
 

@@ -8,10 +8,10 @@ from typing import Any, Self
 
 import pytest
 
-from glmexport.errors import MachineError
-from glmexport.evidence import Deviation, Divergences, Settings
-from glmexport.progress import Silent
-from glmexport.quantization import WorkDirectory
+from glmexport.foundation.errors import MachineError
+from glmexport.foundation.evidence import Deviation, Divergences, Settings
+from glmexport.foundation.progress import Silent
+from glmexport.quantization.store import WorkDirectory
 from glmexport.tuning.candidates import Numerics, identity
 from glmexport.tuning.measure import Times
 from glmexport.tuning.search import Search

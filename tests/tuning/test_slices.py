@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 from models import MIXTURE, write_checkpoint
 
-from glmexport.architecture import Reference
-from glmexport.bundle import Source
-from glmexport.bundle.genai import GENAI_CONFIG
-from glmexport.evidence import Settings
-from glmexport.job import Original
-from glmexport.progress import Silent
-from glmexport.recipe import open_recipe
-from glmexport.target import open_target
+from glmexport.bundle.manifest import Source
+from glmexport.bundle.names import GENAI_CONFIG
+from glmexport.engine.generation import GenerationSession
+from glmexport.foundation.evidence import Settings
+from glmexport.foundation.progress import Silent
+from glmexport.foundation.recipe import open_recipe
+from glmexport.foundation.target import open_target
+from glmexport.reference.reference import Reference
 from glmexport.tuning.slices import SliceBundles, slices_of, weights_of
-from glmexport.validation.generation import GenerationSession
+from glmexport.workflows.job import Original
 
 SETTINGS = Settings(recipe="w4g32", accuracy_level=4, packed_qkv=True, threads=1)
 

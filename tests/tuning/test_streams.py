@@ -11,21 +11,22 @@ import torch
 from models import FAMILY, MIXTURE, write_checkpoint
 from safetensors.torch import load_file, save_file
 
-from glmexport.architecture import Reference
-from glmexport.bundle import Source, write_bundle
-from glmexport.graph import LOGITS
-from glmexport.job import Original
-from glmexport.progress import Silent
-from glmexport.quantization import WorkDirectory
-from glmexport.recipe import open_recipe
-from glmexport.target import Target, open_target
+from glmexport.assembly.write import write_bundle
+from glmexport.bundle.manifest import Source
+from glmexport.bundle.names import LOGITS
+from glmexport.engine.scoring import ScoringSession
+from glmexport.foundation.progress import Silent
+from glmexport.foundation.recipe import open_recipe
+from glmexport.foundation.target import Target, open_target
+from glmexport.quantization.store import WorkDirectory
+from glmexport.reference.reference import Reference
 from glmexport.tuning.rounding import RoundedWeights
 from glmexport.tuning.slices import units
 from glmexport.tuning.streams import Document, Streams, _Part, summarized
 from glmexport.validation.fidelity import Streamed
 from glmexport.validation.reference import reference_states
-from glmexport.validation.session import ScoringSession
 from glmexport.validation.texts import EvaluationText
+from glmexport.workflows.job import Original
 
 TEXTS = [
     EvaluationText("a", "en", torch.arange(3, 40), 2),

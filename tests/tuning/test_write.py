@@ -6,8 +6,8 @@ import math
 import tomllib
 from pathlib import Path
 
-from glmexport.evidence import Deviation, Divergences, Evidence, Gain, Gains, Settings, Tried
-from glmexport.target import open_target
+from glmexport.foundation.evidence import Deviation, Divergences, Evidence, Gain, Gains, Settings, Tried
+from glmexport.foundation.target import open_target
 from glmexport.tuning.assemble import Measured, tried, tuned_target, verdict_of
 from glmexport.tuning.candidates import Numerics, identity
 from glmexport.tuning.pareto import Timed

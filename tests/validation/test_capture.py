@@ -13,14 +13,15 @@ import torch
 from builds import QUICK, THREADS, Outcome, Run, Sample, small_checkpoint
 from safetensors.torch import load_file, save_file
 
-from glmexport.capture import CaptureOptions, capture_reference
-from glmexport.errors import EXIT_INPUT, BundleError
-from glmexport.job import Original
-from glmexport.progress import Silent, Track
+from glmexport.foundation.errors import EXIT_INPUT, BundleError
+from glmexport.foundation.progress import Silent, Track
 from glmexport.report.document import Report, read_report
+from glmexport.results.fidelity import CaptureBound
+from glmexport.results.record import Verdict
 from glmexport.validation.capture import REFERENCE, Capture, CapturedReference
 from glmexport.validation.gates import capture_gate
-from glmexport.validation.results import CaptureBound, Verdict
+from glmexport.workflows.capture import CaptureOptions, capture_reference
+from glmexport.workflows.job import Original
 
 OPTIONS = CaptureOptions(THREADS, QUICK, top_k=200)
 
@@ -191,7 +192,7 @@ def cut(directory: Path) -> None:
 
 
 def resign(directory: Path, path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    from glmexport.quantization import sha256
+    from glmexport.foundation.files import sha256
 
     save_file(tensors, path)
 

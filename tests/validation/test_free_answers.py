@@ -12,15 +12,15 @@ import builds
 import pytest
 from builds import QUICK, THREADS, Run, Sample, small_checkpoint
 
-from glmexport.capture import CaptureOptions, capture_reference
-from glmexport.compile import BuildOptions, validate_bundle, validate_captured_bundle
-from glmexport.errors import EXIT_INPUT, BundleError
-from glmexport.job import Original
-from glmexport.progress import Silent
+from glmexport.foundation.errors import EXIT_INPUT, BundleError
+from glmexport.foundation.progress import Silent
 from glmexport.report.document import Report, read_report
+from glmexport.results.record import Verdict
 from glmexport.validation.behaviour.plane import BehaviourPlan
 from glmexport.validation.capture import REFERENCE, CapturedReference
-from glmexport.validation.results import Verdict
+from glmexport.workflows.capture import CaptureOptions, capture_reference
+from glmexport.workflows.job import Original
+from glmexport.workflows.validate import BuildOptions, validate_bundle, validate_captured_bundle
 
 PLAN = replace(QUICK, behaviour=BehaviourPlan(each=1, translations=1, max_tokens=12, batch=3))
 

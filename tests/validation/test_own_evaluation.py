@@ -9,12 +9,11 @@ from pathlib import Path
 import pytest
 from builds import THREADS, Run, Sample
 
-from glmexport.bundle import read_manifest
-from glmexport.bundle.manifest import MANIFEST
-from glmexport.calibration import USER, Document, evaluation_documents, fingerprint, shipped_documents
-from glmexport.checkpoint import Tokenizer
-from glmexport.errors import EXIT_INPUT, InputError
+from glmexport.bundle.manifest import MANIFEST, read_manifest
+from glmexport.calibration.corpus import USER, Document, evaluation_documents, fingerprint, shipped_documents
+from glmexport.foundation.errors import EXIT_INPUT, InputError
 from glmexport.report.document import read_report
+from glmexport.tokenizer.tokenizer import Tokenizer
 
 LINES = [
     {"text": "The court finds for the claimant. " * 3, "language": "en"},

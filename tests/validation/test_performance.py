@@ -13,18 +13,20 @@ import pytest
 from builds import THREADS, TURNS, Sample, no_turns
 from onnx import TensorProto, helper
 
-from glmexport.bundle import MODEL, read_manifest
-from glmexport.errors import DefinitionError
-from glmexport.job import Original
-from glmexport.progress import Silent
-from glmexport.target import PerformanceLimits, open_policy, open_target
+from glmexport.bundle.manifest import read_manifest
+from glmexport.bundle.names import MODEL
+from glmexport.engine.placement import Node, nodes_of, placement, profile
+from glmexport.foundation.errors import DefinitionError
+from glmexport.foundation.progress import Silent
+from glmexport.foundation.target import PerformanceLimits, open_policy, open_target
+from glmexport.results.performance import Figure, Interval, Performance
+from glmexport.results.record import Verdict
 from glmexport.validation.energy import Rapl, open_rapl
 from glmexport.validation.performance import measure_performance
 from glmexport.validation.performance_gates import performance_gates, placement_gate
-from glmexport.validation.placement import Node, nodes_of, placement, profile
-from glmexport.validation.results import Figure, Interval, Performance, Verdict
 from glmexport.validation.runtimes import Memory, Round, RuntimeRequest
 from glmexport.validation.speed import Turns
+from glmexport.workflows.job import Original
 
 CUDA = "CUDAExecutionProvider"
 CPU = "CPUExecutionProvider"

@@ -12,18 +12,18 @@ import torch
 from builds import RECIPE, Run, Sample, build, small_checkpoint, write_recipe
 
 from benchmarks.faults import FAULTS, Stored, plant
-from glmexport.architecture import Reference
-from glmexport.bundle import read_manifest
-from glmexport.bundle.manifest import MANIFEST
-from glmexport.errors import EXIT_BLOCK
-from glmexport.job import Original
-from glmexport.progress import Silent
-from glmexport.quantization import QuantizedLinear
-from glmexport.recipe import Format
+from glmexport.bundle.manifest import MANIFEST, read_manifest
+from glmexport.formats.quantized_linear import QuantizedLinear
+from glmexport.foundation.errors import EXIT_BLOCK
+from glmexport.foundation.progress import Silent
+from glmexport.foundation.recipe import Format
+from glmexport.reference.reference import Reference
 from glmexport.report.document import read_report
+from glmexport.results.record import Verdict
+from glmexport.results.weights import WeightCheck
 from glmexport.validation.gates import weight_gates
-from glmexport.validation.results import Verdict, WeightCheck
 from glmexport.validation.weights import check_weights, row_distances
+from glmexport.workflows.job import Original
 
 #: What has to be named, by the fault.
 NAMED = {

@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 from builds import Sample
 
-from glmexport.calibration import Document, shipped_documents
-from glmexport.checkpoint import Checkpoint, Tokenizer
+from glmexport.calibration.corpus import Document, shipped_documents
+from glmexport.checkpoint.checkpoint import Checkpoint
+from glmexport.results.prompts import PromptParity
+from glmexport.results.record import Verdict
+from glmexport.tokenizer.tokenizer import Tokenizer
 from glmexport.validation.gates import prompt_gate
 from glmexport.validation.prompts import golden_conversations, golden_prompts, prompt_parity
-from glmexport.validation.results import PromptParity, Verdict
 
 DOCUMENTS = [Document("a", "en", "Take one tablet twice a day."), Document("b", "zh", "每日服用两次，每次一片。")]
 

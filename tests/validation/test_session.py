@@ -10,16 +10,18 @@ import pytest
 from builds import TARGET, Sample
 from models import FAMILY, write_checkpoint
 
-from glmexport.architecture import Architecture
-from glmexport.bundle import SCORING, read_manifest
-from glmexport.bundle.genai import loop_config
-from glmexport.job import Original
-from glmexport.loop import LoopConfig
-from glmexport.progress import Silent
-from glmexport.target import Provider, SessionOptions, Target, open_target
+from glmexport.architecture.description import Architecture
+from glmexport.assembly.genai import loop_config
+from glmexport.bundle.loop import LoopConfig
+from glmexport.bundle.manifest import read_manifest
+from glmexport.bundle.names import SCORING
+from glmexport.engine.scoring import ScoringSession
+from glmexport.engine.session import open_session
+from glmexport.foundation.progress import Silent
+from glmexport.foundation.target import Provider, SessionOptions, Target, open_target
 from glmexport.validation.runtimes import Loaded, Round, RuntimeRequest
-from glmexport.validation.session import ScoringSession, open_session
 from glmexport.validation.speed import Worker
+from glmexport.workflows.job import Original
 
 ENTRY = "session.intra_op.allow_spinning"
 

@@ -15,18 +15,12 @@ from predicting import PREDICTING, Predicting, write_unvalidated
 from safetensors.torch import load_file, save_file
 
 from benchmarks.speculation import Scripted
-from glmexport.errors import BundleError, InputError
-from glmexport.loop import read_loop
-from glmexport.validation.capacity import GROWTH
-from glmexport.validation.generation import GenerationSession
-from glmexport.validation.latent_loop import LatentLoop
-from glmexport.validation.speculation import (
-    Drafter,
-    PromptLookup,
-    Speculation,
-    open_speculation,
-    speculate,
-)
+from glmexport.bundle.loop import read_loop
+from glmexport.engine.capacity import GROWTH
+from glmexport.engine.generation import GenerationSession
+from glmexport.engine.latent_loop import LatentLoop
+from glmexport.engine.speculation import Drafter, PromptLookup, Speculation, open_speculation, speculate
+from glmexport.foundation.errors import BundleError, InputError
 
 CONTEXT = 320
 IDS = np.random.default_rng(0).integers(0, 250, CONTEXT).tolist()
@@ -211,7 +205,7 @@ def test_a_graph_without_the_logits_of_every_position(bundle: Path) -> None:
     """As bundles of before have them."""
     if read_loop(bundle):
         return
-    from glmexport.validation.generation import GenaiSequence
+    from glmexport.engine.generation import GenaiSequence
 
     class Older:
         def append_tokens(self, ids: Any) -> None: ...

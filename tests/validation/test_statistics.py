@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from glmexport.target import Gates
-from glmexport.validation.fidelity import LanguageFidelity
-from glmexport.validation.gates import apply_gates, verdict_of
-from glmexport.validation.results import Estimate, Fidelity, Verdict
-from glmexport.validation.statistics import (
+from glmexport.foundation.target import Gates
+from glmexport.results.fidelity import Estimate, Fidelity, LanguageFidelity
+from glmexport.results.record import Verdict
+from glmexport.results.statistics import (
     Kind,
     bounds,
     clustered_mean,
@@ -22,6 +21,7 @@ from glmexport.validation.statistics import (
     log_ratio,
     p_value,
 )
+from glmexport.validation.gates import apply_gates, verdict_of
 
 EXPERIMENTS = 1000
 POLICY = Gates(kl_mean_nats=0.05, ln_perplexity_ratio=0.03, top1_agreement=0.9, minimum_positions=1)

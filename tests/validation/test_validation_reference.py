@@ -13,18 +13,19 @@ import torch
 from builds import THREADS, Sample, session, small_checkpoint
 from models import write_checkpoint
 
-from glmexport.architecture import Block, DecoderLayer, Reference
-from glmexport.bundle import read_manifest
-from glmexport.calibration import Document, shipped_documents
-from glmexport.checkpoint import Tokenizer
-from glmexport.errors import BundleError, MachineError
-from glmexport.job import Original
-from glmexport.progress import Silent
-from glmexport.quantization import WorkDirectory
+from glmexport.architecture.description import DecoderLayer
+from glmexport.bundle.manifest import read_manifest
+from glmexport.calibration.corpus import Document, shipped_documents
+from glmexport.engine.scoring import ScoringSession
+from glmexport.foundation.errors import BundleError, MachineError
+from glmexport.foundation.progress import Silent
+from glmexport.quantization.store import WorkDirectory
+from glmexport.reference.reference import Block, Reference
+from glmexport.tokenizer.tokenizer import Tokenizer
 from glmexport.validation.fidelity import Streamed, compare
 from glmexport.validation.reference import reference_states
-from glmexport.validation.session import ScoringSession
 from glmexport.validation.texts import EvaluationText, evaluation_texts
+from glmexport.workflows.job import Original
 
 TOLERANCE = 1e-5
 

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from builds import THREADS, Sample
 
-from glmexport.errors import MachineError
-from glmexport.progress import Silent
-from glmexport.validation import machine, speed
+from glmexport.foundation import machine
+from glmexport.foundation.errors import MachineError
+from glmexport.foundation.progress import Silent
+from glmexport.validation import speed
 from glmexport.validation.runtimes import Round, RuntimeName, RuntimeRequest
 from glmexport.validation.speed import LEAST_ROUNDS, Worker, take_turns
 

@@ -10,14 +10,15 @@ import torch
 from adapters import factors, write_adapter
 from builds import QUICK, Sample, small_checkpoint
 
-from glmexport.architecture import Reference
-from glmexport.job import Original
-from glmexport.progress import Silent
+from glmexport.foundation.progress import Silent
+from glmexport.reference.reference import Reference
 from glmexport.report.document import read_report
+from glmexport.results.record import Verdict
+from glmexport.results.reference import ReferenceCheck
 from glmexport.validation.gates import reference_gate
-from glmexport.validation.results import ReferenceCheck, Verdict
 from glmexport.validation.texts import EvaluationText
 from glmexport.validation.whole_model import check_reference
+from glmexport.workflows.job import Original
 
 
 def texts(*lengths: int) -> list[EvaluationText]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from glmexport.checkpoint import Tokenizer
+from glmexport.tokenizer.tokenizer import Tokenizer
 from glmexport.validation.behaviour.questions import task_prompt
 from glmexport.validation.behaviour.tasks import Task, score_choice
 from glmexport.validation.texts import EvaluationText

@@ -10,24 +10,17 @@ from statistics import median
 
 import numpy as np
 
-from glmexport.checkpoint import Tokenizer
-from glmexport.progress import Progress
+from glmexport.chat.tool_calls import parse
+from glmexport.engine.generation import GenerationSession
+from glmexport.foundation.progress import Progress
+from glmexport.results.behaviour import Answer, Behaviour, Concurrency, LanguageBehaviour, TaskGroup, Translation
+from glmexport.results.paired import Paired
+from glmexport.tokenizer.tokenizer import Tokenizer
 from glmexport.validation.behaviour.drift import drifted, knows, language, primary
 from glmexport.validation.behaviour.loops import loop
 from glmexport.validation.behaviour.paired import paired
 from glmexport.validation.behaviour.questions import TOOLS, Question
 from glmexport.validation.behaviour.tasks import Task, chrf, score
-from glmexport.validation.behaviour.toolcalls import parse
-from glmexport.validation.generation import GenerationSession
-from glmexport.validation.results import (
-    Answer,
-    Behaviour,
-    Concurrency,
-    LanguageBehaviour,
-    Paired,
-    TaskGroup,
-    Translation,
-)
 
 _SHOWN = 12
 _PROMPT_TOKENS = 40

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from glmexport.architecture import Reference
-from glmexport.progress import Progress
+from glmexport.foundation.progress import Progress
+from glmexport.reference.reference import Reference
 from glmexport.validation.reference import reference_states
 from glmexport.validation.texts import EvaluationText
 

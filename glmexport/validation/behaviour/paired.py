@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy.special import bdtr, betaincinv, stdtr, stdtrit
 from scipy.stats import binom
 
-from glmexport.validation.results.paired import Paired
+from glmexport.results.paired import Paired
 
 #: z of the statistic by which tables are ordered; the bound's confidence comes from their probability.
 _Z = 1.645

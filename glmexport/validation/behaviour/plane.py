@@ -6,20 +6,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from glmexport.architecture import Reference
-from glmexport.calibration import Document
-from glmexport.checkpoint import Tokenizer
-from glmexport.errors import InputError
-from glmexport.progress import Progress
+from glmexport.calibration.corpus import Document
+from glmexport.engine.generation import GenerationSession
+from glmexport.engine.scoring import ScoringSession
+from glmexport.foundation.errors import InputError
+from glmexport.foundation.progress import Progress
+from glmexport.reference.reference import Reference
+from glmexport.results.behaviour import Behaviour
+from glmexport.tokenizer.tokenizer import Tokenizer
 from glmexport.validation.behaviour.choices import choice_scores, choice_texts
 from glmexport.validation.behaviour.measure import Answers, answers_together, bundle_answers, judge
 from glmexport.validation.behaviour.original import verified_answers
 from glmexport.validation.behaviour.questions import Question, questions, task_question
 from glmexport.validation.behaviour.tasks import Task
-from glmexport.validation.generation import GenerationSession
 from glmexport.validation.reference import reference_states
-from glmexport.validation.results import Behaviour
-from glmexport.validation.session import ScoringSession
 from glmexport.validation.texts import EvaluationText
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-from glmexport.calibration import Document
-from glmexport.checkpoint import Tokenizer
-from glmexport.definition import Definition
-from glmexport.errors import CheckpointError
-from glmexport.languages import language_name
+from glmexport.calibration.corpus import Document
+from glmexport.foundation.definition import Definition
+from glmexport.foundation.errors import CheckpointError
+from glmexport.foundation.languages import language_name
+from glmexport.tokenizer.tokenizer import Tokenizer
 from glmexport.validation.behaviour.tasks import Task
 
 TOOL_CALL = "<tool_call>"

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 import regex
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
-from glmexport.definition import Definition
-from glmexport.errors import InputError
-from glmexport.untrusted import SMALL, parse_object, read_regular
+from glmexport.foundation.definition import Definition
+from glmexport.foundation.errors import InputError
+from glmexport.foundation.untrusted import SMALL, parse_object, read_regular
 
 if TYPE_CHECKING:
     from sacrebleu.metrics.chrf import CHRF

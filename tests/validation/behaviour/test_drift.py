@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from glmexport.calibration import shipped_documents
+from glmexport.calibration.corpus import shipped_documents
 from glmexport.validation.behaviour.drift import Guess, drifted, knows, language, primary
 
 LANGUAGES = sorted({document.language for document in shipped_documents("evaluation")})

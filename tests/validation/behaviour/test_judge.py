@@ -10,9 +10,9 @@ import pytest
 import torch
 from builds import Sample
 
-from glmexport.calibration import shipped_documents
-from glmexport.checkpoint import Tokenizer
-from glmexport.errors import InputError
+from glmexport.calibration.corpus import shipped_documents
+from glmexport.foundation.errors import InputError
+from glmexport.tokenizer.tokenizer import Tokenizer
 from glmexport.validation.behaviour.choices import choice_scores, choice_texts
 from glmexport.validation.behaviour.measure import Answers, judge
 from glmexport.validation.behaviour.plane import BehaviourPlan, ask

@@ -10,19 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from glmexport.target import BehaviourLimits, Gates
+from glmexport.foundation.target import BehaviourLimits, Gates
+from glmexport.results.behaviour import Behaviour, LanguageBehaviour, TaskGroup
+from glmexport.results.fidelity import Fidelity
+from glmexport.results.gate import Gate
+from glmexport.results.paired import Paired
+from glmexport.results.record import Verdict
 from glmexport.validation.behaviour.paired import loss_chance, paired
 from glmexport.validation.gates import apply_gates
 from glmexport.validation.losses import Loss, losses
-from glmexport.validation.results import (
-    Behaviour,
-    Fidelity,
-    Gate,
-    LanguageBehaviour,
-    Paired,
-    TaskGroup,
-    Verdict,
-)
 
 LIMITS = BehaviourLimits(length_ratio=0.1, answers=0.1, chrf=0.03, tasks=0.05)
 POLICY = Gates(kl_mean_nats=1, ln_perplexity_ratio=1, top1_agreement=0.5, minimum_positions=1, behaviour=LIMITS)

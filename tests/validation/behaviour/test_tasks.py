@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 from sacrebleu import sentence_chrf
 
-from glmexport.errors import InputError
-from glmexport.validation.behaviour import Task, read_tasks, score, score_choice
-from glmexport.validation.behaviour.tasks import chrf, exact
+from glmexport.foundation.errors import InputError
+from glmexport.validation.behaviour.tasks import Task, chrf, exact, read_tasks, score, score_choice
 
 GOOD: dict[str, Any] = {"prompt": "2 + 2 =", "metric": "exact", "target": "4"}
 CHOICE: dict[str, Any] = {"prompt": "Sky:", "metric": "choice", "choices": ["blue", "green"], "target": "blue"}

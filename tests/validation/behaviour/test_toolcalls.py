@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glmexport.validation.behaviour import toolcalls
-from glmexport.validation.behaviour.toolcalls import parse
+from glmexport.chat import tool_calls as toolcalls
+from glmexport.chat.tool_calls import parse
 
 TOOLS: list[dict[str, Any]] = [
     {

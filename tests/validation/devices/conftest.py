@@ -10,12 +10,12 @@ import pytest
 from builds import QUICK, THREADS, Sample, run, sample
 from sshd import sshd
 
-from glmexport.bundle import read_manifest
-from glmexport.capture import CaptureOptions, capture_reference
-from glmexport.job import Original
-from glmexport.progress import Silent, Track
+from glmexport.bundle.manifest import read_manifest
+from glmexport.devices.job import PromptQuestion, SpeedRequest, TextQuestion, write_job
+from glmexport.foundation.progress import Silent, Track
 from glmexport.validation.capture import CapturedReference
-from glmexport.validation.devices.job import PromptQuestion, SpeedRequest, TextQuestion, write_job
+from glmexport.workflows.capture import CaptureOptions, capture_reference
+from glmexport.workflows.job import Original
 
 __all__ = ["run", "sample", "sshd"]
 TEXTS, PROMPTS = 4, 2

@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from glmexport.errors import MachineError
-from glmexport.progress import Silent
-from glmexport.validation.devices.answers import DeviceAnswers
-from glmexport.validation.devices.local import LocalRunner
+from glmexport.devices.answers import DeviceAnswers
+from glmexport.devices.local import LocalRunner
+from glmexport.foundation.errors import MachineError
+from glmexport.foundation.progress import Silent
 
 
 @pytest.fixture(scope="module")

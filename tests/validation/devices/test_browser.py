@@ -19,16 +19,16 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import load_file, save_file
 from validation.devices.conftest import PROMPTS, TEXTS, Hooked, answered
 
-from glmexport.bundle import read_manifest
-from glmexport.errors import BundleError, InputError, MachineError
-from glmexport.progress import Silent
-from glmexport.quantization import sha256
-from glmexport.validation.devices.answers import DeviceAnswers
-from glmexport.validation.devices.browser import BrowserRunner, open_browser
-from glmexport.validation.devices.job import Job, PromptQuestion, TextQuestion, read_job, write_job
-from glmexport.validation.devices.local import LocalRunner
-from glmexport.validation.devices.program.session import text_answer
-from glmexport.validation.placement import placement
+from glmexport.bundle.manifest import read_manifest
+from glmexport.devices.answers import DeviceAnswers
+from glmexport.devices.browser import BrowserRunner, open_browser
+from glmexport.devices.job import Job, PromptQuestion, TextQuestion, read_job, write_job
+from glmexport.devices.local import LocalRunner
+from glmexport.engine.placement import placement
+from glmexport.foundation.errors import BundleError, InputError, MachineError
+from glmexport.foundation.files import sha256
+from glmexport.foundation.progress import Silent
+from glmexport.wire.device.session import text_answer
 
 VOCABULARY, LONG = 50, 12
 WEBGPU = "WebGpuExecutionProvider"

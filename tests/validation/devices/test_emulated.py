@@ -11,12 +11,12 @@ from builds import Run, Sample
 from components import emulated_arm64
 from validation.devices.conftest import PROMPTS, TEXTS
 
-from glmexport.errors import InputError, MachineError
-from glmexport.progress import Silent
+from glmexport.devices.answers import DeviceAnswers
+from glmexport.devices.emulated import EMULATED, open_emulated, prepare
+from glmexport.devices.local import LocalRunner
+from glmexport.foundation.errors import InputError, MachineError
+from glmexport.foundation.progress import Silent
 from glmexport.report.document import read_report
-from glmexport.validation.devices.answers import DeviceAnswers
-from glmexport.validation.devices.emulated import EMULATED, open_emulated, prepare
-from glmexport.validation.devices.local import LocalRunner
 
 
 @pytest.fixture(scope="module")

@@ -13,15 +13,15 @@ import pytest
 from builds import QUICK, Run, Sample
 from sshd import Sshd
 
-from glmexport.errors import EXIT_INPUT, EXIT_MACHINE, DefinitionError, InputError, MachineError
-from glmexport.progress import Progress, Silent
+from glmexport.devices.fleet import Member, ask, open_device, open_fleet
+from glmexport.devices.local import LocalRunner
+from glmexport.devices.ssh import SshRunner
+from glmexport.foundation.errors import EXIT_INPUT, EXIT_MACHINE, DefinitionError, InputError, MachineError
+from glmexport.foundation.progress import Progress, Silent
 from glmexport.report.document import read_report
-from glmexport.ssh import SshAddress
+from glmexport.results.record import Verdict
 from glmexport.validation.behaviour.plane import BehaviourPlan
-from glmexport.validation.devices.fleet import Member, ask, open_device, open_fleet
-from glmexport.validation.devices.local import LocalRunner
-from glmexport.validation.devices.ssh import SshRunner
-from glmexport.validation.results import Verdict
+from glmexport.wire.ssh import SshAddress
 
 
 def write(path: Path, text: str) -> Path:

@@ -19,12 +19,12 @@ import pytest
 from builds import Run, Sample
 from validation.devices.conftest import answered
 
-from glmexport.errors import EXIT_INPUT, EXIT_MACHINE, InputError, MachineError
-from glmexport.progress import Silent
+from glmexport.devices.answers import DeviceAnswers
+from glmexport.devices.kit import KitResultRunner, write_kit
+from glmexport.devices.local import LocalRunner
+from glmexport.foundation.errors import EXIT_INPUT, EXIT_MACHINE, InputError, MachineError
+from glmexport.foundation.progress import Silent
 from glmexport.report.document import read_report
-from glmexport.validation.devices.answers import DeviceAnswers
-from glmexport.validation.devices.kit import KitResultRunner, write_kit
-from glmexport.validation.devices.local import LocalRunner
 
 
 def carried(kit: Path, place: Path) -> Path:

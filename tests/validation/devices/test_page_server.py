@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from glmexport.validation.devices.page_server import PageServer, serving
+from glmexport.devices.page_server import PageServer, serving
 
 
 def receive(name: str, body: bytes) -> bytes:

@@ -19,16 +19,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from validation.devices.conftest import PROMPTS, TEXTS, Hooked, answered
 
-from glmexport.bundle import read_manifest
-from glmexport.errors import MachineError
-from glmexport.progress import Silent
+from glmexport.bundle.manifest import read_manifest
+from glmexport.devices.answers import DeviceAnswers
+from glmexport.devices.job import RESULT, read_job
+from glmexport.devices.local import LocalRunner
+from glmexport.engine.generation import GenerationSession
+from glmexport.engine.scoring import ScoringSession
+from glmexport.foundation.errors import MachineError
+from glmexport.foundation.progress import Silent
 from glmexport.validation.capture import CapturedReference
-from glmexport.validation.devices.answers import DeviceAnswers
-from glmexport.validation.devices.job import RESULT, read_job
-from glmexport.validation.devices.local import LocalRunner
-from glmexport.validation.devices.runner import program
-from glmexport.validation.generation import GenerationSession
-from glmexport.validation.session import ScoringSession
+from glmexport.wire.runner import program
 
 
 def test_it_answers_as_this_machine_does(
@@ -187,7 +187,7 @@ def test_it_is_the_same_file_and_runs_where_nothing_of_ours_is() -> None:
             )
         }
         own = {name for name in names if name.startswith("glmexport")}
-        assert all(name.startswith("glmexport.validation.devices.program.") for name in own)
+        assert all(name.startswith("glmexport.wire.device.") for name in own)
         assert names - own <= {*sys.stdlib_module_names, "numpy", "onnxruntime"}
 
 

@@ -14,12 +14,12 @@ import pytest
 from sshd import Sshd
 from validation.devices.conftest import PROMPTS, TEXTS, Hooked, answered
 
-from glmexport.errors import InputError, MachineError
-from glmexport.progress import Silent
-from glmexport.validation.devices import transfer
-from glmexport.validation.devices.answers import DeviceAnswers
-from glmexport.validation.devices.local import LocalRunner
-from glmexport.validation.devices.ssh import open_ssh
+from glmexport.devices.answers import DeviceAnswers
+from glmexport.devices.local import LocalRunner
+from glmexport.devices.ssh import open_ssh
+from glmexport.foundation.errors import InputError, MachineError
+from glmexport.foundation.progress import Silent
+from glmexport.wire import transfer
 
 pytest.importorskip("asyncssh", reason="the extra 'devices' is not installed")
 
@@ -53,7 +53,7 @@ def test_a_killed_connection_is_taken_up_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(transfer, "CHUNK", 1 << 14)
-    monkeypatch.setattr("glmexport.ssh._WAIT_S", 0.05)
+    monkeypatch.setattr("glmexport.wire.ssh._WAIT_S", 0.05)
     progress = Hooked(label, steps, sshd.cut)
     sshd.runner(tmp_path / "work")(job, tmp_path / "results", progress)
     assert progress.happened == 1
@@ -65,7 +65,7 @@ def test_a_killed_connection_is_taken_up_again(
 def test_a_connection_that_is_always_lost_is_given_up(
     job: Path, sshd: Sshd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("glmexport.ssh._WAIT_S", 0.01)
+    monkeypatch.setattr("glmexport.wire.ssh._WAIT_S", 0.01)
 
     class Always(Hooked):
         def __init__(self) -> None:
@@ -130,7 +130,7 @@ def test_a_full_disk_is_told_before_anything_is_sent(job: Path, sshd: Sshd, smal
 def test_a_disk_that_fills_up_while_files_are_sent(
     job: Path, sshd: Sshd, small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("glmexport.validation.devices.ssh._Visit._require_free", _nothing)
+    monkeypatch.setattr("glmexport.devices.ssh._Visit._require_free", _nothing)
     (small_disk / "filler").write_bytes(bytes((1 << 21) - (300 << 10)))
     with pytest.raises(MachineError, match=r"device refused a file|no space left"):
         sshd.runner(small_disk / "work")(job, tmp_path / "results", Silent())
@@ -147,7 +147,7 @@ async def _nothing(*_: object) -> None:
 def test_a_disk_that_fills_up_while_the_device_answers(
     job: Path, sshd: Sshd, small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, local: dict[str, bytes]
 ) -> None:
-    monkeypatch.setattr("glmexport.validation.devices.ssh._Visit._require_free", _nothing)
+    monkeypatch.setattr("glmexport.devices.ssh._Visit._require_free", _nothing)
     filler = small_disk / "filler"
 
     def fill() -> None:

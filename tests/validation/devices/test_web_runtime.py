@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from glmexport.errors import InputError, MachineError
-from glmexport.validation.devices.web_runtime import ARCHIVE, VERSION, cache_folder, web_runtime
+from glmexport.devices.web_runtime import ARCHIVE, VERSION, cache_folder, web_runtime
+from glmexport.foundation.errors import InputError, MachineError
 
 
 @pytest.fixture

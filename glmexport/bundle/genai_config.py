@@ -1,0 +1,163 @@
+"""genai_config.json, as strictly as it is written: onnxruntime-genai does whatever that file says.
+
+In it a bundle could name a library to load, a file to write or a graph elsewhere. So it is held to what a build
+writes: no other key, no other graph, and for the session only what a target may say.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, ValidationError, model_validator
+
+from glmexport.bundle.links import loadable
+from glmexport.bundle.names import GENAI_CONFIG, INPUTS, OUTPUTS
+from glmexport.foundation.definition import Definition, Size, TokenId, first_problem
+from glmexport.foundation.errors import BundleError
+from glmexport.foundation.session_settings import check_provider, check_session_entries
+from glmexport.foundation.untrusted import SMALL, parse_object, read_regular
+
+#: Tokens of a prompt whose activations are in memory together, so that they do not grow with its length.
+PREFILL_TOKENS = 256
+
+
+class _Decoder(Definition):
+    filename: Literal["model.onnx"]
+    session_options: dict[str, Any]
+    hidden_size: Size
+    head_size: Size
+    num_attention_heads: Size
+    num_key_value_heads: Size
+    num_hidden_layers: Size
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+
+
+class _Model(Definition):
+    type: Literal["decoder"]
+    context_length: Size
+    vocab_size: Size
+    bos_token_id: TokenId
+    eos_token_id: Annotated[tuple[TokenId, ...], Field(min_length=1, max_length=64)]
+    pad_token_id: TokenId
+    decoder: _Decoder
+
+    @model_validator(mode="after")
+    def _every_id_is_a_token(self) -> Self:
+        for token in (self.bos_token_id, *self.eos_token_id, self.pad_token_id):
+            if token >= self.vocab_size:
+                raise ValueError(f"token {token} is none of {self.vocab_size}")
+        return self
+
+
+class _Search(Definition):
+    do_sample: Literal[False]
+    max_length: Size
+    min_length: Literal[0]
+    num_beams: Literal[1]
+    num_return_sequences: Literal[1]
+    past_present_share_buffer: bool
+    repetition_penalty: Literal[1]
+    temperature: Literal[1]
+    top_k: Literal[1]
+    top_p: Literal[1]
+
+
+class _Document(Definition):
+    model: _Model
+    search: _Search
+
+
+@dataclass(frozen=True)
+class GenaiConfig:
+    """The facts in a bundle's genai_config.json that the loops here go by."""
+
+    ends: frozenset[int]
+    context_length: int
+    #: Execution providers that it asks for; none: the CPU's.
+    providers: tuple[str, ...]
+    #: What onnxruntime-genai gives the session, as it stands in the file.
+    session_options: dict[str, Any]
+
+    @classmethod
+    def read(cls, bundle: Path) -> GenaiConfig:
+        """Read the file of a bundle, in which nothing may be that a build does not write.
+
+        Raises:
+            BundleError: it is missing, or is another file than a build writes.
+        """
+        path = bundle / GENAI_CONFIG
+        try:
+            written = read_regular(path, SMALL.size)
+            document = parse_object(written, SMALL)
+            model = _Document.model_validate(document).model
+            expected = (json.dumps(document, indent=2) + "\n").encode()
+            _require(written == expected, "it is not spelled as a build writes it")
+            _require((model.decoder.inputs, model.decoder.outputs) == (INPUTS, OUTPUTS), "it names other inputs")
+            options = model.decoder.session_options
+            providers = tuple(_checked(options))
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise BundleError(
+                f"{path} cannot be used: {_reason(error)}.",
+                next_step="Build the bundle again, or copy it again from where it was built.",
+            ) from error
+        return cls(frozenset(model.eos_token_id), model.context_length, providers, options)
+
+    def search_options(self, batch: int) -> dict[str, int]:
+        """What onnxruntime-genai is told beside lengths: a prompt alone is read in pieces on a CPU.
+
+        Not in the bundle, since it takes several prompts together in one piece only.
+        """
+        return {"chunk_size": PREFILL_TOKENS} if not self.providers and batch == 1 else {}
+
+
+def genai_settings(bundle: Path, threads: int, profile: Path | None = None) -> Any:
+    """Return onnxruntime-genai's ``Config`` of a bundle, the only way in which one is made here.
+
+    ``profile`` begins the name of a profile of the session, which is written when the model is freed.
+
+    Raises:
+        BundleError: genai_config.json is not what a build writes.
+    """
+    import onnxruntime_genai
+
+    GenaiConfig.read(bundle)
+    settings = onnxruntime_genai.Config(str(loadable(bundle)))
+    options: dict[str, Any] = {"intra_op_num_threads": threads}
+    if profile:
+        options["enable_profiling"] = str(profile)
+    settings.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
+    return settings
+
+
+def _checked(options: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the execution providers in what a session is given, in which nothing is that a target may not say."""
+    plain = {"log_id", "intra_op_num_threads", "provider_options"}
+    _require(options.get("log_id") == "glmexport", "its log_id is another one")
+    _require(type(options.get("intra_op_num_threads", 1)) is int, "its intra_op_num_threads is no number")
+    check_session_entries(_texts({name: value for name, value in options.items() if name not in plain}))
+    for each in options.get("provider_options", []):
+        for name, chosen in each.items():
+            check_provider(name, _texts(chosen))
+            yield name
+
+
+def _texts(settings: Mapping[str, Any]) -> Mapping[str, str]:
+    for name, value in settings.items():
+        _require(isinstance(value, str), f"{name!r} may not be {value!r}")
+    return settings
+
+
+def _require(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise ValueError(otherwise)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        return first_problem(error)
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}".rstrip(": .")

@@ -1,0 +1,50 @@
+"""What a browser can hold: refused before it is started, with the figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx_ir as ir
+from safetensors import safe_open
+
+from glmexport.devices.job import QUESTIONS, Job
+from glmexport.foundation.errors import InputError
+
+#: A WebAssembly memory with 32-bit addresses, which is what onnxruntime-web is compiled for.
+MEMORY = 1 << 32
+_GIB = 1 << 30
+
+
+def check_limits(directory: Path, job: Job) -> None:
+    """Whether one of the job's graphs can be run, and fits into the memory of WebAssembly.
+
+    In it are at once: the weights; one file of them again, at most, while ONNX Runtime packs it for its kernels; and
+    the logits of the longest text.
+
+    Raises:
+        InputError: it cannot or does not.
+    """
+    if job.graphs.fixed:
+        raise InputError(
+            "The bundle has graphs of fixed shapes, which no browser needs and the page does not run.",
+            next_step="Validate it on a device of its target, or build one for wasm or webgpu.",
+        )
+    folder = Path(job.graphs.scoring).parent.as_posix() + "/"
+    sizes = [entry.size for entry in job.files if entry.path.startswith(folder)]
+    with safe_open(directory / QUESTIONS, "numpy") as questions:
+        longest = max(questions.get_slice(f"text.{index}.ids").get_shape()[0] for index in range(len(job.texts)))
+    logits = 4 * longest * job.vocabulary_size
+    needed = sum(sizes) + max(sizes) + logits
+    if needed > MEMORY:
+        weights, packed, scores, most = (size / _GIB for size in (sum(sizes), max(sizes), logits, MEMORY))
+        raise InputError(
+            f"The bundle does not fit into a browser: {weights:.2f} GiB of weights, {packed:.2f} GiB to pack the "
+            f"largest file and {scores:.2f} GiB of logits are more than the {most:.0f} GiB that WebAssembly addresses.",
+            next_step="Build it from a smaller model or with fewer bits, or validate it on another device.",
+        )
+
+
+def largest_tensor(directory: Path, job: Job) -> int:
+    """Bytes of the largest tensor of the scoring graph; it must fit into one buffer of a WebGPU adapter."""
+    initializers = ir.load(directory / job.graphs.scoring).graph.initializers.values()
+    return max((value.const_value.nbytes for value in initializers if value.const_value is not None), default=0)

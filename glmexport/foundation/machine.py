@@ -1,0 +1,117 @@
+"""Facts about the machine at hand: what it is, what memory it has, and how fast it reads it."""
+
+from __future__ import annotations
+
+import platform
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import psutil
+
+from glmexport.foundation.host import cpu_flags
+
+_LIBRARIES = (
+    "glmexport",
+    "torch",
+    "transformers",
+    "onnx",
+    "onnx-ir",
+    "onnxruntime",
+    "onnxruntime-genai",
+    "numpy",
+)
+#: Instruction sets that decide which kernels ONNX Runtime takes.
+_TELLING_FLAGS = (
+    "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8",
+    "asimd", "asimddp", "i8mm", "bf16", "sve",
+)  # fmt: skip
+
+
+def processor_name() -> str:
+    """The processor's own name, as far as the system tells."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def instruction_sets() -> tuple[str, ...]:
+    """Those of this processor that matter to quantized kernels."""
+    return tuple(flag for flag in _TELLING_FLAGS if flag in cpu_flags())
+
+
+def cores() -> int:
+    """Physical cores that this process may use."""
+    usable = len(psutil.Process().cpu_affinity()) if sys.platform == "linux" else psutil.cpu_count()
+    return min(usable or 1, psutil.cpu_count(logical=False) or usable or 1)
+
+
+def memory_bytes() -> int:
+    """Physical memory."""
+    return int(psutil.virtual_memory().total)
+
+
+def system_name() -> str:
+    """Operating system, release and architecture."""
+    return f"{platform.system()} {platform.release()} {platform.machine()}"
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of Python and of the libraries whose arithmetic the result depends on."""
+    found = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            # Run from a checkout without installation, or onnxruntime under its GPU name.
+            continue
+    return found
+
+
+def peak_memory() -> int:
+    """Peak resident memory of this process so far, bytes."""
+    return peak_memory_and_source()[0]
+
+
+def peak_memory_and_source() -> tuple[int, str]:
+    """Peak resident memory of this process so far, bytes, and what told it.
+
+    Resident, not PSS: pages of weights that another process happens to map are counted whole, as they are needed where
+    this process is the only one. Not the cgroup's: that is the whole container's, its page cache included.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        # Not getrusage: its figure starts from the parent's, which a child shares until it starts its own program.
+        for line in status.read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) * 1024, "VmHWM"
+    process = psutil.Process().memory_info()
+    if hasattr(process, "peak_wset"):
+        return int(process.peak_wset), "peak working set"
+    return int(process.rss), "resident memory at the end"
+
+
+def memory_bandwidth(threads: int) -> float:
+    """Bytes per second at which ``threads`` threads read memory: the best of several sums over 256 MiB.
+
+    256 MiB is several times any cache; a sum reads every byte once and writes nothing.
+    """
+    # Here, so that a process that asks for its peak memory does not first load torch.
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        data = torch.ones(1 << 26, dtype=torch.float32)
+        best = 0.0
+        for _ in range(5):
+            started = time.perf_counter()
+            data.sum()
+            best = max(best, data.numel() * 4 / (time.perf_counter() - started))
+        return best
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,169 @@
+"""Recipe: how to quantize. One TOML file under ``calibration/recipes``, or a file of the user's."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from glmexport.foundation.definition import Definition, locate, read_toml
+
+RECIPES = "calibration/recipes"
+#: The recipe of a checkpoint that is quantized already.
+STORED = "stored"
+
+
+class Format(Definition):
+    """How one matrix is stored: ``bits`` per code, and one scale (and zero point) per ``group_size`` inputs.
+
+    Asymmetric groups store a zero point of ``bits`` bits. Symmetric ones use the fixed zero point
+    ``2 ** (bits - 1)`` and a signed scale, so that the full range of codes is in use.
+    """
+
+    bits: Literal[2, 4, 8]
+    group_size: Literal[16, 32, 64, 128, 256]
+    symmetric: bool = False
+
+    @property
+    def label(self) -> str:
+        """Short name, for example ``w4g32`` or ``w4g128-sym``."""
+        return f"w{self.bits}g{self.group_size}{'-sym' if self.symmetric else ''}"
+
+
+class Solver(Definition):
+    """How codes and scales are found."""
+
+    #: ``stored`` keeps the codes of a quantized checkpoint's linears; what it has in full precision stays so.
+    method: Literal["gptq", "round-to-nearest", "stored"] = "gptq"
+    #: Fraction of the Hessian's mean diagonal that is added to its diagonal before factorising.
+    damping: float = Field(default=0.01, gt=0, le=1)
+    #: ``group``: whole groups by importance, then columns inside each (GAR); ``stored``: as in the checkpoint.
+    order: Literal["group", "stored"] = "group"
+    #: Search scale and zero point of every group against the Hessian-weighted error; false takes min-max.
+    scale_search: bool = True
+    #: Move powers of two from the columns of linears into what writes their input, where rounding then costs less.
+    fold_scales: bool = True
+    #: Fit matrices to the original's outputs, so that each takes back part of the error of those before it; false
+    #: fits them to their own outputs on the quantized stream.
+    asymmetric: bool = True
+    #: Rounds of coordinate descent over the codes followed by a closed-form refit of the scales.
+    polish_rounds: int = Field(default=2, ge=0, le=16)
+    #: The same of routed experts. A large mixture has tens of thousands of matrices, and rounds are most of the time.
+    expert_polish_rounds: int = Field(default=0, ge=0, le=16)
+
+
+class CalibrationPlan(Definition):
+    """How much text of each language the Hessians are measured on."""
+
+    tokens: int = Field(ge=1024)
+    sequence_length: int = Field(ge=64)
+    #: Share of the tokens per language (BCP-47); shares are normalised to one. User text is the language ``user``.
+    quota: dict[str, float]
+
+    @field_validator("quota")
+    @classmethod
+    def _positive(cls, quota: dict[str, float]) -> dict[str, float]:
+        if not quota or any(share <= 0 for share in quota.values()):
+            raise ValueError("every share must be above 0")
+        return quota
+
+
+class Budget(Definition):
+    """How large a bundle may be, with the formats to choose among, matrix by matrix, to lose least within it.
+
+    Exactly one of ``bits_per_weight`` (over every weight, scales and zero points included) and ``bundle_bytes``
+    (weights and rotary tables) is given.
+    """
+
+    bits_per_weight: float | None = Field(default=None, gt=0)
+    bundle_bytes: int | None = Field(default=None, gt=0)
+    candidates: tuple[Format, ...] = (
+        Format(bits=2, group_size=32),
+        Format(bits=2, group_size=64),
+        Format(bits=4, group_size=128),
+        Format(bits=4, group_size=64),
+        Format(bits=4, group_size=32),
+        Format(bits=8, group_size=128),
+        Format(bits=8, group_size=32),
+    )
+    #: Held-out tokens on which every group of matrices is tried in every format.
+    probe_tokens: int = Field(default=2048, ge=64)
+
+    @property
+    def label(self) -> str:
+        """Short, for example ``4.6bpw`` or ``5.2GiB``."""
+        if self.bits_per_weight is not None:
+            return f"{self.bits_per_weight:g}bpw"
+        assert self.bundle_bytes is not None
+        return f"{self.bundle_bytes / 2**30:.4g}GiB"
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> Self:
+        if (self.bits_per_weight is None) == (self.bundle_bytes is None):
+            raise ValueError("give either bits_per_weight or bundle_bytes")
+        if len(set(self.candidates)) != len(self.candidates) or not self.candidates:
+            raise ValueError("candidates: at least one, none twice")
+        return self
+
+
+class Recipe(Definition):
+    """How to quantize: formats of the parts, the solver, and what to calibrate on. None keeps full precision."""
+
+    name: str
+    summary: str
+    linears: Format | None = None
+    #: In mixtures of experts, of what every token passes: attention, shared experts, dense layers. By default 8 bits in
+    #: the groups of ``linears``: little of the whole, and part of every answer.
+    shared: Format | None = None
+    lm_head: Format | None = None
+    embedding: Format | None = None
+    solver: Solver = Solver()
+    calibration: CalibrationPlan | None = None
+    #: Replaces the formats above, for the parts that have one, by what fits a budget best.
+    budget: Budget | None = None
+
+    @model_validator(mode="after")
+    def _calibrates_if_it_solves(self) -> Self:
+        if self.needs_calibration and self.calibration is None:
+            raise ValueError("solver.method gptq needs a [calibration] table")
+        if not self.needs_calibration and self.calibration is not None:
+            raise ValueError("[calibration] is given, but nothing is solved against a Hessian")
+        if self.budget is not None and not (self.needs_calibration and self.linears):
+            raise ValueError("[budget] needs solver.method gptq and a format of the linears")
+        return self
+
+    def linear(self, *, mixture: bool, routed: bool) -> Format | None:
+        """Format of a linear of the blocks, in a mixture of experts or not, that only some tokens pass or all."""
+        if self.linears is None or not mixture or routed:
+            return self.linears
+        return self.shared or self.linears.model_copy(update={"bits": 8})
+
+    @property
+    def quantizes_linears(self) -> bool:
+        """Whether any linear of the blocks is quantized, or kept as it is stored quantized."""
+        return self.linears is not None or self.keeps_stored
+
+    @property
+    def keeps_stored(self) -> bool:
+        """Whether the linears are taken as a quantized checkpoint stores them."""
+        return self.solver.method == "stored"
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether any matrix is solved against a Hessian."""
+        return self.solver.method == "gptq" and (self.linears is not None or self.lm_head is not None)
+
+    def digest(self) -> str:
+        """SHA-256 of the recipe's values, so that two spellings of the same recipe are the same."""
+        return "sha256:" + hashlib.sha256(self.model_dump_json(exclude={"summary"}).encode()).hexdigest()
+
+
+def open_recipe(name_or_path: str) -> Recipe:
+    """The shipped recipe of that name, or the one in that ``.toml`` file.
+
+    Raises:
+        DefinitionError: unknown name, unknown key, or a value out of range.
+    """
+    path = locate("recipe", RECIPES, name_or_path)
+    return read_toml(path, Recipe, {"name": path.stem})

@@ -1,0 +1,298 @@
+"""The original model, computed by transformers' own decoder layers, one block in memory at a time.
+
+Nothing of the reference arithmetic is ours: the layer classes are transformers', created without storage on the
+meta device and filled from the checkpoint when their turn comes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from glmexport.architecture.description import Architecture, DecoderLayer, ResidualBranch
+from glmexport.architecture.experts import MixtureOfExperts
+from glmexport.architecture.latent import LatentAttention
+from glmexport.checkpoint.checkpoint import Checkpoint
+from glmexport.reference.filling import EXPERTS, MATRICES, ROUTER, halves, stream_experts
+from glmexport.reference.skeleton import completed, skeleton
+
+#: Replaces a weight while a block is filled: (checkpoint key) -> tensor, or None to read the checkpoint.
+Substitute = Callable[[str], Tensor | None]
+
+CPU = torch.device("cpu")
+
+#: Rows of the embedding or lm_head held in fp32 at a time.
+_SLAB_ROWS = 16384
+
+
+class Reference:
+    """transformers' model of ``checkpoint`` without its weights; blocks are filled on demand, in fp32 on ``device``."""
+
+    def __init__(self, checkpoint: Checkpoint, architecture: Architecture, device: torch.device = CPU) -> None:
+        self.checkpoint = checkpoint
+        self.architecture = architecture
+        self.device = device
+        _, config = completed(checkpoint)
+        model: Any = skeleton(config)
+        self._decoder: Any = model.model
+        # The rotary tables are computed, not stored, so this module cannot stay on the meta device.
+        rotary: Any = type(self._decoder.rotary_emb)
+        self._rotary: nn.Module = rotary(config)
+
+    def read(self, key: str) -> Tensor:
+        """The checkpoint's tensor, fp32 on the device."""
+        return self.checkpoint.read(key).to(self.device)
+
+    def rows(self, key: str, start: int, stop: int) -> Tensor:
+        """Rows ``start`` to ``stop`` of the checkpoint's tensor, fp32 on the device."""
+        return self.checkpoint.rows(key, start, stop).to(self.device)
+
+    def block(
+        self, layer: DecoderLayer, substitute: Substitute | None = None, *, only: Collection[str] | None = None
+    ) -> Block:
+        """Decoder layer ``layer`` with its weights in fp32; of the linears those of the taps ``only``, if given.
+
+        Routed experts are read when tokens choose them.
+        """
+        module = copy.deepcopy(self._decoder.layers[layer.index])
+        left_out = [linear for linear in layer.linears if only is not None and linear.tap not in only]
+        absent = {key for linear in left_out for key in (linear.weight, linear.bias_key)}
+
+        def weight(key: str) -> Tensor:
+            replaced = substitute(key) if substitute else None
+            return self.read(key) if replaced is None else replaced
+
+        if isinstance(layer.mlp, MixtureOfExperts):
+            experts = layer.mlp.experts
+
+            def matrix(index: int, name: str) -> Tensor:
+                expert = experts[index]
+                return weight((expert.gate_up if name == MATRICES[0] else expert.down).weight)
+
+            stream_experts(module, matrix)
+        weights: dict[str, Tensor] = {}
+        apart, stacked = halves(layer), dict[str, Tensor]()
+        for name in module.state_dict():
+            key, half = apart.get(name, (f"{layer.prefix}.{name}", None))
+            if key in absent:
+                continue
+            if half is None:
+                weights[name] = weight(key)
+                continue
+            if key not in stacked:
+                stacked[key] = weight(key)
+            weights[name] = stacked[key].chunk(2)[half]
+        module.load_state_dict(weights, assign=True, strict=not absent)
+        return Block(layer, module.eval().requires_grad_(False))
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Embeddings [..., hidden] fp32 of token ``ids``; reads the table in slabs."""
+        wanted, position = torch.unique(ids, return_inverse=True)
+        key = self.architecture.embedding
+        rows = torch.empty(len(wanted), self.architecture.hidden_size)
+        for start in range(0, self.architecture.vocabulary_size, _SLAB_ROWS):
+            stop = min(start + _SLAB_ROWS, self.architecture.vocabulary_size)
+            inside = (wanted >= start) & (wanted < stop)
+            if bool(inside.any()):
+                rows[inside] = self.checkpoint.rows(key, start, stop)[wanted[inside] - start]
+        return rows[position].to(self.device)
+
+    def logits(self, normed: Tensor) -> Tensor:
+        """lm_head of [..., hidden] fp32, as [..., vocabulary] fp32; reads the matrix in slabs."""
+        vocabulary = self.architecture.vocabulary_size
+        logits = normed.new_empty(*normed.shape[:-1], vocabulary)
+        for start in range(0, vocabulary, _SLAB_ROWS):
+            stop = min(start + _SLAB_ROWS, vocabulary)
+            logits[..., start:stop] = normed @ self.rows(self.architecture.lm_head.weight, start, stop).T
+        return logits
+
+    def rotary_tables(self, length: int) -> tuple[Tensor, Tensor]:
+        """Cos and sin [length, rotary dimensions / 2] fp32 of positions 0 to length - 1, one column a pair."""
+        cos, sin = self._rotary(torch.zeros(1), torch.arange(length)[None])
+        half = self.architecture.layers[0].attention.rotary.dimensions // 2
+        return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
+
+    def position_embeddings(self, length: int) -> tuple[Tensor, Tensor]:
+        """What transformers' decoder layers take for positions 0 to length - 1."""
+        cos, sin = self._rotary(torch.zeros(1), torch.arange(length)[None])
+        return cos.to(self.device), sin.to(self.device)
+
+    def final_norm(self, hidden: Tensor) -> Tensor:
+        """RMSNorm before the lm_head, [..., hidden] fp32."""
+        module = copy.deepcopy(self._decoder.norm)
+        module.load_state_dict({"weight": self.read(self.architecture.final_norm.weight)}, assign=True, strict=True)
+        with torch.inference_mode():
+            normed: Tensor = module(hidden)
+        return normed
+
+
+class _Reached(Exception):
+    """Ends a computation once the input that was asked for has been read."""
+
+
+class Block:
+    """One decoder layer of transformers, filled."""
+
+    def __init__(self, layer: DecoderLayer, module: nn.Module) -> None:
+        self.layer = layer
+        self.module = module
+        #: Names of the halves in which the module holds a stacked matrix, by its checkpoint key.
+        self._apart: dict[str, list[str]] = {}
+        names = dict(module.named_parameters())
+        for name, (key, _) in halves(layer).items():
+            if name in names:
+                self._apart.setdefault(key, []).append(name)
+
+    @property
+    def selects(self) -> bool:
+        """Whether it attends to a selection, its own or that of the layer before."""
+        attention = self.layer.attention
+        return isinstance(attention, LatentAttention) and (
+            attention.indexer is not None or attention.shared_selection
+        )
+
+    def forward(
+        self, hidden: Tensor, positions: tuple[Tensor, Tensor], weights: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """The block's output for ``hidden`` [batch, length, hidden]; causal, no padding, no cache.
+
+        ``weights`` by checkpoint key replace the block's own for this call.
+        """
+        return self.selecting(hidden, positions, None, weights)[0]
+
+    def selecting(
+        self,
+        hidden: Tensor,
+        positions: tuple[Tensor, Tensor],
+        selection: Tensor | None,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """``forward`` in a family whose layers share what they attend to: the output, and this layer's selection.
+
+        ``selection`` [batch, length, k] int32 is that of the layer before, of which only layers that share it make
+        use; None selects everything, which is right for texts of at most ``top_k`` tokens.
+        """
+        replaced: dict[str, Tensor] = {}
+        for key, weight in (weights or {}).items():
+            names = self._apart.get(key, [self._name(key)])
+            replaced |= dict(zip(names, weight.chunk(len(names)), strict=True))
+        arguments = self._arguments(hidden, positions, selection)
+        with torch.inference_mode():
+            output = torch.func.functional_call(self.module, replaced, (hidden,), arguments)
+        return output if isinstance(output, tuple) else (output, None)
+
+    def tap(self, name: str, hidden: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
+        """The input [batch, length, in_features] that the linears of tap ``name`` read."""
+        return self._reaching(name, lambda: self.forward(hidden, positions))
+
+    def branch_tap(self, name: str, stream: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
+        """The same as ``tap``, from the residual ``stream`` [batch, length, hidden] that the tap's branch adds to."""
+        branch = self.layer.branch(name)
+        inside = self._submodule(branch.module)
+        attends = branch.module == self.layer.branches[0].module
+        arguments = self._arguments(stream, positions, None) if attends else {}
+
+        def run() -> None:
+            with torch.inference_mode():
+                inside(self._submodule(branch.input_norm.key)(stream), **arguments)
+
+        return self._reaching(name, run)
+
+    def weight(self, key: str) -> Tensor:
+        """The tensor with that checkpoint key, fp32."""
+        if key in self._apart:
+            return torch.cat([self.module.get_parameter(name) for name in self._apart[key]])
+        return self.module.get_parameter(self._name(key))
+
+    def attended(
+        self, hidden: Tensor, positions: tuple[Tensor, Tensor], selection: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The residual stream behind the attention; otherwise as ``selecting``."""
+        branch = self.layer.branches[0]
+        arguments = self._arguments(hidden, positions, selection)
+        with torch.inference_mode():
+            inside, _, *selected = self._submodule(branch.module)(self.normed(branch, hidden), **arguments)
+        return self.add(branch, hidden, inside), selected[0] if selected else None
+
+    def through(self, branch: ResidualBranch, stream: Tensor) -> Tensor:
+        """The residual stream [batch, length, hidden] behind a branch that is no attention."""
+        with torch.inference_mode():
+            inside = self._submodule(branch.module)(self._submodule(branch.input_norm.key)(stream))
+        return self.add(branch, stream, inside)
+
+    def normed(self, branch: ResidualBranch, stream: Tensor) -> Tensor:
+        """What the branch reads of the residual ``stream`` [..., hidden]."""
+        with torch.inference_mode():
+            result: Tensor = self._submodule(branch.input_norm.key)(stream)
+        return result
+
+    def route(self, normed: Tensor) -> tuple[Tensor, Tensor]:
+        """Experts of every position of ``normed`` [n, hidden], and their weights: [n, chosen] int64 and fp32."""
+        with torch.inference_mode():
+            _, weights, experts = self.module.get_submodule(ROUTER)(normed)
+        return experts, weights
+
+    def gated(self, gate_up: Tensor) -> Tensor:
+        """The gated activation of an expert's ``gate_up`` [n, 2 I], as [n, I]."""
+        experts: Any = self.module.get_submodule(EXPERTS)
+        with torch.inference_mode():
+            result: Tensor = experts._apply_gate(gate_up)
+        return result
+
+    def output(self, branch: ResidualBranch, inner: Tensor) -> Tensor:
+        """What the branch's last linear makes of its input ``inner`` [batch, length, in_features]."""
+        assert branch.output is not None
+        with torch.inference_mode():
+            result: Tensor = self._submodule(branch.output.key)(inner)
+        return result
+
+    def add(self, branch: ResidualBranch, stream: Tensor, output: Tensor) -> Tensor:
+        """The residual stream behind the branch: ``stream`` and ``output`` [batch, length, hidden], normed if it is."""
+        norm = branch.output_norm
+        with torch.inference_mode():
+            return stream + (output if norm is None else self._submodule(norm.key)(output))
+
+    def _reaching(self, tap: str, run: Callable[[], object]) -> Tensor:
+        read: list[Tensor] = []
+
+        def keep(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            read.append(arguments[0])
+            raise _Reached
+
+        handle = self._submodule(self.layer.taps[tap][0].key).register_forward_pre_hook(keep)
+        try:
+            run()
+        except _Reached:
+            pass
+        finally:
+            handle.remove()
+        # Latents come with an axis of one head.
+        return read[0].squeeze(1) if read[0].dim() == 4 else read[0]
+
+    def _submodule(self, key: str) -> nn.Module:
+        # Both halves of a stacked matrix read the same.
+        apart = self._apart.get(f"{key}.weight")
+        return self.module.get_submodule(apart[0].removesuffix(".weight") if apart else self._name(key))
+
+    def _name(self, key: str) -> str:
+        return key.removeprefix(f"{self.layer.prefix}.")
+
+    def _arguments(self, hidden: Tensor, positions: tuple[Tensor, Tensor], selection: Tensor | None) -> dict[str, Any]:
+        """Of a decoder layer, and of its attention."""
+        arguments: dict[str, Any] = {
+            "attention_mask": None,
+            "position_embeddings": positions,
+            "past_key_values": None,
+            "use_cache": False,
+        }
+        if self.selects:
+            batch, length = hidden.shape[:2]
+            # The indexer looks at the mask by itself.
+            arguments["attention_mask"] = hidden.new_ones(1, 1, length, length, dtype=torch.bool).tril()
+            everything = torch.arange(length, dtype=torch.int32, device=hidden.device).expand(batch, length, -1)
+            arguments["prev_topk_indices"] = everything if selection is None else selection.to(hidden.device)
+        return arguments

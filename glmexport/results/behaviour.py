@@ -1,0 +1,120 @@
+"""What both models answer when nobody leads them token by token."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import model_validator
+
+from glmexport.results.paired import Paired
+from glmexport.results.record import Count, Number, Record
+
+Kind = Literal["continue", "chat", "tools", "translate", "task"]
+
+
+class Answer(Record):
+    """One prompt and what both made of it."""
+
+    id: str
+    kind: Kind
+    language: str | None
+    """BCP-47 tag that the answer should be in; none if nobody says."""
+    prompt: str
+    """The end of what both were given."""
+    original: str
+    bundle: str
+    exact_prefix: Count
+    """Tokens up to the first difference."""
+    score_original: Number | None = None
+    """Of a translation or task, 0 to 1."""
+    score_bundle: Number | None = None
+
+    @model_validator(mode="after")
+    def _both_are_scored_or_none(self) -> Self:
+        if (self.score_original is None) != (self.score_bundle is None):
+            raise ValueError("give the scores of both answers, or of none")
+        return self
+
+
+class LanguageBehaviour(Record):
+    """Answers in one language."""
+
+    language: str
+    """BCP-47 tag; "all" for every language together."""
+    answers: Count
+    identical: Count
+    exact_prefix_p50: Number
+    """Median number of tokens up to the first difference; an answer that has none counts with its length."""
+    tokens_original: Count
+    tokens_bundle: Count
+    ended_original: Count
+    """Answers that came to an end by themselves."""
+    ended_bundle: Count
+    loops_original: Count
+    """Answers that end in the repetition of one block."""
+    loops_bundle: Count
+    drift_judged: Count
+    """Answers long enough to tell their language, where the original's is in the one that was asked for."""
+    drifted: Count
+    """Of these, in another."""
+
+
+class Translation(Record):
+    """Sentences translated from English."""
+
+    language: str
+    sentences: Count
+    chrf_original: Number
+    """Mean chrF against a translation by people, 0 to 1 (Popović, WMT 2015)."""
+    chrf_bundle: Number
+
+
+class Concurrency(Record):
+    """Prompts answered in a batch with others, and alone."""
+
+    batch: Count
+    prompts: Count
+    identical: Count
+
+
+class TaskGroup(Record):
+    """Tasks of the user's, of one name and metric."""
+
+    name: str
+    metric: Literal["exact", "choice", "regex", "chrf"]
+    original: Number
+    """Mean score, 0 to 1."""
+    bundle: Number
+    change: Paired
+
+
+class Behaviour(Record):
+    """Greedy answers of the bundle in onnxruntime-genai, and the original's own."""
+
+    passes: Count
+    """Passes through the original that its answers took; 0 where they were captured."""
+    languages: tuple[LanguageBehaviour, ...]
+    overall: LanguageBehaviour
+    ln_length_ratio: Number
+    """ln(tokens of all answers of the bundle / of the original)."""
+    ln_length_ratio_error: Number
+    """Its standard error, with prompts as the sample."""
+    loops: Paired
+    """1 for an answer that does not end in a loop."""
+    ended: Paired
+    """1 for an answer that comes to an end."""
+    drift: Paired | None
+    """1 for an answer in the language that was asked for, or as the original's if that is not known to the detector; of
+    those that the original answers so. None where no language could be told."""
+    tool_calls: Paired | None
+    """1 for an answer that is a well-formed call of a known tool, of those where the
+    original's is; None without any."""
+    tool_calls_together: Paired | None
+    """The same, of the bundle in a batch."""
+    translation: Paired | None
+    """chrF of each sentence."""
+    translations: tuple[Translation, ...]
+    tasks: tuple[TaskGroup, ...]
+    concurrency: Concurrency | None
+    differences: tuple[Answer, ...]
+    """Answers that differ, of every kind and language some."""

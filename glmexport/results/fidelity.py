@@ -1,0 +1,160 @@
+"""How far the bundle's answers are from the original's."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from glmexport.results.record import Count, Number, Record
+
+
+class Estimate(Record):
+    """A mean over positions, and how sure it is."""
+
+    value: Number
+    standard_error: Number
+    """With documents as the sample, whose positions hang together; Infinity for a single document."""
+    documents: Count
+    positions: Count
+    kind: Literal["signed", "positive", "share"]
+    """Signed quantities have symmetric errors. What is never negative, and rarely large, has them on a logarithmic
+    scale; so has a share of positions that have something rare."""
+
+
+class LanguageFidelity(Record):
+    """How far the bundle's next-token distribution is from the original's, on texts of one language.
+
+    Divergence is KL(original || bundle) at one position, both reading the same preceding text.
+    """
+
+    language: str
+    """BCP-47 tag; "all" for every language together."""
+    documents: Count
+    positions: Count
+    """Positions at which both distributions were compared."""
+    perplexity_original: Number
+    perplexity_bundle: Number
+    kl_mean_nats: Number
+    kl_p50_nats: Number
+    kl_p99_nats: Number
+    kl_p999_nats: Number
+    kl_max_nats: Number
+    top1_agreement: Annotated[float, Field(ge=0, le=1)]
+    """Share of positions at which both have the same most likely token, 0 to 1."""
+    rms_delta_p: Number
+    """Root of the mean square change of the probability of the text's own next token, 0 to 1."""
+    kl: Estimate
+    """Of the mean divergence, in nats."""
+    ln_perplexity_ratio: Estimate
+    """Of ln(perplexity of the bundle / of the original), in nats; paired, position by position."""
+    top1_disagreement: Estimate
+    """Of the share of positions with different most likely tokens."""
+
+
+class PositionBand(Record):
+    """Predictions that rest on about as much text before them, over every language."""
+
+    first: Count
+    """Index of the predicted token in its document, from 0."""
+    last: Count
+    """The last index that was measured."""
+    kl: Estimate
+    """Of the mean divergence, in nats."""
+    top1_agreement: Annotated[float, Field(ge=0, le=1)]
+
+
+class WorstToken(Record):
+    """One position at which the bundle diverges most, with what a reader needs to judge it."""
+
+    language: str
+    document: str
+    position: Count
+    """Index of the predicted token in the document, from 0."""
+    context: str
+    """The text right before the position."""
+    expected: str
+    """The original's most likely next token."""
+    given: str
+    """The bundle's most likely next token."""
+    kl_nats: Number
+    probability_original: Number
+    """The original's probability of ``expected``, 0 to 1."""
+    probability_bundle: Number
+    """The bundle's probability of ``expected``, 0 to 1."""
+
+
+class CaptureBound(Record):
+    """What it costs to know the original by its most likely tokens only, measured where all are known."""
+
+    top_k: Count
+    """Tokens kept at each position; of all others only what they have together."""
+    tail_mass: Annotated[float, Field(ge=0, le=1)]
+    """Mean probability of all others."""
+    audit_positions: Count
+    """Positions at which the original's whole distribution was kept."""
+    kl_mean_nats: Number
+    """Mean divergence at those, over the whole vocabulary."""
+    kl_mean_partition_nats: Number
+    """The same over the kept tokens and all others as one, which is never more."""
+
+
+class Fidelity(Record):
+    """The bundle's answers against the original's on evaluation text that calibration has not seen."""
+
+    languages: tuple[LanguageFidelity, ...]
+    overall: LanguageFidelity
+    worst_language: str
+    """Language of the largest mean divergence."""
+    kl_histogram_edges_nats: tuple[Number, ...]
+    """Increasing, one more than the counts; the first may be 0 and the last Infinity."""
+    kl_histogram_counts: tuple[Count, ...]
+    """Positions in each bin, over every language."""
+    worst_tokens: tuple[WorstToken, ...]
+    arithmetic: str
+    """What the bundle computes in, for example "int4 weights, int8 activations (accuracy_level 4)"."""
+    bands: tuple[PositionBand, ...] = ()
+    """By how far into its document a position is."""
+    noise_floor: LanguageFidelity | None = None
+    """The original against itself with another batch and number of threads, on one text a language: what is not above
+    this is no difference. None if it was not measured."""
+    capture: CaptureBound | None = None
+    """Where the original was captured earlier: every divergence above is a lower bound. None if it was at hand."""
+    text_digest: str = ""
+    """SHA-256 over the documents, their languages and token ids: the same where two reports rest on the same text."""
+
+    @model_validator(mode="after")
+    def _histogram_is_well_formed(self) -> Self:
+        edges, counts = self.kl_histogram_edges_nats, self.kl_histogram_counts
+        if counts and len(edges) != len(counts) + 1:
+            raise ValueError(f"{len(counts)} histogram counts need {len(counts) + 1} edges, not {len(edges)}")
+        if any(not left < right for left, right in pairwise(edges)):
+            raise ValueError("histogram edges do not increase")
+        return self
+
+    @model_validator(mode="after")
+    def _worst_language_was_measured(self) -> Self:
+        if self.languages and self.worst_language not in {row.language for row in self.languages}:
+            raise ValueError(f"worst_language {self.worst_language!r} is not among the languages")
+        return self
+
+
+class Share(Record):
+    """What one cause adds to the mean divergence; the shares are measured apart and add up."""
+
+    name: str
+    """For example "4-bit linears, fp32 arithmetic" or "+ int8 activations"."""
+    kl_mean_nats: Number
+    """Mean divergence that this cause adds to the causes before it; can be negative."""
+    note: str
+
+
+class Overlap(Record):
+    """Whether evaluation repeats what calibration has seen, which would flatter the bundle."""
+
+    calibration_documents: Count
+    evaluation_documents: Count
+    shared_documents: Count
+    shared_lines: Count
+    """Distinct lines that occur in both."""

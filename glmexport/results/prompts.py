@@ -1,0 +1,27 @@
+"""Whether conversations reach the bundle as the tokens that the original would see."""
+
+from __future__ import annotations
+
+from glmexport.results.record import Count, Record
+
+
+class PromptDifference(Record):
+    """A conversation that the bundle turns into other tokens than the original."""
+
+    conversation: str
+    language: str
+    expected: str
+    """The original's text around the first token that differs, or why its template refuses."""
+    given: str
+    """The bundle's."""
+
+
+class PromptParity(Record):
+    """Token ids of golden conversations: the bundle's tokenizer and template against transformers on the original."""
+
+    compared: Count
+    refused: Count
+    """Conversations of a kind that both templates refuse."""
+    differences: tuple[PromptDifference, ...]
+    unopened: str | None = None
+    """Why transformers could not open the original's tokenizer; then nothing was compared."""

@@ -1,0 +1,30 @@
+"""Whether the graph holds the numbers that it should."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from glmexport.results.record import Count, Record
+
+
+class WeightFault(Record):
+    """A tensor of the graph that is not what it should be."""
+
+    tensor: str
+    """Its name in the checkpoint; of a rotary table, in the graph."""
+    kind: Literal["other", "far"]
+    """other: not the numbers that were decided on, or not the original's; far: those, but a row has lost the
+    original's."""
+    detail: str
+
+
+class WeightCheck(Record):
+    """Every number of the graph, read back and compared."""
+
+    matrices: Count
+    """Quantized ones."""
+    undecided: Count
+    """Of these, without a record of what the quantizer decided: only their distance from the original is known."""
+    tensors: Count
+    """Others, which have to equal the original's."""
+    faults: tuple[WeightFault, ...]

@@ -1,0 +1,252 @@
+"""The one thread that owns the model: requests wait in a bounded queue, and those begun take turns token by token."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from glmexport.engine.computed import Model
+from glmexport.engine.kept import Kept
+from glmexport.serving.answer import Answer, Failed, FreeTurns, GuidedTurns, Reason, Turns
+from glmexport.serving.guides import Guides
+from glmexport.serving.metrics import Metrics
+
+
+class Full(Exception):
+    """As many requests wait as may."""
+
+
+class Closed(Exception):
+    """The engine takes no more requests."""
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How the engine works.
+
+    ``parallel``: answers that take turns, and sequences that are held in memory. ``waiting``: requests that may wait
+    beside them. ``guesses``: tokens guessed at a time, 0 for none. ``reuse``: whether a prompt goes on with the
+    sequence of an earlier request that it begins with. ``batch``: whether the next tokens of all are computed together.
+    """
+
+    threads: int
+    parallel: int = 4
+    waiting: int = 64
+    guesses: int = 0
+    reuse: bool = True
+    batch: bool = False
+
+
+class Engine:
+    """Answers from the bundle in ``directory``.
+
+    ``loaded`` is called in the engine's thread once the model is in memory, ``broken`` when it cannot be, or when the
+    thread fails at what is no single answer's. ``guides`` hold answers to grammars.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        options: EngineOptions,
+        metrics: Metrics,
+        loaded: Callable[[], None],
+        broken: Callable[[Exception], None],
+        guides: Guides | None = None,
+    ) -> None:
+        self._guides = guides
+        self._directory = directory
+        self._options = options
+        self._metrics = metrics
+        self._loaded = loaded
+        self._broken = broken
+        self._waiting: deque[Answer] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        self.ready = False
+        self._thread = threading.Thread(target=self._work, name="inference", daemon=True)
+
+    @property
+    def alive(self) -> bool:
+        """Whether its thread is there."""
+        return self._thread.is_alive()
+
+    def start(self) -> None:
+        """Load the model, then work."""
+        self._thread.start()
+
+    def submit(self, answer: Answer) -> None:
+        """Let an answer be given; it is told parts and its end from the engine's thread.
+
+        Raises:
+            Full: too many wait.
+            Closed: the engine ends, or could not load the model.
+        """
+        with self._changed:
+            if self._closed:
+                raise Closed
+            self._waiting = deque(waiting for waiting in self._waiting if not waiting.cancelled)
+            if len(self._waiting) >= self._options.waiting:
+                raise Full
+            self._waiting.append(answer)
+            self._metrics.waiting.set(len(self._waiting))
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Take nothing more, and end when all that was taken is answered or cancelled."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+
+    def join(self, timeout: float | None = None) -> bool:
+        """Wait for the thread; whether it ended."""
+        self._thread.join(timeout)
+        return not self.alive
+
+    def _work(self) -> None:
+        try:
+            options = self._options
+            model = Model(self._directory, options.threads, options.parallel if options.batch else 0)
+            self.ready = True
+            self._loaded()
+            _Shift(model, options, self._metrics, self._next, self._guides).work()
+        except Exception as error:
+            # Without this thread nobody is answered any more, so the server ends with what went wrong.
+            self.ready = False
+            self.close()
+            for answer in self._waiting:
+                answer.tell(Failed(error))
+            self._broken(error)
+
+    def _next(self, idle: bool) -> Answer | None:
+        """The answer to begin next. Where ``idle``, wait for one; None then: there will be none."""
+        with self._changed:
+            while True:
+                while self._waiting:
+                    answer = self._waiting.popleft()
+                    self._metrics.waiting.set(len(self._waiting))
+                    if not answer.cancelled:
+                        return answer
+                if not idle or self._closed:
+                    return None
+                self._changed.wait()
+
+
+class _Shift:
+    """The engine's work while the model is in memory."""
+
+    def __init__(
+        self,
+        model: Model,
+        options: EngineOptions,
+        metrics: Metrics,
+        following: Callable[[bool], Answer | None],
+        guides: Guides | None,
+    ) -> None:
+        self._guides = guides
+        self._model = model
+        self._options = options
+        self._metrics = metrics
+        self._following = following
+        self._running: deque[Turns] = deque()
+        self._kept = Kept(model.chunk)
+
+    def work(self) -> None:
+        """Until no answer follows."""
+        while True:
+            while len(self._running) < self._options.parallel:
+                answer = self._following(not self._running)
+                if answer is None:
+                    break
+                self._begin(answer)
+            if not self._running:
+                return
+            self._metrics.running.set(len(self._running))
+            self._turn(self._group())
+            self._metrics.running.set(len(self._running))
+
+    def _begin(self, answer: Answer) -> None:
+        answer.timing.begun = time.monotonic()
+        try:
+            self._running.append(self._turns(answer))
+        except Exception as error:
+            self._fail(answer, error)
+
+    def _turns(self, answer: Answer) -> Turns:
+        order, model = answer.order, self._model
+        length = len(order.prompt) + order.max_tokens
+        if order.guide:
+            assert self._guides is not None
+            held = self._guides.begin(order.guide, order.sampling, order.max_tokens)
+            return GuidedTurns(answer, model.begin(length), held, model.chunk)
+        sequence = self._kept.take(order.prompt, length, order.key) if self._options.reuse else None
+        if sequence is None:
+            self._kept.drop(self._options.parallel - len(self._running) - 1)
+            sequence = model.begin(length)
+        else:
+            self._metrics.reused_tokens.inc(len(sequence.tokens))
+        return FreeTurns(answer, sequence, model.chunk, min(self._options.guesses, model.short_step - 1))
+
+    def _group(self) -> list[Turns]:
+        """Whose turn it is: the first one's, and where several are computed in one step, all that are to step."""
+        first = self._running.popleft()
+        if not self._model.together or not _steps(first):
+            return [first]
+        others = [turns for turns in self._running if _steps(turns)]
+        self._running = deque(turns for turns in self._running if not _steps(turns))
+        return [first, *others]
+
+    def _turn(self, group: list[Turns]) -> None:
+        """Let a group have its turn; those that go on run again."""
+        for turns in group:
+            if turns.answer.cancelled:
+                self._metrics.requests.labels("cancelled").inc()
+                self._leave(turns)
+        group = [turns for turns in group if not turns.answer.cancelled]
+        try:
+            reasons = self._reasons(group)
+        except Exception as error:
+            for turns in group:
+                turns.close()
+                self._fail(turns.answer, error)
+            return
+        for turns, reason in zip(group, reasons, strict=True):
+            if reason is None:
+                self._running.append(turns)
+                continue
+            self._leave(turns)
+            self._metrics.answered(turns.answer, reason)
+            turns.answer.end(reason)
+
+    def _reasons(self, group: list[Turns]) -> list[Reason | None]:
+        """The turn of a group: how each of its answers ended, if it did."""
+        free = [turns for turns in group if isinstance(turns, FreeTurns)]
+        if len(free) < 2:
+            return [turns.turn() for turns in group]
+        tokens = [turns.following for turns in free if turns.following is not None]
+        rows = self._model.step([turns.sequence for turns in free], tokens)
+        return [turns.take(row) for turns, row in zip(free, rows, strict=True)]
+
+    def _leave(self, turns: Turns) -> None:
+        """Keep what was computed."""
+        if isinstance(turns, FreeTurns):
+            self._metrics.guessed(turns.drafted, turns.accepted)
+            if self._options.reuse:
+                self._kept.keep(turns.sequence, turns.answer.order.key)
+                self._kept.drop(self._options.parallel - len(self._running))
+            else:
+                turns.close()
+        else:
+            turns.close()
+
+    def _fail(self, answer: Answer, error: Exception) -> None:
+        self._metrics.requests.labels("failed").inc()
+        answer.tell(Failed(error))
+
+
+def _steps(turns: Turns) -> bool:
+    """Whether the next turn of an answer is a step that can be one with others'."""
+    return isinstance(turns, FreeTurns) and turns.following is not None

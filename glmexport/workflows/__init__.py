@@ -1,0 +1,1 @@
+"""What people call: each verb's stages in order, one file a verb."""

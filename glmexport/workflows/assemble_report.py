@@ -1,0 +1,338 @@
+"""A Report from the manifest of a bundle and what its validation measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from glmexport import __version__
+from glmexport.bundle.manifest import MANIFEST, Manifest
+from glmexport.bundle.records import AllocatedGroup, QuantizedMatrix
+from glmexport.foundation import machine
+from glmexport.foundation.target import Policy
+from glmexport.report.document import (
+    CalibrationSummary,
+    CoverageResult,
+    GroupResult,
+    LinearResult,
+    Machine,
+    PolicySummary,
+    QuantizationSummary,
+    Report,
+    Size,
+    Subject,
+)
+from glmexport.results.device import DeviceResult
+from glmexport.results.fidelity import Overlap
+from glmexport.results.record import worst
+from glmexport.validation.run import Validation
+
+
+@dataclass(frozen=True)
+class BuildCost:
+    """What quantizing took, and where: wall seconds over all attempts, and the peak resident memory of this process."""
+
+    seconds: float
+    peak_memory_bytes: int
+    device: str = "cpu"
+    #: Of a device with memory of its own, else 0.
+    peak_device_bytes: int = 0
+
+
+def assemble(
+    manifest: Manifest,
+    validation: Validation,
+    policy: Policy,
+    *,
+    name: str,
+    directory: Path,
+    command: str,
+    build: BuildCost | None,
+) -> Report:
+    """Everything known about the bundle in ``directory`` on this machine.
+
+    ``build`` is None where the bundle was built some other time.
+    """
+    return _report(
+        manifest,
+        validation,
+        policy,
+        name=name,
+        directory=directory,
+        command=command,
+        build=build,
+        of_machine=_this_machine(),
+        versions=machine.library_versions(),
+    )
+
+
+def assemble_devices(
+    manifest: Manifest,
+    devices: Sequence[DeviceResult],
+    validation: Validation,
+    policy: Policy,
+    *,
+    name: str,
+    directory: Path,
+    command: str,
+) -> Report:
+    """Everything that ``devices`` measured of the bundle in ``directory``.
+
+    ``validation``: of the ``detailed`` one.
+    """
+    chosen = detailed(devices)
+    facts = chosen.facts
+    assert facts is not None
+    return _report(
+        manifest,
+        validation,
+        policy,
+        name=name,
+        directory=directory,
+        command=command,
+        build=None,
+        of_machine=Machine(
+            system=facts.system,
+            processor=facts.processor,
+            cores=facts.cores,
+            memory_bytes=facts.memory_bytes,
+            instruction_sets=facts.instruction_sets,
+        ),
+        versions=machine.library_versions() | {f"{key} of the device": value for key, value in facts.versions.items()},
+        devices=tuple(devices),
+        chosen=chosen.name,
+    )
+
+
+def detailed(devices: Sequence[DeviceResult]) -> DeviceResult:
+    """Of the devices that answered, the first with the worst verdict."""
+    return max((device for device in devices if device.fidelity), key=lambda device: device.verdict.severity)
+
+
+def _not_run(devices: Sequence[DeviceResult]) -> Iterator[str]:
+    for device in devices:
+        if device.failure:
+            yield f"Nothing was measured on {device.name}."
+        elif device.facts and device.facts.emulated:
+            yield (
+                f"{device.name} is not the device itself. {device.facts.emulated} Speed, memory and where "
+                "nodes run were not measured on a real one."
+            )
+
+
+def _report(
+    manifest: Manifest,
+    validation: Validation,
+    policy: Policy,
+    *,
+    name: str,
+    directory: Path,
+    command: str,
+    build: BuildCost | None,
+    of_machine: Machine,
+    versions: dict[str, str],
+    devices: tuple[DeviceResult, ...] = (),
+    chosen: str | None = None,
+) -> Report:
+    return Report(
+        schema_version=1,
+        glmexport_version=__version__,
+        verdict=worst([validation.verdict, *(device.verdict for device in devices)]),
+        gates=validation.gates,
+        policy=PolicySummary(source=policy.source, gates=policy.gates),
+        subject=Subject(
+            bundle=name,
+            bundle_digest=manifest.digest(),
+            target=manifest.target.name,
+            recipe=manifest.recipe.name,
+            family=manifest.family,
+            checkpoint=manifest.source.name,
+            checkpoint_digest=manifest.source.digest,
+            adapter=manifest.source.adapter.name if manifest.source.adapter else None,
+            adapter_digest=manifest.source.adapter.digest if manifest.source.adapter else None,
+            languages=tuple(row.language for row in validation.fidelity.languages),
+        ),
+        size=Size(
+            parameters=manifest.source.parameters,
+            original_bytes=manifest.source.bytes,
+            bundle_bytes=sum(entry.size for entry in manifest.files) + (directory / MANIFEST).stat().st_size,
+            weight_bytes=manifest.precision.weight_bytes,
+            bits_per_weight=manifest.precision.bits_per_weight,
+            bits_per_weight_linears=manifest.precision.bits_per_weight_linears,
+        ),
+        fidelity=validation.fidelity,
+        reference=validation.reference,
+        weights=validation.weights,
+        prompts=validation.prompts,
+        behaviour=validation.behaviour,
+        shares=validation.shares,
+        routing=validation.routing,
+        performance=validation.performance,
+        performance_absent_because=validation.performance_absent_because,
+        devices=devices,
+        detailed=chosen,
+        quantization=_quantization(manifest, build),
+        calibration=_calibration(manifest),
+        machine=of_machine,
+        versions=versions,
+        command=command,
+        limits=(*_limits(validation), *_drafts(manifest), *_left_out(manifest), *_not_run(devices)),
+    )
+
+
+def _this_machine() -> Machine:
+    return Machine(
+        system=machine.system_name(),
+        processor=machine.processor_name(),
+        cores=machine.cores(),
+        memory_bytes=machine.memory_bytes(),
+        instruction_sets=machine.instruction_sets(),
+    )
+
+
+def _quantization(manifest: Manifest, build: BuildCost | None) -> QuantizationSummary | None:
+    if not manifest.matrices:
+        return None
+    return QuantizationSummary(
+        linears=tuple(_linear(matrix) for matrix in manifest.matrices),
+        groups=tuple(_group(group) for group in manifest.allocation),
+        experts=tuple(
+            CoverageResult(layer=layer.layer, tokens=layer.tokens, cold=layer.cold) for layer in manifest.experts
+        ),
+        fallbacks=tuple(f"{matrix.key}: {matrix.fallback}" for matrix in manifest.matrices if matrix.fallback),
+        seconds=build.seconds if build else math.nan,
+        peak_memory_bytes=build.peak_memory_bytes if build else 0,
+        device=build.device if build else "",
+        peak_device_bytes=build.peak_device_bytes if build else 0,
+    )
+
+
+def _group(group: AllocatedGroup) -> GroupResult:
+    return GroupResult(
+        name=group.name,
+        matrices=group.keys,
+        bits=group.format.bits,
+        group_size=group.format.group_size,
+        symmetric=group.format.symmetric,
+        stored_bits=group.bits,
+        loss_nats=group.loss_nats,
+        tried=group.tried,
+    )
+
+
+def _linear(matrix: QuantizedMatrix) -> LinearResult:
+    def measured(value: float | None) -> float:
+        return math.nan if value is None else value
+
+    return LinearResult(
+        name=matrix.key,
+        layer=matrix.layer,
+        part=matrix.part,
+        bits=matrix.bits,
+        group_size=matrix.group_size,
+        symmetric=matrix.symmetric,
+        bits_per_weight=matrix.bits_per_weight,
+        relative_error=measured(matrix.relative_error),
+        round_to_nearest_error=measured(matrix.round_to_nearest_error),
+        damping=measured(matrix.damping),
+        dead_columns=matrix.dead_columns,
+        double=matrix.double,
+        effective_tokens_per_column=matrix.effective_tokens_per_column,
+        shrinkage=matrix.shrinkage,
+        unpolished_rows=matrix.unpolished_rows,
+        nearest_rows=matrix.nearest_rows,
+        folded=matrix.folded,
+    )
+
+
+def _calibration(manifest: Manifest) -> CalibrationSummary | None:
+    source = manifest.calibration
+    if source is None:
+        return None
+    return CalibrationSummary(
+        tokens=source.tokens,
+        sequences=source.sequences,
+        tokens_per_language=source.tokens_per_language,
+        digest=source.digest,
+        overlap=Overlap(
+            calibration_documents=source.documents,
+            evaluation_documents=source.evaluation_documents,
+            shared_documents=source.shared_documents,
+            shared_lines=source.shared_lines,
+        ),
+    )
+
+
+def _limits(validation: Validation) -> tuple[str, ...]:
+    rows = validation.fidelity.languages
+    least = min(rows, key=lambda row: row.positions)
+    return (
+        "Fidelity is measured on next-token distributions over written text of a few kinds (documentation, and a legal "
+        "text).",
+        *_answered(validation),
+        f"Languages other than the {len(rows)} listed are not covered; the one with the least text, {least.language}, "
+        f"rests on {least.positions} positions of {least.documents} documents.",
+        _lengths(validation),
+        "Speed is that of this machine, with one sequence at a time, at the time of the measurement.",
+        "The bounds say what other documents of the same kind would show; text of another kind they do not cover.",
+        *_captured(validation),
+        *_unchecked(validation),
+    )
+
+
+def _drafts(manifest: Manifest) -> tuple[str, ...]:
+    if manifest.draft is None:
+        return ()
+    return (
+        f"How often the drafts of {manifest.draft.file} are accepted is not measured; the speed is that without them.",
+    )
+
+
+def _left_out(manifest: Manifest) -> tuple[str, ...]:
+    """What the bundle has not of its original, one sentence a reason."""
+    keys: dict[str, list[str]] = {}
+    for key, reason in manifest.source.unused.items():
+        keys.setdefault(reason, []).append(key)
+    return tuple(
+        f"Not in the bundle: {names[0]}{f' and {len(names) - 1} more tensors' if len(names) > 1 else ''} ({reason})."
+        for reason, names in keys.items()
+    )
+
+
+def _lengths(validation: Validation) -> str:
+    speed = validation.performance
+    measured = f"speed is measured with a prompt of {speed.prompt_tokens} tokens; " if speed else ""
+    return f"Texts are at most a few hundred tokens long, and {measured}long contexts are not covered."
+
+
+def _answered(validation: Validation) -> tuple[str, ...]:
+    behaviour = validation.behaviour
+    if behaviour is None:
+        return ("Free answers were not compared: dialogues, tool calls and tasks are not covered.",)
+    longest = max(behaviour.overall.tokens_original, behaviour.overall.tokens_bundle) / behaviour.overall.answers
+    tasks = "" if behaviour.tasks else " Tasks of your own were not among them (--tasks)."
+    return (
+        f"Free answers are greedy and short, {longest:.0f} tokens on average; long dialogues, sampling and chains of "
+        f"tool calls are not covered.{tasks}",
+    )
+
+
+def _unchecked(validation: Validation) -> tuple[str, ...]:
+    check = validation.reference
+    if check is None or check.absent_because is None:
+        return ()
+    return (f"The original was not checked against transformers' whole model: {check.absent_because}.",)
+
+
+def _captured(validation: Validation) -> tuple[str, ...]:
+    bound = validation.fidelity.capture
+    if bound is None:
+        return ()
+    return (
+        f"The original was captured with its {bound.top_k} most likely tokens a position and the mass of all others as "
+        f"one, so every divergence is a lower bound. At {bound.audit_positions} positions where its whole distribution "
+        f"was kept, it is {bound.kl_mean_partition_nats:.4g} nats so, and {bound.kl_mean_nats:.4g} over the whole "
+        "vocabulary. Where the divergence comes from, and the original's speed, were not measured.",
+    )

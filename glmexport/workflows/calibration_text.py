@@ -1,0 +1,53 @@
+"""The text that a build calibrates on: which documents, how long a sequence, and what is kept for caches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from glmexport.calibration.corpus import USER, Document, shipped_documents, user_documents
+from glmexport.calibration.sequences import CalibrationSet
+from glmexport.foundation.errors import InputError
+from glmexport.foundation.recipe import Recipe
+from glmexport.workflows.job import Original
+
+#: What the scales of a quantized cache rest on, at most; a magnitude needs less text than a Hessian.
+_CACHE_TOKENS = 16384
+
+
+def calibration_context(original: Original) -> int:
+    """Longest sequence on which every block can be computed by itself, without what others select."""
+    architecture = original.architecture
+    return min(architecture.context_length, architecture.attended_tokens or architecture.context_length)
+
+
+def calibration_documents(original: Original, recipe: Recipe, paths: Sequence[Path]) -> list[Document]:
+    """The documents of the recipe's quota, and those of the user's in ``paths``.
+
+    Raises:
+        InputError: the recipe has no place for text of the user's.
+    """
+    if recipe.calibration is None:
+        if paths:
+            raise InputError(
+                f"The recipe {recipe.name} uses no calibration text, but --calibration gives some.",
+                next_step="Leave --calibration out, or take a recipe that calibrates.",
+            )
+        return []
+    own = user_documents(paths, original.tokenizer)
+    if own and USER not in recipe.calibration.quota:
+        raise InputError(
+            f"The recipe {recipe.name} has no share for text of yours, but --calibration gives some.",
+            next_step=f"Add '{USER} = 40' to [calibration.quota] of the recipe.",
+        )
+    return [*shipped_documents("calibration", set(recipe.calibration.quota) - {USER}), *own]
+
+
+def cache_text(calibration: CalibrationSet | None) -> list[list[int]]:
+    """Sequences of calibration text from all over it, for the scales of a quantized cache."""
+    if calibration is None:
+        return []
+    count, length = calibration.ids.shape
+    every = max(1, math.ceil(count * length / _CACHE_TOKENS))
+    return [[int(token) for token in ids] for ids in calibration.ids[::every].tolist()]

@@ -1,0 +1,134 @@
+"""The original asked once: its answers in a directory that every bundle of it can be validated against."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from glmexport import __version__
+from glmexport.calibration.corpus import Document, evaluation_documents
+from glmexport.engine.generation import GenerationSession
+from glmexport.engine.session import require_provider
+from glmexport.foundation import machine
+from glmexport.foundation.disk import require_free
+from glmexport.foundation.progress import Progress
+from glmexport.quantization.store import WorkDirectory
+from glmexport.reference.reference import Reference
+from glmexport.validation.behaviour.plane import ask_original, questions_for
+from glmexport.validation.capture import REFERENCE, TOP_K, Capture, CapturedAnswer, write_capture
+from glmexport.validation.fidelity import Streamed
+from glmexport.validation.prompts import golden_prompts
+from glmexport.validation.reference import reference_states
+from glmexport.validation.run import ValidationPlan, first_texts, noise_floor, texts_for
+from glmexport.validation.texts import text_digest
+from glmexport.validation.whole_model import check_reference
+from glmexport.workflows.job import Original, refuse_existing
+from glmexport.workflows.matching import announced_bundle, require_bundle
+from glmexport.workflows.output import partial_of, put_in_place
+from glmexport.workflows.provenance import source_of
+
+_KIND = "a captured reference"
+
+
+@dataclass(frozen=True)
+class CaptureOptions:
+    """What a capture is free to choose."""
+
+    threads: int
+    plan: ValidationPlan
+    top_k: int = TOP_K
+    force: bool = False
+    #: A bundle of the same checkpoint that drafts the free answers; without one none are kept.
+    draft: Path | None = None
+    #: Text of the user's to ask about as well.
+    evaluation: tuple[Path, ...] = ()
+
+
+def capture_reference(original: Original, output: Path, options: CaptureOptions, progress: Progress) -> Capture:
+    """Ask ``original`` about the shipped evaluation text, one block in memory at a time, and keep its answers.
+
+    Finished blocks are kept until the capture is done; the same call goes on after the last one.
+
+    Raises:
+        InputError: ``output`` exists and may not be replaced.
+        BundleError: the draft is a bundle of another checkpoint.
+        MachineError: the disk has too little space, or somebody else captures the same.
+    """
+    refuse_existing(output, options.force, REFERENCE, _KIND)
+    draft = options.draft and announced_bundle(options.draft, original)
+    if draft:
+        require_provider(draft.target.provider.name, draft.target.provider.package)
+    torch.set_num_threads(options.threads)
+    documents = evaluation_documents(options.evaluation, original.tokenizer)
+    texts = texts_for(documents, original.tokenizer, original.architecture, options.plan)
+    rows, size = sum(len(text.ids) for text in texts), original.architecture.hidden_size
+    kept = min(options.top_k, original.architecture.vocabulary_size)
+    # The states, those of the last block and of the one before; the answers.
+    require_free(output.parent, rows * (3 * size * 4 + kept * 8), "The capture")
+    # Nothing that can refuse comes after this, where files are read for minutes, but what reading them finds.
+    if options.draft and draft:
+        require_bundle(options.draft, draft, original, progress)
+    progress.remark(f"{original.checkpoint.name} is {original.checkpoint.digest(progress)}.")
+    job = {
+        "glmexport": __version__,
+        "reference of": original.checkpoint.digest(progress),
+        "texts": text_digest(texts),
+        "threads": options.threads,
+    }
+    work = WorkDirectory.for_job(output.parent, job)
+    partial = partial_of(output)
+    with work.locked():
+        reference = Reference(original.checkpoint, original.architecture)
+        check = check_reference(reference, texts, work.path, options.plan.max_memory_bytes, progress)
+        states = reference_states(reference, texts, work.path, progress, kept=work)
+        sample = Streamed(states.only(first_texts(texts, 1)), reference)
+        noise = noise_floor(sample, options.threads, work.path, progress)
+        answers = _answers(original, documents, reference, options, work.path, progress)
+        if partial.exists():
+            shutil.rmtree(partial)
+        try:
+            captured = write_capture(
+                partial,
+                Streamed(states, reference),
+                source_of(original, progress),
+                noise,
+                golden_prompts(original.checkpoint, documents),
+                answers,
+                machine.library_versions(),
+                progress,
+                top_k=options.top_k,
+                check=check,
+            )
+            original.checkpoint.refuse_changes()
+            refuse_existing(output, options.force, REFERENCE, _KIND)
+            put_in_place(partial, output)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    shutil.rmtree(work.path)
+    return captured
+
+
+def _answers(
+    original: Original,
+    documents: Sequence[Document],
+    reference: Reference,
+    options: CaptureOptions,
+    scratch: Path,
+    progress: Progress,
+) -> tuple[CapturedAnswer, ...] | None:
+    """The original's own, which do not depend on the bundle that drafts them; only the number of passes does."""
+    plan = options.plan.behaviour
+    if options.draft is None or plan is None:
+        return None
+    session = GenerationSession(options.draft, options.threads)
+    asked = questions_for(documents, original.tokenizer, plan, session.context_length)
+    answers = ask_original(asked, session, reference, scratch, progress)
+    return tuple(
+        CapturedAnswer(question=question, tokens=tuple(tokens))
+        for question, tokens in zip(asked, answers, strict=True)
+    )

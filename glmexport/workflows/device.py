@@ -1,0 +1,91 @@
+"""Where a build quantizes: the processor, or a CUDA device that weights and activations are brought to block by block.
+
+Only quantization runs there. A bundle is validated where it will serve, on what its target names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from glmexport.architecture.description import Architecture
+from glmexport.foundation.errors import InputError, MachineError
+from glmexport.foundation.recipe import Recipe
+from glmexport.quantization.memory import MemoryPlan, plan_memory
+from glmexport.reference.reference import CPU
+
+#: Of a device's free memory, what a plan may fill: its allocator cannot use every gap between blocks.
+_USABLE = 0.9
+
+
+def open_device(name: str) -> torch.device:
+    """The device ``cpu``, ``cuda`` or ``cuda:N``.
+
+    Raises:
+        InputError: another name, or a number that no device of this machine has.
+        MachineError: torch sees no CUDA device.
+    """
+    if name == "cpu":
+        return CPU
+    kind, _, number = name.partition(":")
+    if kind != "cuda" or not (number.isdecimal() or name == "cuda"):
+        raise InputError(f"There is no device {name!r}.", next_step="Give cpu, cuda, or cuda:0, cuda:1, ...")
+    if not torch.cuda.is_available():
+        why = "is built without CUDA" if torch.version.cuda is None else "finds none"
+        raise MachineError(
+            f"--device {name}: this machine has no CUDA device that torch can use; torch {torch.__version__} {why}.",
+            next_step="Install a driver and a torch with CUDA, or leave --device out to quantize on the processor.",
+        )
+    index, count = int(number or 0), torch.cuda.device_count()
+    if index >= count:
+        raise InputError(f"There is no device {name}: this machine has {count}.", next_step="Count from cuda:0.")
+    return torch.device("cuda", index)
+
+
+def device_name(device: torch.device) -> str:
+    """For people: ``cpu``, or the product's name and the number."""
+    return "cpu" if device == CPU else f"{torch.cuda.get_device_name(device)} ({device})"
+
+
+def plan_on(device: torch.device, architecture: Architecture, recipe: Recipe, limit_bytes: int | None) -> MemoryPlan:
+    """A plan that keeps the walk within ``limit_bytes``, and within what is free on ``device``.
+
+    Raises:
+        MachineError: even the smallest batches do not fit.
+    """
+    if device == CPU:
+        return plan_memory(architecture, recipe, limit_bytes)
+    free = int(torch.cuda.mem_get_info(device)[0] * _USABLE)
+    if limit_bytes is not None and limit_bytes <= free:
+        return plan_memory(architecture, recipe, limit_bytes)
+    try:
+        return plan_memory(architecture, recipe, free)
+    except MachineError as error:
+        raise MachineError(
+            f"{device_name(device)} has too little free memory. {error.message}",
+            next_step="Free memory on it, take a larger device, or leave --device out to quantize on the processor.",
+        ) from error
+
+
+@contextmanager
+def running_on(device: torch.device) -> Iterator[None]:
+    """Computes in full fp32, and says what to do when the memory of ``device`` runs out.
+
+    Raises:
+        MachineError: it did.
+    """
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MachineError(
+            f"The memory of {device_name(device)} ran out.",
+            next_step="Run the same command again with a lower --max-memory; it goes on after the last finished block.",
+        ) from error
+
+
+def peak_device_memory(device: torch.device) -> int:
+    """Bytes of tensors on ``device`` at most so far; 0 for the processor, whose memory is that of the process."""
+    return 0 if device == CPU else torch.cuda.max_memory_allocated(device)

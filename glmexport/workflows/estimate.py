@@ -1,0 +1,122 @@
+"""What a build will take, from the description alone: bundle bytes, peak memory, time. No weight is read."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+
+from glmexport.architecture.description import Architecture
+from glmexport.formats.plan import planned_formats
+from glmexport.formats.quantized_linear import stored_bits
+from glmexport.foundation.recipe import Recipe
+from glmexport.quantization.allocation import tie_groups, total_bits
+from glmexport.quantization.memory import plan_memory
+from glmexport.reference.reference import CPU
+
+#: Tokens of evaluation text that a default validation runs, times the passes it makes over them.
+_VALIDATION_TOKEN_PASSES = 21 * (2 * 2048 + 4 * 512)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Expected figures of one build."""
+
+    bundle_bytes: int
+    bits_per_weight: float
+    peak_memory_bytes: int
+    seconds: float
+
+
+def estimate(
+    architecture: Architecture,
+    recipe: Recipe,
+    flops_per_s: float,
+    limit_bytes: int | None,
+    device_flops_per_s: float | None = None,
+) -> Estimate:
+    """Figures for building ``architecture`` by ``recipe`` on a machine of that speed under that memory limit.
+
+    ``device_flops_per_s`` is the speed of what quantizes, if that is not what validates.
+    """
+    shapes = architecture.shapes()
+    forms = planned_formats(architecture, recipe)
+    bits = sum(stored_bits(shape, forms.get(key)) for key, shape in shapes.items())
+    if recipe.budget:
+        bits = total_bits(architecture, recipe.budget)
+    return Estimate(
+        bundle_bytes=(bits + _draft_bits(architecture, recipe)) // 8 + architecture.rotary_bytes,
+        bits_per_weight=bits / sum(math.prod(shape) for shape in shapes.values()),
+        peak_memory_bytes=plan_memory(architecture, recipe, limit_bytes).peak_bytes,
+        seconds=_flops(architecture, recipe) / (device_flops_per_s or flops_per_s)
+        + _forward_flops(architecture) * _VALIDATION_TOKEN_PASSES / flops_per_s,
+    )
+
+
+def _draft_bits(architecture: Architecture, recipe: Recipe) -> int:
+    """Of the layer that drafts, if ``architecture`` has one, where it stores copies of no table."""
+    draft = architecture.token_prediction
+    if draft is None:
+        return 0
+    forms = planned_formats(architecture, recipe)
+    copied = {draft.embedding, draft.lm_head.weight}
+    shapes = {key: shape for key, shape in draft.own_shapes().items() if key not in copied}
+    return sum(stored_bits(shape, forms.get(key)) for key, shape in shapes.items())
+
+
+def measured_flops(device: torch.device = CPU) -> float:
+    """fp32 operations per second of a matrix product on ``device``, with torch's present number of threads."""
+    size = 1024
+    matrix = torch.ones(size, size, device=device)
+    float((matrix @ matrix).sum())
+    started = time.perf_counter()
+    product = matrix
+    for _ in range(3):
+        product = matrix @ matrix
+    # A device computes on its own: only reading a result waits for it.
+    float(product[0, 0])
+    return 3 * 2 * size**3 / (time.perf_counter() - started)
+
+
+def _tokens_share(architecture: Architecture) -> dict[str, float]:
+    """Share of the tokens that pass each routed matrix, by weight key."""
+    return {key: layer.mlp.routed_share for layer in architecture.layers for key in layer.mlp.routed}
+
+
+def _forward_flops(architecture: Architecture) -> float:
+    """Of one token."""
+    share = _tokens_share(architecture)
+    return 2.0 * sum(
+        linear.out_features * linear.in_features * share.get(linear.weight, 1.0) for _, linear in architecture.linears
+    )
+
+
+def _flops(architecture: Architecture, recipe: Recipe) -> float:
+    """Of quantization; multiply-adds count twice. Forward passes, Hessians, factorisations, sweeps, rounds."""
+    forward, total = _forward_flops(architecture), 0.0
+    if recipe.budget:
+        # Every trial goes through half of the model on average, and through the lm_head.
+        trials = sum(len(group.tried) for group in tie_groups(architecture, recipe))
+        head = 2.0 * architecture.lm_head.out_features * architecture.lm_head.in_features
+        total += (forward / 2 + head) * recipe.budget.probe_tokens * trials
+    if recipe.needs_calibration and recipe.calibration:
+        tokens = recipe.calibration.tokens
+        streams = 2 if recipe.solver.asymmetric else 1
+        total += streams * forward * tokens
+        share = _tokens_share(architecture)
+        taps = {
+            (layer, linear.tap): (linear.in_features, share.get(linear.weight, 1.0))
+            for layer, linear in architecture.linears
+        }
+        total += sum(2.0 * streams * tokens * part * size**2 + size**3 / 3 for size, part in taps.values())
+        # Sweep (half a product), comparison with round-to-nearest (at most the same), each round's projection and one
+        # before them, and the correction to the original's outputs, which routed experts do not get.
+        solver, routed = recipe.solver, architecture.routed
+        for _, linear in architecture.linears:
+            expert = linear.weight in routed
+            rounds = solver.expert_polish_rounds if expert else solver.polish_rounds
+            products = 1 + (rounds + 1 if rounds else 0) + (0 if expert else streams - 1)
+            total += products * 2.0 * linear.out_features * linear.in_features**2
+    return total

@@ -1,0 +1,201 @@
+"""A bundle validated on devices: the original asked once, the same job on each, and one report of all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from glmexport import __version__
+from glmexport.bundle.manifest import Manifest
+from glmexport.calibration.corpus import evaluation_documents
+from glmexport.devices.answers import DeviceAnswers
+from glmexport.devices.fleet import Member, ask
+from glmexport.devices.judging import DeviceJudge, failed, measured
+from glmexport.devices.kit import write_kit
+from glmexport.foundation.errors import BundleError, GlmexportError, MachineError
+from glmexport.foundation.progress import Progress
+from glmexport.report.write import write_report
+from glmexport.results.device import DeviceResult
+from glmexport.validation.capture import CapturedReference
+from glmexport.validation.run import Validation
+from glmexport.workflows.assemble_report import assemble_devices, detailed
+from glmexport.workflows.capture import CaptureOptions, capture_reference
+from glmexport.workflows.job import Original
+from glmexport.workflows.matching import announced_bundle, open_captured_bundle, require_bundle
+from glmexport.workflows.validate import BuildOptions, Built, policy_of
+
+
+@dataclass(frozen=True)
+class Asking:
+    """A bundle, its original, and the job that devices are given. ``place`` holds what a later run goes on with."""
+
+    directory: Path
+    manifest: Manifest
+    judge: DeviceJudge
+    options: BuildOptions
+    place: Path
+    job: Path
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Nobody else asks devices about the bundle in ``directory`` meanwhile.
+
+    Raises:
+        MachineError: somebody does.
+    """
+    place = _place(directory)
+    place.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(place / "lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise MachineError(
+            f"Another process validates {directory} on devices.",
+            next_step=f"Wait for it. If there is none, remove {place / 'lock'}.",
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+        if place.is_dir() and {path.name for path in place.iterdir()} <= {"lock"}:
+            shutil.rmtree(place)
+
+
+def _place(directory: Path) -> Path:
+    return directory.absolute().with_name(f".{directory.absolute().name}.devices")
+
+
+def prepare_job(
+    directory: Path,
+    original: Original | CapturedReference,
+    options: BuildOptions,
+    threads: int | None,
+    progress: Progress,
+) -> Asking:
+    """The job about the bundle in ``directory``; an original that is no capture yet is captured for it.
+
+    ``threads``: of each device; None: as many as it has cores.
+
+    Raises:
+        BundleError: the bundle was made from another checkpoint, or its files are not those of its manifest.
+    """
+    place = _place(directory)
+    if isinstance(original, Original):
+        manifest = announced_bundle(directory, original)
+        evaluation_documents(options.evaluation, original.tokenizer)
+        require_bundle(directory, manifest, original, progress, options.trust)
+        captured = _captured(directory, manifest, original, options, place, progress)
+    else:
+        captured, manifest = original, open_captured_bundle(directory, original, progress, options.trust)
+    judge = DeviceJudge(directory, manifest, captured, options.validation, policy_of(manifest, options).gates)
+    folder = place / "job"
+    if folder.exists():
+        shutil.rmtree(folder)
+    judge.write_job(folder, threads)
+    return Asking(directory, manifest, judge, options, place, folder)
+
+
+def validate_on_devices(asking: Asking, members: Sequence[Member], progress: Progress) -> Built:
+    """Have every device answer, judge each, and write one report into the bundle.
+
+    Answers are kept until all devices have answered: the same call goes on with what is there.
+
+    Raises:
+        MachineError: not one device answered.
+    """
+    failures = ask(members, asking.job, asking.place / "results", progress)
+    policy = policy_of(asking.manifest, asking.options)
+    sections: list[DeviceResult] = []
+    validations: dict[str, Validation] = {}
+    for member in members:
+        try:
+            if member.name in failures:
+                raise failures[member.name]
+            answers = DeviceAnswers.open(member.name, asking.job, asking.place / "results" / member.folder)
+        except GlmexportError as error:
+            failures[member.name] = error
+            sections.append(failed(member.name, member.device_class, f"{error.message} {error.next_step}"))
+            continue
+        validations[member.name] = asking.judge.validation(answers)
+        sections.append(measured(member.name, member.device_class, answers, validations[member.name]))
+    if not validations:
+        first, *others = failures.values()
+        if not others:
+            raise first
+        raise MachineError(
+            f"No device answered. {first.message} ({len(others)} more devices failed.)", next_step=first.next_step
+        )
+    report = assemble_devices(
+        asking.manifest,
+        sections,
+        validations[detailed(sections).name],
+        policy,
+        name=asking.directory.name,
+        directory=asking.directory,
+        command=asking.options.command,
+    )
+    write_report(report, asking.directory)
+    if not failures:
+        shutil.rmtree(asking.place)
+    return Built(asking.directory, asking.manifest, report)
+
+
+def write_kits(asking: Asking, archives: Sequence[Path], progress: Progress) -> None:
+    """Pack the job for devices that nothing reaches.
+
+    Raises:
+        InputError: an archive exists.
+    """
+    for archive in archives:
+        write_kit(asking.job, archive, progress)
+
+
+def discard(asking: Asking) -> None:
+    """Forget the job, where nobody is going to answer it here."""
+    shutil.rmtree(asking.place, ignore_errors=True)
+
+
+def _captured(
+    directory: Path,
+    manifest: Manifest,
+    original: Original,
+    options: BuildOptions,
+    place: Path,
+    progress: Progress,
+) -> CapturedReference:
+    """The original's answers, kept beside the job so that an interrupted run does not ask again."""
+    facts = {
+        "glmexport": __version__,
+        "bundle": manifest.digest(),
+        "plan": repr(options.validation),
+        "threads": options.threads,
+        "evaluation": [hashlib.sha256(path.read_bytes()).hexdigest() for path in options.evaluation],
+    }
+    name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    output = place / f"reference-{name}"
+    if output.exists():
+        try:
+            return CapturedReference.open(output)
+        except BundleError:
+            shutil.rmtree(output)
+    place.mkdir(parents=True, exist_ok=True)
+    draft = directory if options.validation.behaviour else None
+    settings = CaptureOptions(options.threads, options.validation, draft=draft, evaluation=options.evaluation)
+    try:
+        capture_reference(original, output, settings, progress)
+    except MachineError as error:
+        if draft is None or manifest.target.provider.name == "CPUExecutionProvider":
+            raise
+        # The bundle cannot run here, which is why it is asked elsewhere.
+        progress.remark(f"Free answers are not compared: {error.message} Nothing here can draft the original's.")
+        settings = CaptureOptions(options.threads, options.validation, evaluation=options.evaluation)
+        capture_reference(original, output, settings, progress)
+    return CapturedReference.open(output)
