@@ -12,6 +12,7 @@ from glmexport.foundation.definition import Definition, locate, names, read_toml
 from glmexport.foundation.errors import DefinitionError
 from glmexport.foundation.evidence import FLOATS, Evidence, KvCache
 from glmexport.foundation.host import Host
+from glmexport.foundation.provenance import Provenance
 from glmexport.foundation.session_settings import check_provider, check_session_entries
 
 TARGETS = "targets"
@@ -201,30 +202,6 @@ def open_policy(path: Path) -> Policy:
     if not path.is_file():
         raise DefinitionError(f"There is no policy file {path}.", next_step="Give a .toml file (README, 'Gates').")
     return Policy(path.name, read_toml(path, Gates))
-
-
-class Claim(Definition):
-    """Why one key of a target has its value, and how that is known."""
-
-    #: Measured: timed or compared in numbers. Executed: it ran and gave the right numbers. Read: documentation or
-    #: source says so, nothing was run. Chosen: a preference, not a fact.
-    how: Literal["measured", "executed", "read", "chosen"]
-    why: str
-
-
-class Provenance(Definition):
-    """Where the figures come from."""
-
-    #: Whether bundles for this target have run on hardware of its class.
-    executed: bool = False
-    #: The machine and the runtime of what was measured or executed; of a target that was not, what was read instead.
-    measured_on: str
-    date: str
-    notes: str = ""
-    #: By the key that each is about, as ``graph.packed_qkv``.
-    claims: dict[str, Claim] = Field(default_factory=dict)
-    #: What cannot be done for this target yet, a sentence each.
-    not_yet: tuple[str, ...] = ()
 
 
 class Target(Definition):

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from glmexport.foundation.evidence import Divergences, Evidence, Gains, Preference, Settings, Tried
 from glmexport.foundation.recipe import STORED
-from glmexport.foundation.target import Provenance, Target
+from glmexport.foundation.provenance import Provenance
+from glmexport.foundation.target import Target
 from glmexport.tuning.candidates import Numerics, identity, label, numerics, with_settings
 from glmexport.tuning.pareto import Timed
 from glmexport.tuning.search import Fate
