@@ -8,11 +8,12 @@ from typing import Literal, Self
 
 from pydantic import ByteSize, Field, model_validator
 
-from glmexport.foundation.definition import Definition, locate, names, read_toml
+from glmexport.foundation.definition import Definition, checked, names, read_toml
 from glmexport.foundation.errors import DefinitionError
 from glmexport.foundation.evidence import FLOATS, Evidence, KvCache
 from glmexport.foundation.host import Host
-from glmexport.foundation.provenance import Provenance
+from glmexport.foundation.inheritance import Source, open_source
+from glmexport.foundation.provenance import Provenance, with_inherited_claims
 from glmexport.foundation.session_settings import check_provider, check_session_entries
 
 TARGETS = "targets"
@@ -269,15 +270,24 @@ class Target(Definition):
 
 
 def open_target(name_or_path: str) -> Target:
-    """The shipped target of that name, the one in that ``.toml`` file, or for ``host`` this machine's.
+    """Return the shipped target of that name, the one in that ``.toml`` file, or for ``host`` this machine's.
 
     Raises:
-        DefinitionError: unknown name, unknown key, or no shipped target matches this host.
+        DefinitionError: unknown name, unknown key, what cannot be inherited, or no shipped target matches this host.
     """
     if name_or_path == HOST:
         return host_target(Host.this())
-    path = locate("target", TARGETS, name_or_path)
-    return read_toml(path, Target, {"name": path.stem})
+    source = target_source(name_or_path)
+    return checked(source, {**with_inherited_claims(source), "name": source.path.stem}, Target)
+
+
+def target_source(name_or_path: str) -> Source:
+    """Return the file of a target, and the one that it extends; ``host`` is no file's name.
+
+    Raises:
+        DefinitionError: unknown name, not TOML, or a target that cannot be extended.
+    """
+    return open_source("target", TARGETS, name_or_path)
 
 
 def shipped_targets() -> list[Target]:

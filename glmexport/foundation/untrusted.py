@@ -254,7 +254,9 @@ def visible(text: str, *, lines: bool = False) -> str:
     """
     if text.isascii() and text.isprintable():
         return text
-    return "".join(character if lines and character in _SHOWN else _visible(character) for character in text)
+    return "".join(
+        character if lines and character in _SHOWN else _visible(character) for character in text
+    )
 
 
 def _visible(character: str) -> str:

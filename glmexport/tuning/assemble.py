@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from glmexport.foundation.evidence import Divergences, Evidence, Gains, Preference, Settings, Tried
-from glmexport.foundation.recipe import STORED
 from glmexport.foundation.provenance import Provenance
+from glmexport.foundation.recipe import STORED
 from glmexport.foundation.target import Target
 from glmexport.tuning.candidates import Numerics, identity, label, numerics, with_settings
 from glmexport.tuning.pareto import Timed
