@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from glmexport.cli.console import Terminal, duration, emit, gibibytes
+from glmexport.cli.console import Terminal, emit
 from glmexport.cli.options import (
     adapter_option,
     budget_options,
@@ -23,6 +23,7 @@ from glmexport.cli.options import (
     tasks_option,
     threads_option,
 )
+from glmexport.report.text import brief_duration, brief_size
 
 if TYPE_CHECKING:
     from glmexport.foundation.recipe import Recipe
@@ -107,7 +108,7 @@ def build(
                 "checkpoint": f"{original.checkpoint.name} ({original.checkpoint.path})",
                 **({"adapter": f"{merged.name} ({merged.path}): {merged.summary}"} if merged else {}),
                 "family": f"{original.architecture.family}, {original.checkpoint.parameters / 1e6:,.1f} M parameters, "
-                f"{gibibytes(original.checkpoint.bytes)}",
+                f"{brief_size(original.checkpoint.bytes)}",
                 **({"quantized": f"gptq, {formats_of(original)}"} if original.checkpoint.quantized else {}),
                 "target": f"{job.target.name}: {job.target.summary}",
                 "recipe": f"{job.recipe.name}: {job.recipe.summary}",
@@ -115,10 +116,10 @@ def build(
                 "output": str(job.directory),
                 **({"device": name_of(device)} if device_name != "cpu" else {}),
                 "threads": str(threads),
-                "memory": f"about {gibibytes(expected.peak_memory_bytes)} at the peak"
-                + (f", limit {gibibytes(max_memory)}" if max_memory else ""),
-                "bundle": f"about {gibibytes(expected.bundle_bytes)}, {expected.bits_per_weight:.2f} bits per weight",
-                "time": f"about {duration(expected.seconds)} of arithmetic",
+                "memory": f"about {brief_size(expected.peak_memory_bytes)} at the peak"
+                + (f", limit {brief_size(max_memory)}" if max_memory else ""),
+                "bundle": f"about {brief_size(expected.bundle_bytes)}, {expected.bits_per_weight:.2f} bits per weight",
+                "time": f"about {brief_duration(expected.seconds)} of arithmetic",
             },
         )
         for name, reason in listed_unused(original.unused_for(job.target)).items():

@@ -11,8 +11,9 @@ from typing import Any
 import click
 from rich.table import Table
 
-from glmexport.cli.console import Terminal, duration, emit, gibibytes
+from glmexport.cli.console import Terminal, emit
 from glmexport.cli.options import adapter_option, checkpoint_argument, json_option, memory_option, threads_option
+from glmexport.report.text import brief_duration, brief_share, brief_size
 
 
 @click.command()
@@ -58,7 +59,7 @@ def inspect(
             **_mixture_fact(document["experts"]),
             "context": f"{document['context_length']:,} tokens",
             **_quantization(original),
-            "stored": f"{gibibytes(document['bytes'])} of {', '.join(document['dtypes'])}",
+            "stored": f"{brief_size(document['bytes'])} of {', '.join(document['dtypes'])}",
             "KV cache": _cache(document),
             "vocabulary": f"{tokenizer['vocabulary']:,} tokens",
             "chat template": "yes" if tokenizer["chat_template"] else "no",
@@ -96,7 +97,7 @@ def _tell_missing(terminal: Terminal, checkpoint: Any, missing: tuple[str, ...],
         "path": document["path"],
         "family": f"{document['family']}, which cannot be built yet",
         "parameters": f"{checkpoint.parameters:,}",
-        "stored": f"{gibibytes(checkpoint.bytes)} of {', '.join(document['dtypes'])}",
+        "stored": f"{brief_size(checkpoint.bytes)} of {', '.join(document['dtypes'])}",
         **{f"missing {number}": part for number, part in enumerate(missing, 1)},
     }
     terminal.facts(checkpoint.name, facts)
@@ -269,7 +270,7 @@ def _parts_table(parts: dict[str, int]) -> Table:
     for column in ("part", "parameters", "share"):
         table.add_column(column, justify="left" if column == "part" else "right")
     for name, count in parts.items():
-        table.add_row(name, f"{count:,}", f"{count / parts['all']:.1%}")
+        table.add_row(name, f"{count:,}", brief_share(count / parts["all"]))
     return table
 
 
@@ -290,11 +291,11 @@ def _estimates_table(rows: list[dict[str, Any]]) -> Table:
         table.add_row(
             row["target"],
             row["recipe"],
-            gibibytes(row["bundle_bytes"]),
+            brief_size(row["bundle_bytes"]),
             f"{row['bits_per_weight']:.2f}",
             f"{row['context_length']:,}",
             f"{row['cache_bytes_per_token']:,} B",
-            gibibytes(row["peak_memory_bytes"]),
-            duration(row["seconds"]),
+            brief_size(row["peak_memory_bytes"]),
+            brief_duration(row["seconds"]),
         )
     return table

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from glmexport.cli.console import Terminal, emit, titled_table
 from glmexport.cli.options import adapter_option, checkpoint_argument, json_option
+from glmexport.report.text import brief_ratio
 
 if TYPE_CHECKING:
     from glmexport.foundation.evidence import Evidence, Gain, KvCache, Outcome, Preference, Tried
@@ -194,7 +195,7 @@ def _speed(tried: Tried) -> float:
 
 def _cell(gain: Gain) -> str:
     known = gain.lower is not None and gain.upper is not None
-    return f"{gain.ratio:.2f}x" + (f" ({gain.lower:.2f} to {gain.upper:.2f})" if known else "")
+    return brief_ratio(gain.ratio) + (f" ({gain.lower:.2f} to {gain.upper:.2f})" if known else "")
 
 
 def _conditions(evidence: Evidence) -> str:
