@@ -66,7 +66,7 @@ def verified_answers(
         for place, index in enumerate(order):
             # The last row says what follows the whole draft.
             rows = states.load(place)[0, texts[place].prefix - 1 :]
-            _accept(answers[index], drafts[index], reference.logits(rows).argmax(-1).tolist(), ends, limits[index])
+            accept_draft(answers[index], drafts[index], reference.logits(rows).argmax(-1).tolist(), ends, limits[index])
         unfinished = [
             index
             for index in unfinished
@@ -77,7 +77,9 @@ def verified_answers(
     return answers, passes
 
 
-def _accept(answer: list[int], draft: Sequence[int], wanted: Sequence[int], ends: Collection[int], limit: int) -> None:
+def accept_draft(
+    answer: list[int], draft: Sequence[int], wanted: Sequence[int], ends: Collection[int], limit: int
+) -> None:
     """Append the draft as far as it is what the original ``wanted``, and the token that it wanted next."""
     for place, token in enumerate(wanted):
         if len(answer) == limit:
