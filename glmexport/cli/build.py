@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -138,10 +138,10 @@ def build(
         bundle_threads=bundle_threads(threads),
     )
     built = compile_bundles(original, jobs, options, terminal)
-    documents: list[dict[str, Any]] = []
+    documents: list[dict[str, object]] = []
     verdicts = []
     for bundle in built:
-        document: dict[str, Any] = {"bundle": str(bundle.directory), "digest": bundle.manifest.digest()}
+        document: dict[str, object] = {"bundle": str(bundle.directory), "digest": bundle.manifest.digest()}
         if isinstance(bundle, BuiltUnrun):
             show_unrun(terminal.console, bundle.unrun, bundle.manifest.target, bundle.directory, checkpoint)
             unrun = bundle.unrun
