@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 from builds import THREADS, Sample
+from devices.conftest import PROMPTS, TEXTS, Hooked, answered
 from safetensors import safe_open
 from safetensors.torch import load_file
-from validation.devices.conftest import PROMPTS, TEXTS, Hooked, answered
 
 from glmexport.bundle.manifest import read_manifest
 from glmexport.devices.answers import DeviceAnswers
