@@ -1,4 +1,4 @@
-"""What a checkpoint is, and what building it would take for every target; no weight is read."""
+"""Describe a checkpoint, and estimate its builds for every target; no weight is read."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DRAFTS = "drafts"
 
 @dataclass(frozen=True)
 class AdapterUpdate:
-    """How an adapter changes one matrix."""
+    """The change that an adapter makes to one matrix."""
 
     rank: int
     scale: float
@@ -54,7 +54,7 @@ class Mixture:
 
 @dataclass(frozen=True)
 class StoredFormats:
-    """How a quantized checkpoint stores its matrices, and how many have each format."""
+    """The formats of a quantized checkpoint, each with the number of its matrices."""
 
     method: str
     matrices: dict[str, int]
@@ -71,7 +71,7 @@ class DraftLayer:
 
 @dataclass(frozen=True)
 class TokenizerFacts:
-    """What the tokenizer knows, and how many tokens a character of each corpus language costs it."""
+    """The vocabulary of the tokenizer, and how many tokens a character of each corpus language costs it."""
 
     vocabulary: int
     chat_template: bool
@@ -82,7 +82,7 @@ class TokenizerFacts:
 
 @dataclass(frozen=True)
 class TargetEstimate:
-    """What a build for one target would take, or why it is refused. Sizes are in bytes, time is in seconds."""
+    """The expected cost of a build for one target, or why it is refused; sizes in bytes, time in seconds."""
 
     target: str
     recipe: str
