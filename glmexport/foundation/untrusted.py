@@ -1,4 +1,4 @@
-"""What strangers wrote: bytes read up to a size, JSON of bounded cost, and text that shows all that is in it.
+"""Checked reading of what strangers wrote: files up to a size, JSON of bounded cost, and text that shows all of itself.
 
 A parser makes a hundred bytes of three (``[],``), and a million errors of a million wrong items. So the bytes are
 scanned first, which builds nothing: how large they are, how deep they nest, how many values there are, and how long
@@ -22,34 +22,34 @@ _MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Limits:
-    """The most that is accepted of a document."""
+    """The bounds of a document that is accepted."""
 
-    #: Of the whole, bytes.
+    #: Bytes of the whole document.
     size: int = 64 * _MIB
-    #: Lists and objects in one another.
+    #: Depth of lists and objects in one another.
     depth: int = 64
-    #: Of the whole: texts, numbers, true, false, null, lists, objects, and the keys of objects.
+    #: Values of the whole document: texts, numbers, true, false, null, lists, objects, and the keys of objects.
     values: int = 1_000_000
-    #: Of one list.
+    #: Items of one list.
     items: int = 500_000
-    #: Of one object.
+    #: Keys of one object.
     keys: int = 20_000
-    #: Of one text as it is written, bytes.
+    #: Bytes of one text as it is written.
     text: int = 8 * _MIB
-    #: Of one number, true, false or null as it is written, bytes.
+    #: Bytes of one number, true, false or null as it is written.
     number: int = 400
     #: Whether NaN and Infinity, which are no JSON, are numbers all the same.
     nonfinite: bool = False
 
 
-#: Of a document of a few facts.
+#: Limits of a document of a few facts.
 SMALL = Limits(size=4 * _MIB, values=100_000, items=50_000, text=_MIB)
-#: Of a document that lists every matrix, operator or token of a large model.
+#: Limits of a document that lists every matrix, operator or token of a large model.
 LARGE = Limits()
 
 
 def open_regular(path: str | os.PathLike[str]) -> tuple[BinaryIO, int]:
-    """A regular file, links followed, for reading, and its size in bytes; nothing is waited for.
+    """Open a regular file, links followed, and return it with its size in bytes; nothing is waited for.
 
     Raises:
         ValueError: it is a pipe, a device or a directory; completes a sentence that ends in a colon.
@@ -66,7 +66,7 @@ def open_regular(path: str | os.PathLike[str]) -> tuple[BinaryIO, int]:
 
 
 def read_regular(path: str | os.PathLike[str], most: int) -> bytes:
-    """The content of a regular file; nothing above ``most`` bytes is read.
+    """Read the content of a regular file; nothing above ``most`` bytes is read.
 
     Raises:
         ValueError: as ``open_regular``, or it has more than ``most`` bytes.
@@ -83,7 +83,7 @@ def read_regular(path: str | os.PathLike[str], most: int) -> bytes:
 
 
 def parse(data: bytes, limits: Limits) -> Any:
-    """The JSON value that UTF-8 bytes are.
+    """Return the JSON value that UTF-8 bytes stand for.
 
     Raises:
         ValueError: as ``scan``; not UTF-8, not JSON, or a text with half of a pair of surrogates; completes a sentence
@@ -102,7 +102,7 @@ def parse(data: bytes, limits: Limits) -> Any:
 
 
 def parse_object(data: bytes, limits: Limits) -> dict[str, Any]:
-    """As ``parse``, of a document whose top level is an object."""
+    """Parse a document as ``parse`` does, and require an object at its top level."""
     value = parse(data, limits)
     if not isinstance(value, dict):
         raise ValueError(f"its JSON is a {type(value).__name__}, not an object")
@@ -248,7 +248,7 @@ _SHOWN = {"\n": "↵", "\t": "⇥"}
 
 
 def visible(text: str, *, lines: bool = False) -> str:
-    """``text`` with every control and formatting character spelled out, so that none can hide, reorder or command.
+    """Return ``text`` with control and formatting characters spelled out, so that none hides, reorders or commands.
 
     The joiners that Persian and the Indic scripts are written with stay; with ``lines`` so do line feeds and tabs.
     """
