@@ -96,7 +96,7 @@ def peak_memory_and_source() -> tuple[int, str]:
 
 
 def memory_bandwidth(threads: int) -> float:
-    """Return the rate in bytes per second at which ``threads`` threads read memory: the best sum of several over 256 MiB.
+    """Return the bytes per second that ``threads`` threads read of memory: the best of several sums over 256 MiB.
 
     256 MiB is several times any cache; a sum reads every byte once and writes nothing.
     """
