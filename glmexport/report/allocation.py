@@ -1,4 +1,4 @@
-"""The quantized matrices as a reader can survey them: by part, and by decoder block in bands of columns."""
+"""A survey of the quantized matrices: by part, and by decoder block in bands of columns."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PARTS = ("embedding", "qkv", "q_a", "kv_a", "q_b", "kv_b", "o", "gate_up", "dow
 
 @dataclass(frozen=True)
 class Cell:
-    """All matrices of one part in one decoder block; of experts, the worst speaks."""
+    """All matrices of one part in one decoder block; of experts, the worst one's figures are shown."""
 
     part: str
     error: float | None
@@ -41,7 +41,7 @@ class Band:
 
 @dataclass(frozen=True)
 class PartSummary:
-    """Every matrix of one part, over all decoder blocks."""
+    """A summary of every matrix of one part, over all decoder blocks."""
 
     part: str
     matrices: int
@@ -61,7 +61,7 @@ class PartSummary:
 
 @dataclass(frozen=True)
 class FormatSummary:
-    """Every group that a budget gave one format."""
+    """A summary of every group that a budget gave one format."""
 
     format: str
     groups: int
@@ -71,7 +71,7 @@ class FormatSummary:
 
 @dataclass(frozen=True)
 class Spending:
-    """Where the bits of a budget went."""
+    """The account of where the bits of a budget went."""
 
     stored_bits: int
     loss_nats: float
@@ -83,7 +83,7 @@ class Spending:
 
 @dataclass(frozen=True)
 class Allocation:
-    """The whole bundle's matrices, surveyed."""
+    """A survey of the whole bundle's matrices."""
 
     parts: tuple[PartSummary, ...]
     bands: tuple[Band, ...]

@@ -1,4 +1,4 @@
-"""What became of a bundle between two reports: the record that ``compare`` fills in."""
+"""The record that ``compare`` fills in: what became of a bundle between two reports."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Side(Record):
 
 
 class Differing(Record):
-    """Something beside the measurements that is not the same in both."""
+    """A fact beside the measurements that is not the same in both."""
 
     name: str
     old: str
@@ -56,7 +56,7 @@ class Change(Record):
 
 
 class GateChange(Record):
-    """A gate whose gravest verdict over the languages is another."""
+    """A gate whose gravest verdict over the languages changed."""
 
     name: str
     old: Verdict | None
@@ -67,7 +67,7 @@ class GateChange(Record):
 
 
 class Comparison(Record):
-    """Two reports, figure by figure."""
+    """The comparison of two reports, figure by figure."""
 
     schema_version: Literal[1] = 1
     outcome: Outcome
