@@ -1,4 +1,4 @@
-"""What certificates say of themselves, read from their DER: whether a chain may sign releases, and whose it is.
+"""A reader of X.509 certificates in DER: whether a chain may sign releases, and whose it is.
 
 RFC 5280 has the fields. Which usages a certificate for signing code has follows the CA/Browser Forum's Baseline
 Requirements for Code Signing Certificates, so that one for TLS signs no release. Whether the signatures in a chain hold
@@ -20,11 +20,11 @@ _VERSION, _EXTENSIONS = 0xA0, 0xA3
 _PEM = re.compile(rb"-----BEGIN ([A-Z0-9 ]+)-----\s(.*?)-----END \1-----", re.DOTALL)
 _RSA, _RSA_PSS, _EC = "1.2.840.113549.1.1.1", "1.2.840.113549.1.1.10", "1.2.840.10045.2.1"
 _EDWARDS = frozenset({"1.3.101.112", "1.3.101.113"})
-#: Bits of an RSA key at least; of elliptic curves these, by the hash that is signed with a key on them.
+#: Least bits of an RSA key; keys on elliptic curves are of these, by the hash that is signed with them.
 SMALLEST_RSA = 2048
 CURVES = {"1.2.840.10045.3.1.7": "sha256", "1.3.132.0.34": "sha384", "1.3.132.0.35": "sha512"}
 _SHA2 = frozenset(f"2.16.840.1.101.3.4.2.{each}" for each in (1, 2, 3))
-#: RSA, then ECDSA, each with SHA-256, SHA-384 and SHA-512.
+#: Signature algorithms: RSA, then ECDSA, each with SHA-256, SHA-384 and SHA-512.
 _SIGNATURES = _EDWARDS | {
     _RSA_PSS,
     *(f"1.2.840.113549.1.1.{each}" for each in (11, 12, 13)),
@@ -33,7 +33,7 @@ _SIGNATURES = _EDWARDS | {
 _KEY_USAGE, _ALTERNATIVES, _CONSTRAINTS, _EXTENDED = "2.5.29.15", "2.5.29.17", "2.5.29.19", "2.5.29.37"
 _SERVER, _CODE, _ANY = "1.3.6.1.5.5.7.3.1", "1.3.6.1.5.5.7.3.3", "2.5.29.37.0"
 _DIGITAL_SIGNATURE, _CERTIFICATE_SIGN = 0x80, 0x04
-#: Of a name's attributes: those of RFC 4514, and two more that certificates of people and offices have.
+#: Attributes of a name: those of RFC 4514, and two more that certificates of people and offices have.
 _ATTRIBUTES = {
     "2.5.4.3": "CN", "2.5.4.5": "serialNumber", "2.5.4.6": "C", "2.5.4.7": "L", "2.5.4.8": "ST", "2.5.4.9": "STREET",
     "2.5.4.10": "O", "2.5.4.11": "OU", "0.9.2342.19200300.100.1.1": "UID", "0.9.2342.19200300.100.1.25": "DC",
@@ -44,7 +44,7 @@ _ALTERNATIVE_KINDS = {0x81: "email", 0x82: "DNS", 0x86: "URI"}
 
 
 class Unfit(Exception):
-    """Why a certificate may not sign releases, or not vouch for who does."""
+    """A certificate may not sign releases, or may not vouch for the one that does."""
 
 
 class Certificate(NamedTuple):

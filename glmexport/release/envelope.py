@@ -1,4 +1,4 @@
-"""What model.sig says, read without believing it: who is said to have signed, and which files.
+"""A reader of model.sig that trusts nothing: who is said to have signed, and which files.
 
 There is one way to write it, that of model-signing: whatever else somebody could read in another way is refused.
 Standard library of Python 3.9: this is a part of verify.py.
@@ -23,15 +23,18 @@ DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _MEDIA_TYPE = "application/vnd.dev.sigstore.bundle.v0.3+json"
 _STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 _PREDICATE_TYPE = "https://model_signing/signature/v1.0"
-#: What model-signing overlooks in every bundle, so that it cannot be signed.
+#: Files that model-signing overlooks in every bundle, so that they cannot be signed.
 _OVERLOOKED = (".git", ".gitattributes", ".github", ".gitignore")
-#: Bytes of the signature and of other documents; values in a document, a hundred bytes of memory each; digits.
+#: Limits: bytes of the signature and of other documents; values in a document, a hundred bytes of memory each; digits.
 _LONGEST_SIGNATURE, _LONGEST_JSON = 1 << 24, 1 << 26
 _MOST_VALUES, _MOST_DIGITS = 1 << 21, 40
 
 
 class Refused(Exception):
-    """What is not as it was signed, naming the file; with another exit code, an argument or openssl is unusable."""
+    """A bundle is not as it was signed.
+
+    The text names the file. Other exit codes: an argument or openssl is unusable.
+    """
 
     def __init__(self, message: str, code: int = EXIT_REFUSED) -> None:
         super().__init__(message)
@@ -39,7 +42,7 @@ class Refused(Exception):
 
 
 class Envelope(NamedTuple):
-    """What model.sig has, not verified yet: certificates in DER, the signing one first, or the hash of a key."""
+    """The content of model.sig, not verified yet: certificates in DER, the signing one first, or the hash of a key."""
 
     payload: bytes
     signature: bytes
@@ -48,7 +51,7 @@ class Envelope(NamedTuple):
 
 
 def parse(content: bytes, name: str) -> Any:
-    """JSON in which no key comes twice, and which fits into little memory."""
+    """Parse JSON in which no key comes twice, and which fits into little memory."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         table = dict(pairs)
@@ -71,13 +74,13 @@ def parse(content: bytes, name: str) -> Any:
 
 
 def legal(name: str) -> bool:
-    """Whether a file in a bundle can be called so: inside it, in the plainest form, and on every file system."""
+    """Return whether a bundle may have a file of that name: inside it, in the plainest form, on every file system."""
     strange = any(each in "\\:" or category(each) in ("Cc", "Cs") for each in name)
     return not strange and len(name) <= 1024 and not {"", ".", ".."} & set(name.split("/"))
 
 
 def check_names(names: list[str], where: str) -> None:
-    """Each is legal, and no two are one name, or one a folder of the other, where case does not count."""
+    """Check that names are legal, and no two are one name, or one a folder of the other, without regard to case."""
     seen: dict[str, str] = {}
     for name in names:
         if not legal(name):
@@ -93,7 +96,7 @@ def check_names(names: list[str], where: str) -> None:
 
 
 def read_envelope(directory: Path) -> Envelope:
-    """The envelope in model.sig; nothing is verified yet."""
+    """Return the envelope in model.sig; nothing is verified yet."""
     parsed = parse(read_file(directory, SIGNATURE), SIGNATURE)
     bundle = _table(parsed, {"mediaType", "verificationMaterial", "dsseEnvelope"})
     material = _table(bundle["verificationMaterial"], set(), {"publicKey", "x509CertificateChain", "tlogEntries"})
@@ -115,7 +118,7 @@ def read_envelope(directory: Path) -> Envelope:
 
 
 def signed_files(payload: bytes) -> dict[str, str]:
-    """SHA-256 by name of every signed file, in a statement whose signature holds."""
+    """Return the SHA-256 by name of every signed file, from a statement whose signature holds."""
     statement = _table(parse(payload, SIGNATURE), {"_type", "subject", "predicateType", "predicate"})
     predicate = _table(statement["predicate"], {"resources", "serialization"})
     method = _table(predicate["serialization"], {"method", "hash_type", "allow_symlinks"}, {"ignore_paths"})

@@ -1,4 +1,4 @@
-"""A bundle that arrives: written beside its place, digest by digest, and put there when it is whole."""
+"""A bundle that arrives is written beside its place, digest by digest, and put there when it is whole."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from glmexport.release import verifier
 from glmexport.release.verifier import SIGNATURE
 
 CHUNK = 1 << 20
-#: Verifies the bundle in a directory; raises UnverifiedError.
+#: A function that verifies the bundle in a directory, and raises UnverifiedError.
 Check = Callable[[Path], object]
 
 
 def signed_digests(bundle: Path) -> dict[str, str]:
-    """SHA-256 by name of every file of a signed bundle, as its signature lists them; the signature is not verified.
+    """Return the SHA-256 by name of every file that a bundle's signature lists; the signature is not verified.
 
     Raises:
         BundleError: it is not signed.
@@ -66,7 +66,7 @@ def copy_verified(source: BinaryIO, target: Path, digest: str, name: str, where:
 
 
 def damaged(name: str, where: str) -> UnverifiedError:
-    """That the file ``name`` does not have the digest that it should have."""
+    """Return the error for a file ``name`` that does not have the digest that it should have."""
     return UnverifiedError(
         f"{name} in {where} is damaged: its sha256 is not the one that is stated.",
         next_step="Copy it again from where it was made; if that is no better, do not use it.",
@@ -92,7 +92,7 @@ def refuse_existing(directory: Path) -> None:
 
 @contextmanager
 def arriving(destination: Path, kept: Path | None = None) -> Iterator[Path]:
-    """A folder that becomes ``destination`` at the end; if anything fails, nothing is there.
+    """Provide a folder that becomes ``destination`` at the end; if anything fails, nothing is there.
 
     ``kept``: a folder for it that stays where it fails, to go on with another time.
 

@@ -1,4 +1,4 @@
-"""Opening a bundle to use it: its files are those of its manifest and, where it is signed, those that were signed.
+"""Opening of a bundle to use it: its files are those of its manifest and, where it is signed, those that were signed.
 
 Whoever rewrites a bundle can rewrite its manifest with it. A signature says more, even without the key: its statement
 has to name the very files that are there. Whose statement it is, only the key or the root certificate can tell.
@@ -25,11 +25,11 @@ from glmexport.release.verifier import SIGNATURE
 
 @dataclass(frozen=True)
 class Trust:
-    """Whose signature a bundle has to have: the owner's of a public key, or that of a certificate below a root."""
+    """The required signature: by the owner of a public key, or by that of a certificate below a root."""
 
     key: Path | None = None
     root: Path | None = None
-    #: With a root: whom the signing certificate has to be of.
+    #: With a root: the required subject of the signing certificate.
     subject: str | None = None
 
     @property
@@ -69,7 +69,7 @@ def check_bundle(
 
 
 def check_settings(directory: Path, manifest: Manifest) -> None:
-    """Compare what a loop's file gives a session with what the manifest says: what is shown and signed is what runs.
+    """Compare the settings that a loop's file gives a session with the manifest's: the signed ones are what runs.
 
     Raises:
         BundleError: they differ, or a loop's file is not one.

@@ -49,9 +49,9 @@ VERIFIER = "verify.py"
 PROVENANCE = f"{ATTESTATIONS}/provenance.json"
 TEST_RESULT = f"{ATTESTATIONS}/test-result.json"
 BOM = f"{ATTESTATIONS}/ml-bom.json"
-#: Seconds after which a folder of a signature is held, or left.
+#: Seconds for which a folder of a signature counts as held; after that, as left over.
 _NEW_S = 60
-#: What a signature replaces in a bundle, the signature itself last.
+#: Files that a signature replaces in a bundle, the signature itself last.
 _REPLACED = (*sorted(RELEASE_FILES - {SIGNATURE}), ATTESTATIONS, SIGNATURE)
 
 

@@ -1,4 +1,4 @@
-"""Releases to and from a registry: only what is not there is sent, and nothing is used that is not what it claims."""
+"""Releases to and from a registry: only what is missing is sent, and nothing is used that is not what it claims."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def pull(
     progress: Progress,
     max_bytes: int | None = None,
 ) -> str:
-    """Get a bundle from a registry to ``destination``, which must not exist; the image's digest.
+    """Get a bundle from a registry to ``destination``, which must not exist; return the image's digest.
 
     What a pull has got that the registry breaks off stays in ``.DESTINATION.pulling``, and the next one goes on from
     there; of one that is refused nothing stays.

@@ -28,12 +28,13 @@ from typing import Any
 
 _VOLUME = re.compile(r"bundle\.tar\.[0-9]{3,}")
 _SUM = re.compile(r"([0-9a-f]{64})  ([A-Za-z0-9._-]+)")
-#: Bytes of SHA256SUMS; of a header that says more of a file than fits into a plain one; of what ends an archive.
+#: Limits: bytes of SHA256SUMS, of a header that says more of a file than fits into a plain one, and of an archive's
+#: end.
 _LONGEST_SUMS, _LONGEST_HEADER = 1 << 22, 1 << 16
 
 
 def verifier_beside(script: Path) -> Any:
-    """The module verify.py in the folder of ``script``, whatever else is called so."""
+    """Return the module verify.py in the folder of ``script``, whatever else is called so."""
     spec = importlib.util.spec_from_file_location("glmexport_verify", script.with_name("verify.py"))
     if spec is None or spec.loader is None:
         raise ImportError("verify.py is not beside this script")
@@ -44,7 +45,7 @@ def verifier_beside(script: Path) -> Any:
 
 
 class Member(tarfile.TarInfo):
-    """A file of an archive, or a header with its long name: of nothing else is anything read.
+    """A file of an archive, or a header with its long name: nothing is read of anything else.
 
     tarfile reads headers of headers, global ones and maps of holes into memory, however long they say that they are.
     """
@@ -62,7 +63,7 @@ class Member(tarfile.TarInfo):
 
 
 class Volumes(io.RawIOBase):
-    """The volumes of a kit, one after the other, each against its sum in SHA256SUMS."""
+    """The volumes of a kit as one stream, each checked against its sum in SHA256SUMS."""
 
     def __init__(self, kit: Path, verifier: Any) -> None:
         super().__init__()
@@ -79,17 +80,17 @@ class Volumes(io.RawIOBase):
         self._left = sorted((name for name in sums if _VOLUME.fullmatch(name)), key=lambda name: (len(name), name))
         self._sums = sums
         paths = [kit / name for name in self._left]
-        #: Bytes that they have together.
+        #: Bytes of all volumes together.
         self.size = sum(path.lstat().st_size for path in paths if path.is_file())
         self._file: io.BufferedReader | None = None
         self._name, self._hash = "", hashlib.sha256()
 
     def readable(self) -> bool:
-        """They are."""
+        """Return that volumes can be read."""
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """The next bytes; raises Refused at the end of a volume that is damaged."""
+        """Read the next bytes; raises Refused at the end of a volume that is damaged."""
         while self._file or self._left:
             if self._file is None:
                 self._name, self._hash = self._left.pop(0), hashlib.sha256()
@@ -151,7 +152,7 @@ def _write(content: Any, path: Path, digest: str, name: str, verifier: Any) -> N
 
 
 def unpack(kit: Path, destination: Path, given: argparse.Namespace, verifier: Any) -> Any:
-    """Unpack a kit to ``destination``, which must not exist; what was verified. Raises Refused."""
+    """Unpack a kit to ``destination``, which must not exist; return what was verified. Raises Refused."""
     if destination.exists() or destination.is_symlink():
         raise verifier.Refused(f"{destination} exists.", verifier.EXIT_USAGE)
     envelope = verifier.read_envelope(kit)
@@ -178,7 +179,7 @@ def unpack(kit: Path, destination: Path, given: argparse.Namespace, verifier: An
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Unpack the kit that this script is in; the exit code."""
+    """Unpack the kit that this script is in; return the exit code."""
     parser = argparse.ArgumentParser(prog="unpack.py", description="Unpack and verify the bundle of this kit.")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIRECTORY", help="must not exist")
     with_what = parser.add_mutually_exclusive_group(required=True)

@@ -1,4 +1,4 @@
-"""Verification of a signed bundle by model-signing; what it does not know of, bundles and releases, by the verifier.
+"""Verification of a signed bundle by model-signing; bundles and releases, unknown to it, are checked by the verifier.
 
 The verifier that is shipped asks openssl instead. That both come to the same is tested case by case.
 """

@@ -66,7 +66,7 @@ __all__ = [
 ]
 
 MANIFEST, RELEASE, ATTESTATIONS = "bundle.json", "release.json", "attestations"
-#: What may be in a bundle beside the files that its manifest lists, as well as ``attestations/NAME.json``.
+#: Files that may be in a bundle beside those that its manifest lists, as well as ``attestations/NAME.json``.
 BESIDE = frozenset(
     {SIGNATURE, MANIFEST, RELEASE, "golden.json", "verify.py", "report.json", "report.html", "report.md", "report.xml"}
 )
@@ -74,7 +74,7 @@ _RELEASED = ("format", "version", "bundle", "counter", "target")
 
 
 class Verified(NamedTuple):
-    """What holds: digest of the bundle, counter of its release, number of signed files, name of its target."""
+    """The facts that hold: digest of the bundle, counter of its release, number of signed files, name of its target."""
 
     digest: str
     counter: int
@@ -96,7 +96,7 @@ def verify(
 
 
 def check_material(envelope: Envelope, key: Path | None, root: Path | None, subject: str | None = None) -> None:
-    """What was given to verify with is there, and of the kind that signed."""
+    """Check that what was given to verify with is there, and of the kind that signed."""
     path, kind = (key, "PUBLIC KEY") if key else (root, "CERTIFICATE")
     if path is None or (key and root):
         raise Refused("Give either --key or --root.", EXIT_USAGE)
@@ -115,7 +115,10 @@ def check_material(envelope: Envelope, key: Path | None, root: Path | None, subj
 
 
 def check_certificates(envelope: Envelope, root: Path, subject: str | None) -> tuple[Certificate, list[bytes]]:
-    """Signing certificate, and those in ``root`` in DER: each may do what it is there for; no signature is tried."""
+    """Return the signing certificate, and those in ``root`` in DER. Each may do what it is there for.
+
+    No signature is tried.
+    """
     try:
         roots = from_pem(root.read_bytes())
     except Unfit as error:
@@ -127,7 +130,7 @@ def check_certificates(envelope: Envelope, root: Path, subject: str | None) -> t
 
 
 def files_in(directory: Path) -> dict[str, os.stat_result]:
-    """Every regular file below ``directory`` by its name there; links and what is no file are refused.
+    """Return every regular file below ``directory`` by its name there; links and what is no file are refused.
 
     In a snapshot of the hub's cache files are links to where that keeps them, which are followed.
     """
@@ -155,7 +158,7 @@ def files_in(directory: Path) -> dict[str, os.stat_result]:
 
 
 def check_files(directory: Path, signed: dict[str, str], *, hashed: bool = True) -> None:
-    """The files of a bundle are those in ``signed``, and model.sig; with ``hashed``, byte for byte."""
+    """Check that the files of a bundle are those in ``signed``, and model.sig; with ``hashed``, byte for byte."""
     present = files_in(directory)
     for name in sorted(set(signed) - set(present)):
         raise Refused(f"{name} is signed and missing.")
@@ -167,7 +170,7 @@ def check_files(directory: Path, signed: dict[str, str], *, hashed: bool = True)
 
 
 def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
+    """Return the hexadecimal SHA-256 of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
@@ -176,13 +179,13 @@ def sha256(path: Path) -> str:
 
 
 def beside(name: str) -> bool:
-    """Whether a file of that name is legal beside those that a manifest lists."""
+    """Return whether a file of that name is legal beside those that a manifest lists."""
     folder, _, rest = name.partition("/")
     return name in BESIDE or (folder == ATTESTATIONS and "/" not in rest and rest.endswith(".json"))
 
 
 def check_manifest(directory: Path, signed: dict[str, str]) -> None:
-    """bundle.json lists the signed files, but for those that are legal beside them."""
+    """Check that bundle.json lists the signed files, but for those that are legal beside them."""
     table = parse(_signed(directory, MANIFEST, signed), MANIFEST)
     entries = table.get("files") if isinstance(table, dict) else None
     listed: list[str] = []
@@ -200,7 +203,7 @@ def check_manifest(directory: Path, signed: dict[str, str]) -> None:
 
 
 def check_release(directory: Path, signed: dict[str, str], newer_than: int | None) -> Verified:
-    """What release.json says; its counter is above ``newer_than``."""
+    """Return what release.json says; its counter is above ``newer_than``."""
     table = parse(_signed(directory, RELEASE, signed), RELEASE)
     values: list[Any] = [table.get(key) if isinstance(table, dict) else None for key in _RELEASED]
     form, version, digest, counter, target = values
@@ -221,7 +224,7 @@ def _signed(directory: Path, name: str, signed: dict[str, str]) -> bytes:
 
 
 def check_signature(envelope: Envelope, key: Path | None, root: Path | None, subject: str | None = None) -> None:
-    """Who has signed the payload is the owner of the public ``key``, or somebody whom ``root`` vouches for."""
+    """Check that the payload was signed by the owner of the public ``key``, or by one whom ``root`` vouches for."""
     check_material(envelope, key, root, subject)
     with tempfile.TemporaryDirectory(prefix="verify-") as scratch:
         _check_signature(envelope, key, root, subject, Path(scratch))
@@ -289,7 +292,7 @@ def _openssl(*arguments: str, otherwise: Refused, environment: dict[str, str] | 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Verify what the command line names; the exit code."""
+    """Verify what the command line names; return the exit code."""
     parser = argparse.ArgumentParser(prog="verify.py", description="Verify a signed bundle.")
     parser.add_argument("directory", type=Path, help="the bundle")
     with_what = parser.add_mutually_exclusive_group(required=True)
