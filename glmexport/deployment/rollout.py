@@ -21,16 +21,16 @@ from glmexport.wire.ssh import persist, require_asyncssh
 if TYPE_CHECKING:
     import asyncssh
 
-#: What the program of a server calls a release that it does not serve for what it is.
+#: Kinds of errors by which the program of a server says that it does not serve a release for what it is.
 _JUDGED = ("refused", "rolled back", "signature", "trust")
 
 
 @dataclass
 class Outcome:
-    """What became of one server."""
+    """The outcome of a deployment on one server."""
 
     server: str
-    #: As ``confirmed``, ``unchanged``, ``rolled back``, ``refused``, ``failed`` or ``not begun``.
+    #: One of ``confirmed``, ``unchanged``, ``rolled back``, ``refused``, ``failed`` and ``not begun``.
     state: str = "not begun"
     release: str | None = None
     why: str | None = None
@@ -118,7 +118,7 @@ def roll_back(site: Site, name: str | None, progress: Progress) -> list[Outcome]
 
 
 def status(site: Site, progress: Progress) -> list[Outcome]:
-    """What every server serves, and what it could."""
+    """Return what every server serves, and what it could serve."""
 
     async def asked(remote: Remote, outcome: Outcome) -> None:
         await remote.install()
@@ -193,7 +193,7 @@ async def _follow(remote: Remote, outcome: Outcome, command: str, *arguments: st
 
 
 def trust_file(site: Site) -> Path:
-    """The file of the key that releases are signed with.
+    """Return the file of the key that releases are signed with.
 
     Raises:
         InputError: there is none.

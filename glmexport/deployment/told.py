@@ -1,4 +1,4 @@
-"""What the program of a server tells, of the form that it has to have: it comes from another machine."""
+"""Events that the program of a server sends, checked for their form: they come from another machine."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from glmexport.foundation.errors import MachineError
 
 
 class Answer(BaseModel):
-    """One event."""
+    """An event that the program of a server sends."""
 
     # What later versions of the program add is not looked at.
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
 
 
 class Host(Answer):
-    """What kind of machine a server is, and what it lacks for each target."""
+    """The kind of machine that a server is, and what it lacks for each target."""
 
     host: str | None
     lacking: dict[str, list[str]]
 
 
 class Facts(Answer):
-    """What decides whether a release can come to a server."""
+    """The facts that decide whether a release can come to a server."""
 
     free_bytes: int
     free_inodes: int | None
@@ -42,7 +42,7 @@ class Entry(Answer):
 
 
 class Status(Answer):
-    """What a server serves."""
+    """The releases that a server has and serves."""
 
     current: str | None
     releases: list[str]
@@ -55,7 +55,7 @@ Kind = TypeVar("Kind", bound=Answer)
 
 
 def checked(kind: type[Kind], event: dict[str, Any], who: str) -> Kind:
-    """Return ``event`` as what it has to be.
+    """Return ``event`` as the kind that it has to be.
 
     Raises:
         MachineError: it is something else; names the server.
