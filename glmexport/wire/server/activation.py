@@ -1,4 +1,4 @@
-"""From one release to another and, where that one does not answer as it should, back.
+"""The switch from one release to another and, where that one does not answer as it should, back.
 
 At every moment ``current`` is a whole and verified release. What is killed in between is found in the ledger as a
 switch without an end, and taken back by whatever comes next.
@@ -28,7 +28,7 @@ _RESTART_S, _END_S = 120, 30
 
 
 class Activation:
-    """What ``order`` asks for, below ``root``, which nobody else changes meanwhile."""
+    """The execution of ``order`` below ``root``, which nobody else changes meanwhile."""
 
     def __init__(self, root: Root, order: dict[str, Any], tell: Tell) -> None:
         self.root, self.order, self.tell = root, order, tell
@@ -169,7 +169,7 @@ def _nothing() -> None:
 
 @contextlib.contextmanager
 def serving(command: list[str], release: Path, port: int) -> Iterator[Callable[[], str | None]]:
-    """A server of ``release`` on ``port`` of the loopback; gives a function that says why it is gone."""
+    """Run a server of ``release`` on ``port`` of the loopback; yields a function that says why it is gone."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("LISTEN_", "NOTIFY_"))}
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(

@@ -11,7 +11,7 @@ from glmexport.wire.standalone import Failure
 
 
 class Verified(NamedTuple):
-    """A release, every file of which is what was signed."""
+    """A release, every file of which is the one that was signed."""
 
     directory: Path
     digest: str
