@@ -1,4 +1,4 @@
-"""The HTTP surface: what each path answers."""
+"""The HTTP surface: the answer of each path."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from glmexport.serving.scheduler import Closed, Engine, Full
 from glmexport.serving.stream import EventStream
 from glmexport.serving.text import AnswerText, Part
 
-#: When one who was refused for a while may try again, in seconds.
+#: Seconds after which a client that was refused for a while may try again.
 _RETRY = {"Retry-After": "1"}
 
 _log = logging.getLogger("glmexport.serving")
@@ -43,7 +43,10 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Facts:
-    """What is served. ``created``: when the bundle was written, in Unix time; ``directory``: name of its folder."""
+    """Facts about what is served. ``created``: when the bundle was written, in Unix time.
+
+    ``directory``: name of its folder.
+    """
 
     name: str
     directory: str
@@ -55,7 +58,7 @@ class Facts:
 
 
 class Service:
-    """One bundle, answered by ``engine``. ``draining``: whether the server is about to end."""
+    """A bundle served by ``engine``. ``draining``: whether the server is about to end."""
 
     def __init__(
         self, facts: Facts, reader: Reader, engine: Engine, metrics: Metrics, guides: Guides | None = None
@@ -69,11 +72,11 @@ class Service:
         self._bodies = Bodies(reader.limits)
         self.draining = False
         self._given_up = False
-        #: Of every answer that somebody waits for.
+        #: The queue of every answer that somebody waits for.
         self._queues: set[asyncio.Queue[Event | None]] = set()
 
     def application(self) -> Starlette:
-        """The routes."""
+        """Return the application with its routes."""
         routes = [
             Route("/v1/chat/completions", self._chat, methods=["POST"]),
             Route("/v1/completions", self._text, methods=["POST"]),
@@ -89,7 +92,7 @@ class Service:
         return application
 
     def give_up(self) -> None:
-        """End every answer, and tell so; no other is begun."""
+        """End every answer with a failure; no other is begun."""
         self._given_up = True
         if self._guides:
             self._guides.close()
@@ -97,7 +100,7 @@ class Service:
             queue.put_nowait(Failed(_ending()))
 
     def close(self) -> None:
-        """Read no more requests; what is being read is waited for by nobody."""
+        """Read no more requests; nobody waits for those that are being read."""
         self._bodies.close()
 
     @property

@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect, Request
 from glmexport.serving.failure import Gone, Refused
 from glmexport.serving.limits import Limits
 
-#: Bodies that are read at a time: each may take many times its size in memory, and time of the interpreter.
+#: Number of bodies that are read at a time: each may take many times its size in memory, and time of the interpreter.
 _READERS = 2
 
 #: A connection that carried a body of which more may come cannot carry another request.
@@ -33,7 +33,7 @@ class Bodies:
 
     @asynccontextmanager
     async def body(self, request: Request) -> AsyncGenerator[bytes]:
-        """The whole body of a request, which counts as held until the context is left.
+        """Provide the whole body of a request, which counts as held until the context is left.
 
         Raises:
             Refused: it is too large, or too slow, or with the others there are too many bytes.
@@ -67,7 +67,7 @@ class Bodies:
             raise Gone from error
 
     async def read(self, work: Callable[[], T]) -> T:
-        """What ``work`` makes of a body, which others need not wait for."""
+        """Return what ``work`` makes of a body, in a thread, so that others need not wait for it."""
         future = self._readers.submit(work)
         self._futures.add(future)
         future.add_done_callback(self._futures.discard)
@@ -75,7 +75,7 @@ class Bodies:
 
     @property
     def reading(self) -> bool:
-        """Whether a thread is still at it."""
+        """Whether a thread still reads a body."""
         return any(future.running() for future in list(self._futures))
 
     def close(self) -> None:

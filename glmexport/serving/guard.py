@@ -1,4 +1,4 @@
-"""Who may ask: the host that is named, the origin that a browser tells, and the key.
+"""The guard of a server: it checks the host that is named, the origin that a browser tells, and the key.
 
 A page that a browser on this machine shows can send requests to loopback; by DNS rebinding even under a name that it
 takes for its own. So the name in the Host header has to be one of ours, on every method, and an origin that of the
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from glmexport.serving.metrics import Metrics
 
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
-#: Answered without a key, so that whoever starts the server can see whether it is there.
+#: Paths that are answered without a key, so that whoever starts the server can see whether it is there.
 _OPEN = frozenset({"/healthz", "/readyz"})
 
-#: Where the state of a request has its name, and the number of its key.
+#: Keys of a request's state: its name, and the number of its key.
 REQUEST, KEY = "request_id", "key"
 
 _log = logging.getLogger("glmexport.serving")
@@ -36,14 +36,14 @@ _log = logging.getLogger("glmexport.serving")
 
 @dataclass(frozen=True)
 class Access:
-    """``keys``: any of them opens; none: all are let in. ``hosts``: names of the server beside loopback's."""
+    """The rules of access. ``keys``: any of them opens, none: all are let in. ``hosts``: names beside loopback's."""
 
     keys: tuple[bytes, ...] = ()
     hosts: frozenset[str] = frozenset()
 
 
 class Guard:
-    """An application behind ``access``; what it raises becomes a response, never a traceback."""
+    """A guard before an application, by the rules of ``access``; an error becomes a response, never a traceback."""
 
     def __init__(self, application: ASGIApp, access: Access, metrics: Metrics) -> None:
         self._application = application
@@ -137,7 +137,7 @@ def _name(host: str) -> str | None:
 
 
 def is_loopback(address: str) -> bool:
-    """Whether nobody but this machine reaches an address or name."""
+    """Return whether nobody but this machine reaches an address or name."""
     try:
         return ipaddress.ip_address(address).is_loopback
     except ValueError:

@@ -1,4 +1,4 @@
-"""Messages of a conversation in OpenAI's form as chat templates read them."""
+"""Messages of a conversation in OpenAI's form, brought into the form that chat templates read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from glmexport.serving.names import TOOL_NAME, is_tool_name
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 _COMMON = {"role", "content", "name"}
-#: Of an assistant's message as it was answered, without a meaning here.
+#: Keys of an assistant's message as it was answered, without a meaning here.
 _DROPPED = ("refusal", "audio", "annotations", "function_call")
 _MORE = {
     "assistant": {"tool_calls", "reasoning_content", "reasoning", *_DROPPED},
@@ -22,7 +22,7 @@ _MORE = {
 
 
 def template_messages(messages: Sequence[Mapping[str, Any]], limits: Limits) -> list[dict[str, object]]:
-    """The messages with content as text, the arguments of calls as objects, and reasoning by both of its names.
+    """Return the messages with content as text, the arguments of calls as objects, and reasoning by both of its names.
 
     A field that is null is none, whatever its name, as clients send every field of theirs.
 

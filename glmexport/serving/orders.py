@@ -1,4 +1,4 @@
-"""From a request to what the model is asked, and to how its answer is read."""
+"""The way from a request to what the model is asked, and to how its answer is read."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _ANY_OBJECT = '{"type": "object"}'
 
 @dataclass(frozen=True)
 class Reader:
-    """Reads requests to one bundle.
+    """A reader of requests to one bundle.
 
     ``guides``: whether the bundle's loop can hold answers to a schema. ``lenient``: whether calls are repaired.
     """
@@ -41,7 +41,7 @@ class Reader:
     lenient: bool
 
     def chat(self, asked: ChatAsked) -> tuple[Order, Grammar]:
-        """The order of a conversation, and what reads its answer.
+        """Return the order of a conversation, and what reads its answer.
 
         Raises:
             Refused: the conversation, or what is asked about it, cannot be answered.
@@ -89,7 +89,7 @@ class Reader:
         return order, grammar
 
     def text(self, asked: TextAsked) -> Order:
-        """The order of a text that is to be gone on with.
+        """Return the order of a text that is to be gone on with.
 
         Raises:
             Refused: it cannot be.
@@ -99,11 +99,11 @@ class Reader:
         return self._order(asked, self._prompt(asked), asked.max_tokens or _TEXT_TOKENS, asked.logprobs, None)
 
     def decoding(self, order: Order, *, chat: bool) -> AnswerText:
-        """What makes text of the answer to an order."""
+        """Return what makes text of the answer to an order."""
         return AnswerText(Decoder(self.tokenizer, TAGS if chat else ()), order.stops)
 
     def spell(self, token: int) -> str:
-        """The text of one token, special ones included."""
+        """Return the text of one token, special ones included."""
         return self.tokenizer.decode([token], skip_special=False)
 
     def _prompt(self, asked: TextAsked) -> list[int]:

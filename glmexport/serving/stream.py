@@ -16,12 +16,12 @@ _DONE = b"data: [DONE]\n\n"
 
 
 def event(document: dict[str, Any]) -> bytes:
-    """One event; JSON has no line break of its own."""
+    """Return one event as bytes; JSON has no line break of its own."""
     return b"data: " + json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
 class EventStream(Response):
-    """``documents`` as they come."""
+    """A response that sends ``documents`` as they come."""
 
     media_type = "text/event-stream"
 

@@ -26,7 +26,7 @@ class Part:
 
 
 class Decoder:
-    """Token ids to text, a token at a time; a character split over tokens comes with the last of them.
+    """A decoder of token ids, a token at a time; a character split over tokens comes with the last of them.
 
     Special tokens are left out, but for ``shown``, which are tags of a grammar.
     """
@@ -44,7 +44,7 @@ class Decoder:
         return bool(self._new)
 
     def add(self, token: int) -> str:
-        """What became certain with ``token``."""
+        """Add ``token``, and return the text that became certain."""
         if token in self._hidden:
             return ""
         self._new.append(token)
@@ -58,7 +58,7 @@ class Decoder:
 
 
 class AnswerText:
-    """What a client may see of an answer: never a stop string, nor the beginning of one that is completed."""
+    """The text of an answer that a client may see: never a stop string, nor the beginning of one that is completed."""
 
     def __init__(self, decoder: Decoder, stops: Sequence[str]) -> None:
         self._decoder = decoder
@@ -69,7 +69,7 @@ class AnswerText:
         self.stopped = False
 
     def add(self, token: Token) -> Part:
-        """What became certain with ``token``; behind a stop string, nothing."""
+        """Add ``token``, and return the part that became certain; behind a stop string, nothing."""
         if self.stopped:
             return Part("", ())
         self._waiting.append((len(self._held), token))
@@ -83,7 +83,7 @@ class AnswerText:
         return self._release(len(self._held) - self._possible())
 
     def finish(self) -> Part:
-        """The rest, which no stop string follows."""
+        """Return the rest, which no stop string follows."""
         part = self._release(len(self._held))
         late = tuple(token for _, token in self._waiting)
         self._waiting = []
