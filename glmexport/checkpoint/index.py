@@ -1,4 +1,4 @@
-"""Which tensors a checkpoint has and in which shard: shards, headers and index checked with each other."""
+"""The tensors of a checkpoint and their shards: shards, headers and index checked with each other."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _AGAIN = "Download the checkpoint again; files already complete are kept."
 
 
 class Stored(NamedTuple):
-    """What the files hold, and what the index names beside it."""
+    """The tensors that the files hold, and the names that only the index has."""
 
     #: Every tensor by name, in order of shard and of its data there.
     tensors: dict[str, TensorEntry]
@@ -28,7 +28,7 @@ class Stored(NamedTuple):
 
 
 def read_index(directory: Path, progress: Progress | None = None) -> Stored:
-    """Every tensor of the checkpoint.
+    """Return every tensor of the checkpoint.
 
     The weights are those of the shards that ``model.safetensors.index.json`` names; without it
     ``model.safetensors``; without that every ``*.safetensors``. As in transformers the shards themselves tell which
