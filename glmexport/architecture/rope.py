@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from glmexport.checkpoint.config import ConfigReader
 
-#: Where transformers 5 and 4 write them.
+#: Tables in which transformers 5 and 4 write the numbers.
 _SECTIONS = ("rope_parameters", "rope_scaling")
 _ORIGINAL = "original_max_position_embeddings"
 _CONTEXT = "max_position_embeddings"
@@ -29,7 +29,7 @@ _LEAST = {
 
 @dataclass(frozen=True)
 class Scaled:
-    """Rotary frequencies that were stretched: from which context, by which factor, and which context is declared."""
+    """A stretching of rotary frequencies: from which context, by which factor, and which context is declared."""
 
     kind: str
     factor: float
@@ -40,12 +40,12 @@ class Scaled:
 
     @property
     def reached(self) -> int:
-        """Tokens that the stretched frequencies were made for."""
+        """The number of tokens that the stretched frequencies were made for."""
         return int(self.original * self.factor)
 
     @property
     def remark(self) -> str | None:
-        """What somebody who scaled a model has to know of its context; None where it is what the scaling reaches."""
+        """A remark on the context for who scaled a model; None where it is what the scaling reaches."""
         if self.context >= self.reached:
             return None
         return (
