@@ -80,7 +80,7 @@ def rollback(site: Path, name: str | None, as_json: bool) -> int:
 @_SITE
 @json_option
 def status(site: Path, as_json: bool) -> int:
-    """What every server of SITE serves, what else it has, and how it came to that."""
+    """Show what every server of SITE serves, what else it has, and how it came to that."""
     from glmexport.deployment.rollout import status as ask
     from glmexport.deployment.site import open_site
 

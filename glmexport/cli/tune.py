@@ -21,14 +21,14 @@ _STYLE = {"chosen": "bold green", "start": "bold", "front": "", "beaten": "dim",
 
 
 class Alternatives(click.ParamType[tuple[str, tuple[str, ...]]]):
-    """A setting and the values to try, as KEY=VALUE,VALUE."""
+    """The type of options that take a setting and the values to try, as KEY=VALUE,VALUE."""
 
     name = "setting"
 
     def convert(
         self, value: object, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[str, tuple[str, ...]]:
-        """To name and values."""
+        """Convert to name and values."""
         name, _, values = str(value).partition("=")
         found = tuple(part.strip() for part in values.split(",") if part.strip())
         if not name.strip() or not found:
