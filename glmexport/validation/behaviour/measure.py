@@ -1,4 +1,4 @@
-"""From questions and the answers of both models to what is told of them."""
+"""Figures of behaviour, made of the questions and the answers of both models."""
 
 from __future__ import annotations
 
@@ -34,14 +34,15 @@ class Judged:
     original: list[int]
     bundle: list[int]
     texts: tuple[str, str]
-    #: Of the answers; None where nothing is expected.
+    #: Scores of the answers; None where nothing is expected.
     scores: tuple[float, float] | None
-    #: None: it cannot be told, or the original's own is not in the language that was asked for.
+    #: Whether the language drifted. None: it cannot be told, or the original's own is not in the language that was
+    #: asked for.
     drifted: bool | None
 
     @property
     def prefix(self) -> int:
-        """Tokens up to the first difference."""
+        """The number of tokens up to the first difference."""
         pairs = zip(self.original, self.bundle, strict=False)
         shorter = min(len(self.original), len(self.bundle))
         return next((place for place, (a, b) in enumerate(pairs) if a != b), shorter)
@@ -54,24 +55,24 @@ class Answers:
     original: Sequence[list[int]]
     bundle: Sequence[list[int]]
     ends: Collection[int]
-    #: Passes through the original.
+    #: Number of passes through the original.
     passes: int
-    #: Of the bundle by question's id, ``batch`` at a time.
+    #: The bundle's answers by question's id, ``batch`` at a time.
     together: Mapping[str, list[int]] = field(default_factory=dict)
     batch: int = 0
 
     def ended(self, tokens: list[int]) -> bool:
-        """Whether an answer comes to an end."""
+        """Return whether an answer comes to an end."""
         return bool(tokens) and tokens[-1] in self.ends
 
     def text(self, question: Question, tokens: list[int], tokenizer: Tokenizer) -> str:
-        """Of an answer, without its end token; with the special tokens that tool calls may be written in."""
+        """Return the text of an answer without its end token, but with the special tokens of tool calls."""
         kept = tokens[:-1] if self.ended(tokens) else tokens
         return question.lead + tokenizer.decode(kept, skip_special=question.kind != "tools")
 
 
 def bundle_answers(session: GenerationSession, questions: Sequence[Question], progress: Progress) -> list[list[int]]:
-    """One at a time, with the end token, if it comes."""
+    """Yield the bundle's answers one at a time, with the end token, if it comes."""
     answers = []
     with progress.track("Bundle's answers", len(questions)) as track:
         for question in questions:
@@ -83,7 +84,10 @@ def bundle_answers(session: GenerationSession, questions: Sequence[Question], pr
 def answers_together(
     session: GenerationSession, questions: Sequence[Question], batch: int, progress: Progress
 ) -> dict[str, list[int]]:
-    """Answers by question's id with ``batch`` of them at a time, of one length each; the last ones beside copies."""
+    """Return answers by question's id with ``batch`` of them at a time, of one length each.
+
+    The last ones are computed beside copies.
+    """
 
     def shape(question: Question) -> tuple[int, int]:
         return len(question.ids), question.max_tokens
