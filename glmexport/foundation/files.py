@@ -146,7 +146,7 @@ def version(path: Path) -> tuple[int, int, int]:
 
 
 def files_digest(directory: Path, files: Iterable[Path], label: str, progress: Progress | None) -> str:
-    """Return ``sha256:`` and the SHA-256 of one line ``NAME\tBYTES\tSHA256\n`` a file, in order of name.
+    """Return ``sha256:`` and the SHA-256 of one line ``NAME\\tBYTES\\tSHA256\\n`` a file, in order of name.
 
     Args:
         directory: What the names are relative to.

@@ -82,8 +82,7 @@ def _above(estimate: Estimate, limit: float) -> tuple[float, float]:
 
 
 def p_value(estimate: Estimate, limit: float) -> float:
-    """Return the chance of a mean this large or larger if the true one were ``limit``. It is small where the mean must
-    be above the limit.
+    """Return the chance of a mean this large or larger if the true one were ``limit``; it is small for a mean above it.
 
     What is not finite is above every limit.
     """

@@ -14,7 +14,7 @@ _TIMEOUT_S = 60
 
 
 def server_facts(command: list[str], ports: list[int]) -> dict[str, Any]:
-    """Return Python, C library, openssl, who has the ports, and the glmexport of ``command`` with its view of the host."""
+    """Return Python, C library, openssl, the glmexport of ``command``, its view of the host, and who has the ports."""
     probed, why = _probe([command[0], "targets", "probe", "--json"])
     return {
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",

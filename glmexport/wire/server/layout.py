@@ -155,8 +155,7 @@ class Root:
 
     @contextlib.contextmanager
     def alone(self, patience_s: float = 0, lock: str = "lock") -> Iterator[None]:
-        """Hold ``lock``, so that nobody else who holds it does anything meanwhile. The lock of that name is for all
-        that changes.
+        """Hold ``lock``, so that nobody else who holds it acts meanwhile; ``lock`` itself is for all that changes.
 
         Raises:
             Failure: somebody does, and ``patience_s`` later still.
