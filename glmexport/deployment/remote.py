@@ -11,9 +11,9 @@ from contextlib import asynccontextmanager
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from glmexport.deployment.events import ServerFacts, checked
 from glmexport.deployment.signed import SignedBundle
 from glmexport.deployment.site import Server, Site
-from glmexport.deployment.told import Facts, checked
 from glmexport.foundation.errors import InputError, MachineError
 from glmexport.foundation.progress import Progress, Silent
 from glmexport.wire import transfer
@@ -248,7 +248,7 @@ def require_fit(who: str, release: SignedBundle, told: dict[str, Any]) -> None:
     Raises:
         MachineError: no space, no openssl, no glmexport, or another kind of machine.
     """
-    facts = checked(Facts, told, who)
+    facts = checked(ServerFacts, told, who)
     needed = release.bytes - min(facts.received_bytes, release.bytes) + _SPARE
     if facts.free_bytes < needed:
         raise MachineError(

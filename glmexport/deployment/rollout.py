@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from glmexport.deployment.events import ServerStatus, checked
 from glmexport.deployment.remote import Remote, order_name, require_fit
 from glmexport.deployment.signed import SignedBundle
 from glmexport.deployment.site import Site
-from glmexport.deployment.told import Status, checked
 from glmexport.foundation.errors import GlmexportError, InputError
 from glmexport.foundation.progress import Progress
-from glmexport.wire.runner import Told
+from glmexport.wire.runner import ProgramError
 from glmexport.wire.server.layout import NAME
 from glmexport.wire.ssh import persist, require_asyncssh
 
@@ -52,26 +52,26 @@ class Outcome:
 
     def fail(self, error: GlmexportError) -> None:
         """Note what went wrong."""
-        kind = error.kind if isinstance(error, Told) else "failed"
+        kind = error.kind if isinstance(error, ProgramError) else "failed"
         self.state = kind if kind in _JUDGED else "failed"
         self.why, self.next_step = error.message, error.next_step
 
 
 @dataclass(frozen=True)
-class Wishes:
+class DeployOptions:
     """What a deployment asks for beside the release."""
 
     allow_older: bool = False
     replace_trust: bool = False
 
 
-def deploy(site: Site, release: SignedBundle, progress: Progress, wishes: Wishes | None = None) -> list[Outcome]:
+def deploy(site: Site, release: SignedBundle, progress: Progress, wishes: DeployOptions | None = None) -> list[Outcome]:
     """Serve ``release`` on every server of ``site``.
 
     All are looked at before anything is sent, and all have the release before any switches. After the first that does
     not serve it, no further one is begun with.
     """
-    wishes = wishes or Wishes()
+    wishes = wishes or DeployOptions()
     outcomes = {name: Outcome(name, release=release.name) for name in site.servers}
     orders = {name: order_name() for name in site.servers}
 
@@ -123,7 +123,7 @@ def status(site: Site, progress: Progress) -> list[Outcome]:
     async def asked(remote: Remote, outcome: Outcome) -> None:
         await remote.install()
         outcome.facts = await remote.result("status", "status")
-        found = checked(Status, outcome.facts, remote.name)
+        found = checked(ServerStatus, outcome.facts, remote.name)
         outcome.release, outcome.head = found.current, found.head
         outcome.state = "done"
 

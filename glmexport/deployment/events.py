@@ -9,49 +9,49 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from glmexport.foundation.errors import MachineError
 
 
-class Answer(BaseModel):
+class ServerEvent(BaseModel):
     """An event that the program of a server sends."""
 
     # What later versions of the program add is not looked at.
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
 
 
-class Host(Answer):
+class ServerHost(ServerEvent):
     """The kind of machine that a server is, and what it lacks for each target."""
 
     host: str | None
     lacking: dict[str, list[str]]
 
 
-class Facts(Answer):
+class ServerFacts(ServerEvent):
     """The facts that decide whether a release can come to a server."""
 
     free_bytes: int
     free_inodes: int | None
     received_bytes: int
     openssl: str | None
-    host: Host | None
+    host: ServerHost | None
     host_unknown_because: str | None
 
 
-class Entry(Answer):
+class LedgerEntry(ServerEvent):
     """A line of the ledger."""
 
     time: str
     event: str
 
 
-class Status(Answer):
+class ServerStatus(ServerEvent):
     """The releases that a server has and serves."""
 
     current: str | None
     releases: list[str]
     unconfirmed: str | None
     head: str
-    ledger: list[Entry]
+    ledger: list[LedgerEntry]
 
 
-Kind = TypeVar("Kind", bound=Answer)
+Kind = TypeVar("Kind", bound=ServerEvent)
 
 
 def checked(kind: type[Kind], event: dict[str, Any], who: str) -> Kind:
