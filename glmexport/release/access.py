@@ -23,7 +23,7 @@ USER, PASSWORD, TOKEN = "GLMEXPORT_REGISTRY_USER", "GLMEXPORT_REGISTRY_PASSWORD"
 
 
 @dataclass(frozen=True)
-class Reference:
+class ImageReference:
     """An image in a registry: by tag, by digest, or by both, where the digest counts."""
 
     host: str
@@ -32,7 +32,7 @@ class Reference:
     digest: str | None
 
     @classmethod
-    def parse(cls, text: str) -> Reference:
+    def parse(cls, text: str) -> ImageReference:
         """Parse ``HOST[:PORT]/NAME[:TAG][@sha256:DIGEST]``.
 
         Raises:
@@ -51,7 +51,7 @@ class Reference:
 
 
 @dataclass(frozen=True)
-class Access:
+class RegistryAccess:
     """The access to a registry: who asks, and what vouches for the server."""
 
     user: str | None = None
@@ -75,7 +75,7 @@ class Access:
         *,
         plain_http: bool,
         token_hosts: Iterable[str] = (),
-    ) -> Access:
+    ) -> RegistryAccess:
         """Read user and password from the environment, or from a file such as docker's config.json.
 
         Raises:

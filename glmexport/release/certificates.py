@@ -43,7 +43,7 @@ _ENCODINGS = {12: "utf-8", 18: "ascii", 19: "ascii", 20: "latin-1", 22: "ascii",
 _ALTERNATIVE_KINDS = {0x81: "email", 0x82: "DNS", 0x86: "URI"}
 
 
-class Unfit(Exception):
+class UnfitCertificate(Exception):
     """A certificate may not sign releases, or may not vouch for the one that does."""
 
 
@@ -75,14 +75,18 @@ class _Element(NamedTuple):
 
 
 def from_pem(content: bytes) -> list[bytes]:
-    """Return the certificates in a PEM file, DER; raises Unfit if there is none, or something else is in it."""
+    """Return the certificates in a PEM file, DER.
+
+    Raises:
+        UnfitCertificate: there is none, or something else is in it.
+    """
     blocks = _PEM.findall(content)
     if not blocks or content.count(b"-----BEGIN ") != len(blocks) or {kind for kind, _ in blocks} != {b"CERTIFICATE"}:
-        raise Unfit("it has to have certificates in PEM and nothing else")
+        raise UnfitCertificate("it has to have certificates in PEM and nothing else")
     try:
         return [base64.b64decode(b"".join(body.split()), validate=True) for _, body in blocks]
     except binascii.Error as error:
-        raise Unfit("a certificate in it is damaged") from error
+        raise UnfitCertificate("a certificate in it is damaged") from error
 
 
 def to_pem(kind: str, content: bytes) -> str:
@@ -95,7 +99,7 @@ def check_chain(chain: Sequence[bytes], roots: Sequence[bytes], subject: str | N
     """Return the signing certificate, the first of ``chain``, if all that are given may do what they are there for.
 
     That each is vouched for by the next has to be verified elsewhere, with no others than these. With ``subject`` the
-    signing certificate has that name. Raises Unfit, which names the certificate.
+    signing certificate has that name. Raises UnfitCertificate, which names the certificate.
     """
     signer, *others = [read(each) for each in chain]
     trusted = [read(each) for each in roots]
@@ -103,16 +107,18 @@ def check_chain(chain: Sequence[bytes], roots: Sequence[bytes], subject: str | N
     for each in (*others, *trusted):
         _check_strength(each)
         if not each.authority or not each.usage & _CERTIFICATE_SIGN:
-            raise Unfit(f"{each.subject} is no authority: it needs CA:TRUE and the key usage keyCertSign")
+            raise UnfitCertificate(f"{each.subject} is no authority: it needs CA:TRUE and the key usage keyCertSign")
         if each.extended is not None and _CODE not in each.extended:
-            raise Unfit(f"{each.subject} has extended key usages, and codeSigning is not among them")
+            raise UnfitCertificate(f"{each.subject} has extended key usages, and codeSigning is not among them")
     _check_strength(signer)
     if signer.authority or not signer.usage & _DIGITAL_SIGNATURE:
-        raise Unfit(f"{signer.subject} is not for signing: it needs the key usage digitalSignature, and CA:FALSE")
+        raise UnfitCertificate(
+            f"{signer.subject} is not for signing: it needs the key usage digitalSignature, and CA:FALSE"
+        )
     if signer.extended is not None and (_CODE not in signer.extended or signer.extended & {_ANY, _SERVER}):
-        raise Unfit(f"{signer.subject} has other extended key usages than one for signing code: codeSigning")
+        raise UnfitCertificate(f"{signer.subject} has other extended key usages than one for signing code: codeSigning")
     if subject is not None and subject not in (signer.subject, *signer.alternatives):
-        raise Unfit(f"it is of {' or '.join((signer.subject, *signer.alternatives))}, and not of {subject}")
+        raise UnfitCertificate(f"it is of {' or '.join((signer.subject, *signer.alternatives))}, and not of {subject}")
     return signer
 
 
@@ -123,17 +129,19 @@ def _require_path(signer: Certificate, others: list[Certificate], roots: list[Ce
     while left:
         above = [each for each in left if each.named == below.issuer]
         if len(above) != 1 or below.issuer in {root.named for root in roots}:
-            raise Unfit(f"beside {below.subject} there are certificates that do not vouch for it, or not alone")
+            raise UnfitCertificate(
+                f"beside {below.subject} there are certificates that do not vouch for it, or not alone"
+            )
         (below,) = above
         left.remove(below)
 
 
 def _check_strength(certificate: Certificate) -> None:
     if certificate.signature not in _SIGNATURES:
-        raise Unfit(f"{certificate.subject} is signed with an algorithm that is too weak or not known")
+        raise UnfitCertificate(f"{certificate.subject} is signed with an algorithm that is too weak or not known")
     kind, size = _strength(certificate.key)
     if not (kind in _EDWARDS or (kind == _EC and size) or (kind in (_RSA, _RSA_PSS) and size >= SMALLEST_RSA)):
-        raise Unfit(f"{certificate.subject} has a key that is too short, or of a kind that is not used here")
+        raise UnfitCertificate(f"{certificate.subject} has a key that is too short, or of a kind that is not used here")
 
 
 def _strength(key: bytes) -> tuple[str, int]:
@@ -147,7 +155,7 @@ def _strength(key: bytes) -> tuple[str, int]:
             return name, int.from_bytes(modulus.content, "big").bit_length()
         return name, int(name == _EC and _dotted(parameters[0]) in CURVES)
     except (ValueError, IndexError) as error:
-        raise Unfit("a certificate has a damaged key") from error
+        raise UnfitCertificate("a certificate has a damaged key") from error
 
 
 def hash_of_key(key: bytes) -> str | None:
@@ -161,7 +169,11 @@ def hash_of_key(key: bytes) -> str | None:
 
 
 def read(content: bytes) -> Certificate:
-    """Read a certificate in DER; raises Unfit if it is none of version 3, or is written in more than one way."""
+    """Read a certificate in DER.
+
+    Raises:
+        UnfitCertificate: it is none of version 3, or is written in more than one way.
+    """
     try:
         signed, algorithm, signature = _elements(_one(content, _SEQUENCE))
         version, _, inner, issuer, validity, subject, key, *rest = _elements(_content(signed, _SEQUENCE))
@@ -185,7 +197,7 @@ def read(content: bytes) -> Certificate:
             None if extended is None else frozenset(map(_dotted, _elements(_one(extended, _SEQUENCE)))),
         )
     except (ValueError, IndexError, OverflowError) as error:
-        raise Unfit("a certificate is damaged, or not of version 3") from error
+        raise UnfitCertificate("a certificate is damaged, or not of version 3") from error
 
 
 def _elements(content: bytes) -> list[_Element]:

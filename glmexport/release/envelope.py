@@ -30,7 +30,7 @@ _LONGEST_SIGNATURE, _LONGEST_JSON = 1 << 24, 1 << 26
 _MOST_VALUES, _MOST_DIGITS = 1 << 21, 40
 
 
-class Refused(Exception):
+class VerificationError(Exception):
     """A bundle is not as it was signed.
 
     The text names the file. Other exit codes: an argument or openssl is unusable.
@@ -70,7 +70,7 @@ def parse(content: bytes, name: str) -> Any:
         return json.loads(content.decode("utf-8"), object_pairs_hook=unique, parse_int=whole)
     except (ValueError, RecursionError) as error:
         why = "it is nested too deep" if isinstance(error, RecursionError) else str(error)
-        raise Refused(f"{name} cannot be read: {why}.") from error
+        raise VerificationError(f"{name} cannot be read: {why}.") from error
 
 
 def legal(name: str) -> bool:
@@ -84,15 +84,17 @@ def check_names(names: list[str], where: str) -> None:
     seen: dict[str, str] = {}
     for name in names:
         if not legal(name):
-            raise Refused(f"{where} names {name!r}, which may leave the bundle.")
+            raise VerificationError(f"{where} names {name!r}, which may leave the bundle.")
         # Names that are one on some file system are equal so.
         key = normalize("NFC", normalize("NFC", name).casefold())
         if key in seen:
-            raise Refused(f"{where} names {name!r} beside {seen[key]!r}: some file systems cannot tell them apart.")
+            raise VerificationError(
+                f"{where} names {name!r} beside {seen[key]!r}: some file systems cannot tell them apart."
+            )
         seen[key] = name
     for key, name in seen.items():
         if any(key[:end] in seen for end, character in enumerate(key) if character == "/"):
-            raise Refused(f"{where} names a file and the same as the folder of {name!r}.")
+            raise VerificationError(f"{where} names a file and the same as the folder of {name!r}.")
 
 
 def read_envelope(directory: Path) -> Envelope:
@@ -104,16 +106,16 @@ def read_envelope(directory: Path) -> Envelope:
     signatures = _list(envelope["signatures"])
     kind = bundle["mediaType"], envelope["payloadType"], len(signatures), material.get("tlogEntries", [])
     if kind != (_MEDIA_TYPE, PAYLOAD_TYPE, 1, []):
-        raise Refused(f"{SIGNATURE} is not one signature of a statement, without a public log.")
+        raise VerificationError(f"{SIGNATURE} is not one signature of a statement, without a public log.")
     hint = _table(material.get("publicKey", {}), set(), {"hint"}).get("hint")
     chain = _table(material.get("x509CertificateChain", {"certificates": []}), {"certificates"})["certificates"]
     certificates = tuple(_decoded(_table(each, {"rawBytes"})["rawBytes"]) for each in _list(chain))
     both = {"publicKey", "x509CertificateChain"} <= set(material)
     if both or ("publicKey" in material) == bool(certificates) or not (hint is None or _is_text(hint)):
-        raise Refused(f"{SIGNATURE} has to name either a key or a chain of certificates.")
+        raise VerificationError(f"{SIGNATURE} has to name either a key or a chain of certificates.")
     signed = _table(signatures[0], {"sig"}, {"keyid"})
     if not _is_text(signed.get("keyid", "")):
-        raise Refused(f"{SIGNATURE} names its key by something else than a text.")
+        raise VerificationError(f"{SIGNATURE} names its key by something else than a text.")
     return Envelope(_decoded(envelope["payload"]), _decoded(signed["sig"]), certificates, hint or None)
 
 
@@ -124,32 +126,32 @@ def signed_files(payload: bytes) -> dict[str, str]:
     method = _table(predicate["serialization"], {"method", "hash_type", "allow_symlinks"}, {"ignore_paths"})
     kind = statement["_type"], statement["predicateType"], method["method"], method["hash_type"]
     if kind != (_STATEMENT_TYPE, _PREDICATE_TYPE, "files", "sha256") or not isinstance(method["allow_symlinks"], bool):
-        raise Refused(f"{SIGNATURE} does not state the sha256 of the files of a model.")
+        raise VerificationError(f"{SIGNATURE} does not state the sha256 of the files of a model.")
     files: dict[str, str] = {}
     whole = hashlib.sha256()
     resources = [_table(each, {"name", "algorithm", "digest"}) for each in _list(predicate["resources"])]
     for each in resources:
         texts = all(isinstance(value, str) for value in each.values())
         if not texts or each["algorithm"] != "sha256" or not DIGEST.fullmatch("sha256:" + each["digest"]):
-            raise Refused(f"{SIGNATURE} has no sha256 for {each['name']!r}.")
+            raise VerificationError(f"{SIGNATURE} has no sha256 for {each['name']!r}.")
         files[each["name"]] = each["digest"]
         whole.update(bytes.fromhex(each["digest"]))
     check_names([each["name"] for each in resources], SIGNATURE)
     _check_overlooked(_list(method.get("ignore_paths")), files)
     subjects = [_table(each, {"name", "digest"}) for each in _list(statement["subject"])]
     if [each["digest"] for each in subjects] != [{"sha256": whole.hexdigest()}] or not _is_text(subjects[0]["name"]):
-        raise Refused(f"{SIGNATURE} contradicts itself: its subject is not what it lists.")
+        raise VerificationError(f"{SIGNATURE} contradicts itself: its subject is not what it lists.")
     return files
 
 
 def _check_overlooked(paths: list[Any], files: dict[str, str]) -> None:
     """What a signature says to overlook is itself, and nothing that it lists: by model-signing it could not hold."""
     if SIGNATURE not in paths or not all(isinstance(path, str) and legal(path) for path in paths):
-        raise Refused(f"{SIGNATURE} does not say that it overlooks itself, and names of files alone.")
+        raise VerificationError(f"{SIGNATURE} does not say that it overlooks itself, and names of files alone.")
     for name in files:
         above = {name, *(name[:end] for end, character in enumerate(name) if character == "/")}
         if above & {*paths, *_OVERLOOKED}:
-            raise Refused(f"{SIGNATURE} lists {name!r}, which it says to overlook, or which belongs to git.")
+            raise VerificationError(f"{SIGNATURE} lists {name!r}, which it says to overlook, or which belongs to git.")
 
 
 def linked_in_cache(directory: Path, name: str) -> bool:
@@ -163,21 +165,25 @@ def linked_in_cache(directory: Path, name: str) -> bool:
 
 
 def read_file(directory: Path, name: str) -> bytes:
-    """Read a document of a bundle; raises Refused if it is missing, a link to elsewhere or longer than any is."""
+    """Read a document of a bundle.
+
+    Raises:
+        VerificationError: it is missing, a link to elsewhere, or longer than any is.
+    """
     path, longest = directory / name, _LONGEST_SIGNATURE if name == SIGNATURE else _LONGEST_JSON
     content = b""
     if path.is_file() and (not path.is_symlink() or linked_in_cache(directory, name)):
         with path.open("rb") as file:
             content = file.read(longest + 1)
     if not 0 < len(content) <= longest:
-        raise Refused(f"{name} is missing, empty, no real file or too long.")
+        raise VerificationError(f"{name} is missing, empty, no real file or too long.")
     return content
 
 
 def _table(value: Any, required: set[str], optional: frozenset[str] | set[str] = frozenset()) -> dict[str, Any]:
     """A table of the signature with these keys only: a second spelling of one could be read by somebody else."""
     if not isinstance(value, dict) or not required <= set(value) <= required | optional:
-        raise Refused(f"{SIGNATURE} is damaged: a part of it does not have the keys that it has to have.")
+        raise VerificationError(f"{SIGNATURE} is damaged: a part of it does not have the keys that it has to have.")
     return value
 
 
@@ -195,7 +201,7 @@ def _decoded(value: Any) -> bytes:
     try:
         content = base64.b64decode(value.encode("ascii"), validate=True)
     except (AttributeError, UnicodeEncodeError, binascii.Error) as error:
-        raise Refused(f"{SIGNATURE} is damaged: a part of it is no base64.") from error
+        raise VerificationError(f"{SIGNATURE} is damaged: a part of it is no base64.") from error
     if base64.b64encode(content).decode() != value:
-        raise Refused(f"{SIGNATURE} is damaged: a part of it is base64 with bits that nobody reads.")
+        raise VerificationError(f"{SIGNATURE} is damaged: a part of it is base64 with bits that nobody reads.")
     return content

@@ -31,7 +31,7 @@ def signed_digests(bundle: Path) -> dict[str, str]:
     try:
         signed = verifier.signed_files(verifier.read_envelope(bundle).payload)
         verifier.check_files(bundle, signed, hashed=False)
-    except verifier.Refused as error:
+    except verifier.VerificationError as error:
         raise UnverifiedError(f"{bundle}: {error}", next_step="Sign it again.") from error
     return dict(sorted({**signed, SIGNATURE: verifier.sha256(bundle / SIGNATURE)}.items()))
 
@@ -40,7 +40,7 @@ def check_arriving_names(names: list[str], where: str) -> None:
     """Raise UnverifiedError unless every name may be that of a file in a bundle, and none comes twice."""
     try:
         verifier.check_names(names, where)
-    except verifier.Refused as error:
+    except verifier.VerificationError as error:
         raise UnverifiedError(str(error), next_step="Do not use it; get it again from where it was made.") from error
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from glmexport.foundation.errors import InputError, MachineError
-from glmexport.release.certificates import Unfit, check_chain, from_pem
+from glmexport.release.certificates import UnfitCertificate, check_chain, from_pem
 from glmexport.release.verifier import SIGNATURE
 
 
@@ -135,7 +135,7 @@ def _check_certificates(certificate: Path, chain: Sequence[Path]) -> None:
     try:
         above = [each for path in chain for each in from_pem(path.read_bytes())]
         check_chain([*from_pem(certificate.read_bytes())[:1], *above], (), None)
-    except Unfit as error:
+    except UnfitCertificate as error:
         raise InputError(
             f"{certificate} cannot sign releases: {error}.",
             next_step="Have a certificate for signing code issued (README, 'Sign, verify, carry').",

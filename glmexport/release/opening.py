@@ -41,9 +41,7 @@ class Trust:
 NOBODY = Trust()
 
 
-def open_signed(
-    directory: Path, trust: Trust, progress: Progress, *, rewritten: Collection[str] = ()
-) -> Manifest:
+def open_signed(directory: Path, trust: Trust, progress: Progress, *, rewritten: Collection[str] = ()) -> Manifest:
     """Return the manifest of a bundle, every file of which was compared with it and with a signature that is there.
 
     ``rewritten``: names of files that may be others than those that were signed, since the caller writes them again.
@@ -107,7 +105,7 @@ def check_signature(
         if trust.given:
             verifier.check_signature(envelope, trust.key, trust.root, trust.subject)
         _compare(directory, manifest, verifier.signed_files(envelope.payload), rewritten)
-    except verifier.Refused as error:
+    except verifier.VerificationError as error:
         raise refusal(directory, error) from error
     except OSError as error:
         raise MachineError(
@@ -118,9 +116,7 @@ def check_signature(
         progress.remark(f"{directory} is what its {SIGNATURE} lists. Who signed it is checked with --key or --root.")
 
 
-def _compare(
-    directory: Path, manifest: Manifest, signed: dict[str, str], rewritten: Callable[[str], bool]
-) -> None:
+def _compare(directory: Path, manifest: Manifest, signed: dict[str, str], rewritten: Callable[[str], bool]) -> None:
     verifier.check_manifest(directory, signed)
     # Files of the manifest have just been hashed, and check_manifest has compared what it states of them.
     known = {*(entry.path for entry in manifest.files), MANIFEST, SIGNATURE}
@@ -133,11 +129,11 @@ def _compare(
 
 def _check_file(directory: Path, name: str, signed: dict[str, str]) -> None:
     if name not in signed:
-        raise verifier.Refused(f"{name} is not signed.")
+        raise verifier.VerificationError(f"{name} is not signed.")
     if not (directory / name).is_file():
-        raise verifier.Refused(f"{name} is signed and missing.")
+        raise verifier.VerificationError(f"{name} is signed and missing.")
     if verifier.sha256(directory / name) != signed[name]:
-        raise verifier.Refused(f"{name} is not what was signed: its sha256 differs.")
+        raise verifier.VerificationError(f"{name} is not what was signed: its sha256 differs.")
 
 
 def check_signed_file(path: Path) -> None:
@@ -150,7 +146,7 @@ def check_signed_file(path: Path) -> None:
         return
     try:
         _check_file(path.parent, path.name, verifier.signed_files(verifier.read_envelope(path.parent).payload))
-    except verifier.Refused as error:
+    except verifier.VerificationError as error:
         raise UnverifiedError(
             f"{path.parent}: {error}",
             next_step=f"If you wrote it since, sign the bundle again; or name {path.name} itself, and not the bundle.",

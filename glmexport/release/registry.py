@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from glmexport.foundation.errors import InputError, MachineError
 from glmexport.foundation.untrusted import SMALL, parse_object
-from glmexport.release.access import PASSWORD, TOKEN, USER, Access, Reference, is_loopback
+from glmexport.release.access import PASSWORD, TOKEN, USER, ImageReference, RegistryAccess, is_loopback
 from glmexport.release.deadline import Deadline
 from glmexport.release.incoming import damaged
 from glmexport.release.layout import MANIFEST_TYPE, Descriptor
@@ -26,7 +26,7 @@ from glmexport.release.layout import MANIFEST_TYPE, Descriptor
 if TYPE_CHECKING:
     import httpx2
 
-__all__ = ["Access", "Reference", "Registry"]
+__all__ = ["ImageReference", "Registry", "RegistryAccess"]
 
 #: Bytes of an upload's chunk, which is held in memory, so that it can be sent again.
 _CHUNK = 16 << 20
@@ -47,7 +47,7 @@ class Registry:
         InputError: the certificates of ``access`` cannot be read.
     """
 
-    def __init__(self, reference: Reference, access: Access) -> None:
+    def __init__(self, reference: ImageReference, access: RegistryAccess) -> None:
         import httpx2
 
         self._access, self._where = access, reference

@@ -78,7 +78,7 @@ def measured(target: Callable[[bytes], None]) -> Callable[[bytes], None]:
         start, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         try:
             target(given)
-        except (GlmexportError, verifier.Refused) as error:
+        except (GlmexportError, verifier.VerificationError) as error:
             if len(str(error)) > 20_000:
                 raise RuntimeError(f"a message of {len(str(error))} characters") from error
         seconds = time.process_time() - start
