@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
-from glmexport.serving.failure import Gone, Refused
-from glmexport.serving.limits import Limits
+from glmexport.serving.failure import ClientGone, Refused
+from glmexport.serving.limits import ServingLimits
 
 #: Number of bodies that are read at a time: each may take many times its size in memory, and time of the interpreter.
 _READERS = 2
@@ -25,7 +25,7 @@ T = TypeVar("T")
 class Bodies:
     """All bodies that arrive, or wait to be read."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: ServingLimits) -> None:
         self._limits = limits
         self._held = 0
         self._futures: set[Future[Any]] = set()
@@ -37,7 +37,7 @@ class Bodies:
 
         Raises:
             Refused: it is too large, or too slow, or with the others there are too many bytes.
-            Gone: the client has gone.
+            ClientGone: the client has gone.
         """
         parts: list[bytes] = []
         try:
@@ -64,7 +64,7 @@ class Bodies:
         except TimeoutError as error:
             raise Refused(408, "The body did not arrive in time.", headers=CLOSE) from error
         except ClientDisconnect as error:
-            raise Gone from error
+            raise ClientGone from error
 
     async def read(self, work: Callable[[], T]) -> T:
         """Return what ``work`` makes of a body, in a thread, so that others need not wait for it."""

@@ -20,7 +20,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
 from glmexport.serving.failure import Refused
-from glmexport.serving.limits import Limits
+from glmexport.serving.limits import ServingLimits
 
 #: Seconds in which a connection may bring its first request after the server stopped accepting, and another one.
 LATE_S, LATE_AGAIN_S = 2.0, 0.25
@@ -29,7 +29,7 @@ _HEAD_BYTES = 16 << 10
 _HEAD_END = re.compile(rb"\r?\n\r?\n")
 
 
-class Reader(h11.Connection):
+class RequestParser(h11.Connection):
     """A reader of requests that refuses one whose end another reader, such as a proxy, could see elsewhere.
 
     ``next_event`` raises ``h11.RemoteProtocolError`` for what h11 lets through: a length beside a coding, or given
@@ -82,12 +82,12 @@ class Connection(H11Protocol):
         self,
         config: uvicorn.Config,
         state: ServerState,
-        limits: Limits,
+        limits: ServingLimits,
         ending: Callable[[], bool],
         lost: Callable[[Connection], None],
     ) -> None:
         super().__init__(config, state, {})
-        self.conn = Reader(limits.chunks)
+        self.conn = RequestParser(limits.chunks)
         self.app = self._application
         self._limits = limits
         self._ending = ending

@@ -24,7 +24,7 @@ _TYPES = {
 }
 
 
-class Gone(Exception):
+class ClientGone(Exception):
     """The client has gone, so that nothing is to be answered."""
 
 

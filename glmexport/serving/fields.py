@@ -25,7 +25,7 @@ from pydantic_core import PydanticCustomError
 
 from glmexport.foundation.files import json_object
 from glmexport.serving.failure import Refused
-from glmexport.serving.limits import Limits
+from glmexport.serving.limits import ServingLimits
 from glmexport.serving.names import TOOL_NAME, is_tool_name
 
 #: Fields of the client's own bookkeeping, which nobody reads.
@@ -101,7 +101,7 @@ class StreamOptions(_Fields):
     include_obfuscation: bool = False
 
 
-class Asked(_Fields):
+class CompletionRequest(_Fields):
     """The fields that both kinds of requests have."""
 
     model: str | None = None
@@ -118,7 +118,7 @@ class Asked(_Fields):
         """The temperature; 0 for the most likely token."""
         return self.temperature if self.temperature > _COLDEST else 0
 
-    def stops(self, limits: Limits) -> tuple[str, ...]:
+    def stops(self, limits: ServingLimits) -> tuple[str, ...]:
         """Return the stop strings.
 
         Raises:
@@ -204,7 +204,7 @@ class TemplateSettings(_Fields):
     clear_thinking: bool | None = None
 
 
-class ChatAsked(Asked):
+class ChatRequest(CompletionRequest):
     """The body of a request to /v1/chat/completions."""
 
     messages: Annotated[list[dict[str, Any]], FailFast()]
@@ -218,7 +218,7 @@ class ChatAsked(Asked):
     clear_thinking: bool | None = None
 
 
-class TextAsked(Asked):
+class TextRequest(CompletionRequest):
     """The body of a request to /v1/completions."""
 
     prompt: Annotated[str | list[int], PlainValidator(_one_prompt)]
@@ -226,10 +226,10 @@ class TextAsked(Asked):
     return_token_ids: bool = False
 
 
-T = TypeVar("T", bound=Asked)
+T = TypeVar("T", bound=CompletionRequest)
 
 
-def read_body(data: bytes, model: type[T], limits: Limits) -> T:
+def read_body(data: bytes, model: type[T], limits: ServingLimits) -> T:
     """Return the request in a body.
 
     Raises:
@@ -274,7 +274,7 @@ def _wrong(error: ValidationError) -> Refused:
     return Refused(400, f"{where or 'The body'}: {first['msg']}.", where or None, first["type"])
 
 
-def bounded_object(data: bytes, limits: Limits, ids: int = 0) -> dict[str, object]:
+def bounded_object(data: bytes, limits: ServingLimits, ids: int = 0) -> dict[str, object]:
     """Return the JSON object in ``data``, unless it has too many values: making them stops all other threads.
 
     Args:
@@ -307,11 +307,11 @@ def _exceeds(data: bytes, values: int, ids: int) -> bool:
     return False
 
 
-def _too_many(limits: Limits) -> Refused:
+def _too_many(limits: ServingLimits) -> Refused:
     return Refused(400, f"The body has more than {limits.values} values.", code="too_many_values")
 
 
-def _check_size(value: object, limits: Limits) -> None:
+def _check_size(value: object, limits: ServingLimits) -> None:
     """Raise Refused for too many levels of arrays and objects, or too many values in them; without recursion."""
     level, depth, count = [value], 0, 0
     while level:

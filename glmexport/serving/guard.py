@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from glmexport.serving.failure import FAILED, Gone, Refused
+from glmexport.serving.failure import FAILED, ClientGone, Refused
 from glmexport.serving.log import described
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ _log = logging.getLogger("glmexport.serving")
 
 
 @dataclass(frozen=True)
-class Access:
+class AccessRules:
     """The rules of access. ``keys``: any of them opens, none: all are let in. ``hosts``: names beside loopback's."""
 
     keys: tuple[bytes, ...] = ()
@@ -45,7 +45,7 @@ class Access:
 class Guard:
     """A guard before an application, by the rules of ``access``; an error becomes a response, never a traceback."""
 
-    def __init__(self, application: ASGIApp, access: Access, metrics: Metrics) -> None:
+    def __init__(self, application: ASGIApp, access: AccessRules, metrics: Metrics) -> None:
         self._application = application
         self._access = access
         self._metrics = metrics
@@ -78,7 +78,7 @@ class Guard:
         except Refused as refused:
             if not begun:
                 await refused.response(scope, receive, noting)
-        except (Gone, asyncio.CancelledError):
+        except (ClientGone, asyncio.CancelledError):
             # The server cancels at its very end, when it has left the connection.
             pass
         except Exception as error:

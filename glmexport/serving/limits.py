@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Limits:
+class ServingLimits:
     """Limits of one request, and of one connection."""
 
     body_bytes: int = 4 << 20

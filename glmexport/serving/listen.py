@@ -21,7 +21,7 @@ from starlette.types import ASGIApp
 from glmexport.foundation.errors import InputError, MachineError
 from glmexport.serving.connection import LATE_S, Connection
 from glmexport.serving.guard import is_loopback
-from glmexport.serving.limits import Limits
+from glmexport.serving.limits import ServingLimits
 from glmexport.serving.log import on_loop_failure
 
 #: The first file descriptor that systemd hands over.
@@ -126,7 +126,7 @@ def watchdog_s() -> float | None:
     return int(microseconds) / 2e6 if ours and microseconds.isdigit() and int(microseconds) else None
 
 
-def most_connections(limits: Limits) -> int:
+def most_connections(limits: ServingLimits) -> int:
     """Return how many connections there can be at a time, so that files are left for everything else.
 
     Raises:
@@ -143,7 +143,7 @@ def most_connections(limits: Limits) -> int:
     return min(limits.connections, files - _FILES)
 
 
-class Server(uvicorn.Server):
+class HttpServer(uvicorn.Server):
     """A server of ``application`` on a ``listener``, which another process goes on with if it was ``inherited``.
 
     ``draining`` is called when it stops accepting, and ``give_up`` when what still runs ``drain_s`` later has to end.
@@ -155,7 +155,7 @@ class Server(uvicorn.Server):
         listener: socket.socket,
         *,
         inherited: bool,
-        limits: Limits,
+        limits: ServingLimits,
         drain_s: float,
         draining: Callable[[], None],
         give_up: Callable[[], None],

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from glmexport.chat.grammar import CallArguments, CallBegin, CallEnd, Content, Event, Fault, Grammar, Reasoning
 from glmexport.serving.answer import End
 from glmexport.serving.metrics import Metrics
-from glmexport.serving.text import Part, Token
+from glmexport.serving.text import TextPart, Token
 
 #: The text of a token by its id.
 Spelling = Callable[[int], str]
@@ -24,7 +24,7 @@ class Reply(Protocol):
         """Yield the chunks in front of the first part."""
         ...
 
-    def part(self, part: Part) -> Iterator[dict[str, Any]]:
+    def part(self, part: TextPart) -> Iterator[dict[str, Any]]:
         """Yield the chunks of a part."""
         ...
 
@@ -42,7 +42,7 @@ class Reply(Protocol):
 
 
 @dataclass(frozen=True)
-class Head:
+class ReplyHead:
     """The fields that every document of an answer begins with."""
 
     id: str
@@ -50,7 +50,7 @@ class Head:
     model: str
 
     @classmethod
-    def new(cls, prefix: str, model: str) -> Head:
+    def new(cls, prefix: str, model: str) -> ReplyHead:
         """Return the head of an answer that begins now."""
         return cls(f"{prefix}-{secrets.token_hex(12)}", int(time.time()), model)
 
@@ -76,7 +76,7 @@ def usage(end: End) -> dict[str, Any]:
 class ChatReply:
     """The answer to /v1/chat/completions. ``logprobs``: whether likelihoods were asked for."""
 
-    def __init__(self, head: Head, grammar: Grammar, spell: Spelling, metrics: Metrics, *, logprobs: bool) -> None:
+    def __init__(self, head: ReplyHead, grammar: Grammar, spell: Spelling, metrics: Metrics, *, logprobs: bool) -> None:
         self._head = head
         self._grammar = grammar
         self._spell = spell
@@ -91,7 +91,7 @@ class ChatReply:
         """Yield the chunks in front of the first part, as ``Reply`` says."""
         yield self._chunk({"role": "assistant", "content": ""})
 
-    def part(self, part: Part) -> Iterator[dict[str, Any]]:
+    def part(self, part: TextPart) -> Iterator[dict[str, Any]]:
         """Yield the chunks of a part, as ``Reply`` says."""
         likely = [self._entry(token) for token in part.tokens] if self._logprobs else []
         self._likely += likely
@@ -174,7 +174,7 @@ class ChatReply:
 class TextReply:
     """The answer to /v1/completions. ``ids``: whether token ids are given as well."""
 
-    def __init__(self, head: Head, spell: Spelling, prompt: Sequence[int], *, logprobs: bool, ids: bool) -> None:
+    def __init__(self, head: ReplyHead, spell: Spelling, prompt: Sequence[int], *, logprobs: bool, ids: bool) -> None:
         self._head = head
         self._spell = spell
         self._prompt = prompt
@@ -187,7 +187,7 @@ class TextReply:
         """Yield the chunks in front of the first part, as ``Reply`` says."""
         yield from ()
 
-    def part(self, part: Part) -> Iterator[dict[str, Any]]:
+    def part(self, part: TextPart) -> Iterator[dict[str, Any]]:
         """Yield the chunks of a part, as ``Reply`` says."""
         at = len(self._text)
         self._text += part.text

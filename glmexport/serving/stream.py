@@ -10,7 +10,7 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from glmexport.serving.failure import FAILED, Gone, Refused
+from glmexport.serving.failure import FAILED, ClientGone, Refused
 
 _DONE = b"data: [DONE]\n\n"
 
@@ -39,7 +39,7 @@ class EventStream(Response):
                 await send({"type": "http.response.body", "body": data, "more_body": more})
 
             # Who has gone is told nothing more.
-            with suppress(Gone):
+            with suppress(ClientGone):
                 try:
                     async for document in self._documents:
                         await pass_on(event(document))

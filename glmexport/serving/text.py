@@ -18,7 +18,7 @@ class Token:
 
 
 @dataclass(frozen=True)
-class Part:
+class TextPart:
     """Text that is certain, and the tokens that began in it."""
 
     text: str
@@ -68,10 +68,10 @@ class AnswerText:
         self._waiting: list[tuple[int, Token]] = []
         self.stopped = False
 
-    def add(self, token: Token) -> Part:
+    def add(self, token: Token) -> TextPart:
         """Add ``token``, and return the part that became certain; behind a stop string, nothing."""
         if self.stopped:
-            return Part("", ())
+            return TextPart("", ())
         self._waiting.append((len(self._held), token))
         self._held += self._decoder.add(token.id)
         end = self._stop()
@@ -82,12 +82,12 @@ class AnswerText:
             return part
         return self._release(len(self._held) - self._possible())
 
-    def finish(self) -> Part:
+    def finish(self) -> TextPart:
         """Return the rest, which no stop string follows."""
         part = self._release(len(self._held))
         late = tuple(token for _, token in self._waiting)
         self._waiting = []
-        return Part(part.text, part.tokens + late)
+        return TextPart(part.text, part.tokens + late)
 
     def _stop(self) -> int | None:
         """Where the stop string begins that is complete first, however the text came in parts."""
@@ -104,10 +104,10 @@ class AnswerText:
                     break
         return longest
 
-    def _release(self, count: int) -> Part:
+    def _release(self, count: int) -> TextPart:
         text, self._held = self._held[:count], self._held[count:]
         # Where no text is held, a token without text of its own is not held either, unless it begins a character.
         held = self._held or self._decoder.within_character
         ready = [token for at, token in self._waiting if at < count or not held]
         self._waiting = [(at - count, token) for at, token in self._waiting[len(ready) :]]
-        return Part(text, tuple(ready))
+        return TextPart(text, tuple(ready))

@@ -26,8 +26,8 @@ with atheris.instrument_imports(include=["glmexport", "json"]):
     from glmexport.foundation.errors import GlmexportError
     from glmexport.release import verifier
     from glmexport.serving.failure import Refused
-    from glmexport.serving.fields import ChatAsked, TextAsked, read_body
-    from glmexport.serving.limits import Limits
+    from glmexport.serving.fields import ChatRequest, TextRequest, read_body
+    from glmexport.serving.limits import ServingLimits
     from glmexport.tokenizer.templates import render_template
 
 PLACE = Path(tempfile.mkdtemp(prefix="fuzz-"))
@@ -58,9 +58,9 @@ def of_reader(reader: Reader) -> Callable[[bytes], None]:
 
 def body(data: bytes) -> None:
     """The body of a request."""
-    for model in (ChatAsked, TextAsked):
+    for model in (ChatRequest, TextRequest):
         try:
-            read_body(data, model, Limits())
+            read_body(data, model, ServingLimits())
         except Refused:
             continue
 
