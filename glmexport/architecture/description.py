@@ -221,7 +221,7 @@ class DecoderLayer:
 
 
 @dataclass(frozen=True)
-class Unused:
+class UnusedTensors:
     """Checkpoint tensors that the description leaves out on purpose: a regular expression and the reason."""
 
     pattern: str
@@ -246,7 +246,7 @@ class Architecture:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     pad_token_id: int
-    unused: tuple[Unused, ...] = ()
+    unused: tuple[UnusedTensors, ...] = ()
     #: The layer that drafts tokens for speculative decoding. No answer depends on it, and it is in none of the figures
     #: below.
     token_prediction: TokenPrediction | None = None

@@ -28,7 +28,7 @@ _LEAST = {
 
 
 @dataclass(frozen=True)
-class Scaled:
+class RopeScaling:
     """A stretching of rotary frequencies: from which context, by which factor, and which context is declared."""
 
     kind: str
@@ -73,7 +73,7 @@ def context_remark(config: ConfigReader, context: int) -> str | None:
     return None if found is None else found.remark
 
 
-def scaled(config: ConfigReader, context: int) -> Scaled | None:
+def scaled(config: ConfigReader, context: int) -> RopeScaling | None:
     """Return the scaling that ``config`` declares of a model that has ``context`` tokens; None: there is none.
 
     Raises:
@@ -87,7 +87,7 @@ def scaled(config: ConfigReader, context: int) -> Scaled | None:
             original = int(holder.number(_ORIGINAL, default=float(context), minimum=1))
             name = "YaRN" if kind == "yarn" else f"Rotary scaling ({kind})"
             told = kind == "linear" or holder.has(_ORIGINAL)
-            return Scaled(name, table.number("factor", minimum=_LEAST["factor"]), original, told, context)
+            return RopeScaling(name, table.number("factor", minimum=_LEAST["factor"]), original, told, context)
     return None
 
 

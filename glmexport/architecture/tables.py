@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from glmexport.architecture.description import Architecture, Linear, Unused
+from glmexport.architecture.description import Architecture, Linear, UnusedTensors
 from glmexport.checkpoint.checkpoint import Checkpoint
 
 EMBEDDING, LM_HEAD = "model.embed_tokens", "lm_head"
@@ -24,7 +24,7 @@ class Tables:
     #: Key prefixes.
     embedding: str
     lm_head: str
-    unused: tuple[Unused, ...] = ()
+    unused: tuple[UnusedTensors, ...] = ()
 
     @property
     def tied(self) -> bool:
@@ -50,7 +50,7 @@ class Tables:
             return cls(LM_HEAD, LM_HEAD)
         if not equal(base, embedding, lm_head):
             return apart
-        return cls(EMBEDDING, EMBEDDING, (Unused(r"lm_head\.weight", "tied to the embedding"),))
+        return cls(EMBEDDING, EMBEDDING, (UnusedTensors(r"lm_head\.weight", "tied to the embedding"),))
 
     def head(self, hidden: int, vocabulary: int) -> Linear:
         """Return the lm_head as a linear."""

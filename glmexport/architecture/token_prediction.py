@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
-from glmexport.architecture.description import Architecture, DecoderLayer, Linear, Norm, Unused
+from glmexport.architecture.description import Architecture, DecoderLayer, Linear, Norm, UnusedTensors
 from glmexport.architecture.tables import equal
 from glmexport.checkpoint.checkpoint import Checkpoint
 
@@ -107,7 +107,7 @@ def with_token_prediction(architecture: Architecture, checkpoint: Checkpoint, la
             draft, reasons[first] = None, f"{_AHEAD}; without {wrong[0]} in its shape it is incomplete"
         else:
             del reasons[first]
-    unused = [Unused(rf"model[.]layers[.]{index}[.].+", reason) for index, reason in reasons.items()]
+    unused = [UnusedTensors(rf"model[.]layers[.]{index}[.].+", reason) for index, reason in reasons.items()]
     return replace(architecture, token_prediction=draft, unused=(*architecture.unused, *unused))
 
 
@@ -138,7 +138,7 @@ def share_tables(architecture: Architecture, checkpoint: Checkpoint) -> Architec
         return architecture
     for key, ours in ((draft.embedding, architecture.embedding), (draft.lm_head.weight, architecture.lm_head.weight)):
         if draft.has_own(key) and equal(checkpoint, key, ours):
-            unused.append(Unused(re.escape(key), f"the same as {ours}"))
+            unused.append(UnusedTensors(re.escape(key), f"the same as {ours}"))
             if key == draft.embedding:
                 draft = replace(draft, embedding=ours)
             else:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from glmexport.foundation.definition import Definition, read_toml
 from glmexport.foundation.errors import DefinitionError, InputError
 from glmexport.foundation.resources import shipped
-from glmexport.foundation.untrusted import Limits, parse_object, read_regular
+from glmexport.foundation.untrusted import DocumentLimits, parse_object, read_regular
 from glmexport.tokenizer.tokenizer import Tokenizer
 
 #: Language under which text of the user's counts.
@@ -23,7 +23,7 @@ Split = Literal["calibration", "evaluation"]
 #: Lines shorter than this recur in any two texts of a kind (headings, list markers) and show no leakage.
 _SHORTEST_TELLING_LINE = 20
 #: Keys of a line of a user's file: a document, or a conversation.
-_LINE_LIMITS = Limits(text=16 << 20)
+_LINE_LIMITS = DocumentLimits(text=16 << 20)
 #: Bytes of a user's file; more is not calibrated with, and would have to lie in memory.
 _FILE_LIMIT = 4 << 30
 #: A BCP-47 tag; it becomes part of file names too.

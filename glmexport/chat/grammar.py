@@ -61,13 +61,13 @@ class CallEnd:
 
 
 @dataclass(frozen=True)
-class Fault:
+class CallFault:
     """A fault of a call, as a sentence. Text that is no call because of it has come as ``Content``."""
 
     reason: str
 
 
-Event = Reasoning | Content | CallBegin | CallArguments | CallEnd | Fault
+Event = Reasoning | Content | CallBegin | CallArguments | CallEnd | CallFault
 
 
 class Grammar:
@@ -182,7 +182,7 @@ class Grammar:
         if tag in (THINK, THOUGHT):
             self._thinking, self._opening, self._after_tag = tag == THINK, False, True
             return
-        yield Fault(f"{tag} stands outside of a call.")
+        yield CallFault(f"{tag} stands outside of a call.")
         yield from self._text(tag)
 
     def _call_size(self) -> int | None:
@@ -198,14 +198,14 @@ class Grammar:
             read, repaired = parse(mended, self._tools), True
         # What had to be repaired is called only if nothing else is wrong with it.
         if not read.calls or (repaired and read.faults):
-            yield Fault(parse(segment, self._tools).faults[0].reason)
+            yield CallFault(parse(segment, self._tools).faults[0].reason)
             yield from self._text(segment)
             return
         (call,) = read.calls
         yield CallBegin(self._calls, call.name)
         yield CallArguments(self._calls, arguments_of(call))
         for fault in read.faults:
-            yield Fault(fault.reason)
+            yield CallFault(fault.reason)
         yield CallEnd(self._calls, repaired)
         self._calls += 1
         self._after_tag = True

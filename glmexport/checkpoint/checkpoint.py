@@ -20,7 +20,7 @@ from glmexport.checkpoint.header import TensorEntry
 from glmexport.checkpoint.index import read_index
 from glmexport.checkpoint.layouts import refuse_gguf, refuse_layouts
 from glmexport.checkpoint.packed import Codes, PackedMatrix, find_matrices
-from glmexport.checkpoint.parts import BlockScaled, Page, block_scaled, block_size
+from glmexport.checkpoint.parts import BlockScaled, StackedMatrix, block_scaled, block_size
 from glmexport.checkpoint.shards import Shards, is_finite
 from glmexport.checkpoint.snapshot import Snapshot
 from glmexport.checkpoint.source import DEMO, refuse_hazards, resolve
@@ -162,7 +162,7 @@ class Checkpoint:
             entry = self.tensors.get(whole)
             if name not in self.tensors and entry is not None and len(entry.shape) == 3 and index < entry.shape[0]:
                 plain.pop(whole, None)
-                derived[name] = DerivedMatrix(name, (Page(entry, index),))
+                derived[name] = DerivedMatrix(name, (StackedMatrix(entry, index),))
         return Checkpoint(
             self.path,
             self.name,
@@ -358,7 +358,7 @@ class Checkpoint:
             if isinstance(part, PackedMatrix):
                 self._shards.refuse_changed(*part.entries)
                 slab = part.dequantize(begin, end)
-            elif isinstance(part, Page | BlockScaled):
+            elif isinstance(part, StackedMatrix | BlockScaled):
                 slab = part.read(self._shards, begin, end)
             else:
                 slab = self._read(part, part.name, dtype, slice(begin, end))

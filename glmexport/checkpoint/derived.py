@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from glmexport.checkpoint.gptq import GptqFormat
 from glmexport.checkpoint.header import TensorEntry
 from glmexport.checkpoint.packed import PackedMatrix
-from glmexport.checkpoint.parts import BlockScaled, Page
+from glmexport.checkpoint.parts import BlockScaled, StackedMatrix
 from glmexport.foundation.errors import CheckpointError
 
 GPTQ = "GPTQ"
 _SLAB_WEIGHTS = 1 << 24
 
 #: A source that rows can be read from.
-Part = TensorEntry | PackedMatrix | Page | BlockScaled
+Part = TensorEntry | PackedMatrix | StackedMatrix | BlockScaled
 
 
 @dataclass(frozen=True)

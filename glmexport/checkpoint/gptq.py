@@ -51,7 +51,7 @@ class GptqFormat:
 
 
 @dataclass(frozen=True)
-class Override:
+class FormatOverride:
     """An entry of ``dynamic``: module names that ``pattern`` matches have ``form``; None: not quantized."""
 
     pattern: re.Pattern[str]
@@ -65,7 +65,7 @@ class GptqSettings:
     form: GptqFormat
     #: The number that is added to stored zero points; None where the configuration does not give the version.
     zero_point_offset: int | None
-    overrides: tuple[Override, ...]
+    overrides: tuple[FormatOverride, ...]
     #: Name of the file, for messages.
     where: str
 
@@ -118,7 +118,7 @@ def _settings(table: ConfigReader) -> GptqSettings:
     return GptqSettings(form, _zero_point_offset(table), tuple(overrides), table.where)
 
 
-def _override(dynamic: ConfigReader, pattern: str, form: GptqFormat) -> Override:
+def _override(dynamic: ConfigReader, pattern: str, form: GptqFormat) -> FormatOverride:
     excluded = pattern.startswith("-:")
     try:
         compiled = re.compile(pattern[2:] if pattern.startswith(("-:", "+:")) else pattern)
@@ -126,7 +126,7 @@ def _override(dynamic: ConfigReader, pattern: str, form: GptqFormat) -> Override
         raise CheckpointError(
             f"{dynamic.where}: {pattern!r} is no regular expression: {error}.", next_step="Correct the file."
         ) from error
-    return Override(compiled, None if excluded else _form(dynamic.section(pattern), form))
+    return FormatOverride(compiled, None if excluded else _form(dynamic.section(pattern), form))
 
 
 def _form(table: ConfigReader, base: GptqFormat | None) -> GptqFormat:

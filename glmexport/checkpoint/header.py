@@ -14,10 +14,10 @@ from typing import cast
 
 from glmexport.foundation.errors import CheckpointError
 from glmexport.foundation.files import unreadable
-from glmexport.foundation.untrusted import Limits, open_regular, parse_object
+from glmexport.foundation.untrusted import DocumentLimits, open_regular, parse_object
 
 #: Bytes of one header. A model of 120,000 tensors in one file has a header of 15 MB; the format itself allows 100 MB.
-HEADER_LIMITS = Limits(size=32 << 20, depth=3, values=2_000_000, items=1 << 16, keys=200_000)
+HEADER_LIMITS = DocumentLimits(size=32 << 20, depth=3, values=2_000_000, items=1 << 16, keys=200_000)
 _RANK_LIMIT = 64
 _DIMENSION_LIMIT = 2**63
 

@@ -18,7 +18,7 @@ _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<total>\d+)\.safeten
 _AGAIN = "Download the checkpoint again; files already complete are kept."
 
 
-class Stored(NamedTuple):
+class StoredTensors(NamedTuple):
     """The tensors that the files hold, and the names that only the index has."""
 
     #: Every tensor by name, in order of shard and of its data there.
@@ -27,7 +27,7 @@ class Stored(NamedTuple):
     absent: frozenset[str]
 
 
-def read_index(directory: Path, progress: Progress | None = None) -> Stored:
+def read_index(directory: Path, progress: Progress | None = None) -> StoredTensors:
     """Return every tensor of the checkpoint.
 
     The weights are those of the shards that ``model.safetensors.index.json`` names; without it
@@ -68,7 +68,7 @@ def read_index(directory: Path, progress: Progress | None = None) -> Stored:
     aside = [name for name in present if name not in names]
     if aside and progress is not None:
         progress.remark(f"Ignored in {directory}: {', '.join(aside)}; the checkpoint's weights are elsewhere.")
-    return Stored(tensors, absent)
+    return StoredTensors(tensors, absent)
 
 
 def _weight_map(path: Path) -> dict[str, str]:

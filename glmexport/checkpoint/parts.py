@@ -25,7 +25,7 @@ _FP8 = "F8_E4M3"
 
 
 @dataclass(frozen=True)
-class Page:
+class StackedMatrix:
     """Matrix ``index`` of the tensor ``stack`` [count, rows, columns]."""
 
     stack: TensorEntry

@@ -12,7 +12,7 @@ from pydantic_core import CoreSchema
 
 from glmexport.foundation.errors import DefinitionError
 from glmexport.foundation.resources import shipped
-from glmexport.foundation.untrusted import LARGE, Limits, parse, read_regular
+from glmexport.foundation.untrusted import LARGE, DocumentLimits, parse, read_regular
 
 #: Most bytes of a TOML definition. The shipped ones are kilobytes, and the parser's time grows faster than the file.
 TOML_LIMIT_BYTES = 1 << 18
@@ -65,7 +65,7 @@ T = TypeVar("T", bound=BaseModel)
 V = TypeVar("V")
 
 
-def parse_json(kind: type[V] | TypeAdapter[V], data: bytes, limits: Limits = LARGE) -> V:
+def parse_json(kind: type[V] | TypeAdapter[V], data: bytes, limits: DocumentLimits = LARGE) -> V:
     """Return the value of ``kind`` that UTF-8 JSON stands for; ``kind`` consists of models that are ``FailFast``.
 
     Raises:
@@ -79,7 +79,7 @@ def parse_json(kind: type[V] | TypeAdapter[V], data: bytes, limits: Limits = LAR
         raise ValueError(first_problem(error)) from error
 
 
-def read_json(kind: type[V] | TypeAdapter[V], path: Path, limits: Limits = LARGE) -> V:
+def read_json(kind: type[V] | TypeAdapter[V], path: Path, limits: DocumentLimits = LARGE) -> V:
     """Read a regular file as ``parse_json`` reads bytes.
 
     Raises:

@@ -23,7 +23,7 @@ class _Measured(Definition):
     model_config = ConfigDict(ser_json_inf_nan="strings")
 
 
-class Settings(Definition):
+class CandidateSettings(Definition):
     """The settings that a candidate changes. The rest of the target stays as it is."""
 
     #: Name, or file, of the recipe that gives the formats.
@@ -93,10 +93,10 @@ class Divergences(_Measured):
     positions: int
 
 
-class Tried(_Measured):
+class TriedCandidate(_Measured):
     """One candidate that was tried, with its settings and results."""
 
-    settings: Settings
+    settings: CandidateSettings
     outcome: Outcome
     reason: str
     #: Absent where the candidate was not timed.
@@ -128,4 +128,4 @@ class Evidence(_Measured):
     system: str
     libraries: dict[str, str]
     date: str
-    candidates: tuple[Tried, ...]
+    candidates: tuple[TriedCandidate, ...]

@@ -34,7 +34,7 @@ class Provider(Definition):
         return self
 
 
-class Probe(Definition):
+class HostProbe(Definition):
     """The rule by which a host is recognised.
 
     Of the targets that match, the one with the highest rank is the host's.
@@ -96,7 +96,7 @@ class WeightFormats(Definition):
     accuracy_level: Literal[0, 1, 2, 3, 4] = 0
 
 
-class Memory(Definition):
+class MemoryLimits(Definition):
     """The sizes that a bundle may not exceed on this hardware; None: no limit but the machine's own memory."""
 
     #: Bytes of the largest single tensor, which is one buffer of the device.
@@ -239,11 +239,11 @@ class Target(Definition):
     name: str
     summary: str
     provider: Provider
-    probe: Probe
+    probe: HostProbe
     graph: GraphLimits
     weights: WeightFormats
     session: SessionOptions = SessionOptions()
-    memory: Memory = Memory()
+    memory: MemoryLimits = MemoryLimits()
     gates: Gates
     provenance: Provenance
     #: The evidence of a target that ``glmexport tune`` wrote.

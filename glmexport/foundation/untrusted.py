@@ -21,7 +21,7 @@ _MIB = 1 << 20
 
 
 @dataclass(frozen=True)
-class Limits:
+class DocumentLimits:
     """The bounds of a document that is accepted."""
 
     #: Bytes of the whole document.
@@ -43,9 +43,9 @@ class Limits:
 
 
 #: Limits of a document of a few facts.
-SMALL = Limits(size=4 * _MIB, values=100_000, items=50_000, text=_MIB)
+SMALL = DocumentLimits(size=4 * _MIB, values=100_000, items=50_000, text=_MIB)
 #: Limits of a document that lists every matrix, operator or token of a large model.
-LARGE = Limits()
+LARGE = DocumentLimits()
 
 
 def open_regular(path: str | os.PathLike[str]) -> tuple[BinaryIO, int]:
@@ -82,7 +82,7 @@ def read_regular(path: str | os.PathLike[str], most: int) -> bytes:
     return data
 
 
-def parse(data: bytes, limits: Limits) -> Any:
+def parse(data: bytes, limits: DocumentLimits) -> Any:
     """Return the JSON value that UTF-8 bytes stand for.
 
     Raises:
@@ -101,7 +101,7 @@ def parse(data: bytes, limits: Limits) -> Any:
     return value
 
 
-def parse_object(data: bytes, limits: Limits) -> dict[str, Any]:
+def parse_object(data: bytes, limits: DocumentLimits) -> dict[str, Any]:
     """Parse a document as ``parse`` does, and require an object at its top level."""
     value = parse(data, limits)
     if not isinstance(value, dict):
@@ -119,7 +119,7 @@ _COLON = re.compile(rb"[ \t\r\n]*:")
 _NONFINITE = frozenset({b"NaN", b"Infinity", b"-Infinity"})
 
 
-def scan(data: bytes, limits: Limits) -> None:
+def scan(data: bytes, limits: DocumentLimits) -> None:
     """Check what a document would cost, and that no object has a key twice; builds nothing.
 
     It does not check that the document is JSON, which a parser does afterwards.
@@ -150,7 +150,7 @@ def scan(data: bytes, limits: Limits) -> None:
 class _Scan:
     """What was counted so far: of the whole, and of every list and object that is open."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: DocumentLimits) -> None:
         self._limits = limits
         self._left = limits.values
         #: Items and keys of what is open, the whole first.

@@ -18,7 +18,7 @@ from glmexport.foundation.definition import FailFast, parse_json, read_json
 from glmexport.foundation.errors import InputError, UnverifiedError
 from glmexport.foundation.files import sha256, write_atomically
 from glmexport.foundation.progress import Progress
-from glmexport.foundation.untrusted import Limits
+from glmexport.foundation.untrusted import DocumentLimits
 from glmexport.release.access import TAG
 from glmexport.release.incoming import (
     Check,
@@ -46,7 +46,7 @@ _SUFFIXES = {
 _DIGEST = r"^sha256:[0-9a-f]{64}$"
 #: Bytes of a manifest or an index; registries take no more than 4 MiB.
 _LONGEST = 4 << 20
-_LIMITS = Limits(size=_LONGEST, depth=16, values=200_000, text=1 << 16)
+_LIMITS = DocumentLimits(size=_LONGEST, depth=16, values=200_000, text=1 << 16)
 
 
 class _Part(FailFast):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from glmexport.foundation.errors import InputError
 from glmexport.foundation.target import Limits
-from glmexport.report.comparison import Change, Comparison, GateChange, Outcome, Side
+from glmexport.report.comparison import Change, ComparedReport, Comparison, GateChange, Outcome
 from glmexport.report.differing import differing, same_conditions, same_run, same_text
 from glmexport.report.document import Report
 from glmexport.results.fidelity import Estimate, LanguageFidelity
@@ -107,8 +107,10 @@ def compare(old: Report, new: Report, *, confidence: float = CONFIDENCE) -> Comp
     )
 
 
-def _side(report: Report) -> Side:
-    return Side(bundle=report.subject.bundle, bundle_digest=report.subject.bundle_digest, verdict=report.verdict)
+def _side(report: Report) -> ComparedReport:
+    return ComparedReport(
+        bundle=report.subject.bundle, bundle_digest=report.subject.bundle_digest, verdict=report.verdict
+    )
 
 
 def _row(report: Report, language: str) -> LanguageFidelity | None:

@@ -9,7 +9,7 @@ from glmexport.results.record import Count, Number, Record, Verdict
 Outcome = Literal["no worse", "worse", "undecided"]
 
 
-class Side(Record):
+class ComparedReport(Record):
     """One of the two reports."""
 
     bundle: str
@@ -17,7 +17,7 @@ class Side(Record):
     verdict: Verdict
 
 
-class Differing(Record):
+class DifferingFact(Record):
     """A fact beside the measurements that is not the same in both."""
 
     name: str
@@ -73,9 +73,9 @@ class Comparison(Record):
     outcome: Outcome
     reasons: tuple[str, ...]
     """Why, in words; empty for "no worse"."""
-    old: Side
-    new: Side
-    differing: tuple[Differing, ...]
+    old: ComparedReport
+    new: ComparedReport
+    differing: tuple[DifferingFact, ...]
     changes: tuple[Change, ...]
     """Every figure that both have, changed or not."""
     gates: tuple[GateChange, ...]

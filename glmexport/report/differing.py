@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from glmexport.report.comparison import Differing
+from glmexport.report.comparison import DifferingFact
 from glmexport.report.document import Report
 
 _NONE = "none"
 
 
-def differing(old: Report, new: Report) -> tuple[Differing, ...]:
+def differing(old: Report, new: Report) -> tuple[DifferingFact, ...]:
     """Yield every fact that is not the same, in the order in which a reader asks for it."""
     before, after = dict(_facts(old)), dict(_facts(new))
     names = dict.fromkeys((*before, *after))
     return tuple(
-        Differing(name=name, old=before.get(name, _NONE), new=after.get(name, _NONE))
+        DifferingFact(name=name, old=before.get(name, _NONE), new=after.get(name, _NONE))
         for name in names
         if before.get(name) != after.get(name)
     )

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field, model_validator
 from glmexport.foundation.definition import read_json
 from glmexport.foundation.errors import BundleError
 from glmexport.foundation.target import Gates
-from glmexport.foundation.untrusted import Limits
+from glmexport.foundation.untrusted import DocumentLimits
 from glmexport.results.behaviour import Behaviour
 from glmexport.results.device import DeviceResult
 from glmexport.results.fidelity import Fidelity, Overlap, Share
@@ -30,7 +30,7 @@ JUNIT_NAME = "report.xml"
 #: The file beside this module that holds ``schema_text``: validators of other languages need no Python.
 SCHEMA_NAME = "report.schema.json"
 #: A model of 60,000 matrices has a report of 2.5 million values, in 60 MB.
-_LIMITS = Limits(size=128 << 20, values=4_000_000)
+_LIMITS = DocumentLimits(size=128 << 20, values=4_000_000)
 
 
 def _sorted(table: dict[str, Any]) -> dict[str, Any]:

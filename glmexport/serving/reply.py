@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from glmexport.chat.grammar import CallArguments, CallBegin, CallEnd, Content, Event, Fault, Grammar, Reasoning
+from glmexport.chat.grammar import CallArguments, CallBegin, CallEnd, CallFault, Content, Event, Grammar, Reasoning
 from glmexport.serving.answer import End
 from glmexport.serving.metrics import Metrics
 from glmexport.serving.text import TextPart, Token
@@ -149,7 +149,7 @@ class ChatReply:
                 return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
             case CallEnd(_, repaired):
                 self._metrics.repairs.inc(repaired)
-            case Fault():
+            case CallFault():
                 self._metrics.faults.inc()
         return None
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 
 from glmexport.foundation.errors import CheckpointError, InputError
 from glmexport.foundation.files import listed, optional, read_json, read_text, unreadable
-from glmexport.foundation.untrusted import Limits, read_regular, scan
+from glmexport.foundation.untrusted import DocumentLimits, read_regular, scan
 from glmexport.tokenizer.control import THOUGHT, ControlTokens, Rendered
 from glmexport.tokenizer.named_tokens import every_token, named_tokens
 from glmexport.tokenizer.templates import TEMPLATE_LIMIT_BYTES, render_template
@@ -22,7 +22,7 @@ VOCABULARY = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 
 #: GLM's vocabularies have 150,000 tokens and 320,000 merges in 20 MB.
-_VOCABULARY_LIMITS = Limits(values=8_000_000, items=4_000_000, keys=2_000_000)
+_VOCABULARY_LIMITS = DocumentLimits(values=8_000_000, items=4_000_000, keys=2_000_000)
 _CONFIG = "tokenizer_config.json"
 _LEGACY_SPECIAL_TOKENS = "special_tokens_map.json"
 _ADDED = "added_tokens.json"

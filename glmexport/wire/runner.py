@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import glmexport
 from glmexport.foundation.errors import MachineError
 from glmexport.foundation.progress import Progress, Track
-from glmexport.foundation.untrusted import Limits, parse
+from glmexport.foundation.untrusted import DocumentLimits, parse
 
 PROGRAM = "program.pyz"
 _PACKAGE = "glmexport.wire.device"
@@ -30,7 +30,7 @@ _LABELS = {"verified": "Checking files", "round": "Speed", "prompt": "Free answe
 LINE_BYTES = 1 << 16
 #: Bytes of a line that is taken for an event: the last lines of a server's ledger are in one.
 LONGEST_EVENT = 1 << 18
-_LINE_LIMITS = Limits(size=LONGEST_EVENT, depth=16, values=50_000)
+_LINE_LIMITS = DocumentLimits(size=LONGEST_EVENT, depth=16, values=50_000)
 #: Seconds without a word after which a device is given up.
 SILENCE_S = 3600.0
 

@@ -41,7 +41,7 @@ _LETTERLESS = re.compile(r"[\W\d_]+")
 
 
 @dataclass(frozen=True)
-class Guess:
+class LanguageGuess:
     """A language by its BCP-47 primary tag, and the share of probability that it has, 0.5 to 1."""
 
     tag: str
@@ -54,7 +54,7 @@ def primary(tag: str) -> str:
     return _FIRST.get(first, first)
 
 
-def language(text: str) -> Guess | None:
+def language(text: str) -> LanguageGuess | None:
     """Return the language that most of ``text`` is in; None where there is too little of it to tell."""
     prose = _CODE.sub(" ", text)
     if len(_LETTERLESS.sub("", prose).encode("utf-8", "surrogatepass")) < LEAST_BYTES:
@@ -65,7 +65,7 @@ def language(text: str) -> Guess | None:
     tag = max(shares, key=shares.__getitem__)
     if tag == _NO_LANGUAGE or shares[tag] < LEAST_SHARE:
         return None
-    return Guess(tag, min(shares[tag], 1.0))
+    return LanguageGuess(tag, min(shares[tag], 1.0))
 
 
 def knows(tag: str) -> bool:
@@ -73,7 +73,7 @@ def knows(tag: str) -> bool:
     return primary(tag) in {primary(label) for label in _identifier().labels if label != _NO_LANGUAGE}
 
 
-def drifted(prompt_language: str | None, original: Guess | None, bundle: Guess | None) -> bool | None:
+def drifted(prompt_language: str | None, original: LanguageGuess | None, bundle: LanguageGuess | None) -> bool | None:
     """Return whether the bundle wrote in another language than both what was asked for and what the original wrote.
 
     Args:

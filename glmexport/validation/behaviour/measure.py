@@ -27,7 +27,7 @@ _PROMPT_TOKENS = 40
 
 
 @dataclass(frozen=True)
-class Judged:
+class JudgedAnswer:
     """One question with the answers of both, and what each is worth."""
 
     question: Question
@@ -122,7 +122,7 @@ def judge(
         for question, theirs, ours in zip(questions, answers.original, answers.bundle, strict=True)
     ]
 
-    def compare(chosen: Sequence[Judged], before: Sequence[float], after: Sequence[float]) -> Paired:
+    def compare(chosen: Sequence[JudgedAnswer], before: Sequence[float], after: Sequence[float]) -> Paired:
         return paired(before, after, ids=[each.question.id for each in chosen])
 
     told = [each for each in judged if each.drifted is not None]
@@ -172,14 +172,14 @@ def judge(
 
 def _judged(
     question: Question, theirs: list[int], ours: list[int], answers: Answers, tokenizer: Tokenizer, task: Task | None
-) -> Judged:
+) -> JudgedAnswer:
     before, after = (answers.text(question, tokens, tokenizer) for tokens in (theirs, ours))
     scores = None
     if task:
         scores = score(task, before), score(task, after)
     elif question.expected is not None:
         scores = chrf(before, [question.expected]), chrf(after, [question.expected])
-    return Judged(question, theirs, ours, (before, after), scores, _moved(question, before, after))
+    return JudgedAnswer(question, theirs, ours, (before, after), scores, _moved(question, before, after))
 
 
 def _moved(question: Question, before: str, after: str) -> bool | None:
@@ -216,7 +216,7 @@ def _called(text: str) -> bool:
     return bool(parsed.calls) and not parsed.faults
 
 
-def _length_ratio(judged: Sequence[Judged]) -> tuple[float, float]:
+def _length_ratio(judged: Sequence[JudgedAnswer]) -> tuple[float, float]:
     """Ln of a ratio of sums, and its error by linearization (Cochran, Sampling Techniques, 1977, section 6)."""
     before = np.array([len(each.original) for each in judged], np.float64)
     after = np.array([len(each.bundle) for each in judged], np.float64)
@@ -228,7 +228,7 @@ def _length_ratio(judged: Sequence[Judged]) -> tuple[float, float]:
     return math.log(ratio), spread / float(after.sum())
 
 
-def _summary(name: str, judged: Sequence[Judged], answers: Answers) -> LanguageBehaviour:
+def _summary(name: str, judged: Sequence[JudgedAnswer], answers: Answers) -> LanguageBehaviour:
     return LanguageBehaviour(
         language=name,
         answers=len(judged),
@@ -250,12 +250,12 @@ def _translation(name: str, scores: Sequence[tuple[float, ...]]) -> Translation:
     return Translation(language=name, sentences=len(scores), chrf_original=float(before), chrf_bundle=float(after))
 
 
-def _concurrency(judged: Sequence[Judged], answers: Answers) -> Concurrency:
+def _concurrency(judged: Sequence[JudgedAnswer], answers: Answers) -> Concurrency:
     same = sum(each.bundle == answers.together.get(each.question.id) for each in judged)
     return Concurrency(batch=answers.batch, prompts=len(answers.together), identical=same)
 
 
-def _differences(judged: Sequence[Judged], tokenizer: Tokenizer) -> tuple[Answer, ...]:
+def _differences(judged: Sequence[JudgedAnswer], tokenizer: Tokenizer) -> tuple[Answer, ...]:
     """Tasks whose score fell, then the earliest differences, one a kind and language before a second of any."""
     seen: dict[tuple[str, str | None], int] = {}
     ranked = []

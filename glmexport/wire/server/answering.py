@@ -9,14 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from glmexport.foundation.untrusted import Limits, parse, read_regular
+from glmexport.foundation.untrusted import DocumentLimits, parse, read_regular
 from glmexport.release.golden_answers import difference
 
 #: Seconds between looks, for a connection, and for one answer.
 _LOOK_S, _CONNECT_S, _ANSWER_S = 0.1, 5, 600
 #: Most bytes that are read of an answer.
 _MOST = 1 << 24
-_LIMITS = Limits(size=_MOST, values=200_000)
+_LIMITS = DocumentLimits(size=_MOST, values=200_000)
 
 
 class Endpoint:
