@@ -1,4 +1,4 @@
-"""Where the figures and choices of a target come from: the hardware, and the reason for each key."""
+"""The provenance of a target: the hardware that its figures come from, and the reason for each key."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ INHERITED = "inherited"
 
 
 class Claim(Definition):
-    """Why one key of a target has its value, and how that is known."""
+    """The reason why one key of a target has its value, and how that is known."""
 
     #: Measured: timed or compared in numbers. Executed: it ran and gave the right numbers. Read: documentation or
     #: source says so, nothing was run. Chosen: a preference, not a fact.
@@ -24,7 +24,7 @@ class Claim(Definition):
 
 
 class Provenance(Definition):
-    """Where the figures come from."""
+    """The sources of a target's figures."""
 
     #: Whether bundles for this target have run on hardware of its class.
     executed: bool = False
@@ -32,9 +32,9 @@ class Provenance(Definition):
     measured_on: str
     date: str
     notes: str = ""
-    #: By the key that each is about, as ``graph.packed_qkv``.
+    #: Claims by the key that each is about, as ``graph.packed_qkv``.
     claims: dict[str, Claim] = Field(default_factory=dict)
-    #: What cannot be done for this target yet, a sentence each.
+    #: Limitations: what cannot be done for this target yet, a sentence each.
     not_yet: tuple[str, ...] = ()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,8 +48,20 @@ def options(command: click.Command) -> set[str]:
 
 
 def texts(path: Path) -> Iterator[str]:
-    """Yield every literal with a space in it; what has none is an argument or a declaration, and no text."""
+    """Yield every literal with a space in it; what has none is an argument or a declaration, and no text.
+
+    Of docstrings, which speak of the program in sentences, only what is marked as code, or indented, is yielded. Those
+    of cli are help texts, and are yielded whole.
+    """
     tree = ast.parse(path.read_text(encoding="utf-8"))
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    docstrings = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, documented) and node.body and isinstance(node.body[0], ast.Expr)
+    }
+    if path.is_relative_to(PACKAGE / "cli"):
+        docstrings.clear()
     inner = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
     for node in ast.walk(tree):
         text = ""
@@ -56,7 +69,9 @@ def texts(path: Path) -> Iterator[str]:
             text = "".join(str(part.value) if isinstance(part, ast.Constant) else VALUE for part in node.values)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in inner:
             text = node.value
-        if " " in text:
+        if id(node) in docstrings:
+            yield from re.findall(r"``[^`]+``|^ {4,}.+$", inspect.cleandoc(text), re.MULTILINE)
+        elif " " in text:
             yield text
 
 
