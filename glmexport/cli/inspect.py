@@ -236,7 +236,7 @@ def _tokenizer(original: Any) -> dict[str, Any]:
 def _estimates(original: Any, recipe: str | None, max_memory: int | None) -> list[dict[str, Any]]:
     from glmexport.foundation.errors import InputError
     from glmexport.foundation.target import shipped_targets
-    from glmexport.graph.build import cache_bytes_per_token
+    from glmexport.graph.caches import cache_bytes_per_token
     from glmexport.workflows.estimate import estimate, measured_flops
     from glmexport.workflows.job import Job, recipe_for, refuse_formats
 

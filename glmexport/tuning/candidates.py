@@ -12,7 +12,7 @@ from glmexport.architecture.grouped import GroupedQueryAttention
 from glmexport.foundation.evidence import FLOATS, KvCache, Settings
 from glmexport.foundation.recipe import Recipe
 from glmexport.foundation.target import Target
-from glmexport.graph.build import own_loop
+from glmexport.graph.caches import own_loop
 
 #: Providers that have kernels for more than one accuracy_level; others ignore it.
 _LEVELS = {"CPUExecutionProvider": (0, 4), "WebGpuExecutionProvider": (0, 4)}

@@ -20,7 +20,7 @@ from glmexport.foundation.errors import InputError
 from glmexport.foundation.progress import Progress
 from glmexport.foundation.recipe import STORED, Budget, Format, Recipe, open_recipe
 from glmexport.foundation.target import Target
-from glmexport.graph.build import own_loop
+from glmexport.graph.caches import own_loop
 from glmexport.graph.fixed import fixed_sizes
 from glmexport.graph.heads import unfit_heads
 from glmexport.quantization.allocation import probe_bytes, require_fit
