@@ -102,7 +102,7 @@ def child(checkpoint: Path, tokens: int, threads: int, limit: int) -> None:
     from glmexport.quantization.walk import Walk
     from glmexport.quantization.weights import Weights
     from glmexport.reference.reference import Reference
-    from glmexport.workflows.job import Original
+    from glmexport.workflows.original import Original
     from glmexport.workflows.provenance import calibration_source, source_of
 
     torch.set_num_threads(threads)

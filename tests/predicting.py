@@ -18,7 +18,7 @@ from glmexport.foundation.target import open_target
 from glmexport.quantization.weights import Weights
 from glmexport.reference.describe import describe
 from glmexport.reference.reference import Block, Reference
-from glmexport.workflows.job import Original
+from glmexport.workflows.original import Original
 from glmexport.workflows.provenance import source_of
 
 INDEXED: dict[str, Any] = {

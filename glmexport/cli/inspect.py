@@ -30,7 +30,7 @@ def inspect(
 
     from glmexport.architecture.registry import UNFINISHED
     from glmexport.checkpoint.checkpoint import Checkpoint
-    from glmexport.workflows.job import Original, listed_unused
+    from glmexport.workflows.original import Original, listed_unused
 
     terminal = Terminal()
     opened = Checkpoint.open(checkpoint, None, adapter)
@@ -138,7 +138,7 @@ def _description(original: Any) -> dict[str, Any]:
 def _token_prediction(original: Any) -> dict[str, Any] | None:
     """What becomes of the layer that predicts further ahead, target by target; None where there is none."""
     from glmexport.foundation.target import shipped_targets
-    from glmexport.workflows.job import NO_DRAFTS
+    from glmexport.workflows.original import NO_DRAFTS
 
     draft = original.architecture.token_prediction
     if draft is None:
@@ -191,7 +191,7 @@ def _formats(checkpoint: Any) -> dict[str, Any] | None:
 
 
 def _quantization(original: Any) -> dict[str, str]:
-    from glmexport.workflows.job import formats_of
+    from glmexport.workflows.original import formats_of
 
     return {"quantized": f"gptq, {formats_of(original)}"} if original.checkpoint.quantized else {}
 

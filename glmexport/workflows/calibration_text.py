@@ -10,7 +10,7 @@ from glmexport.calibration.corpus import USER, Document, shipped_documents, user
 from glmexport.calibration.sequences import CalibrationSet
 from glmexport.foundation.errors import InputError
 from glmexport.foundation.recipe import Recipe
-from glmexport.workflows.job import Original
+from glmexport.workflows.original import Original
 
 #: What the scales of a quantized cache rest on, at most; a magnitude needs less text than a Hessian.
 _CACHE_TOKENS = 16384

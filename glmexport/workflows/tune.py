@@ -43,7 +43,8 @@ from glmexport.validation.texts import text_digest
 from glmexport.workflows.build import quantize
 from glmexport.workflows.calibration_text import cache_text, calibration_context, calibration_documents
 from glmexport.workflows.estimate import estimate
-from glmexport.workflows.job import Job, Original, recipe_for, refuse_formats
+from glmexport.workflows.job import Job, recipe_for, refuse_formats
+from glmexport.workflows.original import Original
 from glmexport.workflows.provenance import source_of
 from glmexport.workflows.validate import BuildOptions
 

@@ -18,7 +18,7 @@ from glmexport.quantization.memory import plan_memory
 from glmexport.quantization.nearest import round_to_nearest
 from glmexport.quantization.store import WorkDirectory
 from glmexport.quantization.walk import Walk
-from glmexport.workflows.job import Original
+from glmexport.workflows.original import Original
 
 SHARED = "\n[shared]\nbits = 4\ngroup_size = 16\n"
 

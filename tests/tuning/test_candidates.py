@@ -25,7 +25,7 @@ from glmexport.tuning.candidates import (
     start_settings,
     with_settings,
 )
-from glmexport.workflows.job import Original
+from glmexport.workflows.original import Original
 
 RECIPES = {name: open_recipe(name) for name in ("w4g32", "w4g128")}
 #: A setting that is not tried by default.

@@ -26,7 +26,7 @@ from glmexport.tuning.streams import Document, Streams, _Part, summarized
 from glmexport.validation.fidelity import Streamed
 from glmexport.validation.reference import reference_states
 from glmexport.validation.texts import EvaluationText
-from glmexport.workflows.job import Original
+from glmexport.workflows.original import Original
 
 TEXTS = [
     EvaluationText("a", "en", torch.arange(3, 40), 2),

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from glmexport.foundation.progress import Silent
 from glmexport.reference.reference import Reference
 from glmexport.validation.behaviour.original import Draft, _accept, verified_answers
-from glmexport.workflows.job import Original
+from glmexport.workflows.original import Original
 
 PROMPTS = [[262, 263, 40, 50], [262, 263], [262, 263, *range(60, 80)], [262, 263, 5, 5, 5]]
 LIMITS = [12, 7, 9, 1]
