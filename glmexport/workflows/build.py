@@ -12,7 +12,7 @@ import torch
 
 from glmexport import __version__
 from glmexport.architecture.description import Architecture
-from glmexport.assembly.write import write_bundle
+from glmexport.assembly.write import BundleContents, write_bundle
 from glmexport.bundle.fit import can_run
 from glmexport.bundle.manifest import LargestActivation, Manifest
 from glmexport.bundle.records import QuantizedMatrix
@@ -212,11 +212,10 @@ def _write(
     progress: Progress,
 ) -> Manifest:
     architecture, largest = original.architecture_for(job.target), walk.largest_activation()
-    return write_bundle(
-        directory,
-        architecture,
-        Weights(walk.checkpoint, architecture, walk.work, [*walk.parts, *walk.draft_parts]),
-        Reference(original.checkpoint, architecture).rotary_tables(architecture.context_length),
+    contents = BundleContents(
+        architecture=architecture,
+        weights=Weights(walk.checkpoint, architecture, walk.work, [*walk.parts, *walk.draft_parts]),
+        rotary_tables=Reference(original.checkpoint, architecture).rotary_tables(architecture.context_length),
         recipe=job.recipe,
         target=job.target,
         source=source_of(original, progress, job.target),
@@ -227,8 +226,9 @@ def _write(
         largest=LargestActivation(**largest._asdict()) if largest else None,
         tokenizer_files=original.tokenizer.files,
         cache_text=cache_text(calibration),
-        progress=progress,
     )
+    return write_bundle(directory, contents, progress)
+
 
 
 

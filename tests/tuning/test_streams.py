@@ -11,7 +11,7 @@ import torch
 from models import FAMILY, MIXTURE, write_checkpoint
 from safetensors.torch import load_file, save_file
 
-from glmexport.assembly.write import write_bundle
+from glmexport.assembly.write import BundleContents, write_bundle
 from glmexport.bundle.manifest import Source
 from glmexport.bundle.names import LOGITS
 from glmexport.engine.scoring import ScoringSession
@@ -82,19 +82,10 @@ def test_blocks_one_by_one_are_the_whole_graph(family: str, tmp_path: Path) -> N
     original = Original.open(str(tmp_path / "checkpoint"), Silent())
     weights = RoundedWeights(original.checkpoint, original.architecture, open_recipe("w4g32"), searched=False)
     tables = Reference(original.checkpoint, original.architecture).rotary_tables(original.architecture.context_length)
-    manifest = write_bundle(
-        tmp_path / "bundle",
-        original.architecture,
-        weights,
-        tables,
-        recipe=open_recipe("w4g32"),
-        target=at_level(0),
-        source=source(original),
-        calibration=None,
-        records=(),
-        tokenizer_files=(),
-        progress=Silent(),
+    contents = BundleContents(
+        original.architecture, weights, tables, open_recipe("w4g32"), at_level(0), source(original)
     )
+    manifest = write_bundle(tmp_path / "bundle", contents, Silent())
     session = ScoringSession(tmp_path / "bundle", manifest, 1)
     parts = streams(original, WorkDirectory(tmp_path / "work", {}), (0,))
     parts._run(Silent())
@@ -116,20 +107,10 @@ def test_a_quantized_cache_block_by_block_is_the_bundles(kind: str, tmp_path: Pa
     target = exact.model_copy(update={"graph": exact.graph.model_copy(update={"kv_cache": kind})})
     reference = Reference(original.checkpoint, original.architecture)
     text = [list(range(20, 60)), list(range(100, 130))]
-    manifest = write_bundle(
-        tmp_path / "bundle",
-        original.architecture,
-        weights,
-        reference.rotary_tables(original.architecture.context_length),
-        recipe=open_recipe("w4g32"),
-        target=target,
-        source=source(original),
-        calibration=None,
-        records=(),
-        tokenizer_files=(),
-        cache_text=text,
-        progress=Silent(),
-    )
+    tables = reference.rotary_tables(original.architecture.context_length)
+    recipe, made_of = open_recipe("w4g32"), source(original)
+    contents = BundleContents(original.architecture, weights, tables, recipe, target, made_of, cache_text=text)
+    manifest = write_bundle(tmp_path / "bundle", contents, Silent())
     session = ScoringSession(tmp_path / "bundle", manifest, 1)
     variants = {"exact": exact, "codes": target}
     work = WorkDirectory(tmp_path / "work", {})
