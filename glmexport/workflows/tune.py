@@ -13,7 +13,6 @@ import torch
 
 from glmexport import __version__
 from glmexport.calibration.corpus import evaluation_documents
-from glmexport.calibration.sequences import pack
 from glmexport.engine.session import require_provider
 from glmexport.foundation import machine
 from glmexport.foundation.definition import names
@@ -41,7 +40,7 @@ from glmexport.validation.reference import reference_states
 from glmexport.validation.run import ValidationPlan, texts_for
 from glmexport.validation.texts import text_digest
 from glmexport.workflows.build import quantize
-from glmexport.workflows.calibration_text import cache_text, calibration_context, calibration_documents
+from glmexport.workflows.calibration_text import cache_text, calibration_documents, packed
 from glmexport.workflows.estimate import estimate
 from glmexport.workflows.job import Job, recipe_for, refuse_formats
 from glmexport.workflows.original import Original
@@ -306,7 +305,7 @@ class _Tuning:
         sizes = {"tokens": _CACHE_TOKENS, "sequence_length": _CACHE_SEQUENCE}
         plan = recipe.calibration.model_copy(update=sizes)
         documents = calibration_documents(self.original, recipe, ())
-        return cache_text(pack(documents, self.original.tokenizer, plan, calibration_context(self.original)))
+        return cache_text(packed(self.original, documents, plan))
 
     @property
     def _allowance(self) -> float:
