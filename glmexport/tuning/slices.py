@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -127,7 +127,7 @@ class SliceBundles:
         checkpoint: Checkpoint,
         rotary_tables: tuple[torch.Tensor, torch.Tensor],
         target: Target,
-        recipes: dict[str, Recipe],
+        recipes: Mapping[str, Recipe],
         source: Source,
     ) -> None:
         self._directory = directory
