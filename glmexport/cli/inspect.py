@@ -237,8 +237,9 @@ def _estimates(original: Any, recipe: str | None, max_memory: int | None) -> lis
     from glmexport.foundation.errors import InputError
     from glmexport.foundation.target import shipped_targets
     from glmexport.graph.caches import cache_bytes_per_token
+    from glmexport.workflows.checks import refuse_formats
     from glmexport.workflows.estimate import estimate, measured_flops
-    from glmexport.workflows.job import Job, recipe_for, refuse_formats
+    from glmexport.workflows.job import Job, recipe_for
 
     flops = measured_flops()
     rows = []

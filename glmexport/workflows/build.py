@@ -29,8 +29,9 @@ from glmexport.reference.reference import Reference
 from glmexport.validation.unrun import Unrun, validate_unrun
 from glmexport.workflows.assemble_report import BuildCost
 from glmexport.workflows.calibration_text import CalibrationText, cache_text, read_calibration_text
+from glmexport.workflows.checks import refuse_existing, refuse_formats, require_space
 from glmexport.workflows.device import device_name, peak_device_memory, plan_on, running_on
-from glmexport.workflows.job import Job, refuse_existing, refuse_formats, require_space
+from glmexport.workflows.job import Job
 from glmexport.workflows.original import Original
 from glmexport.workflows.output import partial_of, put_in_place
 from glmexport.workflows.provenance import calibration_source, own_fingerprints, source_of

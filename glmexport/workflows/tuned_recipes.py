@@ -10,7 +10,8 @@ from glmexport.foundation.errors import InputError
 from glmexport.foundation.progress import Progress
 from glmexport.foundation.recipe import RECIPES, STORED, Recipe, open_recipe
 from glmexport.foundation.target import Target
-from glmexport.workflows.job import Job, recipe_for, refuse_formats
+from glmexport.workflows.checks import refuse_formats
+from glmexport.workflows.job import Job, recipe_for
 from glmexport.workflows.original import Original
 
 

@@ -17,7 +17,8 @@ from glmexport.foundation.progress import Silent
 from glmexport.foundation.recipe import open_recipe
 from glmexport.foundation.target import Target, open_target
 from glmexport.graph.heads import unfit_heads
-from glmexport.workflows.job import Job, refuse_formats
+from glmexport.workflows.checks import refuse_formats
+from glmexport.workflows.job import Job
 from glmexport.workflows.original import Original
 
 TOLERANCE = 1e-4
