@@ -124,7 +124,7 @@ def _fold_tap(
 
 
 def fold_candidates(importance: Tensor, size: Tensor, rows: Tensor, largest: Tensor | None) -> Iterator[Tensor]:
-    """Exponents [K] fp32 with integral values, the same for all channels that one row writes."""
+    """Yield exponents [K] fp32 with integral values, the same for all channels that one row writes."""
     weights = size.clamp(min=1e-3 * float(size.mean()))
     for power in _POWERS:
         exponents = (importance.log2() - power * weights.log2()) / (power + 2)

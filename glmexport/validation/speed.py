@@ -90,7 +90,7 @@ def take_turns(requests: Sequence[RuntimeRequest], seconds: float, progress: Pro
 
 
 def goes_on(rounds: int, passed: float, seconds: float) -> bool:
-    """Return whether another round is due: pairs of them, as many as bounds take, and until ``seconds`` have passed."""
+    """Return whether another round is due: in pairs, until ``seconds`` have passed and the rounds suffice."""
     if rounds < 2 or rounds % 2:
         return True
     return seconds > 0 and (rounds < LEAST_ROUNDS or passed < seconds)

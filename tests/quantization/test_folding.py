@@ -93,7 +93,7 @@ def test_channels_of_one_row_share_an_exponent(tmp_path: Path) -> None:
     assert columns.unique().numel() > 2
 
 
-def testfold_candidates_by_hand() -> None:
+def test_candidates_by_hand() -> None:
     """s = (h / w^p)^(1 / (p + 2)): with p = 2 and h = 1 the square root of 1 / w, about the mean."""
     size = torch.tensor([1.0, 16.0, 1.0, 16.0])
     first = next(fold_candidates(torch.ones(4), size, torch.arange(4), None))
