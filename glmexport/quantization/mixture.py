@@ -87,10 +87,7 @@ class Mixture:
         #: Of the position, 0 where it does not count.
         self._weights = (calibration.weights()[:, None] * counted).flatten()
         self._contexts = calibration.contexts.flatten()
-        routes = {name: self._route(name) for name in self.streams.names}
-        self._routes = {name: (route.experts, route.weights) for name, route in routes.items()}
-        #: The largest number that the router and its norm read in the quantized model.
-        self.largest = routes[QUANTIZED].largest
+        self._routes = {name: self._route(name) for name in self.streams.names}
         self._added = {name: self._empty(name) for name in self.streams.names}
         #: Of what all experts read.
         self._pool: Tensor | None = None
@@ -165,8 +162,13 @@ class Mixture:
         return {name: joined(name) for name in self.streams.names}
 
     @property
+    def largest(self) -> Seen | None:
+        """Return the largest number that the router and its norm read in the quantized model."""
+        return self._routes[QUANTIZED].largest
+
+    @property
     def pool(self) -> Tensor:
-        """Mean of x x^T over all positions that count, [hidden, hidden] fp32."""
+        """Return the mean of x x^T over all positions that count, [hidden, hidden] fp32."""
         if self._pool is None:
             everywhere = Share(torch.arange(len(self._weights)), torch.ones(len(self._weights)))
             fitted = (self._weights > 0) & ~self._held
@@ -210,7 +212,7 @@ class Mixture:
         return lambda inputs: self._block.gated(inputs @ matrix.T)
 
     def _share(self, name: str, mlp: GatedMlp) -> Share:
-        experts, weights = self._routes[name]
+        experts, weights = self._routes[name].experts, self._routes[name].weights
         if mlp is self.mixture.shared:
             return Share(torch.arange(len(experts)), torch.ones(len(experts)))
         positions, slots = (experts == self.mixture.experts.index(mlp)).nonzero(as_tuple=True)
