@@ -86,7 +86,8 @@ def build(
     from glmexport.workflows.device import device_name as name_of
     from glmexport.workflows.device import open_device
     from glmexport.workflows.estimate import estimate, measured_flops
-    from glmexport.workflows.job import Original, budget_of, formats_of, jobs_of, listed_unused
+    from glmexport.workflows.job import budget_of, jobs_of
+    from glmexport.workflows.original import Original, formats_of, listed_unused
     from glmexport.workflows.validate import BuildOptions, command_line
 
     terminal = Terminal()

@@ -48,7 +48,7 @@ def convert(
     from glmexport.assembly.gptq import Layout
     from glmexport.bundle.manifest import read_manifest
     from glmexport.workflows.convert import convert_to_gptq
-    from glmexport.workflows.job import Original
+    from glmexport.workflows.original import Original
 
     terminal = Terminal()
     manifest = read_manifest(bundle)

@@ -48,7 +48,7 @@ def reference(
     from glmexport.cli.verdict import told_check
     from glmexport.validation.run import ValidationPlan
     from glmexport.workflows.capture import CaptureOptions, capture_reference
-    from glmexport.workflows.job import Original
+    from glmexport.workflows.original import Original
 
     terminal = Terminal()
     original = Original.open(checkpoint, terminal, adapter)
