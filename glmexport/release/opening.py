@@ -11,8 +11,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from glmexport.assembly.genai import session_options
-from glmexport.bundle.genai_config import GenaiConfig
+from glmexport.bundle.genai_config import GenaiConfig, session_options
 from glmexport.bundle.loop import LOOP_CONFIG, read_loop
 from glmexport.bundle.manifest import MANIFEST, Manifest, read_manifest, verify_files
 from glmexport.bundle.names import GENAI_CONFIG
