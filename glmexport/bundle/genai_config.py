@@ -79,6 +79,7 @@ class GenaiConfig:
 
     ends: frozenset[int]
     context_length: int
+    vocabulary_size: int
     #: Execution providers that it asks for; none: the CPU's.
     providers: tuple[str, ...]
     #: What onnxruntime-genai gives the session, as it stands in the file.
@@ -106,7 +107,13 @@ class GenaiConfig:
                 f"{path} cannot be used: {_reason(error)}.",
                 next_step="Build the bundle again, or copy it again from where it was built.",
             ) from error
-        return cls(frozenset(model.eos_token_id), model.context_length, providers, options)
+        return cls(
+            ends=frozenset(model.eos_token_id),
+            context_length=model.context_length,
+            vocabulary_size=model.vocab_size,
+            providers=providers,
+            session_options=options,
+        )
 
     def search_options(self, batch: int) -> dict[str, int]:
         """What onnxruntime-genai is told beside lengths: a prompt alone is read in pieces on a CPU.

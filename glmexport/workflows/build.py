@@ -13,7 +13,7 @@ import torch
 from glmexport import __version__
 from glmexport.architecture.description import Architecture
 from glmexport.assembly.write import write_bundle
-from glmexport.bundle.fit import can_run
+from glmexport.bundle.bundle import Bundle
 from glmexport.bundle.manifest import LargestActivation, Manifest
 from glmexport.bundle.records import QuantizedMatrix
 from glmexport.calibration.corpus import Document, evaluation_documents
@@ -187,7 +187,7 @@ def _finish(
     # Read once: every committed file is hashed for it.
     records, seconds = walk.records()
     manifest = _write(partial, original, job, walk, records, prepared.text, prepared.documents, progress)
-    if not can_run(manifest):
+    if not Bundle(partial, manifest).runs_here:
         reference = Reference(original.checkpoint, original.architecture)
         text = evaluation_documents((), original.tokenizer, ())
         limit = options.max_memory_bytes

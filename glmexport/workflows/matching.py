@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from glmexport.bundle.bundle import Bundle
 from glmexport.bundle.manifest import REPORTS, Manifest, Source, read_manifest, verify_files
 from glmexport.foundation.errors import BundleError
 from glmexport.foundation.files import sha256
@@ -47,7 +48,7 @@ def require_bundle(
         BundleError: the bundle was made from another checkpoint, or its files are not those of its manifest.
         CheckpointError: the checkpoint changed meanwhile.
     """
-    check_bundle(directory, manifest, trust, progress, rewritten=REPORTS)
+    check_bundle(Bundle(directory, manifest), trust, progress, rewritten=REPORTS)
     _require_source(directory, manifest, source_of(original, progress), _against(manifest))
 
 
@@ -78,7 +79,7 @@ def open_captured_bundle(
     """
     manifest = read_manifest(directory)
     _require_source(directory, manifest, captured.capture.source, "Give the reference of that checkpoint.")
-    check_bundle(directory, manifest, trust, progress, rewritten=REPORTS)
+    check_bundle(Bundle(directory, manifest), trust, progress, rewritten=REPORTS)
     return manifest
 
 
