@@ -27,7 +27,7 @@ from glmexport.report.document import Report
 from glmexport.results.gate import Gate
 from glmexport.results.record import Verdict
 from glmexport.tokenizer.tokenizer import Tokenizer
-from glmexport.validation.run import ValidationPlan
+from glmexport.validation.conditions import ValidationPlan
 from glmexport.workflows.job import Original
 from glmexport.workflows.validate import BuildOptions, validate_bundle
 

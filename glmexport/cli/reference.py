@@ -45,7 +45,7 @@ def reference(
     goes on where it stopped.
     """
     from glmexport.cli.verdict import told_check
-    from glmexport.validation.run import ValidationPlan
+    from glmexport.validation.conditions import ValidationPlan
     from glmexport.workflows.capture import CaptureOptions, capture_reference
     from glmexport.workflows.job import Original
 

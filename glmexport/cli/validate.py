@@ -83,7 +83,7 @@ def validate(
     from glmexport.foundation.target import open_policy
     from glmexport.validation.behaviour.tasks import read_tasks
     from glmexport.validation.capture import CapturedReference
-    from glmexport.validation.run import ValidationPlan
+    from glmexport.validation.conditions import ValidationPlan
     from glmexport.workflows.job import Original
     from glmexport.workflows.plan import plan_bundle
     from glmexport.workflows.validate import (

@@ -16,10 +16,11 @@ from glmexport.results.record import Verdict
 from glmexport.tokenizer.tokenizer import Tokenizer
 from glmexport.validation.behaviour.measure import Answers, judge
 from glmexport.validation.capture import CapturedReference
+from glmexport.validation.conditions import ValidationPlan
 from glmexport.validation.fidelity import summarize
 from glmexport.validation.performance import device_performance
 from glmexport.validation.prompts import prompt_parity
-from glmexport.validation.run import Validation, ValidationPlan, arithmetic, judged
+from glmexport.validation.run import Validation, arithmetic, judged
 from glmexport.validation.runtimes import Memory, Round
 from glmexport.validation.speed import LEAST_ROUNDS, Turns
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -31,9 +31,10 @@ from glmexport.results.reference import ReferenceCheck
 from glmexport.results.routing import LayerRouting
 from glmexport.results.weights import WeightCheck
 from glmexport.tokenizer.tokenizer import Tokenizer
-from glmexport.validation.behaviour.plane import BehaviourPlan, ask, ask_bundle, questions_for
+from glmexport.validation.behaviour.plane import ask, ask_bundle, questions_for
 from glmexport.validation.behaviour.tasks import Task
 from glmexport.validation.capture import CapturedReference
+from glmexport.validation.conditions import ValidationPlan
 from glmexport.validation.fidelity import Streamed, compare, statistics_of, summarize
 from glmexport.validation.gates import (
     apply_gates,
@@ -60,22 +61,6 @@ _OTHER_BATCH = 4
 _IN_ONNX_RUNTIME = "Bundle in ONNX Runtime"
 
 
-@dataclass(frozen=True)
-class ValidationPlan:
-    """How much is measured."""
-
-    positions_per_language: int = 2048
-    longest_text: int = 512
-    #: Texts a language for the shares of the divergence, each of which costs another pass of the original.
-    share_texts: int = 1
-    prompt_tokens: int = 128
-    generated_tokens: int = 64
-    #: Rounds of speed go on for so long; 0: two, which give no bounds.
-    speed_seconds: float = 25
-    #: What computing the original whole may take, beside the rest of this process; None: most of the free memory.
-    max_memory_bytes: int | None = None
-    #: None asks for no answers.
-    behaviour: BehaviourPlan | None = field(default_factory=BehaviourPlan)
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,11 @@ from glmexport.quantization.store import WorkDirectory
 from glmexport.reference.reference import Reference
 from glmexport.validation.behaviour.plane import ask_original, questions_for
 from glmexport.validation.capture import REFERENCE, TOP_K, Capture, CapturedAnswer, write_capture
+from glmexport.validation.conditions import ValidationPlan
 from glmexport.validation.fidelity import Streamed
 from glmexport.validation.prompts import golden_prompts
 from glmexport.validation.reference import reference_states
-from glmexport.validation.run import ValidationPlan, first_texts, noise_floor, texts_for
+from glmexport.validation.run import first_texts, noise_floor, texts_for
 from glmexport.validation.texts import text_digest
 from glmexport.validation.whole_model import check_reference
 from glmexport.workflows.job import Original, refuse_existing

@@ -36,9 +36,10 @@ from glmexport.tuning.search import Search
 from glmexport.tuning.slices import SliceBundles, slices_of
 from glmexport.tuning.streams import Streams, summarized
 from glmexport.tuning.write import write_target
+from glmexport.validation.conditions import ValidationPlan
 from glmexport.validation.fidelity import Streamed
 from glmexport.validation.reference import reference_states
-from glmexport.validation.run import ValidationPlan, texts_for
+from glmexport.validation.run import texts_for
 from glmexport.validation.texts import text_digest
 from glmexport.workflows.build import quantize
 from glmexport.workflows.calibration_text import cache_text, calibration_context, calibration_documents

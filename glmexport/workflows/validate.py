@@ -22,7 +22,8 @@ from glmexport.report.write import write_report
 from glmexport.validation.behaviour.plane import task_questions
 from glmexport.validation.behaviour.tasks import Task
 from glmexport.validation.capture import CapturedReference
-from glmexport.validation.run import ValidationPlan, validate, validate_captured
+from glmexport.validation.conditions import ValidationPlan
+from glmexport.validation.run import validate, validate_captured
 from glmexport.workflows.assemble_report import BuildCost, assemble
 from glmexport.workflows.job import Original
 from glmexport.workflows.matching import announced_bundle, open_captured_bundle, require_bundle

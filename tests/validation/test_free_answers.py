@@ -16,8 +16,8 @@ from glmexport.foundation.errors import EXIT_INPUT, BundleError
 from glmexport.foundation.progress import Silent
 from glmexport.report.document import Report, read_report
 from glmexport.results.record import Verdict
-from glmexport.validation.behaviour.plane import BehaviourPlan
 from glmexport.validation.capture import REFERENCE, CapturedReference
+from glmexport.validation.conditions import BehaviourPlan
 from glmexport.workflows.capture import CaptureOptions, capture_reference
 from glmexport.workflows.job import Original
 from glmexport.workflows.validate import BuildOptions, validate_bundle, validate_captured_bundle

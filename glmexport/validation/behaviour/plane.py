@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from glmexport.calibration.corpus import Document
@@ -19,22 +18,9 @@ from glmexport.validation.behaviour.measure import Answers, answers_together, bu
 from glmexport.validation.behaviour.original import verified_answers
 from glmexport.validation.behaviour.questions import Question, questions, task_question
 from glmexport.validation.behaviour.tasks import Task
+from glmexport.validation.conditions import BehaviourPlan
 from glmexport.validation.reference import reference_states
 from glmexport.validation.texts import EvaluationText
-
-
-@dataclass(frozen=True)
-class BehaviourPlan:
-    """How much is asked."""
-
-    #: Texts a language to go on with.
-    each: int = 8
-    #: Sentences from English into every other language.
-    translations: int = 3
-    #: At which an answer is cut.
-    max_tokens: int = 64
-    #: Prompts at a time, once everything was asked alone; 0 leaves that out.
-    batch: int = 4
 
 
 def questions_for(

@@ -15,9 +15,10 @@ from glmexport.foundation.errors import InputError
 from glmexport.tokenizer.tokenizer import Tokenizer
 from glmexport.validation.behaviour.choices import choice_scores, choice_texts
 from glmexport.validation.behaviour.measure import Answers, judge
-from glmexport.validation.behaviour.plane import BehaviourPlan, ask
+from glmexport.validation.behaviour.plane import ask
 from glmexport.validation.behaviour.questions import Kind, Question, questions, task_prompt
 from glmexport.validation.behaviour.tasks import Task
+from glmexport.validation.conditions import BehaviourPlan
 
 END = 999
 ENGLISH = "The weather is fine today, and everybody is going out for a long walk in the park beside the river."

@@ -1,0 +1,37 @@
+"""How a bundle is validated: how much is measured, what the bundle has to keep, and in how many threads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class BehaviourPlan:
+    """How much is asked."""
+
+    #: Texts a language to go on with.
+    each: int = 8
+    #: Sentences from English into every other language.
+    translations: int = 3
+    #: At which an answer is cut.
+    max_tokens: int = 64
+    #: Prompts at a time, once everything was asked alone; 0 leaves that out.
+    batch: int = 4
+
+
+@dataclass(frozen=True)
+class ValidationPlan:
+    """How much is measured."""
+
+    positions_per_language: int = 2048
+    longest_text: int = 512
+    #: Texts a language for the shares of the divergence, each of which costs another pass of the original.
+    share_texts: int = 1
+    prompt_tokens: int = 128
+    generated_tokens: int = 64
+    #: Rounds of speed go on for so long; 0: two, which give no bounds.
+    speed_seconds: float = 25
+    #: What computing the original whole may take, beside the rest of this process; None: most of the free memory.
+    max_memory_bytes: int | None = None
+    #: None asks for no answers.
+    behaviour: BehaviourPlan | None = field(default_factory=BehaviourPlan)
