@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from glmexport.foundation.progress import Progress
+from glmexport.foundation.target import Gates
+
 
 @dataclass(frozen=True)
 class BehaviourPlan:
@@ -35,3 +38,16 @@ class ValidationPlan:
     max_memory_bytes: int | None = None
     #: None asks for no answers.
     behaviour: BehaviourPlan | None = field(default_factory=BehaviourPlan)
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """The conditions under which a bundle is validated on this machine."""
+
+    plan: ValidationPlan
+    #: What the bundle has to keep.
+    policy: Gates
+    #: Of the original, and of everything else but the bundle.
+    threads: int
+    bundle_threads: int
+    progress: Progress

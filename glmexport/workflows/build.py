@@ -26,6 +26,7 @@ from glmexport.quantization.store import WorkDirectory
 from glmexport.quantization.walk import Walk
 from glmexport.quantization.weights import Weights
 from glmexport.reference.reference import Reference
+from glmexport.validation.texts import EvaluationSet
 from glmexport.validation.unrun import Unrun, validate_unrun
 from glmexport.workflows.assemble_report import BuildCost
 from glmexport.workflows.calibration_text import cache_text, calibration_context, calibration_documents
@@ -33,15 +34,13 @@ from glmexport.workflows.device import device_name, peak_device_memory, plan_on,
 from glmexport.workflows.job import Job, Original, refuse_existing, refuse_formats, require_space
 from glmexport.workflows.output import partial_of, put_in_place
 from glmexport.workflows.provenance import calibration_source, own_fingerprints, source_of
-from glmexport.workflows.validate import BuildOptions, Built, refuse_tasks, validated
+from glmexport.workflows.validate import BuildOptions, Built, measure_and_report, refuse_tasks
 
 
 @dataclass(frozen=True)
-class BuiltUnrun:
+class BuiltUnrun(Bundle):
     """A bundle in its place that this machine cannot run, and what could be said of it all the same."""
 
-    directory: Path
-    manifest: Manifest
     unrun: Unrun
 
 
@@ -187,16 +186,15 @@ def _finish(
     # Read once: every committed file is hashed for it.
     records, seconds = walk.records()
     manifest = _write(partial, original, job, walk, records, prepared.text, prepared.documents, progress)
-    if not Bundle(partial, manifest).runs_here:
+    bundle = Bundle(partial, manifest)
+    if not bundle.runs_here:
         reference = Reference(original.checkpoint, original.architecture)
-        text = evaluation_documents((), original.tokenizer, ())
-        limit = options.max_memory_bytes
-        unrun = validate_unrun(partial, manifest, original.checkpoint, reference, text, progress, limit)
+        evaluation = EvaluationSet(evaluation_documents((), original.tokenizer, ()), original.tokenizer)
+        unrun = validate_unrun(bundle, reference, evaluation, progress, options.max_memory_bytes)
         return BuiltUnrun(job.directory, manifest, unrun)
     cost = BuildCost(seconds, peak_memory(), device_name(options.device), peak_device_memory(options.device))
-    report = validated(
-        partial, job.directory, manifest, original, prepared.evaluation, options, progress, cost
-    )
+    name = job.directory.name
+    report = measure_and_report(bundle, name, original, prepared.evaluation, options, progress, cost)
     return Built(job.directory, manifest, report)
 
 

@@ -39,8 +39,7 @@ from glmexport.tuning.write import write_target
 from glmexport.validation.conditions import ValidationPlan
 from glmexport.validation.fidelity import Streamed
 from glmexport.validation.reference import reference_states
-from glmexport.validation.run import texts_for
-from glmexport.validation.texts import text_digest
+from glmexport.validation.texts import EvaluationSet, text_digest
 from glmexport.workflows.build import quantize
 from glmexport.workflows.calibration_text import cache_text, calibration_context, calibration_documents
 from glmexport.workflows.estimate import estimate
@@ -175,7 +174,7 @@ class _Tuning:
         self.every = candidates(self.start, self.axes)
         plan = ValidationPlan(positions_per_language=options.positions)
         documents = evaluation_documents((), original.tokenizer)
-        self.texts = texts_for(documents, original.tokenizer, architecture, plan)
+        self.texts = EvaluationSet(documents, original.tokenizer).texts(architecture.context_length, plan)
         self.slices = slices_of(architecture)
         # Fixed token ids, with room in the context for what is generated.
         length = max(1, min(options.prompt_tokens, architecture.context_length - options.generated_tokens))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from glmexport.calibration.corpus import Document
@@ -21,6 +22,15 @@ from glmexport.validation.behaviour.tasks import Task
 from glmexport.validation.conditions import BehaviourPlan
 from glmexport.validation.reference import reference_states
 from glmexport.validation.texts import EvaluationText
+
+
+@dataclass(frozen=True)
+class BundleSessions:
+    """The sessions of a bundle: one that answers, one that scores texts, and its own tokenizer, as a server has it."""
+
+    generation: GenerationSession
+    scoring: ScoringSession
+    tokenizer: Tokenizer
 
 
 def questions_for(
@@ -61,10 +71,8 @@ def task_questions(
 def ask(
     shipped: Sequence[Question],
     tasks: Sequence[Task],
-    session: GenerationSession,
-    scoring: ScoringSession,
+    sessions: BundleSessions,
     reference: Reference,
-    tokenizer: Tokenizer,
     *,
     plan: BehaviourPlan,
     scratch: Path,
@@ -75,6 +83,7 @@ def ask(
     Raises:
         InputError: a task fills the context.
     """
+    session, tokenizer = sessions.generation, sessions.tokenizer
     texts, own = task_questions(tasks, tokenizer, plan, session.context_length)
     asked = [*shipped, *(_fitted(question, session.context_length) for question in own)]
     bundle = bundle_answers(session, asked, progress)
@@ -84,7 +93,7 @@ def ask(
         states = reference_states(reference, texts, scratch, progress, label="Original's choices")
         before = choice_scores(tasks, texts, lambda index: reference.logits(states.states(index)))
         after = choice_scores(
-            tasks, texts, lambda index: scoring.logits(texts[index].ids)[texts[index].prefix - 1 : -1]
+            tasks, texts, lambda index: sessions.scoring.logits(texts[index].ids)[texts[index].prefix - 1 : -1]
         )
         choices = {id_: (score, after[id_]) for id_, score in before.items()}
     return judge(asked, _answers(session, asked, original, bundle, passes, plan, progress), tokenizer, tasks, choices)
