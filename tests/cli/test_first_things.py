@@ -48,7 +48,7 @@ def ask(sample: Sample, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("glmexport.foundation.files._sha256", read)
     # Of a graph the conversion has to know what it stores.
     monkeypatch.setattr("glmexport.bundle.manifest.verify_files", read)
-    monkeypatch.setattr("glmexport.workflows.matching.verify_files", read)
+    monkeypatch.setattr("glmexport.bundle.bundle.verify_files", read)
     return asked
 
 
