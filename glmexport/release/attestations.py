@@ -1,4 +1,4 @@
-"""What is attested of a bundle, as predicates of in-toto: how it was made, and how it was judged.
+"""Attestations of a bundle as predicates of in-toto: how it was made, and how it was judged.
 
 The signer attests what it was told by the bundle's own manifest and report. That is level 1 of SLSA's build track: a
 machine that signs its own work cannot vouch for itself.
@@ -19,7 +19,7 @@ PROVENANCE_TYPE = "https://slsa.dev/provenance/v1"
 TEST_RESULT_TYPE = "https://in-toto.io/attestation/test-result/v0.1"
 _BUILD_TYPE = "urn:glmexport:build:v1"
 _BUILDER = "urn:glmexport:builder:unattested-host"
-#: Who gates by this predicate lets a warning pass, so what is not decided cannot be one.
+#: Verdicts in the predicate's words. Who gates by it lets a warning pass, so what is not decided cannot be one.
 _RESULTS = {
     Verdict.PASS: "PASSED",
     Verdict.WARN: "WARNED",

@@ -1,4 +1,4 @@
-"""golden.json: prompts, and what the bundle answered to them where it was signed.
+"""golden.json holds prompts, and what the bundle answered to them where it was signed.
 
 A device that answers otherwise runs something else: another model, a broken kernel, a damaged file. It need not answer
 to the last bit, as runtimes and processors add in different orders; so distributions are compared, with a tolerance,
@@ -26,10 +26,10 @@ from glmexport.tokenizer.tokenizer import Tokenizer
 GOLDEN = "golden.json"
 TOKENS = 16
 TOP = 5
-#: Nats. Kernels that quantize activations differ by a few hundredths from those that do not; a wrong weight, template
-#: or rotation by several.
+#: Tolerance in nats. Kernels that quantize activations differ by a few hundredths from those that do not; a wrong
+#: weight, template or rotation by several.
 TOLERANCE = 0.5
-#: Of each text, what becomes a prompt.
+#: The length of the beginning of each text that becomes a prompt.
 _CHARACTERS = 160
 
 
@@ -64,7 +64,7 @@ class Golden(Definition):
     format: Literal["glmexport-golden"] = "glmexport-golden"
     version: Literal[1] = 1
     glmexport: str
-    #: Execution provider that it was recorded on, and the type of the processor.
+    #: The execution provider of the recording, and the type of the processor.
     provider: str
     machine: str
     #: Nats that an answer of another device may differ by.

@@ -118,7 +118,7 @@ class _Cut(io.RawIOBase):
         self._file: BinaryIO | None = None
         self._digest = hashlib.sha256()
         self._room = 0
-        #: SHA-256 by name.
+        #: SHA-256 of each file by name.
         self.sums: dict[str, str] = {}
 
     def writable(self) -> bool:

@@ -41,14 +41,14 @@ VERIFIER = "verify.py"
 PROVENANCE = f"{ATTESTATIONS}/provenance.json"
 TEST_RESULT = f"{ATTESTATIONS}/test-result.json"
 BOM = f"{ATTESTATIONS}/ml-bom.json"
-#: Seconds after which a folder of a signature is held, or left.
+#: Seconds for which a folder of a signature counts as held; after that, as left over.
 _NEW_S = 60
-#: What a signature replaces in a bundle, the signature itself last.
+#: Files that a signature replaces in a bundle, the signature itself last.
 _REPLACED = (*sorted(RELEASE_FILES - {SIGNATURE}), ATTESTATIONS, SIGNATURE)
 
 
 @dataclass(frozen=True)
-class Signed:
+class SignedRelease:
     """A release, and the names of all files that its signature covers."""
 
     release: Release
@@ -64,7 +64,7 @@ def sign(
     force: bool = False,
     threads: int = 1,
     progress: Progress,
-) -> Signed:
+) -> SignedRelease:
     """Sign a bundle whose files are those of its manifest; a signing that fails leaves it as it was.
 
     What the bundle answers to the texts ``golden`` is recorded, if they are given and it runs on this machine. If the
@@ -92,7 +92,7 @@ def sign(
     try:
         verifier.files_in(directory)
         verifier.check_names([entry.path for entry in manifest.files], MANIFEST)
-    except verifier.Refused as error:
+    except verifier.VerificationError as error:
         raise BundleError(f"{directory} cannot be signed: {error}", next_step="Build it again.") from error
     with _staging(directory) as staging:
         absent = "It was not asked for (--no-golden)." if golden is None else absent_because(bundle)
@@ -116,7 +116,7 @@ def sign(
         (staging / SIGNATURE).write_bytes(signatory.model_signature(bundle.name, digests))
         signatory.require_chain(staging / SIGNATURE)
         _put_in_place(staging, directory)
-    return Signed(release, tuple(digests))
+    return SignedRelease(release, tuple(digests))
 
 
 def _attest(bundle: Bundle, signatory: Signatory, staging: Path) -> None:

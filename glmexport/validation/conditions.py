@@ -10,15 +10,15 @@ from glmexport.foundation.target import Gates
 
 @dataclass(frozen=True)
 class BehaviourPlan:
-    """How much is asked."""
+    """The number of questions of each kind."""
 
-    #: Texts a language to go on with.
+    #: Number of texts a language to go on with.
     each: int = 8
-    #: Sentences from English into every other language.
+    #: Number of sentences from English into every other language.
     translations: int = 3
-    #: At which an answer is cut.
+    #: Number of tokens at which an answer is cut.
     max_tokens: int = 64
-    #: Prompts at a time, once everything was asked alone; 0 leaves that out.
+    #: Number of prompts at a time, once everything was asked alone; 0 leaves that out.
     batch: int = 4
 
 

@@ -9,7 +9,7 @@ from glmexport.calibration.corpus import Document, shipped_documents
 from glmexport.foundation.progress import Progress
 from glmexport.release.golden import GoldenText
 from glmexport.release.keys import Signatory
-from glmexport.release.signing import Signed, sign
+from glmexport.release.signing import SignedRelease, sign
 
 #: Golden answers at least; one of each language of the evaluation text.
 _ANSWERS = 12
@@ -24,7 +24,7 @@ def sign_bundle(
     golden: bool = True,
     threads: int = 1,
     progress: Progress,
-) -> Signed:
+) -> SignedRelease:
     """Sign a bundle whose files are those of its manifest; a signing that fails leaves it as it was.
 
     Args:
