@@ -92,7 +92,7 @@ def build_unvalidated(checkpoint: Path, bundle: Path, recipe: str) -> Path:
     from builds import build
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(glmexport.workflows.build, "validated", lambda *_: None)
+        patch.setattr(glmexport.workflows.build, "measure_and_report", lambda *_: None)
         build(checkpoint, bundle, recipe)
     return bundle
 
