@@ -91,9 +91,8 @@ class Judge:
 
     def judge(self, weights: dict[str, torch.Tensor]) -> dict[str, Any]:
         """Fidelity of the model with ``weights`` in the original's place."""
-        states = reference_states(
-            self.reference, self.texts, self.work, self.terminal, label="Judging", substitute=weights.get
-        )
+        given = self.reference.exchanged(weights.get)
+        states = reference_states(given, self.texts, self.work, self.terminal, label="Judging")
         original = Streamed(self.original, self.reference)
         parts = compare(original, lambda i: self.reference.logits(states.states(i)), self.terminal, "Comparing")
         found = summarize(self.texts, parts, self.tokenizer, "fp32")

@@ -27,7 +27,7 @@ from glmexport.foundation.definition import shipped_folder
 from glmexport.foundation.progress import Progress, Silent
 from glmexport.foundation.recipe import open_recipe
 from glmexport.foundation.target import open_target
-from glmexport.validation.run import ValidationPlan
+from glmexport.validation.conditions import ValidationPlan
 from glmexport.validation.runtimes import Memory, Round, RuntimeRequest
 from glmexport.validation.speed import Turns
 from glmexport.workflows.job import Job

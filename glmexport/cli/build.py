@@ -80,7 +80,7 @@ def build(
     from glmexport.cli.verdict import exit_code, show, show_unrun
     from glmexport.foundation.target import open_policy, open_target
     from glmexport.validation.behaviour.tasks import read_tasks
-    from glmexport.validation.run import ValidationPlan
+    from glmexport.validation.conditions import ValidationPlan
     from glmexport.workflows.build import BuiltUnrun
     from glmexport.workflows.build import build as compile_bundles
     from glmexport.workflows.device import device_name as name_of

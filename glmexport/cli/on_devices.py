@@ -12,6 +12,7 @@ from glmexport.cli.console import Terminal, emit
 from glmexport.foundation.errors import EXIT_PASS
 
 if TYPE_CHECKING:
+    from glmexport.bundle.bundle import Bundle
     from glmexport.devices.fleet import Member
     from glmexport.validation.capture import CapturedReference
     from glmexport.workflows.original import Original
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def on_devices(
-    bundle: Path,
+    bundle: Bundle,
     original: Original | CapturedReference,
     addresses: tuple[str, ...],
     fleet: Path | None,
@@ -60,7 +61,7 @@ def on_devices(
                 emit(json.dumps({"kits": [str(kit) for kit in kits]}, indent=2))
             return EXIT_PASS
         built = validate_on_devices(asking, members, terminal)
-    show(terminal.console, built.report, bundle)
+    show(terminal.console, built.report, bundle.directory)
     if as_json:
         emit(built.report.model_dump_json(indent=2))
     return exit_code([built.report.verdict])

@@ -19,8 +19,8 @@ from glmexport.tuning.measure import Workload
 from glmexport.tuning.options import TuneOptions
 from glmexport.tuning.pareto import too_divergent
 from glmexport.tuning.slices import Slices, slices_of
-from glmexport.validation.run import ValidationPlan, texts_for
-from glmexport.validation.texts import EvaluationText
+from glmexport.validation.conditions import ValidationPlan
+from glmexport.validation.texts import EvaluationSet, EvaluationText
 
 #: Tokens of the short prompt.
 _SHORT = 32
@@ -68,7 +68,7 @@ class TuningPlan:
         start = start_settings(target, next(iter(recipes)), options.cores)
         axes = axes_of(target, architecture, recipes, start, options.cores, options.wanted)
         validation = ValidationPlan(positions_per_language=options.positions)
-        texts = texts_for(documents, tokenizer, architecture, validation)
+        texts = EvaluationSet(documents, tokenizer).texts(architecture.context_length, validation)
         # Fixed token ids, with room in the context for what is generated.
         length = max(1, min(options.prompt_tokens, architecture.context_length - options.generated_tokens))
         prompt = torch.cat([text.ids for text in texts])[:length].tolist()

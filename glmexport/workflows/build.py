@@ -13,8 +13,8 @@ import torch
 from glmexport import __version__
 from glmexport.architecture.description import Architecture
 from glmexport.assembly.write import BundleContents, write_bundle
-from glmexport.bundle.fit import can_run
-from glmexport.bundle.manifest import LargestActivation, Manifest
+from glmexport.bundle.bundle import Bundle
+from glmexport.bundle.manifest import LargestActivation
 from glmexport.calibration.corpus import Document, evaluation_documents
 from glmexport.foundation.machine import peak_memory
 from glmexport.foundation.progress import Progress
@@ -26,6 +26,7 @@ from glmexport.quantization.store import WorkDirectory
 from glmexport.quantization.walk import walk
 from glmexport.quantization.weights import Weights
 from glmexport.reference.reference import Reference
+from glmexport.validation.texts import EvaluationSet
 from glmexport.validation.unrun import Unrun, validate_unrun
 from glmexport.workflows.assemble_report import BuildCost
 from glmexport.workflows.calibration_text import CalibrationText, cache_text, read_calibration_text
@@ -35,15 +36,13 @@ from glmexport.workflows.job import Job
 from glmexport.workflows.original import Original
 from glmexport.workflows.output import partial_of, put_in_place
 from glmexport.workflows.provenance import calibration_source, own_fingerprints, source_of
-from glmexport.workflows.validate import BuildOptions, Built, refuse_tasks, validated
+from glmexport.workflows.validate import BuildOptions, Built, measure_and_report, refuse_tasks
 
 
 @dataclass(frozen=True)
-class BuiltUnrun:
+class BuiltUnrun(Bundle):
     """A bundle in its place that this machine cannot run, and what could be said of it all the same."""
 
-    directory: Path
-    manifest: Manifest
     unrun: Unrun
 
 
@@ -74,8 +73,8 @@ def build(
             for plan, quantization in zip(plans, quantizations, strict=True):
                 model = _quantized(quantization)
                 for job in plan.jobs:
-                    manifest = _write(original, job, model, plan.text, progress)
-                    built.append(_validate(original, job, manifest, model, plan, options, progress))
+                    written = _write(original, job, model, plan.text, progress)
+                    built.append(_validate(original, job, written, model, plan, options, progress))
             original.checkpoint.refuse_changes()
             for bundle in built:
                 refuse_existing(bundle.directory, options.force)
@@ -180,7 +179,7 @@ def _quantized(job: QuantizationJob) -> QuantizedModel:
         return walk(job)
 
 
-def _write(original: Original, job: Job, model: QuantizedModel, text: CalibrationText, progress: Progress) -> Manifest:
+def _write(original: Original, job: Job, model: QuantizedModel, text: CalibrationText, progress: Progress) -> Bundle:
     """Write the bundle beside its place."""
     partial = partial_of(job.directory)
     if partial.exists():
@@ -201,26 +200,24 @@ def _write(original: Original, job: Job, model: QuantizedModel, text: Calibratio
         tokenizer_files=original.tokenizer.files,
         cache_text=cache_text(text.sequences),
     )
-    return write_bundle(partial, contents, progress)
+    return Bundle(partial, write_bundle(partial, contents, progress))
 
 
 def _validate(
     original: Original,
     job: Job,
-    manifest: Manifest,
+    bundle: Bundle,
     model: QuantizedModel,
     plan: _Plan,
     options: BuildOptions,
     progress: Progress,
 ) -> Built | BuiltUnrun:
     """Measure the bundle that was written beside its place, as far as this machine can run it."""
-    partial = partial_of(job.directory)
-    if not can_run(manifest):
+    if not bundle.runs_here:
         reference = Reference(original.checkpoint, original.architecture)
-        text = evaluation_documents((), original.tokenizer, ())
-        limit = options.max_memory_bytes
-        unrun = validate_unrun(partial, manifest, original.checkpoint, reference, text, progress, limit)
-        return BuiltUnrun(job.directory, manifest, unrun)
+        evaluation = EvaluationSet(evaluation_documents((), original.tokenizer, ()), original.tokenizer)
+        unrun = validate_unrun(bundle, reference, evaluation, progress, options.max_memory_bytes)
+        return BuiltUnrun(job.directory, bundle.manifest, unrun)
     cost = BuildCost(model.seconds, peak_memory(), device_name(options.device), peak_device_memory(options.device))
-    report = validated(partial, job.directory, manifest, original, plan.evaluation, options, progress, cost)
-    return Built(job.directory, manifest, report)
+    report = measure_and_report(bundle, job.directory.name, original, plan.evaluation, options, progress, cost)
+    return Built(job.directory, bundle.manifest, report)

@@ -10,7 +10,7 @@ import pytest
 from builds import QUICK, THREADS, Sample, run, sample
 from sshd import sshd
 
-from glmexport.bundle.manifest import read_manifest
+from glmexport.bundle.bundle import Bundle
 from glmexport.devices.job import PromptQuestion, SpeedRequest, TextQuestion, write_job
 from glmexport.foundation.progress import Silent, Track
 from glmexport.validation.capture import CapturedReference
@@ -49,8 +49,7 @@ def job(sample: Sample, reference: CapturedReference, tmp_path_factory: pytest.T
     asked = questions(reference)
     write_job(
         folder,
-        sample.bundle,
-        read_manifest(sample.bundle),
+        Bundle.open(sample.bundle),
         asked,
         [PromptQuestion(text.ids[:8].tolist(), 6) for text in asked[:PROMPTS]],
         vocabulary_size=reference.capture.vocabulary_size,
