@@ -59,7 +59,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class DeployOptions:
-    """What a deployment asks for beside the release."""
+    """The options of a deployment beside the release."""
 
     allow_older: bool = False
     replace_trust: bool = False
