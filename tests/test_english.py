@@ -22,6 +22,7 @@ UNREAD: tuple[str, ...] = (
     "devices",
     "engine",
     "formats",
+    "graph.caches",
     "lm_eval",
     "quantization",
     "serving.answer",
@@ -65,19 +66,25 @@ SHARED_NAMES: tuple[str, ...] = (
     "GenaiSequence",
     "Job",
     "Measured",
+    "Mixture",
     "Model",
     "Original",
     "Round",
     "Share",
+    "Source",
+    "Step",
     "Streams",
     "Subject",
     "Turns",
 )
 #: Vague names of functions, methods and classes that have to be renamed, as ``module.name``. It only becomes shorter.
 VAGUE_NAMES: tuple[str, ...] = (
+    "foundation.definition.checked",
     "lm_eval.answering.Ending.of",
     "lm_eval.subject.Settings.of",
     "quantization.problem.Problem.of",
+    "tuning.arithmetic.Variants.of",
+    "tuning.plan.TuningPlan.of",
     "tuning.slices.SliceBundles.of",
 )
 

@@ -85,7 +85,7 @@ def record(bundle: Path, manifest: Manifest, threads: int, progress: Progress) -
     answers = []
     with progress.track("golden answers", len(documents)) as track:
         for document in documents:
-            prompt = _prompt(tokenizer, document.text[:_CHARACTERS], session.context_length - TOKENS)
+            prompt = golden_prompt(tokenizer, document.text[:_CHARACTERS], session.context_length - TOKENS)
             steps = tuple(_step(logits) for logits in session.distributions(prompt, TOKENS))
             answers.append(GoldenAnswer(language=document.language, prompt=tuple(prompt), steps=steps))
             track.advance(detail=document.language)
@@ -120,13 +120,13 @@ def _documents(documents: Sequence[Document]) -> Iterator[Document]:
         yield from (of[language][index] for language in languages if index < len(of[language]))
 
 
-def _prompt(tokenizer: Tokenizer, text: str, longest: int) -> list[int]:
-    """What the model is given for ``text``: by its chat template, if it has one."""
+def golden_prompt(tokenizer: Tokenizer, text: str, longest: int) -> list[int]:
+    """Return the tokens of ``text`` by the chat template, if there is one, or of its beginning: at most ``longest``."""
     if tokenizer.has_chat_template:
         ids = tokenizer.encode_chat([{"role": "user", "content": text}], add_generation_prompt=True)
     else:
         ids = tokenizer.sequence(text)
-    return ids if len(ids) <= longest or len(text) < 2 else _prompt(tokenizer, text[: len(text) // 2], longest)
+    return ids if len(ids) <= longest or len(text) < 2 else golden_prompt(tokenizer, text[: len(text) // 2], longest)
 
 
 def _step(logits: NDArray[np.float32]) -> GoldenStep:

@@ -26,8 +26,9 @@ from glmexport.validation.reference import reference_states
 from glmexport.validation.run import ValidationPlan, first_texts, noise_floor, texts_for
 from glmexport.validation.texts import text_digest
 from glmexport.validation.whole_model import check_reference
-from glmexport.workflows.job import Original, refuse_existing
+from glmexport.workflows.checks import refuse_existing
 from glmexport.workflows.matching import announced_bundle, require_bundle
+from glmexport.workflows.original import Original
 from glmexport.workflows.output import partial_of, put_in_place
 from glmexport.workflows.provenance import source_of
 

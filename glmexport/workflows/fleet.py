@@ -27,8 +27,8 @@ from glmexport.validation.capture import CapturedReference
 from glmexport.validation.run import Validation
 from glmexport.workflows.assemble_report import assemble_devices, detailed
 from glmexport.workflows.capture import CaptureOptions, capture_reference
-from glmexport.workflows.job import Original
 from glmexport.workflows.matching import announced_bundle, open_captured_bundle, require_bundle
+from glmexport.workflows.original import Original
 from glmexport.workflows.validate import BuildOptions, Built, policy_of
 
 

@@ -15,8 +15,8 @@ from glmexport.report.document import JSON_NAME, Report, read_report
 from glmexport.validation.capture import CapturedReference
 from glmexport.validation.planning import Plan, measure_rates, plan_validation
 from glmexport.validation.run import texts_for
-from glmexport.workflows.job import Original
 from glmexport.workflows.matching import announced_bundle, open_captured_bundle, require_bundle
+from glmexport.workflows.original import Original
 from glmexport.workflows.validate import BuildOptions, policy_of, threads_of
 
 

@@ -24,8 +24,8 @@ from glmexport.validation.behaviour.tasks import Task
 from glmexport.validation.capture import CapturedReference
 from glmexport.validation.run import ValidationPlan, validate, validate_captured
 from glmexport.workflows.assemble_report import BuildCost, assemble
-from glmexport.workflows.job import Original
 from glmexport.workflows.matching import announced_bundle, open_captured_bundle, require_bundle
+from glmexport.workflows.original import Original
 
 
 @dataclass(frozen=True)
