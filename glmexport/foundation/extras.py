@@ -25,7 +25,7 @@ EXTRAS = {
 }
 
 
-def lacking(error: ImportError, extra: str | None = None) -> MachineError | None:
+def missing_package(error: ImportError, extra: str | None = None) -> MachineError | None:
     """Return the error for a package that cannot be imported; None where it is ours, or Python's, and so a bug.
 
     Args:
