@@ -21,7 +21,7 @@ from glmexport.validation.performance import device_performance
 from glmexport.validation.prompts import prompt_parity
 from glmexport.validation.run import Measurements, Validation, arithmetic, judged
 from glmexport.validation.runtimes import Memory, Round
-from glmexport.validation.speed import LEAST_ROUNDS, Turns
+from glmexport.validation.speed import LEAST_ROUNDS, MeasurementTurns
 
 _NO_ENERGY = "Devices do not tell the energy they take."
 
@@ -105,7 +105,7 @@ class DeviceJudge:
         speed = result.speed
         if result.device.emulated or speed is None or asked is None:
             return None, result.device.emulated or result.speed_absent_because or "Speed was not asked for."
-        turns = Turns(
+        turns = MeasurementTurns(
             runtime=result.device.runtime,
             threads=speed.threads,
             load_s=speed.load_s,
