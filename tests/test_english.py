@@ -30,29 +30,22 @@ UNREAD: tuple[str, ...] = (
     "serving.guides",
     "serving.scheduler",
     "serving.server",
-    "tuning",
     "wire.device",
     "wire.runner",
     "wire.ssh",
     "wire.standalone",
     "wire.transfer",
-    "workflows",
 )
 #: Classes that share a name with another one, and so have to be renamed. It only becomes shorter.
 SHARED_NAMES: tuple[str, ...] = (
     "Answer",
-    "Document",
-    "Estimate",
     "GenaiSequence",
     "Job",
-    "Measured",
-    "Mixture",
     "Model",
     "Round",
     "Share",
     "Source",
     "Step",
-    "Streams",
     "Subject",
 )
 #: Vague names of functions, methods and classes that have to be renamed, as ``module.name``. It only becomes shorter.
@@ -61,9 +54,6 @@ VAGUE_NAMES: tuple[str, ...] = (
     "lm_eval.answering.Ending.of",
     "lm_eval.subject.Settings.of",
     "quantization.problem.Problem.of",
-    "tuning.arithmetic.Variants.of",
-    "tuning.plan.TuningPlan.of",
-    "tuning.slices.SliceBundles.of",
 )
 
 #: Words that no first sentence begins with.

@@ -1,4 +1,4 @@
-"""Weights as a recipe stores them, rounded to nearest when they are asked for: nothing is kept, nothing on disk."""
+"""Weights in the formats of a recipe, rounded to nearest whenever they are read: none is kept or written."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from glmexport.quantization.nearest import round_to_nearest
 from glmexport.quantization.stored import stored_linear
 from glmexport.quantization.weights import Weights
 
-#: Weights that are rounded together.
+#: Number of weights that are rounded together.
 _CHUNK = 1 << 24
 
 
 class RoundedWeights(Weights):
-    """Every matrix in its format of ``recipe``, on a ``searched`` grid or on the one that just covers its range.
+    """All matrices in the formats of ``recipe``, on a ``searched`` grid or on the one that just covers the range.
 
     The search costs several times the rounding, and changes no speed. Matrices of a quantized checkpoint keep their
     codes.
@@ -33,15 +33,15 @@ class RoundedWeights(Weights):
         self._searched = searched
         self._stored = {key: form.exact for key, form in checkpoint.quantized.items()} if recipe.keeps_stored else {}
         self._rounded = _formats(architecture, recipe)
-        #: The last matrices that were asked for: codes, scales and zero points come one after the other.
+        #: The matrices that were read last: their codes, scales and zero points are read one after the other.
         self._last: tuple[tuple[str, ...], QuantizedLinear] | None = None
 
     def form(self, key: str) -> Format | None:
-        """Format of the matrix with that checkpoint key; None if it stays in full precision."""
+        """Return the format of the matrix with that checkpoint key; None if it stays in full precision."""
         return self._stored.get(key) or self._rounded.get(key)
 
     def quantized(self, key: str) -> QuantizedLinear:
-        """A matrix, rounded now."""
+        """Return a matrix, which is rounded now."""
         form = self.form(key)
         assert form is not None
         if key in self._stored:
@@ -53,7 +53,7 @@ class RoundedWeights(Weights):
         return QuantizedLinear.concatenate([round_to_nearest(rows, form, importance) for rows in self._chunks(key)])
 
     def packed(self, keys: list[str], what: str) -> Tensor:
-        """``codes``, ``scales`` or ``zero_points``, packed and stacked along their rows."""
+        """Return ``codes``, ``scales`` or ``zero_points``, packed and stacked along their rows."""
         wanted = tuple(keys)
         if self._last is None or self._last[0] != wanted:
             self._last = None
@@ -75,7 +75,7 @@ class RoundedWeights(Weights):
 
 
 def _formats(architecture: Architecture, recipe: Recipe) -> dict[str, Format]:
-    """By weight key, of what the recipe rounds."""
+    """Return the format of each matrix that the recipe rounds, by weight key."""
     forms = planned_formats(architecture, recipe)
     if recipe.keeps_stored:
         forms = {key: forms[key] for key in (architecture.lm_head.weight, architecture.embedding)}

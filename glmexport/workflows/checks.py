@@ -1,4 +1,4 @@
-"""What can refuse a build, and is checked before anything takes long."""
+"""The checks that can refuse a build, made before anything takes long."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from glmexport.workflows.original import Original
 
 
 def refuse_formats(original: Original, job: Job) -> None:
-    """Every format of the recipe must be one of the target's, and an embedding's rows must be whole groups.
+    """Require that every format is one of the target's, and that an embedding's rows are whole groups.
 
     Raises:
-        InputError: one is not, they are not, or the target cannot run the family or hold its caches.
+        InputError: a format is not, the rows are not, or the target cannot run the family or hold its caches.
     """
     recipe, offered = job.recipe, job.target.weights
     _refuse_graph(original, job)
@@ -30,7 +30,7 @@ def refuse_formats(original: Original, job: Job) -> None:
     stored = (form.exact for form in original.checkpoint.quantized.values())
     architecture = original.architecture_for(job.target)
     multiplied = products(architecture)
-    # Formats once each, and whether anything is multiplied by a matrix that has one.
+    # Each format once, with whether anything is multiplied by a matrix that has it.
     used: dict[Format, bool] = {}
     for key, planned in planned_formats(architecture, recipe).items():
         if planned is not None:
@@ -42,7 +42,7 @@ def refuse_formats(original: Original, job: Job) -> None:
                 next_step=f"Take a recipe of {_alternatives(offered.bits)} bits in groups of "
                 f"{_alternatives(offered.group_sizes)}.",
             )
-        # Rows of the embedding are made numbers by arithmetic on every such target, zero points or not.
+        # Every such target decodes rows of the embedding by arithmetic, with zero points or without.
         if offered.symmetric_only and product and not form.symmetric:
             raise InputError(
                 f"The recipe {recipe.name} uses {form.label} with zero points, which the target {job.target.name} has "
@@ -67,7 +67,7 @@ def refuse_formats(original: Original, job: Job) -> None:
 
 
 def _refuse_graph(original: Original, job: Job) -> None:
-    """What the target's capabilities rule out, whatever the formats are."""
+    """Refuse what the target's capabilities rule out, whatever the formats are."""
     architecture, target, limits = original.architecture, job.target, job.target.graph
     if limits.static_shapes:
         _refuse_fixed(original, job)
@@ -110,7 +110,7 @@ def _refuse_graph(original: Original, job: Job) -> None:
 
 
 def _refuse_fixed(original: Original, job: Job) -> None:
-    """What graphs of fixed shapes cannot hold."""
+    """Refuse what graphs of fixed shapes cannot hold."""
     architecture, target = original.architecture, job.target
     reason = ""
     if architecture.routed:
@@ -127,7 +127,7 @@ def _refuse_fixed(original: Original, job: Job) -> None:
 
 
 def _refuse_sizes(original: Original, job: Job) -> None:
-    """What the target's memory rules out: known from shapes and formats before anything is computed."""
+    """Refuse what the target's memory rules out: known from shapes and formats before anything is computed."""
     architecture, recipe, memory = original.architecture, job.recipe, job.target.memory
     expected = estimate(architecture, recipe, 1.0, None).bundle_bytes
     if memory.max_weight_bytes is not None and expected > memory.max_weight_bytes:
@@ -156,7 +156,7 @@ def _alternatives(values: Sequence[int]) -> str:
 
 
 def refuse_existing(directory: Path, force: bool, mark: str = "bundle.json", kind: str = "a bundle") -> None:
-    """Nothing is overwritten unless asked for, and then only what has the file ``mark``, or an empty directory."""
+    """Refuse to overwrite an output without ``force``; with it, all but an empty directory or one with ``mark``."""
     if directory.exists() and not force:
         raise InputError(
             f"{directory} exists.", next_step="Choose another directory with -o, or replace it with --force."
@@ -171,14 +171,14 @@ def refuse_existing(directory: Path, force: bool, mark: str = "bundle.json", kin
 
 
 def require_space(original: Original, recipe: Recipe, parent: Path) -> None:
-    """The bundle, the committed blocks and the activations must fit beside each other.
+    """Require disk space for the bundle, the committed blocks and the activations beside each other.
 
     Under a budget the activations are at least those of all trials, which are gone before the walk begins.
     """
     architecture = original.architecture
     tokens = recipe.calibration.tokens if recipe.calibration else 0
-    # Both streams, before a block, between its branches and behind it, and what experts add to them; and what one of
-    # its linears reads.
+    # Both streams: before a block, between its branches and after it, and what experts add to them; and the input of
+    # one of its linears.
     widest = max(linear.in_features for _, linear in architecture.linears)
     kept = 9 if architecture.routed else 7
     streams = tokens * (kept * architecture.hidden_size + widest) * 4
