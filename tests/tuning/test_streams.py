@@ -23,7 +23,7 @@ from glmexport.reference.reference import Reference
 from glmexport.tuning.arithmetic import Variants
 from glmexport.tuning.rounding import RoundedWeights
 from glmexport.tuning.slices import units
-from glmexport.tuning.streams import DocumentDivergence, GraphPart, ArithmeticStreams, summarized
+from glmexport.tuning.streams import ArithmeticStreams, DocumentDivergence, GraphPart, summarized
 from glmexport.validation.fidelity import Streamed
 from glmexport.validation.reference import reference_states
 from glmexport.validation.texts import EvaluationText
@@ -114,10 +114,14 @@ def test_a_quantized_cache_block_by_block_is_the_bundles(kind: str, tmp_path: Pa
     session = ScoringSession(tmp_path / "bundle", manifest, 1)
     variants = {"exact": exact, "codes": target}
     work = WorkDirectory(tmp_path / "work", {})
-    parts = ArithmeticStreams("n", weights, reference, Variants(variants, "exact", {"codes": "exact"}), TEXTS, work, 1,
-    text) parts._run(Silent()) folder = tmp_path / "head" folder.mkdir() parts._write((), folder) found = {key:
-    GraphPart(folder / f"{key}.onnx", variants[key], 1) for key in variants} for index, (ids, span) in
-    enumerate(zip((text.ids for text in TEXTS), parts._spans, strict=False)):
+    arithmetics = Variants(variants, "exact", {"codes": "exact"})
+    parts = ArithmeticStreams("n", weights, reference, arithmetics, TEXTS, work, 1, text)
+    parts._run(Silent())
+    folder = tmp_path / "head"
+    folder.mkdir()
+    parts._write((), folder)
+    found = {key: GraphPart(folder / f"{key}.onnx", variants[key], 1) for key in variants}
+    for index, (ids, span) in enumerate(zip((text.ids for text in TEXTS), parts._spans, strict=False)):
         logits = {
             key: part.run(LOGITS, ids, parts._rows(parts._steps[-1], key, span))[0] for key, part in found.items()
         }
