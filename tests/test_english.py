@@ -19,7 +19,6 @@ UNREAD: tuple[str, ...] = (
     "assembly",
     "bundle",
     "demo",
-    "devices",
     "engine",
     "formats",
     "graph.caches",
@@ -40,9 +39,7 @@ UNREAD: tuple[str, ...] = (
 SHARED_NAMES: tuple[str, ...] = (
     "Answer",
     "GenaiSequence",
-    "Job",
     "Model",
-    "Round",
     "Share",
     "Source",
     "Step",

@@ -1,4 +1,4 @@
-"""What a validation measures, from what a device answered: against the captured original, by the same gates."""
+"""A validation from the answers of a device: against the captured original, by the same gates."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from glmexport.bundle.bundle import Bundle
 from glmexport.devices.answers import DeviceAnswers
-from glmexport.devices.job import Job, PromptQuestion, SpeedRequest, TextQuestion, write_job
+from glmexport.devices.job import DeviceJob, PromptQuestion, SpeedRequest, TextQuestion, write_job
 from glmexport.foundation.target import Gates
 from glmexport.results.behaviour import Behaviour
 from glmexport.results.device import DeviceResult
@@ -28,15 +28,15 @@ _NO_ENERGY = "Devices do not tell the energy they take."
 
 @dataclass(frozen=True)
 class DeviceJudge:
-    """A judge of what devices answer about ``bundle``, by what ``captured`` kept of its original."""
+    """A judge of the devices' answers about ``bundle``, by the answers of its original in ``captured``."""
 
     bundle: Bundle
     captured: CapturedReference
     plan: ValidationPlan
     policy: Gates
 
-    def write_job(self, folder: Path, threads: int | None) -> Job:
-        """Ask everything that was captured, and for speed."""
+    def write_job(self, folder: Path, threads: int | None) -> DeviceJob:
+        """Write a job that asks everything that was captured, and for speed."""
         texts = self.captured.texts
         asked = [
             TextQuestion(text.ids, text.prefix, self.captured.kept(index).tokens, self.captured.audited(index))
@@ -60,7 +60,7 @@ class DeviceJudge:
         )
 
     def validation(self, answers: DeviceAnswers) -> Validation:
-        """Return everything that can be told from a device's answers, and the verdict."""
+        """Return everything that a device's answers show, and the verdict."""
         capture, tokenizer = self.captured.capture, self.bundle.tokenizer
         divergences = [
             answers.divergence(index, self.captured.kept(index)) for index in range(len(self.captured.texts))
@@ -88,7 +88,7 @@ class DeviceJudge:
         captured = self.captured.capture.answers
         if not answers.job.prompts or not captured:
             return None
-        # Alone only: a job has no batches.
+        # Each prompt is asked alone: a job has no batches.
         given = Answers(
             [list(answer.tokens) for answer in captured],
             [answers.tokens(index) for index in range(len(captured))],
@@ -100,7 +100,7 @@ class DeviceJudge:
         return judge([answer.question for answer in captured], given, self.bundle.tokenizer)
 
     def _performance(self, answers: DeviceAnswers) -> tuple[Performance | None, str | None]:
-        """What the device timed, or why that says nothing."""
+        """Return what the device timed, or why that says nothing."""
         result, asked = answers.result, answers.job.speed
         speed = result.speed
         if result.device.emulated or speed is None or asked is None:
