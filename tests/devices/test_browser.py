@@ -41,7 +41,9 @@ def runner() -> BrowserRunner:
     return BrowserRunner()
 
 
-def logits_job(folder: Path, table: NDArray[np.float32], kept: int, provider: str = "CPUExecutionProvider") -> DeviceJob:
+def logits_job(
+    folder: Path, table: NDArray[np.float32], kept: int, provider: str = "CPUExecutionProvider"
+) -> DeviceJob:
     """A job whose graph looks up the logits behind each token in ``table`` [vocabulary, vocabulary]."""
     inputs = [
         helper.make_tensor_value_info(name, TensorProto.INT64, ["batch", size])
