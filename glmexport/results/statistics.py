@@ -8,10 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-from scipy.special import ndtr, ndtri, stdtr, stdtrit
+from statistics import NormalDist
 
 from glmexport.results.fidelity import Estimate
+from glmexport.results.student import two_sided_quantile, two_sided_tail
+
+_NORMAL = NormalDist()
 
 
 def holm(p_values: Sequence[float], alpha: float) -> list[bool]:
@@ -26,7 +28,7 @@ def holm(p_values: Sequence[float], alpha: float) -> list[bool]:
 
 @dataclass(frozen=True)
 class Difference:
-    """Of two independent estimates, the second less the first."""
+    """The difference of two independent estimates: the second less the first."""
 
     value: float
     #: The true difference is outside of both together in one case of 1 / (1 - confidence).
@@ -55,8 +57,8 @@ def difference(old: Estimate, new: Estimate, confidence: float) -> Difference:
     # Welch and Satterthwaite; an estimate without error has no share in the degrees of freedom.
     shares = [(part / error) ** 4 / (each.documents - 1) for part, each in zip(errors, (old, new), strict=True) if part]
     freedom = 1 / sum(shares)
-    reach = float(stdtrit(freedom, (1 + confidence) / 2)) * error
-    return Difference(value, value - reach, value + reach, float(2 * stdtr(freedom, -abs(value) / error)))
+    reach = two_sided_quantile(freedom, 1 - confidence) * error
+    return Difference(value, value - reach, value + reach, two_sided_tail(freedom, abs(value) / error))
 
 
 def log_ratio(
@@ -71,13 +73,13 @@ def log_ratio(
     spans = (
         math.log(upper / lower) if lower > 0 and math.isfinite(upper) else math.inf for _, lower, upper in (old, new)
     )
-    error = math.hypot(*spans) / 2 / float(ndtri(reached))
+    error = math.hypot(*spans) / 2 / _NORMAL.inv_cdf(reached)
     if not math.isfinite(error):
         return Difference(value, -math.inf, math.inf, 1.0)
     if error == 0:
         return Difference(value, value, value, 0.0 if value else 1.0)
-    reach = float(ndtri((1 + confidence) / 2)) * error
-    return Difference(value, value - reach, value + reach, float(2 * ndtr(-abs(value) / error)))
+    reach = _NORMAL.inv_cdf((1 + confidence) / 2) * error
+    return Difference(value, value - reach, value + reach, math.erfc(abs(value) / error / math.sqrt(2)))
 
 
 def _error(estimate: Estimate) -> float:
