@@ -12,6 +12,7 @@ EXTRAS = {
     "PyKCS11": "pkcs11",
     "asyncssh": "devices",
     "auto_round": "peers",
+    "glmexport-demo": "demo",
     "gptqmodel": "gptq",
     "huggingface_hub": "build",
     "lm_eval": "lm-eval",
