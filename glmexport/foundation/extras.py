@@ -25,6 +25,7 @@ EXTRAS = {
     "playwright": "browser",
     "prometheus_client": "serve",
     "py3langid": "build",
+    "regex": "build",
     "sacrebleu": "build",
     "safetensors": "build",
     "scipy": "build",
