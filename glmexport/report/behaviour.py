@@ -144,7 +144,7 @@ def _one_character(pair: str) -> bool:
     """Return whether a reader sees one character in two that follow each other."""
     if len(pair) < 2:
         return False
-    before, after = pair
+    before, after = pair[0], pair[1]
     return (
         unicodedata.category(after).startswith("M")
         or after in _JOINING
