@@ -207,7 +207,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     def call(*arguments: str | Path) -> Outcome:
         monkeypatch.setattr("sys.argv", ["glmexport", *map(str, arguments)])
         capsys.readouterr()
-        code = main._run()
+        code = main.run_command()
         captured = capsys.readouterr()
         return Outcome(code, captured.out, captured.err)
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import click
 
-from glmexport.cli.console import Terminal, emit, gibibytes
+from glmexport.cli.console import Terminal, emit
 from glmexport.cli.options import adapter_option, checkpoint_argument, evaluation_options, json_option, threads_option
+from glmexport.report.text import brief_size
 
 
 @click.command()
@@ -78,7 +79,7 @@ def reference(
             "free answers": "none; --draft BUNDLE has them captured too"
             if captured.answers is None
             else f"{len(captured.answers)} prompts",
-            "size": gibibytes(size),
+            "size": brief_size(size),
         },
     )
     if captured.reference_check:

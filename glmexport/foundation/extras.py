@@ -1,4 +1,4 @@
-"""Packages that glmexport runs without until they are asked for, and the extra that brings each."""
+"""Packages that glmexport needs for some commands only, and the extra that brings each."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 
 from glmexport.foundation.errors import MachineError
 
-#: By the name that is imported.
+#: Extras by the name that is imported.
 EXTRAS = {
     "OpenSSL": "sign",
     "PyKCS11": "pkcs11",
@@ -40,7 +40,7 @@ _CPU_TORCH = "pip install torch --index-url https://download.pytorch.org/whl/cpu
 
 
 def lacking(error: ImportError, extra: str | None = None) -> MachineError | None:
-    """Return what to say of a package that cannot be imported; None where it is ours, or Python's, and so a bug.
+    """Return the error for a package that cannot be imported; None where it is ours, or Python's, and so a bug.
 
     Args:
         error: What the import raised.

@@ -35,7 +35,7 @@ class AnswerRow:
 
 
 def answer_rows(behaviour: Behaviour) -> list[AnswerRow]:
-    """What is told of all answers together."""
+    """Return the rows about all answers together."""
     overall = behaviour.overall
     rows = [
         AnswerRow(
@@ -99,7 +99,7 @@ def answer_rows(behaviour: Behaviour) -> list[AnswerRow]:
 
 
 def language_row(row: LanguageBehaviour) -> tuple[str, ...]:
-    """Figures of one language: answers, identical, prefix, tokens, ends, loops and drift."""
+    """Return the figures of one language: answers, identical, prefix, tokens, ends, loops and drift."""
     return (
         text.number(row.answers),
         text.number(row.identical),
@@ -115,7 +115,7 @@ def language_row(row: LanguageBehaviour) -> tuple[str, ...]:
 _JOINER = "\u200d"
 _JOINING = {_JOINER, "\u200c", *map(chr, range(0x1F3FB, 0x1F400))}
 _FLAGS = {*map(chr, range(0x1F1E6, 0x1F200))}
-#: Heads of what ``language_row`` gives.
+#: Heads of the columns that ``language_row`` returns.
 LANGUAGE_HEADS = (
     "Answers",
     "Same",
@@ -128,12 +128,12 @@ LANGUAGE_HEADS = (
 
 
 def kind(answer: Answer) -> str:
-    """What was asked, in words: "Question, Thai"."""
+    """Return what was asked, in words: "Question, Thai"."""
     return _KINDS[answer.kind] + (f", {language_name(answer.language)}" if answer.language else "")
 
 
 def parted(original: str, bundle: str) -> tuple[str, str, str]:
-    """Return what both texts begin with, in whole characters with their marks, and what each goes on with."""
+    """Return what both texts begin with, in whole characters with their marks, and how each goes on."""
     end = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(original, bundle, strict=False)))
     while end and any(_one_character(text[end - 1 : end + 1]) for text in (original, bundle)):
         end -= 1

@@ -1,4 +1,4 @@
-"""How sure a difference between two bundles' figures is.
+"""Statistics of the differences between the figures of two bundles.
 
 The difference of two means (Welch, Biometrika 34, 1947), and Holm's correction (Scand. J. Statist. 6, 1979).
 """
@@ -17,7 +17,7 @@ _NORMAL = NormalDist()
 
 
 def holm(p_values: Sequence[float], alpha: float) -> list[bool]:
-    """Which hypotheses fall, so that the chance of a single wrong one among them stays below ``alpha``."""
+    """Return which hypotheses fall, so that the chance of a single wrong one among them stays below ``alpha``."""
     fallen = [False] * len(p_values)
     for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
         if p_values[index] > alpha / (len(p_values) - rank):
@@ -28,7 +28,7 @@ def holm(p_values: Sequence[float], alpha: float) -> list[bool]:
 
 @dataclass(frozen=True)
 class Difference:
-    """The difference of two independent estimates: the second less the first."""
+    """The difference of two independent estimates, the second less the first."""
 
     value: float
     #: The true difference is outside of both together in one case of 1 / (1 - confidence).
@@ -39,7 +39,7 @@ class Difference:
 
 
 def difference(old: Estimate, new: Estimate, confidence: float) -> Difference:
-    """``new`` less ``old``, whose samples are taken as independent: standard errors in quadrature, and Welch's t.
+    """Return ``new`` less ``old``, taken as independent: standard errors in quadrature, and Welch's t.
 
     Means whose documents are the same hang together, mostly so that what is hard for one is hard for the other: then
     the interval is wider than it need be. What is not finite differs surely from what is, and not from its like.
@@ -64,7 +64,7 @@ def difference(old: Estimate, new: Estimate, confidence: float) -> Difference:
 def log_ratio(
     old: tuple[float, float, float], new: tuple[float, float, float], reached: float, confidence: float
 ) -> Difference:
-    """ln(``new`` / ``old``) of two independent positive figures, each as value, lower and upper bound.
+    """Return ln(``new`` / ``old``) of two independent positive figures, each given as value, lower and upper bound.
 
     Each bound is passed in one case of 1 / (1 - ``reached``). Half the logarithm of upper over lower is that many
     normal quantiles of the standard error; the errors of both add in quadrature.

@@ -155,14 +155,14 @@ class Streams:
 
     def _through(self, key: str, folder: Path, before: str) -> Iterator[Tensor]:
         """Rows [length, 1, D] of every text behind the graph in ``folder``."""
-        part = _Part(folder / f"{key}.onnx", self._targets[key], self._threads)
+        part = GraphPart(folder / f"{key}.onnx", self._targets[key], self._threads)
         for ids, span in zip(self._sequences, self._spans, strict=True):
             yield part.run(STREAM_OUT, ids, self._rows(before, key, span)).transpose(0, 1)
 
     def _calibrate(self, key: str, layers: Sequence[DecoderLayer], folder: Path, before: str) -> None:
         """Put scales into the graph of a variant with a quantized cache."""
         floats, path = self._floats[key], folder / f"{key}.onnx"
-        part = _Part(folder / f"{floats}.onnx", self._targets[floats], self._threads)
+        part = GraphPart(folder / f"{floats}.onnx", self._targets[floats], self._threads)
         gauges = CacheGauges(layers, self._targets[key].graph)
         first = len(self._texts)
         for turn in range(gauges.passes):
@@ -184,7 +184,8 @@ class Streams:
         with tempfile.TemporaryDirectory(dir=self._work.path) as folder:
             self._write((), Path(folder))
             heads = {
-                key: _Part(Path(folder) / f"{key}.onnx", target, self._threads) for key, target in self._targets.items()
+                key: GraphPart(Path(folder) / f"{key}.onnx", target, self._threads)
+                for key, target in self._targets.items()
             }
             with progress.track(f"Divergence: {self._name}, head", len(self._texts)) as track:
                 # Without what caches were calibrated on.
@@ -208,7 +209,7 @@ class Streams:
         return measured
 
 
-class _Part:
+class GraphPart:
     """A graph of some blocks, or of the head, with empty caches before every text."""
 
     def __init__(self, graph: Path, target: Target, threads: int) -> None:

@@ -1,4 +1,4 @@
-"""How sure a mean over evaluation text is. Positions of one document hang together, so documents are the sample.
+"""Statistics of means over evaluation text. Positions of one document hang together, so documents are the sample.
 
 The mean of a ratio with its cluster-robust error (Cochran, Sampling Techniques, 1977, section 6; for model evaluation
 Miller, arXiv 2411.00640), and bounds from Student's t.
@@ -23,12 +23,12 @@ _SKEWED = 3
 POWER = 0.8
 _MOST_DOCUMENTS = 20_000
 
-#: See ``Estimate.kind``.
+#: Kind of the estimate, as in ``Estimate.kind``.
 Kind = Literal["signed", "positive", "share"]
 
 
 def clustered_mean(sums: ArrayLike, counts: ArrayLike, kind: Kind) -> Estimate:
-    """The mean over all positions, and its standard error.
+    """Return the mean over all positions, and its standard error.
 
     Args:
         sums: [D], over the positions of each document.
@@ -49,7 +49,7 @@ def clustered_mean(sums: ArrayLike, counts: ArrayLike, kind: Kind) -> Estimate:
 
 
 def bounds(estimate: Estimate, confidence: float) -> tuple[float, float]:
-    """Lower and upper bound, each of which the true mean is beyond in one case of 1 / (1 - ``confidence``).
+    """Return lower and upper bound; the true mean is beyond each in one case of 1 / (1 - ``confidence``).
 
     The upper bound of a share of which nothing was seen is that of as many independent positions without a single case,
     1 - (1 - confidence)^(1 / positions).
@@ -79,7 +79,7 @@ def _above(estimate: Estimate, limit: float) -> tuple[float, float]:
 
 
 def p_value(estimate: Estimate, limit: float) -> float:
-    """Chance of a mean this large or larger if the true one were ``limit``: small where it must be above the limit.
+    """Return the chance of a mean this large or larger if the true one were ``limit``; it is small for a mean above it.
 
     What is not finite is above every limit.
     """
@@ -94,7 +94,7 @@ def p_value(estimate: Estimate, limit: float) -> float:
 
 
 def documents_needed(estimate: Estimate, limit: float, confidence: float, tests: int = 1) -> int | None:
-    """Documents of the same kind with which the limit is surely kept, or surely broken, in four of five samples.
+    """Return how many documents of the same kind surely keep, or surely break, the limit in four of five samples.
 
     If the value found is the true one. Below the limit they are for the upper bound to keep it, above it for the
     strictest of as many ``tests`` of Holm's. None where no number would do, or nothing says how many.
@@ -115,7 +115,7 @@ def documents_needed(estimate: Estimate, limit: float, confidence: float, tests:
 
 
 def showable_limit(estimate: Estimate, confidence: float) -> float | None:
-    """The smallest limit that as many documents would surely keep in four of five samples.
+    """Return the smallest limit that as many documents would surely keep in four of five samples.
 
     If the value is the true one. None where nothing says how far documents differ.
     """

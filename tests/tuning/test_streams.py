@@ -22,7 +22,7 @@ from glmexport.quantization.store import WorkDirectory
 from glmexport.reference.reference import Reference
 from glmexport.tuning.rounding import RoundedWeights
 from glmexport.tuning.slices import units
-from glmexport.tuning.streams import Document, Streams, _Part, summarized
+from glmexport.tuning.streams import Document, GraphPart, Streams, summarized
 from glmexport.validation.fidelity import Streamed
 from glmexport.validation.reference import reference_states
 from glmexport.validation.texts import EvaluationText
@@ -101,7 +101,7 @@ def test_blocks_one_by_one_are_the_whole_graph(family: str, tmp_path: Path) -> N
     folder = tmp_path / "head"
     folder.mkdir()
     parts._write((), folder)
-    head = _Part(folder / "level-0.onnx", at_level(0), 1)
+    head = GraphPart(folder / "level-0.onnx", at_level(0), 1)
     for text, span in zip(TEXTS, parts._spans, strict=True):
         logits = head.run(LOGITS, text.ids, parts._rows(parts._steps[-1], "level-0", span))[0]
         assert (logits - session.logits(text.ids)).abs().max() < 1e-4
@@ -138,7 +138,7 @@ def test_a_quantized_cache_block_by_block_is_the_bundles(kind: str, tmp_path: Pa
     folder = tmp_path / "head"
     folder.mkdir()
     parts._write((), folder)
-    found = {key: _Part(folder / f"{key}.onnx", variants[key], 1) for key in variants}
+    found = {key: GraphPart(folder / f"{key}.onnx", variants[key], 1) for key in variants}
     for index, (ids, span) in enumerate(zip((text.ids for text in TEXTS), parts._spans, strict=False)):
         logits = {
             key: part.run(LOGITS, ids, parts._rows(parts._steps[-1], key, span))[0] for key, part in found.items()
