@@ -117,19 +117,19 @@ def _now(form: str) -> str:
     return datetime.now().strftime(form)
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
+def environment() -> ImmutableSandboxedEnvironment:
     """Return what the templates of checkpoints are written for: the environment that transformers renders them in."""
-    environment = ImmutableSandboxedEnvironment(
+    made = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
     )
-    environment.filters["tojson"] = _to_json
-    environment.globals.update(raise_exception=_raise, strftime_now=_now, dict=_Dictionary(), namespace=_Namespace)
-    return environment
+    made.filters["tojson"] = _to_json
+    made.globals.update(raise_exception=_raise, strftime_now=_now, dict=_Dictionary(), namespace=_Namespace)
+    return made
 
 
 @lru_cache(8)
 def _compiled(template: str) -> Template:
-    return _environment().from_string(template)
+    return environment().from_string(template)
 
 
 def _aliased(message: dict[str, Any]) -> dict[str, Any]:

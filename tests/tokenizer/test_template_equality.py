@@ -13,10 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from serving import scripted
+from transformers.utils import chat_template_utils
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from glmexport.demo import demo_checkpoint
-from glmexport.tokenizer.template_process import render
+from glmexport.tokenizer.template_process import environment, render
 
 #: Everything that an environment for chat templates offers, in the ways that GLM's use it.
 EVERYTHING = """[gMASK]<sop>
@@ -205,20 +206,17 @@ def test_the_date_is_that_of_transformers() -> None:
     assert before <= ours <= datetime.now().strftime(form) and theirs[:10] <= ours
 
 
-def names(environment: jinja2.Environment) -> Iterable[set[str]]:
+def names(found: jinja2.Environment) -> Iterable[set[str]]:
     """Return what a template can name, and what it is parsed with."""
-    yield set(environment.globals)
-    yield set(environment.filters)
-    yield set(environment.tests)
-    yield {tag for extension in environment.extensions.values() for tag in extension.tags}
+    yield set(found.globals)
+    yield set(found.filters)
+    yield set(found.tests)
+    yield {tag for extension in found.extensions.values() for tag in extension.tags}
     yield {
-        f"{name}={getattr(environment, name)}" for name in ("trim_blocks", "lstrip_blocks", "autoescape", "undefined")
+        f"{name}={getattr(found, name)}" for name in ("trim_blocks", "lstrip_blocks", "autoescape", "undefined")
     }
 
 
 def test_the_environment_has_what_that_of_transformers_has() -> None:
-    from transformers.utils.chat_template_utils import _compile_jinja_template
-
-    from glmexport.tokenizer.template_process import _environment
-
-    assert [*names(_environment())] == [*names(_compile_jinja_template("").environment)]
+    theirs = chat_template_utils._compile_jinja_template("").environment
+    assert [*names(environment())] == [*names(theirs)]
