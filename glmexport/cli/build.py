@@ -80,13 +80,14 @@ def build(
     from glmexport.cli.verdict import exit_code, show, show_unrun
     from glmexport.foundation.target import open_policy, open_target
     from glmexport.validation.behaviour.tasks import read_tasks
-    from glmexport.validation.run import ValidationPlan
+    from glmexport.validation.conditions import ValidationPlan
     from glmexport.workflows.build import BuiltUnrun
     from glmexport.workflows.build import build as compile_bundles
     from glmexport.workflows.device import device_name as name_of
     from glmexport.workflows.device import open_device
     from glmexport.workflows.estimate import estimate, measured_flops
-    from glmexport.workflows.job import Original, budget_of, formats_of, jobs_of, listed_unused
+    from glmexport.workflows.job import budget_of, jobs_of
+    from glmexport.workflows.original import Original, formats_of, listed_unused
     from glmexport.workflows.validate import BuildOptions, command_line
 
     terminal = Terminal()

@@ -16,7 +16,7 @@ from glmexport.report.text import brief_duration, brief_share, brief_size
 
 if TYPE_CHECKING:
     from glmexport.workflows.inspect import DraftLayer, Inspection, Mixture, TargetEstimate, Unfinished
-    from glmexport.workflows.job import Original
+    from glmexport.workflows.original import Original
 
 
 @click.command()
@@ -35,7 +35,7 @@ def inspect(
     from glmexport.architecture.registry import UNFINISHED
     from glmexport.checkpoint.checkpoint import Checkpoint
     from glmexport.workflows.inspect import inspect_original, inspect_unfinished
-    from glmexport.workflows.job import Original
+    from glmexport.workflows.original import Original
 
     terminal = Terminal()
     opened = Checkpoint.open(checkpoint, None, adapter)
@@ -73,7 +73,7 @@ def _show_unfinished(terminal: Terminal, known: Unfinished) -> None:
 
 def _facts(inspection: Inspection, original: Original) -> dict[str, str]:
     """Return what people read of a checkpoint, by name."""
-    from glmexport.workflows.job import formats_of, listed_unused
+    from glmexport.workflows.original import formats_of, listed_unused
 
     tokenizer, merged = inspection.tokenizer, original.checkpoint.adapter
     return {

@@ -45,10 +45,11 @@ def reference(
     One block is in memory at a time. Finished blocks are kept until the end: after an interruption the same command
     goes on where it stopped.
     """
+    from glmexport.bundle.bundle import Bundle
     from glmexport.cli.verdict import told_check
-    from glmexport.validation.run import ValidationPlan
+    from glmexport.validation.conditions import ValidationPlan
     from glmexport.workflows.capture import CaptureOptions, capture_reference
-    from glmexport.workflows.job import Original
+    from glmexport.workflows.original import Original
 
     terminal = Terminal()
     original = Original.open(checkpoint, terminal, adapter)
@@ -63,7 +64,8 @@ def reference(
         },
     )
     plan = ValidationPlan(positions_per_language=positions)
-    options = CaptureOptions(threads, plan, top_k, force, draft, evaluation)
+    drafting = Bundle.open(draft) if draft else None
+    options = CaptureOptions(threads, plan, top_k, force, drafting, evaluation)
     captured = capture_reference(original, output, options, terminal)
     positions = sum(text.positions for text in captured.texts)
     size = sum(entry.size for entry in captured.files)

@@ -28,7 +28,7 @@ def push(
     as_json: bool,
 ) -> None:
     """Send the image LAYOUT that package --oci wrote to a registry; what is there already is not sent again."""
-    from glmexport.release.registry import ImageReference, RegistryAccess
+    from glmexport.release.access import ImageReference, RegistryAccess
     from glmexport.release.transfer import push as push_layout
 
     terminal = Terminal()
@@ -69,7 +69,7 @@ def pull(
     as_json: bool,
 ) -> None:
     """Get a bundle from a registry, by its digest or by a tag, and verify it before it is put in place."""
-    from glmexport.release.registry import ImageReference, RegistryAccess
+    from glmexport.release.access import ImageReference, RegistryAccess
     from glmexport.release.release import read_release
     from glmexport.release.transfer import pull as pull_bundle
 

@@ -147,11 +147,11 @@ def check(bundle: Path, trust: Trust, as_json: bool) -> int:
     from glmexport.foundation.host import Host
     from glmexport.release.opening import open_signed
 
-    manifest = open_signed(bundle, trust, Terminal())
-    checks = fit(manifest, Host.this())
+    opened = open_signed(bundle, trust, Terminal())
+    checks = fit(opened, Host.this())
     runs = all(each.holds for each in checks)
     if as_json:
-        document = {"target": manifest.target.name, "runs": runs, "checks": [asdict(each) for each in checks]}
+        document = {"target": opened.target.name, "runs": runs, "checks": [asdict(each) for each in checks]}
         emit(json.dumps(document, indent=2, ensure_ascii=False))
     else:
         table = _table("condition", "", "")
@@ -159,7 +159,7 @@ def check(bundle: Path, trust: Trust, as_json: bool) -> int:
             table.add_row(each.name, Text("yes", "green") if each.holds else Text("no", "red"), Text(each.detail))
         console = Terminal().console
         console.print(table)
-        console.print(f"{bundle} was built for {manifest.target.name} and {'can' if runs else 'cannot'} run here.")
+        console.print(f"{bundle} was built for {opened.target.name} and {'can' if runs else 'cannot'} run here.")
     return EXIT_PASS if runs else EXIT_BLOCK
 
 

@@ -116,8 +116,8 @@ def tune(
     """
     from glmexport.foundation.machine import cores
     from glmexport.foundation.target import open_target
-    from glmexport.workflows.job import Original
-    from glmexport.workflows.tune import TuneOptions
+    from glmexport.tuning.options import TuneOptions
+    from glmexport.workflows.original import Original
     from glmexport.workflows.tune import tune as tune_target
 
     terminal = Terminal()

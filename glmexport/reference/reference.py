@@ -40,12 +40,23 @@ class Reference:
         self.checkpoint = checkpoint
         self.architecture = architecture
         self.device = device
+        self._substitute: Substitute | None = None
+        self._embed: Callable[[Tensor], Tensor] | None = None
         _, config = completed(checkpoint)
         model: Any = skeleton(config)
         self._decoder: Any = model.model
         # The rotary tables are computed, not stored, so this module cannot stay on the meta device.
         rotary: Any = type(self._decoder.rotary_emb)
         self._rotary: nn.Module = rotary(config)
+
+    def exchanged(self, substitute: Substitute, embed: Callable[[Tensor], Tensor] | None = None) -> Reference:
+        """Return this model with the weights that ``substitute`` has in place of the checkpoint's.
+
+        ``embed``, if given, looks up embeddings [..., hidden] fp32 of token ids in a table of its own.
+        """
+        other = copy.copy(self)
+        other._substitute, other._embed = substitute, embed
+        return other
 
     def read(self, key: str) -> Tensor:
         """Return the checkpoint's tensor, fp32 on the device."""
@@ -58,10 +69,11 @@ class Reference:
     def block(
         self, layer: DecoderLayer, substitute: Substitute | None = None, *, only: Collection[str] | None = None
     ) -> Block:
-        """Return decoder layer ``layer`` with its weights in fp32; of the linears those of the taps ``only``, if given.
+        """Return decoder layer ``layer`` with weights in fp32; of its linears those of the taps ``only``, if given.
 
         Routed experts are read when tokens choose them.
         """
+        substitute = substitute or self._substitute
         module = copy.deepcopy(self._decoder.layers[layer.index])
         left_out = [linear for linear in layer.linears if only is not None and linear.tap not in only]
         absent = {key for linear in left_out for key in (linear.weight, linear.bias_key)}
@@ -95,6 +107,8 @@ class Reference:
 
     def embed(self, ids: Tensor) -> Tensor:
         """Return the embeddings [..., hidden] fp32 of token ``ids``; reads the table in slabs."""
+        if self._embed:
+            return self._embed(ids)
         wanted, position = torch.unique(ids, return_inverse=True)
         key = self.architecture.embedding
         rows = torch.empty(len(wanted), self.architecture.hidden_size)

@@ -14,10 +14,12 @@ from glmexport.checkpoint.adapter import Adapter
 from glmexport.checkpoint.checkpoint import Checkpoint
 from glmexport.foundation.errors import InputError
 from glmexport.foundation.target import shipped_targets
-from glmexport.graph.build import cache_bytes_per_token
+from glmexport.graph.caches import cache_bytes_per_token
 from glmexport.tokenizer.tokenizer import Tokenizer
+from glmexport.workflows.checks import refuse_formats
 from glmexport.workflows.estimate import estimate, measured_flops
-from glmexport.workflows.job import NO_DRAFTS, Job, Original, recipe_for, refuse_formats
+from glmexport.workflows.job import Job, recipe_for
+from glmexport.workflows.original import NO_DRAFTS, Original
 
 #: What becomes, in a bundle, of the layer that predicts further ahead, if it is not left out.
 DRAFTS = "drafts"

@@ -19,13 +19,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from signatures import COUNTER, SCRIPT, Authority, Judge, Pair, make_authority, pair, resign, sign_with, tree
 
+from glmexport.bundle.bundle import Bundle
 from glmexport.bundle.manifest import EVIDENCE, MANIFEST, is_evidence
 from glmexport.foundation.errors import EXIT_INPUT, EXIT_UNVERIFIED
 from glmexport.foundation.progress import Silent
 from glmexport.release import verifier
 from glmexport.release.keys import KeyFiles, open_signatory
 from glmexport.release.release import Release, read_release
-from glmexport.release.signing import sign
+from glmexport.workflows.sign import sign_bundle
 
 FILES = [
     "attestations/ml-bom.json",
@@ -320,7 +321,7 @@ def test_a_release_that_says_nothing_is_refused(
 
 def by_certificate(bundle: Path, authority: Authority, chain: tuple[Path, ...]) -> None:
     files = KeyFiles(authority.key, authority.certificate, chain)
-    sign(bundle, open_signatory(files), counter=8, golden=False, progress=Silent())
+    sign_bundle(Bundle.open(bundle), open_signatory(files), counter=8, golden=False, progress=Silent())
 
 
 def test_a_certificate_is_verified_by_its_root(
