@@ -17,12 +17,12 @@ from torch import Tensor
 
 from glmexport.architecture.description import DecoderLayer, Linear
 from glmexport.calibration.sequences import CalibrationSet
+from glmexport.formats.nearest import round_to_nearest
 from glmexport.foundation.progress import Progress
 from glmexport.foundation.recipe import Format
 from glmexport.quantization.allocation import EMBEDDING_TAP, HEAD_TAP, TieGroup
 from glmexport.quantization.deviation import Outputs, of_head, of_states, of_states_and_head
 from glmexport.quantization.memory import MemoryPlan, compared_trials
-from glmexport.quantization.nearest import round_to_nearest
 from glmexport.quantization.store import WorkDirectory
 from glmexport.reference.reference import Block, Reference
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from glmexport.formats.grid import minmax_grid, searched_grid
+from glmexport.formats.nearest import round_to_nearest, stored
 from glmexport.formats.quantized_linear import QuantizedLinear
 from glmexport.foundation.recipe import Format, Solver
 from glmexport.quantization.factor import Factor
 from glmexport.quantization.goal import Goal, Sample, shrinkage
-from glmexport.quantization.nearest import round_to_nearest, stored
 from glmexport.quantization.order import ColumnOrder, strips
 from glmexport.quantization.polish import polish
 from glmexport.quantization.problem import Problem

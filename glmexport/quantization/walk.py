@@ -18,6 +18,7 @@ from glmexport.architecture.experts import MixtureOfExperts
 from glmexport.bundle.records import AllocatedGroup, QuantizedMatrix
 from glmexport.calibration.sequences import CalibrationSet
 from glmexport.checkpoint.checkpoint import Checkpoint
+from glmexport.formats.nearest import round_to_nearest
 from glmexport.formats.plan import planned_formats
 from glmexport.formats.quantized_linear import QuantizedLinear
 from glmexport.foundation.progress import Progress
@@ -28,7 +29,6 @@ from glmexport.quantization.largest import Seen
 from glmexport.quantization.memory import MemoryPlan
 from glmexport.quantization.mixture import Mixture
 from glmexport.quantization.moments import Measured
-from glmexport.quantization.nearest import round_to_nearest
 from glmexport.quantization.problem import Problem
 from glmexport.quantization.record import routed, solved_record, unmeasured
 from glmexport.quantization.solve import gptq

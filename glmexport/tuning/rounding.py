@@ -9,11 +9,11 @@ from torch import Tensor
 
 from glmexport.architecture.description import Architecture
 from glmexport.checkpoint.checkpoint import Checkpoint
+from glmexport.formats.nearest import round_to_nearest
 from glmexport.formats.packing import pack_codes, pack_zero_points
 from glmexport.formats.plan import planned_formats
 from glmexport.formats.quantized_linear import QuantizedLinear
 from glmexport.foundation.recipe import Format, Recipe
-from glmexport.quantization.nearest import round_to_nearest
 from glmexport.quantization.stored import stored_linear
 from glmexport.quantization.weights import Weights
 

@@ -12,12 +12,12 @@ import onnxruntime
 from glmexport.assembly.external import write_graphs
 from glmexport.checkpoint.checkpoint import Checkpoint
 from glmexport.engine.caches import CACHE_TYPES
+from glmexport.formats.nearest import round_to_nearest
 from glmexport.foundation.progress import Silent
 from glmexport.foundation.recipe import Format
 from glmexport.foundation.target import Target, open_target
 from glmexport.graph.build import build_graph
 from glmexport.lowering.pipeline import lower
-from glmexport.quantization.nearest import round_to_nearest
 from glmexport.quantization.store import WorkDirectory
 from glmexport.quantization.weights import Weights
 from glmexport.reference.describe import describe

@@ -12,10 +12,10 @@ from predicting import PREDICTING
 from glmexport.architecture.description import Linear
 from glmexport.architecture.experts import MixtureOfExperts
 from glmexport.architecture.token_prediction import TokenPrediction
+from glmexport.formats.nearest import round_to_nearest
 from glmexport.foundation.progress import Silent
 from glmexport.foundation.recipe import open_recipe
 from glmexport.quantization.memory import plan_memory
-from glmexport.quantization.nearest import round_to_nearest
 from glmexport.quantization.store import WorkDirectory
 from glmexport.quantization.walk import Walk
 from glmexport.workflows.job import Original

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from glmexport.calibration.sequences import CalibrationSet
 from glmexport.checkpoint.checkpoint import Checkpoint
+from glmexport.formats.nearest import round_to_nearest
 from glmexport.foundation.errors import CheckpointError
 from glmexport.foundation.progress import Silent
 from glmexport.foundation.recipe import CalibrationPlan, Format, Recipe, Solver
 from glmexport.quantization.goal import Sample
 from glmexport.quantization.memory import MemoryPlan
-from glmexport.quantization.nearest import column_importance, round_to_nearest
-from glmexport.quantization.problem import LEAST_TOKENS, Problem
+from glmexport.quantization.problem import LEAST_TOKENS, Problem, column_importance
 from glmexport.quantization.solve import Solution, gptq
 from glmexport.quantization.store import WorkDirectory
 from glmexport.quantization.walk import Walk

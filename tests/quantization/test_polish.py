@@ -9,9 +9,9 @@ import torch
 from matrices import correlated, output_error, weights
 from torch import Tensor
 
+from glmexport.formats.nearest import round_to_nearest
 from glmexport.foundation.recipe import Format
 from glmexport.quantization.factor import Factor, factorize
-from glmexport.quantization.nearest import round_to_nearest
 from glmexport.quantization.order import ColumnOrder, column_order
 from glmexport.quantization.polish import polish
 from glmexport.quantization.solve import Sweep

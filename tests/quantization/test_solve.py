@@ -10,10 +10,10 @@ from matrices import EVERY_FORM, correlated, generator, output_error, relative_e
 from torch import Tensor
 
 from glmexport.formats.grid import decode, encode, minmax_grid
+from glmexport.formats.nearest import round_to_nearest
 from glmexport.formats.quantized_linear import QuantizedLinear
 from glmexport.foundation.recipe import Format, Solver
 from glmexport.quantization import solve as solving
-from glmexport.quantization.nearest import round_to_nearest
 from glmexport.quantization.problem import Problem
 from glmexport.quantization.solve import Solution, gptq
 

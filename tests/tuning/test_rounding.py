@@ -9,10 +9,10 @@ import torch
 from builds import build, bundle_weights, small_checkpoint
 from gptq_files import quantize
 
+from glmexport.formats.nearest import round_to_nearest
 from glmexport.formats.packing import unpack
 from glmexport.foundation.progress import Silent
 from glmexport.foundation.recipe import STORED, open_recipe
-from glmexport.quantization.nearest import round_to_nearest
 from glmexport.tuning.rounding import RoundedWeights
 from glmexport.workflows.job import Original
 

@@ -31,17 +31,6 @@ def round_to_nearest(weight: Tensor, form: Format, importance: Tensor | None = N
     return stored(form, codes, scales, zero_points)
 
 
-def column_importance(diagonal: Tensor) -> Tensor:
-    """Weight [K] of the squared error in each column: the Hessian's ``diagonal`` [K], the mean square of its input.
-
-    A column that no input reached counts as much as the others do on average: text that does reach it still finds a
-    weight there. So does one whose measure is not a number.
-    """
-    alive = (diagonal > 0) & diagonal.isfinite()
-    mean = diagonal[alive].mean() if bool(alive.any()) else 1.0
-    return torch.where(alive, diagonal, mean)
-
-
 def stored(form: Format, codes: Tensor, scales: Tensor, zero_points: Tensor) -> QuantizedLinear:
     """``codes`` [N, K] uint8 with fp32 ``scales`` and ``zero_points`` [N, G], in the types they are stored in."""
     return QuantizedLinear(form, codes, scales.half(), None if form.symmetric else zero_points.to(torch.uint8))
