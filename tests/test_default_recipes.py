@@ -9,8 +9,8 @@ import pytest
 from models import TINY, write_checkpoint, write_predicting
 
 from glmexport.architecture.registry import FAMILIES
+from glmexport.formats.codecs import stored_bits
 from glmexport.formats.plan import planned_formats, products
-from glmexport.formats.quantized_linear import stored_bits
 from glmexport.foundation.errors import InputError
 from glmexport.foundation.progress import Silent
 from glmexport.foundation.recipe import open_recipe

@@ -16,7 +16,6 @@ from glmexport.architecture.description import Architecture
 from glmexport.bundle.links import load_graph
 from glmexport.bundle.names import FOLDS, SCORING
 from glmexport.checkpoint.fold import Fold, from_tensors
-from glmexport.formats.packing import unpack
 from glmexport.formats.quantized_linear import QuantizedLinear
 from glmexport.foundation.recipe import Format
 
@@ -154,9 +153,11 @@ class BundleWeights:
         scales = self._tensor(f"{stored.name}.scales")[rows]
         size = form.group_size * form.bits // 8
         codes = self._tensor(stored.codes)[rows].reshape(stored.stop - stored.start, scales.shape[1], size)
-        zero_points = None if form.symmetric else self._tensor(f"{stored.name}.zero_points")[rows]
+        packed = {"codes": codes, "scales": scales}
+        if not form.symmetric:
+            packed["zero_points"] = self._tensor(f"{stored.name}.zero_points")[rows]
         # The width of the last group is padding where the matrix does not fill it.
-        return unpack(form, self._shapes[key][1], codes, scales, zero_points)
+        return QuantizedLinear.unpack(form, packed, self._shapes[key][1])
 
     def _of_columns(self, form: Format, stored: _Stored, rows: slice) -> QuantizedLinear:
         codes, scales = (self._tensor(name)[:, rows].T.contiguous() for name in (stored.codes, f"{stored.name}.scales"))

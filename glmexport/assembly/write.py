@@ -32,7 +32,7 @@ from glmexport.bundle.manifest import (
 from glmexport.bundle.names import DRAFT, FOLDS, MODEL, SCORING, STEP
 from glmexport.bundle.records import AllocatedGroup, QuantizedMatrix
 from glmexport.checkpoint.fold import as_tensors
-from glmexport.formats.quantized_linear import stored_bits
+from glmexport.formats.codecs import stored_bits
 from glmexport.foundation.files import write_atomically
 from glmexport.foundation.progress import Progress
 from glmexport.foundation.recipe import Recipe

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glmexport.architecture.description import Architecture
-from glmexport.formats.quantized_linear import stored_bits
+from glmexport.formats.codecs import stored_bits
 from glmexport.foundation.errors import InputError
 from glmexport.foundation.recipe import Budget, Format, Recipe
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from glmexport.architecture.description import DecoderLayer, Linear
 from glmexport.calibration.sequences import CalibrationSet
+from glmexport.formats.codecs import codec_of
 from glmexport.formats.nearest import round_to_nearest
 from glmexport.foundation.progress import Progress
 from glmexport.foundation.recipe import Format
@@ -255,8 +256,7 @@ def _sampled(inputs: Tensor) -> Tensor:
 
 
 def _rounded(rows: Tensor, form: Format, importance: Tensor) -> Tensor:
-    # At 8 bits the search finds nothing to gain.
-    return round_to_nearest(rows, form, importance if form.bits < 8 else None).dequantize()
+    return round_to_nearest(rows, form, importance if codec_of(form).searched else None).dequantize()
 
 
 def _rounding(form: Format, importance: Tensor) -> Callable[[Tensor], Tensor]:

@@ -18,7 +18,7 @@ from glmexport.architecture.experts import MixtureOfExperts
 from glmexport.bundle.records import AllocatedGroup, QuantizedMatrix
 from glmexport.calibration.sequences import CalibrationSet
 from glmexport.checkpoint.checkpoint import Checkpoint
-from glmexport.formats.nearest import round_to_nearest
+from glmexport.formats.nearest import nearest_without_text
 from glmexport.formats.plan import planned_formats
 from glmexport.formats.quantized_linear import QuantizedLinear
 from glmexport.foundation.progress import Progress
@@ -344,11 +344,8 @@ class Walk:
         return self._nearest(linear.weight, linear.out_features, linear.in_features, form)
 
     def _nearest(self, key: str, rows: int, columns: int, form: Format) -> QuantizedLinear:
-        # Without a Hessian every column counts the same; at 8 bits the search finds nothing to gain.
-        searched = self.recipe.solver.scale_search and form.bits < 8
-        importance = torch.ones(columns, device=self.device) if searched else None
-        chunks = self._chunks(key, rows, columns)
-        return QuantizedLinear.concatenate([round_to_nearest(chunk, form, importance) for chunk in chunks])
+        chunks, searched = self._chunks(key, rows, columns), self.recipe.solver.scale_search
+        return QuantizedLinear.concatenate([nearest_without_text(chunk, form, searched=searched) for chunk in chunks])
 
     def _chunks(self, key: str, rows: int, columns: int) -> Iterator[Tensor]:
         count = max(64, self.memory.chunk_weights // columns)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
 from glmexport.architecture.description import Architecture
 from glmexport.checkpoint.checkpoint import Checkpoint
-from glmexport.formats.nearest import round_to_nearest
-from glmexport.formats.packing import pack_codes, pack_zero_points
+from glmexport.formats.nearest import nearest_without_text
 from glmexport.formats.plan import planned_formats
 from glmexport.formats.quantized_linear import QuantizedLinear
 from glmexport.foundation.recipe import Format, Recipe
@@ -48,9 +46,8 @@ class RoundedWeights(Weights):
             stored = stored_linear(self.checkpoint, key, _CHUNK)
             assert stored is not None
             return stored
-        # At 8 bits the search finds nothing to gain.
-        importance = torch.ones(self.shape(key)[1]) if self._searched and form.bits < 8 else None
-        return QuantizedLinear.concatenate([round_to_nearest(rows, form, importance) for rows in self._chunks(key)])
+        parts = [nearest_without_text(rows, form, searched=self._searched) for rows in self._chunks(key)]
+        return QuantizedLinear.concatenate(parts)
 
     def packed(self, keys: list[str], what: str) -> Tensor:
         """``codes``, ``scales`` or ``zero_points``, packed and stacked along their rows."""
@@ -58,14 +55,7 @@ class RoundedWeights(Weights):
         if self._last is None or self._last[0] != wanted:
             self._last = None
             self._last = (wanted, QuantizedLinear.concatenate([self.quantized(key) for key in keys]))
-        linear = self._last[1]
-        if what == "codes":
-            return pack_codes(linear)
-        if what == "scales":
-            return linear.scales
-        zero_points = pack_zero_points(linear)
-        assert zero_points is not None
-        return zero_points
+        return self._last[1].pack()[what]
 
     def _chunks(self, key: str) -> Iterator[Tensor]:
         rows, columns = self.shape(key)

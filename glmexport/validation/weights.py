@@ -63,7 +63,7 @@ def row_distances(linear: QuantizedLinear, original: Iterator[Tensor]) -> RowDis
     for rows in original:
         stop = start + len(rows)
         given = linear.rows(start, stop)
-        steps = linear.scales[start:stop].float().repeat_interleave(linear.form.group_size, 1)[:, : rows.shape[1]]
+        steps = linear.steps(start, stop)
         difference = given - rows
         errors.append(difference.norm(dim=1))
         lengths.append(rows.norm(dim=1))

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from glmexport.architecture.description import Architecture
+from glmexport.formats.codecs import stored_bits
 from glmexport.formats.plan import planned_formats
-from glmexport.formats.quantized_linear import stored_bits
 from glmexport.foundation.recipe import Recipe
 from glmexport.quantization.allocation import tie_groups, total_bits
 from glmexport.quantization.memory import plan_memory
