@@ -11,9 +11,10 @@ from collections.abc import Callable
 from glmexport.architecture.description import Linear
 from glmexport.architecture.token_prediction import TokenPrediction
 from glmexport.bundle.records import QuantizedMatrix
+from glmexport.formats.plan import FormatPlan
 from glmexport.formats.quantized_linear import QuantizedLinear
 from glmexport.foundation.progress import Progress
-from glmexport.foundation.recipe import Format, Recipe
+from glmexport.foundation.recipe import Format
 from glmexport.quantization.record import unmeasured
 from glmexport.quantization.steps import draft_steps
 from glmexport.quantization.store import WorkDirectory
@@ -21,7 +22,7 @@ from glmexport.quantization.store import WorkDirectory
 
 def round_draft(
     draft: TokenPrediction,
-    recipe: Recipe,
+    plan: FormatPlan,
     work: WorkDirectory,
     progress: Progress,
     nearest: Callable[[Linear, Format], QuantizedLinear],
@@ -31,24 +32,23 @@ def round_draft(
 
     Args:
         draft: the layer.
-        recipe: its linears get the format of what every token passes, tables of its own that of the model's.
+        plan: the format of its matrices. One that a checkpoint stores quantized keeps its codes.
         work: where it is committed.
         progress: one step a part.
         nearest: rounds a matrix.
-        stored: a matrix as a quantized checkpoint stores it; None if it is in full precision.
+        stored: a matrix as it is stored quantized; None if it is not, or the recipe does not keep such codes.
     """
     steps = {step: linears for step, linears in draft_steps(draft).items() if work.record(step) is None}
     if not steps:
         return
-    inside = None if recipe.keeps_stored else recipe.linear(mixture=True, routed=False)
     with progress.track("Rounding the MTP layer", len(steps)) as track:
         for step, linears in steps.items():
             started = time.monotonic()
             solved: dict[str, QuantizedLinear] = {}
             records: list[QuantizedMatrix] = []
             for linear in linears:
-                form = {"lm_head": recipe.lm_head, "embedding": recipe.embedding}.get(linear.part, inside)
-                matrix = stored(linear) if recipe.keeps_stored else None
+                form = plan.form(linear.weight)
+                matrix = stored(linear)
                 if matrix is None and form is not None:
                     matrix = nearest(linear, form)
                 if matrix is not None:

@@ -19,7 +19,7 @@ from glmexport.bundle.records import AllocatedGroup, QuantizedMatrix
 from glmexport.calibration.sequences import CalibrationSet
 from glmexport.checkpoint.checkpoint import Checkpoint
 from glmexport.formats.nearest import nearest_without_text
-from glmexport.formats.plan import planned_formats
+from glmexport.formats.plan import FormatPlan, stored_formats
 from glmexport.formats.quantized_linear import QuantizedLinear
 from glmexport.foundation.progress import Progress
 from glmexport.foundation.recipe import Format, Recipe, Solver
@@ -65,8 +65,7 @@ class Walk:
         self.progress = progress
         self.device = device
         self.streams = self._streams()
-        self._planned = planned_formats(architecture, recipe)
-        self._allocated: dict[str, Format] = {}
+        self.plan = FormatPlan.of(architecture, recipe, stored_formats(checkpoint))
         self.steps = [EMBEDDING, *(block_step(layer.index) for layer in architecture.layers), HEAD]
         #: What is committed with each step, itself included.
         self._within = {step: [step] for step in self.steps}
@@ -99,7 +98,7 @@ class Walk:
         self.work.drop_scratch()
         if self.architecture.token_prediction:
             draft = self.architecture.token_prediction
-            round_draft(draft, self.recipe, self.work, self.progress, self._nearest_one, self._stored_one)
+            round_draft(draft, self.plan, self.work, self.progress, self._nearest_one, self._stored_one)
 
     def prepare(self) -> None:
         """Decide what holds for all steps: which scales are folded, and under a budget every matrix's format."""
@@ -110,7 +109,7 @@ class Walk:
             self.checkpoint = self.checkpoint.folded(folds)
             self.streams = self._streams()
         if self.streams and self.recipe.budget:
-            self._allocated = decide_formats(self.streams, self.recipe, self.memory, self.progress)
+            self.plan = self.plan.chosen(decide_formats(self.streams, self.recipe, self.memory, self.progress))
 
     def records(self) -> tuple[list[QuantizedMatrix], float]:
         """How every matrix was quantized, in the order of the walk, and the seconds it took in all."""
@@ -190,6 +189,8 @@ class Walk:
             self.work.drop_activations(self.steps[index - 1])
 
     def _stored_one(self, linear: Linear) -> QuantizedLinear | None:
+        if not self.recipe.keeps_stored:
+            return None
         return stored_linear(self.checkpoint, linear.weight, self.memory.chunk_weights)
 
     def _streams(self) -> Streams | None:
@@ -204,7 +205,7 @@ class Walk:
         )
 
     def _form(self, key: str) -> Format | None:
-        return self._allocated.get(key, self._planned.get(key))
+        return self.plan.form(key)
 
     def _embedding(self, records: list[QuantizedMatrix]) -> dict[str, QuantizedLinear]:
         key = self.architecture.embedding

@@ -9,7 +9,7 @@ from torch import Tensor
 from glmexport.architecture.description import Architecture
 from glmexport.checkpoint.checkpoint import Checkpoint
 from glmexport.formats.nearest import nearest_without_text
-from glmexport.formats.plan import planned_formats
+from glmexport.formats.plan import FormatPlan, stored_formats
 from glmexport.formats.quantized_linear import QuantizedLinear
 from glmexport.foundation.recipe import Format, Recipe
 from glmexport.quantization.stored import stored_linear
@@ -29,20 +29,20 @@ class RoundedWeights(Weights):
     def __init__(self, checkpoint: Checkpoint, architecture: Architecture, recipe: Recipe, *, searched: bool) -> None:
         super().__init__(checkpoint, architecture, None, [])
         self._searched = searched
-        self._stored = {key: form.exact for key, form in checkpoint.quantized.items()} if recipe.keeps_stored else {}
-        self._rounded = _formats(architecture, recipe)
+        self._plan = FormatPlan.of(architecture, recipe, stored_formats(checkpoint))
+        self._kept = frozenset(checkpoint.quantized) if recipe.keeps_stored else frozenset()
         #: The last matrices that were asked for: codes, scales and zero points come one after the other.
         self._last: tuple[tuple[str, ...], QuantizedLinear] | None = None
 
     def form(self, key: str) -> Format | None:
-        """Format of the matrix with that checkpoint key; None if it stays in full precision."""
-        return self._stored.get(key) or self._rounded.get(key)
+        """Return the format of the matrix with that checkpoint key; None if it stays in full precision."""
+        return self._plan.form(key)
 
     def quantized(self, key: str) -> QuantizedLinear:
         """A matrix, rounded now."""
         form = self.form(key)
         assert form is not None
-        if key in self._stored:
+        if key in self._kept:
             stored = stored_linear(self.checkpoint, key, _CHUNK)
             assert stored is not None
             return stored
@@ -62,11 +62,3 @@ class RoundedWeights(Weights):
         count = max(64, _CHUNK // columns)
         for start in range(0, rows, count):
             yield self.checkpoint.rows(key, start, min(start + count, rows))
-
-
-def _formats(architecture: Architecture, recipe: Recipe) -> dict[str, Format]:
-    """By weight key, of what the recipe rounds."""
-    forms = planned_formats(architecture, recipe)
-    if recipe.keeps_stored:
-        forms = {key: forms[key] for key in (architecture.lm_head.weight, architecture.embedding)}
-    return {key: form for key, form in forms.items() if form is not None}

@@ -117,7 +117,7 @@ def _prepared_all(original: Original, jobs: Sequence[Job], options: BuildOptions
     for job in jobs:
         refuse_tasks(original, job.target, options)
     for part in prepared:
-        require_space(original, part.recipe, part.jobs[0].directory.parent)
+        require_space(original, part.jobs)
     return prepared
 
 

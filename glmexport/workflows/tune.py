@@ -6,7 +6,7 @@ import datetime
 import itertools
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -187,9 +187,10 @@ class _Tuning:
         Raises:
             MachineError: there is too little.
         """
+        whole = [self.original.planned(recipe, self.target) for recipe in self.recipes.values()]
         bundles = sum(
-            estimate(architecture, recipe, 1.0, None).bundle_bytes
-            for recipe in self.recipes.values()
+            estimate(replace(planned, architecture=architecture), 1.0, None).bundle_bytes
+            for planned in whole
             for architecture in self.slices.architectures
         )
         rows = sum(len(text.ids) for text in self.texts) + _CACHE_TOKENS * (len(self.axes.kv_caches) > 1)
