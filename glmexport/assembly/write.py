@@ -6,7 +6,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import onnx_ir as ir
@@ -40,6 +40,7 @@ from glmexport.foundation.target import GraphLimits, Target
 from glmexport.graph.build import build_draft, build_graph
 from glmexport.graph.fixed import build_fixed, fixed_sizes
 from glmexport.lowering.pipeline import lower
+from glmexport.lowering.stored import stored_tensors
 from glmexport.quantization.record import coverage
 from glmexport.quantization.weights import Weights
 
@@ -119,9 +120,10 @@ def write_bundle(
         precision=_precision(architecture, weights),
         cache=cache,
         matrices=matrices,
+        tensors=stored_tensors(graphs[SCORING]),
         allocation=tuple(allocation),
         experts=coverage(matrices),
-        draft=_draft(architecture, weights, tuple(draft_records)),
+        draft=_draft(architecture, weights, tuple(draft_records), graphs),
         # Another type holds whatever the original's does.
         largest_activation=largest if limits.activations == "float16" else None,
         files=list_files(directory),
@@ -146,13 +148,16 @@ def graphs_of(architecture: Architecture, limits: GraphLimits) -> dict[str, ir.M
 
 
 def _draft(
-    architecture: Architecture, weights: Weights, records: tuple[QuantizedMatrix, ...]
+    architecture: Architecture,
+    weights: Weights,
+    records: tuple[QuantizedMatrix, ...],
+    graphs: Mapping[str, ir.Model],
 ) -> DraftGraph | None:
     draft = architecture.token_prediction
     if draft is None:
         return None
     bits = sum(stored_bits(shape, weights.form(key)) for key, shape in draft.own_shapes().items())
-    return DraftGraph(file=DRAFT, weight_bytes=bits // 8, matrices=records)
+    return DraftGraph(file=DRAFT, weight_bytes=bits // 8, matrices=records, tensors=stored_tensors(graphs[DRAFT]))
 
 
 def _precision(architecture: Architecture, weights: Weights) -> Precision:
