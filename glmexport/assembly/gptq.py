@@ -173,7 +173,7 @@ class GptqCheckpoint:
             height = rows // len(names)
             tensors: dict[str, Tensor] = {}
             for index, name in enumerate(names):
-                part = _rows(linear, index * height, (index + 1) * height)
+                part = linear.take(index * height, (index + 1) * height)
                 tensors |= gptq_tensors(name.removesuffix(".weight"), part, self._offset)
             return tensors
 
@@ -247,11 +247,6 @@ def _wrapped(words: Tensor) -> Tensor:
 
 def _one_in_each_field(bits: int) -> int:
     return sum(1 << shift for shift in range(0, _WORD_BITS, bits))
-
-
-def _rows(linear: QuantizedLinear, start: int, stop: int) -> QuantizedLinear:
-    zero_points = None if linear.zero_points is None else linear.zero_points[start:stop]
-    return QuantizedLinear(linear.form, linear.codes[start:stop], linear.scales[start:stop], zero_points)
 
 
 def _described(form: Format) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from glmexport.foundation.definition import Definition
 from glmexport.foundation.recipe import Format
 
@@ -65,3 +67,17 @@ class AllocatedGroup(Definition):
     loss_nats: float
     #: False: the loss follows from that of another group size (see ``TieGroup.tried``).
     tried: bool
+
+
+class StoredTensor(Definition):
+    """Where a graph holds quantized matrices, one below the other, and in which format."""
+
+    #: Checkpoint keys of the matrices, in the order of their rows.
+    matrices: tuple[str, ...]
+    #: Of what is stored: zero points that are spelled out belong to it.
+    format: Format
+    #: The graph's tensors by what they hold: codes, scales and, where there are any, zero_points.
+    parts: dict[str, str]
+    #: ``packed``: as the format's codec packs them, rows along the first axis. ``columns``: codes are numbers
+    #: [in, out], signed where there are no zero points, and the others [groups, out].
+    layout: Literal["packed", "columns"] = "packed"

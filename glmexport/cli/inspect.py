@@ -245,8 +245,8 @@ def _estimates(original: Any, recipe: str | None, max_memory: int | None) -> lis
     rows = []
     for target in shipped_targets():
         chosen = recipe_for(original, recipe, target)
-        architecture = original.architecture_for(target)
-        expected = estimate(architecture, chosen, flops, max_memory)
+        planned = original.planned(chosen, target)
+        architecture, expected = planned.architecture, estimate(planned, flops, max_memory)
         refused = None
         try:
             refuse_formats(original, Job(target, chosen, Path()))

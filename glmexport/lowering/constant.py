@@ -7,6 +7,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from glmexport.lowering.rewrite import Rewrite
+from glmexport.lowering.stored import note_stored
 from glmexport.quantization.weights import Weights
 
 
@@ -30,6 +31,7 @@ def constant_matrix(rewrite: Rewrite, weights: Weights, key: str) -> ir.Value:
     scales = rewrite.weight(
         f"{key}.scales", ir.DataType.FLOAT16, (rows, groups), lambda: weights.packed([key], "scales").numpy()
     )
+    held = {"codes": stored, "scales": scales}
     if form.symmetric:
         middle = np.array(2 ** (form.bits - 1), np.float32)
         (above,) = rewrite.op("Sub", [codes, rewrite.constant(f"middle_{form.bits}", middle)])
@@ -40,10 +42,12 @@ def constant_matrix(rewrite: Rewrite, weights: Weights, key: str) -> ir.Value:
             (rows, -(-groups * form.bits // 8)),
             lambda: weights.packed([key], "zero_points").numpy(),
         )
+        held["zero_points"] = packed
         # The last byte of a row may be filled up.
         points = first_of(rewrite, _unpacked(rewrite, packed, form.bits), groups)
         (points,) = rewrite.op("Unsqueeze", [as_numbers(rewrite, points), rewrite.integers(2)])
         (above,) = rewrite.op("Sub", [codes, points])
+    note_stored([key], form, held)
     (factors,) = rewrite.op("Unsqueeze", [as_numbers(rewrite, scales), rewrite.integers(2)])
     (matrix,) = rewrite.op("Mul", [above, factors])
     (matrix,) = rewrite.op("Reshape", [matrix, rewrite.integers(rows, -1)])

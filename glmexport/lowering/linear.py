@@ -13,6 +13,7 @@ from glmexport.foundation.recipe import Format
 from glmexport.foundation.target import Target
 from glmexport.graph.operators import integer, nodes_of, texts
 from glmexport.lowering.rewrite import MICROSOFT, Rewrite
+from glmexport.lowering.stored import note_stored
 from glmexport.quantization.weights import Weights
 
 
@@ -99,9 +100,11 @@ class LowerLinearPass(ir.passes.InPlacePass):
         parts = f"{name}.q" if f"{name}.codes" in rewrite.graph.initializers else name
         scale = rewrite.weight(f"{parts}.scales", ir.DataType.FLOAT16, (groups, rows), scales)
         (cast,) = rewrite.op("Cast", [scale], {"to": int(ir.DataType.FLOAT)})
-        inputs = [stored, cast]
+        inputs, held = [stored, cast], {"codes": stored, "scales": scale}
         if not form.symmetric:
-            inputs.append(rewrite.weight(f"{parts}.zero_points", dtype, (groups, rows), zero_points))
+            held["zero_points"] = rewrite.weight(f"{parts}.zero_points", dtype, (groups, rows), zero_points)
+            inputs.append(held["zero_points"])
+        note_stored(keys, form, held, "columns")
         (matrix,) = rewrite.op("DequantizeLinear", inputs, {"axis": 0, "block_size": form.group_size})
         return _product(rewrite, matrix, bias)
 
@@ -122,15 +125,16 @@ class LowerLinearPass(ir.passes.InPlacePass):
             lambda: self.weights.packed(keys, "scales").numpy(),
         )
         (cast,) = rewrite.op("Cast", [scales], {"to": int(ir.DataType.FLOAT)})
-        zero_points = None
+        held = {"codes": codes, "scales": scales}
         if not form.symmetric:
-            zero_points = rewrite.weight(
+            held["zero_points"] = rewrite.weight(
                 f"{name}.zero_points",
                 ir.DataType.UINT8,
                 (rows, -(-groups * form.bits // 8)),
                 lambda: self.weights.packed(keys, "zero_points").numpy(),
             )
-        inputs = [node.inputs[0], codes, cast, zero_points, None, bias]
+        note_stored(keys, form, held)
+        inputs = [node.inputs[0], codes, cast, held.get("zero_points"), None, bias]
         while inputs[-1] is None:
             inputs.pop()
         return rewrite.op(

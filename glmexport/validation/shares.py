@@ -47,7 +47,7 @@ def shares_of(
     if recipe.linears is None or not texts_each:
         return ()
     reference, sample = original.reference, original.texts
-    weights = BundleWeights(directory, reference.architecture)
+    weights = BundleWeights.open(directory, reference.architecture, manifest)
     folded = Reference(reference.checkpoint.folded(bundle_folds(directory)), reference.architecture)
 
     def mean(answers: Answers) -> float:

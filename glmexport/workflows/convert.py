@@ -51,7 +51,7 @@ def convert_to_gptq(
     manifest = announced_bundle(bundle, original)
     # What the graph says decides whether the format can hold it, and how much space that takes.
     require_file(bundle, manifest, SCORING)
-    weights = BundleWeights(bundle, original.architecture)
+    weights = BundleWeights.open(bundle, original.architecture, manifest)
     folded = original.checkpoint.folded(bundle_folds(bundle))
     checkpoint = GptqCheckpoint(weights, folded, original.architecture, layout)
     require_free(output.parent, checkpoint.bytes, "The checkpoint")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from glmexport.formats.plan import fitted
+from glmexport.formats.plan import fitted, stored_formats
 from glmexport.foundation.errors import InputError
 from glmexport.foundation.recipe import STORED, Budget, Format, Recipe, open_recipe
 from glmexport.foundation.target import Target
@@ -117,8 +117,8 @@ def recipe_for(original: Original, name: str | None, target: Target) -> Recipe:
             next_step="Quantize the linears only, with the embedding in full precision.",
         )
     weights: Counter[Format] = Counter()
-    for key, form in stored.items():
-        weights[form.exact] += math.prod(original.checkpoint.shape(key))
+    for key, form in stored_formats(original.checkpoint).items():
+        weights[form] += math.prod(original.checkpoint.shape(key))
     return recipe.model_copy(update={"linears": weights.most_common(1)[0][0]})
 
 
