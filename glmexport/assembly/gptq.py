@@ -77,6 +77,12 @@ class GptqCheckpoint:
                 "The bundle's linears are in full precision; there is nothing to write in the GPTQ format.",
                 next_step="Convert a bundle of a quantizing recipe.",
             )
+        for key, form in self._forms.items():
+            if form.codec != "affine":
+                raise InputError(
+                    f"{key} is stored as {form.label}, which the GPTQ format does not know.",
+                    next_step="Convert a bundle of another recipe.",
+                )
         if architecture.routed and layout == "transformers":
             raise InputError(
                 "transformers has no GPTQ layout for mixtures of experts: its experts are one tensor a layer.",

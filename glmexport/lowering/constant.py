@@ -6,6 +6,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from glmexport.lowering.normal_float import normal_float_constant
 from glmexport.lowering.rewrite import Rewrite
 from glmexport.lowering.stored import note_stored
 from glmexport.quantization.weights import Weights
@@ -20,6 +21,8 @@ def constant_matrix(rewrite: Rewrite, weights: Weights, key: str) -> ir.Value:
     form, (rows, columns) = weights.form(key), weights.shape(key)
     if form is None:
         return rewrite.weight(key, ir.DataType.FLOAT, (rows, columns), lambda: weights.tensor(key).numpy())
+    if form.codec == "nf4":
+        return normal_float_constant(rewrite, weights, key)
     groups = -(-columns // form.group_size)
     stored = rewrite.weight(
         f"{key}.codes",

@@ -31,3 +31,11 @@ def stored_tensors(model: ir.Model) -> tuple[StoredTensor, ...]:
     """Return what was noted of ``model``, in the order in which its passes put it there."""
     notes = (value.meta.get(_STORED) for value in model.graph.initializers.values())
     return tuple(note for note in notes if note is not None)
+
+
+def stacked_name(keys: list[str]) -> str:
+    """Return one name for stacked tensors: ``...self_attn.q_proj+k_proj+v_proj.weight``."""
+    if len(keys) == 1:
+        return keys[0]
+    parts = [key.rsplit(".", 2) for key in keys]
+    return f"{parts[0][0]}.{'+'.join(part[1] for part in parts)}.{parts[0][2]}"

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from glmexport.formats.codecs import codec_of
 from glmexport.foundation.disk import require_free
 from glmexport.foundation.errors import InputError
 from glmexport.foundation.recipe import Format
@@ -32,7 +33,7 @@ def refuse_formats(original: Original, job: Job) -> None:
     for key, form in plan.quantized().items():
         used[form] = used.get(form, False) or key in plan.multiplied
     for form, product in {**used, **dict.fromkeys(candidates, True)}.items():
-        if form.bits not in offered.bits or form.group_size not in offered.group_sizes:
+        if not offered.takes(form):
             raise InputError(
                 f"The recipe {recipe.name} uses {form.label}, for which the target {job.target.name} has no kernels.",
                 next_step=f"Take a recipe of {_alternatives(offered.bits)} bits in groups of "
@@ -44,6 +45,18 @@ def refuse_formats(original: Original, job: Job) -> None:
                 f"The recipe {recipe.name} uses {form.label} with zero points, which the target {job.target.name} has "
                 "no place for.",
                 next_step=f"Take a symmetric recipe, for example {offered.default_recipe}.",
+            )
+    for key, form in plan.quantized().items():
+        codec = codec_of(form)
+        if key in plan.looked_up and not codec.looked_up:
+            raise InputError(
+                f"The recipe {recipe.name} has the embedding in {form.label}, of which no rows can be looked up.",
+                next_step="Take a recipe with another format in [embedding], or without it.",
+            )
+        if not codec.holds(plan.columns[key]):
+            raise InputError(
+                f"{key} has {plan.columns[key]} columns, which are no whole groups of {form.label}.",
+                next_step="Take a recipe with a smaller group_size, or with another codec.",
             )
     _refuse_sizes(original, job)
     if recipe.budget and original.architecture.routed:

@@ -45,7 +45,7 @@ def _within(recipe: Recipe, budget: Budget, target: Target) -> Recipe:
             next_step="Take a recipe with solver.method gptq.",
         )
     offered = target.weights
-    kernels = [f for f in budget.candidates if f.bits in offered.bits and f.group_size in offered.group_sizes]
+    kernels = [form for form in budget.candidates if offered.takes(form)]
     if offered.symmetric_only:
         kernels = [form.model_copy(update={"symmetric": True}) for form in kernels]
     candidates = recipe.budget.candidates if recipe.budget else tuple(kernels)

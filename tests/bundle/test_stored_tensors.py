@@ -19,7 +19,7 @@ from glmexport.assembly.write import graphs_of
 from glmexport.bundle.links import load_graph
 from glmexport.bundle.manifest import MANIFEST, read_manifest, verify_files
 from glmexport.bundle.names import SCORING
-from glmexport.bundle.records import StoredTensor
+from glmexport.bundle.records import QuantizedMatrix, StoredTensor
 from glmexport.foundation.errors import BundleError
 from glmexport.foundation.progress import Silent
 from glmexport.foundation.target import shipped_targets
@@ -126,3 +126,15 @@ def test_a_note_that_the_graph_contradicts_is_an_error(sample: Sample) -> None:
     ):
         with pytest.raises(BundleError, match=reason):
             BundleWeights(graph, [wrong], original.architecture.shapes())
+
+
+def test_a_matrix_of_a_manifest_of_before_is_written_as_it_was_read() -> None:
+    """To the byte: a manifest's digest, which is signed, is over this."""
+    written = (
+        '{"key":"model.layers.0.mlp.down_proj.weight","layer":0,"part":"down","bits":4,"group_size":32,'
+        '"symmetric":false,"bits_per_weight":4.625,"digest":"sha256:00","relative_error":0.01,'
+        '"round_to_nearest_error":0.02,"damping":0.01,"dead_columns":0,"double":false,'
+        '"effective_tokens_per_column":3.5,"chosen":null,"shrinkage":0.5,"unpolished_rows":1,"folded":true,'
+        '"nearest_rows":2,"fallback":null}'
+    )
+    assert QuantizedMatrix.model_validate_json(written).model_dump_json() == written
