@@ -25,7 +25,6 @@ EXTRAS = {
     "playwright": "browser",
     "prometheus_client": "serve",
     "py3langid": "build",
-    "regex": "build",
     "sacrebleu": "build",
     "safetensors": "build",
     "scipy": "build",
