@@ -29,7 +29,7 @@ from glmexport.results.gate import Gate
 from glmexport.results.record import Verdict
 from glmexport.tokenizer.tokenizer import Tokenizer
 from glmexport.validation.conditions import ValidationPlan
-from glmexport.workflows.job import Original
+from glmexport.workflows.original import Original
 from glmexport.workflows.validate import BuildOptions, validate_bundle
 
 LANGUAGE = "zh"

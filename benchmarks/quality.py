@@ -37,7 +37,7 @@ from glmexport.validation.divergence import Divergence
 from glmexport.validation.fidelity import Streamed, compare, summarize
 from glmexport.validation.reference import ReferenceStates, reference_states
 from glmexport.validation.texts import EvaluationText, evaluation_texts
-from glmexport.workflows.job import Original
+from glmexport.workflows.original import Original
 
 FORMATS = ("w4g32", "w4g64", "w4g128", "w4g32-sym", "w4g64-sym", "w4g128-sym")
 MIXED = (3.2, 4.25, 4.6, 5.0)

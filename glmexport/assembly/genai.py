@@ -36,7 +36,7 @@ from glmexport.bundle.names import (
     STEP,
 )
 from glmexport.foundation.target import GraphLimits, Target
-from glmexport.graph.build import own_loop
+from glmexport.graph.caches import own_loop
 from glmexport.graph.fixed import fixed_sizes
 
 #: What the caches of a program that asks for no length may take. onnxruntime-genai makes them for ``max_length`` tokens

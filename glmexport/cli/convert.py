@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, get_args
 
 import click
 
-from glmexport.cli.console import Terminal, emit, gibibytes
+from glmexport.cli.console import Terminal, emit
 from glmexport.cli.options import adapter_option, json_option, trust_options
+from glmexport.report.text import brief_size
 
 if TYPE_CHECKING:
     from glmexport.release.opening import Trust
@@ -47,7 +48,7 @@ def convert(
     from glmexport.assembly.gptq import Layout
     from glmexport.bundle.bundle import Bundle
     from glmexport.workflows.convert import convert_to_gptq
-    from glmexport.workflows.job import Original
+    from glmexport.workflows.original import Original
 
     terminal = Terminal()
     opened = Bundle.open(bundle)
@@ -74,7 +75,7 @@ def convert(
             "checkpoint": str(output),
             "format": f"{settings['checkpoint_format']}, {settings['bits']} bits, group_size "
             f"{settings['group_size']}, {'symmetric' if settings['sym'] else 'asymmetric'}",
-            "size": gibibytes(written.bytes),
+            "size": brief_size(written.bytes),
         },
     )
     if as_json:

@@ -58,10 +58,11 @@ for command in (
 
 def main() -> None:
     """Run the command line and exit."""
-    sys.exit(_run())
+    sys.exit(run_command())
 
 
-def _run() -> int:
+def run_command() -> int:
+    """Run the command that the arguments name, tell what went wrong, and return the exit code."""
     try:
         code = cli.main(standalone_mode=False)
         return code if isinstance(code, int) else 0

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from glmexport.bundle.bundle import Bundle
     from glmexport.devices.fleet import Member
     from glmexport.validation.capture import CapturedReference
-    from glmexport.workflows.job import Original
+    from glmexport.workflows.original import Original
     from glmexport.workflows.validate import BuildOptions
 
 
@@ -33,7 +33,7 @@ def on_devices(
     from glmexport.cli.verdict import exit_code, show
     from glmexport.devices.kit import KIT, KIT_RESULT
     from glmexport.workflows.fleet import discard, locked, prepare_job, validate_on_devices, write_kits
-    from glmexport.workflows.job import Original
+    from glmexport.workflows.original import Original
 
     kits = [Path(address.removeprefix(KIT)) for address in addresses if address.startswith(KIT)]
     carried = [address for address in addresses if address.startswith((KIT, KIT_RESULT))]

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import click
 
-from glmexport.cli.console import Terminal, emit, gibibytes
+from glmexport.cli.console import Terminal, emit
 from glmexport.cli.options import adapter_option, checkpoint_argument, evaluation_options, json_option, threads_option
+from glmexport.report.text import brief_size
 
 
 @click.command()
@@ -48,7 +49,7 @@ def reference(
     from glmexport.cli.verdict import told_check
     from glmexport.validation.conditions import ValidationPlan
     from glmexport.workflows.capture import CaptureOptions, capture_reference
-    from glmexport.workflows.job import Original
+    from glmexport.workflows.original import Original
 
     terminal = Terminal()
     original = Original.open(checkpoint, terminal, adapter)
@@ -80,7 +81,7 @@ def reference(
             "free answers": "none; --draft BUNDLE has them captured too"
             if captured.answers is None
             else f"{len(captured.answers)} prompts",
-            "size": gibibytes(size),
+            "size": brief_size(size),
         },
     )
     if captured.reference_check:

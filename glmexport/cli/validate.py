@@ -22,7 +22,7 @@ from glmexport.cli.options import (
 
 if TYPE_CHECKING:
     from glmexport.release.opening import Trust
-    from glmexport.workflows.job import Original
+    from glmexport.workflows.original import Original
 
 
 @click.command()
@@ -84,7 +84,7 @@ def validate(
     from glmexport.validation.behaviour.tasks import read_tasks
     from glmexport.validation.capture import CapturedReference
     from glmexport.validation.conditions import ValidationPlan
-    from glmexport.workflows.job import Original
+    from glmexport.workflows.original import Original
     from glmexport.workflows.plan import plan_bundle
     from glmexport.workflows.validate import (
         BuildOptions,

@@ -22,7 +22,7 @@ from glmexport.lm_eval.likelihood import Likelihood, Request, bundle_likelihoods
 from glmexport.reference.reference import Reference
 from glmexport.release.opening import NOBODY, Trust, open_signed
 from glmexport.tokenizer.tokenizer import Tokenizer
-from glmexport.workflows.job import Original
+from glmexport.workflows.original import Original
 
 
 class Subject(Protocol):

@@ -90,7 +90,7 @@ def record(bundle: Bundle, texts: Sequence[GoldenText], threads: int, progress: 
     answers = []
     with progress.track("golden answers", len(texts)) as track:
         for each in texts:
-            prompt = _prompt(bundle.tokenizer, each.text[:_CHARACTERS], session.context_length - TOKENS)
+            prompt = golden_prompt(bundle.tokenizer, each.text[:_CHARACTERS], session.context_length - TOKENS)
             steps = tuple(_step(logits) for logits in session.distributions(prompt, TOKENS))
             answers.append(GoldenAnswer(language=each.language, prompt=tuple(prompt), steps=steps))
             track.advance(detail=each.language)
@@ -116,13 +116,13 @@ def compare(
     return difference(golden_answer.model_dump(), got_tokens, got_logprobs, tolerance)
 
 
-def _prompt(tokenizer: Tokenizer, text: str, longest: int) -> list[int]:
+def golden_prompt(tokenizer: Tokenizer, text: str, longest: int) -> list[int]:
     """Return the token ids of ``text`` as a prompt, by the chat template if there is one, ``longest`` at the most."""
     if tokenizer.has_chat_template:
         ids = tokenizer.encode_chat([{"role": "user", "content": text}], add_generation_prompt=True)
     else:
         ids = tokenizer.sequence(text)
-    return ids if len(ids) <= longest or len(text) < 2 else _prompt(tokenizer, text[: len(text) // 2], longest)
+    return ids if len(ids) <= longest or len(text) < 2 else golden_prompt(tokenizer, text[: len(text) // 2], longest)
 
 
 def _step(logits: NDArray[np.float32]) -> GoldenStep:

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from glmexport.foundation.errors import InputError, UnverifiedError
 from glmexport.foundation.progress import Progress
+from glmexport.release.access import ImageReference, RegistryAccess
 from glmexport.release.incoming import Check, arriving, refuse_existing, require_room
 from glmexport.release.layout import Descriptor, ImageManifest, open_blob, parse_image, read_layout
-from glmexport.release.registry import ImageReference, Registry, RegistryAccess
+from glmexport.release.registry import Registry
 from glmexport.release.verifier import sha256
 
 

@@ -26,8 +26,9 @@ from glmexport.validation.reference import reference_states
 from glmexport.validation.run import first_texts, noise_floor
 from glmexport.validation.texts import EvaluationSet, text_digest
 from glmexport.validation.whole_model import check_reference
-from glmexport.workflows.job import Original, refuse_existing
+from glmexport.workflows.checks import refuse_existing
 from glmexport.workflows.matching import check_original, refuse_other_model
+from glmexport.workflows.original import Original
 from glmexport.workflows.output import partial_of, put_in_place
 from glmexport.workflows.provenance import source_of
 

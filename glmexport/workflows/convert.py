@@ -13,8 +13,9 @@ from glmexport.checkpoint.checkpoint import GENERATION_CONFIG
 from glmexport.foundation.disk import require_free
 from glmexport.foundation.progress import Progress
 from glmexport.release.opening import NOBODY, Trust
-from glmexport.workflows.job import Original, refuse_existing
+from glmexport.workflows.checks import refuse_existing
 from glmexport.workflows.matching import check_original, refuse_other_model
+from glmexport.workflows.original import Original
 from glmexport.workflows.output import partial_of, put_in_place
 
 _KIND = "a GPTQ checkpoint"

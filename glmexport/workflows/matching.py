@@ -8,7 +8,7 @@ from glmexport.foundation.errors import BundleError
 from glmexport.foundation.progress import Progress
 from glmexport.release.opening import NOBODY, Trust, check_bundle
 from glmexport.validation.capture import CapturedReference
-from glmexport.workflows.job import Original
+from glmexport.workflows.original import Original
 from glmexport.workflows.provenance import source_of
 
 

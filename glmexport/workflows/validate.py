@@ -26,8 +26,8 @@ from glmexport.validation.conditions import Conditions, ValidationPlan
 from glmexport.validation.run import validate, validate_captured
 from glmexport.validation.texts import EvaluationSet
 from glmexport.workflows.assemble_report import BuildCost, assemble
-from glmexport.workflows.job import Original
 from glmexport.workflows.matching import check_captured, check_original, refuse_other_model
+from glmexport.workflows.original import Original
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from glmexport.foundation.target import shipped_targets
 from glmexport.reference.reference import Reference
 from glmexport.report.document import read_report
 from glmexport.validation.weights import check_weights
-from glmexport.workflows.job import Original
+from glmexport.workflows.original import Original
 
 NEAREST = f'summary = "Rounded"\n{FORMATS}\n[solver]\nmethod = "round-to-nearest"\n'
 LITE = PREDICTING["glm4_moe_lite"]

@@ -46,7 +46,7 @@ from glmexport.results.record import Verdict
 from glmexport.tokenizer.tokenizer import Tokenizer
 from glmexport.validation.reference import reference_states
 from glmexport.validation.texts import EvaluationText
-from glmexport.workflows.job import Original
+from glmexport.workflows.original import Original
 
 GRAPHS = ("model.onnx", "scoring.onnx")
 ALIGNMENT = 4096

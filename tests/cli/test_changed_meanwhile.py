@@ -17,7 +17,7 @@ from glmexport.foundation.errors import CheckpointError
 from glmexport.foundation.progress import Silent, Track
 from glmexport.workflows.capture import CaptureOptions, capture_reference
 from glmexport.workflows.convert import convert_to_gptq
-from glmexport.workflows.job import Original
+from glmexport.workflows.original import Original
 from glmexport.workflows.validate import BuildOptions, validate_bundle
 
 RECIPE = "rtn-w4g32"

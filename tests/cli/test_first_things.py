@@ -19,7 +19,8 @@ from glmexport.foundation.recipe import open_recipe
 from glmexport.foundation.target import open_target
 from glmexport.validation.behaviour.tasks import Task
 from glmexport.workflows.build import build
-from glmexport.workflows.job import Job, Original
+from glmexport.workflows.job import Job
+from glmexport.workflows.original import Original
 from glmexport.workflows.validate import BuildOptions, validate_bundle
 
 

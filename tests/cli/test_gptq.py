@@ -21,7 +21,7 @@ from glmexport.bundle.manifest import read_manifest
 from glmexport.checkpoint.checkpoint import Checkpoint
 from glmexport.foundation.errors import EXIT_INCONCLUSIVE, EXIT_INPUT
 from glmexport.foundation.progress import Silent
-from glmexport.workflows.job import Original
+from glmexport.workflows.original import Original
 
 O_PROJ = "model.layers.0.self_attn.o_proj.weight"
 DOWN = "model.layers.1.mlp.down_proj.weight"

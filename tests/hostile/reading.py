@@ -39,8 +39,8 @@ from glmexport.devices.kit import KitResultRunner
 from glmexport.foundation.errors import GlmexportError
 from glmexport.foundation.target import open_policy, open_target
 from glmexport.release import verifier
+from glmexport.release.access import RegistryAccess
 from glmexport.release.layout import parse_image, read_layout
-from glmexport.release.registry import RegistryAccess
 from glmexport.release.release import read_release
 from glmexport.report.document import JSON_NAME, read_report
 from glmexport.tokenizer.tokenizer import Tokenizer

@@ -15,7 +15,7 @@ from glmexport.bundle.bundle import Bundle
 from glmexport.demo import demo_checkpoint
 from glmexport.foundation.progress import Silent
 from glmexport.workflows.convert import convert_to_gptq
-from glmexport.workflows.job import Original
+from glmexport.workflows.original import Original
 
 VARIABLE = "GLMEXPORT_GPTQMODEL_PYTHON"
 DRIVER = Path(__file__).with_name("gptqmodel_driver.py")

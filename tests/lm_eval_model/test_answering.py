@@ -28,7 +28,7 @@ from glmexport.lm_eval.answering import (
     whole_stream,
 )
 from glmexport.reference.reference import Reference
-from glmexport.workflows.job import Original
+from glmexport.workflows.original import Original
 
 PREFIX = (262, 263)
 

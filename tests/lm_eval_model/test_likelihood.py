@@ -29,7 +29,7 @@ from glmexport.lm_eval.likelihood import (
     windows,
 )
 from glmexport.reference.reference import Reference
-from glmexport.workflows.job import Original
+from glmexport.workflows.original import Original
 
 PREFIX = [262, 263]
 

@@ -28,9 +28,8 @@ from signatures import COUNTER, Judge, Pair, openssl, pair, sha256, sign_with, t
 from glmexport.bundle.bundle import Bundle
 from glmexport.foundation.errors import EXIT_INPUT, EXIT_UNVERIFIED, InputError, MachineError, UnverifiedError
 from glmexport.foundation.progress import Silent
-from glmexport.release.access import is_loopback
+from glmexport.release.access import ImageReference, RegistryAccess, is_loopback
 from glmexport.release.layout import read_layout, write_layout
-from glmexport.release.registry import ImageReference, RegistryAccess
 from glmexport.release.transfer import pull, push
 from glmexport.release.verification import verify
 

@@ -21,7 +21,7 @@ from glmexport.results.record import Verdict
 from glmexport.validation.capture import REFERENCE, Capture, CapturedReference
 from glmexport.validation.gates import capture_gate
 from glmexport.workflows.capture import CaptureOptions, capture_reference
-from glmexport.workflows.job import Original
+from glmexport.workflows.original import Original
 
 OPTIONS = CaptureOptions(THREADS, QUICK, top_k=200)
 

@@ -20,7 +20,7 @@ from glmexport.results.record import Verdict
 from glmexport.validation.capture import REFERENCE, CapturedReference
 from glmexport.validation.conditions import BehaviourPlan
 from glmexport.workflows.capture import CaptureOptions, capture_reference
-from glmexport.workflows.job import Original
+from glmexport.workflows.original import Original
 from glmexport.workflows.validate import BuildOptions, validate_bundle, validate_captured_bundle
 
 PLAN = replace(QUICK, behaviour=BehaviourPlan(each=1, translations=1, max_tokens=12, batch=3))

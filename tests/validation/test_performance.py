@@ -27,7 +27,7 @@ from glmexport.validation.performance import measure_performance
 from glmexport.validation.performance_gates import performance_gates, placement_gate
 from glmexport.validation.runtimes import Memory, Round, RuntimeRequest
 from glmexport.validation.speed import Turns
-from glmexport.workflows.job import Original
+from glmexport.workflows.original import Original
 
 CUDA = "CUDAExecutionProvider"
 CPU = "CPUExecutionProvider"

@@ -24,7 +24,7 @@ from glmexport.results.record import Verdict
 from glmexport.results.weights import WeightCheck
 from glmexport.validation.gates import weight_gates
 from glmexport.validation.weights import check_weights, row_distances
-from glmexport.workflows.job import Original
+from glmexport.workflows.original import Original
 
 #: What has to be named, by the fault.
 NAMED = {

@@ -25,7 +25,7 @@ from glmexport.tokenizer.tokenizer import Tokenizer
 from glmexport.validation.fidelity import Streamed, compare
 from glmexport.validation.reference import reference_states
 from glmexport.validation.texts import EvaluationText, evaluation_texts
-from glmexport.workflows.job import Original
+from glmexport.workflows.original import Original
 
 TOLERANCE = 1e-5
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from glmexport.release.verifier import VerificationError, verify
+from glmexport.release.envelope import VerificationError
+from glmexport.release.verifier import verify
 from glmexport.wire.server.layout import SUBJECT
 from glmexport.wire.standalone import Failure
 

@@ -13,11 +13,11 @@ import psutil
 import pytest
 from builds import Sample, build
 from components import require_browser
+from devices.conftest import PROMPTS, TEXTS, Hooked, answered
 from models import write_checkpoint
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import load_file, save_file
-from validation.devices.conftest import PROMPTS, TEXTS, Hooked, answered
 
 from glmexport.bundle.bundle import Bundle
 from glmexport.devices.answers import DeviceAnswers

@@ -15,7 +15,7 @@ from glmexport.devices.job import PromptQuestion, SpeedRequest, TextQuestion, wr
 from glmexport.foundation.progress import Silent, Track
 from glmexport.validation.capture import CapturedReference
 from glmexport.workflows.capture import CaptureOptions, capture_reference
-from glmexport.workflows.job import Original
+from glmexport.workflows.original import Original
 
 __all__ = ["run", "sample", "sshd"]
 TEXTS, PROMPTS = 4, 2
