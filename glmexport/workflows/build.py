@@ -14,7 +14,7 @@ from glmexport import __version__
 from glmexport.architecture.description import Architecture
 from glmexport.assembly.write import BundleContents, write_bundle
 from glmexport.bundle.bundle import Bundle
-from glmexport.bundle.manifest import LargestActivation, Manifest
+from glmexport.bundle.manifest import LargestActivation
 from glmexport.calibration.corpus import Document, evaluation_documents
 from glmexport.foundation.machine import peak_memory
 from glmexport.foundation.progress import Progress
@@ -73,8 +73,8 @@ def build(
             for plan, quantization in zip(plans, quantizations, strict=True):
                 model = _quantized(quantization)
                 for job in plan.jobs:
-                    manifest = _write(original, job, model, plan.text, progress)
-                    built.append(_validate(original, job, manifest, model, plan, options, progress))
+                    written = _write(original, job, model, plan.text, progress)
+                    built.append(_validate(original, job, written, model, plan, options, progress))
             original.checkpoint.refuse_changes()
             for bundle in built:
                 refuse_existing(bundle.directory, options.force)
@@ -179,7 +179,7 @@ def _quantized(job: QuantizationJob) -> QuantizedModel:
         return walk(job)
 
 
-def _write(original: Original, job: Job, model: QuantizedModel, text: CalibrationText, progress: Progress) -> Manifest:
+def _write(original: Original, job: Job, model: QuantizedModel, text: CalibrationText, progress: Progress) -> Bundle:
     """Write the bundle beside its place."""
     partial = partial_of(job.directory)
     if partial.exists():
@@ -200,26 +200,24 @@ def _write(original: Original, job: Job, model: QuantizedModel, text: Calibratio
         tokenizer_files=original.tokenizer.files,
         cache_text=cache_text(text.sequences),
     )
-    return write_bundle(partial, contents, progress)
+    return Bundle(partial, write_bundle(partial, contents, progress))
 
 
 def _validate(
     original: Original,
     job: Job,
-    manifest: Manifest,
+    bundle: Bundle,
     model: QuantizedModel,
     plan: _Plan,
     options: BuildOptions,
     progress: Progress,
 ) -> Built | BuiltUnrun:
     """Measure the bundle that was written beside its place, as far as this machine can run it."""
-    bundle = Bundle(partial_of(job.directory), manifest)
     if not bundle.runs_here:
         reference = Reference(original.checkpoint, original.architecture)
         evaluation = EvaluationSet(evaluation_documents((), original.tokenizer, ()), original.tokenizer)
         unrun = validate_unrun(bundle, reference, evaluation, progress, options.max_memory_bytes)
-        return BuiltUnrun(job.directory, manifest, unrun)
+        return BuiltUnrun(job.directory, bundle.manifest, unrun)
     cost = BuildCost(model.seconds, peak_memory(), device_name(options.device), peak_device_memory(options.device))
-    name = job.directory.name
-    report = measure_and_report(bundle, name, original, plan.evaluation, options, progress, cost)
-    return Built(job.directory, manifest, report)
+    report = measure_and_report(bundle, job.directory.name, original, plan.evaluation, options, progress, cost)
+    return Built(job.directory, bundle.manifest, report)
