@@ -123,7 +123,7 @@ def check_weights(bundle: Bundle, reference: Reference, progress: Progress) -> W
 
 
 def _rounded(key: str, held: BundleWeights, checkpoint: Checkpoint, decided: str | None) -> Iterator[WeightFault]:
-    """What is wrong with a matrix that is stored quantized; ``decided`` is the digest of what it should be."""
+    """Yield the faults of a matrix that is stored quantized; ``decided`` is the digest of what it should be."""
     for linear in held.every(key):
         rows = row_distances(linear, _rows(checkpoint, key, linear.codes.shape))
         if decided is not None and not _is(linear, decided):
@@ -147,7 +147,7 @@ def _is(linear: QuantizedLinear, decided: str) -> bool:
 def _kept(
     key: str, held: BundleWeights, checkpoint: Checkpoint, activations: torch.dtype
 ) -> Iterator[WeightFault]:
-    """What is wrong with a tensor that is stored as it is, in fp32 or in the type of the ``activations``."""
+    """Yield the faults of a tensor that is stored as it is, in fp32 or in the type of the ``activations``."""
     tensor, original = held.tensor(key), checkpoint.read(key)
     same_type = tensor.dtype in (torch.float32, activations)
     if tensor.shape != original.shape or not (same_type and torch.equal(tensor, original.to(tensor.dtype))):

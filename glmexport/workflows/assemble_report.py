@@ -32,7 +32,7 @@ from glmexport.validation.run import Validation
 
 @dataclass(frozen=True)
 class BuildCost:
-    """What quantizing took, and where: wall seconds over all attempts, and the peak resident memory of this process."""
+    """The cost of quantizing: wall seconds over all attempts, and the peak resident memory of this process."""
 
     seconds: float
     peak_memory_bytes: int

@@ -14,10 +14,7 @@ from glmexport.foundation.disk import require_free
 from glmexport.foundation.progress import Progress
 from glmexport.release.opening import NOBODY, Trust
 from glmexport.workflows.checks import refuse_existing
-from glmexport.workflows.matching import (
-    check_original,
-    refuse_other_model,
-)
+from glmexport.workflows.matching import check_original, refuse_other_model
 from glmexport.workflows.original import Original
 from glmexport.workflows.output import partial_of, put_in_place
 
