@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from threading import Thread
 
 from glmexport.bundle.bundle import Bundle
 from glmexport.bundle.genai_config import GenaiConfig
@@ -126,6 +127,8 @@ class _Served:
         reader = RequestReader(
             bundle.tokenizer, bundle.ends, bundle.context_length, options.limits, config is not None, options.lenient
         )
+        # While the bundle is loaded.
+        Thread(target=reader.prepare, daemon=True).start()
         metrics = Metrics()
         at_work = options.parallel + options.waiting
         limits = replace(options.limits, connections=max(options.limits.connections, at_work + _SPARE))
