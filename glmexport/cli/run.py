@@ -53,16 +53,17 @@ def run(
     as_json: bool,
 ) -> None:
     """Generate from BUNDLE as it is deployed, greedily, and print the text as it comes."""
+    from glmexport.bundle.bundle import Bundle
     from glmexport.engine.speculation import open_speculation
     from glmexport.engine.text import generate
     from glmexport.release.opening import open_signed
-    from glmexport.tokenizer.tokenizer import Tokenizer
 
     terminal = Terminal()
     speculation = open_speculation(speculate, draft_tokens)
     manifest = open_signed(bundle, trust, terminal)
     threads = bundle_threads(threads) or manifest.target.session.threads or threads
-    tokenizer = Tokenizer.open(bundle)
+    opened = Bundle(bundle, manifest)
+    tokenizer = opened.tokenizer
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})
     if raw or not tokenizer.has_chat_template:
@@ -82,7 +83,7 @@ def run(
         },
     )
     pieces = []
-    for piece in generate(bundle, tokenizer, ids, max_tokens=max_tokens, threads=threads, speculation=speculation):
+    for piece in generate(opened, ids, max_tokens=max_tokens, threads=threads, speculation=speculation):
         pieces.append(piece)
         if not as_json:
             sys.stdout.write(visible(piece.text, lines=True))

@@ -25,6 +25,7 @@ from pydantic import Field
 from safetensors.torch import save_file
 from torch import Tensor
 
+from glmexport.bundle.bundle import Bundle
 from glmexport.bundle.links import loadable
 from glmexport.bundle.loop import FixedLoopConfig, LoopConfig, read_loop
 from glmexport.bundle.manifest import FileEntry, Manifest
@@ -41,9 +42,9 @@ from glmexport.bundle.names import (
     STEP,
     WEIGHTS,
 )
-from glmexport.engine.fixed import require_room
-from glmexport.engine.generation import loop_facts
+from glmexport.engine.core.cache import CAPACITY
 from glmexport.engine.placement import Node
+from glmexport.engine.scoring import require_room
 from glmexport.foundation.definition import Definition, read_json
 from glmexport.foundation.errors import InputError
 from glmexport.foundation.files import sha256, write_atomically
@@ -51,8 +52,6 @@ from glmexport.foundation.target import Provider
 from glmexport.results.device import DeviceFacts
 
 JOB, QUESTIONS, BUNDLE, RESULT = "job.json", "questions.safetensors", "bundle", "result.json"
-#: Symbolic sizes of a cache; every other size is a number.
-BATCH, PAST_SEQUENCE, CAPACITY = "batch", "past_sequence", "capacity"
 CacheType = Literal["float32", "float16", "bfloat16", "int8", "uint8"]
 _CACHE_TYPES: dict[ir.DataType, CacheType] = {
     ir.DataType.FLOAT: "float32",
@@ -68,7 +67,7 @@ class Cache(Definition):
 
     input: str
     output: str
-    #: With the symbolic sizes above.
+    #: With the names of sizes that ``CacheSpec`` has.
     shape: tuple[int | str, ...]
     dtype: CacheType
 
@@ -178,10 +177,10 @@ def write_job(
         InputError: caches of a fixed capacity do not hold a text.
         BundleError: the bundle's loop cannot be read.
     """
-    ends, context = loop_facts(bundle)
+    loop = Bundle(bundle, manifest).loop
     graphs = _graphs(bundle)
     if graphs.fixed:
-        require_room(max(len(text.ids) for text in texts), context)
+        require_room(max(len(text.ids) for text in texts), loop.context_length)
     directory.mkdir(parents=True)
     _link(bundle, directory / BUNDLE, manifest)
     tensors: dict[str, Tensor] = {}
@@ -205,8 +204,8 @@ def write_job(
         provider=manifest.target.provider,
         config=manifest.target.session.config,
         threads=threads,
-        end_tokens=tuple(sorted(ends)),
-        context_length=context,
+        end_tokens=tuple(sorted(loop.ends)),
+        context_length=loop.context_length,
         vocabulary_size=vocabulary_size,
         texts=tuple(text.prefix for text in texts),
         prompts=tuple(prompt.max_tokens for prompt in prompts),

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from itertools import islice
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from glmexport.bundle.loop import FixedLoopConfig, LoopConfig, read_loop
+from glmexport.bundle.bundle import Bundle
+from glmexport.engine.core.greedy import greedy
+from glmexport.engine.opening import open_engine
 from glmexport.foundation.definition import Definition
 from glmexport.results.performance import PlacedOperators, Placement
 
@@ -44,46 +44,16 @@ class Node(Definition):
     small: bool
 
 
-def profile(directory: Path, prompt: Sequence[int], threads: int) -> tuple[Node, ...]:
-    """Every node of model.onnx that the bundle's loop ran for a few tokens, in the bundle's own settings."""
-    own = read_loop(directory)
-    if own:
-        return _profile_own(directory, own, prompt, threads)
-    import numpy as np
-    import onnxruntime_genai
-
-    from glmexport.bundle.genai_config import genai_settings
-
+def profile(bundle: Bundle, prompt: Sequence[int], threads: int) -> tuple[Node, ...]:
+    """Return every node that the bundle's loop ran for a few tokens, graph by graph, in the bundle's own settings."""
     with tempfile.TemporaryDirectory() as folder:
-        model = onnxruntime_genai.Model(genai_settings(directory, threads, Path(folder) / "profile"))
-        parameters = onnxruntime_genai.GeneratorParams(model)
-        start = prompt[:_PROMPT]
-        total = len(start) + _GENERATED
-        parameters.set_search_options(max_length=total, min_length=total, do_sample=False)
-        generator = onnxruntime_genai.Generator(model, parameters)
-        generator.append_tokens(np.array([start], np.int32))
-        for _ in range(_GENERATED):
-            generator.generate_next_token()
-        # The profile is written when the session ends.
-        del generator, parameters, model
-        gc.collect()
-        files = sorted(Path(folder).iterdir())
-        events = [event for file in files for event in json.loads(file.read_text(encoding="utf-8"))]
-    return nodes_of(events)
-
-
-def _profile_own(
-    directory: Path, config: LoopConfig | FixedLoopConfig, prompt: Sequence[int], threads: int
-) -> tuple[Node, ...]:
-    """Of several graphs, those of each."""
-    from glmexport.engine.own_loop import open_loop
-
-    with tempfile.TemporaryDirectory() as folder:
-        loop = open_loop(directory, config, threads, Path(folder) / "profile")
-        for _ in islice(loop.start([prompt[:_PROMPT]]), _GENERATED):
+        engine = open_engine(bundle, threads, profile=Path(folder) / "profile")
+        for _ in greedy(engine, prompt[:_PROMPT], _GENERATED):
             pass
-        profiles = [json.loads(file.read_text(encoding="utf-8")) for file in loop.end_profile()]
-        return tuple(node for events in profiles for node in nodes_of(events))
+        # The profile is written when the session ends.
+        engine.close()
+        profiles = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(Path(folder).iterdir())]
+    return tuple(node for events in profiles for node in nodes_of(events))
 
 
 def nodes_of(events: Iterable[dict[str, Any]]) -> tuple[Node, ...]:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
+from glmexport.bundle.bundle import Bundle
 from glmexport.engine.generation import GenerationSession
 from glmexport.engine.scoring import ScoringSession
 from glmexport.foundation.errors import InputError
@@ -56,11 +57,11 @@ class BundleSubject:
 
     @cached_property
     def _scoring(self) -> ScoringSession:
-        return ScoringSession(self._directory, self._manifest, self._threads)
+        return ScoringSession(Bundle(self._directory, self._manifest), self._threads)
 
     @cached_property
     def _generation(self) -> GenerationSession:
-        return GenerationSession(self._directory, self._threads)
+        return GenerationSession.open(Bundle(self._directory, self._manifest), self._threads)
 
     def likelihoods(self, requests: Sequence[Request]) -> list[Likelihood]:
         """By scoring.onnx."""

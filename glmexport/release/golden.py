@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glmexport import __version__
+from glmexport.bundle.bundle import Bundle
 from glmexport.bundle.fit import can_run
 from glmexport.bundle.manifest import Manifest
 from glmexport.calibration.corpus import Document, shipped_documents
@@ -80,7 +81,7 @@ def record(bundle: Path, manifest: Manifest, threads: int, progress: Progress) -
         MachineError: this ONNX Runtime has no execution provider of the bundle's.
         BundleError: its loop cannot load it.
     """
-    session, tokenizer = GenerationSession(bundle, threads), Tokenizer.open(bundle)
+    session, tokenizer = GenerationSession.open(Bundle(bundle, manifest), threads), Tokenizer.open(bundle)
     documents = list(_documents(shipped_documents("evaluation")))
     answers = []
     with progress.track("golden answers", len(documents)) as track:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections import abc
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from glmexport.engine.computed import Computed
+from glmexport.engine.core.drafting import PromptLookup
+from glmexport.engine.core.sequence import Sequence
 from glmexport.engine.sampling import Sampling, Uniforms, choose, likelihood
-from glmexport.engine.speculation import PromptLookup
 from glmexport.serving.guides import Guide, Held
 from glmexport.serving.text import AnswerText, Part, Token
 
@@ -179,7 +180,7 @@ class FreeTurns:
     chosen at its place anyway, so that guessing changes no answer but for rounding.
     """
 
-    def __init__(self, answer: Answer, sequence: Computed, chunk: int | None, guesses: int = 0) -> None:
+    def __init__(self, answer: Answer, sequence: Sequence, chunk: int | None, guesses: int = 0) -> None:
         self.answer = answer
         self.sequence = sequence
         self.drafted = self.accepted = 0
@@ -199,10 +200,7 @@ class FreeTurns:
         """As ``Turns``."""
         if self._said is None:
             piece, self._left = self._left[: self._chunk], self._left[self._chunk :]
-            before = len(self.sequence.tokens)
             logits = self.sequence.advance(piece)
-            if len(piece) == self._chunk and self.sequence.whole == before:
-                self.sequence.whole += len(piece)
             return None if self._left else self._say(logits, [])
         drafts = self._drafts(self._said)
         logits = self.sequence.advance([self._said, *drafts], every=bool(drafts))
@@ -229,7 +227,7 @@ class FreeTurns:
         room = min(self._guesses, left - 1, self.sequence.capacity - len(self.sequence.tokens) - 1)
         return self._drafter.propose(following, room) if room > 0 else []
 
-    def _say(self, logits: NDArray[np.float32], drafts: Sequence[int]) -> Reason | None:
+    def _say(self, logits: NDArray[np.float32], drafts: abc.Sequence[int]) -> Reason | None:
         """The token behind what was computed, and one more behind every draft that is right."""
         reason, right = None, 0
         for row in logits:
@@ -249,7 +247,7 @@ class FreeTurns:
 class GuidedTurns:
     """An answer whose tokens are chosen among those that a grammar allows, by its process."""
 
-    def __init__(self, answer: Answer, sequence: Computed, held: Held, chunk: int | None) -> None:
+    def __init__(self, answer: Answer, sequence: Sequence, held: Held, chunk: int | None) -> None:
         self.answer = answer
         self._sequence = sequence
         self._held = held

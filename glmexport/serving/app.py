@@ -28,7 +28,7 @@ from glmexport.serving.log import described
 from glmexport.serving.metrics import Metrics
 from glmexport.serving.orders import Reader
 from glmexport.serving.reply import ChatReply, Head, Reply, TextReply
-from glmexport.serving.scheduler import Closed, Engine, Full
+from glmexport.serving.scheduler import Closed, Full, Scheduler
 from glmexport.serving.stream import EventStream
 from glmexport.serving.text import AnswerText, Part
 
@@ -55,14 +55,14 @@ class Facts:
 
 
 class Service:
-    """One bundle, answered by ``engine``. ``draining``: whether the server is about to end."""
+    """One bundle, answered by ``scheduler``. ``draining``: whether the server is about to end."""
 
     def __init__(
-        self, facts: Facts, reader: Reader, engine: Engine, metrics: Metrics, guides: Guides | None = None
+        self, facts: Facts, reader: Reader, scheduler: Scheduler, metrics: Metrics, guides: Guides | None = None
     ) -> None:
         self._facts = facts
         self._reader = reader
-        self._engine = engine
+        self._scheduler = scheduler
         self._metrics = metrics
         self._guides = guides
         self._limits = replace(reader.limits, prompt_ids=reader.context_length)
@@ -141,7 +141,7 @@ class Service:
         return JSONResponse({"status": "alive"})
 
     async def _ready(self, request: Request) -> Response:
-        status = "draining" if self.draining else "ready" if self._engine.ready else "loading"
+        status = "draining" if self.draining else "ready" if self._scheduler.ready else "loading"
         names = ("digest", "directory", "family", "target")
         facts = {name: getattr(self._facts, name) for name in names}
         return JSONResponse({"status": status, "model": self._facts.name, **facts}, 200 if status == "ready" else 503)
@@ -206,7 +206,7 @@ class Service:
         order = replace(order, key=request.scope["state"][KEY])
         answer = Answer(order, text, listen, self._metrics.gap.observe)
         try:
-            self._engine.submit(answer)
+            self._scheduler.submit(answer)
         except Full as error:
             raise Refused(429, "Too many requests wait.", code="queue_full", headers=_RETRY) from error
         except Closed as error:

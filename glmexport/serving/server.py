@@ -11,9 +11,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from glmexport.bundle.loop import read_loop
+from glmexport.bundle.bundle import Bundle
+from glmexport.bundle.genai_config import GenaiConfig
 from glmexport.bundle.manifest import MANIFEST, Manifest
-from glmexport.engine.generation import loop_facts
 from glmexport.foundation.errors import GlmexportError, InputError, MachineError
 from glmexport.foundation.progress import Progress, Silent
 from glmexport.release.opening import NOBODY, Trust, open_signed
@@ -34,8 +34,7 @@ from glmexport.serving.listen import (
 from glmexport.serving.log import described
 from glmexport.serving.metrics import Metrics
 from glmexport.serving.orders import Reader
-from glmexport.serving.scheduler import Engine, EngineOptions
-from glmexport.tokenizer.tokenizer import Tokenizer
+from glmexport.serving.scheduler import Scheduler, SchedulerOptions
 
 #: A shorter key can be guessed.
 _KEY_CHARACTERS = 16
@@ -122,20 +121,20 @@ class _Served:
         self._serving = Serving(
             url_of(listener), options.name or manifest.source.name, manifest.digest(), self._threads, inherited
         )
-        ends, context_length = loop_facts(directory)
-        can_guide = read_loop(directory) is None and not options.batch
+        bundle = Bundle(directory, manifest)
+        context_length = bundle.loop.context_length
+        can_guide = isinstance(bundle.loop, GenaiConfig) and not options.batch
         self._guides = Guides(directory) if can_guide else None
-        tokenizer = Tokenizer.open(directory)
-        reader = Reader(tokenizer, ends, context_length, options.limits, can_guide, options.lenient)
+        reader = Reader(bundle.tokenizer, bundle.loop.ends, context_length, options.limits, can_guide, options.lenient)
         metrics = Metrics()
         at_work = options.parallel + options.waiting
         limits = replace(options.limits, connections=max(options.limits.connections, at_work + _SPARE))
         # Where there are fewer connections, fewer wait: some are left for whoever asks whether the server lives.
         waiting = min(options.waiting, max(1, most_connections(limits) - options.parallel - _SPARE))
-        settings = EngineOptions(
+        settings = SchedulerOptions(
             self._threads, options.parallel, waiting, options.guesses, options.reuse, options.batch
         )
-        self._engine = Engine(directory, settings, metrics, self._loaded, self._broken, self._guides)
+        self._scheduler = Scheduler(bundle, settings, metrics, self._loaded, self._broken, self._guides)
         facts = Facts(
             name=self._serving.name,
             directory=directory.name,
@@ -145,7 +144,7 @@ class _Served:
             context_length=context_length,
             created=int((directory / MANIFEST).stat().st_mtime),
         )
-        self._service = Service(facts, reader, self._engine, metrics, self._guides)
+        self._service = Service(facts, reader, self._scheduler, metrics, self._guides)
         hosts = {host.lower() for host in options.hosts}
         if options.host not in ("0.0.0.0", "::"):  # noqa: S104
             hosts.add(options.host.lower())
@@ -170,25 +169,25 @@ class _Served:
         if self._error:
             # What a library says may be about a request.
             raise RuntimeError(f"The thread that computes failed: {described(self._error)}.") from None
-        return self._engine.join(_LAST_STEP_S) and not self._service.reading
+        return self._scheduler.join(_LAST_STEP_S) and not self._service.reading
 
     async def _run(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._engine.start()
+        self._scheduler.start()
         alive = asyncio.create_task(self._tell_alive())
         try:
             await self._server.listen()
         finally:
             alive.cancel()
             self._service.close()
-            self._engine.close()
+            self._scheduler.close()
             if self._guides:
                 self._guides.close()
 
     async def _tell_alive(self) -> None:
         """For systemd's watchdog: this loop goes round, and the thread that computes is there."""
         every_s = watchdog_s()
-        while every_s and self._engine.alive:
+        while every_s and self._scheduler.alive:
             notify("WATCHDOG=1")
             await asyncio.sleep(every_s)
 

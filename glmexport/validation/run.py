@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from glmexport.architecture.description import Architecture
+from glmexport.bundle.bundle import Bundle
 from glmexport.bundle.manifest import Manifest
 from glmexport.calibration.corpus import Document
 from glmexport.checkpoint.checkpoint import Checkpoint
@@ -157,7 +158,7 @@ def validate(
     torch.set_num_threads(threads)
     reference = Reference(checkpoint, architecture)
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
-        session = ScoringSession(directory, manifest, bundle_threads)
+        session = ScoringSession(Bundle(directory, manifest), bundle_threads)
         check = check_reference(reference, texts, Path(folder), plan.max_memory_bytes, progress)
         states = reference_states(reference, texts, Path(folder), progress)
         divergences = compare(
@@ -169,8 +170,9 @@ def validate(
         fidelity = summarize(texts, divergences, tokenizer, arithmetic(manifest), noise)
         shares = shares_of(directory, manifest, sample, plan.share_texts, session, Path(folder), progress, after)
         routing = routing_agreement(before, after) if shares else ()
+        bundle = Bundle(directory, manifest)
         behaviour = _behaviour(
-            directory, documents, tasks, session, reference, plan, bundle_threads, Path(folder), progress
+            bundle, documents, tasks, session, reference, plan, bundle_threads, Path(folder), progress
         )
     weights = check_weights(directory, manifest, reference, progress)
     performance = _performance(directory, manifest, checkpoint, texts, plan, policy, threads, bundle_threads, progress)
@@ -195,7 +197,8 @@ def validate_captured(
 
     Where the divergence comes from and the original's speed are not measured, for which it would have to be at hand.
     """
-    session, texts, tokenizer = ScoringSession(directory, manifest, threads), captured.texts, Tokenizer.open(directory)
+    bundle, texts = Bundle(directory, manifest), captured.texts
+    session, tokenizer = ScoringSession(bundle, threads), bundle.tokenizer
     answers = partial(bundle_answer, session, texts)
     divergences = compare(captured, answers, progress, _IN_ONNX_RUNTIME)
     capture = captured.capture
@@ -207,7 +210,7 @@ def validate_captured(
         behaviour = ask_bundle(
             [answer.question for answer in capture.answers],
             [list(answer.tokens) for answer in capture.answers],
-            GenerationSession(directory, threads),
+            GenerationSession.open(bundle, threads),
             tokenizer,
             plan=plan.behaviour,
             progress=progress,
@@ -220,7 +223,7 @@ def validate_captured(
 
 
 def _behaviour(
-    directory: Path,
+    bundle: Bundle,
     documents: Sequence[Document],
     tasks: Sequence[Task],
     scoring: ScoringSession,
@@ -233,7 +236,7 @@ def _behaviour(
     if plan.behaviour is None:
         return None
     # The bundle's own: what a server tokenizes with. Whether it is the original's is for the prompts to say.
-    tokenizer, session = Tokenizer.open(directory), GenerationSession(directory, threads)
+    tokenizer, session = bundle.tokenizer, GenerationSession.open(bundle, threads)
     asked = questions_for(documents, tokenizer, plan.behaviour, session.context_length)
     if not asked and all(task.choices for task in tasks):
         # Nothing that is answered by a text, so that nothing could be told of answers.

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from glmexport import __version__
+from glmexport.bundle.bundle import Bundle
 from glmexport.calibration.corpus import Document, evaluation_documents
 from glmexport.engine.generation import GenerationSession
 from glmexport.engine.session import require_provider
@@ -125,7 +126,7 @@ def _answers(
     plan = options.plan.behaviour
     if options.draft is None or plan is None:
         return None
-    session = GenerationSession(options.draft, options.threads)
+    session = GenerationSession.open(Bundle.open(options.draft), options.threads)
     asked = questions_for(documents, original.tokenizer, plan, session.context_length)
     answers = ask_original(asked, session, reference, scratch, progress)
     return tuple(

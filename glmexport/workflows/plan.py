@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from glmexport.bundle.bundle import Bundle
 from glmexport.bundle.manifest import Manifest
 from glmexport.calibration.corpus import evaluation_documents
 from glmexport.engine.scoring import ScoringSession
@@ -42,7 +43,7 @@ def plan_bundle(
         texts, reference = list(original.texts), None
     report = _own_report(directory, manifest)
     with progress.track("Timing", 1) as track:
-        session = ScoringSession(directory, manifest, threads_of(manifest, options))
+        session = ScoringSession(Bundle(directory, manifest), threads_of(manifest, options))
         rates = measure_rates(session, texts, reference, options.threads)
         track.advance()
     return plan_validation(report.fidelity.languages, policy_of(manifest, options).gates, rates)

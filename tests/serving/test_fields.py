@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from served import PATIENCE_S
-from test_engine import Waiting, client_of, surface
+from test_scheduler import Waiting, client_of, surface
 
 from glmexport.serving.failure import Refused
 from glmexport.serving.fields import IGNORED, NEUTRAL, ChatAsked, TextAsked, read_body
@@ -150,10 +150,10 @@ def answering(bundle: Path) -> Iterator[Guard]:
     guides = Guides(bundle)
     waiting = Waiting(bundle, guides)
     guard, _ = surface(waiting, bundle, Limits(answer_tokens=3))
-    waiting.engine.start()
+    waiting.scheduler.start()
     yield guard
-    waiting.engine.close()
-    assert waiting.engine.join(PATIENCE_S)
+    waiting.scheduler.close()
+    assert waiting.scheduler.join(PATIENCE_S)
     guides.close()
 
 

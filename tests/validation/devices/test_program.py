@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from validation.devices.conftest import PROMPTS, TEXTS, Hooked, answered
 
-from glmexport.bundle.manifest import read_manifest
+from glmexport.bundle.bundle import Bundle
 from glmexport.devices.answers import DeviceAnswers
 from glmexport.devices.job import RESULT, read_job
 from glmexport.devices.local import LocalRunner
@@ -36,15 +36,15 @@ def test_it_answers_as_this_machine_does(
 ) -> None:
     LocalRunner()(job, tmp_path, Silent())
     answers = DeviceAnswers.open("local", job, tmp_path)
-    session = ScoringSession(sample.bundle, read_manifest(sample.bundle), THREADS)
+    session = ScoringSession(Bundle.open(sample.bundle), THREADS)
     for index, text in enumerate(reference.texts[:TEXTS]):
-        whole = session.logits(text.ids)[text.prefix - 1 : -1]
+        whole = torch.from_numpy(session.logits(text.ids.numpy())[text.prefix - 1 : -1])
         ours, theirs = reference.divergence(index, whole), answers.divergence(index, reference.kept(index))
         for name in vars(ours):
             torch.testing.assert_close(getattr(theirs, name), getattr(ours, name), rtol=1e-5, atol=1e-6)
         audited = reference.audited(index)
         assert audited is not None and torch.equal(answers.audit(index), whole[audited])
-    generation = GenerationSession(sample.bundle, THREADS)
+    generation = GenerationSession.open(Bundle.open(sample.bundle), THREADS)
     for index in range(PROMPTS):
         assert answers.tokens(index) == generation.tokens(reference.texts[index].ids[:8].tolist(), 6)
     speed = answers.result.speed
