@@ -11,7 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from builds import FORMATS, THREADS, Run, build, bundle_weights, small_checkpoint, write_recipe, write_target
+from builds import (
+    FORMATS,
+    THREADS,
+    Run,
+    build,
+    bundle_weights,
+    small_checkpoint,
+    write_fixed_target,
+    write_recipe,
+    write_target,
+)
 
 from glmexport.bundle.bundle import Bundle
 from glmexport.bundle.loop import FixedLoopConfig, read_loop
@@ -24,7 +34,6 @@ from glmexport.engine.generation import GenerationSession
 from glmexport.engine.opening import open_engine
 from glmexport.engine.scoring import ScoringSession
 from glmexport.engine.speculation import open_speculation
-from glmexport.foundation.definition import shipped_folder
 from glmexport.foundation.errors import EXIT_INPUT, BundleError, InputError
 from glmexport.foundation.host import CPU_PROVIDER
 from glmexport.foundation.progress import Silent
@@ -48,32 +57,12 @@ class Pair:
     any: Built
 
 
-def write_fixed_target(directory: Path) -> Path:
-    """The shipped one of fixed shapes, for the CPU provider and in fp32."""
-    text = (shipped_folder("targets") / "qnn.toml").read_text(encoding="utf-8")
-    for before, after in {
-        '"QNNExecutionProvider"': f'"{CPU_PROVIDER}"',
-        '"onnxruntime-qnn"': '"onnxruntime"',
-        'activations = "float16"': 'activations = "float32"',
-        "chunk = 64": f"chunk = {CHUNK}",
-        # The last chunk would not be whole.
-        "capacity = 4096": f"capacity = {CONTEXT + 5}",
-        'machine = ["arm64", "aarch64"]': "",
-        # Where ONNX Runtime makes MatMulNBits of DequantizeLinear and MatMul, in the arithmetic of the graph.
-        "[gates]": '[session.config]\n"session.qdq_matmulnbits_accuracy_level" = "0"\n\n[gates]',
-    }.items():
-        assert before in text
-        text = text.replace(before, after, 1)
-    path = directory / "fixed.toml"
-    path.write_text(text, encoding="utf-8")
-    return path
-
-
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     base = tmp_path_factory.mktemp("pair")
     model = small_checkpoint(base / "checkpoint", eos_token_id=[256])
-    targets = write_fixed_target(base), write_target(base, {"accuracy_level = 4": "accuracy_level = 0"}, "any")
+    exact = write_target(base, {"accuracy_level = 4": "accuracy_level = 0"}, "any")
+    targets = write_fixed_target(base, CHUNK, CONTEXT), exact
     recipe = write_recipe(base, NEAREST)
     fixed, plain = build(base / "checkpoint", base / "bundles", recipe, targets=tuple(map(str, targets)))
     return Pair(model, base / "checkpoint", fixed, plain)
@@ -236,7 +225,7 @@ def test_a_device_answers_as_this_machine_does(pair: Pair, tmp_path: Path, run: 
 
 
 def test_what_graphs_of_fixed_shapes_do_not_do(pair: Pair, tmp_path: Path, run: Run) -> None:
-    bundle, target = pair.fixed.directory, write_fixed_target(tmp_path)
+    bundle, target = pair.fixed.directory, write_fixed_target(tmp_path, CHUNK, CONTEXT)
     for arguments in (
         ("run", bundle, "-p", "Hi", "--speculate", "lookup"),
         ("tune", pair.checkpoint, "--target", target, "-o", tmp_path / "tuned.toml"),

@@ -11,8 +11,7 @@ import pytest
 import torch
 from builds import THREADS
 from models import write_checkpoint
-from predicting import PREDICTING, Predicting, write_unvalidated
-from safetensors.torch import load_file, save_file
+from predicting import PREDICTING, Predicting, enliven, write_unvalidated
 
 from benchmarks.speculation import Scripted
 from glmexport.bundle.bundle import Bundle
@@ -42,14 +41,6 @@ def bundle(request, tmp_path_factory) -> Path:
         write_checkpoint(base / "checkpoint", request.param, num_hidden_layers=2, **SETTINGS)
     enliven(base / "checkpoint")
     return write_unvalidated(base / "checkpoint", base / "bundle")
-
-
-def enliven(checkpoint: Path) -> None:
-    """Let the last token decide more, or random weights say the same for ever; copies of it stay as they were."""
-    path = checkpoint / "model.safetensors"
-    tensors = load_file(path)
-    tensors["model.embed_tokens.weight"] *= 16
-    save_file(tensors, path, {"format": "pt"})
 
 
 @pytest.fixture(scope="module")
