@@ -6,12 +6,12 @@ import json
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from math import prod
 from pathlib import Path
 from typing import Any
 
 from glmexport.bundle.bundle import Bundle
 from glmexport.engine.core.greedy import greedy
+from glmexport.engine.core.profile import GENERATED, PROMPT, profiled_nodes
 from glmexport.engine.opening import open_engine
 from glmexport.foundation.definition import Definition
 from glmexport.results.performance import PlacedOperators, Placement
@@ -24,15 +24,6 @@ SHAPE_OPERATORS = frozenset({
     "Mul", "Range", "ReduceMax", "ReduceProd", "ReduceSum", "Reshape", "Shape", "Size", "Slice", "Split", "Squeeze",
     "Sub", "Unsqueeze", "Where",
 })  # fmt: skip
-#: Read nothing of their input but its shape.
-_OF_ANYTHING = ("Shape", "Size")
-_INTEGERS = frozenset(("int64", "int32", "uint64", "uint32", "bool"))
-#: ONNX Runtime's own bound of what is small, elements.
-_SMALL = 100
-#: Tokens of the prompt, and generated ones: both shapes that the graph is run in.
-_PROMPT = 8
-_GENERATED = 3
-
 
 class Node(Definition):
     """One node that ran."""
@@ -48,7 +39,7 @@ def profile(bundle: Bundle, prompt: Sequence[int], threads: int) -> tuple[Node, 
     """Return every node that the bundle's loop ran for a few tokens, graph by graph, in the bundle's own settings."""
     with tempfile.TemporaryDirectory() as folder:
         engine = open_engine(bundle, threads, profile=Path(folder) / "profile")
-        for _ in greedy(engine, prompt[:_PROMPT], _GENERATED):
+        for _ in greedy(engine, prompt[:PROMPT], GENERATED):
             pass
         # The profile is written when the session ends.
         engine.close()
@@ -57,18 +48,8 @@ def profile(bundle: Bundle, prompt: Sequence[int], threads: int) -> tuple[Node, 
 
 
 def nodes_of(events: Iterable[dict[str, Any]]) -> tuple[Node, ...]:
-    """The nodes in the events of a profile, in the order in which they ran first."""
-    found: dict[str, Node] = {}
-    for event in events:
-        facts = event.get("args", {})
-        if event.get("cat") != "Node" or not facts.get("provider"):
-            continue
-        name = str(event["name"]).removesuffix("_kernel_time")
-        node = Node(name=name, operator=facts["op_name"], provider=facts["provider"], small=_small(facts))
-        # A node that is small with one token but not with several is not small.
-        before = found.get(name)
-        found[name] = node if before is None or before.small else before
-    return tuple(found.values())
+    """Return the nodes in the events of a profile, in the order in which they ran first."""
+    return tuple(Node(**found) for found in profiled_nodes(events))
 
 
 def placement(nodes: Sequence[Node], provider: str) -> Placement:
@@ -88,8 +69,3 @@ def placement(nodes: Sequence[Node], provider: str) -> Placement:
         ),
     )
 
-
-def _small(facts: dict[str, Any]) -> bool:
-    read = [] if facts["op_name"] in _OF_ANYTHING else facts.get("input_type_shape", [])
-    tensors = [*read, *facts.get("output_type_shape", [])]
-    return all(kind in _INTEGERS and prod(shape) <= _SMALL for tensor in tensors for kind, shape in tensor.items())
