@@ -17,14 +17,16 @@ from glmexport.engine.core.sequence import Sequence
 ROOM = 1024
 
 
-def roomy(length: int, context_length: int) -> int:
-    """Return for how many tokens a sequence has room that others may go on with, ``length`` of which it needs."""
+def room_for(length: int, context_length: int) -> int:
+    """Return the room, in tokens, of a sequence that needs ``length`` of them and that others may go on with."""
     return min((-(-length // ROOM) + 1) * ROOM, context_length)
 
 
-
 class Kept:
-    """Some sequences, those used last behind the others. ``chunk``: positions of a piece; None: prompts have none."""
+    """The sequences that are kept, those used last behind the others.
+
+    ``chunk``: positions of a piece of a prompt; None: prompts are not cut, and nothing is kept.
+    """
 
     def __init__(self, chunk: int | None) -> None:
         self._chunk = chunk
@@ -42,7 +44,7 @@ class Kept:
             sequence.close()
 
     def drop(self, count: int) -> None:
-        """Leave at most ``count``, and close the others."""
+        """Keep at most ``count`` of them, and close the others."""
         over = max(0, len(self._sequences) - count)
         for _, sequence in self._sequences[:over]:
             sequence.close()

@@ -53,7 +53,7 @@ def nodes_of(events: Iterable[dict[str, Any]]) -> tuple[Node, ...]:
 
 
 def placement(nodes: Sequence[Node], provider: str) -> Placement:
-    """``nodes`` by where they ran, against ``provider``, where the target says that they run."""
+    """Return the ``nodes`` by where they ran, against ``provider``, where the target says that they run."""
     counts = Counter((node.provider, node.operator) for node in nodes)
     elsewhere = [node for node in nodes if node.provider != provider]
     shapes = [node for node in elsewhere if node.provider == CPU and node.operator in SHAPE_OPERATORS and node.small]
@@ -68,4 +68,3 @@ def placement(nodes: Sequence[Node], provider: str) -> Placement:
             f"{node.name} ({node.operator}) on {node.provider}" for node in elsewhere if node not in shapes
         ),
     )
-

@@ -31,8 +31,9 @@ def open_session(
     """
     require_provider(provider.name, provider.package)
     settings = SessionSettings(provider.name, threads, provider.options, config or {}, profile)
+    path = loadable(graph.parent) / graph.name
     try:
-        return create_session(loadable(graph.parent) / graph.name, settings)
+        return create_session(path, settings)
     except MemoryError:
         # The machine's: building the bundle again would not help.
         raise

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from glmexport.bundle.bundle import Bundle
 from glmexport.engine.core.sequence import Engine
-from glmexport.engine.kept import Kept, roomy
+from glmexport.engine.kept import Kept, room_for
 from glmexport.engine.opening import open_engine
 from glmexport.serving.answer import Answer, Failed, FreeTurns, GuidedTurns, Reason, Turns
 from glmexport.serving.guides import Guides
@@ -18,11 +18,11 @@ from glmexport.serving.metrics import Metrics
 
 
 class Full(Exception):
-    """As many requests wait as may."""
+    """The error of a request that finds as many waiting as may wait."""
 
 
 class Closed(Exception):
-    """The scheduler takes no more requests."""
+    """The error of a request that comes when the scheduler takes no more."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Scheduler:
             self._changed.notify()
 
     def join(self, timeout: float | None = None) -> bool:
-        """Wait for the thread; whether it ended."""
+        """Wait for the thread, and return whether it ended."""
         self._thread.join(timeout)
         return not self.alive
 
@@ -124,7 +124,7 @@ class Scheduler:
             self._broken(error)
 
     def _next(self, idle: bool) -> Answer | None:
-        """The answer to begin next. Where ``idle``, wait for one; None then: there will be none."""
+        """Return the answer to begin next. Where ``idle``, wait for one; None then: there will be none."""
         with self._changed:
             while True:
                 while self._waiting:
@@ -157,7 +157,7 @@ class _Shift:
         self._kept = Kept(engine.chunk)
 
     def work(self) -> None:
-        """Until no answer follows."""
+        """Work until no answer follows."""
         while True:
             while len(self._running) < self._options.parallel:
                 answer = self._following(not self._running)
@@ -180,7 +180,7 @@ class _Shift:
     def _turns(self, answer: Answer) -> Turns:
         order, engine = answer.order, self._engine
         length = len(order.prompt) + order.max_tokens
-        room = roomy(length, engine.context_length)
+        room = room_for(length, engine.context_length)
         if order.guide:
             assert self._guides is not None
             held = self._guides.begin(order.guide, order.sampling, order.max_tokens)
@@ -194,7 +194,7 @@ class _Shift:
         return FreeTurns(answer, sequence, engine.chunk, min(self._options.guesses, engine.short_step - 1))
 
     def _group(self) -> list[Turns]:
-        """Whose turn it is: the first one's, and where several are computed in one step, all that are to step."""
+        """Return whose turn it is: the first one's, and with it, where the engine batches, all that are to step."""
         first = self._running.popleft()
         if not self._engine.batched or not _steps(first):
             return [first]
@@ -225,7 +225,7 @@ class _Shift:
             turns.answer.end(reason)
 
     def _reasons(self, group: list[Turns]) -> list[Reason | None]:
-        """The turn of a group: how each of its answers ended, if it did."""
+        """Take the turn of a group, and return how each of its answers ended, if it did."""
         free = [turns for turns in group if isinstance(turns, FreeTurns)]
         if len(free) < 2:
             return [turns.turn() for turns in group]
@@ -234,7 +234,7 @@ class _Shift:
         return [turns.take(row) for turns, row in zip(free, rows, strict=True)]
 
     def _leave(self, turns: Turns) -> None:
-        """Keep what was computed."""
+        """Keep what was computed, or free it."""
         if isinstance(turns, FreeTurns):
             self._metrics.guessed(turns.drafted, turns.accepted)
             if self._options.reuse:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from glmexport.engine.core.sequence import Engine, Sequence
-from glmexport.engine.kept import Kept, roomy
+from glmexport.engine.kept import Kept, room_for
 from glmexport.engine.sampling import Sampling
 from glmexport.serving.answer import Answer, End, FreeTurns, Order
 from glmexport.serving.text import AnswerText, Decoder, Part, Token
@@ -24,7 +24,7 @@ def answered(
     order = Order(tuple(prompt), 12, Sampling(0), top=512)
     text, told = AnswerText(Decoder(Tokenizer.open(directory)), ()), list[Part | End]()
     answer = Answer(order, text, told.append, lambda _: None)  # type: ignore[arg-type]
-    turns = FreeTurns(answer, sequence or engine.begin(roomy(len(prompt) + 12, engine.context_length)), engine.chunk)
+    turns = FreeTurns(answer, sequence or engine.begin(room_for(len(prompt) + 12, engine.context_length)), engine.chunk)
     while turns.turn() is None:
         pass
     return [token for part in told if isinstance(part, Part) for token in part.tokens], turns.sequence
