@@ -1,4 +1,4 @@
-"""GLM's grammar of tool calls, strictly: what a text calls, and everything that is wrong with it.
+"""A strict parser of GLM's grammar of tool calls: the calls of a text, and everything that is wrong with it.
 
 As the chat templates of GLM-4.5 and 4.6 write a call::
 
@@ -48,7 +48,7 @@ class Argument:
 
 @dataclass(frozen=True)
 class Call:
-    """A call that follows the grammar, with its arguments in order; ``offset`` of its first character."""
+    """A call that follows the grammar, with its arguments in order; ``offset`` is that of its first character."""
 
     name: str
     arguments: tuple[Argument, ...]
@@ -57,7 +57,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong, as a sentence, at the character ``offset``."""
+    """A fault, as a sentence, at the character ``offset``."""
 
     offset: int
     reason: str
@@ -65,7 +65,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Parsed:
-    """Calls that follow the grammar, the text outside of calls, and the faults by offset.
+    """The calls that follow the grammar, the text outside of calls, and the faults by offset.
 
     A call with a fault of grammar is not among ``calls``. One that gives a key twice is, with the first value; so is
     one whose name or arguments are not the tools'.

@@ -159,7 +159,7 @@ def build(
 
 
 def calibration_text(recipe: Recipe, own: Sequence[Path]) -> str:
-    """What ``recipe`` calibrates on, for people."""
+    """Return what ``recipe`` calibrates on, for people."""
     from glmexport.calibration.corpus import USER
 
     if recipe.calibration is None:

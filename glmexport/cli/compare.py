@@ -1,4 +1,4 @@
-"""``glmexport compare``: two reports, and only what changed by more than chance."""
+"""``glmexport compare``: a comparison of two reports, with what changed by more than chance alone."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def deploy(bundle: Path, site: Path, unproven: bool, allow_older: bool, replace_
     and asked again; a server that does not answer as it should gets its former release back. Exit code 0 if all serve
     it, 1 if the release was refused or taken back, 69 if a server could not be reached or has no room.
     """
-    from glmexport.deployment.rollout import Wishes, deploy, trust_file
+    from glmexport.deployment.rollout import DeployOptions, deploy, trust_file
     from glmexport.deployment.signed import SignedBundle
     from glmexport.deployment.site import open_site
 
@@ -59,7 +59,7 @@ def deploy(bundle: Path, site: Path, unproven: bool, allow_older: bool, replace_
     )
     if not unproven:
         release.require_proof()
-    outcomes = deploy(place, release, terminal, Wishes(allow_older, replace_key))
+    outcomes = deploy(place, release, terminal, DeployOptions(allow_older, replace_key))
     return _told(terminal, outcomes, as_json)
 
 
@@ -80,7 +80,7 @@ def rollback(site: Path, name: str | None, as_json: bool) -> int:
 @_SITE
 @json_option
 def status(site: Path, as_json: bool) -> int:
-    """What every server of SITE serves, what else it has, and how it came to that."""
+    """Show what every server of SITE serves, what else it has, and how it came to that."""
     from glmexport.deployment.rollout import status as ask
     from glmexport.deployment.site import open_site
 

@@ -1,4 +1,4 @@
-"""``glmexport inspect``: what a checkpoint is and what building it would take, without reading its weights."""
+"""``glmexport inspect``: the content of a checkpoint and the cost of building it, without reading its weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from glmexport.cli.options import adapter_option, checkpoint_argument, json_opti
 def inspect(
     checkpoint: str, adapter: str | None, recipe: str | None, max_memory: int | None, threads: int, as_json: bool
 ) -> None:
-    """Family, parameters by part, context and tokenizer of CHECKPOINT, and an estimate for every target."""
+    """Show family, parameters by part, context and tokenizer of CHECKPOINT, and an estimate for every target."""
     import torch
 
     from glmexport.architecture.registry import UNFINISHED

@@ -42,7 +42,7 @@ from glmexport.foundation.untrusted import visible
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="glmexport")
 def cli() -> None:
-    """Open-weight GLM checkpoints to validated ONNX bundles on hardware of your own.
+    """Turn open-weight GLM checkpoints into validated ONNX bundles on hardware of your own.
 
     Exit codes: 0 PASS or WARN, 1 BLOCK, 2 INCONCLUSIVE, 64 unusable input, 65 not what was signed, 69 the machine
     (disk, memory, network), 70 a bug, 130 interrupted.
@@ -83,7 +83,7 @@ def _run() -> int:
 
 
 def tell(error: GlmexportError) -> int:
-    """Say what happened and what to do about it; the exit code."""
+    """Say what happened and what to do about it; return the exit code."""
     return _say(error.message, error.next_step, error.exit_code)
 
 

@@ -1,4 +1,4 @@
-"""What ``validate --plan`` shows."""
+"""The table that ``validate --plan`` shows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from glmexport.validation.planning import Need, Plan
 
 
 def show_plan(console: Console, plan: Plan) -> None:
-    """Of every gate the languages that have too little text, or else the one that needs most; then what all take."""
+    """Show of every gate the languages with too little text, or else the one that needs most.
+
+    The time that all of them take follows.
+    """
     table = titled_table(
         f"\nDocuments that decide a gate in {plan.power:.0%} of cases, if its measured value is the true one",
         "gate", "language", "measured", "limit", "documents", "needed", "would show",

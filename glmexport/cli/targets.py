@@ -1,4 +1,4 @@
-"""``glmexport targets``: what is known about hardware, and what this machine is."""
+"""``glmexport targets``: facts about hardware, and about this machine."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 @click.group()
 def targets() -> None:
-    """What classes of hardware bundles can be built for."""
+    """Show what classes of hardware bundles can be built for."""
 
 
 @targets.command("list")
 @json_option
 def list_targets(as_json: bool) -> None:
-    """Names of the shipped targets, whether they have run on such hardware, and which of them this host is."""
+    """List the shipped targets, whether they have run on such hardware, and which of them this host is."""
     from glmexport.foundation.errors import DefinitionError
     from glmexport.foundation.target import HOST, open_target, shipped_targets
 
@@ -53,7 +53,7 @@ def list_targets(as_json: bool) -> None:
 @click.argument("name")
 @json_option
 def show_target(name: str, as_json: bool) -> None:
-    """What the graphs of a target are made of and why. NAME is a shipped target, a .toml file, or host."""
+    """Show what the graphs of a target are made of and why. NAME is a shipped target, a .toml file, or host."""
     from glmexport.foundation.target import open_target
     from glmexport.lowering.explain import lowerings
 
@@ -86,7 +86,7 @@ def show_target(name: str, as_json: bool) -> None:
 @targets.command("probe")
 @json_option
 def probe(as_json: bool) -> None:
-    """What this host is: processor, GPUs and providers, which targets it is of, and what it lacks for the others."""
+    """Show what this host is: processor, GPUs, providers, which targets it is of, and what it lacks for the others."""
     from glmexport.foundation.host import Host
     from glmexport.foundation.machine import instruction_sets, processor_name
     from glmexport.foundation.target import host_target, shipped_targets
@@ -129,7 +129,7 @@ def probe(as_json: bool) -> None:
 @trust_options
 @json_option
 def check(bundle: Path, trust: Trust, as_json: bool) -> int:
-    """Whether BUNDLE can run on this host, and why not. Nothing is run; exit code 0 if it can, 1 if it cannot."""
+    """Check whether BUNDLE can run on this host, and why not. Nothing is run; exit code 0 if it can, 1 if it cannot."""
     from glmexport.bundle.fit import fit
     from glmexport.foundation.errors import EXIT_BLOCK, EXIT_PASS
     from glmexport.foundation.host import Host

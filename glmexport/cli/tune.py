@@ -15,20 +15,20 @@ from glmexport.cli.console import Terminal, emit, titled_table
 from glmexport.cli.options import adapter_option, checkpoint_argument, json_option
 
 if TYPE_CHECKING:
-    from glmexport.foundation.evidence import Evidence, Gain, KvCache, Outcome, Preference, Tried
+    from glmexport.foundation.evidence import Evidence, Gain, KvCache, Outcome, Preference, TriedCandidate
 
 _STYLE = {"chosen": "bold green", "start": "bold", "front": "", "beaten": "dim", "illegal": "yellow"}
 
 
 class Alternatives(click.ParamType[tuple[str, tuple[str, ...]]]):
-    """A setting and the values to try, as KEY=VALUE,VALUE."""
+    """The type of options that take a setting and the values to try, as KEY=VALUE,VALUE."""
 
     name = "setting"
 
     def convert(
         self, value: object, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[str, tuple[str, ...]]:
-        """To name and values."""
+        """Convert to name and values."""
         name, _, values = str(value).partition("=")
         found = tuple(part.strip() for part in values.split(",") if part.strip())
         if not name.strip() or not found:
@@ -188,7 +188,7 @@ def _table(evidence: Evidence) -> Table:
     return table
 
 
-def _speed(tried: Tried) -> float:
+def _speed(tried: TriedCandidate) -> float:
     return tried.gains.preferred.ratio if tried.gains else 1.0
 
 
@@ -212,7 +212,7 @@ def _count(evidence: Evidence, outcome: str) -> int:
     return sum(each.outcome == outcome for each in evidence.candidates)
 
 
-def _reasons(tried: Iterable[Tried]) -> str:
+def _reasons(tried: Iterable[TriedCandidate]) -> str:
     """Each once."""
     found = dict.fromkeys(
         f"\n{each.settings.recipe} at accuracy_level {each.settings.accuracy_level}: {each.reason}" for each in tried

@@ -44,13 +44,13 @@ _STYLE = {
 
 
 def exit_code(verdicts: list[Verdict]) -> int:
-    """That of the gravest verdict."""
+    """Return the exit code of the gravest verdict."""
     gravest = max(verdicts, key=lambda verdict: verdict.severity)
     return _EXIT[gravest]
 
 
 def show(console: Console, report: Report, directory: Path) -> None:
-    """Fidelity per language, size and speed beside the original, gates, and where to read more."""
+    """Show fidelity per language, size and speed beside the original, gates, and where to read more."""
     if report.devices:
         console.print(_devices(report))
     console.print(_fidelity(report))
@@ -221,7 +221,7 @@ def _conditions(report: Report) -> str:
 
 
 def told_check(check: ReferenceCheck) -> str:
-    """What comparing the original with transformers' whole model gave, or why that was not done."""
+    """Return what comparing the original with transformers' whole model gave, or why that was not done."""
     if check.absent_because is not None:
         return f"original not checked against transformers' whole model: {check.absent_because}"
     return (
@@ -249,7 +249,7 @@ def _faults(check: WeightCheck) -> Table:
 
 
 def show_unrun(console: Console, unrun: Unrun, target: Target, directory: Path, checkpoint: str) -> None:
-    """Gates of a bundle that was not run, why it was not, and how it is validated where it can be."""
+    """Show the gates of a bundle that was not run, why it was not, and how it is validated where it can be."""
     console.print(told_check(unrun.reference), style="dim", markup=False)
     console.print(_gates("what needs no run", unrun.gates))
     for reason in unrun.lacking:

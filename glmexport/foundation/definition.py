@@ -12,7 +12,7 @@ from pydantic_core import CoreSchema
 
 from glmexport.foundation.errors import DefinitionError
 from glmexport.foundation.resources import shipped
-from glmexport.foundation.untrusted import LARGE, Limits, parse, read_regular
+from glmexport.foundation.untrusted import LARGE, DocumentLimits, parse, read_regular
 
 #: Most bytes of a TOML definition. The shipped ones are kilobytes, and the parser's time grows faster than the file.
 TOML_LIMIT_BYTES = 1 << 18
@@ -36,7 +36,7 @@ def _fail_fast(schema: Any) -> None:
 
 
 class FailFast(BaseModel):
-    """Base of what is read from files of strangers: the first wrong item of a list or table ends its check.
+    """Base of models that are read from files of strangers: the first wrong item of a list or table ends its check.
 
     By default a million wrong items become a million errors of kilobytes each.
     """
@@ -54,10 +54,10 @@ class Definition(FailFast):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-#: What no size and no token id in a file may exceed: no published model comes near it, and whatever is computed from
-#: two such numbers is still exact.
+#: The bound of every size and token id in a file. No published model comes near it, and whatever is computed from two
+#: such numbers is still exact.
 LARGEST = 2**24
-#: A size in a file that strangers may have written: no text, no 3.0, no true.
+#: A size in a file that strangers may have written. A text, 3.0 and true are refused.
 Size = Annotated[int, Field(strict=True, ge=1, le=LARGEST)]
 TokenId = Annotated[int, Field(strict=True, ge=0, le=LARGEST)]
 
@@ -65,8 +65,8 @@ T = TypeVar("T", bound=BaseModel)
 V = TypeVar("V")
 
 
-def parse_json(kind: type[V] | TypeAdapter[V], data: bytes, limits: Limits = LARGE) -> V:
-    """The value of ``kind``, of models that are ``FailFast``, that UTF-8 JSON is.
+def parse_json(kind: type[V] | TypeAdapter[V], data: bytes, limits: DocumentLimits = LARGE) -> V:
+    """Return the value of ``kind`` that UTF-8 JSON stands for; ``kind`` consists of models that are ``FailFast``.
 
     Raises:
         ValueError: it passes a limit, is not JSON, or not of that kind; completes a sentence that ends in a colon.
@@ -79,8 +79,8 @@ def parse_json(kind: type[V] | TypeAdapter[V], data: bytes, limits: Limits = LAR
         raise ValueError(first_problem(error)) from error
 
 
-def read_json(kind: type[V] | TypeAdapter[V], path: Path, limits: Limits = LARGE) -> V:
-    """As ``parse_json``, of a regular file.
+def read_json(kind: type[V] | TypeAdapter[V], path: Path, limits: DocumentLimits = LARGE) -> V:
+    """Read a regular file as ``parse_json`` reads bytes.
 
     Raises:
         ValueError: it is no regular file, or as ``parse_json``.
@@ -96,18 +96,18 @@ def first_problem(error: ValidationError) -> str:
 
 
 def names(folder: str) -> list[str]:
-    """Names of the definitions shipped in ``folder`` (for example ``targets`` or ``calibration/recipes``)."""
+    """Return the names of the definitions in the shipped ``folder``, such as ``targets`` or ``calibration/recipes``."""
     return sorted(path.stem for path in shipped_folder(folder).glob("*.toml"))
 
 
 def shipped_folder(folder: str) -> Path:
-    """The shipped directory of ``folder``, whose first part is a top-level resource."""
+    """Return the shipped directory of ``folder``, whose first part is a top-level resource."""
     top, *rest = folder.split("/")
     return shipped(top).joinpath(*rest)
 
 
 def locate(kind: str, folder: str, name_or_path: str) -> Path:
-    """The file of a shipped definition's name, or the path itself if it names a ``.toml`` file.
+    """Return the file of a shipped definition's name, or the path itself if it names a ``.toml`` file.
 
     Raises:
         DefinitionError: neither exists; the message suggests the nearest shipped name.

@@ -31,14 +31,17 @@ from glmexport.graph.operators import BLOCK, DOMAIN
 
 
 def own_loop(architecture: Architecture, limits: GraphLimits) -> bool:
-    """Whether a loop of ours decodes with the graph over latents, and not onnxruntime-genai over heads."""
+    """Return whether a loop of ours decodes with the graph over latents, and not onnxruntime-genai over heads."""
     return (
         limits.latent_cache and not limits.static_shapes and architecture.latent_values_per_token is not None
     )
 
 
 def cache_bytes_per_token(architecture: Architecture, limits: GraphLimits) -> int:
-    """What a token of context adds to the caches of all layers, bytes; scales of a quantized cache are per layer."""
+    """Return the bytes that a token of context adds to the caches of all layers.
+
+    Scales of a quantized cache are per layer.
+    """
     if own_loop(architecture, limits):
         assert architecture.latent_values_per_token is not None
         return 4 * architecture.latent_values_per_token
@@ -47,7 +50,7 @@ def cache_bytes_per_token(architecture: Architecture, limits: GraphLimits) -> in
 
 
 def build_graph(architecture: Architecture, limits: GraphLimits, *, every_position: bool) -> ir.Model:
-    """The graph of ``architecture``: token ids and cache in, logits and grown cache out.
+    """Build the graph of ``architecture``: token ids and cache in, logits and grown cache out.
 
     The graph that generates gives logits [B, R, V] of all new positions of a step of at most ``SHORT_STEP``, so that
     drafted tokens can be verified, and of the last one of a longer step. onnxruntime-genai wants [B, 1, V] of the last
@@ -63,7 +66,7 @@ def build_graph(architecture: Architecture, limits: GraphLimits, *, every_positi
 
 
 def build_draft(architecture: Architecture, limits: GraphLimits) -> ir.Model:
-    """The graph of the layer that predicts further ahead: token ids, the hidden states that led to them, and caches in.
+    """Build the graph of the layer that predicts further ahead: token ids, their hidden states, and caches in.
 
     Out come logits [B, 1, V] and hidden states [B, 1, D] of the last position, and the caches.
     """
@@ -73,7 +76,7 @@ def build_draft(architecture: Architecture, limits: GraphLimits) -> ir.Model:
 
 
 def build_part(architecture: Architecture, layers: Sequence[DecoderLayer], limits: GraphLimits) -> ir.Model:
-    """``layers``, which follow each other, from one residual stream [B, S, D] to the next; none: norm and lm_head.
+    """Build a graph of ``layers``, from one residual stream [B, S, D] to the next; of none of them: norm and lm_head.
 
     The parts one after the other compute what the whole graph does, each in a session and in memory of its own. Token
     ids are an input only for their shape.
@@ -92,10 +95,10 @@ class _Builder:
         self.batch: str | int = "batch"
         self.nodes: list[ir.Node] = []
         self.block = ""
-        #: Of the layer at hand, which positions anything behind its attention is asked for; None: of all.
+        #: Positions of the layer at hand that anything behind its attention is asked for; None: all.
         self.asked: Callable[[ir.Value], ir.Value] | None = None
         self.input_ids = _value(INPUT_IDS, ir.DataType.INT64, ["batch", "sequence"])
-        #: Tells attention where the new positions are.
+        #: The value that tells attention where the new positions are.
         self.mask = _value(ATTENTION_MASK, ir.DataType.INT64, ["batch", "total_sequence"])
         self.inputs = [self.input_ids, self.mask]
         self.outputs: list[ir.Value] = []

@@ -1,4 +1,4 @@
-"""Graphs all of whose shapes are numbers: one sequence, so many new positions, caches of so many positions."""
+"""Graphs of fixed shapes: one sequence, so many new positions, caches of so many positions."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from glmexport.graph.build import _Builder, _value
 
 @dataclass(frozen=True)
 class FixedSizes:
-    """Positions of a prompt that one run of a graph computes, and those that caches hold: the bundle's context."""
+    """The positions of a prompt that one run of a graph computes, and those that caches hold: the bundle's context."""
 
     chunk: int
     capacity: int
 
 
 def fixed_sizes(architecture: Architecture, limits: GraphLimits) -> FixedSizes:
-    """What ``limits`` say, as far as the context of ``architecture`` reaches.
+    """Return the sizes that ``limits`` give, as far as the context of ``architecture`` reaches.
 
     The capacity is whole chunks, so that chunks which begin at the first position never pass its end.
     """
@@ -31,7 +31,7 @@ def fixed_sizes(architecture: Architecture, limits: GraphLimits) -> FixedSizes:
 
 
 def build_fixed(architecture: Architecture, limits: GraphLimits, positions: int, *, every_position: bool) -> ir.Model:
-    """The graph of ``architecture`` for ``positions`` new tokens: ids, their positions and caches in, logits out.
+    """Build the graph of ``architecture`` for ``positions`` new tokens: ids, their positions and caches in, logits out.
 
     A token is written into the caches at its position and sees what is cached at no later one. So tokens behind the
     end of a text, which fill the graph up, change nothing: what they write is written over before anything sees it.

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class LatentLayers:
-    """Latent attention of all layers of a graph; a selection goes from one to the next.
+    """The latent attention of all layers of a graph; a selection goes from one to the next.
 
     ``latent_cache``: whether latents are cached; selections need it, since their keys are one more cache.
     """
@@ -25,7 +25,7 @@ class LatentLayers:
         self.selection: ir.Value | None = None
 
     def attention(self, layer: int, attention: LatentAttention, normed: ir.Value) -> ir.Value:
-        """What the attention of a layer adds to the stream, [B, S, D]."""
+        """Return what the attention of a layer adds to the stream, [B, S, D]."""
         build = self.builder
         query_latent = normed
         if attention.query_down is not None:

@@ -12,7 +12,7 @@ from glmexport.reference.skeleton import completed, require_agreement, skeleton
 
 
 def describe(checkpoint: Checkpoint) -> Architecture:
-    """The architecture of ``checkpoint``, as transformers reads its configuration; no weight but tied tables is read.
+    """Return the architecture of ``checkpoint`` as transformers reads it; no weight but tied tables is read.
 
     Raises:
         CheckpointError: no declaration for its ``model_type``, its configuration is not what the family has, or the

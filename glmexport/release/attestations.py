@@ -1,4 +1,4 @@
-"""What is attested of a bundle, as predicates of in-toto: how it was made, and how it was judged.
+"""Attestations of a bundle as predicates of in-toto: how it was made, and how it was judged.
 
 The signer attests what it was told by the bundle's own manifest and report. That is level 1 of SLSA's build track: a
 machine that signs its own work cannot vouch for itself.
@@ -19,7 +19,7 @@ PROVENANCE_TYPE = "https://slsa.dev/provenance/v1"
 TEST_RESULT_TYPE = "https://in-toto.io/attestation/test-result/v0.1"
 _BUILD_TYPE = "urn:glmexport:build:v1"
 _BUILDER = "urn:glmexport:builder:unattested-host"
-#: Who gates by this predicate lets a warning pass, so what is not decided cannot be one.
+#: Verdicts in the predicate's words. Who gates by it lets a warning pass, so what is not decided cannot be one.
 _RESULTS = {
     Verdict.PASS: "PASSED",
     Verdict.WARN: "WARNED",
@@ -29,12 +29,12 @@ _RESULTS = {
 
 
 def subject(bundle: Path) -> dict[str, str]:
-    """SHA-256 of the manifest, which lists every other file that a bundle consists of."""
+    """Return the SHA-256 of the manifest, which lists every other file that a bundle consists of."""
     return {MANIFEST: sha256(bundle / MANIFEST)}
 
 
 def provenance(manifest: Manifest, report: Report | None) -> dict[str, Any]:
-    """Predicate of SLSA provenance v1: the checkpoint, the text and the recipe that the bundle was made from."""
+    """Return the predicate of SLSA provenance v1: the checkpoint, text and recipe that the bundle was made from."""
     source, calibration = manifest.source, manifest.calibration
     materials = [{"name": source.name, "digest": _digest(source.digest), "annotations": {"is": "checkpoint"}}]
     if source.adapter:
@@ -70,7 +70,7 @@ def provenance(manifest: Manifest, report: Report | None) -> dict[str, Any]:
 
 
 def test_result(bundle: Path, report: Report) -> dict[str, Any]:
-    """Predicate of in-toto's test-result v0.1: the verdict of report.json, and the gates by theirs."""
+    """Return the predicate of in-toto's test-result v0.1: the verdict of report.json, and the gates by theirs."""
     by_result: dict[str, list[str]] = {"PASSED": [], "WARNED": [], "FAILED": []}
     for gate in report.gates:
         name = f"{gate.name} ({gate.language})" if gate.language else gate.name
@@ -86,7 +86,7 @@ def test_result(bundle: Path, report: Report) -> dict[str, Any]:
 
 
 def report_of(bundle: Path, manifest: Manifest) -> Report | None:
-    """The report that is in the bundle; None: there is none.
+    """Return the report that is in the bundle; None: there is none.
 
     Raises:
         BundleError: it cannot be read, or is of another bundle.

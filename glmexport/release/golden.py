@@ -1,4 +1,4 @@
-"""golden.json: prompts, and what the bundle answered to them where it was signed.
+"""golden.json holds prompts, and what the bundle answered to them where it was signed.
 
 A device that answers otherwise runs something else: another model, a broken kernel, a damaged file. It need not answer
 to the last bit, as runtimes and processors add in different orders; so distributions are compared, with a tolerance,
@@ -29,10 +29,10 @@ from glmexport.tokenizer.tokenizer import Tokenizer
 GOLDEN = "golden.json"
 TOKENS = 16
 TOP = 5
-#: Nats. Kernels that quantize activations differ by a few hundredths from those that do not; a wrong weight, template
-#: or rotation by several.
+#: Tolerance in nats. Kernels that quantize activations differ by a few hundredths from those that do not; a wrong
+#: weight, template or rotation by several.
 TOLERANCE = 0.5
-#: Prompts at least; one of each language of the evaluation text.
+#: The least number of prompts; there is one of each language of the evaluation text.
 _PROMPTS = 12
 _CHARACTERS = 160
 
@@ -59,7 +59,7 @@ class Golden(Definition):
     format: Literal["glmexport-golden"] = "glmexport-golden"
     version: Literal[1] = 1
     glmexport: str
-    #: Execution provider that it was recorded on, and the type of the processor.
+    #: The execution provider of the recording, and the type of the processor.
     provider: str
     machine: str
     #: Nats that an answer of another device may differ by.
@@ -68,14 +68,14 @@ class Golden(Definition):
 
 
 def absent_because(manifest: Manifest) -> str | None:
-    """Why nothing can be recorded on this machine; None: it can."""
+    """Return why nothing can be recorded on this machine; None: it can be."""
     if can_run(manifest):
         return None
     return f"The bundle does not run where it was signed. {' '.join(manifest.target.lacking(Host.this()))}"
 
 
 def record(bundle: Path, manifest: Manifest, threads: int, progress: Progress) -> Golden:
-    """What the bundle answers, greedily, to a prompt of each language.
+    """Record what the bundle answers, greedily, to a prompt of each language.
 
     Raises:
         MachineError: this ONNX Runtime has no execution provider of the bundle's.
@@ -104,7 +104,7 @@ def compare(
     got_logprobs: Sequence[Mapping[int, float]],
     tolerance: float = TOLERANCE,
 ) -> str | None:
-    """Why what a device answered to the same prompt is not the golden answer; None if it is.
+    """Return why what a device answered to the same prompt is not the golden answer; None if it is.
 
     ``got_logprobs``: of each of ``got_tokens``, the log-probabilities of that token and of the most likely ones. See
     ``difference``.

@@ -43,7 +43,7 @@ the kit can change them. Where that matters, take unpack.py and verify.py from a
 
 
 def write_kit(bundle: Path, directory: Path, progress: Progress, volume_bytes: int = DEFAULT_VOLUME) -> list[str]:
-    """Write a signed bundle as a kit into ``directory``, which must not exist; the names of its volumes.
+    """Write a signed bundle as a kit into ``directory``, which must not exist; return the names of its volumes.
 
     Raises:
         BundleError: the bundle is not signed.
@@ -117,7 +117,7 @@ class _Cut(io.RawIOBase):
         self._file: BinaryIO | None = None
         self._digest = hashlib.sha256()
         self._room = 0
-        #: SHA-256 by name.
+        #: SHA-256 of each file by name.
         self.sums: dict[str, str] = {}
 
     def writable(self) -> bool:

@@ -1,4 +1,4 @@
-"""An OCI image layout of a signed bundle, with the media types of the CNCF's ModelPack: what registries carry.
+"""An OCI image layout of a signed bundle, with the media types of the CNCF's ModelPack, which registries carry.
 
 Every file is a blob of its own, as it is, so that its digest is the file's SHA-256, and what did not change between two
 releases is stored and sent once. The same bundle gives the same layout, byte for byte.
@@ -18,7 +18,7 @@ from glmexport.foundation.definition import FailFast, parse_json, read_json
 from glmexport.foundation.errors import InputError, UnverifiedError
 from glmexport.foundation.files import sha256, write_atomically
 from glmexport.foundation.progress import Progress
-from glmexport.foundation.untrusted import Limits
+from glmexport.foundation.untrusted import DocumentLimits
 from glmexport.release.access import TAG
 from glmexport.release.incoming import (
     Check,
@@ -44,9 +44,9 @@ _SUFFIXES = {
     ".sig": "text",
 }  # fmt: skip
 _DIGEST = r"^sha256:[0-9a-f]{64}$"
-#: Of a manifest or an index; registries take no more than 4 MiB.
+#: Bytes of a manifest or an index; registries take no more than 4 MiB.
 _LONGEST = 4 << 20
-_LIMITS = Limits(size=_LONGEST, depth=16, values=200_000, text=1 << 16)
+_LIMITS = DocumentLimits(size=_LONGEST, depth=16, values=200_000, text=1 << 16)
 
 
 class _Part(FailFast):
@@ -56,7 +56,7 @@ class _Part(FailFast):
 
 
 class Descriptor(_Part):
-    """One blob."""
+    """The descriptor of one blob."""
 
     mediaType: str
     digest: Annotated[str, Field(pattern=_DIGEST)]
@@ -70,7 +70,7 @@ class Descriptor(_Part):
 
     @property
     def name(self) -> str:
-        """The file that the blob is."""
+        """The name of the file that the blob holds."""
         return self.annotations.get(FILE_PATH, "")
 
 
@@ -89,7 +89,7 @@ class _Index(_Part):
 
 
 def write_layout(bundle: Path, directory: Path, progress: Progress, tag: str = "latest") -> str:
-    """Write a signed bundle as an image layout into ``directory``, which must not exist; the image's digest.
+    """Write a signed bundle as an image layout into ``directory``, which must not exist; return the image's digest.
 
     Raises:
         BundleError: the bundle is not signed.
@@ -135,7 +135,7 @@ def write_layout(bundle: Path, directory: Path, progress: Progress, tag: str = "
 
 
 def read_layout(directory: Path) -> tuple[str, bytes, ImageManifest]:
-    """Digest, content and meaning of the manifest of the one image in a layout.
+    """Return digest, content and meaning of the manifest of the one image in a layout.
 
     Raises:
         InputError: there is no layout of one model.
@@ -155,7 +155,7 @@ def read_layout(directory: Path) -> tuple[str, bytes, ImageManifest]:
 
 
 def parse_image(content: bytes, digest: str, where: str) -> ImageManifest:
-    """The manifest of an image whose digest is known.
+    """Return the manifest of an image whose digest is known.
 
     Raises:
         UnverifiedError: it has another digest, is none of a model, or names files that a bundle cannot have.
@@ -192,7 +192,7 @@ def unpack_layout(directory: Path, destination: Path, check: Check, progress: Pr
 
 
 def open_blob(directory: Path, blob: Descriptor) -> Path:
-    """The file of a blob of a layout.
+    """Open the file of a blob of a layout.
 
     Raises:
         UnverifiedError: it is missing, linked, or of another size.

@@ -1,4 +1,4 @@
-"""Opening a bundle to use it: its files are those of its manifest and, where it is signed, those that were signed.
+"""Opening of a bundle to use it: its files are those of its manifest and, where it is signed, those that were signed.
 
 Whoever rewrites a bundle can rewrite its manifest with it. A signature says more, even without the key: its statement
 has to name the very files that are there. Whose statement it is, only the key or the root certificate can tell.
@@ -25,11 +25,11 @@ from glmexport.release.verifier import SIGNATURE
 
 @dataclass(frozen=True)
 class Trust:
-    """Whose signature a bundle has to have: the owner's of a public key, or that of a certificate below a root."""
+    """The required signature: by the owner of a public key, or by that of a certificate below a root."""
 
     key: Path | None = None
     root: Path | None = None
-    #: With a root: whom the signing certificate has to be of.
+    #: With a root: the required subject of the signing certificate.
     subject: str | None = None
 
     @property
@@ -41,9 +41,7 @@ class Trust:
 NOBODY = Trust()
 
 
-def open_signed(
-    directory: Path, trust: Trust, progress: Progress, *, rewritten: Collection[str] = ()
-) -> Manifest:
+def open_signed(directory: Path, trust: Trust, progress: Progress, *, rewritten: Collection[str] = ()) -> Manifest:
     """Return the manifest of a bundle, every file of which was compared with it and with a signature that is there.
 
     ``rewritten``: names of files that may be others than those that were signed, since the caller writes them again.
@@ -69,7 +67,7 @@ def check_bundle(
 
 
 def check_settings(directory: Path, manifest: Manifest) -> None:
-    """Compare what a loop's file gives a session with what the manifest says: what is shown and signed is what runs.
+    """Compare the settings that a loop's file gives a session with the manifest's: the signed ones are what runs.
 
     Raises:
         BundleError: they differ, or a loop's file is not one.
@@ -107,7 +105,7 @@ def check_signature(
         if trust.given:
             verifier.check_signature(envelope, trust.key, trust.root, trust.subject)
         _compare(directory, manifest, verifier.signed_files(envelope.payload), rewritten)
-    except verifier.Refused as error:
+    except verifier.VerificationError as error:
         raise refusal(directory, error) from error
     except OSError as error:
         raise MachineError(
@@ -118,9 +116,7 @@ def check_signature(
         progress.remark(f"{directory} is what its {SIGNATURE} lists. Who signed it is checked with --key or --root.")
 
 
-def _compare(
-    directory: Path, manifest: Manifest, signed: dict[str, str], rewritten: Callable[[str], bool]
-) -> None:
+def _compare(directory: Path, manifest: Manifest, signed: dict[str, str], rewritten: Callable[[str], bool]) -> None:
     verifier.check_manifest(directory, signed)
     # Files of the manifest have just been hashed, and check_manifest has compared what it states of them.
     known = {*(entry.path for entry in manifest.files), MANIFEST, SIGNATURE}
@@ -133,11 +129,11 @@ def _compare(
 
 def _check_file(directory: Path, name: str, signed: dict[str, str]) -> None:
     if name not in signed:
-        raise verifier.Refused(f"{name} is not signed.")
+        raise verifier.VerificationError(f"{name} is not signed.")
     if not (directory / name).is_file():
-        raise verifier.Refused(f"{name} is signed and missing.")
+        raise verifier.VerificationError(f"{name} is signed and missing.")
     if verifier.sha256(directory / name) != signed[name]:
-        raise verifier.Refused(f"{name} is not what was signed: its sha256 differs.")
+        raise verifier.VerificationError(f"{name} is not what was signed: its sha256 differs.")
 
 
 def check_signed_file(path: Path) -> None:
@@ -150,7 +146,7 @@ def check_signed_file(path: Path) -> None:
         return
     try:
         _check_file(path.parent, path.name, verifier.signed_files(verifier.read_envelope(path.parent).payload))
-    except verifier.Refused as error:
+    except verifier.VerificationError as error:
         raise UnverifiedError(
             f"{path.parent}: {error}",
             next_step=f"If you wrote it since, sign the bundle again; or name {path.name} itself, and not the bundle.",

@@ -49,14 +49,14 @@ VERIFIER = "verify.py"
 PROVENANCE = f"{ATTESTATIONS}/provenance.json"
 TEST_RESULT = f"{ATTESTATIONS}/test-result.json"
 BOM = f"{ATTESTATIONS}/ml-bom.json"
-#: Seconds after which a folder of a signature is held, or left.
+#: Seconds for which a folder of a signature counts as held; after that, as left over.
 _NEW_S = 60
-#: What a signature replaces in a bundle, the signature itself last.
+#: Files that a signature replaces in a bundle, the signature itself last.
 _REPLACED = (*sorted(RELEASE_FILES - {SIGNATURE}), ATTESTATIONS, SIGNATURE)
 
 
 @dataclass(frozen=True)
-class Signed:
+class SignedRelease:
     """A release, and the names of all files that its signature covers."""
 
     release: Release
@@ -72,7 +72,7 @@ def sign(
     golden: bool = True,
     threads: int = 1,
     progress: Progress,
-) -> Signed:
+) -> SignedRelease:
     """Sign a bundle whose files are those of its manifest; one that fails leaves it as it was.
 
     If the machine dies while the last files are put in place, the signature does not hold, and signing again mends it.
@@ -98,7 +98,7 @@ def sign(
     try:
         verifier.files_in(bundle)
         verifier.check_names([entry.path for entry in manifest.files], MANIFEST)
-    except verifier.Refused as error:
+    except verifier.VerificationError as error:
         raise BundleError(f"{bundle} cannot be signed: {error}", next_step="Build it again.") from error
     with _staging(bundle) as staging:
         absent = absent_because(manifest) if golden else "It was not asked for (--no-golden)."
@@ -122,7 +122,7 @@ def sign(
         (staging / SIGNATURE).write_bytes(signatory.model_signature(bundle.name, digests))
         signatory.require_chain(staging / SIGNATURE)
         _put_in_place(staging, bundle)
-    return Signed(release, tuple(digests))
+    return SignedRelease(release, tuple(digests))
 
 
 def _attest(bundle: Path, manifest: Manifest, signatory: Signatory, staging: Path) -> None:

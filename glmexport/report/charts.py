@@ -1,4 +1,4 @@
-"""Inline SVG from numbers. Widths are percentages and type is in pixels, so that a phone can read it too.
+"""Charts as inline SVG. Widths are percentages and type is in pixels, so that a phone can show them too.
 
 Every chart carries a title and a description that says in words what the marks show.
 """
@@ -41,7 +41,7 @@ class Marker:
 
 
 def ticks(low: float, high: float, most: int = 5) -> tuple[float, ...]:
-    """At most ``most`` round values (1, 2 or 5 times a power of ten) that cover ``low`` to ``high``."""
+    """Return at most ``most`` round values (1, 2 or 5 times a power of ten) that cover ``low`` to ``high``."""
     span = high - low
     if not (math.isfinite(span) and span > 0):
         return (0.0, 1.0)
@@ -55,7 +55,7 @@ def ticks(low: float, high: float, most: int = 5) -> tuple[float, ...]:
 
 
 def bars(key: str, title: str, axis: str, rows: Sequence[Bar], *, limit: Marker | None = None) -> Markup:
-    """Horizontal bars on one linear axis that includes 0.
+    """Draw horizontal bars on one linear axis that includes 0.
 
     Args:
         key: prefix of the ids in the page.
@@ -107,7 +107,7 @@ def histogram(
     counts: Sequence[int],
     markers: Sequence[Marker] = (),
 ) -> Markup:
-    """Columns on a logarithmic axis; an end bin that reaches 0 or infinity is drawn as wide as any other.
+    """Draw columns on a logarithmic axis; an end bin that reaches 0 or infinity is drawn as wide as any other.
 
     Args:
         key: prefix of the ids in the page.
@@ -201,7 +201,7 @@ def margin(
     lower: float | None = None,
     upper: float | None = None,
 ) -> Markup:
-    """A bar from the limit, drawn in the middle: to the right inside it, to the left beyond it; a line between bounds.
+    """Draw a bar from the limit in the middle: to the right inside it, to the left beyond it; a line between bounds.
 
     Half the width is 100 % of the limit; what is longer ends in an arrow.
     """

@@ -1,4 +1,4 @@
-"""What both models answer when nobody leads them token by token."""
+"""Records of what both models answer when nobody leads them token by token."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Kind = Literal["continue", "chat", "tools", "translate", "task"]
 
 
 class Answer(Record):
-    """One prompt and what both made of it."""
+    """One prompt, and the answers of both models to it."""
 
     id: str
     kind: Kind
@@ -37,7 +37,7 @@ class Answer(Record):
 
 
 class LanguageBehaviour(Record):
-    """Answers in one language."""
+    """Figures of the answers in one language."""
 
     language: str
     """BCP-47 tag; "all" for every language together."""
@@ -60,7 +60,7 @@ class LanguageBehaviour(Record):
 
 
 class Translation(Record):
-    """Sentences translated from English."""
+    """Figures of the sentences translated from English."""
 
     language: str
     sentences: Count
@@ -70,7 +70,7 @@ class Translation(Record):
 
 
 class Concurrency(Record):
-    """Prompts answered in a batch with others, and alone."""
+    """Figures of prompts answered in a batch with others, and alone."""
 
     batch: Count
     prompts: Count
@@ -78,7 +78,7 @@ class Concurrency(Record):
 
 
 class TaskGroup(Record):
-    """Tasks of the user's, of one name and metric."""
+    """Figures of the user's tasks of one name and metric."""
 
     name: str
     metric: Literal["exact", "choice", "regex", "chrf"]
@@ -89,7 +89,7 @@ class TaskGroup(Record):
 
 
 class Behaviour(Record):
-    """Greedy answers of the bundle in onnxruntime-genai, and the original's own."""
+    """The greedy answers of the bundle in onnxruntime-genai, and the original's own."""
 
     passes: Count
     """Passes through the original that its answers took; 0 where they were captured."""

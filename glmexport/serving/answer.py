@@ -15,7 +15,7 @@ from glmexport.engine.core.drafting import PromptLookup
 from glmexport.engine.core.sequence import Sequence
 from glmexport.engine.sampling import Sampling, Uniforms, choose, likelihood
 from glmexport.serving.guides import Guide, Held
-from glmexport.serving.text import AnswerText, Part, Token
+from glmexport.serving.text import AnswerText, TextPart, Token
 
 Reason = Literal["stop", "length"]
 
@@ -101,7 +101,7 @@ class Failed:
     error: Exception
 
 
-Event = Part | End | Failed
+Event = TextPart | End | Failed
 
 
 class Answer:
@@ -154,7 +154,7 @@ class Answer:
         self._hand_on(self._text.finish())
         return reason
 
-    def _hand_on(self, part: Part) -> None:
+    def _hand_on(self, part: TextPart) -> None:
         if part.text or part.tokens:
             self.tell(part)
 

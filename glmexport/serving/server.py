@@ -17,12 +17,12 @@ from glmexport.bundle.manifest import MANIFEST, Manifest
 from glmexport.foundation.errors import GlmexportError, InputError, MachineError
 from glmexport.foundation.progress import Progress, Silent
 from glmexport.release.opening import NOBODY, Trust, open_signed
-from glmexport.serving.app import Facts, Service
-from glmexport.serving.guard import Access, Guard
+from glmexport.serving.app import ServedBundle, Service
+from glmexport.serving.guard import AccessRules, Guard
 from glmexport.serving.guides import Guides
-from glmexport.serving.limits import Limits
+from glmexport.serving.limits import ServingLimits
 from glmexport.serving.listen import (
-    Server,
+    HttpServer,
     inherited_socket,
     most_connections,
     notify,
@@ -33,7 +33,7 @@ from glmexport.serving.listen import (
 )
 from glmexport.serving.log import described
 from glmexport.serving.metrics import Metrics
-from glmexport.serving.orders import Reader
+from glmexport.serving.orders import RequestReader
 from glmexport.serving.scheduler import Scheduler, SchedulerOptions
 
 #: A shorter key can be guessed.
@@ -64,7 +64,7 @@ class ServeOptions:
     batch: bool = False
     #: Whose signature the bundle has to have.
     trust: Trust = NOBODY
-    limits: Limits = field(default_factory=Limits)
+    limits: ServingLimits = field(default_factory=ServingLimits)
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,9 @@ class _Served:
         context_length = bundle.loop.context_length
         can_guide = isinstance(bundle.loop, GenaiConfig) and not options.batch
         self._guides = Guides(directory) if can_guide else None
-        reader = Reader(bundle.tokenizer, bundle.loop.ends, context_length, options.limits, can_guide, options.lenient)
+        reader = RequestReader(
+            bundle.tokenizer, bundle.loop.ends, context_length, options.limits, can_guide, options.lenient
+        )
         metrics = Metrics()
         at_work = options.parallel + options.waiting
         limits = replace(options.limits, connections=max(options.limits.connections, at_work + _SPARE))
@@ -135,7 +137,7 @@ class _Served:
             self._threads, options.parallel, waiting, options.guesses, options.reuse, options.batch
         )
         self._scheduler = Scheduler(bundle, settings, metrics, self._loaded, self._broken, self._guides)
-        facts = Facts(
+        facts = ServedBundle(
             name=self._serving.name,
             directory=directory.name,
             digest=self._serving.digest,
@@ -148,8 +150,8 @@ class _Served:
         hosts = {host.lower() for host in options.hosts}
         if options.host not in ("0.0.0.0", "::"):  # noqa: S104
             hosts.add(options.host.lower())
-        self._guard = Guard(self._service.application(), Access(keys, frozenset(hosts)), metrics)
-        self._server = Server(
+        self._guard = Guard(self._service.application(), AccessRules(keys, frozenset(hosts)), metrics)
+        self._server = HttpServer(
             self._guard,
             listener,
             inherited=inherited,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from glmexport.foundation.evidence import Divergences, Evidence, Gains, Preference, Settings, Tried
+from glmexport.foundation.evidence import CandidateSettings, Divergences, Evidence, Gains, Preference, TriedCandidate
 from glmexport.foundation.recipe import STORED
 from glmexport.foundation.target import Provenance, Target
 from glmexport.tuning.candidates import Numerics, identity, label, numerics, with_settings
@@ -22,12 +22,14 @@ class Measured:
     divergences: Mapping[Numerics, Divergences]
     illegal: Mapping[Numerics, str]
 
-    def is_legal(self, settings: Settings) -> bool:
+    def is_legal(self, settings: CandidateSettings) -> bool:
         """Whether a candidate may be taken."""
         return numerics(settings) not in self.illegal
 
 
-def tried(settings: Settings, start: Settings, measured: Measured, fates: Mapping[str, Fate]) -> Tried:
+def tried(
+    settings: CandidateSettings, start: CandidateSettings, measured: Measured, fates: Mapping[str, Fate]
+) -> TriedCandidate:
     """One candidate: what it is, what was measured of it, and what became of it."""
     kind = numerics(settings)
     reason = measured.illegal.get(kind, "")
@@ -35,7 +37,7 @@ def tried(settings: Settings, start: Settings, measured: Measured, fates: Mappin
         fate = Fate("start", reason or "what the others are compared with")
     else:
         fate = fates.get(identity(settings)) or Fate("illegal", reason)
-    return Tried(
+    return TriedCandidate(
         settings=settings,
         outcome=fate.outcome,
         reason=fate.reason,
@@ -59,7 +61,7 @@ def verdict_of(chosen: Timed | None, confirmed: Gains | None, illegal_start: str
     return f"{settings}: {speed}."
 
 
-def tuned_target(target: Target, chosen: Settings | None, evidence: Evidence, name: str) -> Target:
+def tuned_target(target: Target, chosen: CandidateSettings | None, evidence: Evidence, name: str) -> Target:
     """``target`` with what was chosen, called ``name``; unchanged but for its evidence where the start stays."""
     tuned = with_settings(target, chosen) if chosen else target
     if tuned.weights.default_recipe == STORED:

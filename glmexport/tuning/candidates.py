@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from glmexport.architecture.description import Architecture
 from glmexport.architecture.grouped import GroupedQueryAttention
-from glmexport.foundation.evidence import FLOATS, KvCache, Settings
+from glmexport.foundation.evidence import FLOATS, CandidateSettings, KvCache
 from glmexport.foundation.recipe import Recipe
 from glmexport.foundation.target import Target
 from glmexport.graph.build import own_loop
@@ -44,7 +44,7 @@ class Numerics:
         return Numerics(self.recipe, EXACT_LEVEL)
 
 
-def numerics(settings: Settings) -> Numerics:
+def numerics(settings: CandidateSettings) -> Numerics:
     """Those of ``settings``."""
     return Numerics(settings.recipe, settings.accuracy_level, settings.kv_cache)
 
@@ -63,9 +63,9 @@ class Axes:
     provider: Mapping[str, tuple[str, ...]]
 
 
-def start_settings(target: Target, recipe: str, cores: int) -> Settings:
+def start_settings(target: Target, recipe: str, cores: int) -> CandidateSettings:
     """What ``target`` says now; what it leaves to the runtime is the runtime's default."""
-    return Settings(
+    return CandidateSettings(
         recipe=recipe,
         accuracy_level=target.weights.accuracy_level,
         packed_qkv=target.graph.packed_qkv,
@@ -80,7 +80,7 @@ def axes_of(
     target: Target,
     architecture: Architecture,
     recipes: Mapping[str, Recipe],
-    start: Settings,
+    start: CandidateSettings,
     cores: int,
     *,
     kv_caches: Sequence[KvCache] = (),
@@ -126,7 +126,7 @@ def axes_of(
     )
 
 
-def candidates(start: Settings, axes: Axes) -> list[Settings]:
+def candidates(start: CandidateSettings, axes: Axes) -> list[CandidateSettings]:
     """Every combination, the start first; none twice."""
     found = {identity(start): start}
     product = itertools.product(
@@ -139,7 +139,7 @@ def candidates(start: Settings, axes: Axes) -> list[Settings]:
         _combinations(axes.provider),
     )
     for recipe, level, packed, cached, threads, session, provider in product:
-        settings = Settings.model_validate(
+        settings = CandidateSettings.model_validate(
             {
                 "recipe": recipe,
                 "accuracy_level": level,
@@ -160,7 +160,7 @@ def _with_defaults(start: Mapping[str, str], changes: Mapping[str, str]) -> dict
     return {name: value for name, value in merged.items() if name in start or (name, value) != (SPINNING, "1")}
 
 
-def identity(settings: Settings) -> str:
+def identity(settings: CandidateSettings) -> str:
     """Equal for equal settings, whatever the order of their entries."""
     ordered = settings.model_copy(
         update={"session": dict(sorted(settings.session.items())), "provider": dict(sorted(settings.provider.items()))}
@@ -168,7 +168,7 @@ def identity(settings: Settings) -> str:
     return ordered.model_dump_json()
 
 
-def with_settings(target: Target, settings: Settings) -> Target:
+def with_settings(target: Target, settings: CandidateSettings) -> Target:
     """``target`` with every setting of a candidate."""
     return target.model_copy(
         update={
@@ -182,7 +182,7 @@ def with_settings(target: Target, settings: Settings) -> Target:
     )
 
 
-def label(settings: Settings) -> str:
+def label(settings: CandidateSettings) -> str:
     """Short, for people."""
     activations = {0: "fp32", 1: "fp32", 2: "fp16", 3: "bf16", 4: "int8"}[settings.accuracy_level]
     parts = [

@@ -21,7 +21,7 @@ from glmexport.assembly.genai import loop_config
 from glmexport.assembly.write import write_bundle
 from glmexport.bundle.manifest import MANIFEST, FileEntry, Source, read_manifest
 from glmexport.checkpoint.checkpoint import Checkpoint
-from glmexport.foundation.evidence import Settings
+from glmexport.foundation.evidence import CandidateSettings
 from glmexport.foundation.files import sha256
 from glmexport.foundation.progress import Silent
 from glmexport.foundation.recipe import Recipe
@@ -140,7 +140,7 @@ class SliceBundles:
         self._source = source
         self._files: dict[tuple[str, int], Path] = {}
 
-    def of(self, settings: Settings) -> list[Path]:
+    def of(self, settings: CandidateSettings) -> list[Path]:
         """A bundle of each slice."""
         target = with_settings(self._target, settings)
         graph = [settings.recipe.replace("/", "--"), f"level-{settings.accuracy_level}"]

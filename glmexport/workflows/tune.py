@@ -19,7 +19,7 @@ from glmexport.foundation import machine
 from glmexport.foundation.definition import names
 from glmexport.foundation.disk import require_free
 from glmexport.foundation.errors import InputError
-from glmexport.foundation.evidence import FLOATS, Divergences, Evidence, Gains, KvCache, Preference, Settings
+from glmexport.foundation.evidence import FLOATS, CandidateSettings, Divergences, Evidence, Gains, KvCache, Preference
 from glmexport.foundation.progress import Progress
 from glmexport.foundation.recipe import RECIPES, STORED, Recipe, open_recipe
 from glmexport.foundation.session_settings import check_provider, check_session_entries
@@ -88,7 +88,7 @@ class Tuned:
     path: Path
     target: Target
     evidence: Evidence
-    chosen: Settings | None
+    chosen: CandidateSettings | None
 
 
 def tune(original: Original, target: Target, output: Path, options: TuneOptions, progress: Progress) -> Tuned:

@@ -432,7 +432,7 @@ def test_a_legal_name_stays_inside(name: str) -> None:
         assert path != inside and path.is_relative_to(inside)
         assert path.relative_to(inside).as_posix() == name
     else:
-        with pytest.raises(verifier.Refused):
+        with pytest.raises(verifier.VerificationError):
             verifier.check_names([name], "x")
 
 
@@ -456,7 +456,7 @@ def test_a_release_that_the_script_takes_is_one(changes: dict[str, Any], bare: b
         signed = {"release.json": hashlib.sha256(content).hexdigest()}
         try:
             found = verifier.check_release(Path(directory), signed, None)
-        except verifier.Refused:
+        except verifier.VerificationError:
             assert changes or bare
         else:
             assert read_release(Path(directory)).counter == found.counter

@@ -19,12 +19,12 @@ from glmexport.bundle.manifest import read_manifest
 from glmexport.engine.sampling import Sampling
 from glmexport.foundation.errors import BundleError
 from glmexport.serving.answer import Answer, End, Event, Failed, Order
-from glmexport.serving.app import Facts, Service
-from glmexport.serving.guard import Access, Guard
+from glmexport.serving.app import ServedBundle, Service
+from glmexport.serving.guard import AccessRules, Guard
 from glmexport.serving.guides import Guides
-from glmexport.serving.limits import Limits
+from glmexport.serving.limits import ServingLimits
 from glmexport.serving.metrics import Metrics
-from glmexport.serving.orders import Reader
+from glmexport.serving.orders import RequestReader
 from glmexport.serving.scheduler import Closed, Full, Scheduler, SchedulerOptions
 from glmexport.serving.text import AnswerText, Decoder
 from glmexport.tokenizer.tokenizer import Tokenizer
@@ -107,17 +107,19 @@ def test_what_cannot_be_loaded_is_told_to_who_waits(bundle: Path, tmp_path: Path
         waiting.submit("Hi!")
 
 
-def surface(waiting: Waiting, bundle: Path, limits: Limits) -> tuple[Guard, Service]:
+def surface(waiting: Waiting, bundle: Path, limits: ServingLimits) -> tuple[Guard, Service]:
     """What answers requests to the scheduler, without a socket."""
     loop = Bundle.open(bundle).loop
     ends, context_length = loop.ends, loop.context_length
     manifest = read_manifest(bundle)
-    facts = Facts(
+    facts = ServedBundle(
         "tiny", bundle.name, manifest.digest(), manifest.family, manifest.target.name, context_length, created=0
     )
-    reader = Reader(waiting.tokenizer, ends, context_length, limits, guides=waiting.guides is not None, lenient=False)
+    reader = RequestReader(
+        waiting.tokenizer, ends, context_length, limits, guides=waiting.guides is not None, lenient=False
+    )
     service = Service(facts, reader, waiting.scheduler, waiting.metrics, waiting.guides)
-    return Guard(service.application(), Access(), waiting.metrics), service
+    return Guard(service.application(), AccessRules(), waiting.metrics), service
 
 
 def client_of(guard: Guard) -> httpx.AsyncClient:
@@ -128,7 +130,7 @@ def client_of(guard: Guard) -> httpx.AsyncClient:
 def test_it_is_ready_when_the_model_is_there(bundle: Path) -> None:
     """And a request that comes before is answered, not refused."""
     waiting = Waiting(bundle)
-    guard, service = surface(waiting, bundle, Limits())
+    guard, service = surface(waiting, bundle, ServingLimits())
 
     async def ask() -> None:
         async with client_of(guard) as http:
@@ -152,7 +154,7 @@ def test_it_is_ready_when_the_model_is_there(bundle: Path) -> None:
 
 
 def test_a_body_that_does_not_come(bundle: Path) -> None:
-    guard, _ = surface(Waiting(bundle), bundle, Limits(body_s=0.1))
+    guard, _ = surface(Waiting(bundle), bundle, ServingLimits(body_s=0.1))
 
     async def never() -> AsyncIterator[bytes]:
         yield b"{"

@@ -10,7 +10,7 @@ import pytest
 from models import FAMILY, write_checkpoint
 
 from glmexport.architecture.description import Architecture
-from glmexport.foundation.evidence import Settings
+from glmexport.foundation.evidence import CandidateSettings
 from glmexport.foundation.progress import Silent
 from glmexport.foundation.recipe import open_recipe
 from glmexport.foundation.target import Provider, Target, open_target
@@ -49,7 +49,7 @@ def described(directory: Path, family: str = "glm4", **changes: Any) -> Architec
 
 def test_every_combination_once_and_the_start_first(target: Target, architecture: Architecture) -> None:
     start = start_settings(target, "w4g32", 4)
-    assert start == Settings(recipe="w4g32", accuracy_level=4, packed_qkv=True, threads=4)
+    assert start == CandidateSettings(recipe="w4g32", accuracy_level=4, packed_qkv=True, threads=4)
     axes = axes_of(target, architecture, RECIPES, start, 4)
     every = candidates(start, axes)
     assert every[0] == start
@@ -116,7 +116,7 @@ def test_only_what_the_target_can(target: Target, architecture: Architecture) ->
 
 
 def test_a_target_takes_on_a_candidate(target: Target) -> None:
-    settings = Settings(
+    settings = CandidateSettings(
         recipe="w4g128", accuracy_level=0, packed_qkv=False, threads=3, session={SPINNING: "0"}, provider={"a": "b"}
     )
     tuned = with_settings(target, settings)
@@ -129,12 +129,12 @@ def test_a_target_takes_on_a_candidate(target: Target) -> None:
 
 
 def test_settings_are_equal_whatever_their_order() -> None:
-    base = Settings(recipe="w4g32", accuracy_level=4, packed_qkv=True, threads=1)
+    base = CandidateSettings(recipe="w4g32", accuracy_level=4, packed_qkv=True, threads=1)
     one, other = ({"a": "1", "b": "2"}, {"b": "2", "a": "1"})
     assert identity(base.model_copy(update={"session": one})) == identity(base.model_copy(update={"session": other}))
     assert identity(base) != identity(base.model_copy(update={"threads": 2}))
 
 
 def test_a_label() -> None:
-    settings = Settings(recipe="w4g32", accuracy_level=4, packed_qkv=True, threads=1, session={SPINNING: "0"})
+    settings = CandidateSettings(recipe="w4g32", accuracy_level=4, packed_qkv=True, threads=1, session={SPINNING: "0"})
     assert label(settings) == "w4g32, int8, fused QKV, 1 thread, allow_spinning=0"

@@ -1,4 +1,4 @@
-"""The original's own answers, in as few passes through it as another model's answers differ from them.
+"""Answers of the original, in as few passes through it as another model's answers differ from them.
 
 A draft is what the bundle answers. One pass of the original over prompt and draft says at every position what it would
 have said itself; up to the first difference, the draft is its greedy answer. From there the bundle drafts again. That
@@ -18,13 +18,13 @@ from glmexport.reference.reference import Reference
 from glmexport.validation.reference import reference_states
 from glmexport.validation.texts import EvaluationText
 
-#: ``draft(index, answer so far)``: what the bundle would go on with, to the end.
+#: The function ``draft(index, answer so far)`` returns what the bundle would go on with, to the end.
 Draft = Callable[[int, list[int]], list[int]]
 
-#: ``finished(index, answer so far)``: whether what follows is of no interest.
+#: The function ``finished(index, answer so far)`` tells whether what follows is of no interest.
 Finished = Callable[[int, list[int]], bool]
 
-#: Answers that go through a block together.
+#: Number of answers that go through a block together.
 _BATCH = 8
 
 
@@ -39,10 +39,10 @@ def verified_answers(
     progress: Progress,
     finished: Finished = lambda *_: False,
 ) -> tuple[list[list[int]], int]:
-    """The original's greedy answer to each of ``prompts``, up to as many tokens as ``limits`` says, with the end
-    token, if it comes. One that is ``finished`` is gone on with no further, and may be some tokens longer.
+    """Return the original's greedy answer to each of ``prompts``, each cut at the number of tokens in ``limits``.
 
-    Returns the answers and the number of passes that it took.
+    The end token is included, if it comes. An answer that is ``finished`` is gone on with no further, and may be some
+    tokens longer. Returns the answers and the number of passes that it took.
     """
     answers: list[list[int]] = [[] for _ in prompts]
     unfinished, passes = list(range(len(prompts))), 0

@@ -27,22 +27,22 @@ from glmexport.validation.texts import EvaluationText
 
 @dataclass(frozen=True)
 class BehaviourPlan:
-    """How much is asked."""
+    """The number of questions of each kind."""
 
-    #: Texts a language to go on with.
+    #: Number of texts a language to go on with.
     each: int = 8
-    #: Sentences from English into every other language.
+    #: Number of sentences from English into every other language.
     translations: int = 3
-    #: At which an answer is cut.
+    #: Number of tokens at which an answer is cut.
     max_tokens: int = 64
-    #: Prompts at a time, once everything was asked alone; 0 leaves that out.
+    #: Number of prompts at a time, once everything was asked alone; 0 leaves that out.
     batch: int = 4
 
 
 def questions_for(
     documents: Sequence[Document], tokenizer: Tokenizer, plan: BehaviourPlan, context_length: int
 ) -> list[Question]:
-    """The shipped questions, with answers as long as the context allows."""
+    """Return the shipped questions, with answers as long as the context allows."""
     asked = questions(documents, tokenizer, each=plan.each, translations=plan.translations, max_tokens=plan.max_tokens)
     return [_fitted(question, context_length) for question in asked if len(question.ids) < context_length]
 
@@ -55,7 +55,7 @@ def _fitted(question: Question, context_length: int) -> Question:
 def task_questions(
     tasks: Sequence[Task], tokenizer: Tokenizer, plan: BehaviourPlan, context_length: int
 ) -> tuple[list[EvaluationText], list[Question]]:
-    """The ``tasks`` in tokens: a text for every choice of those that have some, and a question for each other.
+    """Return the ``tasks`` in tokens: a text for every choice of those that have some, and a question for each other.
 
     Raises:
         InputError: a task fills the context.
@@ -107,7 +107,7 @@ def ask(
 def ask_original(
     asked: Sequence[Question], session: GenerationSession, reference: Reference, scratch: Path, progress: Progress
 ) -> list[list[int]]:
-    """What the original answers, with a bundle that drafts."""
+    """Ask the original, with a bundle that drafts, and return its answers."""
     answers, _ = _verified(asked, bundle_answers(session, asked, progress), session, reference, scratch, progress)
     return answers
 
