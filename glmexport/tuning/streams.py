@@ -25,7 +25,7 @@ from glmexport.architecture.description import DecoderLayer
 from glmexport.assembly.cache_scales import CacheGauges, set_scales
 from glmexport.assembly.external import write_graphs
 from glmexport.bundle.names import ATTENTION_MASK, INPUT_IDS, LOGITS, STREAM_IN, STREAM_OUT
-from glmexport.engine.core.cache import UnkeptCaches, cache_specs, run_graph
+from glmexport.engine.core.cache import UnkeptCaches, run_graph, unkept_specs
 from glmexport.engine.session import open_session
 from glmexport.foundation.evidence import Deviation, Divergences
 from glmexport.foundation.progress import Progress, Silent
@@ -215,8 +215,7 @@ class _Part:
         self._session: onnxruntime.InferenceSession = open_session(graph, target.provider, threads)
         inputs = {value.name for value in self._session.get_inputs()}
         self._given = inputs & {INPUT_IDS, ATTENTION_MASK, STREAM_IN}
-        # What the graph gives for its caches is asked for by name, if at all.
-        self._caches = cache_specs(self._session, dict.fromkeys(inputs - self._given, ""))
+        self._caches = unkept_specs(self._session, self._given)
 
     def run(self, output: str, ids: Tensor, stream: Tensor) -> Tensor:
         """Return an ``output`` for the ``stream`` [1, length, D] of token ``ids`` [length]."""
