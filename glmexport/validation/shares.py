@@ -24,7 +24,7 @@ from glmexport.validation.texts import EvaluationText
 def bundle_answer(session: ScoringSession, texts: Sequence[EvaluationText], index: int) -> Tensor:
     """Return the bundle's logits [positions, vocabulary] fp32 at the judged positions of text ``index``."""
     text = texts[index]
-    return session.logits(text.ids)[text.prefix - 1 : -1]
+    return torch.from_numpy(session.logits(text.ids.numpy())[text.prefix - 1 : -1])
 
 
 def shares_of(

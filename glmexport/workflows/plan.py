@@ -40,7 +40,7 @@ def plan_bundle(
         texts, reference = list(original.texts), None
     report = _own_report(bundle)
     with progress.track("Timing", 1) as track:
-        session = ScoringSession(bundle.directory, bundle.manifest, options.threads_for(bundle.target))
+        session = ScoringSession(bundle, options.threads_for(bundle.target))
         rates = measure_rates(session, texts, reference, options.threads)
         track.advance()
     return plan_validation(report.fidelity.languages, options.policy_for(bundle.target).gates, rates)

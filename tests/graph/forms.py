@@ -13,7 +13,7 @@ from glmexport.assembly.external import write_graphs
 from glmexport.assembly.graph_files import load_graph
 from glmexport.assembly.read import BundleWeights
 from glmexport.checkpoint.checkpoint import Checkpoint
-from glmexport.engine.caches import CACHE_TYPES
+from glmexport.engine.core.cache import cache_specs
 from glmexport.formats.nearest import round_to_nearest
 from glmexport.foundation.progress import Silent
 from glmexport.foundation.recipe import Format
@@ -87,6 +87,7 @@ class Session:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         self.session = onnxruntime.InferenceSession(path, options, providers=[CPU])
         self.caches = [entry for entry in self.session.get_inputs() if entry.name.startswith("past")]
+        self.specs = cache_specs(self.session, {entry.name: "" for entry in self.caches})
         self.outputs = [
             "logits", *(value.name for value in self.session.get_outputs() if value.name.startswith("present"))
         ]  # fmt: skip
@@ -96,10 +97,8 @@ class Session:
         self, ids: np.ndarray, past: list[np.ndarray] | None = None, length: int | None = None
     ) -> list[np.ndarray]:
         if past is None:
-            sizes = {"batch": len(ids), "past_sequence": 0, "capacity": self.capacity}
             past = [
-                np.zeros([sizes.get(size, size) for size in entry.shape], CACHE_TYPES[entry.type])
-                for entry in self.caches
+                spec.array(spec.empty(len(ids), 0 if spec.grows else self.capacity)).copy() for spec in self.specs
             ]
         inputs = {entry.name: value for entry, value in zip(self.caches, past, strict=True)}
         mask = np.ones((len(ids), length or ids.shape[1]), np.int64)

@@ -17,7 +17,6 @@ from models import MIXTURE, write_checkpoint
 from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKernel
 
 from glmexport.assembly.cache_scales import calibrate_caches, set_scales
-from glmexport.engine.caches import CACHE_TYPES
 from glmexport.foundation.errors import InputError
 from glmexport.foundation.progress import Silent
 from glmexport.foundation.recipe import Format
@@ -153,11 +152,8 @@ def test_a_token_of_context_takes_what_is_said(
 ) -> None:
     weights, target = weights_of(checkpoints[family], tmp_path / "work", None), changed(graph=limits)
     export(weights, target, tmp_path / "out")
-    sizes = {"batch": 1, "past_sequence": 10, "capacity": 10}
-    allocated = sum(
-        np.zeros([sizes.get(size, size) for size in entry.shape], CACHE_TYPES[entry.type]).nbytes
-        for entry in Session(tmp_path / "out" / "model.onnx").caches
-    )
+    specs = Session(tmp_path / "out" / "model.onnx").specs
+    allocated = sum(spec.array(spec.empty(1, 10)).nbytes for spec in specs)
     assert allocated == 10 * cache_bytes_per_token(weights.architecture, target.graph)
 
 
