@@ -26,7 +26,7 @@ from glmexport.calibration.corpus import USER, evaluation_documents, shipped_doc
 from glmexport.calibration.sequences import pack
 from glmexport.checkpoint.checkpoint import Checkpoint
 from glmexport.demo import demo_checkpoint
-from glmexport.engine.caches import empty_cache
+from glmexport.engine.core.cache import cache_specs
 from glmexport.foundation import machine
 from glmexport.foundation.progress import Silent
 from glmexport.foundation.recipe import open_recipe
@@ -100,9 +100,8 @@ def logits(path: Path, texts: list[EvaluationText]) -> list[Tensor]:
     for text in texts:
         given = {INPUT_IDS: text.ids[None].numpy(), ATTENTION_MASK: np.ones((1, len(text.ids)), np.int64)}
         feeds = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in given.items()}
-        for entry in session.get_inputs():
-            if entry.name not in given:
-                feeds[entry.name] = empty_cache((1, entry.shape[1], 0, entry.shape[3]), entry.type)
+        past = {entry.name: "" for entry in session.get_inputs() if entry.name not in given}
+        feeds |= {spec.input: spec.empty(1, 0) for spec in cache_specs(session, past)}
         (rows,) = session.run_with_ort_values([LOGITS], feeds)
         found.append(torch.from_numpy(rows.numpy()[0, text.prefix - 1 : -1].copy()))
     return found

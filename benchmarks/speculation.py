@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from glmexport.bundle.bundle import Bundle
 from glmexport.bundle.loop import read_loop
 from glmexport.bundle.manifest import read_manifest
 from glmexport.calibration.corpus import shipped_documents
@@ -60,19 +61,21 @@ Answer = Callable[[list[int], list[int]], tuple[Iterator[int], Speculation | Non
 
 def ways(bundle: Path, threads: int, tokens: int) -> dict[str, Answer]:
     """By name: how to answer a prompt, given what was answered before."""
-    plain = GenerationSession(bundle, threads)
+    plain = GenerationSession.open(Bundle.open(bundle), threads)
 
     def scripted(most: int, shift: int) -> Answer:
         def answer(prompt: list[int], known: list[int]) -> tuple[Iterator[int], Speculation | None]:
             speculation = Speculation("lookup", most)
             drafter = Scripted(len(prompt), [token ^ shift for token in known])
-            return speculate(plain.single(prompt, tokens), drafter, prompt, tokens, speculation), speculation
+            sequence = plain.engine.begin(len(prompt) + tokens)
+            chunk = plain.engine.chunk
+            return speculate(sequence, drafter, prompt, tokens, speculation, chunk), speculation
 
         return answer
 
     def guessing(method: Method, most: int) -> Answer:
         speculation = Speculation(method, most)
-        session = GenerationSession(bundle, threads, speculation)
+        session = GenerationSession.open(Bundle.open(bundle), threads, speculation)
         session.ends = frozenset()
 
         def answer(prompt: list[int], _: list[int]) -> tuple[Iterator[int], Speculation | None]:

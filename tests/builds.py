@@ -19,11 +19,13 @@ from models import write_checkpoint
 import glmexport.workflows.build
 import glmexport.workflows.validate
 from glmexport.assembly.read import BundleWeights
+from glmexport.bundle.bundle import Bundle
 from glmexport.bundle.manifest import EVIDENCE
 from glmexport.bundle.names import LOGITS
 from glmexport.cli import main
 from glmexport.engine.placement import Node
 from glmexport.foundation.definition import shipped_folder
+from glmexport.foundation.host import CPU_PROVIDER
 from glmexport.foundation.progress import Progress, Silent
 from glmexport.foundation.recipe import open_recipe
 from glmexport.foundation.target import open_target
@@ -95,6 +97,27 @@ def write_target(directory: Path, changes: dict[str, str], name: str) -> Path:
         assert before in text
         text = text.replace(before, after)
     path = directory / f"{name}.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def write_fixed_target(directory: Path, chunk: int, context: int) -> Path:
+    """The shipped one of fixed shapes, for the CPU provider and in fp32."""
+    text = (shipped_folder("targets") / "qnn.toml").read_text(encoding="utf-8")
+    for before, after in {
+        '"QNNExecutionProvider"': f'"{CPU_PROVIDER}"',
+        '"onnxruntime-qnn"': '"onnxruntime"',
+        'activations = "float16"': 'activations = "float32"',
+        "chunk = 64": f"chunk = {chunk}",
+        # The last chunk would not be whole.
+        "capacity = 4096": f"capacity = {context + 5}",
+        'machine = ["arm64", "aarch64"]': "",
+        # Where ONNX Runtime makes MatMulNBits of DequantizeLinear and MatMul, in the arithmetic of the graph.
+        "[gates]": '[session.config]\n"session.qdq_matmulnbits_accuracy_level" = "0"\n\n[gates]',
+    }.items():
+        assert before in text
+        text = text.replace(before, after, 1)
+    path = directory / "fixed.toml"
     path.write_text(text, encoding="utf-8")
     return path
 
@@ -182,7 +205,7 @@ def carried(graph: onnxruntime.InferenceSession) -> list[str]:
 
 def bundle_weights(bundle: Path, checkpoint: Path) -> BundleWeights:
     """What the bundle's graph holds."""
-    return BundleWeights(bundle, Original.open(str(checkpoint), Silent()).architecture)
+    return BundleWeights.open(Bundle.open(bundle), Original.open(str(checkpoint), Silent()).architecture)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from models import MIXTURE, write_predicting
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from glmexport.assembly.write import BundleContents, write_bundle
@@ -71,10 +71,18 @@ class Predicting:
             return self.model.lm_head(normed), normed
 
 
-def write_unvalidated(checkpoint: Path, directory: Path) -> Path:
+def enliven(checkpoint: Path) -> None:
+    """Let the last token decide more, or random weights say the same for ever; copies of it stay as they were."""
+    path = checkpoint / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.embed_tokens.weight"] *= 16
+    save_file(tensors, path, {"format": "pt"})
+
+
+def write_unvalidated(checkpoint: Path, directory: Path, target_name: str = "x86-avx2") -> Path:
     """A bundle in fp32 arithmetic, of which nothing is measured."""
     original = Original.open(str(checkpoint), Silent()).sharing_tables()
-    target = open_target("x86-avx2")
+    target = open_target(target_name)
     architecture = original.architecture_for(target)
     contents = BundleContents(
         architecture=architecture,

@@ -12,6 +12,7 @@ import pytest
 from builds import Run, carried, run
 from components import emulated_arm64, require_browser
 
+from glmexport.bundle.bundle import Bundle
 from glmexport.calibration.corpus import shipped_documents
 from glmexport.engine.text import generate
 from glmexport.foundation.machine import cores
@@ -106,7 +107,7 @@ def test_genai_and_onnxruntime_generate_the_same_tokens(
     expected = greedy(directory, prompt, 64)
     ends = json.loads((directory / "genai_config.json").read_text())["model"]["eos_token_id"]
     cut = next((index for index, token in enumerate(expected) if token in ends), len(expected))
-    pieces = list(generate(directory, tokenizer, prompt, max_tokens=64, threads=cores()))
+    pieces = list(generate(Bundle.open(directory), prompt, max_tokens=64, threads=cores()))
     assert [piece.token for piece in pieces] == expected[:cut]
 
 

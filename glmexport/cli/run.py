@@ -81,7 +81,7 @@ def run(
         },
     )
     pieces = []
-    for piece in generate(bundle, tokenizer, ids, max_tokens=max_tokens, threads=threads, speculation=speculation):
+    for piece in generate(opened, ids, max_tokens=max_tokens, threads=threads, speculation=speculation):
         pieces.append(piece)
         if not as_json:
             sys.stdout.write(visible(piece.text, lines=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console, Group
 from rich.table import Table
@@ -26,7 +27,9 @@ from glmexport.results.performance import Interval, Performance
 from glmexport.results.record import Verdict
 from glmexport.results.reference import ReferenceCheck
 from glmexport.results.weights import WeightCheck
-from glmexport.validation.unrun import Unrun
+
+if TYPE_CHECKING:
+    from glmexport.validation.unrun import Unrun
 
 _EXIT = {
     Verdict.PASS: EXIT_PASS,

@@ -42,8 +42,9 @@ from glmexport.bundle.names import (
     STEP,
     WEIGHTS,
 )
-from glmexport.engine.fixed import require_room
+from glmexport.engine.core.cache import CAPACITY
 from glmexport.engine.placement import Node
+from glmexport.engine.scoring import require_room
 from glmexport.foundation.definition import Definition, read_json
 from glmexport.foundation.errors import InputError
 from glmexport.foundation.files import sha256, write_atomically
@@ -51,8 +52,6 @@ from glmexport.foundation.target import Provider
 from glmexport.results.device import DeviceFacts
 
 JOB, QUESTIONS, BUNDLE, RESULT = "job.json", "questions.safetensors", "bundle", "result.json"
-#: The symbolic sizes of a cache; every other size is a number.
-BATCH, PAST_SEQUENCE, CAPACITY = "batch", "past_sequence", "capacity"
 CacheType = Literal["float32", "float16", "bfloat16", "int8", "uint8"]
 _CACHE_TYPES: dict[ir.DataType, CacheType] = {
     ir.DataType.FLOAT: "float32",
@@ -68,7 +67,7 @@ class Cache(Definition):
 
     input: str
     output: str
-    #: The shape of the input, with symbolic sizes as above.
+    #: The shape of the input, with the names of sizes that ``CacheSpec`` has.
     shape: tuple[int | str, ...]
     dtype: CacheType
 
@@ -327,10 +326,10 @@ class Result(Definition):
 
 
 def answer_path(index: int) -> str:
-    """Return the path of the answer to a text."""
+    """Return the path of a device's answer to text ``index``, relative to its results."""
     return f"answers/{index}.safetensors"
 
 
 def tokens_path(index: int) -> str:
-    """Return the path of the answer to a prompt."""
+    """Return the path of a device's answer to prompt ``index``, relative to its results."""
     return f"tokens/{index}.safetensors"

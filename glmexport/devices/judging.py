@@ -1,4 +1,4 @@
-"""A validation from the answers of a device: against the captured original, by the same gates."""
+"""A device's answers, judged against the captured original by the same gates as those of this machine."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class DeviceJudge:
     policy: Gates
 
     def write_job(self, folder: Path, threads: int | None) -> DeviceJob:
-        """Write a job that asks everything that was captured, and for speed."""
+        """Write the job that asks everything that was captured, and for speed, into the new ``folder``."""
         texts = self.captured.texts
         asked = [
             TextQuestion(text.ids, text.prefix, self.captured.kept(index).tokens, self.captured.audited(index))

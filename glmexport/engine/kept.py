@@ -9,41 +9,53 @@ Each key has its own: a prompt that is answered sooner than it could be would te
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import abc
 
-from glmexport.engine.computed import Computed
+from glmexport.engine.core.sequence import Sequence
+
+#: Room of a sequence is given out in steps of so many tokens, and one more, for a conversation to go on in.
+ROOM = 1024
+
+
+def room_for(length: int, context_length: int) -> int:
+    """Return the room, in tokens, of a sequence that needs ``length`` of them and that others may go on with."""
+    return min((-(-length // ROOM) + 1) * ROOM, context_length)
 
 
 class Kept:
-    """Some sequences, those used last behind the others. ``chunk``: positions of a piece; None: prompts have none."""
+    """The sequences that are kept, those used last behind the others.
+
+    ``chunk``: positions of a piece of a prompt; None: prompts are not cut, and nothing is kept.
+    """
 
     def __init__(self, chunk: int | None) -> None:
         self._chunk = chunk
         #: With the key that each was asked with.
-        self._sequences: list[tuple[int | None, Computed]] = []
+        self._sequences: list[tuple[int | None, Sequence]] = []
 
     def __len__(self) -> int:
         return len(self._sequences)
 
-    def keep(self, sequence: Computed, key: int | None) -> None:
-        """As the one used last, if it has anything to take over; otherwise it is closed."""
+    def keep(self, sequence: Sequence, key: int | None) -> None:
+        """Keep a sequence as the one used last, if it has anything to take over; otherwise close it."""
         if self._chunk and sequence.whole:
             self._sequences.append((key, sequence))
         else:
             sequence.close()
 
     def drop(self, count: int) -> None:
-        """Leave at most ``count``, and close the others."""
+        """Keep at most ``count`` of them, and close the others."""
         over = max(0, len(self._sequences) - count)
         for _, sequence in self._sequences[:over]:
             sequence.close()
         del self._sequences[:over]
 
-    def take(self, prompt: Sequence[int], length: int, key: int | None) -> Computed | None:
-        """The sequence of a ``key`` that shares most with ``prompt``, with room for ``length``, cut to what it shares.
+    def take(self, prompt: abc.Sequence[int], length: int, key: int | None) -> Sequence | None:
+        """Return the sequence of a ``key`` that shares most with ``prompt``, cut to what it shares.
 
-        None where each would lose more than it saves, such as conversations that share no more than their beginning.
-        At least one token of the prompt is left to compute, since only then there are logits.
+        It has room for ``length`` tokens. None where each would lose more than it saves, such as conversations that
+        share no more than their beginning. At least one token of the prompt is left to compute, since only then there
+        are logits.
         """
         best, shared = None, 0
         for sequence in (sequence for owner, sequence in self._sequences if owner == key):
@@ -53,16 +65,15 @@ class Kept:
         if best is not None:
             self._sequences.remove((key, best))
             best.forget(len(best.tokens) - shared)
-            best.whole = shared
         return best
 
     def _whole(self, count: int) -> int:
-        """The tokens among ``count`` that are in whole pieces."""
+        """Return the tokens among ``count`` that are in whole pieces."""
         return count - count % self._chunk if self._chunk else 0
 
 
-def _common(mine: Sequence[int], others: Sequence[int]) -> int:
-    """How many tokens both begin with."""
+def _common(mine: abc.Sequence[int], others: abc.Sequence[int]) -> int:
+    """Return how many tokens both begin with."""
     for at, (one, other) in enumerate(zip(mine, others, strict=False)):
         if one != other:
             return at

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from itertools import islice
-from math import prod
 from pathlib import Path
 from typing import Any
 
-from glmexport.bundle.loop import FixedLoopConfig, LoopConfig, read_loop
+from glmexport.bundle.bundle import Bundle
+from glmexport.engine.core.greedy import greedy
+from glmexport.engine.core.profile import GENERATED, PROMPT, profiled_nodes
+from glmexport.engine.opening import open_engine
 from glmexport.foundation.definition import Definition
 from glmexport.results.performance import PlacedOperators, Placement
 
@@ -24,15 +24,6 @@ SHAPE_OPERATORS = frozenset({
     "Mul", "Range", "ReduceMax", "ReduceProd", "ReduceSum", "Reshape", "Shape", "Size", "Slice", "Split", "Squeeze",
     "Sub", "Unsqueeze", "Where",
 })  # fmt: skip
-#: Read nothing of their input but its shape.
-_OF_ANYTHING = ("Shape", "Size")
-_INTEGERS = frozenset(("int64", "int32", "uint64", "uint32", "bool"))
-#: ONNX Runtime's own bound of what is small, elements.
-_SMALL = 100
-#: Tokens of the prompt, and generated ones: both shapes that the graph is run in.
-_PROMPT = 8
-_GENERATED = 3
-
 
 class Node(Definition):
     """One node that ran."""
@@ -44,65 +35,25 @@ class Node(Definition):
     small: bool
 
 
-def profile(directory: Path, prompt: Sequence[int], threads: int) -> tuple[Node, ...]:
-    """Every node of model.onnx that the bundle's loop ran for a few tokens, in the bundle's own settings."""
-    own = read_loop(directory)
-    if own:
-        return _profile_own(directory, own, prompt, threads)
-    import numpy as np
-    import onnxruntime_genai
-
-    from glmexport.bundle.genai_config import genai_settings
-
+def profile(bundle: Bundle, prompt: Sequence[int], threads: int) -> tuple[Node, ...]:
+    """Return every node that the bundle's loop ran for a few tokens, graph by graph, in the bundle's own settings."""
     with tempfile.TemporaryDirectory() as folder:
-        model = onnxruntime_genai.Model(genai_settings(directory, threads, Path(folder) / "profile"))
-        parameters = onnxruntime_genai.GeneratorParams(model)
-        start = prompt[:_PROMPT]
-        total = len(start) + _GENERATED
-        parameters.set_search_options(max_length=total, min_length=total, do_sample=False)
-        generator = onnxruntime_genai.Generator(model, parameters)
-        generator.append_tokens(np.array([start], np.int32))
-        for _ in range(_GENERATED):
-            generator.generate_next_token()
-        # The profile is written when the session ends.
-        del generator, parameters, model
-        gc.collect()
-        files = sorted(Path(folder).iterdir())
-        events = [event for file in files for event in json.loads(file.read_text(encoding="utf-8"))]
-    return nodes_of(events)
-
-
-def _profile_own(
-    directory: Path, config: LoopConfig | FixedLoopConfig, prompt: Sequence[int], threads: int
-) -> tuple[Node, ...]:
-    """Of several graphs, those of each."""
-    from glmexport.engine.own_loop import open_loop
-
-    with tempfile.TemporaryDirectory() as folder:
-        loop = open_loop(directory, config, threads, Path(folder) / "profile")
-        for _ in islice(loop.start([prompt[:_PROMPT]]), _GENERATED):
+        engine = open_engine(bundle, threads, profile=Path(folder) / "profile")
+        for _ in greedy(engine, prompt[:PROMPT], GENERATED):
             pass
-        profiles = [json.loads(file.read_text(encoding="utf-8")) for file in loop.end_profile()]
-        return tuple(node for events in profiles for node in nodes_of(events))
+        # The profile is written when the session ends.
+        engine.close()
+        profiles = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(Path(folder).iterdir())]
+    return tuple(node for events in profiles for node in nodes_of(events))
 
 
 def nodes_of(events: Iterable[dict[str, Any]]) -> tuple[Node, ...]:
-    """The nodes in the events of a profile, in the order in which they ran first."""
-    found: dict[str, Node] = {}
-    for event in events:
-        facts = event.get("args", {})
-        if event.get("cat") != "Node" or not facts.get("provider"):
-            continue
-        name = str(event["name"]).removesuffix("_kernel_time")
-        node = Node(name=name, operator=facts["op_name"], provider=facts["provider"], small=_small(facts))
-        # A node that is small with one token but not with several is not small.
-        before = found.get(name)
-        found[name] = node if before is None or before.small else before
-    return tuple(found.values())
+    """Return the nodes in the events of a profile, in the order in which they ran first."""
+    return tuple(Node(**found) for found in profiled_nodes(events))
 
 
 def placement(nodes: Sequence[Node], provider: str) -> Placement:
-    """``nodes`` by where they ran, against ``provider``, where the target says that they run."""
+    """Return the ``nodes`` by where they ran, against ``provider``, where the target says that they run."""
     counts = Counter((node.provider, node.operator) for node in nodes)
     elsewhere = [node for node in nodes if node.provider != provider]
     shapes = [node for node in elsewhere if node.provider == CPU and node.operator in SHAPE_OPERATORS and node.small]
@@ -117,9 +68,3 @@ def placement(nodes: Sequence[Node], provider: str) -> Placement:
             f"{node.name} ({node.operator}) on {node.provider}" for node in elsewhere if node not in shapes
         ),
     )
-
-
-def _small(facts: dict[str, Any]) -> bool:
-    read = [] if facts["op_name"] in _OF_ANYTHING else facts.get("input_type_shape", [])
-    tensors = [*read, *facts.get("output_type_shape", [])]
-    return all(kind in _INTEGERS and prod(shape) <= _SMALL for tensor in tensors for kind, shape in tensor.items())

@@ -13,7 +13,7 @@ _FIRST = 1024
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen. ``temperature`` 0 is the most likely one; ``seed`` makes the others repeatable."""
+    """The settings of a choice. ``temperature`` 0 takes the most likely token; ``seed`` makes the others repeatable."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -32,12 +32,12 @@ class Uniforms:
         self._generator = np.random.Generator(np.random.Philox(seed))
 
     def next(self) -> float:
-        """The number of the next token."""
+        """Return the number of the next token."""
         return float(self._generator.random())
 
 
 def choose(logits: NDArray[np.float32], sampling: Sampling, uniform: float) -> int:
-    """A token by its ``logits`` [V]: the inverse of the cumulative distribution at ``uniform``, or the most likely."""
+    """Return a token by its ``logits`` [V]: where the cumulative distribution passes ``uniform``, or the likeliest."""
     if sampling.greedy:
         return int(logits.argmax())
     scaled = logits.astype(np.float64) / sampling.temperature
@@ -54,7 +54,7 @@ def choose(logits: NDArray[np.float32], sampling: Sampling, uniform: float) -> i
 
 
 def nucleus(probabilities: NDArray[np.float64], mass: float) -> NDArray[np.int64]:
-    """The fewest tokens, most likely first, that have at least that ``mass``; of equal ones the lower id is first."""
+    """Return the fewest tokens that have at least that ``mass``, most likely first, lower ids before higher."""
     count = min(_FIRST, len(probabilities))
     while True:
         if count < len(probabilities):
@@ -79,7 +79,7 @@ class Likely:
 
 
 def likelihood(logits: NDArray[np.float32], token: int, count: int) -> Likely:
-    """Of ``token`` and of the ``count`` most likely, most likely first, lower ids before higher among equals."""
+    """Return how likely ``token`` is, and the ``count`` most likely ones; of equal ones the lower id is first."""
     wide = logits.astype(np.float64)
     highest = wide.max()
     total = highest + float(np.log(np.exp(wide - highest).sum()))

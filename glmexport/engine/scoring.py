@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import numpy as np
 import onnxruntime
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
-from glmexport.bundle.loop import FixedLoopConfig, read_loop
-from glmexport.bundle.manifest import Manifest
+from glmexport.bundle.bundle import Bundle
+from glmexport.bundle.genai_config import GenaiConfig
+from glmexport.bundle.loop import FixedLoopConfig, LoopConfig
 from glmexport.bundle.names import ATTENTION_MASK, INPUT_IDS, LOGITS, SCORING
-from glmexport.engine.caches import empty_cache
-from glmexport.engine.fixed import FixedGraph
+from glmexport.engine.core.cache import unkept_specs
+from glmexport.engine.core.graphs import FixedGraph, GraphNames, MaskedGraph
+from glmexport.engine.opening import fixed_names
 from glmexport.engine.session import open_session
+from glmexport.foundation.errors import InputError
+
+
+class Scorer(Protocol):
+    """A graph that gives the logits of every position."""
+
+    def scores(self, ids: NDArray[np.int64]) -> NDArray[Any]:
+        """Return the logits [length, V] after each of ``ids`` [length], from empty caches."""
+        ...
 
 
 class ScoringSession:
@@ -22,34 +33,45 @@ class ScoringSession:
 
     Raises:
         MachineError: this ONNX Runtime has no execution provider of the target's name.
-        BundleError: ONNX Runtime refuses the graph, or the bundle's loop.json cannot be read.
+        BundleError: ONNX Runtime refuses the graph, or what the bundle's loop reads is broken.
     """
 
-    def __init__(self, directory: Path, manifest: Manifest, threads: int) -> None:
-        self._session = open_session(
-            directory / SCORING, manifest.target.provider, threads, config=manifest.target.session.config
-        )
-        loop = read_loop(directory)
-        self._fixed = FixedGraph(self._session, loop) if isinstance(loop, FixedLoopConfig) else None
-        self._caches = {
-            value.name: (value.shape, value.type)
-            for value in self._session.get_inputs()
-            if value.name not in (INPUT_IDS, ATTENTION_MASK)
-        }
+    def __init__(self, bundle: Bundle, threads: int) -> None:
+        target = bundle.manifest.target
+        session = open_session(bundle.directory / SCORING, target.provider, threads, config=target.session.config)
+        self.session = session
+        self._scorer, self._most = _SCORERS[type(bundle.loop)](session, bundle.loop)
 
-    def logits(self, ids: Tensor) -> Tensor:
-        """Logits [length, vocabulary] fp32 after each of ``ids`` [length] int64, from an empty cache.
+    def logits(self, ids: NDArray[np.int64]) -> NDArray[Any]:
+        """Return the logits [length, V] fp32 after each of ``ids`` [length] int64, from empty caches.
 
         Raises:
             InputError: caches of a fixed capacity do not hold so many.
         """
-        if self._fixed:
-            return torch.from_numpy(self._fixed.scores(ids.numpy()))
-        given = {INPUT_IDS: ids[None].numpy(), ATTENTION_MASK: np.ones((1, len(ids)), np.int64)}
-        feeds = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in given.items()}
-        # A cache that grows begins empty; one of fixed capacity has room for all.
-        sizes = {"batch": 1, "past_sequence": 0, "capacity": len(ids)}
-        for name, (shape, kind) in self._caches.items():
-            feeds[name] = empty_cache([sizes.get(size, size) for size in shape], kind)
-        (logits,) = self._session.run_with_ort_values([LOGITS], feeds)
-        return torch.from_numpy(logits.numpy()[0])
+        if self._most is not None:
+            require_room(len(ids), self._most)
+        return self._scorer.scores(ids)
+
+
+def require_room(tokens: int, context_length: int) -> None:
+    """Raise InputError if caches of that capacity do not hold a text of so many ``tokens``."""
+    if tokens > context_length:
+        raise InputError(
+            f"A text has {tokens} tokens, and the caches of the bundle hold {context_length}.",
+            next_step="Give shorter texts, or a reference that was captured of such.",
+        )
+
+
+def _any_length(session: onnxruntime.InferenceSession, config: object) -> tuple[Scorer, int | None]:
+    caches = unkept_specs(session, (INPUT_IDS, ATTENTION_MASK))
+    return MaskedGraph(session, GraphNames(INPUT_IDS, ATTENTION_MASK, LOGITS, caches, LOGITS)), None
+
+
+def _fixed_shapes(session: onnxruntime.InferenceSession, config: FixedLoopConfig) -> tuple[Scorer, int | None]:
+    return FixedGraph(session, fixed_names(config, session)), config.context_length
+
+
+_SCORERS: Mapping[
+    type[LoopConfig | FixedLoopConfig | GenaiConfig],
+    Callable[[onnxruntime.InferenceSession, Any], tuple[Scorer, int | None]],
+] = {GenaiConfig: _any_length, LoopConfig: _any_length, FixedLoopConfig: _fixed_shapes}

@@ -8,6 +8,7 @@ from pathlib import Path
 import onnxruntime
 
 from glmexport.bundle.links import loadable
+from glmexport.engine.core.runtime import SessionSettings, create_session
 from glmexport.foundation.errors import BundleError, MachineError
 from glmexport.foundation.host import providers
 from glmexport.foundation.target import Provider
@@ -20,7 +21,7 @@ def open_session(
     profile: Path | None = None,
     config: Mapping[str, str] | None = None,
 ) -> onnxruntime.InferenceSession:
-    """A graph of a bundle on its target's provider; ``profile`` begins the name of a profile.
+    """Return a session of a graph of a bundle on its provider; ``profile`` begins the name of a profile.
 
     ``config`` are entries of the session's configuration.
 
@@ -29,16 +30,10 @@ def open_session(
         BundleError: ONNX Runtime refuses the graph.
     """
     require_provider(provider.name, provider.package)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    for name, value in (config or {}).items():
-        options.add_session_config_entry(name, value)
-    if profile:
-        options.enable_profiling, options.profile_file_prefix = True, str(profile)
+    settings = SessionSettings(provider.name, threads, provider.options, config or {}, profile)
     path = loadable(graph.parent) / graph.name
     try:
-        return onnxruntime.InferenceSession(path, options, providers=[(provider.name, dict(provider.options))])
+        return create_session(path, settings)
     except MemoryError:
         # The machine's: building the bundle again would not help.
         raise

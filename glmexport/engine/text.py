@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
+from glmexport.bundle.bundle import Bundle
 from glmexport.engine.generation import GenerationSession
 from glmexport.engine.speculation import Speculation
-from glmexport.tokenizer.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -20,28 +19,27 @@ class Piece:
 
 
 def generate(
-    bundle: Path,
-    tokenizer: Tokenizer,
+    bundle: Bundle,
     prompt: Sequence[int],
     *,
     max_tokens: int,
     threads: int,
     speculation: Speculation | None = None,
 ) -> Iterator[Piece]:
-    """Tokens after ``prompt`` until an end token, ``max_tokens`` or the context's end; end tokens are not yielded.
+    """Yield tokens after ``prompt`` until an end token, ``max_tokens`` or the context's end, without end tokens.
 
     Raises:
         BundleError: the bundle's loop cannot load it.
         InputError: the prompt fills the context, or the bundle cannot do that ``speculation``.
     """
-    session = GenerationSession(bundle, threads, speculation)
+    session = GenerationSession.open(bundle, threads, speculation)
     tokens: list[int] = []
     shown = ""
     for token in session.stream(prompt, max_tokens):
         if token in session.ends:
             break
         tokens.append(token)
-        text = tokenizer.decode(tokens)
+        text = bundle.tokenizer.decode(tokens)
         # A replacement character at the end is the first part of a character still to come.
         complete = text if not text.endswith("\ufffd") else shown
         yield Piece(token, complete[len(shown) :])

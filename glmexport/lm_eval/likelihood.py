@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -96,7 +97,7 @@ def bundle_likelihoods(
     tally = _Tally(requests)
     with progress.track("Likelihoods", len(tally.readers)) as track:
         for inputs, readers in tally.readers.items():
-            logits = session.logits(torch.tensor(inputs))
+            logits = torch.from_numpy(session.logits(np.array(inputs, np.int64)))
             for reader in readers:
                 rows = logits[len(requests[reader].context) - 1 :]
                 tally.add(rows, [(reader, token) for token in requests[reader].continuation])

@@ -55,11 +55,11 @@ class BundleSubject:
 
     @cached_property
     def _scoring(self) -> ScoringSession:
-        return ScoringSession(self._bundle.directory, self._bundle.manifest, self._threads)
+        return ScoringSession(self._bundle, self._threads)
 
     @cached_property
     def _generation(self) -> GenerationSession:
-        return GenerationSession(self._bundle.directory, self._threads)
+        return GenerationSession.open(self._bundle, self._threads)
 
     def likelihoods(self, requests: Sequence[Request]) -> list[Likelihood]:
         """By scoring.onnx."""

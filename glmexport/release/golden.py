@@ -86,7 +86,7 @@ def record(bundle: Bundle, texts: Sequence[GoldenText], threads: int, progress: 
         MachineError: this ONNX Runtime has no execution provider of the bundle's.
         BundleError: its loop cannot load it.
     """
-    session = GenerationSession(bundle.directory, threads)
+    session = GenerationSession.open(bundle, threads)
     answers = []
     with progress.track("golden answers", len(texts)) as track:
         for each in texts:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections import abc
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from glmexport.engine.computed import Computed
+from glmexport.engine.core.drafting import PromptLookup
+from glmexport.engine.core.sequence import Sequence
 from glmexport.engine.sampling import Sampling, Uniforms, choose, likelihood
-from glmexport.engine.speculation import PromptLookup
 from glmexport.serving.guides import Guide, Held
 from glmexport.serving.text import AnswerText, TextPart, Token
 
@@ -21,7 +22,7 @@ Reason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class Order:
-    """What a request asks of the model.
+    """A request to the model.
 
     ``top``: how many of the most likely tokens to tell at each place; None: no likelihoods at all.
     """
@@ -53,21 +54,21 @@ class Timing:
 
     @property
     def queue_s(self) -> float:
-        """Until it was begun."""
+        """Seconds until it was begun."""
         return max(0.0, self.begun - self.submitted)
 
     @property
     def ttft_s(self) -> float | None:
-        """From its arrival to the first token; None without one."""
+        """Seconds from its arrival to the first token; None without one."""
         return self.first - self.submitted if self.tokens else None
 
     @property
     def tpot_s(self) -> float | None:
-        """Between two tokens, on average; None with fewer."""
+        """Seconds between two tokens, on average; None with fewer."""
         return (self.last - self.first) / (self.tokens - 1) if self.tokens > 1 else None
 
     def token(self) -> float | None:
-        """Take note of a token; seconds since the one before."""
+        """Take note of a token, and return the seconds since the one before."""
         now, before = time.monotonic(), self.last
         self.last = now
         self.tokens += 1
@@ -79,7 +80,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class End:
-    """How an answer ended, and how many tokens its prompt and it have.
+    """The end of an answer: why it ended, and how many tokens its prompt and it have.
 
     ``cached``: tokens of the prompt that were computed for an earlier request. ``stopped``: whether a stop string ended
     it, and not the model.
@@ -95,7 +96,7 @@ class End:
 
 @dataclass(frozen=True)
 class Failed:
-    """The answer cannot go on, for the ``error``."""
+    """The end of an answer that cannot go on, for the ``error``."""
 
     error: Exception
 
@@ -120,14 +121,14 @@ class Answer:
         self._gap = gap
 
     def tell(self, event: Event) -> None:
-        """To whoever asked; one who is no longer there has cancelled."""
+        """Tell whoever asked; one who is no longer there has cancelled."""
         try:
             self._listener(event)
         except RuntimeError:
             self.cancelled = True
 
     def say(self, token: int, logits: NDArray[np.float32]) -> Reason | None:
-        """Go on with a ``token`` chosen by ``logits`` [V]; what ended the answer, if that did."""
+        """Go on with a ``token`` chosen by ``logits`` [V], and return what ended the answer, if that did."""
         if (since := self.timing.token()) is not None:
             self._gap(since)
         top = self.order.top
@@ -149,7 +150,7 @@ class Answer:
         self.tell(End(reason, self.timing, len(self.order.prompt), len(self.tokens), self.cached, self._text.stopped))
 
     def finish(self, reason: Reason) -> Reason:
-        """Hand on what was held back, since nothing follows; ``reason`` again."""
+        """Hand on what was held back, since nothing follows, and return the ``reason``."""
         self._hand_on(self._text.finish())
         return reason
 
@@ -164,11 +165,11 @@ class Turns(Protocol):
     answer: Answer
 
     def turn(self) -> Reason | None:
-        """One piece of the prompt or one step; how the answer ended, if it did."""
+        """Compute one piece of the prompt or one step, and return how the answer ended, if it did."""
         ...
 
     def close(self) -> None:
-        """Nothing follows: what it took is another's."""
+        """Free what it took; nothing follows."""
         ...
 
 
@@ -179,7 +180,7 @@ class FreeTurns:
     chosen at its place anyway, so that guessing changes no answer but for rounding.
     """
 
-    def __init__(self, answer: Answer, sequence: Computed, chunk: int | None, guesses: int = 0) -> None:
+    def __init__(self, answer: Answer, sequence: Sequence, chunk: int | None, guesses: int = 0) -> None:
         self.answer = answer
         self.sequence = sequence
         self.drafted = self.accepted = 0
@@ -196,13 +197,10 @@ class FreeTurns:
             self._drafter.follow(prompt, None)
 
     def turn(self) -> Reason | None:
-        """As ``Turns``."""
+        """Compute one piece of the prompt, or one step and what was guessed behind it."""
         if self._said is None:
             piece, self._left = self._left[: self._chunk], self._left[self._chunk :]
-            before = len(self.sequence.tokens)
             logits = self.sequence.advance(piece)
-            if len(piece) == self._chunk and self.sequence.whole == before:
-                self.sequence.whole += len(piece)
             return None if self._left else self._say(logits, [])
         drafts = self._drafts(self._said)
         logits = self.sequence.advance([self._said, *drafts], every=bool(drafts))
@@ -216,21 +214,21 @@ class FreeTurns:
         return None if self._guesses else self._said
 
     def take(self, logits: NDArray[np.float32]) -> Reason | None:
-        """As ``turn``, by the logits [V] behind ``following``, which were computed with those of others."""
+        """Take a turn as ``turn`` does, by the logits [V] behind ``following``, computed with those of others."""
         return self._say(logits[None], [])
 
     def close(self) -> None:
-        """As ``Turns``."""
+        """Free the sequence."""
         self.sequence.close()
 
     def _drafts(self, following: int) -> list[int]:
-        """Guesses of the tokens behind ``following``, as many as there is room for."""
+        """Return guesses of the tokens behind ``following``, as many as there is room for."""
         left = self.answer.order.max_tokens - len(self.answer.tokens)
         room = min(self._guesses, left - 1, self.sequence.capacity - len(self.sequence.tokens) - 1)
         return self._drafter.propose(following, room) if room > 0 else []
 
-    def _say(self, logits: NDArray[np.float32], drafts: Sequence[int]) -> Reason | None:
-        """The token behind what was computed, and one more behind every draft that is right."""
+    def _say(self, logits: NDArray[np.float32], drafts: abc.Sequence[int]) -> Reason | None:
+        """Say the token behind what was computed, and one more behind every draft that is right."""
         reason, right = None, 0
         for row in logits:
             self._said = choose(row, self.answer.order.sampling, self._uniforms.next())
@@ -249,7 +247,7 @@ class FreeTurns:
 class GuidedTurns:
     """An answer whose tokens are chosen among those that a grammar allows, by its process."""
 
-    def __init__(self, answer: Answer, sequence: Computed, held: Held, chunk: int | None) -> None:
+    def __init__(self, answer: Answer, sequence: Sequence, held: Held, chunk: int | None) -> None:
         self.answer = answer
         self._sequence = sequence
         self._held = held
@@ -258,7 +256,7 @@ class GuidedTurns:
         self._logits: NDArray[np.float32]
 
     def turn(self) -> Reason | None:
-        """As ``Turns``; a turn in which the process has not chosen yet is short."""
+        """Compute one piece of the prompt or one step; a turn in which the process has not chosen yet is short."""
         if self._left:
             piece, self._left = self._left[: self._chunk], self._left[self._chunk :]
             self._logits = self._sequence.advance(piece)[-1]
@@ -277,6 +275,6 @@ class GuidedTurns:
         return None
 
     def close(self) -> None:
-        """As ``Turns``."""
+        """Free the sequence and its grammar."""
         self._held.close()
         self._sequence.close()

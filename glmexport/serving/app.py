@@ -28,7 +28,7 @@ from glmexport.serving.log import described
 from glmexport.serving.metrics import Metrics
 from glmexport.serving.orders import RequestReader
 from glmexport.serving.reply import ChatReply, Reply, ReplyHead, TextReply
-from glmexport.serving.scheduler import Closed, Engine, Full
+from glmexport.serving.scheduler import Closed, Full, Scheduler
 from glmexport.serving.stream import EventStream
 from glmexport.serving.text import AnswerText, TextPart
 
@@ -58,14 +58,19 @@ class ServedBundle:
 
 
 class Service:
-    """A bundle served by ``engine``. ``draining``: whether the server is about to end."""
+    """A bundle served by ``scheduler``. ``draining``: whether the server is about to end."""
 
     def __init__(
-        self, facts: ServedBundle, reader: RequestReader, engine: Engine, metrics: Metrics, guides: Guides | None = None
+        self,
+        facts: ServedBundle,
+        reader: RequestReader,
+        scheduler: Scheduler,
+        metrics: Metrics,
+        guides: Guides | None = None,
     ) -> None:
         self._facts = facts
         self._reader = reader
-        self._engine = engine
+        self._scheduler = scheduler
         self._metrics = metrics
         self._guides = guides
         self._limits = replace(reader.limits, prompt_ids=reader.context_length)
@@ -144,7 +149,7 @@ class Service:
         return JSONResponse({"status": "alive"})
 
     async def _ready(self, request: Request) -> Response:
-        status = "draining" if self.draining else "ready" if self._engine.ready else "loading"
+        status = "draining" if self.draining else "ready" if self._scheduler.ready else "loading"
         names = ("digest", "directory", "family", "target")
         facts = {name: getattr(self._facts, name) for name in names}
         return JSONResponse({"status": status, "model": self._facts.name, **facts}, 200 if status == "ready" else 503)
@@ -211,7 +216,7 @@ class Service:
         order = replace(order, key=request.scope["state"][KEY])
         answer = Answer(order, text, listen, self._metrics.gap.observe)
         try:
-            self._engine.submit(answer)
+            self._scheduler.submit(answer)
         except Full as error:
             raise Refused(429, "Too many requests wait.", code="queue_full", headers=_RETRY) from error
         except Closed as error:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from glmexport.chat.grammar import CALL, TAGS, THINK, THOUGHT, Grammar
 from glmexport.engine.sampling import Sampling
-from glmexport.foundation.errors import InputError
+from glmexport.foundation.errors import GlmexportError, InputError
 from glmexport.serving.answer import Order
 from glmexport.serving.failure import Refused
 from glmexport.serving.fields import ChatRequest, CompletionRequest, TextRequest
@@ -39,6 +40,15 @@ class RequestReader:
     limits: ServingLimits
     guides: bool
     lenient: bool
+
+    def prepare(self) -> None:
+        """Render a conversation, so that the process of chat templates runs when the first one is asked.
+
+        What fails here fails for whoever asks, and is told then.
+        """
+        if self.tokenizer.has_chat_template:
+            with suppress(GlmexportError):
+                self.tokenizer.render([{"role": "user", "content": "Hello"}], add_generation_prompt=True)
 
     def chat(self, asked: ChatRequest) -> tuple[Order, Grammar]:
         """Return the order of a conversation, and what reads its answer.

@@ -7,26 +7,27 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
-from glmexport.engine.computed import Model
-from glmexport.engine.kept import Kept
+from glmexport.bundle.bundle import Bundle
+from glmexport.engine.core.sequence import Engine
+from glmexport.engine.kept import Kept, room_for
+from glmexport.engine.opening import open_engine
 from glmexport.serving.answer import Answer, Failed, FreeTurns, GuidedTurns, Reason, Turns
 from glmexport.serving.guides import Guides
 from glmexport.serving.metrics import Metrics
 
 
 class Full(Exception):
-    """As many requests wait as may."""
+    """The error of a request that finds as many waiting as may wait."""
 
 
 class Closed(Exception):
-    """The engine takes no more requests."""
+    """The error of a request that comes when the scheduler takes no more."""
 
 
 @dataclass(frozen=True)
-class EngineOptions:
-    """How the engine works.
+class SchedulerOptions:
+    """Settings of a scheduler.
 
     ``parallel``: answers that take turns, and sequences that are held in memory. ``waiting``: requests that may wait
     beside them. ``guesses``: tokens guessed at a time, 0 for none. ``reuse``: whether a prompt goes on with the
@@ -41,24 +42,24 @@ class EngineOptions:
     batch: bool = False
 
 
-class Engine:
-    """Answers from the bundle in ``directory``.
+class Scheduler:
+    """Answers from a ``bundle``, computed by one thread.
 
-    ``loaded`` is called in the engine's thread once the model is in memory, ``broken`` when it cannot be, or when the
+    ``loaded`` is called in that thread once the model is in memory, ``broken`` when it cannot be, or when the
     thread fails at what is no single answer's. ``guides`` hold answers to grammars.
     """
 
     def __init__(
         self,
-        directory: Path,
-        options: EngineOptions,
+        bundle: Bundle,
+        options: SchedulerOptions,
         metrics: Metrics,
         loaded: Callable[[], None],
         broken: Callable[[Exception], None],
         guides: Guides | None = None,
     ) -> None:
         self._guides = guides
-        self._directory = directory
+        self._bundle = bundle
         self._options = options
         self._metrics = metrics
         self._loaded = loaded
@@ -79,11 +80,11 @@ class Engine:
         self._thread.start()
 
     def submit(self, answer: Answer) -> None:
-        """Let an answer be given; it is told parts and its end from the engine's thread.
+        """Let an answer be given; it is told parts and its end from the scheduler's thread.
 
         Raises:
             Full: too many wait.
-            Closed: the engine ends, or could not load the model.
+            Closed: the scheduler ends, or could not load the model.
         """
         with self._changed:
             if self._closed:
@@ -102,17 +103,18 @@ class Engine:
             self._changed.notify()
 
     def join(self, timeout: float | None = None) -> bool:
-        """Wait for the thread; whether it ended."""
+        """Wait for the thread, and return whether it ended."""
         self._thread.join(timeout)
         return not self.alive
 
     def _work(self) -> None:
         try:
             options = self._options
-            model = Model(self._directory, options.threads, options.parallel if options.batch else 0)
+            batch = options.parallel if options.batch else 0
+            engine = open_engine(self._bundle, options.threads, batch=batch)
             self.ready = True
             self._loaded()
-            _Shift(model, options, self._metrics, self._next, self._guides).work()
+            _Shift(engine, options, self._metrics, self._next, self._guides).work()
         except Exception as error:
             # Without this thread nobody is answered any more, so the server ends with what went wrong.
             self.ready = False
@@ -122,7 +124,7 @@ class Engine:
             self._broken(error)
 
     def _next(self, idle: bool) -> Answer | None:
-        """The answer to begin next. Where ``idle``, wait for one; None then: there will be none."""
+        """Return the answer to begin next. Where ``idle``, wait for one; None then: there will be none."""
         with self._changed:
             while True:
                 while self._waiting:
@@ -136,26 +138,26 @@ class Engine:
 
 
 class _Shift:
-    """The engine's work while the model is in memory."""
+    """The work of a scheduler while the bundle is in memory."""
 
     def __init__(
         self,
-        model: Model,
-        options: EngineOptions,
+        engine: Engine,
+        options: SchedulerOptions,
         metrics: Metrics,
         following: Callable[[bool], Answer | None],
         guides: Guides | None,
     ) -> None:
         self._guides = guides
-        self._model = model
+        self._engine = engine
         self._options = options
         self._metrics = metrics
         self._following = following
         self._running: deque[Turns] = deque()
-        self._kept = Kept(model.chunk)
+        self._kept = Kept(engine.chunk)
 
     def work(self) -> None:
-        """Until no answer follows."""
+        """Work until no answer follows."""
         while True:
             while len(self._running) < self._options.parallel:
                 answer = self._following(not self._running)
@@ -176,24 +178,25 @@ class _Shift:
             self._fail(answer, error)
 
     def _turns(self, answer: Answer) -> Turns:
-        order, model = answer.order, self._model
+        order, engine = answer.order, self._engine
         length = len(order.prompt) + order.max_tokens
+        room = room_for(length, engine.context_length)
         if order.guide:
             assert self._guides is not None
             held = self._guides.begin(order.guide, order.sampling, order.max_tokens)
-            return GuidedTurns(answer, model.begin(length), held, model.chunk)
+            return GuidedTurns(answer, engine.begin(room), held, engine.chunk)
         sequence = self._kept.take(order.prompt, length, order.key) if self._options.reuse else None
         if sequence is None:
             self._kept.drop(self._options.parallel - len(self._running) - 1)
-            sequence = model.begin(length)
+            sequence = engine.begin(room)
         else:
             self._metrics.reused_tokens.inc(len(sequence.tokens))
-        return FreeTurns(answer, sequence, model.chunk, min(self._options.guesses, model.short_step - 1))
+        return FreeTurns(answer, sequence, engine.chunk, min(self._options.guesses, engine.short_step - 1))
 
     def _group(self) -> list[Turns]:
-        """Whose turn it is: the first one's, and where several are computed in one step, all that are to step."""
+        """Return whose turn it is: the first one's, and with it, where the engine batches, all that are to step."""
         first = self._running.popleft()
-        if not self._model.together or not _steps(first):
+        if not self._engine.batched or not _steps(first):
             return [first]
         others = [turns for turns in self._running if _steps(turns)]
         self._running = deque(turns for turns in self._running if not _steps(turns))
@@ -222,16 +225,16 @@ class _Shift:
             turns.answer.end(reason)
 
     def _reasons(self, group: list[Turns]) -> list[Reason | None]:
-        """The turn of a group: how each of its answers ended, if it did."""
+        """Take the turn of a group, and return how each of its answers ended, if it did."""
         free = [turns for turns in group if isinstance(turns, FreeTurns)]
         if len(free) < 2:
             return [turns.turn() for turns in group]
         tokens = [turns.following for turns in free if turns.following is not None]
-        rows = self._model.step([turns.sequence for turns in free], tokens)
+        rows = self._engine.step([turns.sequence for turns in free], tokens)
         return [turns.take(row) for turns, row in zip(free, rows, strict=True)]
 
     def _leave(self, turns: Turns) -> None:
-        """Keep what was computed."""
+        """Keep what was computed, or free it."""
         if isinstance(turns, FreeTurns):
             self._metrics.guessed(turns.drafted, turns.accepted)
             if self._options.reuse:

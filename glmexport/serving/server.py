@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from threading import Thread
 
 from glmexport.bundle.bundle import Bundle
 from glmexport.bundle.genai_config import GenaiConfig
@@ -34,7 +35,7 @@ from glmexport.serving.listen import (
 from glmexport.serving.log import described
 from glmexport.serving.metrics import Metrics
 from glmexport.serving.orders import RequestReader
-from glmexport.serving.scheduler import Engine, EngineOptions
+from glmexport.serving.scheduler import Scheduler, SchedulerOptions
 
 #: A shorter key can be guessed.
 _KEY_CHARACTERS = 16
@@ -126,15 +127,17 @@ class _Served:
         reader = RequestReader(
             bundle.tokenizer, bundle.ends, bundle.context_length, options.limits, config is not None, options.lenient
         )
+        # While the bundle is loaded.
+        Thread(target=reader.prepare, daemon=True).start()
         metrics = Metrics()
         at_work = options.parallel + options.waiting
         limits = replace(options.limits, connections=max(options.limits.connections, at_work + _SPARE))
         # Where there are fewer connections, fewer wait: some are left for whoever asks whether the server lives.
         waiting = min(options.waiting, max(1, most_connections(limits) - options.parallel - _SPARE))
-        settings = EngineOptions(
+        settings = SchedulerOptions(
             self._threads, options.parallel, waiting, options.guesses, options.reuse, options.batch
         )
-        self._engine = Engine(bundle.directory, settings, metrics, self._loaded, self._broken, self._guides)
+        self._scheduler = Scheduler(bundle, settings, metrics, self._loaded, self._broken, self._guides)
         facts = ServedBundle(
             name=self._serving.name,
             directory=bundle.name,
@@ -144,7 +147,7 @@ class _Served:
             context_length=bundle.context_length,
             created=int(bundle.path(MANIFEST).stat().st_mtime),
         )
-        self._service = Service(facts, reader, self._engine, metrics, self._guides)
+        self._service = Service(facts, reader, self._scheduler, metrics, self._guides)
         hosts = {host.lower() for host in options.hosts}
         if options.host not in ("0.0.0.0", "::"):  # noqa: S104
             hosts.add(options.host.lower())
@@ -169,25 +172,25 @@ class _Served:
         if self._error:
             # What a library says may be about a request.
             raise RuntimeError(f"The thread that computes failed: {described(self._error)}.") from None
-        return self._engine.join(_LAST_STEP_S) and not self._service.reading
+        return self._scheduler.join(_LAST_STEP_S) and not self._service.reading
 
     async def _run(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._engine.start()
+        self._scheduler.start()
         alive = asyncio.create_task(self._tell_alive())
         try:
             await self._server.listen()
         finally:
             alive.cancel()
             self._service.close()
-            self._engine.close()
+            self._scheduler.close()
             if self._guides:
                 self._guides.close()
 
     async def _tell_alive(self) -> None:
         """For systemd's watchdog: this loop goes round, and the thread that computes is there."""
         every_s = watchdog_s()
-        while every_s and self._engine.alive:
+        while every_s and self._scheduler.alive:
             notify("WATCHDOG=1")
             await asyncio.sleep(every_s)
 

@@ -19,9 +19,10 @@ import torch
 from glmexport.architecture.description import Architecture, DecoderLayer
 from glmexport.assembly.genai import loop_config
 from glmexport.assembly.write import BundleContents, write_bundle
-from glmexport.bundle.manifest import MANIFEST, Source
+from glmexport.bundle.manifest import MANIFEST, FileEntry, Source, read_manifest
 from glmexport.checkpoint.checkpoint import Checkpoint
 from glmexport.foundation.evidence import CandidateSettings
+from glmexport.foundation.files import sha256
 from glmexport.foundation.progress import Silent
 from glmexport.foundation.recipe import Recipe
 from glmexport.foundation.target import Target
@@ -173,11 +174,11 @@ class SliceBundles:
                 _link(same, path)
 
     def _variant(self, graphs: Path, architecture: Architecture, target: Target) -> Path:
-        """Return the same graphs with the session settings of ``target``, in which alone they differ."""
+        """Return the bundle of the same graphs with the session settings of ``target``, in which alone they differ."""
         name, config = loop_config(architecture, target)
         text = json.dumps(config, indent=2) + "\n"
         for variant in sorted(graphs.parent.glob(f"{graphs.name}.*")):
-            if (variant / name).read_text(encoding="utf-8") == text:
+            if (variant / MANIFEST).is_file() and (variant / name).read_text(encoding="utf-8") == text:
                 return variant
         variant = graphs.with_name(f"{graphs.name}.{len(list(graphs.parent.glob(f'{graphs.name}.*')))}")
         partial = graphs.with_name(f"partial-{variant.name}")
@@ -188,6 +189,11 @@ class SliceBundles:
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 _link(path, copy)
         (partial / name).write_text(text, encoding="utf-8")
+        described = read_manifest(graphs)
+        own = FileEntry(path=name, size=(partial / name).stat().st_size, sha256=sha256(partial / name))
+        files = tuple(own if entry.path == name else entry for entry in described.files)
+        manifest = described.model_copy(update={"target": target, "files": files})
+        (partial / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
         partial.rename(variant)
         return variant
 

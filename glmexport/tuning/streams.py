@@ -25,7 +25,7 @@ from glmexport.architecture.description import DecoderLayer
 from glmexport.assembly.cache_scales import CacheGauges, set_scales
 from glmexport.assembly.external import write_graphs
 from glmexport.bundle.names import ATTENTION_MASK, INPUT_IDS, LOGITS, STREAM_IN, STREAM_OUT
-from glmexport.engine.caches import CACHE_TYPES
+from glmexport.engine.core.cache import UnkeptCaches, run_graph, unkept_specs
 from glmexport.engine.session import open_session
 from glmexport.foundation.evidence import Deviation, Divergences
 from glmexport.foundation.progress import Progress, Silent
@@ -37,10 +37,10 @@ from glmexport.quantization.weights import Weights
 from glmexport.reference.divergence import kl_divergence
 from glmexport.reference.reference import Reference
 from glmexport.results.record import badness
-from glmexport.results.statistics import bounds, clustered_mean
 from glmexport.tuning.arithmetic import Variants
 from glmexport.tuning.slices import units
 from glmexport.validation.fidelity import Streamed, position_slices
+from glmexport.validation.statistics import bounds, clustered_mean
 from glmexport.validation.texts import EvaluationText
 
 
@@ -209,29 +209,25 @@ class GraphPart:
 
     def __init__(self, graph: Path, target: Target, threads: int) -> None:
         self._session: onnxruntime.InferenceSession = open_session(graph, target.provider, threads)
-        self._inputs = self._session.get_inputs()
+        inputs = {value.name for value in self._session.get_inputs()}
+        self._given = inputs & {INPUT_IDS, ATTENTION_MASK, STREAM_IN}
+        self._caches = unkept_specs(self._session, self._given)
 
     def run(self, output: str, ids: Tensor, stream: Tensor) -> Tensor:
-        """Return ``output`` for the ``stream`` [1, length, D] of token ``ids`` [length]."""
+        """Return an ``output`` for the ``stream`` [1, length, D] of token ``ids`` [length]."""
         return torch.from_numpy(self.all([output], ids, stream)[0])
 
     def all(self, outputs: list[str], ids: Tensor, stream: Tensor) -> list[NDArray[np.float32]]:
-        """Return several outputs, as ``run`` returns one."""
+        """Return several outputs."""
         length = len(ids)
         given: dict[str, NDArray[Any]] = {
             INPUT_IDS: ids[None].numpy(),
             ATTENTION_MASK: np.ones((1, length), np.int64),
             STREAM_IN: stream.contiguous().numpy(),
         }
-        sizes = {"batch": 1, "past_sequence": 0, "capacity": length}
-        feeds = {
-            value.name: given[value.name]
-            if value.name in given
-            # A cache that grows begins empty; one of fixed capacity has room for all.
-            else np.zeros([sizes.get(size, size) for size in value.shape], CACHE_TYPES[value.type])
-            for value in self._inputs
-        }
-        return list(self._session.run(outputs, feeds))
+        caches = UnkeptCaches(self._caches, 1)
+        caches.reserve(length)
+        return run_graph(self._session, {name: given[name] for name in self._given}, outputs, caches)
 
 
 def _sum_of_kl(exact: Tensor, given: Tensor) -> float:

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from glmexport.engine.scoring import ScoringSession
+from glmexport.foundation.definition import Count, Number
 from glmexport.foundation.target import Gates
 from glmexport.reference.reference import Reference
 from glmexport.results.fidelity import LanguageFidelity
-from glmexport.results.record import Count, Number, Record
-from glmexport.results.statistics import POWER, documents_needed, showable_limit
+from glmexport.results.record import Record
 from glmexport.validation.divergence import divergence
 from glmexport.validation.gates import judged_estimates
+from glmexport.validation.statistics import POWER, documents_needed, showable_limit
 from glmexport.validation.texts import EvaluationText
 
 #: Number of documents that are timed.
@@ -139,11 +140,11 @@ def measure_rates(
     torch.set_num_threads(threads)
     timed = sorted(texts, key=lambda text: len(text.ids), reverse=True)[:_TIMED]
     positions = sum(text.positions for text in timed)
-    session.logits(timed[0].ids)
+    session.logits(timed[0].ids.numpy())
     answers: list[Tensor] = []
     started = time.perf_counter()
     for text in timed:
-        answers.append(session.logits(text.ids)[text.prefix - 1 : -1])
+        answers.append(torch.from_numpy(session.logits(text.ids.numpy())[text.prefix - 1 : -1]))
     bundle = (time.perf_counter() - started) / positions
     per_position, fixed = bundle, 0.0
     if reference is not None:

@@ -108,7 +108,7 @@ def validate(
     torch.set_num_threads(conditions.threads)
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         place = Path(folder)
-        session = ScoringSession(bundle.directory, bundle.manifest, conditions.bundle_threads)
+        session = ScoringSession(bundle, conditions.bundle_threads)
         check = check_reference(reference, texts, place, plan.max_memory_bytes, progress)
         states = reference_states(reference, texts, place, progress)
         divergences = compare(
@@ -143,7 +143,7 @@ def validate_captured(bundle: Bundle, captured: CapturedReference, conditions: C
         MachineError: the bundle's execution provider is not here, or memory does not suffice.
     """
     plan, progress, capture = conditions.plan, conditions.progress, captured.capture
-    session = ScoringSession(bundle.directory, bundle.manifest, conditions.bundle_threads)
+    session = ScoringSession(bundle, conditions.bundle_threads)
     texts, tokenizer = captured.texts, bundle.tokenizer
     answers = partial(bundle_answer, session, texts)
     divergences = compare(captured, answers, progress, _IN_ONNX_RUNTIME)
@@ -157,7 +157,7 @@ def validate_captured(bundle: Bundle, captured: CapturedReference, conditions: C
         behaviour = ask_bundle(
             [answer.question for answer in capture.answers],
             [list(answer.tokens) for answer in capture.answers],
-            GenerationSession(bundle.directory, conditions.bundle_threads),
+            GenerationSession.open(bundle, conditions.bundle_threads),
             tokenizer,
             plan=plan.behaviour,
             progress=progress,
@@ -249,7 +249,7 @@ def _behaviour(
     if plan is None:
         return None
     # The bundle's own tokenizer, which a server uses. The gate on prompts says whether it is the original's.
-    session = GenerationSession(bundle.directory, conditions.bundle_threads)
+    session = GenerationSession.open(bundle, conditions.bundle_threads)
     sessions = BundleSessions(session, scoring, bundle.tokenizer)
     asked = questions_for(evaluation.documents, bundle.tokenizer, plan, session.context_length)
     if not asked and all(task.choices for task in evaluation.tasks):

@@ -12,11 +12,12 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Protocol, TextIO
 
-from glmexport.bundle.loop import FixedLoopConfig, LoopConfig, read_loop
+from glmexport.bundle.bundle import Bundle
+from glmexport.engine.core.greedy import greedy
+from glmexport.engine.opening import open_engine
 from glmexport.engine.placement import Node, profile
 from glmexport.foundation.definition import Definition
 from glmexport.foundation.machine import peak_memory_and_source
@@ -75,49 +76,18 @@ class _Runtime(Protocol):
         ...
 
 
-class _Genai:
+class _Bundle:
+    """A bundle in the engine that serves it."""
+
     def __init__(self, request: RuntimeRequest) -> None:
-        import numpy as np
-        import onnxruntime_genai
-
-        from glmexport.bundle.genai_config import GenaiConfig, genai_settings
-
-        bundle = Path(request.directory)
-        self.name = f"onnxruntime-genai {onnxruntime_genai.__version__}"
-        self._library = onnxruntime_genai
-        self._model = onnxruntime_genai.Model(genai_settings(bundle, request.threads))
-        self._prompt = np.array([request.prompt], np.int32)
-        self._tokens = request.generated_tokens
-        self._options = GenaiConfig.read(bundle).search_options(1)
-
-    def generate(self, prompt_tokens: int | None = None) -> Iterator[None]:
-        parameters = self._library.GeneratorParams(self._model)
-        prompt = self._prompt[:, :prompt_tokens]
-        total = prompt.shape[1] + self._tokens
-        # No end token ends it earlier.
-        parameters.set_search_options(max_length=total, min_length=total, do_sample=False, **self._options)
-        generator = self._library.Generator(self._model, parameters)
-        generator.append_tokens(prompt)
-        for _ in range(self._tokens):
-            generator.generate_next_token()
-            yield
-
-
-class _Own:
-    """A bundle whose caches onnxruntime-genai does not support, in its own loop."""
-
-    def __init__(self, request: RuntimeRequest, config: LoopConfig | FixedLoopConfig) -> None:
-        import onnxruntime
-
-        from glmexport.engine.own_loop import open_loop
-
-        self._loop = open_loop(Path(request.directory), config, request.threads)
-        self.name = f"onnxruntime {onnxruntime.__version__} {self._loop.kind}"
+        self._engine = open_engine(Bundle.open(Path(request.directory)), request.threads)
+        self.name = self._engine.label
         self._prompt = request.prompt
         self._tokens = request.generated_tokens
 
     def generate(self, prompt_tokens: int | None = None) -> Iterator[None]:
-        for _ in islice(self._loop.start([self._prompt[:prompt_tokens]]), self._tokens):
+        # No end token ends it earlier.
+        for _ in greedy(self._engine, self._prompt[:prompt_tokens], self._tokens):
             yield
 
 
@@ -150,8 +120,7 @@ class _Transformers:
 def _opened(request: RuntimeRequest) -> _Runtime:
     if request.runtime == "transformers":
         return _Transformers(request)
-    own = read_loop(Path(request.directory))
-    return _Own(request, own) if own else _Genai(request)
+    return _Bundle(request)
 
 
 def serve(request: RuntimeRequest, commands: TextIO, replies: TextIO) -> None:
@@ -181,7 +150,7 @@ def serve(request: RuntimeRequest, commands: TextIO, replies: TextIO) -> None:
                 # Two models are never in memory at a time; nothing can be generated after this.
                 del model
                 gc.collect()
-                reply(Nodes(nodes=profile(Path(request.directory), request.prompt, request.threads)))
+                reply(Nodes(nodes=profile(Bundle.open(Path(request.directory)), request.prompt, request.threads)))
             case _:
                 raise ValueError(f"no such command: {command!r}")
 

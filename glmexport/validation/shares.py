@@ -24,7 +24,7 @@ from glmexport.validation.texts import EvaluationText
 def bundle_answer(session: ScoringSession, texts: Sequence[EvaluationText], index: int) -> Tensor:
     """Return the bundle's logits [positions, vocabulary] fp32 at the judged positions of text ``index``."""
     text = texts[index]
-    return session.logits(text.ids)[text.prefix - 1 : -1]
+    return torch.from_numpy(session.logits(text.ids.numpy())[text.prefix - 1 : -1])
 
 
 def shares_of(
@@ -46,7 +46,7 @@ def shares_of(
     if recipe.linears is None or not texts_each:
         return ()
     reference, sample = original.reference, original.texts
-    weights = BundleWeights(bundle.directory, reference.architecture)
+    weights = BundleWeights.open(bundle, reference.architecture)
     folded = Reference(reference.checkpoint.folded(bundle_folds(bundle.directory)), reference.architecture)
 
     def mean(answers: Answers) -> float:

@@ -17,6 +17,7 @@ from glmexport.foundation.untrusted import DocumentLimits, parse
 
 PROGRAM = "program.pyz"
 _PACKAGE = "glmexport.wire.device"
+_ENGINE = "glmexport.engine.core"
 _STANDALONE = "glmexport.wire.standalone"
 #: What the package is in.
 _ROOT = Path(glmexport.__file__).parents[1]
@@ -49,9 +50,11 @@ class Runner(Protocol):
 
 
 def program() -> bytes:
-    """The device's program as one file that Python runs."""
-    modules = (f"{_PACKAGE}.{name}" for name in ("facts", "fixed", "session"))
-    return packed(f"{_PACKAGE}.__main__", *modules, _STANDALONE)
+    """Return the device's program as one file that Python runs."""
+    own = (f"{_PACKAGE}.{name}" for name in ("answers", "facts", "graphs"))
+    # The very files that serve here.
+    files = sorted((_ROOT / Path(*_ENGINE.split("."))).glob("[!_]*.py"))
+    return packed(f"{_PACKAGE}.__main__", *own, *(f"{_ENGINE}.{file.stem}" for file in files), _STANDALONE)
 
 
 def packed(main: str, *modules: str) -> bytes:

@@ -116,7 +116,7 @@ def _answers(
     plan = options.plan.behaviour
     if options.draft is None or plan is None:
         return None
-    session = GenerationSession(options.draft.directory, options.threads)
+    session = GenerationSession.open(options.draft, options.threads)
     asked = questions_for(evaluation.documents, evaluation.tokenizer, plan, session.context_length)
     answers = ask_original(asked, session, reference, scratch, progress)
     return tuple(

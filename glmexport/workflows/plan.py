@@ -13,11 +13,7 @@ from glmexport.report.document import JSON_NAME, Report, read_report
 from glmexport.validation.capture import CapturedReference
 from glmexport.validation.planning import Plan, measure_rates, plan_validation
 from glmexport.validation.texts import EvaluationSet
-from glmexport.workflows.matching import (
-    check_captured,
-    check_original,
-    refuse_other_model,
-)
+from glmexport.workflows.matching import check_captured, check_original, refuse_other_model
 from glmexport.workflows.original import Original
 from glmexport.workflows.validate import BuildOptions
 
@@ -44,7 +40,7 @@ def plan_bundle(
         texts, reference = list(original.texts), None
     report = _own_report(bundle)
     with progress.track("Timing", 1) as track:
-        session = ScoringSession(bundle.directory, bundle.manifest, options.threads_for(bundle.target))
+        session = ScoringSession(bundle, options.threads_for(bundle.target))
         rates = measure_rates(session, texts, reference, options.threads)
         track.advance()
     return plan_validation(report.fidelity.languages, options.policy_for(bundle.target).gates, rates)

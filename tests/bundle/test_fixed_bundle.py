@@ -11,7 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from builds import FORMATS, THREADS, Run, build, bundle_weights, small_checkpoint, write_recipe, write_target
+from builds import (
+    FORMATS,
+    THREADS,
+    Run,
+    build,
+    bundle_weights,
+    small_checkpoint,
+    write_fixed_target,
+    write_recipe,
+    write_target,
+)
 
 from glmexport.bundle.bundle import Bundle
 from glmexport.bundle.loop import FixedLoopConfig, read_loop
@@ -20,12 +30,10 @@ from glmexport.devices.answers import DeviceAnswers
 from glmexport.devices.job import PromptQuestion, SpeedRequest, TextQuestion, read_job, write_job
 from glmexport.devices.local import LocalRunner
 from glmexport.devices.web_limits import check_limits
-from glmexport.engine.computed import Model
-from glmexport.engine.fixed_loop import FixedLoop
 from glmexport.engine.generation import GenerationSession
+from glmexport.engine.opening import open_engine
 from glmexport.engine.scoring import ScoringSession
 from glmexport.engine.speculation import open_speculation
-from glmexport.foundation.definition import shipped_folder
 from glmexport.foundation.errors import EXIT_INPUT, BundleError, InputError
 from glmexport.foundation.host import CPU_PROVIDER
 from glmexport.foundation.progress import Silent
@@ -49,32 +57,12 @@ class Pair:
     any: Built
 
 
-def write_fixed_target(directory: Path) -> Path:
-    """The shipped one of fixed shapes, for the CPU provider and in fp32."""
-    text = (shipped_folder("targets") / "qnn.toml").read_text(encoding="utf-8")
-    for before, after in {
-        '"QNNExecutionProvider"': f'"{CPU_PROVIDER}"',
-        '"onnxruntime-qnn"': '"onnxruntime"',
-        'activations = "float16"': 'activations = "float32"',
-        "chunk = 64": f"chunk = {CHUNK}",
-        # The last chunk would not be whole.
-        "capacity = 4096": f"capacity = {CONTEXT + 5}",
-        'machine = ["arm64", "aarch64"]': "",
-        # Where ONNX Runtime makes MatMulNBits of DequantizeLinear and MatMul, in the arithmetic of the graph.
-        "[gates]": '[session.config]\n"session.qdq_matmulnbits_accuracy_level" = "0"\n\n[gates]',
-    }.items():
-        assert before in text
-        text = text.replace(before, after, 1)
-    path = directory / "fixed.toml"
-    path.write_text(text, encoding="utf-8")
-    return path
-
-
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     base = tmp_path_factory.mktemp("pair")
     model = small_checkpoint(base / "checkpoint", eos_token_id=[256])
-    targets = write_fixed_target(base), write_target(base, {"accuracy_level = 4": "accuracy_level = 0"}, "any")
+    exact = write_target(base, {"accuracy_level = 4": "accuracy_level = 0"}, "any")
+    targets = write_fixed_target(base, CHUNK, CONTEXT), exact
     recipe = write_recipe(base, NEAREST)
     fixed, plain = build(base / "checkpoint", base / "bundles", recipe, targets=tuple(map(str, targets)))
     return Pair(model, base / "checkpoint", fixed, plain)
@@ -98,18 +86,16 @@ def test_a_bundle_has_the_file_of_its_loop_and_a_graph_for_each_number_of_positi
 
 def test_a_server_goes_on_with_what_it_computed(pair: Pair) -> None:
     """In pieces that begin anywhere, and up to the last position, where no whole chunk has room any more."""
-    model = Model(pair.fixed.directory, THREADS)
-    whole = ScoringSession(pair.fixed.directory, read_manifest(pair.fixed.directory), THREADS).logits(
-        torch.tensor(PROMPT)
-    )
-    sequence = model.begin(CONTEXT)
-    assert (model.chunk, model.short_step, sequence.capacity) == (CHUNK, 1, CONTEXT)
+    engine = open_engine(Bundle.open(pair.fixed.directory), THREADS)
+    whole = ScoringSession(Bundle.open(pair.fixed.directory), THREADS).logits(np.array(PROMPT))
+    sequence = engine.begin(CONTEXT)
+    assert (engine.chunk, engine.short_step, sequence.capacity) == (CHUNK, 1, CONTEXT)
     done = 0
     for count in (5, 1, CHUNK, 30, 3, CONTEXT - 55):
         logits = sequence.advance(PROMPT[done : done + count])
         done += count
         assert logits.shape == (1, whole.shape[1])
-        np.testing.assert_allclose(logits[0], whole[done - 1].numpy(), atol=1e-4)
+        np.testing.assert_allclose(logits[0], whole[done - 1], atol=1e-4)
         if count == 30:
             # Another continuation, and back.
             sequence.forget(20)
@@ -123,13 +109,13 @@ def test_a_server_goes_on_with_what_it_computed(pair: Pair) -> None:
 
 def test_logits_and_tokens_are_those_of_graphs_of_any_length(pair: Pair) -> None:
     """One through our loop and one through onnxruntime-genai; prompts within a chunk, at its end and behind it."""
-    ids = torch.tensor(PROMPT[:90])
+    ids = np.array(PROMPT[:90])
     fixed, plain = (
-        ScoringSession(built.directory, read_manifest(built.directory), THREADS).logits(ids)
+        ScoringSession(Bundle.open(built.directory), THREADS).logits(ids)
         for built in (pair.fixed, pair.any)
     )
-    assert float((fixed - plain).abs().max()) <= 1e-4
-    ours, theirs = (GenerationSession(built.directory, THREADS) for built in (pair.fixed, pair.any))
+    assert np.abs(fixed - plain).max() <= 1e-4
+    ours, theirs = (GenerationSession.open(Bundle.open(built.directory), THREADS) for built in (pair.fixed, pair.any))
     assert (ours.context_length, ours.ends) == (CONTEXT, theirs.ends)
     generated = 0
     for length in (1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 40):
@@ -140,7 +126,7 @@ def test_logits_and_tokens_are_those_of_graphs_of_any_length(pair: Pair) -> None
 
 
 def test_the_end_of_the_context_ends_an_answer(pair: Pair) -> None:
-    ours, theirs = (GenerationSession(built.directory, THREADS) for built in (pair.fixed, pair.any))
+    ours, theirs = (GenerationSession.open(Bundle.open(built.directory), THREADS) for built in (pair.fixed, pair.any))
     for length in (CONTEXT - 20, CONTEXT - 1):
         tokens = ours.tokens(PROMPT[:length], 30)
         assert tokens == theirs.tokens(PROMPT[:length], CONTEXT - length)
@@ -150,7 +136,7 @@ def test_the_end_of_the_context_ends_an_answer(pair: Pair) -> None:
 
 
 def test_sequences_together_are_those_alone(pair: Pair) -> None:
-    session = GenerationSession(pair.fixed.directory, THREADS)
+    session = GenerationSession.open(Bundle.open(pair.fixed.directory), THREADS)
     prompts = [PROMPT[start : start + 20] for start in (0, 30, 70)]
     assert session.together(prompts, 16) == [session.tokens(prompt, 16) for prompt in prompts]
 
@@ -202,7 +188,7 @@ def test_through_the_command_line(pair: Pair, run: Run) -> None:
 
 
 def test_a_device_answers_as_this_machine_does(pair: Pair, tmp_path: Path, run: Run) -> None:
-    """Its program has a loop of its own, which reads chunks too."""
+    """Its program has the same loop, which reads chunks too."""
     bundle = pair.fixed.directory
     asked = run("validate", bundle, "--against", pair.checkpoint, "--device", "local", "--threads", THREADS, "--json")
     assert asked.code in (0, 2), asked.stderr
@@ -222,7 +208,7 @@ def test_a_device_answers_as_this_machine_does(pair: Pair, tmp_path: Path, run: 
         threads=THREADS,
     )
     LocalRunner()(job, tmp_path / "results", Silent())
-    session = GenerationSession(bundle, THREADS)
+    session = GenerationSession.open(Bundle.open(bundle), THREADS)
     answers = DeviceAnswers.open("local", job, tmp_path / "results")
     assert [answers.tokens(index) for index in range(3)] == [session.tokens(ids, 12) for ids in prompts]
     assert answers.result.speed is not None and answers.result.nodes is not None
@@ -238,7 +224,7 @@ def test_a_device_answers_as_this_machine_does(pair: Pair, tmp_path: Path, run: 
 
 
 def test_what_graphs_of_fixed_shapes_do_not_do(pair: Pair, tmp_path: Path, run: Run) -> None:
-    bundle, target = pair.fixed.directory, write_fixed_target(tmp_path)
+    bundle, target = pair.fixed.directory, write_fixed_target(tmp_path, CHUNK, CONTEXT)
     for arguments in (
         ("run", bundle, "-p", "Hi", "--speculate", "lookup"),
         ("tune", pair.checkpoint, "--target", target, "-o", tmp_path / "tuned.toml"),
@@ -246,21 +232,21 @@ def test_what_graphs_of_fixed_shapes_do_not_do(pair: Pair, tmp_path: Path, run: 
         refused = run(*arguments)
         assert refused.code == EXIT_INPUT and "fixed shapes" in refused.stderr, (arguments, refused.stderr)
     assert not (tmp_path / "tuned.toml").exists()
-    config = read_loop(bundle)
-    assert isinstance(config, FixedLoopConfig)
     with pytest.raises(InputError, match="logits of one position"):
-        FixedLoop(bundle, config, THREADS, speculation=open_speculation("mtp", None))
+        open_engine(Bundle.open(bundle), THREADS, speculation=open_speculation("mtp", None))
+    with pytest.raises(InputError, match="97 tokens, and the caches of the bundle hold 96"):
+        ScoringSession(Bundle.open(bundle), THREADS).logits(np.array([*PROMPT, 1]))
 
 
 def test_a_bundle_that_is_broken(pair: Pair, tmp_path: Path) -> None:
     described = json.loads((pair.fixed.directory / "loop.json").read_text(encoding="utf-8"))
     (tmp_path / "loop.json").write_text(json.dumps({**described, "chunk": 0}), encoding="utf-8")
     with pytest.raises(BundleError, match="not what a loop reads"):
-        GenerationSession(tmp_path, THREADS)
+        GenerationSession.open(Bundle(tmp_path, read_manifest(pair.fixed.directory)), THREADS)
     shutil.copytree(pair.fixed.directory, tmp_path / "bundle")
     (tmp_path / "bundle" / "step.onnx").write_bytes(b"no graph")
     with pytest.raises(BundleError, match=r"cannot load .*step\.onnx"):
-        GenerationSession(tmp_path / "bundle", THREADS)
+        GenerationSession.open(Bundle.open(tmp_path / "bundle"), THREADS)
 
 
 def test_inspect_says_which_models_fit(pair: Pair, run: Run) -> None:

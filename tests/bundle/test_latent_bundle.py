@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,13 @@ import torch
 from builds import FORMATS, RECIPE, THREADS, Run, build, bundle_weights, small_checkpoint, write_recipe, write_target
 from safetensors.torch import load_file
 
-from glmexport.bundle.loop import read_loop
+from glmexport.bundle.bundle import Bundle
 from glmexport.bundle.manifest import read_manifest
-from glmexport.engine.capacity import GROWTH
+from glmexport.engine.core.cache import SharedCaches
+from glmexport.engine.core.graph_engine import GROWTH, GraphSequence
+from glmexport.engine.core.greedy import distributions
 from glmexport.engine.generation import GenerationSession
-from glmexport.engine.latent_loop import LatentLoop
+from glmexport.engine.opening import open_engine
 from glmexport.engine.scoring import ScoringSession
 from glmexport.foundation.errors import BundleError, InputError
 from glmexport.foundation.progress import Silent
@@ -58,10 +59,14 @@ def pair(request, tmp_path_factory) -> Pair:
     return Pair(model, base / "checkpoint", base / "bundles" / "latents", base / "bundles" / "heads")
 
 
-def loop_of(bundle: Path) -> LatentLoop:
-    config = read_loop(bundle)
-    assert config is not None
-    return LatentLoop(bundle, config, THREADS)
+def caches_after(bundle: Path, prompt: list[int], steps: int) -> SharedCaches:
+    """The caches of a sequence behind a prompt and some greedy tokens."""
+    engine = open_engine(Bundle.open(bundle), THREADS)
+    sequence = engine.begin(len(prompt) + steps)
+    for _ in distributions(sequence, prompt, steps, engine.chunk):
+        pass
+    assert isinstance(sequence, GraphSequence) and isinstance(sequence.caches, SharedCaches)
+    return sequence.caches
 
 
 def test_a_bundle_has_the_file_of_its_loop_alone(pair: Pair) -> None:
@@ -71,12 +76,12 @@ def test_a_bundle_has_the_file_of_its_loop_alone(pair: Pair) -> None:
 
 def test_both_caches_give_the_same_logits_and_the_same_tokens(pair: Pair) -> None:
     """One through onnxruntime-genai and one through our loop; a prompt of several chunks, a cache that grows."""
-    ids = torch.tensor(PROMPT[:300])
+    ids = np.array(PROMPT[:300])
     latents, heads = (
-        ScoringSession(bundle, read_manifest(bundle), THREADS).logits(ids) for bundle in (pair.latents, pair.heads)
+        ScoringSession(Bundle.open(bundle), THREADS).logits(ids) for bundle in (pair.latents, pair.heads)
     )
-    assert float((latents - heads).abs().max()) <= 1e-4
-    ours, theirs = (GenerationSession(bundle, THREADS) for bundle in (pair.latents, pair.heads))
+    assert np.abs(latents - heads).max() <= 1e-4
+    ours, theirs = (GenerationSession.open(Bundle.open(bundle), THREADS) for bundle in (pair.latents, pair.heads))
     assert ours.context_length == theirs.context_length == CONTEXT and ours.ends == theirs.ends
     generated = 0
     for length in (1, 40, GROWTH - 3, 600):
@@ -87,18 +92,17 @@ def test_both_caches_give_the_same_logits_and_the_same_tokens(pair: Pair) -> Non
 
 
 def test_sequences_together_are_those_alone(pair: Pair) -> None:
-    session = GenerationSession(pair.latents, THREADS)
+    session = GenerationSession.open(Bundle.open(pair.latents), THREADS)
     prompts = [PROMPT[start : start + 20] for start in (0, 30, 70)]
     assert session.together(prompts, 16) == [session.tokens(prompt, 16) for prompt in prompts]
 
 
 def test_what_a_run_allocates_is_what_inspect_says(pair: Pair, run: Run) -> None:
-    sequences = loop_of(pair.latents).start([PROMPT[:300], PROMPT[300:]])
-    list(islice(sequences, 5))
-    assert sequences.capacity == 2 * GROWTH
+    caches = caches_after(pair.latents, PROMPT[:300], 5)
+    assert caches.capacity == 2 * GROWTH
     said = run("inspect", pair.checkpoint, "--json").document
     assert said["latent_kv_bytes_per_token"] == 2 * 4 * (32 + 16)
-    assert sequences.cache_bytes == 2 * sequences.capacity * said["latent_kv_bytes_per_token"]
+    assert caches.bytes == caches.capacity * said["latent_kv_bytes_per_token"]
     # What onnxruntime-genai allocates are the graph's inputs, key and value of every head.
     from builds import session
 
@@ -109,7 +113,7 @@ def test_what_a_run_allocates_is_what_inspect_says(pair: Pair, run: Run) -> None
 
 
 def test_the_end_of_the_context_ends_an_answer(pair: Pair) -> None:
-    session = GenerationSession(pair.latents, THREADS)
+    session = GenerationSession.open(Bundle.open(pair.latents), THREADS)
     long = (PROMPT * 2)[: CONTEXT - 3]
     assert len(session.tokens(long, 24)) <= 3
     with pytest.raises(InputError, match="1024 tokens and the context 1024"):
@@ -151,11 +155,11 @@ def test_as_a_gptq_checkpoint_gate_and_up_stay_apart(pair: Pair, tmp_path: Path,
 def test_a_loop_file_that_is_broken(pair: Pair, tmp_path: Path) -> None:
     (tmp_path / "loop.json").write_text("{}")
     with pytest.raises(BundleError, match="not what a loop reads"):
-        GenerationSession(tmp_path, THREADS)
+        GenerationSession.open(Bundle(tmp_path, read_manifest(pair.latents)), THREADS)
     (tmp_path / "loop.json").write_bytes((pair.latents / "loop.json").read_bytes())
     (tmp_path / "model.onnx").write_bytes(b"no graph")
     with pytest.raises(BundleError, match="cannot load"):
-        GenerationSession(tmp_path, THREADS)
+        GenerationSession.open(Bundle(tmp_path, read_manifest(pair.latents)), THREADS)
 
 
 @pytest.fixture(scope="module")
@@ -168,15 +172,14 @@ def test_sparse_attention_generates_what_transformers_does(sparse: tuple[Any, Pa
     """With prompts below and above what a token attends to."""
     model, base = sparse
     build(base / "checkpoint", base / "bundle", write_recipe(base, FULL))
-    session = GenerationSession(base / "bundle", THREADS)
+    session = GenerationSession.open(Bundle.open(base / "bundle"), THREADS)
     for length in (3, 55, 200):
         prompt = torch.tensor([PROMPT[:length]])
         expected = model.generate(prompt, max_new_tokens=20, do_sample=False)[0, length:].tolist()
         assert session.tokens(PROMPT[:length], 20) == expected
-    sequences = loop_of(base / "bundle").start([PROMPT[:9]])
-    next(iter(sequences))
+    caches = caches_after(base / "bundle", PROMPT[:9], 1)
     # One index key a layer that selects; the context is shorter than a step of growth.
-    assert (sequences.capacity, sequences.cache_bytes) == (256, 256 * 4 * (2 * (32 + 16) + 24))
+    assert (caches.capacity, caches.bytes) == (256, 256 * 4 * (2 * (32 + 16) + 24))
 
 
 def test_sparse_attention_through_the_command_line(sparse: tuple[Any, Path], run: Run) -> None:

@@ -9,6 +9,7 @@ from builds import RECIPE, Run, build, write_recipe, write_target
 from models import write_uneven
 from torch import Tensor
 
+from glmexport.bundle.bundle import Bundle
 from glmexport.bundle.manifest import read_manifest
 from glmexport.bundle.names import FOLDS
 from glmexport.checkpoint.checkpoint import Checkpoint
@@ -40,7 +41,7 @@ def test_the_bundle_and_a_checkpoint_of_it(tmp_path: Path, run: Run) -> None:
     }
     ids = torch.randint(0, 250, (40,), generator=torch.Generator().manual_seed(0))
     original = logits(checkpoint, ids)
-    bundle = ScoringSession(built.directory, manifest, 1).logits(ids)
+    bundle = torch.from_numpy(ScoringSession(Bundle(built.directory, manifest), 1).logits(ids.numpy()))
     # Without the norms' part of the folds this would be above 1.
     assert (bundle - original).norm() < 0.2 * original.norm()
     linears, _, runtime = built.report.shares

@@ -9,11 +9,13 @@ import pytest
 from builds import RECIPE, Run, Sample, session, small_checkpoint, write_recipe, write_target
 from models import MIXTURE
 
+from glmexport.bundle.bundle import Bundle
 from glmexport.bundle.loop import FixedLoopConfig, read_loop
 from glmexport.bundle.manifest import read_manifest
-from glmexport.engine.caches import CACHE_TYPES
-from glmexport.engine.fixed import FixedGraph
+from glmexport.engine.core.cache import cache_specs
+from glmexport.engine.core.graphs import FixedGraph
 from glmexport.engine.generation import GenerationSession
+from glmexport.engine.opening import fixed_names
 from glmexport.foundation.errors import EXIT_INCONCLUSIVE, EXIT_INPUT
 from glmexport.foundation.host import CPU_PROVIDER, Host
 from glmexport.foundation.target import open_target, shipped_targets
@@ -36,7 +38,7 @@ def greedy(bundle: Path, prompt: list[int], count: int) -> list[int]:
     """model.onnx with a growing cache of whatever type it has."""
     runtime = session(bundle, "model.onnx")
     caches = [value for value in runtime.get_inputs() if value.name.startswith("past")]
-    past = [np.zeros((1, value.shape[1], 0, value.shape[3]), CACHE_TYPES[value.type]) for value in caches]
+    past = [spec.array(spec.empty(1, 0)) for spec in cache_specs(runtime, {value.name: "" for value in caches})]
     names = ["logits", *(value.name for value in runtime.get_outputs() if value.name.startswith("present"))]
     ids, length, tokens = prompt, len(prompt), []
     for _ in range(count):
@@ -51,12 +53,11 @@ def answered(bundle: Path, ids: list[int]) -> np.ndarray:
     """Logits behind ``ids`` of model.onnx, from empty caches of whatever type and shape it has."""
     runtime, loop = session(bundle, "model.onnx"), read_loop(bundle)
     if isinstance(loop, FixedLoopConfig):
-        graph = FixedGraph(runtime, loop)
+        graph = FixedGraph(runtime, fixed_names(loop, runtime))
         return graph.run(graph.begin(), ids, 0)
     feeds = {"input_ids": np.array([ids]), "attention_mask": np.ones((1, len(ids)), np.int64)}
-    for value in runtime.get_inputs():
-        if value.name.startswith("past"):
-            feeds[value.name] = np.zeros((1, value.shape[1], 0, value.shape[3]), CACHE_TYPES[value.type])
+    past = {value.name: "" for value in runtime.get_inputs() if value.name.startswith("past")}
+    feeds |= {spec.input: spec.array(spec.empty(1, 0)) for spec in cache_specs(runtime, past)}
     (logits,) = runtime.run(["logits"], feeds)
     return logits
 
@@ -153,7 +154,7 @@ def test_a_quantized_cache_in_its_loop(run: Run, sample: Sample, tmp_path: Path,
     assert not (out / "calibration.onnx").exists()
     prompt = list(range(30, 60))
     expected = greedy(out, prompt, 16)
-    found = GenerationSession(out, 1).tokens(prompt, 16)
+    found = GenerationSession.open(Bundle.open(out), 1).tokens(prompt, 16)
     assert found == expected[: len(found)] and len(found) > 4
     # A device's program holds such caches too.
     again = run("validate", out, "--against", sample.checkpoint, "--device", "local", "--threads", 1, "--json")

@@ -10,6 +10,7 @@ import torch
 from builds import RECIPE, THREADS, Run, build, write_recipe, write_target
 from models import MIXTURE, write_checkpoint
 
+from glmexport.bundle.bundle import Bundle
 from glmexport.bundle.manifest import read_manifest
 from glmexport.engine.generation import GenerationSession
 from glmexport.foundation.progress import Silent
@@ -49,7 +50,7 @@ def test_the_reference_hands_selections_through_experts(checkpoint: tuple[Any, P
 def test_the_bundle_generates_what_transformers_does(checkpoint: tuple[Any, Path], tmp_path: Path) -> None:
     model, path = checkpoint
     build(path, tmp_path / "bundle", write_recipe(tmp_path, 'summary = "Everything as it is"\n'))
-    session = GenerationSession(tmp_path / "bundle", THREADS)
+    session = GenerationSession.open(Bundle.open(tmp_path / "bundle"), THREADS)
     ids = torch.randint(0, 250, (1, 120), generator=torch.Generator().manual_seed(1))
     for length in (5, 120):
         expected = model.generate(ids[:, :length], max_new_tokens=12, do_sample=False)[0, length:].tolist()

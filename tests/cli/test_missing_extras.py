@@ -77,13 +77,40 @@ def test_every_verb_that_needs_one(sample: Sample, tmp_path: Path) -> None:
         "deploy": [["glmexport", verb, str(site)] for verb in ("status", "rollback", "prune")],
     }
     lines = [(extra, line) for extra, each in wanted.items() for line in each]
-    told = outcomes(sorted(EXTRAS), [line for _, line in lines], tmp_path)
+    others = sorted(name for name, extra in EXTRAS.items() if extra != "build")
+    told = outcomes(others, [line for _, line in lines], tmp_path)
     for (extra, line), outcome in zip(lines, told, strict=True):
         assert outcome.code == EXIT_MACHINE, (line, outcome)
         assert "Traceback" not in outcome.text, (line, outcome)
         message, step = outcome.text[outcome.text.index("ERROR ") :].splitlines()
         assert f"pip install 'glmexport[{extra}]'" in step, (line, outcome)
         assert not re.search(r"\n.*\n.*\n", message)
+
+
+def test_building_says_how_it_is_installed(sample: Sample, tmp_path: Path) -> None:
+    """In one line, and for a machine without a GPU too; nothing is written."""
+    bundle, checkpoint, output = str(sample.bundle), str(sample.checkpoint), str(tmp_path / "output")
+    lines = [
+        ["glmexport", *line]
+        for line in (
+            ("build", checkpoint, "--target", "x86-avx2", "-o", output),
+            ("validate", bundle, "--against", checkpoint),
+            ("validate", bundle, "--against", checkpoint, "--plan"),
+            ("tune", checkpoint, "-o", output),
+            ("convert", bundle, "--to", "gptq", "--against", checkpoint, "-o", output),
+            ("inspect", checkpoint),
+            ("reference", checkpoint, "-o", output),
+            ("targets", "show", "x86-avx2"),
+        )
+    ]
+    building = sorted(name for name, extra in EXTRAS.items() if extra == "build")
+    assert {"torch", "transformers", "scipy", "onnx", "onnx_ir", "safetensors"} <= {*building}
+    for line, outcome in zip(lines, outcomes(building, lines, tmp_path), strict=True):
+        assert outcome.code == EXIT_MACHINE, (line, outcome)
+        message, step = outcome.text[outcome.text.index("ERROR ") :].splitlines()
+        assert message.endswith(" is not installed."), (line, outcome)
+        assert "pip install 'glmexport[build]'" in step and "pip install torch --index-url" in step, (line, outcome)
+    assert not Path(output).exists()
 
 
 @pytest.mark.parametrize("blocked", ["uvicorn", "prometheus_client", "starlette"])

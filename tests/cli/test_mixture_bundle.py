@@ -15,6 +15,7 @@ from models import MIXTURE, write_checkpoint
 from safetensors.torch import load_file, save_file
 
 from glmexport.assembly.read import bundle_folds
+from glmexport.bundle.bundle import Bundle
 from glmexport.bundle.manifest import read_manifest, verify_files
 from glmexport.engine.text import generate
 from glmexport.foundation.progress import Silent
@@ -115,7 +116,7 @@ def test_only_chosen_experts_are_computed(mixture: Path, tmp_path: Path) -> None
 def test_onnxruntime_genai_generates_from_it(mixture: Path) -> None:
     tokenizer = Tokenizer.open(mixture / "bundle")
     prompt = tokenizer.prefix + tokenizer.encode("The quick brown fox")
-    pieces = list(generate(mixture / "bundle", tokenizer, prompt, max_tokens=8, threads=THREADS))
+    pieces = list(generate(Bundle.open(mixture / "bundle"), prompt, max_tokens=8, threads=THREADS))
     runtime = session(mixture / "bundle", "model.onnx")
     ids = list(prompt)
     for piece in pieces:

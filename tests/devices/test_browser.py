@@ -28,7 +28,7 @@ from glmexport.engine.placement import placement
 from glmexport.foundation.errors import BundleError, InputError, MachineError
 from glmexport.foundation.files import sha256
 from glmexport.foundation.progress import Silent
-from glmexport.wire.device.session import text_answer
+from glmexport.wire.device.answers import text_answer
 
 VOCABULARY, LONG = 50, 12
 WEBGPU = "WebGpuExecutionProvider"

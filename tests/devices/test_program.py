@@ -19,7 +19,8 @@ from devices.conftest import PROMPTS, TEXTS, Hooked, answered
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from glmexport.bundle.manifest import read_manifest
+import glmexport
+from glmexport.bundle.bundle import Bundle
 from glmexport.devices.answers import DeviceAnswers
 from glmexport.devices.job import RESULT, read_job
 from glmexport.devices.local import LocalRunner
@@ -36,15 +37,15 @@ def test_it_answers_as_this_machine_does(
 ) -> None:
     LocalRunner()(job, tmp_path, Silent())
     answers = DeviceAnswers.open("local", job, tmp_path)
-    session = ScoringSession(sample.bundle, read_manifest(sample.bundle), THREADS)
+    session = ScoringSession(Bundle.open(sample.bundle), THREADS)
     for index, text in enumerate(reference.texts[:TEXTS]):
-        whole = session.logits(text.ids)[text.prefix - 1 : -1]
+        whole = torch.from_numpy(session.logits(text.ids.numpy())[text.prefix - 1 : -1])
         ours, theirs = reference.divergence(index, whole), answers.divergence(index, reference.kept(index))
         for name in vars(ours):
             torch.testing.assert_close(getattr(theirs, name), getattr(ours, name), rtol=1e-5, atol=1e-6)
         audited = reference.audited(index)
         assert audited is not None and torch.equal(answers.audit(index), whole[audited])
-    generation = GenerationSession(sample.bundle, THREADS)
+    generation = GenerationSession.open(Bundle.open(sample.bundle), THREADS)
     for index in range(PROMPTS):
         assert answers.tokens(index) == generation.tokens(reference.texts[index].ids[:8].tolist(), 6)
     speed = answers.result.speed
@@ -173,10 +174,14 @@ def test_it_is_the_same_file_and_runs_where_nothing_of_ours_is() -> None:
     assert content == program()
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         sources = {name: archive.read(name).decode() for name in archive.namelist()}
-    for name, source in sources.items():
-        tree = ast.parse(source, name, feature_version=(3, 9))
-        names = {
-            name.partition(".")[0] + ("." + name.split(".", 1)[1] if name.startswith("glmexport") else "")
+    root = Path(glmexport.__file__).parents[1]
+    for path, source in sources.items():
+        # What serves here is what is carried there, to the byte.
+        if source and path != "__main__.py":
+            assert source == (root / path).read_text(encoding="utf-8")
+        tree = ast.parse(source, path, feature_version=(3, 9))
+        imported = {
+            name
             for node in ast.walk(tree)
             for name in (
                 [alias.name for alias in node.names]
@@ -186,9 +191,10 @@ def test_it_is_the_same_file_and_runs_where_nothing_of_ours_is() -> None:
                 else []
             )
         }
-        own = {name for name in names if name.startswith("glmexport")}
+        own = {name for name in imported if name.startswith("glmexport")}
         assert {f"{name.replace('.', '/')}.py" for name in own} <= sources.keys()
-        assert names - own <= {*sys.stdlib_module_names, "numpy", "onnxruntime"}
+        assert {name.partition(".")[0] for name in imported - own} <= {*sys.stdlib_module_names, "numpy", "onnxruntime"}
+    assert {"glmexport/engine/core/cache.py", "glmexport/engine/core/sequence.py"} <= sources.keys()
 
 
 def test_its_tensors_are_safetensors(job: Path, tmp_path: Path) -> None:

@@ -10,14 +10,17 @@ import numpy as np
 import onnxruntime
 
 from glmexport.assembly.external import write_graphs
+from glmexport.assembly.graph_files import load_graph
+from glmexport.assembly.read import BundleWeights
 from glmexport.checkpoint.checkpoint import Checkpoint
-from glmexport.engine.caches import CACHE_TYPES
+from glmexport.engine.core.cache import cache_specs
+from glmexport.formats.nearest import round_to_nearest
 from glmexport.foundation.progress import Silent
 from glmexport.foundation.recipe import Format
 from glmexport.foundation.target import Target, open_target
 from glmexport.graph.build import build_graph
 from glmexport.lowering.pipeline import lower
-from glmexport.quantization.nearest import round_to_nearest
+from glmexport.lowering.stored import stored_tensors
 from glmexport.quantization.store import WorkDirectory
 from glmexport.quantization.weights import Weights
 from glmexport.reference.describe import describe
@@ -55,14 +58,21 @@ def weights_of(path: Path, work: Path, form: Format | None) -> Weights:
 
 def export(weights: Weights, target: Target, out: Path, limit: int | None = None) -> Path:
     """Both graphs of a bundle for ``target`` in ``out``."""
+    exported(weights, target, out, limit)
+    return out
+
+
+def exported(weights: Weights, target: Target, out: Path, limit: int | None = None) -> BundleWeights:
+    """The same, and the weights in what was written, where the passes noted that they are."""
     architecture = weights.architecture
     tables = Reference(weights.checkpoint, architecture).rotary_tables(architecture.context_length)
     graphs = {
         name: lower(build_graph(architecture, target.graph, every_position=every), target, weights, tables)
         for name, every in (("model.onnx", False), ("scoring.onnx", True))
     }
+    tensors = stored_tensors(graphs["scoring.onnx"])
     write_graphs(graphs, out, Silent(), limit)
-    return out
+    return BundleWeights(load_graph(out, "scoring.onnx"), tensors, architecture.shapes())
 
 
 class Session:
@@ -77,6 +87,7 @@ class Session:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         self.session = onnxruntime.InferenceSession(path, options, providers=[CPU])
         self.caches = [entry for entry in self.session.get_inputs() if entry.name.startswith("past")]
+        self.specs = cache_specs(self.session, {entry.name: "" for entry in self.caches})
         self.outputs = [
             "logits", *(value.name for value in self.session.get_outputs() if value.name.startswith("present"))
         ]  # fmt: skip
@@ -86,10 +97,8 @@ class Session:
         self, ids: np.ndarray, past: list[np.ndarray] | None = None, length: int | None = None
     ) -> list[np.ndarray]:
         if past is None:
-            sizes = {"batch": len(ids), "past_sequence": 0, "capacity": self.capacity}
             past = [
-                np.zeros([sizes.get(size, size) for size in entry.shape], CACHE_TYPES[entry.type])
-                for entry in self.caches
+                spec.array(spec.empty(len(ids), 0 if spec.grows else self.capacity)).copy() for spec in self.specs
             ]
         inputs = {entry.name: value for entry, value in zip(self.caches, past, strict=True)}
         mask = np.ones((len(ids), length or ids.shape[1]), np.int64)

@@ -20,8 +20,8 @@ from glmexport.assembly.external import write_graphs
 from glmexport.assembly.genai import loop_config
 from glmexport.assembly.write import graphs_of
 from glmexport.bundle.loop import FixedLoopConfig
-from glmexport.engine.fixed import FixedGraph
-from glmexport.foundation.errors import InputError
+from glmexport.engine.core.graphs import FixedGraph
+from glmexport.engine.opening import fixed_names
 from glmexport.foundation.progress import Silent
 from glmexport.foundation.recipe import Format
 from glmexport.foundation.target import Target, open_target
@@ -78,7 +78,8 @@ class Fixed:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
-        return FixedGraph(onnxruntime.InferenceSession(self.directory / name, options, providers=[CPU]), self.config)
+        session = onnxruntime.InferenceSession(self.directory / name, options, providers=[CPU])
+        return FixedGraph(session, fixed_names(self.config, session))
 
     def scores(self, ids: np.ndarray = IDS) -> np.ndarray:
         return self.graph("scoring.onnx").scores(ids)
@@ -169,9 +170,9 @@ def test_what_fills_a_chunk_up_changes_nothing(checkpoints: dict[str, tuple[Path
     fixed = export(weights_of(path, tmp_path / "work", None), changed("qnn", graph=FP32), tmp_path / "out")
     graph, step = fixed.graph("model.onnx"), fixed.graph("step.onnx")
     names = [value.name for value in graph.session.get_inputs()]
-    caches, rows = graph.begin(), []
+    rows = []
     for filling in (0, 77):
-        held = {name: value.numpy().copy() for name, value in caches.items()}
+        held = {spec.input: spec.array(spec.empty(1, 0)).copy() for spec in graph.names.caches}
         # Whatever a longer text left behind the sequence is not seen either.
         for array in held.values():
             array[:, 5:] = filling
@@ -250,16 +251,7 @@ def test_sizes_follow_from_the_target_and_the_model(checkpoints: dict[str, tuple
         assert (found.chunk, found.capacity) == expected
     target = changed("qnn", graph=FIXED)
     caches = export(weights, target, tmp_path / "out").graph("step.onnx").begin()
-    held = sum(value.numpy().nbytes for value in caches.values())
-    assert held == 48 * cache_bytes_per_token(architecture, target.graph)
-
-
-def test_a_text_that_the_caches_do_not_hold(checkpoints: dict[str, tuple[Path, Any]], tmp_path: Path) -> None:
-    fixed = export(
-        weights_of(checkpoints["glm"][0], tmp_path / "work", None), changed("qnn", graph=FP32), tmp_path / "out"
-    )
-    with pytest.raises(InputError, match="49 tokens, and the caches of the bundle hold 48"):
-        fixed.scores(IDS[:49])
+    assert caches.bytes == 48 * cache_bytes_per_token(architecture, target.graph)
 
 
 def test_the_same_graphs_are_the_same_bytes(checkpoints: dict[str, tuple[Path, Any]], tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import glmexport.lm_eval.answering
 import glmexport.workflows.build
+from glmexport.bundle.bundle import Bundle
 from glmexport.engine.generation import GenerationSession
 from glmexport.foundation.errors import InputError
 from glmexport.foundation.progress import Silent
@@ -54,7 +55,7 @@ def session(original: Original, place: Path) -> GenerationSession:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(glmexport.workflows.build, "measure_and_report", lambda *_: None)
         build(place / "checkpoint", place / "bundle", "fp32")
-    return GenerationSession(place / "bundle", THREADS)
+    return GenerationSession.open(Bundle.open(place / "bundle"), THREADS)
 
 
 def greedy(model: Any, prompt: Sequence[int], limit: int) -> list[int]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from builds import THREADS, build, small_checkpoint
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 import glmexport.lm_eval.likelihood
 import glmexport.workflows.build
-from glmexport.bundle.manifest import read_manifest
+from glmexport.bundle.bundle import Bundle
 from glmexport.engine.scoring import ScoringSession
 from glmexport.foundation.errors import InputError
 from glmexport.foundation.progress import Silent
@@ -50,7 +51,7 @@ def session(model: Any, place: Path) -> ScoringSession:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(glmexport.workflows.build, "measure_and_report", lambda *_: None)
         build(place / "checkpoint", place / "bundle", "fp32")
-    return ScoringSession(place / "bundle", read_manifest(place / "bundle"), THREADS)
+    return ScoringSession(Bundle.open(place / "bundle"), THREADS)
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +112,7 @@ def test_what_is_read_in_common_is_read_once(model: Any, session: ScoringSession
     passes = []
 
     class Counted:
-        def logits(self, ids: torch.Tensor) -> torch.Tensor:
+        def logits(self, ids: np.ndarray) -> np.ndarray:
             passes.append(len(ids))
             return session.logits(ids)
 

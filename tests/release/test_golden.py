@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from signatures import Pair, sha256
 
 from glmexport.bundle.bundle import Bundle
-from glmexport.bundle.manifest import read_manifest
 from glmexport.calibration.corpus import shipped_languages
 from glmexport.engine.generation import GenerationSession
 from glmexport.engine.scoring import ScoringSession
@@ -32,10 +31,10 @@ ROUNDING = 0.03
 
 def check_against_scoring(bundle: Path, golden: Golden) -> None:
     """Every log-probability is that of scoring.onnx, which computes all positions at once."""
-    scoring = ScoringSession(bundle, read_manifest(bundle), THREADS)
+    scoring = ScoringSession(Bundle.open(bundle), THREADS)
     for answer in golden.answers:
         tokens = [step.token for step in answer.steps]
-        logits = scoring.logits(torch.tensor([*answer.prompt, *tokens]))
+        logits = torch.from_numpy(scoring.logits(np.array([*answer.prompt, *tokens])))
         expected = logits.double().log_softmax(-1)[len(answer.prompt) - 1 : -1].numpy()
         assert tokens and len(expected) == len(tokens)
         for step, row in zip(answer.steps, expected, strict=True):
@@ -51,7 +50,7 @@ def test_what_is_recorded_is_what_the_graph_computes(signed: Path) -> None:
     assert len(golden.answers) >= 12
     assert read_release(signed).golden == f"sha256:{sha256(signed / GOLDEN)}"
     check_against_scoring(signed, golden)
-    session = GenerationSession(signed, THREADS)
+    session = GenerationSession.open(Bundle.open(signed), THREADS)
     for answer in golden.answers[:4]:
         assert session.tokens(answer.prompt, 16) == [step.token for step in answer.steps]
 

@@ -10,7 +10,9 @@ import pytest
 from builds import run
 from served import Served, scripted_bundle, start
 
-from glmexport.engine.computed import Model
+from glmexport.bundle.bundle import Bundle
+from glmexport.engine.core.sequence import Engine
+from glmexport.engine.opening import open_engine
 
 __all__ = ["run"]
 
@@ -28,9 +30,9 @@ def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 
 @pytest.fixture(scope="module")
-def model(directory: Path) -> Model:
-    """It in memory."""
-    return Model(directory, 1)
+def engine(directory: Path) -> Engine:
+    """The bundle in memory."""
+    return open_engine(Bundle.open(directory), 1)
 
 
 @pytest.fixture(scope="module")

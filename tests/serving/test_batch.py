@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from builds import Run
 from served import PATIENCE_S, scripted_bundle
-from test_engine import Waiting, last
+from test_scheduler import Waiting, last
 
-from glmexport.engine.batch import BatchLoop
-from glmexport.engine.computed import Model
+from glmexport.bundle.bundle import Bundle
 from glmexport.engine.generation import GenerationSession
+from glmexport.engine.opening import open_engine
 from glmexport.foundation.errors import InputError
 from glmexport.serving.answer import End, Event
 
@@ -22,9 +22,10 @@ PROMPTS = [np.random.default_rng(at).integers(0, 250, size).tolist() for at, siz
 
 def test_each_is_what_it_is_alone(bundle: Path) -> None:
     """A prompt to the bit, and steps but for rounding; over the place where caches grow, and beside idle slots."""
-    alone = Model(bundle, 1)
-    together = BatchLoop(bundle, 1, 4, alone.context_length)
-    mine = [together.begin() for _ in PROMPTS]
+    alone = open_engine(Bundle.open(bundle), 1)
+    together = open_engine(Bundle.open(bundle), 1, batch=4)
+    assert together.batched and together.chunk
+    mine = [together.begin(len(prompt) + 20) for prompt in PROMPTS]
     others = [alone.begin(len(prompt) + 20) for prompt in PROMPTS]
     logits = []
     for prompt, sequence, other in zip(PROMPTS, mine, others, strict=True):
@@ -45,9 +46,10 @@ def test_each_is_what_it_is_alone(bundle: Path) -> None:
     others[2].forget(3)
     assert np.abs(mine[2].advance([9, 8, 7], every=True) - others[2].advance([9, 8, 7], every=True)).max() < 1e-3
     with pytest.raises(ValueError, match="None"):
-        together.begin()
+        together.begin(9)
     mine[1].close()
-    assert together.begin().slot == 1
+    # The slot that is free has been used before.
+    assert np.array_equal(together.begin(9).advance([5]), alone.begin(9).advance([5]))
 
 
 @pytest.mark.parametrize("reuse", [False, True])
@@ -55,7 +57,7 @@ def test_answers_of_many_at_once(bundle: Path, reuse: bool) -> None:
     waiting = Waiting(bundle, parallel=3, batch=True, reuse=reuse)
     texts = ["Hi!", "Hello", "Endless~", "x" * 700, "Hi&", "x" * 700 + "!", "Hello", "a b c", "Endless~"]
     asked = [waiting.submit(text, 30) for text in texts]
-    waiting.engine.start()
+    waiting.scheduler.start()
     gone, _ = waiting.submit("Endless~", 3900)
     ends = [last(told) for _, told in asked]
     again = []
@@ -64,12 +66,12 @@ def test_answers_of_many_at_once(bundle: Path, reuse: bool) -> None:
         again.append(last(asked[-1][1]))
     gone.cancelled = True
     assert all(isinstance(end, End) for end in ends)
-    session = GenerationSession(bundle, 1)
+    session = GenerationSession.open(Bundle.open(bundle), 1)
     for answer, _ in asked:
         wanted = [token for token in session.tokens(answer.order.prompt, 30) if token not in answer.order.ends]
         assert answer.tokens == wanted
-    waiting.engine.close()
-    assert waiting.engine.join(PATIENCE_S)
+    waiting.scheduler.close()
+    assert waiting.scheduler.join(PATIENCE_S)
     assert [end.cached for end in again if isinstance(end, End)] == [0, 512 if reuse else 0]
 
 
@@ -81,16 +83,16 @@ def test_who_fails_leaves_its_slot(bundle: Path, monkeypatch: pytest.MonkeyPatch
         asked.append(told)
     monkeypatch.setattr(answer, "say", None)  # the last one's
     _, after = waiting.submit("Hi!", 40)
-    waiting.engine.start()
+    waiting.scheduler.start()
     kinds = [type(last(told)).__name__ for told in (*asked, after)]
     assert kinds == ["End", "End", "Failed", "End"]
-    waiting.engine.close()
-    assert waiting.engine.join(PATIENCE_S)
+    waiting.scheduler.close()
+    assert waiting.scheduler.join(PATIENCE_S)
 
 
 def test_what_cannot_be_computed_together(tmp_path_factory: pytest.TempPathFactory, bundle: Path, run: Run) -> None:
     latent = scripted_bundle(tmp_path_factory.getbasetemp(), "glm4_moe_lite")
     with pytest.raises(InputError, match="several lengths"):
-        Model(latent, 1, 4)
+        open_engine(Bundle.open(latent), 1, batch=4)
     refused = run("serve", bundle, "--port", 0, "--batch", "--speculate", "lookup")
     assert refused.code == 64 and "either guessed or computed together" in refused.stderr

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from served import PATIENCE_S
-from test_engine import Waiting, client_of, surface
+from test_scheduler import Waiting, client_of, surface
 
 from glmexport.bundle.genai_config import GenaiConfig
 from glmexport.serving.failure import Refused
@@ -151,10 +151,10 @@ def answering(bundle: Path) -> Iterator[Guard]:
     guides = Guides(bundle, GenaiConfig.read(bundle))
     waiting = Waiting(bundle, guides)
     guard, _ = surface(waiting, bundle, ServingLimits(answer_tokens=3))
-    waiting.engine.start()
+    waiting.scheduler.start()
     yield guard
-    waiting.engine.close()
-    assert waiting.engine.join(PATIENCE_S)
+    waiting.scheduler.close()
+    assert waiting.scheduler.join(PATIENCE_S)
     guides.close()
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from glmexport.engine.computed import Computed, Model
-from glmexport.engine.kept import Kept
+from glmexport.engine.core.sequence import Engine, Sequence
+from glmexport.engine.kept import Kept, room_for
 from glmexport.engine.sampling import Sampling
 from glmexport.serving.answer import Answer, End, FreeTurns, Order
 from glmexport.serving.text import AnswerText, Decoder, TextPart, Token
@@ -18,36 +18,36 @@ LONG = RANDOM.integers(0, 250, 700).tolist()
 
 
 def answered(
-    model: Model, directory: Path, prompt: list[int], sequence: Computed | None
-) -> tuple[list[Token], Computed]:
+    engine: Engine, directory: Path, prompt: list[int], sequence: Sequence | None
+) -> tuple[list[Token], Sequence]:
     """Tokens with the likelihoods of all, and the sequence behind them."""
     order = Order(tuple(prompt), 12, Sampling(0), top=512)
     text, told = AnswerText(Decoder(Tokenizer.open(directory)), ()), list[TextPart | End]()
     answer = Answer(order, text, told.append, lambda _: None)  # type: ignore[arg-type]
-    turns = FreeTurns(answer, sequence or model.begin(len(prompt) + 12), model.chunk)
+    turns = FreeTurns(answer, sequence or engine.begin(room_for(len(prompt) + 12, engine.context_length)), engine.chunk)
     while turns.turn() is None:
         pass
     return [token for part in told if isinstance(part, TextPart) for token in part.tokens], turns.sequence
 
 
-def test_an_answer_is_the_same_to_the_bit(model: Model, directory: Path) -> None:
+def test_an_answer_is_the_same_to_the_bit(engine: Engine, directory: Path) -> None:
     first = LONG[:600]
-    tokens, sequence = answered(model, directory, first, None)
+    tokens, sequence = answered(engine, directory, first, None)
     assert sequence.whole == 512
     # A next turn: the same beginning, the answer, and more.
     following = [*first, *(token.id for token in tokens), *LONG[600:640]]
-    anew, _ = answered(model, directory, following, None)
-    kept = Kept(model.chunk)
+    anew, _ = answered(engine, directory, following, None)
+    kept = Kept(engine.chunk)
     kept.keep(sequence, None)
     taken = kept.take(following, 1000, None)
     assert taken is sequence and len(taken.tokens) == 512 and len(kept) == 0
-    again, _ = answered(model, directory, following, taken)
+    again, _ = answered(engine, directory, following, taken)
     assert again == anew and len(anew) == 12
 
 
-def test_what_does_not_pay_is_left(model: Model, directory: Path) -> None:
-    _, sequence = answered(model, directory, LONG, None)
-    kept = Kept(model.chunk)
+def test_what_does_not_pay_is_left(engine: Engine, directory: Path) -> None:
+    _, sequence = answered(engine, directory, LONG, None)
+    kept = Kept(engine.chunk)
     kept.keep(sequence, None)
     other = RANDOM.integers(0, 250, 400).tolist()
     for prompt in (other, LONG[:200], LONG[:256], [*LONG[:255], 1, 2]):
@@ -58,32 +58,32 @@ def test_what_does_not_pay_is_left(model: Model, directory: Path) -> None:
     assert kept.take(LONG[:513], 600, None) is sequence and len(sequence.tokens) == 512
 
 
-def test_a_beginning_that_many_share_costs_no_conversation_its_own(model: Model, directory: Path) -> None:
+def test_a_beginning_that_many_share_costs_no_conversation_its_own(engine: Engine, directory: Path) -> None:
     long = (LONG * 2)[:1300]
-    _, sequence = answered(model, directory, long, None) if model.context_length > 1400 else (None, None)
-    kept = Kept(model.chunk)
+    _, sequence = answered(engine, directory, long, None) if engine.context_length > 1400 else (None, None)
+    kept = Kept(engine.chunk)
     assert sequence
     kept.keep(sequence, None)
     assert kept.take([*long[:300], *LONG[:200]], 600, None) is None
 
 
-def test_only_the_last_ones_are_kept(model: Model, directory: Path) -> None:
-    kept, made = Kept(model.chunk), []
+def test_only_the_last_ones_are_kept(engine: Engine, directory: Path) -> None:
+    kept, made = Kept(engine.chunk), []
     for start in range(3):
-        _, sequence = answered(model, directory, LONG[start : start + 300], None)
+        _, sequence = answered(engine, directory, LONG[start : start + 300], None)
         made.append(sequence)
         kept.keep(sequence, None)
     kept.drop(2)
     assert len(kept) == 2 and kept.take(LONG[:300], 400, None) is None
     assert kept.take(LONG[2:302], 400, None) is made[2]
-    kept.keep(model.begin(100), None)
+    kept.keep(engine.begin(100), None)
     assert len(kept) == 1
 
 
-def test_what_another_key_asked_is_not_gone_on_with(model: Model, directory: Path) -> None:
-    kept = Kept(model.chunk)
+def test_what_another_key_asked_is_not_gone_on_with(engine: Engine, directory: Path) -> None:
+    kept = Kept(engine.chunk)
     for key in (0, None):
-        _, sequence = answered(model, directory, LONG, None)
+        _, sequence = answered(engine, directory, LONG, None)
         kept.keep(sequence, key)
         for other in {0, 1, None} - {key}:
             assert kept.take(LONG, 750, other) is None

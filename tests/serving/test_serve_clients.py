@@ -13,6 +13,7 @@ import pytest
 from scripted import SCRIPTS
 from served import Served
 
+from glmexport.bundle.bundle import Bundle
 from glmexport.engine.generation import GenerationSession
 from glmexport.engine.text import generate
 from glmexport.tokenizer.tokenizer import Tokenizer
@@ -41,7 +42,7 @@ def greedy(bundle: Path, text: str, count: int) -> tuple[list[int], str]:
     """Tokens and text as ``glmexport run`` has them."""
     tokenizer = Tokenizer.open(bundle)
     prompt = tokenizer.encode_chat(says(text), add_generation_prompt=True)
-    pieces = list(generate(bundle, tokenizer, prompt, max_tokens=count, threads=1))
+    pieces = list(generate(Bundle.open(bundle), prompt, max_tokens=count, threads=1))
     return [piece.token for piece in pieces], "".join(piece.text for piece in pieces)
 
 
@@ -76,7 +77,7 @@ def test_chat_whole_and_streamed_is_what_run_gives(client: openai.OpenAI, bundle
 def test_text_and_token_ids_go_on_as_the_model_does(client: openai.OpenAI, bundle: Path) -> None:
     tokenizer = Tokenizer.open(bundle)
     prompt = tokenizer.prefix + tokenizer.encode("Hello there")
-    expected = GenerationSession(bundle, 1).tokens(prompt, 12)
+    expected = GenerationSession.open(Bundle.open(bundle), 1).tokens(prompt, 12)
     given: tuple[Any, ...] = ("Hello there", ["Hello there"], prompt, [prompt], "[gMASK]<sop>Hello there")
     for form in given:
         answer = client.completions.create(

@@ -11,6 +11,7 @@ import pytest
 from scripted import SCRIPTS
 from served import Served, scripted_bundle, start
 
+from glmexport.bundle.bundle import Bundle
 from glmexport.engine.text import generate
 from glmexport.tokenizer.tokenizer import Tokenizer
 
@@ -43,7 +44,7 @@ def test_answers_are_those_of_run(latent: Any, latent_server: Served) -> None:
         answers = list(pool.map(ask, asked))
     for text, (content, count) in zip(asked, answers, strict=True):
         prompt = tokenizer.encode_chat([{"role": "user", "content": text}], add_generation_prompt=True)
-        pieces = list(generate(latent, tokenizer, prompt, max_tokens=48, threads=1))
+        pieces = list(generate(Bundle.open(latent), prompt, max_tokens=48, threads=1))
         assert count == len(pieces)
         if text != "So?":
             assert content == "".join(piece.text for piece in pieces)

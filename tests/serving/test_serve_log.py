@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from served import PATIENCE_S, start
-from test_engine import Waiting, client_of, surface
+from test_scheduler import Waiting, client_of, surface
 
 from glmexport.serving.limits import ServingLimits
 from glmexport.serving.log import described, logged_to, on_loop_failure
@@ -57,8 +57,8 @@ FAILING = (
     "glmexport.serving.app.read_body", "glmexport.serving.orders.template_messages",
     "glmexport.chat.grammar.Grammar.feed", "glmexport.chat.grammar.Grammar.finish",
     "glmexport.serving.reply.usage", "glmexport.serving.answer.FreeTurns.turn", "glmexport.serving.answer.choose",
-    "glmexport.engine.computed.Model.begin", "glmexport.serving.answer.Answer.say",
-    "glmexport.serving.text.AnswerText.add", "glmexport.serving.scheduler.Engine.submit",
+    "glmexport.engine.genai.GenaiEngine.begin", "glmexport.serving.answer.Answer.say",
+    "glmexport.serving.text.AnswerText.add", "glmexport.serving.scheduler.Scheduler.submit",
 )  # fmt: skip
 
 
@@ -69,7 +69,7 @@ def test_an_error_is_logged_by_kind_place_and_request(
 ) -> None:
     waiting = Waiting(bundle)
     guard, _ = surface(waiting, bundle, ServingLimits())
-    waiting.engine.start()
+    waiting.scheduler.start()
     assert waiting.loaded.wait(PATIENCE_S)
     monkeypatch.setattr(place, fails)
 
@@ -79,8 +79,8 @@ def test_an_error_is_logged_by_kind_place_and_request(
             return await http.post("/v1/chat/completions", json=chat(stream=stream, tools=[TOOL], **options))
 
     answer = asyncio.run(ask())
-    waiting.engine.close()
-    assert waiting.engine.join(PATIENCE_S)
+    waiting.scheduler.close()
+    assert waiting.scheduler.join(PATIENCE_S)
     said = log.getvalue()
     assert MARK not in said
     assert "ValueError at serving/test_serve_log.py:" in said and "after KeyError" in said

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from models import MIXTURE, write_checkpoint
 
+from glmexport.bundle.bundle import Bundle
 from glmexport.bundle.manifest import Source
 from glmexport.bundle.names import GENAI_CONFIG
 from glmexport.engine.generation import GenerationSession
@@ -79,7 +80,7 @@ def test_bundles_of_slices_generate(deep: Original, tmp_path: Path) -> None:
         decoder = config["model"]["decoder"]
         assert decoder["num_hidden_layers"] == layers
         assert decoder["session_options"]["intra_op_num_threads"] == 1
-        assert len(GenerationSession(place, 1).tokens([1, 2, 3], 4)) == 4
+        assert len(GenerationSession.open(Bundle.open(place), 1).tokens([1, 2, 3], 4)) == 4
     # Another session setting is another configuration of the same files.
     quiet = SETTINGS.model_copy(update={"session": {"session.intra_op.allow_spinning": "0"}})
     others = bundles.for_settings(quiet)
@@ -87,7 +88,7 @@ def test_bundles_of_slices_generate(deep: Original, tmp_path: Path) -> None:
     options = json.loads((others[0] / GENAI_CONFIG).read_text(encoding="utf-8"))["model"]["decoder"]["session_options"]
     assert options["session.intra_op.allow_spinning"] == "0"
     assert (others[0] / "model.onnx").samefile(places[0] / "model.onnx")
-    assert len(GenerationSession(others[1], 1).tokens([1, 2, 3], 4)) == 4
+    assert len(GenerationSession.open(Bundle.open(others[1]), 1).tokens([1, 2, 3], 4)) == 4
     # Another arithmetic is another graph over the same weights.
     exact = bundles.for_settings(SETTINGS.model_copy(update={"accuracy_level": 0}))
     assert (exact[0] / "model.onnx").read_bytes() != (places[0] / "model.onnx").read_bytes()

@@ -12,6 +12,7 @@ from models import FAMILY, MIXTURE, write_checkpoint
 from safetensors.torch import load_file, save_file
 
 from glmexport.assembly.write import BundleContents, write_bundle
+from glmexport.bundle.bundle import Bundle
 from glmexport.bundle.manifest import Source
 from glmexport.bundle.names import LOGITS
 from glmexport.engine.scoring import ScoringSession
@@ -86,7 +87,7 @@ def test_blocks_one_by_one_are_the_whole_graph(family: str, tmp_path: Path) -> N
         original.architecture, weights, tables, open_recipe("w4g32"), at_level(0), source(original)
     )
     manifest = write_bundle(tmp_path / "bundle", contents, Silent())
-    session = ScoringSession(tmp_path / "bundle", manifest, 1)
+    session = ScoringSession(Bundle(tmp_path / "bundle", manifest), 1)
     parts = streams(original, WorkDirectory(tmp_path / "work", {}), (0,))
     parts._run(Silent())
     folder = tmp_path / "head"
@@ -95,7 +96,7 @@ def test_blocks_one_by_one_are_the_whole_graph(family: str, tmp_path: Path) -> N
     head = GraphPart(folder / "level-0.onnx", at_level(0), 1)
     for text, span in zip(TEXTS, parts._spans, strict=True):
         logits = head.run(LOGITS, text.ids, parts._rows(parts._steps[-1], "level-0", span))[0]
-        assert (logits - session.logits(text.ids)).abs().max() < 1e-4
+        assert (logits - torch.from_numpy(session.logits(text.ids.numpy()))).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
@@ -111,7 +112,7 @@ def test_a_quantized_cache_block_by_block_is_the_bundles(kind: str, tmp_path: Pa
     recipe, made_of = open_recipe("w4g32"), source(original)
     contents = BundleContents(original.architecture, weights, tables, recipe, target, made_of, cache_text=text)
     manifest = write_bundle(tmp_path / "bundle", contents, Silent())
-    session = ScoringSession(tmp_path / "bundle", manifest, 1)
+    session = ScoringSession(Bundle(tmp_path / "bundle", manifest), 1)
     variants = {"exact": exact, "codes": target}
     work = WorkDirectory(tmp_path / "work", {})
     arithmetics = Variants(variants, "exact", {"codes": "exact"})
@@ -126,7 +127,7 @@ def test_a_quantized_cache_block_by_block_is_the_bundles(kind: str, tmp_path: Pa
             key: part.run(LOGITS, ids, parts._rows(parts._steps[-1], key, span))[0] for key, part in found.items()
         }
         # The scales are the bundle's, so the numbers are, but for a code that rounds the other way.
-        apart = (logits["codes"] - session.logits(ids)).abs().mean()
+        apart = (logits["codes"] - torch.from_numpy(session.logits(ids.numpy()))).abs().mean()
         moved = (logits["codes"] - logits["exact"]).abs().mean()
         assert apart < 0.1 * moved and moved > 0, index
     measured = parts.divergences(answers(original, work), Silent())

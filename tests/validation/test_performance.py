@@ -163,7 +163,7 @@ def test_a_node_that_is_small_only_with_one_token_is_not_small() -> None:
 
 
 def test_every_node_of_a_bundle_runs_on_its_provider(sample: Sample) -> None:
-    nodes = profile(sample.bundle, list(range(10)), THREADS)
+    nodes = profile(Bundle.open(sample.bundle), list(range(10)), THREADS)
     found = placement(nodes, CPU)
     assert found.unexpected == () and found.on_purpose == ()
     session = onnxruntime.InferenceSession(sample.bundle / MODEL, providers=[CPU])

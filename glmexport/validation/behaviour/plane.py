@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from glmexport.calibration.corpus import Document
@@ -21,6 +22,7 @@ from glmexport.validation.behaviour.questions import Question, questions, task_q
 from glmexport.validation.behaviour.tasks import Task
 from glmexport.validation.conditions import BehaviourPlan
 from glmexport.validation.reference import reference_states
+from glmexport.validation.shares import bundle_answer
 from glmexport.validation.texts import EvaluationText
 
 
@@ -92,9 +94,7 @@ def ask(
     if texts:
         states = reference_states(reference, texts, scratch, progress, label="Original's choices")
         before = choice_scores(tasks, texts, lambda index: reference.logits(states.states(index)))
-        after = choice_scores(
-            tasks, texts, lambda index: sessions.scoring.logits(texts[index].ids)[texts[index].prefix - 1 : -1]
-        )
+        after = choice_scores(tasks, texts, partial(bundle_answer, sessions.scoring, texts))
         choices = {id_: (score, after[id_]) for id_, score in before.items()}
     return judge(asked, _answers(session, asked, original, bundle, passes, plan, progress), tokenizer, tasks, choices)
 

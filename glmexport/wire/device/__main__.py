@@ -28,7 +28,6 @@ from typing import Any
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 from glmexport.wire.device.facts import cores, device_facts
-from glmexport.wire.device.session import greedy, measure_speed, open_session, placed_nodes, text_answer
 from glmexport.wire.standalone import Failure, Tell, looked_at, read_tensors, replace, sha256, verify, write_tensors
 
 _NO_SPACE = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
@@ -38,9 +37,14 @@ _PATIENCE = 60
 
 def answer(folder: Path, results: Path, emulated: str | None, tell: Tell) -> None:
     """Do everything that is still to be done of the job in ``folder``."""
+    # Whether this Python has the libraries is seen here, where it can be told.
+    from glmexport.wire.device.answers import answer_text, answer_tokens, measure_speed, placed_nodes
+    from glmexport.wire.device.graphs import JobGraphs
+
     job, digest = _read(folder)
     verify(job, folder, tell)
     threads = job["threads"] or cores()
+    graphs = JobGraphs(job, folder, threads)
     result = _begun(results, digest)
 
     def save() -> None:
@@ -48,31 +52,27 @@ def answer(folder: Path, results: Path, emulated: str | None, tell: Tell) -> Non
 
     if "speed" not in result:
         absent = emulated or (None if job["speed"] else "Speed was not asked for.")
-        result["speed"] = None if absent else measure_speed(job, folder, threads, tell)
+        result["speed"] = None if absent else measure_speed(graphs, job["speed"], threads, tell)
         result["speed_absent_because"] = absent
-        result["nodes"] = None if absent else placed_nodes(job, folder, results, threads)
+        result["nodes"] = None if absent else placed_nodes(graphs, job["speed"]["prompt"], results)
     questions = read_tensors(folder / "questions.safetensors")
     # One graph in memory at a time.
-    session = open_session(job, folder, "generation" if job["prompts"] else "scoring", threads)
-    result["device"] = device_facts(session.provider, emulated)
+    engine = graphs.engine() if job["prompts"] else None
+    scorer = None if engine else graphs.scorer()
+    result["device"] = device_facts(graphs.provider, emulated)
     save()
     for index, most in enumerate(job["prompts"]):
         path = results / "tokens" / f"{index}.safetensors"
-        if not path.exists():
-            tokens = greedy(session, questions[f"prompt.{index}.ids"], most, job["end_tokens"])
+        if engine and not path.exists():
+            tokens = answer_tokens(engine, questions[f"prompt.{index}.ids"].tolist(), most)
             write_tensors(path, {"tokens": tokens})
         tell({"event": "prompt", "index": index + 1, "of": len(job["prompts"])})
-    if job["prompts"]:
-        del session
-        session = open_session(job, folder, "scoring", threads)
+    del engine
+    scorer = scorer or graphs.scorer()
     for index, prefix in enumerate(job["texts"]):
         path = results / "answers" / f"{index}.safetensors"
         if not path.exists():
-            ids, tokens, targets, audit = (
-                questions.get(f"text.{index}.{name}") for name in ("ids", "tokens", "targets", "audit")
-            )
-            judged = session.logits(ids)[prefix - 1 : -1]
-            write_tensors(path, text_answer(judged, tokens, targets, audit))
+            write_tensors(path, answer_text(scorer, questions, index, prefix))
         tell({"event": "text", "index": index + 1, "of": len(job["texts"])})
     result["files"] = [
         {"path": path.relative_to(results).as_posix(), "size": path.stat().st_size, "sha256": sha256(path)}

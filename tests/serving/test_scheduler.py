@@ -24,7 +24,7 @@ from glmexport.serving.guides import Guides
 from glmexport.serving.limits import ServingLimits
 from glmexport.serving.metrics import Metrics
 from glmexport.serving.orders import RequestReader
-from glmexport.serving.scheduler import Closed, Engine, EngineOptions, Full
+from glmexport.serving.scheduler import Closed, Full, Scheduler, SchedulerOptions
 from glmexport.serving.text import AnswerText, Decoder
 from glmexport.tokenizer.tokenizer import Tokenizer
 
@@ -32,21 +32,22 @@ ENDS = frozenset({256})
 
 
 class Waiting:
-    """An engine that is not started yet, and what it tells."""
+    """A scheduler that is not started yet, and what it tells."""
 
     def __init__(self, directory: Path, guides: Guides | None = None, **options: Any) -> None:
         self.tokenizer, self.guides = Tokenizer.open(directory), guides
         self.loaded, self.errors = threading.Event(), queue.Queue[Exception]()
         self.metrics = Metrics()
-        settings = EngineOptions(threads=1, **options)
-        self.engine = Engine(directory, settings, self.metrics, self.loaded.set, self.errors.put, guides)
+        settings = SchedulerOptions(threads=1, **options)
+        bundle = Bundle.open(directory)
+        self.scheduler = Scheduler(bundle, settings, self.metrics, self.loaded.set, self.errors.put, guides)
 
     def submit(self, text: str, count: int = 8) -> tuple[Answer, queue.Queue[Event]]:
         """A request, and where its events come."""
         told: queue.Queue[Event] = queue.Queue()
         order = Order(prompt_of(self.tokenizer, text), count, Sampling(0), ends=ENDS)
         answer = Answer(order, AnswerText(Decoder(self.tokenizer), ()), told.put, lambda _: None)
-        self.engine.submit(answer)
+        self.scheduler.submit(answer)
         return answer, told
 
 
@@ -64,15 +65,15 @@ def test_who_waits_while_it_loads_is_answered_in_order(bundle: Path) -> None:
     # One who has gone makes room.
     second.cancelled = True
     third, third_told = waiting.submit("Hi!", 2)
-    waiting.engine.start()
+    waiting.scheduler.start()
     ends = [last(first_told), last(third_told)]
     assert [end.reason for end in ends if isinstance(end, End)] == [
         "stop" if len(first.tokens) < 8 else "length",
         "length",
     ]
     assert third.timing.begun >= first.timing.last and waiting.loaded.is_set()
-    waiting.engine.close()
-    assert waiting.engine.join(PATIENCE_S) and second_told.empty() and not second.tokens
+    waiting.scheduler.close()
+    assert waiting.scheduler.join(PATIENCE_S) and second_told.empty() and not second.tokens
     with pytest.raises(Closed):
         waiting.submit("Hi!")
 
@@ -80,13 +81,13 @@ def test_who_waits_while_it_loads_is_answered_in_order(bundle: Path) -> None:
 def test_one_who_goes_is_left_at_the_next_token(bundle: Path) -> None:
     waiting = Waiting(bundle)
     answer, told = waiting.submit("Endless~", 3900)
-    waiting.engine.start()
+    waiting.scheduler.start()
     told.get(timeout=PATIENCE_S)
     answer.cancelled = True
     _, other = waiting.submit("Hi!")
     assert isinstance(last(other), End)
-    waiting.engine.close()
-    assert waiting.engine.join(PATIENCE_S) and len(answer.tokens) < 3900
+    waiting.scheduler.close()
+    assert waiting.scheduler.join(PATIENCE_S) and len(answer.tokens) < 3900
     assert b'glmexport_requests_total{end="cancelled"} 1.0' in waiting.metrics.text()
 
 
@@ -97,23 +98,23 @@ def test_what_cannot_be_loaded_is_told_to_who_waits(bundle: Path, tmp_path: Path
     (tmp_path / "model.onnx").write_bytes(b"no graph")
     waiting = Waiting(tmp_path)
     _, told = waiting.submit("Hi!")
-    waiting.engine.start()
+    waiting.scheduler.start()
     failed = last(told)
     assert isinstance(failed, Failed) and isinstance(failed.error, BundleError)
-    assert waiting.errors.get(timeout=PATIENCE_S) is failed.error and not waiting.engine.ready
+    assert waiting.errors.get(timeout=PATIENCE_S) is failed.error and not waiting.scheduler.ready
     with pytest.raises(Closed):
         waiting.submit("Hi!")
 
 
 def surface(waiting: Waiting, bundle: Path, limits: ServingLimits) -> tuple[Guard, Service]:
-    """What answers requests to the engine, without a socket."""
+    """What answers requests to the scheduler, without a socket."""
     opened = Bundle.open(bundle)
     context = opened.context_length
     family = opened.manifest.family
     facts = ServedBundle("tiny", opened.name, opened.digest, family, opened.target.name, context, created=0)
     guided = waiting.guides is not None
     reader = RequestReader(waiting.tokenizer, opened.ends, context, limits, guides=guided, lenient=False)
-    service = Service(facts, reader, waiting.engine, waiting.metrics, waiting.guides)
+    service = Service(facts, reader, waiting.scheduler, waiting.metrics, waiting.guides)
     return Guard(service.application(), AccessRules(), waiting.metrics), service
 
 
@@ -135,7 +136,7 @@ def test_it_is_ready_when_the_model_is_there(bundle: Path) -> None:
             body = {"messages": [{"role": "user", "content": "Hi!"}], "temperature": 0}
             early = asyncio.create_task(http.post("/v1/chat/completions", json=body))
             await asyncio.sleep(0)
-            waiting.engine.start()
+            waiting.scheduler.start()
             assert (await early).status_code == 200
             ready = await http.get("/readyz")
             assert (ready.status_code, ready.json()["digest"]) == (200, Bundle.open(bundle).digest)
@@ -144,8 +145,8 @@ def test_it_is_ready_when_the_model_is_there(bundle: Path) -> None:
             assert (draining.status_code, draining.json()["status"]) == (503, "draining")
 
     asyncio.run(ask())
-    waiting.engine.close()
-    assert waiting.engine.join(PATIENCE_S)
+    waiting.scheduler.close()
+    assert waiting.scheduler.join(PATIENCE_S)
 
 
 def test_a_body_that_does_not_come(bundle: Path) -> None:
@@ -174,9 +175,9 @@ def test_a_thread_that_fails_ends_the_server(bundle: Path, monkeypatch: pytest.M
     monkeypatch.setattr("glmexport.serving.scheduler._Shift._begin", fails)
     waiting.submit("Hi!")
     _, behind = waiting.submit("Hi!")
-    waiting.engine.start()
+    waiting.scheduler.start()
     assert waiting.errors.get(timeout=PATIENCE_S) is failure
     failed = last(behind)
-    assert isinstance(failed, Failed) and failed.error is failure and not waiting.engine.ready
+    assert isinstance(failed, Failed) and failed.error is failure and not waiting.scheduler.ready
     with pytest.raises(Closed):
         waiting.submit("Hi!")

@@ -14,6 +14,7 @@ import pytest
 from builds import THREADS, Run, Sample, carried, session
 
 from glmexport.assembly.genai import DEFAULT_CACHE_BYTES, default_length
+from glmexport.bundle.bundle import Bundle
 from glmexport.engine.generation import GenerationSession
 from glmexport.engine.speculation import Speculation
 from glmexport.engine.text import Piece, generate
@@ -49,7 +50,7 @@ def test_greedy_tokens_are_those_of_the_graph(text: str, sample: Sample) -> None
     prompt = tokenizer.prefix + tokenizer.encode(text)
     ends = set(sample.model.config.eos_token_id)
     expected = greedy(sample.bundle, prompt, TOKENS, ends)
-    pieces = list(generate(sample.bundle, tokenizer, prompt, max_tokens=TOKENS, threads=THREADS))
+    pieces = list(generate(Bundle.open(sample.bundle), prompt, max_tokens=TOKENS, threads=THREADS))
     assert [piece.token for piece in pieces] == expected
     assert len(expected) > 4
     shown = "".join(piece.text for piece in pieces)
@@ -60,23 +61,21 @@ def test_generation_stops_at_the_end_of_the_context(sample: Sample) -> None:
     tokenizer = Tokenizer.open(sample.bundle)
     prompt = tokenizer.prefix + tokenizer.encode("y" * 249)
     assert len(prompt) == 251
-    pieces = list(generate(sample.bundle, tokenizer, prompt, max_tokens=TOKENS, threads=THREADS))
+    pieces = list(generate(Bundle.open(sample.bundle), prompt, max_tokens=TOKENS, threads=THREADS))
     assert len(pieces) <= 5
 
 
 def test_a_prompt_that_fills_the_context_is_refused(sample: Sample) -> None:
-    tokenizer = Tokenizer.open(sample.bundle)
     with pytest.raises(InputError, match="256 tokens and the context 256"):
-        next(generate(sample.bundle, tokenizer, [0] * 256, max_tokens=1, threads=THREADS))
+        next(generate(Bundle.open(sample.bundle), [0] * 256, max_tokens=1, threads=THREADS))
 
 
 def test_a_graph_that_cannot_be_loaded(sample: Sample, tmp_path: Path) -> None:
     for name in ("bundle.json", "genai_config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((sample.bundle / name).read_bytes())
     (tmp_path / "model.onnx").write_bytes(b"no graph")
-    tokenizer = Tokenizer.open(tmp_path)
     with pytest.raises(BundleError, match="cannot load"):
-        next(generate(tmp_path, tokenizer, [0], max_tokens=1, threads=THREADS))
+        next(generate(Bundle.open(tmp_path), [0], max_tokens=1, threads=THREADS))
 
 
 def test_run_prints_text_or_tokens(sample: Sample, run: Run) -> None:
@@ -108,6 +107,8 @@ def test_run_takes_a_system_message_or_plain_text(sample: Sample, run: Run) -> N
 class Scripted:
     """onnxruntime-genai as far as ``generate`` uses it, with tokens that are known before."""
 
+    __version__ = "scripted"
+
     def __init__(self, tokens: list[int]) -> None:
         self.tokens = list(tokens)
         self.Config = lambda _: SimpleNamespace(overlay=lambda _: None)
@@ -117,22 +118,15 @@ class Scripted:
         self._next = -1
 
     def append_tokens(self, _: Any) -> None:
-        pass
-
-    def is_done(self) -> bool:
-        return self._next + 1 >= len(self.tokens)
-
-    def generate_next_token(self) -> None:
         self._next += 1
 
-    def get_next_tokens(self) -> list[int]:
-        return [self.tokens[self._next]]
+    def get_logits(self) -> np.ndarray:
+        return np.eye(1, 300, self.tokens[self._next], np.float32)[None]
 
 
 def stream(monkeypatch: pytest.MonkeyPatch, sample: Sample, tokens: list[int]) -> list[Piece]:
     monkeypatch.setitem(sys.modules, "onnxruntime_genai", Scripted(tokens))
-    tokenizer = Tokenizer.open(sample.bundle)
-    return list(generate(sample.bundle, tokenizer, [0], max_tokens=len(tokens), threads=THREADS))
+    return list(generate(Bundle.open(sample.bundle), [0], max_tokens=len(tokens), threads=THREADS))
 
 
 def test_a_character_comes_whole(sample: Sample, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,7 +182,8 @@ def test_a_default_length_limits_only_who_names_none(sample: Sample, tmp_path: P
     assert plain(bundle, 64, max_length=64) == 64
     prompt = list(range(30))
     for speculation in (None, Speculation("lookup", 2)):
-        ours, whole = (GenerationSession(each, THREADS, speculation) for each in (bundle, sample.bundle))
+        both = (Bundle.open(each) for each in (bundle, sample.bundle))
+        ours, whole = (GenerationSession.open(each, THREADS, speculation) for each in both)
         assert (found := ours.tokens(prompt, 40)) == whole.tokens(prompt, 40) and len(prompt) + len(found) > 32
     assert len(list(ours.distributions(prompt, 8))) == len(list(whole.distributions(prompt, 8))) > 0
     assert ours.together([prompt, prompt], 8) == whole.together([prompt, prompt], 8)

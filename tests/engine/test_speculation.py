@@ -11,15 +11,17 @@ import pytest
 import torch
 from builds import THREADS
 from models import write_checkpoint
-from predicting import PREDICTING, Predicting, write_unvalidated
-from safetensors.torch import load_file, save_file
+from predicting import PREDICTING, Predicting, enliven, write_unvalidated
 
 from benchmarks.speculation import Scripted
+from glmexport.bundle.bundle import Bundle
 from glmexport.bundle.loop import read_loop
-from glmexport.engine.capacity import GROWTH
+from glmexport.engine.core.drafting import Drafter, PromptLookup
+from glmexport.engine.core.graph_engine import GROWTH
+from glmexport.engine.genai import GenaiSequence
 from glmexport.engine.generation import GenerationSession
-from glmexport.engine.latent_loop import LatentLoop
-from glmexport.engine.speculation import Drafter, PromptLookup, Speculation, open_speculation, speculate
+from glmexport.engine.opening import open_engine
+from glmexport.engine.speculation import Speculation, open_speculation, speculate
 from glmexport.foundation.errors import BundleError, InputError
 
 CONTEXT = 320
@@ -41,17 +43,9 @@ def bundle(request, tmp_path_factory) -> Path:
     return write_unvalidated(base / "checkpoint", base / "bundle")
 
 
-def enliven(checkpoint: Path) -> None:
-    """Let the last token decide more, or random weights say the same for ever; copies of it stay as they were."""
-    path = checkpoint / "model.safetensors"
-    tensors = load_file(path)
-    tensors["model.embed_tokens.weight"] *= 16
-    save_file(tensors, path, {"format": "pt"})
-
-
 @pytest.fixture(scope="module")
 def plain(bundle: Path) -> GenerationSession:
-    return GenerationSession(bundle, THREADS)
+    return GenerationSession.open(Bundle.open(bundle), THREADS)
 
 
 def speculations(bundle: Path) -> Iterator[Speculation]:
@@ -65,7 +59,7 @@ def test_the_same_tokens_by_every_way_to_guess(bundle: Path, plain: GenerationSe
     assert len({token for answer in answers for token in answer}) > 9
     assert [len(answer) for answer in answers[3:]] == [3, 1, 1, 2]
     for speculation in speculations(bundle):
-        session = GenerationSession(bundle, THREADS, speculation)
+        session = GenerationSession.open(Bundle.open(bundle), THREADS, speculation)
         assert [session.tokens(IDS[:length], count) for length, count in LENGTHS] == answers, speculation
         tally = speculation.tally
         assert 0 <= tally.accepted <= tally.drafted and tally.drafted > 0
@@ -83,7 +77,8 @@ def test_guesses_that_are_right_wrong_or_partly_right(bundle: Path, plain: Gener
     def given(guesses: Sequence[int], tokens: int = 4) -> Speculation:
         speculation = Speculation("lookup", tokens)
         drafter: Drafter = Scripted(length, guesses)
-        assert list(speculate(plain.single(prompt, count), drafter, prompt, count, speculation)) == answer
+        sequence = plain.engine.begin(length + count)
+        assert list(speculate(sequence, drafter, prompt, count, speculation, plain.engine.chunk)) == answer
         return speculation
 
     right = given(answer).tally
@@ -99,7 +94,7 @@ def test_an_end_inside_of_an_accepted_run_ends_the_answer(bundle: Path, plain: G
     end = answer[20]
     expected = answer[: answer.index(end) + 1]
     for speculation in speculations(bundle):
-        session = GenerationSession(bundle, THREADS, speculation)
+        session = GenerationSession.open(Bundle.open(bundle), THREADS, speculation)
         session.ends = frozenset({end})
         assert session.tokens(prompt, 40) == expected
         # And the next answer begins anew.
@@ -109,21 +104,21 @@ def test_an_end_inside_of_an_accepted_run_ends_the_answer(bundle: Path, plain: G
 def test_a_batch_is_not_guessed(bundle: Path, plain: GenerationSession) -> None:
     prompts = [IDS[:9], IDS[40:49]]
     speculation = Speculation("lookup", 4)
-    session = GenerationSession(bundle, THREADS, speculation)
+    session = GenerationSession.open(Bundle.open(bundle), THREADS, speculation)
     assert session.together(prompts, 12) == plain.together(prompts, 12)
     assert speculation.tally.steps == 0
 
 
 def test_what_a_bundle_cannot_verify_is_refused(bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="15 tokens at a time, and 16"):
-        GenerationSession(bundle, THREADS, Speculation("lookup", 16))
+        GenerationSession.open(Bundle.open(bundle), THREADS, Speculation("lookup", 16))
     if not read_loop(bundle):
         with pytest.raises(InputError, match="onnxruntime-genai"):
-            GenerationSession(bundle, THREADS, Speculation("mtp", 1))
+            GenerationSession.open(Bundle.open(bundle), THREADS, Speculation("mtp", 1))
 
 
 def test_a_prompt_that_fills_the_context_is_refused(bundle: Path) -> None:
-    session = GenerationSession(bundle, THREADS, Speculation("lookup", 4))
+    session = GenerationSession.open(Bundle.open(bundle), THREADS, Speculation("lookup", 4))
     with pytest.raises(InputError, match="320 tokens and the context 320"):
         session.tokens(IDS, 1)
 
@@ -132,15 +127,13 @@ def test_drafts_by_the_layer_are_those_of_its_formula(tmp_path: Path) -> None:
     """Position by position, through chunks of the prompt, growing caches, and guesses that are taken back."""
     predicting = Predicting(tmp_path / "checkpoint", "glm4_moe_lite", **SETTINGS)
     path = write_unvalidated(tmp_path / "checkpoint", tmp_path / "bundle")
-    config = read_loop(path)
-    assert config is not None
     speculation = Speculation("mtp", 2)
-    loop = LatentLoop(path, config, THREADS, speculation=speculation)
+    engine = open_engine(Bundle.open(path), THREADS, speculation=speculation)
     proposed: list[tuple[list[int], list[int]]] = []
 
     class Watched:
         def __init__(self) -> None:
-            self.inner, self.tokens = loop.drafter(), list[int]()
+            self.inner, self.tokens = engine.drafter(), list[int]()
 
         def follow(self, ids: Sequence[int], hidden: Any) -> None:
             self.tokens += ids
@@ -152,7 +145,7 @@ def test_drafts_by_the_layer_are_those_of_its_formula(tmp_path: Path) -> None:
             return drafts
 
     prompt = IDS[: GROWTH + 3]
-    answer = list(speculate(loop.start([prompt]), Watched(), prompt, 8, speculation))
+    answer = list(speculate(engine.begin(len(prompt) + 8), Watched(), prompt, 8, speculation, engine.chunk))
     assert len(answer) == 8 and len(proposed) >= 3
     for tokens, drafts in proposed:
         ids = torch.tensor([tokens])
@@ -169,13 +162,13 @@ def test_a_bundle_without_a_draft_graph_or_of_an_older_version(tmp_path: Path) -
     write_checkpoint(tmp_path / "checkpoint", "glm4_moe_lite", num_hidden_layers=2, **SETTINGS)
     path = write_unvalidated(tmp_path / "checkpoint", tmp_path / "bundle")
     with pytest.raises(InputError, match="no draft graph"):
-        GenerationSession(path, THREADS, Speculation("mtp", 1))
+        GenerationSession.open(Bundle.open(path), THREADS, Speculation("mtp", 1))
     config = read_loop(path)
     assert config is not None
     older = config.model_copy(update={"short_step": 1})
     (path / "loop.json").write_text(older.model_dump_json(exclude_defaults=True))
     with pytest.raises(InputError, match="verifies 0 tokens"):
-        GenerationSession(path, THREADS, Speculation("lookup", 1))
+        GenerationSession.open(Bundle.open(path), THREADS, Speculation("lookup", 1))
 
 
 def test_lookup_guesses_what_followed_the_last_time() -> None:
@@ -205,8 +198,6 @@ def test_a_graph_without_the_logits_of_every_position(bundle: Path) -> None:
     """As bundles of before have them."""
     if read_loop(bundle):
         return
-    from glmexport.engine.generation import GenaiSequence
-
     class Older:
         def append_tokens(self, ids: Any) -> None: ...
 
@@ -214,4 +205,4 @@ def test_a_graph_without_the_logits_of_every_position(bundle: Path) -> None:
             raise RuntimeError(f"no output {name}")
 
     with pytest.raises(BundleError, match="no recent_logits"):
-        GenaiSequence(Older(), 1).advance(np.array([[1]]))
+        GenaiSequence(Older(), 9, None).advance([1], every=True)

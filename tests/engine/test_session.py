@@ -12,6 +12,7 @@ from models import FAMILY, write_checkpoint
 
 from glmexport.architecture.description import Architecture
 from glmexport.assembly.genai import loop_config
+from glmexport.bundle.bundle import Bundle
 from glmexport.bundle.loop import LoopConfig
 from glmexport.bundle.manifest import read_manifest
 from glmexport.bundle.names import SCORING
@@ -41,8 +42,8 @@ def test_entries_reach_the_session(sample: Sample, tuned: Target) -> None:
     session = open_session(sample.bundle / SCORING, provider, 1, config={ENTRY: "0"})
     assert session.get_session_options().get_session_config_entry(ENTRY) == "0"
     manifest = read_manifest(sample.bundle).model_copy(update={"target": tuned})
-    scoring = ScoringSession(sample.bundle, manifest, 1)
-    assert scoring._session.get_session_options().get_session_config_entry(ENTRY) == "0"
+    scoring = ScoringSession(Bundle(sample.bundle, manifest), 1)
+    assert scoring.session.get_session_options().get_session_config_entry(ENTRY) == "0"
 
 
 def test_both_loops_are_told(tuned: Target, tmp_path: Path) -> None:
