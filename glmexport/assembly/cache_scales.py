@@ -1,4 +1,4 @@
-"""Scales of a quantized cache, calibrated on what the exported graph itself caches."""
+"""The scales of a quantized cache, calibrated on the values that the exported graph itself caches."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from glmexport.foundation.target import GraphLimits
 from glmexport.lowering.attention import CACHE_BITS, CACHE_SCALE
 
 Array = NDArray[np.float32]
-#: Room that a channel's scale leaves above the largest magnitude that was seen: of one channel little text is seen.
+#: Factor by which a channel's scale is above the largest magnitude that was seen, as a channel sees little text.
 #: With 4,096 tokens of calibration text it more than halves the divergence that int8 adds to the demo.
 _HEADROOM = np.float32(1.2)
 #: Shares of the largest magnitude that the largest 4-bit code may stand for.
@@ -30,14 +30,14 @@ _GOLDEN = 2.399963229728653
 
 @dataclass(frozen=True)
 class Rotation:
-    """Which channels of a head the rotary embedding turns as a pair: ``first[i]`` with ``second[i]``."""
+    """The channels of a head that the rotary embedding turns as a pair: ``first[i]`` with ``second[i]``."""
 
     first: tuple[int, ...]
     second: tuple[int, ...]
 
 
 def rotation_of(rotary: Rotary) -> Rotation:
-    """That of cached keys, whose first dimensions are rotated in every kind of attention."""
+    """Return the rotation of cached keys, whose first dimensions are rotated in every kind of attention."""
     size = rotary.dimensions
     if rotary.interleaved:
         return Rotation(tuple(range(0, size, 2)), tuple(range(1, size, 2)))
@@ -47,20 +47,20 @@ def rotation_of(rotary: Rotary) -> Rotation:
 def calibrate_caches(
     graph: Path, architecture: Architecture, limits: GraphLimits, sequences: Sequence[Sequence[int]], progress: Progress
 ) -> dict[str, Array]:
-    """Scales by the name of their initializer, for every layer's keys and values.
+    """Return the scales by the name of their initializer, for every layer's keys and values.
 
-    1. ``graph`` caches floats. It runs on the CPU provider, so keys are those behind the rotary embedding, in the
+    1. ``graph`` caches floats. It runs on the CPU provider, so keys are those after the rotary embedding, in the
        arithmetic of the bundle.
     2. A scale is the largest magnitude over the largest code, with some room for channels. A pair of channels that is
        rotated has one: its radius, which no position changes, so that positions beyond the calibration text's fit too.
-    3. With 4 bits, of eleven shares of that the one with the least squared error; pairs are judged at all angles.
+    3. With 4 bits, it is the one of eleven shares of that with the least squared error; pairs are judged at all angles.
 
     Args:
         graph: model.onnx of the same bundle with float caches.
-        architecture: of the bundle.
-        limits: of the target: bits, and whether each channel has a scale.
+        architecture: the architecture of the bundle.
+        limits: the target's limits: bits, and whether each channel has a scale.
         sequences: token ids of calibration text.
-        progress: who watches.
+        progress: the observer of the passes.
     """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
@@ -75,7 +75,7 @@ def calibrate_caches(
 
 
 class CacheGauges:
-    """What is found out of the caches of some layers, over ``passes`` over the same text."""
+    """The gauges of the caches of some layers, which see the same text in ``passes`` passes."""
 
     def __init__(self, layers: Sequence[DecoderLayer], limits: GraphLimits) -> None:
         self._layers = layers
@@ -92,16 +92,16 @@ class CacheGauges:
 
     @property
     def outputs(self) -> list[str]:
-        """Names of the graph's outputs that ``see`` takes, in this order."""
+        """The names of the graph's outputs that ``see`` takes, in this order."""
         return list(self._gauges)
 
     def see(self, turn: int, caches: Iterable[Array]) -> None:
-        """Keys or values [heads, length, size] of every output, in the pass ``turn``."""
+        """Take keys or values [heads, length, size] of every output, in the pass ``turn``."""
         for gauge, cached in zip(self._gauges.values(), caches, strict=True):
             (gauge.widen, gauge.compare)[turn](cached)
 
     def scales(self) -> dict[str, Array]:
-        """By the name of their initializer, after all passes."""
+        """Return the scales by the name of their initializer, after all passes."""
         scales = {}
         for layer in self._layers:
             for kind in ("key", "value"):
@@ -134,9 +134,9 @@ class _Gauge:
     def __init__(self, rotation: Rotation, levels: int) -> None:
         self._first, self._second = list(rotation.first), list(rotation.second)
         self._levels = levels
-        #: [heads, size]
+        #: The largest magnitudes [heads, size].
         self._largest = np.zeros((1, 1), np.float32)
-        #: [clips, heads, size]
+        #: The squared errors [clips, heads, size].
         self._errors: NDArray[np.float64] | None = None
 
     def widen(self, cached: Array) -> None:
@@ -160,7 +160,7 @@ class _Gauge:
             self._errors[index] += np.square(codes * step - cached, dtype=np.float64).sum(axis=1)
 
     def scales(self) -> Array:
-        """Steps [heads, size]."""
+        """Return steps [heads, size]."""
         if self._errors is None:
             return self._steps(np.float32(1))
         errors = self._errors
@@ -171,5 +171,5 @@ class _Gauge:
         return clips * self._steps(np.float32(1))
 
     def _steps(self, clip: np.float32) -> Array:
-        # A channel that was never anything but zero still needs a step.
+        # A channel that was always zero still needs a step.
         return np.asarray(np.maximum(self._largest * clip / np.float32(self._levels), np.finfo(np.float32).tiny))

@@ -1,4 +1,4 @@
-"""Graphs to disk: weights streamed into one data file a block, shared by all graphs of the bundle."""
+"""Graphs are written to disk: weights go into one data file a block, shared by all graphs of the bundle."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from glmexport.foundation.progress import Progress
 from glmexport.graph.operators import BLOCK
 from glmexport.lowering.rewrite import SAME_BYTES
 
-#: Bytes that the place of a tensor in its file is a multiple of, so that it can be mapped.
+#: Alignment in bytes of a tensor in its file, so that it can be mapped.
 _ALIGNMENT = 4096
 
 
@@ -22,7 +22,7 @@ def write_graphs(
     """Write each graph under its file name, and the weights that they share once.
 
     One tensor is in memory at a time. A block that would exceed ``max_file_bytes`` goes into several files; a single
-    tensor that does has one of its own. The same graphs give the same bytes.
+    tensor that does has its own file. The same graphs give the same bytes.
     """
     stored: dict[str, ir.ExternalTensor] = {}
     (directory / WEIGHTS).mkdir(parents=True, exist_ok=True)
@@ -46,7 +46,7 @@ def write_graphs(
 
 
 def _lazy_by_block(graphs: Mapping[str, ir.Model]) -> dict[str, dict[str, ir.Value]]:
-    """Every initializer that is still to be produced and has bytes of its own, by block and name."""
+    """Return every initializer that is still to be produced and has bytes of its own, by block and name."""
     blocks: dict[str, dict[str, ir.Value]] = {}
     for model in graphs.values():
         for name, value in model.graph.initializers.items():
@@ -56,7 +56,7 @@ def _lazy_by_block(graphs: Mapping[str, ir.Model]) -> dict[str, dict[str, ir.Val
 
 
 def _files(values: Mapping[str, ir.Value], limit: int | None) -> list[list[str]]:
-    """The names of ``values`` in order, cut so that the tensors of each part fit into a file of ``limit`` bytes."""
+    """Yield the names of ``values`` in order, in parts whose tensors fit into a file of ``limit`` bytes."""
     parts: list[list[str]] = [[]]
     size = 0
     for name in sorted(values):
@@ -75,7 +75,7 @@ def _tensor(value: ir.Value) -> ir.TensorProtocol:
 
 
 def _aliased(value: ir.Value, stored: Mapping[str, ir.ExternalTensor]) -> ir.ExternalTensor:
-    """A tensor over bytes that another initializer stores, in this one's shape."""
+    """Return a tensor over bytes that another initializer stores, in this one's shape."""
     original = stored[str(value.metadata_props[SAME_BYTES])]
     assert value.dtype is not None and isinstance(value.shape, ir.Shape) and value.name is not None
     return ir.ExternalTensor(

@@ -1,4 +1,4 @@
-"""What a loop reads to run the bundle: that of onnxruntime-genai, or ours where latents are cached or shapes fixed."""
+"""The file that a loop reads to run a bundle: onnxruntime-genai's, or ours for cached latents and fixed shapes."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ from glmexport.foundation.target import GraphLimits, Target
 from glmexport.graph.caches import own_loop
 from glmexport.graph.fixed import fixed_sizes
 
-#: What the caches of a program that asks for no length may take. onnxruntime-genai makes them for ``max_length`` tokens
-#: before it reads the first one; a small machine has as much beside the weights.
+#: Most bytes of the caches of a program that asks for no length. onnxruntime-genai allocates them for ``max_length``
+#: tokens before it reads the first one; a small machine has as much beside the weights.
 DEFAULT_CACHE_BYTES = 2**30
-#: Tokens that it gets in any case.
+#: Fewest tokens that such a program gets.
 _LEAST_LENGTH = 1024
 _CACHE_BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 8, "int4": 4}
 
 
 def loop_config(architecture: Architecture, target: Target) -> tuple[str, dict[str, Any]]:
-    """Name and content of the loop's file.
+    """Return the name and the content of the loop's file.
 
-    onnxruntime-genai knows no cache but keys and values of heads, which grow or are its own; a bundle with another one
-    gets no file of its.
+    onnxruntime-genai supports only caches of the keys and values of heads, which grow or are its own; a bundle with
+    other caches gets no file for it.
     """
     if target.graph.static_shapes:
         return LOOP_CONFIG, _fixed_config(architecture, target).model_dump(mode="json")
@@ -116,12 +116,12 @@ def _caches(kinds: Iterable[tuple[int, str]]) -> dict[str, str]:
 
 
 def default_length(context_length: int, values_per_token: int, limits: GraphLimits) -> int:
-    """``max_length`` for programs that name none: the context, or a power of two whose caches a small machine holds.
+    """Return ``max_length`` for programs that name none: the context, or a power of two that a small machine holds.
 
     Args:
         context_length: tokens that the graph can take.
-        values_per_token: numbers that all caches hold of one.
-        limits: in which type they are.
+        values_per_token: count of numbers that all caches hold for a token.
+        limits: the target's limits, which say their type.
     """
     kind = limits.activations if limits.kv_cache == "activations" else limits.kv_cache
     held = DEFAULT_CACHE_BYTES * 8 // (values_per_token * _CACHE_BITS[kind])
@@ -129,9 +129,9 @@ def default_length(context_length: int, values_per_token: int, limits: GraphLimi
 
 
 def genai_config(architecture: Architecture, target: Target) -> dict[str, Any]:
-    """Configuration for model type ``decoder``, onnxruntime-genai's generic decoder-only loop."""
+    """Return the configuration for model type ``decoder``, onnxruntime-genai's generic decoder-only loop."""
     attention = architecture.layers[0].attention
-    # Latent attention comes here as attention over plain heads.
+    # Latent attention is lowered to attention over plain heads here.
     if isinstance(attention, LatentAttention):
         heads, size = attention.heads, attention.padded_head_dim
     else:
@@ -160,7 +160,7 @@ def genai_config(architecture: Architecture, target: Target) -> dict[str, Any]:
         },
         "search": {
             "do_sample": False,
-            # Whoever names a length, as every loop of glmexport does, gets up to the whole context.
+            # A program that names a length, as every loop of glmexport does, gets up to the whole context.
             "max_length": default_length(
                 architecture.context_length, 2 * len(architecture.layers) * heads * size, target.graph
             ),

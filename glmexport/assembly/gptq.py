@@ -1,4 +1,4 @@
-"""A checkpoint in the GPTQ format: quantized matrices as GPTQModel, optimum and transformers read them.
+"""A checkpoint in the GPTQ format, whose quantized matrices GPTQModel, optimum and transformers read.
 
 The layout is described in ``glmexport.checkpoint.packed``, which reads it. Asymmetric matrices are written as version 2
 (``gptq_v2``), which holds every zero point; symmetric ones as version 1 (``gptq``), which every reader knows.
@@ -30,7 +30,8 @@ from glmexport.foundation.errors import InputError
 from glmexport.foundation.progress import Progress
 from glmexport.foundation.recipe import Format
 
-#: ``gptqmodel`` holds gate and up of every MLP as two matrices, as GPTQModel does; ``transformers`` as one.
+#: The layouts: ``gptqmodel`` holds gate and up of every MLP as two matrices, as GPTQModel does; ``transformers`` as
+#: one.
 Layout = Literal["gptqmodel", "transformers"]
 
 QUANTIZE_CONFIG = "quantize_config.json"
@@ -42,14 +43,14 @@ _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class _Piece:
-    """Tensors that are made together: their names and sizes are known before they are."""
+    """Tensors that are made together; their names and sizes are known before."""
 
     bytes: int
     make: Callable[[], dict[str, Tensor]]
 
 
 class GptqCheckpoint:
-    """What a bundle's quantized linears and its original's other tensors make, planned before anything is read.
+    """A checkpoint of a bundle's quantized linears and its original's other tensors, planned before anything is read.
 
     Attributes:
         settings: Content of ``quantize_config.json`` and of ``quantization_config`` in config.json.
@@ -63,7 +64,7 @@ class GptqCheckpoint:
         self._bundle = bundle
         self._original = original
         self._architecture = architecture
-        # What the original holds in halves, transformers does too.
+        # transformers holds in halves what the original does.
         halves = architecture.stacks().items()
         self._halves = {key: pair for key, pair in halves if layout == "gptqmodel" or key in original.derived}
         self._forms = {
@@ -98,9 +99,9 @@ class GptqCheckpoint:
         """Write the checkpoint into ``directory``, which must not exist, one shard in memory at a time.
 
         Args:
-            directory: where.
+            directory: the new directory.
             files: tokenizer and other files of the original that go with it.
-            progress: who watches.
+            progress: the observer of the shards.
             shard_bytes: size of a shard, exceeded only by a single larger matrix.
         """
         directory.mkdir(parents=True)
@@ -213,12 +214,12 @@ class GptqCheckpoint:
 
 
 def gptq_tensors(module: str, linear: QuantizedLinear, offset: int) -> dict[str, Tensor]:
-    """qweight, qzeros, scales and g_idx of one linear.
+    """Return qweight, qzeros, scales and g_idx of one linear.
 
     Args:
-        module: prefix of their names.
+        module: the prefix of their names.
         linear: [N, K], both multiples of 32 / bits.
-        offset: what is subtracted from the zero points: 1 for version 1, 0 for version 2.
+        offset: the number that is subtracted from the zero points: 1 for version 1, 0 for version 2.
     """
     rows, columns = linear.codes.shape
     zero_points = linear.zero_points
@@ -236,7 +237,7 @@ def gptq_tensors(module: str, linear: QuantizedLinear, offset: int) -> dict[str,
 
 
 def pack_words(values: Tensor, bits: int) -> Tensor:
-    """[..., n] uint8 as [..., n * bits / 32] int32, the first of the values in a word in its lowest bits."""
+    """Pack [..., n] uint8 into [..., n * bits / 32] int32, the first of the values of a word in its lowest bits."""
     fields = _WORD_BITS // bits
     grouped = values.reshape(*values.shape[:-1], -1, fields)
     words = torch.zeros(grouped.shape[:-1], dtype=torch.int64)
@@ -246,7 +247,7 @@ def pack_words(values: Tensor, bits: int) -> Tensor:
 
 
 def _wrapped(words: Tensor) -> Tensor:
-    """int64 values modulo 2^32 as int32 of the same bits."""
+    """Return int64 values modulo 2^32 as int32 of the same bits."""
     words = words & 0xFFFFFFFF
     return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
 

@@ -1,4 +1,4 @@
-"""Graphs of bundles, read from their files."""
+"""The graphs of bundles, read from their files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from glmexport.bundle.links import cache_of
 
 
 def load_graph(bundle: Path, name: str) -> ir.Graph:
-    """Return a graph of a bundle, the tensors of which are read where the links to their files lead."""
+    """Return a graph of a bundle, whose tensors are read from the places that the links to their files name."""
     graph = ir.load(bundle / name).graph
     root = cache_of(bundle.resolve())
     if root is None:

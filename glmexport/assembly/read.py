@@ -1,4 +1,4 @@
-"""The quantized matrices of a bundle, by checkpoint key: what was shipped, not what was meant."""
+"""The quantized matrices of a bundle by checkpoint key, read from the shipped graph and not from its plan."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from glmexport.foundation.recipe import Format
 
 
 def bundle_folds(directory: Path) -> dict[str, Fold]:
-    """What has to be folded into the original's tensors to be the bundle's."""
+    """Return the scales that have to be folded into the original's tensors to get the bundle's."""
     path = directory / FOLDS
     return from_tensors(load_file(path)) if path.is_file() else {}
 
@@ -34,7 +34,7 @@ class BundleWeights:
     """Codes, scales and zero points of one of a bundle's graphs, read from its external data on demand."""
 
     def __init__(self, graph: ir.Graph, tensors: Iterable[StoredTensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Look up where every matrix is.
+        """Look up the place of every matrix.
 
         Args:
             graph: loaded, its external data in place.
@@ -78,7 +78,7 @@ class BundleWeights:
         return cls(graph, tensors, shapes)
 
     def _stored_as_they_are(self) -> Iterator[tuple[str, tuple[str, slice]]]:
-        """Checkpoint key, and the initializer and rows in it; several tensors can be stacked in one."""
+        """Return the initializer and its rows by checkpoint key; several tensors can be stacked in one."""
         shapes = self._shapes
         for name in self._initializers:
             keys = stacked_keys(name)
@@ -90,21 +90,21 @@ class BundleWeights:
 
     @property
     def quantized_keys(self) -> list[str]:
-        """Checkpoint keys of the matrices that are stored quantized."""
+        """The checkpoint keys of the matrices that are stored quantized."""
         return list(self._quantized)
 
     @property
     def other_keys(self) -> list[str]:
-        """Checkpoint keys of the tensors that are stored in full precision, as far as they are."""
+        """The checkpoint keys of the tensors that are stored in full precision."""
         return list(self._others)
 
     def tensor(self, key: str) -> Tensor:
-        """One of ``other_keys``."""
+        """Return the tensor with that checkpoint key, one of ``other_keys``."""
         name, rows = self._others[key]
         return self._tensor(name)[rows]
 
     def constant(self, name: str) -> Tensor | None:
-        """An initializer that is not of the checkpoint; None if the graph has none of that name."""
+        """Return an initializer that is not of the checkpoint; None if the graph has none of that name."""
         return self._tensor(name) if name in self._initializers else None
 
     def form(self, key: str) -> Format | None:
@@ -115,7 +115,7 @@ class BundleWeights:
     def quantized(self, key: str) -> QuantizedLinear | None:
         """Return the matrix with that checkpoint key; None if it is stored in full precision.
 
-        Of one table that is embedding and lm_head, it is what is multiplied by.
+        For one table that is embedding and lm_head, it is the matrix of the product.
         """
         rows = self._quantized.get(key)
         return None if rows is None else self._read(rows[-1], self._shapes[key][1])
@@ -138,7 +138,7 @@ class BundleWeights:
         return QuantizedLinear(form, codes, scales, points)
 
     def dequantized(self, key: str) -> Tensor | None:
-        """The matrix that the runtime computes with, fp32; None if it is stored in full precision."""
+        """Return the matrix that the runtime computes with, fp32; None if it is stored in full precision."""
         linear = self.quantized(key)
         return None if linear is None else linear.dequantize()
 
@@ -146,7 +146,7 @@ class BundleWeights:
         value = self._initializers[name].const_value
         assert value is not None
         array, dtype = value.numpy(), value.dtype
-        # Types that numpy has from another library, and torch does not take from it.
+        # numpy has these types from another library, and torch does not accept them.
         if dtype is ir.DataType.BFLOAT16:
             return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
         if dtype in (ir.DataType.INT4, ir.DataType.UINT4):

@@ -1,4 +1,4 @@
-"""Where a graph holds its quantized matrices, for manifests that do not say so: recovered from operators and names."""
+"""The places of a graph's quantized matrices, recovered from operators and names where the manifest lacks them."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from glmexport.foundation.recipe import Format
 def tensors_before_they_were_noted(
     graph: ir.Graph, shapes: Mapping[str, tuple[int, ...]], hidden_size: int
 ) -> tuple[StoredTensor, ...]:
-    """Return what the manifest of a bundle would say, had it been written after tensors were noted there.
+    """Return the tensors that a newer manifest of the same bundle would note.
 
     Args:
         graph: of the bundle, as the glmexport of then lowered it.
         shapes: of the tensors that may be in it, by checkpoint key.
-        hidden_size: of the model, which the rows of an embedding have.
+        hidden_size: the model's, which is the length of an embedding's rows.
     """
     # One entry for all nodes that read the same codes.
     found = {codes: (bits, size, columns) for codes, bits, size, columns in _read_by_nodes(graph, hidden_size)}
-    # What is multiplied by comes behind the table that rows are looked up in.
+    # The matrix of a product comes after the table that rows are looked up in.
     ordered = sorted(found.items(), key=lambda item: item[0].endswith(".q"))
     return tuple(
         _tensor(graph, codes, bits, size, columns=columns)
@@ -43,12 +43,12 @@ def _read_by_nodes(graph: ir.Graph, hidden_size: int) -> Iterator[tuple[str, int
             assert dtype is not None
             yield _name(node, 0), int(8 * dtype.itemsize), node.attributes["block_size"].as_int(), True
         elif node.op_type == "Gather" and _name(node, 0).endswith(".codes"):
-            # Rows of an embedding, which its groups fill.
+            # These are rows of an embedding, which its groups fill.
             codes = _name(node, 0)
             groups = _last(graph, f"{codes.removesuffix('.codes')}.scales")
             yield codes, _last(graph, codes) * 8 // hidden_size, hidden_size // groups, False
         elif node.op_type in ("BitwiseAnd", "Cast") and _name(node, 0).endswith(".codes"):
-            # Dequantized by operators of constants.
+            # These are dequantized by operators on constants.
             bits = 8
             if node.op_type == "BitwiseAnd":
                 mask = initializers[_name(node, 1)].const_value

@@ -1,4 +1,4 @@
-"""A bundle on disk: graphs, weights, tokenizer, configuration and manifest, in a directory of its own."""
+"""A bundle is written to disk: graphs, weights, tokenizer, configuration and manifest, in a directory of its own."""
 
 from __future__ import annotations
 
@@ -45,29 +45,29 @@ from glmexport.lowering.stored import stored_tensors
 from glmexport.quantization.record import coverage
 from glmexport.quantization.weights import Weights
 
-#: The graph that scales of caches are calibrated with; it is gone before the manifest is written.
+#: The graph that scales of caches are calibrated with; it is removed before the manifest is written.
 _CALIBRATION = "calibration.onnx"
 
 
 @dataclass(frozen=True)
 class BundleContents:
-    """Everything that a bundle is written from; the same contents give the same bytes."""
+    """The contents that a bundle is written from; the same contents give the same bytes."""
 
     architecture: Architecture
     weights: Weights
-    #: Cosines and sines [context, dimensions / 2] fp32.
+    #: The cosines and sines [context, dimensions / 2] fp32.
     rotary_tables: tuple[torch.Tensor, torch.Tensor]
     recipe: Recipe
     target: Target
     source: Source
-    #: None where the recipe needs no text.
+    #: The calibration text; None where the recipe needs no text.
     calibration: CalibrationSource | None = None
     records: Sequence[QuantizedMatrix] = ()
     allocation: Sequence[AllocatedGroup] = ()
     draft_records: Sequence[QuantizedMatrix] = ()
     #: The largest number of the calibration text; None: no text was run.
     largest: LargestActivation | None = None
-    #: tokenizer.json first; further chat templates are in a folder beside it.
+    #: The files of the tokenizer, tokenizer.json first; further chat templates are in a folder beside it.
     tokenizer_files: Sequence[Path] = ()
     #: Token ids that the scales of a quantized cache are calibrated on.
     cache_text: Sequence[Sequence[int]] = ()
@@ -111,7 +111,7 @@ def _write_graphs(
     if limits.kv_cache == "activations":
         write_graphs(graphs, directory, progress, largest_file)
         return None
-    # The same graph with a cache of floats, over the same weights, tells what has to be quantized.
+    # The same graph with a cache of floats, over the same weights, shows the values that have to be quantized.
     floats = target.model_copy(update={"graph": limits.model_copy(update={"kv_cache": "activations"})})
     plain = build_graph(architecture, floats.graph, every_position=False)
     calibrating = lower(plain, floats, weights, contents.rotary_tables)
@@ -130,7 +130,7 @@ def _write_graphs(
 
 
 def _copy_tokenizer(directory: Path, files: Sequence[Path]) -> None:
-    """Copy, not link: runtimes refuse links that leave the directory."""
+    """Copy the files and do not link them: runtimes refuse links that leave the directory."""
     for file in files:
         copy = directory / file.relative_to(files[0].parent)
         copy.parent.mkdir(exist_ok=True)
@@ -157,7 +157,7 @@ def _manifest(
         allocation=tuple(contents.allocation),
         experts=coverage(contents.records),
         draft=_draft(architecture, weights, tuple(contents.draft_records), graphs),
-        # Another type holds whatever the original's does.
+        # Other types hold every number that the original's does.
         largest_activation=contents.largest if contents.target.graph.activations == "float16" else None,
         files=list_files(directory),
     )
@@ -192,7 +192,7 @@ def _draft(
 
 
 def _precision(architecture: Architecture, weights: Weights) -> Precision:
-    """Count the bits of every weight, whatever it is stored as; the rotary tables are computed and do not count."""
+    """Count the bits of every weight in its stored form; the rotary tables are computed and do not count."""
     shapes = architecture.shapes()
     bits = {key: stored_bits(shape, weights.form(key)) for key, shape in shapes.items()}
     linears = {linear.weight for _, linear in architecture.linears} - {architecture.lm_head.weight}

@@ -1,1 +1,1 @@
-"""The deliverable: a directory with a manifest of every file in it, and what its loop has to know."""
+"""The deliverable: a directory with a manifest of every file in it, and the settings of its loop."""

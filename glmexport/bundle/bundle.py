@@ -1,4 +1,4 @@
-"""A bundle on disk: its directory, what its manifest says, and everything that is read of it on the way."""
+"""A bundle on disk: its directory, its manifest, and the files that are read when they are needed."""
 
 from __future__ import annotations
 
@@ -130,15 +130,15 @@ class Bundle:
         verify_files(self.directory, self.manifest)
 
     def require_file(self, name: str) -> None:
-        """Compare one file with the manifest, for what has to be known of it before all of them are read.
+        """Compare one file with the manifest, where its content is needed before all files are checked.
 
         Raises:
-            BundleError: it is not the one that the manifest lists.
+            BundleError: the file is not the one that the manifest lists.
         """
         listed = {entry.path: entry for entry in self.manifest.files}
         path = self.directory / name
         if name not in listed or not path.is_file() or sha256(path) != listed[name].sha256:
-            # Which of the two it is, and what to do about it, is for the check of all files to say.
+            # The check of all files says which of the two it is, and what to do about it.
             self.verify()
             raise BundleError(
                 f"{path} is not in the bundle's manifest.", next_step="Copy the bundle again, or build it again."

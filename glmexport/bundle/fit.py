@@ -1,4 +1,4 @@
-"""Whether a bundle can run on a machine, and why not: by what its manifest and its target say, without running it."""
+"""The check of whether a bundle can run on a machine: by its manifest and its target, without running it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def fit(bundle: Bundle, host: Host) -> list[Check]:
 
 
 def _memory(bundle: Bundle, host: Host) -> Check:
-    """Compare the weights with the memory of what computes with them; caches come on top."""
+    """Compare the weights with the memory of the device that computes with them; caches come on top."""
     needed = bundle.manifest.precision.weight_bytes
     on_gpu = bundle.target.probe.compute_capability is not None
     if on_gpu:

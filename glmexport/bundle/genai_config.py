@@ -1,7 +1,7 @@
-"""genai_config.json, as strictly as it is written: onnxruntime-genai does whatever that file says.
+"""The file genai_config.json, read strictly: onnxruntime-genai does whatever it says.
 
-In it a bundle could name a library to load, a file to write or a graph elsewhere. So it is held to what a build
-writes: no other key, no other graph, and for the session only what a target may say.
+A bundle could name a library to load in it, a file to write or a graph elsewhere. So only the content that a build
+writes is allowed: no other key, no other graph, and for the session only the settings that a target may have.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from glmexport.foundation.session_settings import check_provider, check_session_
 from glmexport.foundation.target import Target
 from glmexport.foundation.untrusted import SMALL, parse_object, read_regular
 
-#: Tokens of a prompt whose activations are in memory together, so that they do not grow with its length.
+#: Number of prompt tokens whose activations are in memory together, so that they do not grow with its length.
 PREFILL_TOKENS = 256
 
 
@@ -80,17 +80,17 @@ class GenaiConfig:
     ends: frozenset[int]
     context_length: int
     vocabulary_size: int
-    #: Execution providers that it asks for; none: the CPU's.
+    #: The execution providers that the file asks for; none: the CPU's.
     providers: tuple[str, ...]
-    #: What onnxruntime-genai gives the session, as it stands in the file.
+    #: The options that onnxruntime-genai gives the session, as they are in the file.
     session_options: dict[str, Any]
 
     @classmethod
     def read(cls, bundle: Path) -> GenaiConfig:
-        """Read the file of a bundle, in which nothing may be that a build does not write.
+        """Read the file of a bundle, which may have only what a build writes.
 
         Raises:
-            BundleError: it is missing, or is another file than a build writes.
+            BundleError: the file is missing, or is another one than a build writes.
         """
         path = bundle / GENAI_CONFIG
         try:
@@ -116,9 +116,9 @@ class GenaiConfig:
         )
 
     def search_options(self, batch: int) -> dict[str, int]:
-        """Return what onnxruntime-genai is told beside lengths: a prompt alone is read in pieces on a CPU.
+        """Return the search options beside lengths: a prompt alone is read in pieces on a CPU.
 
-        Not in the bundle, since it takes several prompts together in one piece only.
+        They are not in the bundle, since onnxruntime-genai takes several prompts together in one piece only.
         """
         return {"chunk_size": PREFILL_TOKENS} if not self.providers and batch == 1 else {}
 
@@ -143,12 +143,12 @@ def genai_settings(bundle: Path, threads: int, profile: Path | None = None) -> A
 
 
 def session_options(target: Target) -> dict[str, Any]:
-    """Return what onnxruntime-genai is to give the session of a bundle for ``target``."""
+    """Return the options that onnxruntime-genai gives the session of a bundle for ``target``."""
     provider, session = target.provider, target.session
     return {
         "log_id": "glmexport",
         **({"intra_op_num_threads": session.threads} if session.threads else {}),
-        # What onnxruntime-genai does not know by name it hands on as a configuration entry.
+        # onnxruntime-genai hands on names that it does not know as configuration entries.
         **session.config,
         "provider_options": (
             [] if provider.name == "CPUExecutionProvider" else [{provider.name: dict(provider.options)}]
@@ -157,7 +157,7 @@ def session_options(target: Target) -> dict[str, Any]:
 
 
 def _checked(options: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the execution providers in what a session is given, in which nothing is that a target may not say."""
+    """Yield the execution providers in the options of a session, which may have only what a target may have."""
     plain = {"log_id", "intra_op_num_threads", "provider_options"}
     _require(options.get("log_id") == "glmexport", "its log_id is another one")
     _require(type(options.get("intra_op_num_threads", 1)) is int, "its intra_op_num_threads is no number")

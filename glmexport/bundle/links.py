@@ -1,4 +1,4 @@
-"""Bundles whose files are links, as the hub's cache lays them out, for libraries that follow none out of a folder."""
+"""Bundles whose files are links, as in the hub's cache, for libraries that follow no link out of a folder."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _PREFIX = ".glmexport-"
 
 
 def loadable(bundle: Path) -> Path:
-    """Return a folder with the files of ``bundle`` from which ONNX Runtime loads: itself, if its files are real.
+    """Return a folder with the files of ``bundle`` from which ONNX Runtime loads: its own, if its files are real.
 
-    ONNX Runtime reads weights in the folder where a graph really is, and below. So of a bundle in the hub's cache the
-    folder has links to the weights, and to copies of the graphs (which are small) at the top of the cache. All of it is
-    gone when the process ends; what a killed process left goes with the next.
+    ONNX Runtime reads weights in the folder where a graph really is, and below. So the folder of a bundle in the hub's
+    cache has links to the weights, and to copies of the graphs (which are small) at the top of the cache. All of it is
+    removed when the process ends; the next process removes what a killed one left.
 
     Raises:
         MachineError: the cache cannot be written to.
@@ -62,7 +62,7 @@ def cache_of(bundle: Path) -> Path | None:
 
 
 def _remove_left(root: Path) -> None:
-    """Remove what processes left that are no more."""
+    """Remove the folders of processes that have ended."""
     for folder in root.glob(f"{_PREFIX}*"):
         process = folder.name.removeprefix(_PREFIX).partition("-")[0]
         if folder.is_dir() and process.isdecimal() and not psutil.pid_exists(int(process)):

@@ -1,4 +1,4 @@
-"""loop.json: what our own decode loop reads of a bundle whose caches onnxruntime-genai does not know."""
+"""The file loop.json, which our own decode loop reads for bundles whose caches onnxruntime-genai does not support."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ LOOP_CONFIG = "loop.json"
 
 
 class DraftConfig(Definition):
-    """The graph that drafts tokens, and its names: what a loop needs to decode speculatively with it."""
+    """The graph that drafts tokens, with the names that a loop needs to decode speculatively with it."""
 
     graph: Literal["draft.onnx"]
-    #: Names of its token ids [B, S], mask [B, T], and hidden states [B, S, D], and of what it gives of the last
-    #: position: logits [B, 1, V], and hidden states [B, 1, D] for the token after.
+    #: Names of its token ids [B, S], mask [B, T] and hidden states [B, S, D], and of its outputs for the last position:
+    #: logits [B, 1, V], and hidden states [B, 1, D] for the next token.
     input_ids: str
     attention_mask: str
     past_hidden: str
     logits: str
     hidden: str
-    #: Output by input of every cache [B, C, width].
+    #: The output of every cache [B, C, width], by its input.
     caches: dict[str, str]
 
 
 class OwnLoop(Definition):
-    """What every loop of ours has to know."""
+    """The settings of every loop of ours."""
 
-    #: The graph's file.
+    #: The file of the graph.
     graph: Literal["model.onnx"]
     provider: Provider
     session: SessionOptions = SessionOptions()
     context_length: Size
     eos_token_id: Annotated[tuple[TokenId, ...], Field(min_length=1)]
-    #: Name of the graph's token ids [B, S].
+    #: The name of the graph's token ids [B, S].
     input_ids: str
 
     @property
@@ -49,31 +49,31 @@ class OwnLoop(Definition):
 
 
 class LoopConfig(OwnLoop):
-    """A graph for any number of sequences and positions: its names, and what a loop has to know beside it."""
+    """The settings of a graph for any number of sequences and positions, with the names of its inputs and outputs."""
 
-    #: Names of its mask [B, T] and logits [B, R, V]: R is S in a short step, and otherwise 1.
+    #: The names of its mask [B, T] and logits [B, R, V]: R is S in a short step, and otherwise 1.
     attention_mask: str
     logits: str
-    #: Output by input of every cache [B, C, width].
+    #: The output of every cache [B, C, width], by its input.
     caches: dict[str, str]
-    #: Most positions of a short step; 1 in bundles of before all of its logits left the graph.
+    #: Most positions of a short step; 1 in older bundles, whose graphs do not give all of its logits.
     short_step: Size = 1
-    #: Name of the hidden states [B, S, D] behind the final norm, and what drafts with them.
+    #: The name of the hidden states [B, S, D] after the final norm, and the graph that drafts with them.
     hidden: str | None = None
     draft: DraftConfig | None = None
 
 
 class FixedLoopConfig(OwnLoop):
-    """Graphs of fixed shapes for one sequence: ``graph`` for ``chunk`` positions of a prompt, another for one token."""
+    """The settings of graphs of fixed shapes for one sequence: ``graph`` for ``chunk`` positions, one for one token."""
 
     chunk: Size = Field(ge=2)
     step_graph: Literal["step.onnx"]
-    #: Names of the positions [1, S] of the token ids, and of the index [1] of the one whose logits [1, 1, V] are
+    #: The names of the positions [1, S] of the token ids, and of the index [1] of the one whose logits [1, 1, V] are
     #: computed, which the graph for one token does not have.
     position_ids: str
     asked_position: str
     logits: str
-    #: Output by input of every cache [1, C, width], C the context's length.
+    #: The output of every cache [1, C, width] by its input; C is the context's length.
     caches: dict[str, str]
 
 
@@ -81,10 +81,10 @@ _LOOPS: TypeAdapter[LoopConfig | FixedLoopConfig] = TypeAdapter(LoopConfig | Fix
 
 
 def read_loop(bundle: Path) -> LoopConfig | FixedLoopConfig | None:
-    """The file of a bundle; None: it has none, and onnxruntime-genai runs it.
+    """Return the content of a bundle's file; None: it has none, and onnxruntime-genai runs it.
 
     Raises:
-        BundleError: it cannot be read.
+        BundleError: the file cannot be read.
     """
     path = bundle / LOOP_CONFIG
     if not path.is_file():

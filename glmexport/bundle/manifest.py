@@ -1,4 +1,4 @@
-"""bundle.json: what a bundle is, where it comes from, and the size and SHA-256 of every file that it consists of."""
+"""The manifest bundle.json: what a bundle is, where it comes from, and the size and SHA-256 of each of its files."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from glmexport.foundation.target import Target
 from glmexport.foundation.untrusted import DocumentLimits
 
 MANIFEST = "bundle.json"
-#: What validation writes into a bundle.
+#: Files that validation writes into a bundle.
 REPORTS = frozenset({"report.json", "report.html", "report.md", "report.xml"})
-#: What signing writes into it, beside the folder of attestations.
+#: Files that signing writes into a bundle, beside the folder of attestations.
 SIGNATURE = "model.sig"
 RELEASE_FILES = frozenset({"release.json", "golden.json", "verify.py", SIGNATURE})
 ATTESTATIONS = "attestations"
@@ -30,11 +30,11 @@ _FILES = re.compile(
     r"|(genai_config|loop|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json"
     r"|tokenizer\.model|(vocab|merges)\.txt|chat_template\.jinja|additional_chat_templates/[^/\\\x00-\x1f]+\.jinja"
 )
-#: Operator whose content a provider runs as it is, compiled before by whoever made it.
+#: The operator whose content a provider runs unchecked, compiled by the maker of the graph.
 _PRECOMPILED = b"EPContext"
-#: A model of 60,000 matrices has a manifest of 3.4 million values.
+#: Limits of the manifest, which has 3.4 million values for a model of 60,000 matrices.
 _LIMITS = DocumentLimits(size=128 << 20, values=4_000_000)
-#: Evidence about a bundle, written after it and therefore not part of what its digest covers.
+#: Files of evidence about a bundle, written after it and therefore not covered by its digest.
 EVIDENCE = REPORTS | RELEASE_FILES
 
 
@@ -57,7 +57,7 @@ class Source(Definition):
     """The checkpoint that a bundle was made from."""
 
     name: str
-    #: Of the checkpoint and, where there is one, of the adapter.
+    #: The digest of the checkpoint and, where there is one, of the adapter.
     digest: str
     model_type: str
     parameters: int
@@ -68,12 +68,12 @@ class Source(Definition):
 
     @property
     def title(self) -> str:
-        """The name, and the adapter's."""
+        """The name of the checkpoint, and the adapter's."""
         return self.name if self.adapter is None else f"{self.name} with the adapter {self.adapter.name}"
 
 
 class CalibrationSource(Definition):
-    """What the Hessians were measured on."""
+    """The text that the Hessians were measured on."""
 
     digest: str
     tokens: int
@@ -83,15 +83,15 @@ class CalibrationSource(Definition):
     shared_documents: int
     shared_lines: int
     evaluation_documents: int
-    #: Fingerprints of the user's own documents among them, which are no evaluation text then.
+    #: Fingerprints of the user's own documents among them, which are never evaluation text.
     own: tuple[str, ...] = ()
 
 
 class CacheQuantization(Definition):
-    """How keys and values are cached, and what their scales were calibrated on."""
+    """The format of cached keys and values, and the size of the text that their scales were calibrated on."""
 
     format: Literal["int8", "int4"]
-    #: What has a scale of its own: every channel of a head, or a layer's whole cache.
+    #: The part that has a scale of its own: every channel of a head, or a layer's whole cache.
     scales: Literal["channel", "tensor"]
     sequences: int
     tokens: int
@@ -103,7 +103,8 @@ class Precision(Definition):
     bits_per_weight: float
     bits_per_weight_linears: float
     weight_bytes: int
-    #: Bytes that one decoded token reads: every weight but the embedding's other rows and the experts not chosen.
+    #: Number of bytes that one decoded token reads: every weight but the embedding's other rows and the experts not
+    #: chosen.
     bytes_per_decoded_token: int
 
 
@@ -111,18 +112,18 @@ class DraftGraph(Definition):
     """The graph that drafts tokens for speculative decoding; no answer depends on it."""
 
     file: str
-    #: Of its matrices, scales and zero points included, what the model itself does not have.
+    #: Bytes of its matrices, scales and zero points included, that the model itself does not have.
     weight_bytes: int
     matrices: tuple[QuantizedMatrix, ...]
-    #: As in the manifest itself, of this graph.
+    #: The stored tensors of this graph, as in the manifest itself.
     tensors: tuple[StoredTensor, ...] | None = Field(default=None, exclude_if=lambda value: value is None)
 
 
 class LargestActivation(Definition):
-    """The largest number that calibration text brought about, of a bundle whose type ends early."""
+    """The largest number that calibration text caused, for a bundle whose type has a small range."""
 
     magnitude: float
-    #: Key of the module that read it.
+    #: The key of the module that read it.
     at: str
 
 
@@ -139,25 +140,26 @@ class Manifest(Definition):
     target: Target
     calibration: CalibrationSource | None
     precision: Precision
-    #: None where the cache is not quantized.
+    #: The format of a quantized cache; None where it is not quantized.
     cache: CacheQuantization | None = None
     matrices: tuple[QuantizedMatrix, ...]
-    #: Where the graphs hold every quantized matrix; a table that lies there twice is in two. Left out, not empty, in
-    #: manifests of before this was noted.
+    #: The places of every quantized matrix in the graphs; a table that is stored twice is in two. Older manifests lack
+    #: the key; they do not have it empty.
     tensors: tuple[StoredTensor, ...] | None = Field(default=None, exclude_if=lambda value: value is None)
-    #: Of a recipe with a budget.
+    #: The groups of a recipe with a budget.
     allocation: tuple[AllocatedGroup, ...] = ()
-    #: Of a mixture of experts that was calibrated.
+    #: The coverage of the experts of a mixture that was calibrated.
     experts: tuple[ExpertCoverage, ...] = ()
-    #: Of a model with a layer that predicts tokens further ahead, where a loop of ours decodes.
+    #: The graph of the layer that predicts tokens further ahead, if there is one and a loop of ours decodes.
     draft: DraftGraph | None = None
-    #: Of a target that computes in float16, if text was run. Left out where there is none, as in bundles of before.
+    #: The largest number on a target that computes in float16, if text was run. Otherwise the key is left out, as in
+    #: older bundles.
     largest_activation: LargestActivation | None = Field(default=None, exclude_if=lambda value: value is None)
     files: tuple[FileEntry, ...]
 
     @property
     def own_text(self) -> tuple[str, ...]:
-        """Fingerprints of the user's own documents that the bundle was calibrated on: no evaluation text."""
+        """The fingerprints of the user's own documents that the bundle was calibrated on: no evaluation text."""
         return self.calibration.own if self.calibration else ()
 
     def digest(self) -> str:
@@ -168,13 +170,13 @@ class Manifest(Definition):
 
 
 def is_evidence(path: str) -> bool:
-    """Whether a file at ``path`` in a bundle is evidence about it: at its top, or an attestation."""
+    """Return whether a file at ``path`` in a bundle is evidence about it: at its top, or an attestation."""
     folder, _, name = path.partition("/")
     return path in EVIDENCE or (folder == ATTESTATIONS and "/" not in name and name.endswith(".json"))
 
 
 def list_files(directory: Path) -> tuple[FileEntry, ...]:
-    """Entries of every file under ``directory`` but the manifest and the evidence, by path."""
+    """Return entries of every file under ``directory`` but the manifest and the evidence, by path."""
     files = {path.relative_to(directory).as_posix(): path for path in sorted(directory.rglob("*")) if path.is_file()}
     return tuple(
         FileEntry(path=name, size=path.stat().st_size, sha256=sha256(path))
@@ -184,10 +186,10 @@ def list_files(directory: Path) -> tuple[FileEntry, ...]:
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """The manifest of the bundle in ``directory``.
+    """Return the manifest of the bundle in ``directory``.
 
     Raises:
-        BundleError: no bundle, or a manifest of another version.
+        BundleError: there is no bundle, or its manifest has another version.
     """
     path = directory / MANIFEST
     if not path.is_file():
@@ -214,7 +216,7 @@ def read_manifest(directory: Path) -> Manifest:
 def verify_files(directory: Path, manifest: Manifest) -> None:
     """Check that the bundle's files are those that its manifest lists, byte for byte, and no others.
 
-    A bundle has no links but in a snapshot of the hub's cache, where they lead to where that keeps its files.
+    A bundle has links only in a snapshot of the hub's cache, where they lead to the files of that cache.
 
     Raises:
         BundleError: names the first file that is missing, changed, linked to elsewhere or additional.

@@ -1,4 +1,4 @@
-"""Records of how each matrix was quantized: kept in the bundle's manifest, shown in the report."""
+"""The records of how each matrix was quantized: kept in the bundle's manifest, shown in the report."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _FIRST = (
 
 
 class MatrixRecord(Definition):
-    """What a bundle's manifest and its report both say of a quantized matrix, in the same words."""
+    """The facts about a quantized matrix that a bundle's manifest and its report both have, in the same words."""
 
     model_config = ConfigDict(use_attribute_docstrings=True, ser_json_inf_nan="strings")
 
@@ -55,21 +55,21 @@ class MatrixRecord(Definition):
 
 
 class QuantizedMatrix(MatrixRecord):
-    """How one matrix was quantized. None: not measured.
+    """The record of how one matrix was quantized; None: not measured.
 
     Errors are relative to the matrix's output on the calibration inputs; that of round-to-nearest is with the recipe's
     search for scales.
     """
 
     key: str
-    #: ``QuantizedLinear.digest`` of what was decided on; None in bundles of before it was recorded.
+    #: The ``QuantizedLinear.digest`` of the chosen codes; None in bundles older than this field.
     digest: str | None = None
     relative_error: float | None = None
     round_to_nearest_error: float | None = None
     damping: float | None = None
-    #: Calibration positions whose router chose it; None: all pass it, or none were run.
+    #: Number of calibration positions whose router chose it; None: all pass it, or none were run.
     chosen: int | None = None
-    #: Why the solver could not do what the recipe asks for; None if it did.
+    #: The reason why the solver could not do what the recipe asks for; None if it did.
     fallback: str | None = None
 
     @model_serializer(mode="wrap")
@@ -79,10 +79,10 @@ class QuantizedMatrix(MatrixRecord):
 
 
 class ExpertCoverage(Definition):
-    """How the calibration text spread over the routed experts of one layer, by the quantized model's own router."""
+    """The spread of the calibration text over the routed experts of one layer, by the quantized model's own router."""
 
     layer: int
-    #: Positions that chose each expert, in order; those that no Hessian sees are left out.
+    #: Number of positions that chose each expert, in order; those that no Hessian sees are left out.
     tokens: tuple[int, ...]
     #: Experts whose positions alone would be too few to fit anything to: worth less than ``LEAST_TOKENS`` a column.
     cold: tuple[int, ...]
@@ -94,23 +94,23 @@ class AllocatedGroup(Definition):
     name: str
     keys: tuple[str, ...]
     format: Format
-    #: Bits that all its matrices are stored in.
+    #: Number of bits that all its matrices are stored in.
     bits: int
     #: Mean KL divergence that the group causes alone in that format, rounded to nearest, everything else original.
     loss_nats: float
-    #: False: the loss follows from that of another group size (see ``TieGroup.tried``).
+    #: Whether the loss was measured, or follows from that of another group size (see ``TieGroup.tried``).
     tried: bool
 
 
 class StoredTensor(Definition):
-    """Where a graph holds quantized matrices, one below the other, and in which format."""
+    """The place of quantized matrices in a graph, one below the other, and their format."""
 
-    #: Checkpoint keys of the matrices, in the order of their rows.
+    #: The checkpoint keys of the matrices, in the order of their rows.
     matrices: tuple[str, ...]
-    #: Of what is stored: zero points that are spelled out belong to it.
+    #: The format in which they are stored: zero points that are spelled out belong to it.
     format: Format
     #: The graph's tensors by what they hold: codes, scales and, where there are any, zero_points.
     parts: dict[str, str]
-    #: ``packed``: as the format's codec packs them, rows along the first axis. ``columns``: codes are numbers
-    #: [in, out], signed where there are no zero points, and the others [groups, out].
+    #: The layout. ``packed``: as the format's codec packs them, rows along the first axis. ``columns``: codes are
+    #: numbers [in, out], signed where there are no zero points, and the others [groups, out].
     layout: Literal["packed", "columns"] = "packed"

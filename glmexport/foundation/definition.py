@@ -161,7 +161,7 @@ def load_toml(path: Path) -> dict[str, Any]:
         raise DefinitionError(f"{path} is not TOML: {reason}.", next_step="Correct the file.") from error
 
 
-def checked(source: object, table: dict[str, Any], model: type[T]) -> T:
+def parse_table(source: object, table: dict[str, Any], model: type[T]) -> T:
     """Return ``table`` as a ``model``; ``source`` names its file in messages.
 
     Raises:
@@ -182,4 +182,4 @@ def read_toml(path: Path, model: type[T], extra: dict[str, Any] | None = None) -
     Raises:
         DefinitionError: as ``load_toml`` and ``checked``.
     """
-    return checked(path, {**load_toml(path), **(extra or {})}, model)
+    return parse_table(path, {**load_toml(path), **(extra or {})}, model)

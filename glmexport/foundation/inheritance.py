@@ -22,7 +22,7 @@ OWN = frozenset({"summary", "provenance", "evidence"})
 
 
 @dataclass(frozen=True)
-class Source:
+class DefinitionSource:
     """The file of a definition and the one that it extends, both as parsed."""
 
     path: Path
@@ -51,7 +51,7 @@ class Source:
         return f"{self.path} (which extends {self.base_path})" if self.base_path else str(self.path)
 
 
-def open_source(kind: str, folder: str, name_or_path: str) -> Source:
+def open_source(kind: str, folder: str, name_or_path: str) -> DefinitionSource:
     """Read the shipped definition of that name, or that ``.toml`` file, and what it extends.
 
     ``kind`` is for messages, ``folder`` holds the shipped definitions (for example ``targets``).
@@ -63,7 +63,7 @@ def open_source(kind: str, folder: str, name_or_path: str) -> Source:
     path = locate(kind, folder, name_or_path)
     stated = load_toml(path)
     if EXTENDS not in stated:
-        return Source(path, stated)
+        return DefinitionSource(path, stated)
     base = stated.pop(EXTENDS)
     if not isinstance(base, str):
         raise DefinitionError(
@@ -80,7 +80,7 @@ def open_source(kind: str, folder: str, name_or_path: str) -> Source:
             f"{path} extends {base_path}, which itself extends {base_stated[EXTENDS]!r}.",
             next_step=f"Extend a {kind} that extends no other.",
         )
-    return Source(path, stated, base, base_path, base_stated)
+    return DefinitionSource(path, stated, base, base_path, base_stated)
 
 
 def _neighbour(kind: str, path: Path, base: str) -> Path:

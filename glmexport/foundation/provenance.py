@@ -8,7 +8,7 @@ from pydantic import Field
 
 from glmexport.foundation.definition import Definition
 from glmexport.foundation.errors import DefinitionError
-from glmexport.foundation.inheritance import Source
+from glmexport.foundation.inheritance import DefinitionSource
 
 #: In place of a claim: what the extended target claims about the same key holds for this target, too.
 INHERITED = "inherited"
@@ -38,12 +38,12 @@ class Provenance(Definition):
     not_yet: tuple[str, ...] = ()
 
 
-def inherited_claims(source: Source) -> tuple[str, ...]:
+def inherited_claims(source: DefinitionSource) -> tuple[str, ...]:
     """Return the keys whose claims ``source`` takes from the target that it extends."""
     return tuple(key for key, claim in _claims(source.stated).items() if claim == INHERITED)
 
 
-def with_inherited_claims(source: Source) -> dict[str, Any]:
+def with_inherited_claims(source: DefinitionSource) -> dict[str, Any]:
     """Return the table of a target in which each claim that it inherits is written out.
 
     Provenance tells of hardware, so none is inherited in silence: a target names each claim of the extended one that

@@ -7,7 +7,7 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from glmexport.foundation.definition import Definition, checked
+from glmexport.foundation.definition import Definition, parse_table
 from glmexport.foundation.inheritance import open_source
 
 RECIPES = "calibration/recipes"
@@ -179,4 +179,4 @@ def open_recipe(name_or_path: str) -> Recipe:
         DefinitionError: unknown name, unknown key, a value out of range, or a recipe that cannot be extended.
     """
     source = open_source("recipe", RECIPES, name_or_path)
-    return checked(source, {**source.resolved, "name": source.path.stem}, Recipe)
+    return parse_table(source, {**source.resolved, "name": source.path.stem}, Recipe)

@@ -8,11 +8,11 @@ from typing import Literal, Self
 
 from pydantic import ByteSize, Field, model_validator
 
-from glmexport.foundation.definition import Definition, checked, names, read_toml
+from glmexport.foundation.definition import Definition, names, parse_table, read_toml
 from glmexport.foundation.errors import DefinitionError
 from glmexport.foundation.evidence import FLOATS, Evidence, KvCache
 from glmexport.foundation.host import Host
-from glmexport.foundation.inheritance import Source, open_source
+from glmexport.foundation.inheritance import DefinitionSource, open_source
 from glmexport.foundation.provenance import Provenance, with_inherited_claims
 from glmexport.foundation.recipe import CodecName, Format
 from glmexport.foundation.session_settings import check_provider, check_session_entries
@@ -292,10 +292,10 @@ def open_target(name_or_path: str) -> Target:
     if name_or_path == HOST:
         return host_target(Host.this())
     source = target_source(name_or_path)
-    return checked(source, {**with_inherited_claims(source), "name": source.path.stem}, Target)
+    return parse_table(source, {**with_inherited_claims(source), "name": source.path.stem}, Target)
 
 
-def target_source(name_or_path: str) -> Source:
+def target_source(name_or_path: str) -> DefinitionSource:
     """Return the file of a target, and the one that it extends; ``host`` is no file's name.
 
     Raises:

@@ -1,1 +1,1 @@
-"""Bundles and checkpoints as a model of EleutherAI's lm-evaluation-harness; only this package needs that installed."""
+"""Bundles and checkpoints as a model of EleutherAI's lm-evaluation-harness, which only this package needs installed."""

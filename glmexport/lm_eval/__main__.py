@@ -1,7 +1,7 @@
-"""lm-eval's command line with one more model.
+"""The command line of lm-eval with one more model.
 
-lm-eval finds models by a registry that nothing outside of it is entered in by itself, so its command line is run from
-here, with the model registered::
+lm-eval finds models by a registry to which no other package can add one by being installed, so its command line is run
+from here, with the model registered::
 
     python -m glmexport.lm_eval --model glmexport --model_args bundle=DIR --tasks NAME --include_path FOLDER
 """
@@ -16,14 +16,14 @@ from glmexport.foundation.extras import missing_package
 
 
 def main() -> None:
-    """What is wrong with the model, or not installed, is told in a sentence."""
+    """Run the command line of lm-eval; errors about the model, and missing packages, are told in a sentence."""
     try:
         from lm_eval.__main__ import cli_evaluate
         from lm_eval.api.registry import model_registry
 
         from glmexport.lm_eval.model import NAME
 
-        model_registry.register(NAME, target="glmexport.lm_eval.model:Model")
+        model_registry.register(NAME, target="glmexport.lm_eval.model:HarnessModel")
         cli_evaluate()
     except GlmexportError as error:
         sys.exit(tell(error))

@@ -1,4 +1,4 @@
-"""Greedy answers up to a stop string: of a bundle, and of a checkpoint, whole in memory or block by block."""
+"""Greedy answers up to a stop string: from a bundle, and from a checkpoint, whole in memory or block by block."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from glmexport.reference.reference import Reference
 from glmexport.tokenizer.tokenizer import Tokenizer
 from glmexport.validation.behaviour.original import verified_answers
 
-#: Tokens after a prompt, one by one, at most so many, the end token included.
+#: A function from a prompt and a limit to the tokens after the prompt, one by one, the end token included.
 Stream = Callable[[Sequence[int], int], Iterator[int]]
 
 _LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
@@ -26,22 +26,22 @@ _LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_token
 _OF_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
 #: Values with which these settings change nothing.
 _NEUTRAL: Mapping[str, object] = {"num_beams": 1, "repetition_penalty": 1, "num_return_sequences": 1}
-#: Of the memory that is free, what a whole model may take; the rest is for its caches.
+#: Share of the free memory that a whole model may take; the rest is for its caches.
 _SHARE = 0.75
-#: Tokens of a text that are looked up in what precedes them, and how many are taken from there.
+#: Number of last tokens of a text that are looked up in the text before, and number that are taken from there.
 _LOOKED_UP, _TAKEN = 3, 16
 
 
 @dataclass(frozen=True)
 class Ending:
-    """What ends an answer beside the model's end tokens."""
+    """The conditions that end an answer, beside the model's end tokens."""
 
     until: tuple[str, ...]
     max_tokens: int
 
     @classmethod
-    def of(cls, settings: Mapping[str, Any], max_tokens: int) -> Ending:
-        """From the generation settings of lm-eval, where ``max_tokens`` is used if they have no limit.
+    def read(cls, settings: Mapping[str, Any], max_tokens: int) -> Ending:
+        """Read the generation settings of lm-eval; ``max_tokens`` is used if they have no limit.
 
         Raises:
             InputError: they ask for another answer than the greedy one, or for something unknown.
@@ -70,13 +70,13 @@ def _refused(setting: str, next_step: str) -> InputError:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids that are to be gone on with, and where that ends."""
+    """The token ids of a prompt, and the conditions that end its answer."""
 
     ids: tuple[int, ...]
     ending: Ending
 
     def fitted(self, prefix: Sequence[int], window: int) -> Prompt:
-        """Cut from the left, behind ``prefix``, until the longest answer has room.
+        """Return the prompt cut from the left, after ``prefix``, until the longest answer has room.
 
         Raises:
             InputError: the longest answer leaves no room for a prompt.
@@ -94,7 +94,7 @@ class Prompt:
 
 
 class Reading:
-    """Answers as text. A stop string that is a special token, which no text shows, is an end token."""
+    """A reader of answers as text. A stop string that is a special token, which no text shows, is an end token."""
 
     def __init__(self, tokenizer: Tokenizer, ends: Collection[int], ending: Ending) -> None:
         special = tokenizer.special_tokens
@@ -103,17 +103,17 @@ class Reading:
         self._until = [stop for stop in ending.until if stop not in special]
 
     def finished(self, tokens: Sequence[int]) -> bool:
-        """Whether an answer goes no further."""
+        """Return whether an answer is finished."""
         return bool(tokens) and (tokens[-1] in self._ends or self._stop(self._tokenizer.decode(tokens)) is not None)
 
     def text(self, tokens: Sequence[int]) -> str:
-        """Up to whatever ended it."""
+        """Return the text of an answer up to the stop string or token that ended it."""
         end = next((place for place, token in enumerate(tokens) if token in self._ends), len(tokens))
         text = self._tokenizer.decode(tokens[:end])
         return text[: self._stop(text)]
 
     def _stop(self, text: str) -> int | None:
-        """Where the stop string begins that is complete first: later text then changes nothing."""
+        """Return where the stop string begins that is complete first: later text then changes nothing."""
         found = [(place + len(stop), place) for stop in self._until if (place := text.find(stop)) >= 0]
         return min(found)[1] if found else None
 
@@ -121,7 +121,7 @@ class Reading:
 def streamed_answers(
     stream: Stream, tokenizer: Tokenizer, ends: Collection[int], prompts: Sequence[Prompt], progress: Progress
 ) -> list[str]:
-    """One prompt after the other, of a bundle's or a whole checkpoint's ``stream``."""
+    """Answer one prompt after the other by the ``stream`` of a bundle or a whole checkpoint."""
     answers = []
     with progress.track("Answers", len(prompts)) as track:
         for prompt in prompts:
@@ -144,11 +144,11 @@ def verified_texts(
     progress: Progress,
     drafts: Stream | None = None,
 ) -> list[str]:
-    """A checkpoint's, in passes through it one block at a time, for every prompt together; where they are too many
-    for the disk, for a portion after the other.
+    """Return a checkpoint's answers, found in passes through it one block at a time, for all prompts together.
 
-    ``drafts``, such as a bundle of it, says what to check in a pass; without them it is what followed the last tokens
-    where they were there before (Saxena, Prompt Lookup Decoding, 2023). The answers are the same.
+    Where they are too many for the disk, portions follow one another. ``drafts``, such as a bundle of the checkpoint,
+    gives the tokens to check in a pass; without them they are those that followed an earlier occurrence of the last
+    tokens (Saxena, Prompt Lookup Decoding, 2023). The answers are the same.
     """
     texts: list[str] = []
     for part in portions(prompts, lambda prompt: len(prompt.ids) + prompt.ending.max_tokens, TOKENS):
@@ -186,7 +186,7 @@ def _verified(
 
 
 def looked_up(text: Sequence[int]) -> list[int]:
-    """What followed the last tokens of ``text`` where they were there before; of most tokens, and the last time."""
+    """Return what followed the last tokens of ``text`` at an earlier place: the longest match, and the latest one."""
     for length in range(min(_LOOKED_UP, len(text) - 1), 0, -1):
         last = list(text[-length:])
         for start in range(len(text) - length - 1, -1, -1):
@@ -196,7 +196,10 @@ def looked_up(text: Sequence[int]) -> list[int]:
 
 
 def fits_in_memory(checkpoint: Checkpoint) -> bool:
-    """Whether transformers can hold all of it in fp32; what has to be merged or unpacked it does not read as we do."""
+    """Return whether transformers can hold a whole checkpoint in fp32.
+
+    It cannot where something has to be merged or unpacked, which it does not read as we do.
+    """
     if checkpoint.adapter or checkpoint.quantized:
         return False
     numbers = sum(tensor.elements for tensor in checkpoint.tensors.values())
@@ -204,7 +207,7 @@ def fits_in_memory(checkpoint: Checkpoint) -> bool:
 
 
 def whole_stream(checkpoint: Checkpoint, ends: Collection[int]) -> Stream:
-    """Of transformers' own model with its cache, in fp32, without any of the checkpoint's generation settings."""
+    """Return a stream of transformers' own model, cached and in fp32, without the checkpoint's generation settings."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(

@@ -1,4 +1,4 @@
-"""How likely given texts are after given contexts, for a bundle in ONNX Runtime and for a checkpoint block by block."""
+"""The likelihood of texts after contexts, by a bundle in ONNX Runtime and by a checkpoint block by block."""
 
 from __future__ import annotations
 
@@ -20,36 +20,37 @@ from glmexport.validation.texts import EvaluationText
 
 T = TypeVar("T")
 
-#: Tokens whose hidden states are on the disk at a time: 1 GiB at a width of 4096.
+#: Number of tokens whose hidden states are on the disk at a time: 1 GiB at a width of 4096.
 TOKENS = 65536
-#: Positions whose logits are in memory at a time: 300 MiB with 150 000 tokens. The lm_head is read once for them.
+#: Number of positions whose logits are in memory at a time: 300 MiB with 150 000 tokens. The lm_head is read once for
+#: them.
 _ROWS = 512
-#: Texts that go through a block together.
+#: Number of texts that go through a block together.
 _BATCH = 8
 
 
 @dataclass(frozen=True)
 class Request:
-    """Token ids whose likelihood is asked for after those of a context, which has one at least."""
+    """Token ids whose likelihood is asked for, after those of a context, which has one at least."""
 
     context: tuple[int, ...]
     continuation: tuple[int, ...]
 
     @property
     def inputs(self) -> tuple[int, ...]:
-        """What the model has to read: all but the last."""
+        """The token ids that the model has to read: all but the last."""
         return (*self.context, *self.continuation)[:-1]
 
 
 class Likelihood(NamedTuple):
-    """Of a continuation: its log-probability in nats, and whether it is what greedy decoding would have given."""
+    """The log-probability of a continuation in nats, and whether greedy decoding would have given it."""
 
     log_p: float
     greedy: bool
 
 
 def fitted(request: Request, prefix: Sequence[int], window: int) -> Request:
-    """The request with its context cut from the left, behind ``prefix``, until the model can read it.
+    """Return the request with its context cut from the left, after ``prefix``, until the model can read it.
 
     Raises:
         InputError: the continuation alone is too long.
@@ -67,12 +68,12 @@ def fitted(request: Request, prefix: Sequence[int], window: int) -> Request:
 
 
 def windows(tokens: Sequence[int], prefix: Sequence[int], window: int) -> Iterator[Request]:
-    """A text of any length as requests that a model can read, in which each token is predicted once.
+    """Yield requests that a model can read for a text of any length, in which each token is predicted once.
 
     Each begins with ``prefix``. All but the first have one token of context, and the last one as many as fit.
 
     Raises:
-        InputError: nothing fits behind the prefix.
+        InputError: nothing fits after the prefix.
     """
     room = window - len(prefix)
     if room < 1:
@@ -91,8 +92,9 @@ def windows(tokens: Sequence[int], prefix: Sequence[int], window: int) -> Iterat
 def bundle_likelihoods(
     session: ScoringSession, requests: Sequence[Request], progress: Progress
 ) -> list[Likelihood]:
-    """Of every request. What several have to read in common, such as a question with choices of one token, is read
-    once.
+    """Return the likelihood of every request.
+
+    A text that several have to read, such as a question with choices of one token, is read once.
     """
     tally = _Tally(requests)
     with progress.track("Likelihoods", len(tally.readers)) as track:
@@ -108,12 +110,12 @@ def bundle_likelihoods(
 def checkpoint_likelihoods(
     reference: Reference, requests: Sequence[Request], scratch: Path, progress: Progress
 ) -> list[Likelihood]:
-    """The same of a checkpoint in transformers' arithmetic, in fp32, one block in memory at a time.
+    """Return the same by a checkpoint in transformers' arithmetic, in fp32, one block in memory at a time.
 
     ``scratch`` holds the hidden states meanwhile.
     """
     tally = _Tally(requests)
-    # Of one length or nearly so beside each other, for the sake of padding.
+    # Texts of nearly the same length are together, to have little padding.
     order = sorted(tally.readers, key=len)
     for part in portions(order, len, TOKENS):
         texts = [EvaluationText(str(index), "", torch.tensor(inputs), 1) for index, inputs in enumerate(part)]
@@ -136,7 +138,7 @@ def checkpoint_likelihoods(
 
 
 def portions(items: Sequence[T], length: Callable[[T], int], most: int) -> Iterator[list[T]]:
-    """``items`` in order, with a ``length`` of no more than ``most`` in each portion, or a single item."""
+    """Yield ``items`` in order, with a ``length`` of no more than ``most`` in each portion, or a single item."""
     portion: list[T] = []
     size = 0
     for item in items:
@@ -150,7 +152,7 @@ def portions(items: Sequence[T], length: Callable[[T], int], most: int) -> Itera
 
 
 class _Tally:
-    """Sums over the tokens of every request; one without any is certain."""
+    """Sums over the tokens of every request; a request without tokens is certain."""
 
     def __init__(self, requests: Sequence[Request]) -> None:
         self._log_p = [0.0] * len(requests)
@@ -159,11 +161,11 @@ class _Tally:
         for index, request in enumerate(requests):
             if request.continuation:
                 readers.setdefault(request.inputs, []).append(index)
-        #: Indices of the requests that have to read the same, by what that is.
+        #: The indices of the requests that have to read the same text, by that text.
         self.readers: Mapping[tuple[int, ...], Sequence[int]] = readers
 
     def add(self, logits: Tensor, wanted: Sequence[tuple[int, int]]) -> None:
-        """Rows of ``logits`` [positions, vocabulary], and for each the request and the token that it predicts."""
+        """Add rows of ``logits`` [positions, vocabulary], each with the request and the token that it predicts."""
         log_p = logits.double().log_softmax(-1)
         tokens = torch.tensor([token for _, token in wanted])
         chances = log_p.gather(-1, tokens[:, None])[:, 0].tolist()
@@ -174,5 +176,5 @@ class _Tally:
 
     @property
     def likelihoods(self) -> list[Likelihood]:
-        """What was added up."""
+        """The likelihood of every request."""
         return [Likelihood(log_p, greedy) for log_p, greedy in zip(self._log_p, self._greedy, strict=True)]

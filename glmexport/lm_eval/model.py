@@ -12,7 +12,7 @@ from glmexport.cli.console import Terminal
 from glmexport.foundation.errors import InputError
 from glmexport.lm_eval.answering import Ending, Prompt
 from glmexport.lm_eval.likelihood import Request, fitted, windows
-from glmexport.lm_eval.subject import Settings
+from glmexport.lm_eval.subject import HarnessArguments
 from glmexport.tokenizer.control import Rendered
 
 NAME = "glmexport"
@@ -20,17 +20,17 @@ NAME = "glmexport"
 Conversation = Sequence[Mapping[str, str]]
 
 
-class Model(LM):  # type: ignore[misc]
+class HarnessModel(LM):  # type: ignore[misc]
     """Likelihoods and greedy answers for lm-eval.
 
-    Every text begins with what the model's texts begin with (``[gMASK]<sop>``), be it cut or not. Contexts that are
+    Every text begins with the model's prefix (``[gMASK]<sop>``), whether it is cut or not. Contexts that are
     too long are cut from the left, as lm-eval's own models do, and their number is told.
     """
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__()
         self._progress = Terminal()
-        self._settings = Settings.of(arguments)
+        self._settings = HarnessArguments.read(arguments)
         self._subject = self._settings.open(self._progress)
         self._tokenizer = self._subject.tokenizer
         self._prefix = tuple(self._tokenizer.prefix or [0])
@@ -38,7 +38,7 @@ class Model(LM):  # type: ignore[misc]
         self._rendered = False
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Of every (context, continuation): nats, and whether greedy decoding would have given it."""
+        """Return, for every (context, continuation), nats and whether greedy decoding would have given it."""
         asked = [self._request(*request.args) for request in requests]
         window = self._subject.context_length
         fitting = [fitted(request, self._prefix, window) for request in asked]
@@ -49,7 +49,7 @@ class Model(LM):  # type: ignore[misc]
         return found
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Of every text, nats, in windows where it is too long."""
+        """Return the nats of every text, in windows where it is too long."""
         window, prefix = self._subject.context_length, self._prefix
         tokens = [self._sequence(*request.args)[len(prefix) :] for request in requests]
         texts = [list(windows(text, prefix, window)) for text in tokens]
@@ -60,13 +60,13 @@ class Model(LM):  # type: ignore[misc]
         return sums
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """The greedy answer to every (context, settings).
+        """Return the greedy answer to every (context, settings).
 
         Raises:
             InputError: the settings ask for another answer than that.
         """
         asked = [
-            Prompt(self._sequence(context), Ending.of(settings, self._settings.max_gen_toks))
+            Prompt(self._sequence(context), Ending.read(settings, self._settings.max_gen_toks))
             for context, settings in (request.args for request in requests)
         ]
         fitting = [prompt.fitted(self._prefix, self._subject.context_length) for prompt in asked]
@@ -77,7 +77,7 @@ class Model(LM):  # type: ignore[misc]
         return found
 
     def apply_chat_template(self, chat_history: Conversation, add_generation_prompt: bool = True) -> str:
-        """The conversation as the checkpoint's template writes it; without a prompt to answer its last turn is open.
+        """Return the conversation as the template writes it; without a prompt to answer, its last turn is open.
 
         Raises:
             CheckpointError: there is no template, or it refuses.
@@ -95,7 +95,7 @@ class Model(LM):  # type: ignore[misc]
         return text.until(text.rindex(last) + len(last))
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """Source of the template, for lm-eval's records; None if none is to be used.
+        """Return the source of the template, for lm-eval's records; None if none is to be used.
 
         Raises:
             InputError: one is asked for by name.
@@ -109,9 +109,9 @@ class Model(LM):  # type: ignore[misc]
 
     @property
     def tokenizer_name(self) -> str:
-        """Another for every tokenizer and template, so that lm-eval keeps their requests apart.
+        """A name for each tokenizer and template, so that lm-eval keeps their requests apart.
 
-        In those that it keeps, a rendered conversation knows its control tokens.
+        In the requests that it keeps, a rendered conversation has its control tokens.
         """
         digest = hashlib.sha256()
         for path in self._tokenizer.files:
@@ -119,19 +119,19 @@ class Model(LM):  # type: ignore[misc]
         return f"{NAME}-control-{digest.hexdigest()[:16]}"
 
     def get_model_info(self) -> dict[str, str]:
-        """What was asked, for lm-eval's records."""
+        """Return the model that was asked, for lm-eval's records."""
         return {"model_digest": self._subject.digest}
 
     def _request(self, context: str, continuation: str) -> Request:
-        """Encoded together and parted behind the context; white space at its end belongs to the continuation."""
+        """Encode both as one text and split it after the context; white space there belongs to the continuation."""
         before, whole = self._sequence(context.rstrip()), self._sequence(context + continuation)
         return Request(before, whole[len(before) :])
 
     def _sequence(self, text: str) -> tuple[int, ...]:
-        """Token ids with the prefix. Only what the chat template wrote is a control token.
+        """Return token ids with the prefix; only text that the chat template wrote becomes control tokens.
 
         Raises:
-            InputError: a text of the template has been made another one on its way through lm-eval.
+            InputError: lm-eval has changed a text that the template wrote.
         """
         plain = self._rendered and not isinstance(text, Rendered)
         if plain and self._tokenizer.prefix and text.startswith(self._tokenizer.decode(self._prefix, False)):

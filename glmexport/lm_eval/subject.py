@@ -1,4 +1,4 @@
-"""What is asked by others' programs: a bundle, or a checkpoint in its own precision, opened by arguments in words."""
+"""The model that the harness evaluates: a bundle, or a checkpoint in its own precision, opened by arguments."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from glmexport.tokenizer.tokenizer import Tokenizer
 from glmexport.workflows.original import Original
 
 
-class Subject(Protocol):
-    """What a bundle and a checkpoint have in common."""
+class EvaluatedModel(Protocol):
+    """A bundle or a checkpoint that can be asked for likelihoods and answers."""
 
     tokenizer: Tokenizer
     context_length: int
     digest: str
 
     def likelihoods(self, requests: Sequence[Request]) -> list[Likelihood]:
-        """Of every request, each of which the model can read."""
+        """Return the likelihood of every request, each of which the model can read."""
 
     def answers(self, prompts: Sequence[Prompt]) -> list[str]:
-        """To every prompt, for the longest of which there is room."""
+        """Return the answer to every prompt; there is room for the longest one."""
 
 
-class BundleSubject:
+class EvaluatedBundle:
     """A bundle as it is deployed: scoring.onnx for likelihoods, onnxruntime-genai for answers.
 
     Raises:
@@ -62,27 +62,27 @@ class BundleSubject:
         return GenerationSession.open(self._bundle, self._threads)
 
     def likelihoods(self, requests: Sequence[Request]) -> list[Likelihood]:
-        """By scoring.onnx."""
+        """Return the likelihood of every request by scoring.onnx."""
         return bundle_likelihoods(self._scoring, requests, self._progress)
 
     def answers(self, prompts: Sequence[Prompt]) -> list[str]:
-        """By onnxruntime-genai."""
+        """Return the answer to every prompt by onnxruntime-genai."""
         session = self._generation
         return streamed_answers(session.stream, self.tokenizer, session.ends, prompts, self._progress)
 
     def stream(self, prompt: Sequence[int], max_tokens: int) -> Iterator[int]:
-        """What it goes on with."""
+        """Yield the tokens that follow the prompt."""
         return self._generation.stream(prompt, max_tokens)
 
 
-class CheckpointSubject:
+class EvaluatedCheckpoint:
     """A checkpoint in transformers' arithmetic, in fp32.
 
     Likelihoods are computed one block at a time. Answers are those of transformers' whole model where it fits into the
     memory that is free, and else checked in passes through the blocks, by ``drafts`` if there are any.
     """
 
-    def __init__(self, original: Original, threads: int, drafts: BundleSubject | None, progress: Progress) -> None:
+    def __init__(self, original: Original, threads: int, drafts: EvaluatedBundle | None, progress: Progress) -> None:
         torch.set_num_threads(threads)
         self._original, self._drafts, self._progress = original, drafts, progress
         self._reference = Reference(original.checkpoint, original.architecture)
@@ -91,12 +91,12 @@ class CheckpointSubject:
         self.digest = original.checkpoint.digest(progress)
 
     def likelihoods(self, requests: Sequence[Request]) -> list[Likelihood]:
-        """Block by block."""
+        """Return the likelihood of every request, computed block by block."""
         with _scratch() as folder:
             return checkpoint_likelihoods(self._reference, requests, folder, self._progress)
 
     def answers(self, prompts: Sequence[Prompt]) -> list[str]:
-        """Of the whole model, or block by block."""
+        """Return the answer to every prompt by the whole model, or block by block."""
         if self._drafts is None and self._whole is not None:
             ends = self._original.architecture.eos_token_ids
             return streamed_answers(self._whole, self.tokenizer, ends, prompts, self._progress)
@@ -119,37 +119,39 @@ def _scratch() -> Iterator[Path]:
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What can be given, by name."""
+class HarnessArguments:
+    """The arguments that can be given, by name."""
 
-    #: A bundle's directory; either this or a checkpoint is given.
+    #: The directory of a bundle; either this or a checkpoint is given.
     bundle: str | None = None
     #: A directory, a hub id or ``demo``.
     checkpoint: str | None = None
-    #: What is merged into the checkpoint.
+    #: The adapter that is merged into the checkpoint.
     adapter: str | None = None
     #: A bundle of the checkpoint, which drafts its answers.
     drafts: str | None = None
-    #: Public key, or root certificate, of who signed the bundle.
+    #: The public key of the signer of the bundle.
     key: str | None = None
+    #: The root certificate of the signer of the bundle.
     root: str | None = None
-    #: With a root: whom the signing certificate has to be of.
+    #: The subject that the signing certificate must have, with a root.
     subject: str | None = None
-    #: None: the physical cores.
+    #: Number of threads; None: the number of physical cores.
     threads: int | None = None
-    #: Tokens of an answer where a task has no limit.
+    #: Most tokens of an answer where a task has no limit.
     max_gen_toks: int = 256
-    #: lm-eval's own. Each text is asked by itself; the device, which it always gives, is the bundle's provider.
+    #: Arguments of lm-eval itself. Each text is asked by itself; the device, which it always gives, is the bundle's
+    #: provider.
     batch_size: int | str | None = None
     max_batch_size: int | None = None
     device: str | None = None
 
     @classmethod
-    def of(cls, arguments: Mapping[str, Any]) -> Settings:
-        """Checked.
+    def read(cls, arguments: Mapping[str, Any]) -> HarnessArguments:
+        """Read and check ``arguments``.
 
         Raises:
-            InputError: an unknown one, a value that cannot be used, or not exactly one model.
+            InputError: one is unknown, a value cannot be used, or there is not exactly one model.
         """
         unknown = sorted(set(arguments) - set(cls.__dataclass_fields__))
         if unknown:
@@ -174,12 +176,13 @@ class Settings:
                 raise InputError(f"{name} is {count!r}.", next_step="Give a whole number above 0.")
         return settings
 
-    def open(self, progress: Progress) -> Subject:
-        """The model that is asked."""
+    def open(self, progress: Progress) -> EvaluatedModel:
+        """Open the model that is asked."""
         threads = self.threads or cores()
         if self.bundle is not None:
             key, root = (Path(str(path)) if path else None for path in (self.key, self.root))
-            return BundleSubject(Path(str(self.bundle)), threads, progress, Trust(key, root, self.subject))
+            return EvaluatedBundle(Path(str(self.bundle)), threads, progress, Trust(key, root, self.subject))
         assert self.checkpoint is not None
-        drafts = BundleSubject(Path(str(self.drafts)), threads, progress) if self.drafts else None
-        return CheckpointSubject(Original.open(str(self.checkpoint), progress, self.adapter), threads, drafts, progress)
+        drafts = EvaluatedBundle(Path(str(self.drafts)), threads, progress) if self.drafts else None
+        original = Original.open(str(self.checkpoint), progress, self.adapter)
+        return EvaluatedCheckpoint(original, threads, drafts, progress)

@@ -1,4 +1,4 @@
-"""Where a lowered graph holds each quantized matrix: noted by the pass that puts it there, read by the manifest."""
+"""The place of each quantized matrix in a lowered graph: noted by the pass that puts it there, read by the manifest."""
 
 from __future__ import annotations
 

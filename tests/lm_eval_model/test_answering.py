@@ -168,7 +168,7 @@ def test_stop_strings(original: Original, text: str, until: list[str]) -> None:
 )
 def test_settings(settings: dict[str, Any], ending: Ending) -> None:
     before = dict(settings)
-    assert Ending.of(settings, 99) == ending
+    assert Ending.read(settings, 99) == ending
     assert settings == before
 
 
@@ -195,7 +195,7 @@ def test_settings(settings: dict[str, Any], ending: Ending) -> None:
 )
 def test_settings_that_ask_for_another_answer_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="cannot be generated with") as caught:
-        Ending.of(settings, 99)
+        Ending.read(settings, 99)
     assert caught.value.next_step
 
 

@@ -14,7 +14,7 @@ from glmexport.foundation.errors import BundleError, InputError
 from glmexport.foundation.progress import Silent
 from glmexport.lm_eval.answering import Ending, Prompt
 from glmexport.lm_eval.likelihood import Request
-from glmexport.lm_eval.subject import BundleSubject, CheckpointSubject, Settings
+from glmexport.lm_eval.subject import EvaluatedBundle, EvaluatedCheckpoint, HarnessArguments
 
 
 @pytest.mark.parametrize(
@@ -34,18 +34,18 @@ from glmexport.lm_eval.subject import BundleSubject, CheckpointSubject, Settings
 )
 def test_arguments_that_cannot_be_used(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
-        Settings.of(arguments)
+        HarnessArguments.read(arguments)
     assert caught.value.next_step
 
 
 def test_what_lm_eval_gives_by_itself_is_taken() -> None:
-    settings = Settings.of({"bundle": "b", "batch_size": 1, "max_batch_size": 4, "device": "cuda:0"})
+    settings = HarnessArguments.read({"bundle": "b", "batch_size": 1, "max_batch_size": 4, "device": "cuda:0"})
     assert (settings.bundle, settings.max_gen_toks) == ("b", 256)
 
 
 def test_a_bundle_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(BundleError):
-        Settings.of({"bundle": str(tmp_path)}).open(Silent())
+        HarnessArguments.read({"bundle": str(tmp_path)}).open(Silent())
 
 
 def test_a_bundle_and_its_checkpoint_are_asked_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,11 +59,11 @@ def test_a_bundle_and_its_checkpoint_are_asked_alike(tmp_path: Path, monkeypatch
         {"checkpoint": str(checkpoint)},
         {"checkpoint": str(checkpoint), "drafts": str(bundle)},
     ]
-    subjects = [Settings.of({**each, "threads": 1}).open(progress) for each in arguments]
+    subjects = [HarnessArguments.read({**each, "threads": 1}).open(progress) for each in arguments]
     # The same again, on a machine that is too small for it.
-    subjects.append(Settings.of({"checkpoint": str(checkpoint), "threads": 1}).open(progress))
-    assert isinstance(subjects[0], BundleSubject)
-    assert all(isinstance(subject, CheckpointSubject) for subject in subjects[1:])
+    subjects.append(HarnessArguments.read({"checkpoint": str(checkpoint), "threads": 1}).open(progress))
+    assert isinstance(subjects[0], EvaluatedBundle)
+    assert all(isinstance(subject, EvaluatedCheckpoint) for subject in subjects[1:])
     assert {subject.context_length for subject in subjects} == {256}
     assert len({subject.digest for subject in subjects}) == 2
     prompts = [Prompt((262, 263, 40 + count), Ending((), 8)) for count in range(3)]
