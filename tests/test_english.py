@@ -19,7 +19,6 @@ UNREAD: tuple[str, ...] = (
     "engine",
     "formats",
     "graph.caches",
-    "quantization",
     "serving.answer",
     "serving.guide_program",
     "serving.guides",
@@ -34,13 +33,11 @@ UNREAD: tuple[str, ...] = (
 #: Classes that share a name with another one, and so have to be renamed. It only becomes shorter.
 SHARED_NAMES: tuple[str, ...] = (
     "Answer",
-    "Share",
 )
 #: Vague names of functions, methods and classes that have to be renamed, as ``module.name``. It only becomes shorter.
 VAGUE_NAMES: tuple[str, ...] = (
     # The name that a plan of formats is known by.
     "formats.plan.FormatPlan.of",
-    "quantization.problem.Problem.of",
 )
 
 #: Words that no first sentence begins with.

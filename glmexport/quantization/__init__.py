@@ -1,1 +1,1 @@
-"""Matrices into codes, scales and zero points: pure functions on arrays, and the walk that applies them."""
+"""Matrices become codes, scales and zero points: pure functions on arrays, and the walk that applies them."""

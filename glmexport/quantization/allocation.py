@@ -24,16 +24,16 @@ class TieGroup:
     layer: int | None
     tap: str
     shapes: dict[str, tuple[int, int]]
-    #: Formats of the budget that the runtime has kernels for here.
+    #: The formats of the budget that the runtime has kernels for here.
     candidates: tuple[Format, ...]
 
     def bits(self, form: Format) -> int:
-        """Stored bits of all its matrices."""
+        """Return the stored bits of all its matrices."""
         return sum(stored_bits(shape, form) for shape in self.shapes.values())
 
     @property
     def tried(self) -> dict[int, tuple[int, ...]]:
-        """Candidates whose loss is measured, each with those whose loss follows from it, by index.
+        """The candidates whose loss is measured, each with those whose loss follows from it, by index.
 
         Between group sizes of the same bits the error changes its size, but hardly its kind: the finest is tried.
         """
@@ -71,7 +71,7 @@ def tie_groups(architecture: Architecture, recipe: Recipe) -> Iterator[TieGroup]
 
 
 def available_bits(architecture: Architecture, recipe: Recipe) -> int:
-    """Bits that the budget leaves for the groups: without what stays in full precision."""
+    """Return the bits that the budget leaves for the groups: without what stays in full precision."""
     budget = recipe.budget
     assert budget is not None
     shapes = architecture.shapes()
@@ -81,7 +81,7 @@ def available_bits(architecture: Architecture, recipe: Recipe) -> int:
 
 
 def require_fit(architecture: Architecture, recipe: Recipe) -> None:
-    """Whether any choice of formats keeps within the recipe's budget.
+    """Require that some choice of formats keeps within the recipe's budget.
 
     Raises:
         InputError: even the smallest candidates need more.
@@ -97,7 +97,7 @@ def require_fit(architecture: Architecture, recipe: Recipe) -> None:
 
 
 def probe_bytes(architecture: Architecture, recipe: Recipe) -> int:
-    """Disk that the trials of a budget take: all of them after one block and, while it is written, the next."""
+    """Return the bytes on disk of a budget's trials: all after one block and, while it is written, after the next."""
     if recipe.budget is None:
         return 0
     trials = sum(len(group.tried) for group in tie_groups(architecture, recipe))
@@ -105,7 +105,7 @@ def probe_bytes(architecture: Architecture, recipe: Recipe) -> int:
 
 
 def total_bits(architecture: Architecture, budget: Budget) -> int:
-    """Bits that the budget allows for every weight."""
+    """Return the bits that the budget allows for all weights together."""
     if budget.bundle_bytes is not None:
         return 8 * (budget.bundle_bytes - architecture.rotary_bytes)
     assert budget.bits_per_weight is not None
@@ -114,12 +114,12 @@ def total_bits(architecture: Architecture, budget: Budget) -> int:
 
 
 def allocate(losses: Sequence[Sequence[float]], bits: Sequence[Sequence[int]], available: int) -> list[int]:
-    """The candidate of every group that minimises the sum of losses with the sum of bits within ``available``.
+    """Return the candidate of every group that minimises the sum of losses with the sum of bits within ``available``.
 
     Args:
         losses: [groups][candidates], at least 0.
-        bits: likewise.
-        available: in all.
+        bits: [groups][candidates].
+        available: the most bits in all.
 
     Raises:
         ValueError: even the smallest candidates need more.
@@ -133,7 +133,7 @@ def allocate(losses: Sequence[Sequence[float]], bits: Sequence[Sequence[int]], a
     choose[owner, np.arange(len(owner))] = 1
     cost = np.array([loss for row in losses for loss in row], dtype=np.float64)
     size = np.array([count for row in bits for count in row], dtype=np.float64)
-    # In units of the whole, so that the solver's absolute tolerances mean the same for every model.
+    # Bits are shares of the whole, so that the solver's absolute tolerances mean the same for every model.
     result = milp(
         cost / max(float(cost.max()), 1e-300),
         constraints=[LinearConstraint(choose, 1, 1), LinearConstraint(size[None] / available, -np.inf, 1)],
@@ -150,7 +150,7 @@ def allocate(losses: Sequence[Sequence[float]], bits: Sequence[Sequence[int]], a
 
 
 def _shrink(picked: list[int], losses: Sequence[Sequence[float]], bits: Sequence[Sequence[int]]) -> None:
-    """Undo what the solver's tolerance let over the limit: the step down that costs least a bit."""
+    """Bring a choice that the solver's tolerance let over the limit below it: step down where a bit costs least."""
     steps = [
         ((losses[group][other] - losses[group][now]) / (bits[group][now] - bits[group][other]), group, other)
         for group, now in enumerate(picked)

@@ -1,4 +1,4 @@
-"""Decisions that hold for all steps of a walk, and are committed before it: scales to fold, formats under a budget."""
+"""The decisions that hold for all steps of a walk, committed before it: scales to fold, formats under a budget."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from glmexport.quantization.sensitivity import Probe, probe_ids
 from glmexport.quantization.store import WorkDirectory
 
 FOLDS, ALLOCATION = "folds", "allocation"
-#: Held-out tokens on which the channels of every tap are measured before scales are folded.
+#: Number of held-out tokens on which the channels of every tap are measured before scales are folded.
 _FOLD_TOKENS = 4096
 
 
 def decide_folds(job: QuantizationJob) -> QuantizationJob:
     """Return ``job`` with scales moved between tensors of its checkpoint: chosen once, then read back.
 
-    Nothing is moved where the recipe does not ask for it, or on text that is too poor for anything to be fitted to it.
+    Nothing is moved where the recipe does not ask for it, or where the text is too poor to fit anything to it.
     """
     work, calibration, architecture, recipe = job.work, job.calibration, job.architecture, job.recipe
     if calibration is None or recipe.linears is None or not recipe.solver.fold_scales:
@@ -71,7 +71,7 @@ def decide_formats(job: QuantizationJob) -> dict[str, Format]:
 
 
 def allocated_groups(work: WorkDirectory, architecture: Architecture, recipe: Recipe) -> tuple[AllocatedGroup, ...]:
-    """Return what the budget's bits were given to, in the order of the model; nothing if that was not decided."""
+    """Return the groups that the budget's bits were given to, in the order of the model; none if none were decided."""
     record = work.record(ALLOCATION)
     if record is None:
         return ()

@@ -16,15 +16,16 @@ from torch import Tensor
 from glmexport.quantization.memory import COMPARED_POSITIONS
 from glmexport.reference.reference import Reference
 
-#: For a slab [n, H] of the lm_head: inputs [P, K] and matrix [n, K], whose product is the change of its logits.
+#: A function from a slab [n, H] of the lm_head to inputs [P, K] and a matrix [n, K], whose product is the change of the
+#: slab's logits.
 Change = Callable[[Tensor], tuple[Tensor, Tensor]]
 
-#: A logit that rises by more says no more than that the model is broken, and e^d must not overflow.
+#: Largest rise of a logit: beyond it the model is broken in any case, and e^d must not overflow.
 _LARGEST = 80.0
 
 
 class Outputs:
-    """The original's next-token distributions at ``normed`` [P, H] fp32, the states behind the final norm."""
+    """The original's next-token distributions at ``normed`` [P, H] fp32, the states after the final norm."""
 
     def __init__(self, reference: Reference, normed: Tensor, slab_rows: int) -> None:
         self.normed = normed
@@ -37,7 +38,7 @@ class Outputs:
                 self._lse[span] = torch.logaddexp(self._lse[span], logits.logsumexp(-1))
 
     def divergences(self, changes: Sequence[Change]) -> list[float]:
-        """Mean KL divergence in nats of each of ``changes``; one pass over the lm_head for all of them."""
+        """Return the mean KL divergence in nats of each of ``changes``, by one pass over the lm_head."""
         first = self.normed.new_zeros(len(changes), len(self.normed), dtype=torch.float64)
         second = torch.zeros_like(first)
         for slab in self._slabs():
@@ -63,18 +64,18 @@ class Outputs:
 
 
 def of_states(outputs: Outputs, states: Tensor) -> Change:
-    """Other ``states`` [P, H] behind the final norm, before the original's lm_head."""
+    """Return the change by other ``states`` [P, H] after the final norm, with the original's lm_head."""
     difference = states - outputs.normed
     return lambda slab: (difference, slab)
 
 
 def of_head(outputs: Outputs, rounded: Callable[[Tensor], Tensor]) -> Change:
-    """The original's states before the lm_head as ``rounded`` makes it, slab by slab."""
+    """Return the change by the lm_head as ``rounded`` makes it, slab by slab, with the original's states."""
     return lambda slab: (outputs.normed, rounded(slab) - slab)
 
 
 def of_states_and_head(outputs: Outputs, states: Tensor, rounded: Callable[[Tensor], Tensor]) -> Change:
-    """Both."""
+    """Return the change by other states and a rounded lm_head together."""
     inputs = torch.cat([states, states - outputs.normed], 1)
 
     def change(slab: Tensor) -> tuple[Tensor, Tensor]:

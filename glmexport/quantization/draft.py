@@ -1,6 +1,6 @@
 """The layer that predicts tokens further ahead: rounded to nearest, with nothing measured for it.
 
-It decides how often a guess is right, and never what is answered.
+It decides how often a guess is right, and never which tokens are answered.
 """
 
 from __future__ import annotations

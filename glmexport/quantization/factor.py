@@ -1,4 +1,4 @@
-"""Factor H = (U + I) D (U + I)^T, with U strictly upper triangular and D diagonal, in the order of the sweep.
+"""The factorisation H = (U + I) D (U + I)^T, U strictly upper triangular and D diagonal, in the order of the sweep.
 
 With it GPTQ needs no inverse: rounding column k to Q(w_k + sum_{i<k} (w_i - q_i) U_ik) leaves the error
 sum_k D_k (rounding error of column k)^2 (Chee et al., QuIP, arXiv 2307.13304, theorem 1; equal to GPTQ).
@@ -13,11 +13,11 @@ from torch import Tensor
 
 from glmexport.quantization.order import ColumnOrder
 
-#: The damping is multiplied by this until the factorisation succeeds, and given up above the limit.
+#: Factor by which the damping is multiplied until the factorisation succeeds, and the limit at which that ends.
 _DAMPING_STEP, _DAMPING_LIMIT = 10.0, 10.0
 _SLAB = 1024
-#: Up to this size a factorisation that fails in fp32 is tried in fp64, whose two matrices then take at most 1 GiB; at
-#: K = 23,040 they would take 8.
+#: Largest size at which a factorisation that fails in fp32 is tried in fp64, whose two matrices then take at most 1
+#: GiB; at K = 23,040 they would take 8.
 DOUBLE_LIMIT = 8192
 
 
@@ -31,24 +31,24 @@ class Factor:
 
     hessian: Tensor
     lower: Tensor
-    #: What was added to each diagonal element, in sweep order [K].
+    #: The number that was added to each diagonal element, in sweep order [K].
     added: Tensor
-    #: Damping used, as a fraction of the mean diagonal.
+    #: The damping used, as a fraction of the mean diagonal.
     damping: float
-    #: Columns whose input was always zero.
+    #: Number of columns whose input was always zero.
     dead_columns: int
     #: Whether fp32 was not precise enough for this damping, and ``lower`` was computed in fp64.
     double: bool = False
 
     def columns(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """U [stop, stop - start] and D [stop - start] of the sweep's columns ``start`` to ``stop``."""
+        """Return U [stop, stop - start] and D [stop - start] of the sweep's columns ``start`` to ``stop``."""
         size = self.lower.shape[0]
         upper = self.lower[size - stop :, size - stop : size - start].flip(0, 1)
         diagonal = upper[start:].diagonal()
         return upper / diagonal, diagonal.square()
 
     def hessian_rows(self, start: int, stop: int) -> Tensor:
-        """Rows ``start`` to ``stop`` of the damped Hessian in sweep order, [stop - start, K]."""
+        """Return rows ``start`` to ``stop`` of the damped Hessian in sweep order, [stop - start, K]."""
         size = self.hessian.shape[0]
         return self.hessian[size - stop : size - start].flip(0, 1)
 
@@ -59,12 +59,12 @@ def factorize(hessian: Tensor, order: ColumnOrder, damping: float, *, consume: b
     A dead column (zero diagonal) gets the mean diagonal: it then neither receives nor spreads error, and its
     weights are rounded to nearest, so that text which does reach it still finds a weight there.
 
-    Where fp32 fails, fp64 is tried before the damping is raised: what the recipe asks for is then still done.
+    Where fp32 fails, fp64 is tried before the damping is raised, so that the recipe's damping is kept.
 
     Args:
-        hessian: mean of x x^T.
-        order: of the sweep.
-        damping: first try, as a fraction of the mean diagonal.
+        hessian: the mean of x x^T.
+        order: the order of the sweep.
+        damping: the first try, as a fraction of the mean diagonal.
         consume: permute ``hessian`` itself instead of a copy; at K = 23,040 each K x K matrix takes 2 GiB.
 
     Returns:
@@ -85,7 +85,7 @@ def factorize(hessian: Tensor, order: ColumnOrder, damping: float, *, consume: b
         double = lower is None and size <= DOUBLE_LIMIT
         if double:
             wide = permuted.double()
-            # In fp32 the sum may have lost what little was added.
+            # In fp32 the sum may have lost a small addend.
             wide.diagonal().copy_(diagonal.double() + added.double())
             lower = _cholesky(wide)
         if lower is not None:
@@ -95,13 +95,13 @@ def factorize(hessian: Tensor, order: ColumnOrder, damping: float, *, consume: b
 
 
 def _cholesky(matrix: Tensor) -> Tensor | None:
-    """Its lower factor, in its precision; None where ``matrix`` is not positive definite in that precision."""
+    """Return the lower factor in the precision of ``matrix``; None where that is not positive definite in it."""
     lower, info = torch.linalg.cholesky_ex(matrix)
     return lower if not int(info) and bool(torch.isfinite(lower.diagonal()).all()) else None
 
 
 def _permute(matrix: Tensor, order: Tensor) -> None:
-    """Rows and columns of a symmetric ``matrix`` [K, K] into ``order``, in place, a slab at a time.
+    """Bring the rows and columns of a symmetric ``matrix`` [K, K] into ``order``, in place, a slab at a time.
 
     Columns are permuted, the matrix is transposed, and columns are permuted again: by symmetry that permutes both.
     """

@@ -1,10 +1,11 @@
-"""Scales between the channels of a tap, moved into what writes its input, where that makes rounding cheaper.
+"""Scales between the channels of a tap, moved into the tensor that writes its input, where rounding becomes cheaper.
 
-Multiplying column j of a linear by s_j and dividing what feeds it by s_j changes nothing (the exact part of AWQ,
+Multiplying column j of a linear by s_j and dividing its input by s_j changes nothing (the exact part of AWQ,
 arXiv 2306.00978, and SmoothQuant, arXiv 2211.10438), but all columns of a group share a step, so one large column costs
 the others their precision. Rounding to a step in proportion to the p-norm of a group leaves an error of
 sum_j h_j / s_j^2 (sum_j |w_j s_j|^p)^(2/p), which s_j = (h_j / |w_j|^p)^(1 / (p + 2)) minimises: h_j is the mean square
-of the channel, |w_j| the size of its weights. Powers of two only, so that the model is the same to the last bit.
+of the channel, |w_j| the size of its weights. Only powers of two are used, so that the model is the same to the last
+bit.
 """
 
 from __future__ import annotations
@@ -24,29 +25,29 @@ from glmexport.reference.reference import Block, Reference
 
 #: Powers p that are tried: between a step that follows the whole group and one that follows its largest weight.
 _POWERS = (2.0, 4.0, 8.0)
-#: Of the rounding error that a fold must save to be worth it.
+#: Share of the rounding error that a fold must save to be worth it.
 _LEAST_GAIN = 0.05
 _LARGEST_EXPONENT = 10
-#: fp16 holds a scale in full precision down to 2^-14; what a row is divided by must not take its scales below.
+#: Smallest scale that dividing a row may leave: fp16 holds a scale in full precision down to 2^-14.
 _SMALLEST_SCALE = 2.0**-12
-#: Channels without any signal count this much of the mean, so that text which does reach them finds its weights.
+#: Share of the mean that channels without any signal count, so that text which does reach them finds its weights.
 _LEAST_IMPORTANCE = 1e-3
-#: Rows of a matrix on which folds are compared.
+#: Number of rows of a matrix on which folds are compared.
 _SAMPLE_ROWS = 256
 
 
 def choose_folds(
     reference: Reference, ids: Tensor, prefix: int, form: Format, batch_tokens: int, progress: Progress
 ) -> dict[str, Fold]:
-    """Folds of every decoder layer, by the name of the tensor; empty where none saves enough.
+    """Return the folds of every decoder layer, by the name of the tensor; empty where none saves enough.
 
     Args:
         reference: the original.
         ids: [sequences, length], the text on which channels are measured.
         prefix: positions at the start of each sequence that do not count.
-        form: what the linears are rounded to.
-        batch_tokens: how many are computed together.
-        progress: who watches.
+        form: the format that the linears are rounded to.
+        batch_tokens: the number of tokens that are computed together.
+        progress: the observer of the layers.
     """
     positions = reference.position_embeddings(ids.shape[1])
     batch = max(1, batch_tokens // ids.shape[1])
@@ -63,7 +64,7 @@ def choose_folds(
 
 
 def _through(block: Block, hidden: list[Tensor], positions: tuple[Tensor, Tensor], prefix: int) -> dict[str, Tensor]:
-    """Mean square [K] of the input of every tap; ``hidden`` becomes what the next layer reads."""
+    """Return the mean square [K] of the input of every tap; ``hidden`` becomes the next layer's input."""
     layer = block.layer
     squares: dict[str, Tensor] = {}
     for index in range(len(hidden)):
@@ -91,7 +92,7 @@ def _fold_tap(
     exponents: dict[str, dict[str, Tensor]],
 ) -> None:
     """Add the best fold of a tap to ``exponents``, which are by tensor and axis, if one is worth it."""
-    # What is chosen from is a few vectors; the errors of the choices are measured where the weights are.
+    # The choice is among a few vectors; the errors of the choices are measured on the device of the weights.
     squares = squares.cpu()
     importance = squares.clamp(min=_LEAST_IMPORTANCE * float(squares.mean()))
     weights = [block.weight(linear.weight) for linear in linears]
@@ -136,7 +137,7 @@ def fold_candidates(importance: Tensor, size: Tensor, rows: Tensor, largest: Ten
 
 
 def _rounding_error(sampled: list[Tensor], importance: Tensor, exponents: Tensor, form: Format) -> float:
-    """sum_j h_j e_j^2 over ``sampled`` rows [n, K], e being the error of rounding with ``exponents`` folded in."""
+    """Return sum_j h_j e_j^2 over ``sampled`` rows [n, K], e the error of rounding with ``exponents`` folded in."""
     error, codec = 0.0, codec_of(form)
     for weight in sampled:
         folded = torch.ldexp(weight, exponents.to(weight.device))

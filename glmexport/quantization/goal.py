@@ -1,4 +1,4 @@
-"""The asymmetric target: a matrix is fitted to what the *original* model has at its output.
+"""The asymmetric target: a matrix is fitted to the output that it has in the *original* model.
 
 Everything before a matrix is already quantized, so its input x differs from the original's x_o. Fitted to its own
 output W x it would hand that difference on; fitted to y = W x_o (and, where its output is added to the residual
@@ -23,13 +23,13 @@ class Sample:
     weights: Tensor
 
     def errors(self, residual: Tensor) -> Tensor:
-        """Weighted mean square [N] of ``residual`` [S, N]."""
+        """Return the weighted mean square [N] of ``residual`` [S, N]."""
         return self.weights @ residual.square()
 
 
 @dataclass(frozen=True)
 class Goal:
-    """d, the original's output less that of the unquantized matrix on the quantized stream, as moments.
+    """The goal d, the original's output less that of the unquantized matrix on the quantized stream, as moments.
 
     ``cross`` [M, K] is E[d x^T] and ``held`` [S, M] is d on the held-out text, where M = N; or, for matrices that
     share their input and write to no stream, both are of the inputs' difference x_o - x (``of_inputs``; M = K), of
@@ -41,7 +41,7 @@ class Goal:
     of_inputs: bool
 
     def rows(self, weight: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """C [n, K] and d [S, n] of the rows ``weight`` [n, K] of the matrix, which begin at row ``start``."""
+        """Return C [n, K] and d [S, n] of the rows ``weight`` [n, K] of the matrix, which begin at row ``start``."""
         if self.of_inputs:
             return weight @ self.cross, self.held @ weight.T
         stop = start + weight.shape[0]
@@ -49,9 +49,9 @@ class Goal:
 
 
 def shrinkage(difference: Tensor, predicted: Tensor, weights: Tensor) -> Tensor:
-    """The factor a [N] in 0 .. 1 that minimises sum_s w_s (d_s - a p_s)^2, for each output on its own.
+    """Return the factor a [N] in 0 .. 1 that minimises sum_s w_s (d_s - a p_s)^2, for each output on its own.
 
-    0, the matrix' own output, where the prediction does not help on the held-out text.
+    It is 0, the matrix' own output, where the prediction does not help on the held-out text.
 
     Args:
         difference: d [S, N] fp32.
@@ -63,18 +63,18 @@ def shrinkage(difference: Tensor, predicted: Tensor, weights: Tensor) -> Tensor:
 
 
 def stream_difference(branch: Tensor, ours: Tensor, theirs: Tensor, gain: Tensor | None, epsilon: float) -> Tensor:
-    """What a branch's last matrix would have to add to its output for the residual stream to be the original's.
+    """Return what a branch's last matrix would have to add to its output for the residual stream to be the original's.
 
     Without a norm behind the matrix that is ``theirs - ours``. With one, the sum is
-    ours + y / rms(y) * gain, so the difference is brought in front of the norm with the rms of the original's y;
+    ours + y / rms(y) * gain, so the difference is brought before the norm with the rms of the original's y;
     channels with almost no gain, where it would explode, are left alone.
 
     Args:
         branch: [..., N] fp32, y in the original.
         ours: [..., N], the quantized model's stream that the branch adds to.
         theirs: [..., N], the original's.
-        gain: [N] of the RMSNorm between matrix and stream, or None.
-        epsilon: of that norm.
+        gain: [N], that of the RMSNorm between matrix and stream, or None.
+        epsilon: that of the norm.
     """
     difference = theirs - ours
     if gain is None:

@@ -1,4 +1,4 @@
-"""What a walk is given: a checkpoint, how to quantize it, and where and within which bounds it works."""
+"""The job of a walk: a checkpoint, the recipe for it, and the place and the bounds of the work."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class QuantizationJob:
     checkpoint: Checkpoint
     architecture: Architecture
     recipe: Recipe
-    #: None for recipes that need no text.
+    #: The calibration sequences; None for recipes that need no text.
     calibration: CalibrationSet | None
-    #: Where every finished step is committed.
+    #: The directory to which every finished step is committed.
     work: WorkDirectory
     memory: MemoryPlan
     progress: Progress

@@ -1,4 +1,4 @@
-"""How much memory a walk needs, and how large its batches may be under a limit."""
+"""The memory that a walk needs, and the batches that fit under a limit."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from glmexport.quantization.factor import DOUBLE_LIMIT
 from glmexport.quantization.moments import SAMPLE_POSITIONS
 from glmexport.reference.filling import KEPT_BYTES
 
-#: Positions of the probe whose logits over a slab of the lm_head are held at a time.
+#: Number of probe positions whose logits over a slab of the lm_head are held at a time.
 COMPARED_POSITIONS = 256
-#: Interpreter, torch, transformers and their allocators, measured before any weight is read.
+#: Bytes of the interpreter, torch, transformers and their allocators, measured before any weight is read.
 BASE_BYTES = 700 << 20
 _FP32 = 4
-#: Copies of a chunk of rows that the solver holds at its peak: weights, error, its projection, what the polish may
-#: have to go back to, temporaries.
+#: Number of copies of a chunk of rows that the solver holds at its peak: weights, error, its projection, the state
+#: before the polish, temporaries.
 _SOLVER_COPIES = 14
-#: Copies of a chunk of rows while it is rounded to nearest: itself, its codes, their values, and their temporaries.
+#: Number of copies of a chunk of rows while it is rounded to nearest: itself, its codes, their values, temporaries.
 _ROUNDING_COPIES = 8
 
 
@@ -30,16 +30,16 @@ _ROUNDING_COPIES = 8
 class MemoryPlan:
     """Batch sizes of a walk and the peak they lead to."""
 
-    #: Tokens whose activations are computed together.
+    #: Number of tokens whose activations are computed together.
     batch_tokens: int
-    #: Weights of one matrix that are solved together.
+    #: Number of weights of one matrix that are solved together.
     chunk_weights: int
-    #: Expected peak resident memory, bytes.
+    #: The expected peak resident memory, bytes.
     peak_bytes: int
 
 
 def plan_memory(architecture: Architecture, recipe: Recipe, limit_bytes: int | None = None) -> MemoryPlan:
-    """The largest batches that keep the walk within ``limit_bytes``; the preferred ones if there is no limit.
+    """Return the largest batches that keep the walk within ``limit_bytes``; the preferred ones if there is no limit.
 
     Raises:
         MachineError: even the smallest batches do not fit.
@@ -66,7 +66,7 @@ def _peak(architecture: Architecture, recipe: Recipe, batch: int, chunk: int) ->
     if not recipe.needs_calibration:
         return BASE_BYTES + solving
     peaks = [solving]
-    # One layer of each kind.
+    # One layer of each kind is enough.
     for layer in {len(layer.linears): layer for layer in architecture.layers}.values():
         peaks += _layer_peaks(layer, recipe, batch, chunk)
     if recipe.budget:
@@ -75,7 +75,7 @@ def _peak(architecture: Architecture, recipe: Recipe, batch: int, chunk: int) ->
 
 
 def _layer_peaks(layer: DecoderLayer, recipe: Recipe, batch: int, chunk: int) -> list[int]:
-    """While scales are folded, while each of its taps is measured and solved, and while the streams move on."""
+    """Yield the bytes while scales are folded, while each tap is measured and solved, and while the streams move on."""
     asymmetric = recipe.solver.asymmetric
     streams = 2 if asymmetric else 1
     held = 0
@@ -113,13 +113,13 @@ def _layer_peaks(layer: DecoderLayer, recipe: Recipe, batch: int, chunk: int) ->
         # Codes of the matrices already solved, one byte a weight, wait for the commit.
         held += inside
         if ends:
-            # What the branch adds, from its dequantized matrix, while the batch before it is written.
+            # The branch's output, from its dequantized matrix, while the batch before it is written.
             peaks.append(held + inside * _FP32 + 4 * batch * max(width, size) * _FP32)
     return peaks
 
 
 def _expert_peaks(mixture: MixtureOfExperts, batch: int, chunk: int, *, asymmetric: bool) -> Iterator[int]:
-    """Of each kind of expert: what its matrices are solved from, and its outputs.
+    """Yield the bytes of each kind of expert: those that its matrices are solved from, and its outputs.
 
     The shared one is also fitted to the original's stream.
     """
@@ -141,7 +141,7 @@ def _expert_peaks(mixture: MixtureOfExperts, batch: int, chunk: int, *, asymmetr
 
 
 def _probe_peaks(architecture: Architecture, recipe: Recipe, tokens: int, batch: int, chunk: int) -> list[int]:
-    """Of the trials under a budget: inside a block, and when all are compared at the lm_head."""
+    """Yield the bytes of the trials under a budget: inside a block, and when all are compared at the lm_head."""
     layer, hidden = architecture.layers[0], architecture.hidden_size
     states = tokens * hidden
     taps = [sum(linear.in_features * linear.out_features for linear in linears) for linears in layer.taps.values()]
@@ -156,5 +156,5 @@ def _probe_peaks(architecture: Architecture, recipe: Recipe, tokens: int, batch:
 
 
 def compared_trials(batch_tokens: int, tokens: int) -> int:
-    """How many trials of ``tokens`` each are compared with the original in one pass over the lm_head."""
+    """Return how many trials of ``tokens`` each are compared with the original in one pass over the lm_head."""
     return max(1, 4 * batch_tokens // tokens)

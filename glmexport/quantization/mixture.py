@@ -31,17 +31,17 @@ from glmexport.quantization.store import Activations
 from glmexport.quantization.streams import ORIGINAL, QUANTIZED, Hidden, Passage
 from glmexport.reference.reference import Block
 
-#: What the pool is worth in a Hessian, in positions a column.
+#: The weight of the pool in a Hessian, in positions a column.
 PRIOR = 1.0
-#: Held-out positions of an expert below which they are too few to choose between solutions.
+#: Fewest held-out positions of an expert that can choose between solutions.
 _LEAST_HELD = 64
-#: Positions on which the pool of what an expert's last matrix reads is measured.
+#: Number of positions on which the pool of the inputs of an expert's last matrix is measured.
 _POOL_POSITIONS = 2048
 
 
 @dataclass(frozen=True)
-class Share:
-    """The positions [n] int64, counted through all sequences, that an expert gets, and its weight [n] fp32 there."""
+class ExpertShare:
+    """The positions [n] int64, counted through all sequences, that an expert gets, and its weights [n] fp32 there."""
 
     positions: Tensor
     weights: Tensor
@@ -49,7 +49,7 @@ class Share:
 
 @dataclass(frozen=True)
 class _Routes:
-    """``experts`` and ``weights`` [positions, chosen] of every position of a stream."""
+    """The ``experts`` and ``weights`` [positions, chosen] of every position of a stream."""
 
     experts: Tensor
     weights: Tensor
@@ -58,14 +58,14 @@ class _Routes:
 
 @dataclass(frozen=True)
 class MeasuredExpert:
-    """The moments that one matrix of an expert is solved from, and how many positions they rest on."""
+    """The moments that one matrix of an expert is solved from, and the number of positions that they rest on."""
 
     measured: Measured
-    #: Calibration positions that chose the expert; None if all do.
+    #: Number of calibration positions that chose the expert; None if all do.
     chosen: int | None
-    #: What they are worth: equally weighted, each different.
+    #: The effective number of these positions: equally weighted, each different.
     own_tokens: float
-    #: With the pool's part.
+    #: The moments, with the pool's part.
     tokens: float
 
 
@@ -84,12 +84,12 @@ class Mixture:
         length = calibration.ids.shape[1]
         self._held = calibration.selection[:, None].expand(-1, length).flatten()
         counted = torch.arange(length) >= calibration.prefix
-        #: Of the position, 0 where it does not count.
+        #: The weight of each position, 0 where it does not count.
         self._weights = (calibration.weights()[:, None] * counted).flatten()
         self._contexts = calibration.contexts.flatten()
         self._routes = {name: self._route(name) for name in self.streams.names}
         self._added = {name: self._empty(name) for name in self.streams.names}
-        #: Of what all experts read.
+        #: The moment of the input of all experts.
         self._pool: Tensor | None = None
 
     def measure(self, mlp: GatedMlp, linear: Linear, gate_up: QuantizedLinear | None) -> MeasuredExpert:
@@ -131,7 +131,7 @@ class Mixture:
     def add(self, mlp: GatedMlp, solved: dict[str, QuantizedLinear]) -> Seen | None:
         """Let the outputs of ``mlp`` join the streams: as ``solved`` in the quantized one, as it was in the other.
 
-        Returns the largest number that its last matrix read; None if no position chose it.
+        The result is the largest number that its last matrix read; None if no position chose it.
         """
         reference, largest = self.streams.reference, Largest()
         for name in self.streams.names:
@@ -170,7 +170,7 @@ class Mixture:
     def pool(self) -> Tensor:
         """Return the mean of x x^T over all positions that count, [hidden, hidden] fp32."""
         if self._pool is None:
-            everywhere = Share(torch.arange(len(self._weights)), torch.ones(len(self._weights)))
+            everywhere = ExpertShare(torch.arange(len(self._weights)), torch.ones(len(self._weights)))
             fitted = (self._weights > 0) & ~self._held
             size = self.streams.reference.architecture.hidden_size
             self._pool = self._accumulate(everywhere, fitted, self._weights, lambda inputs: inputs, size)
@@ -180,11 +180,11 @@ class Mixture:
         """Return the moment of what the last matrix of an expert would read at some positions, whoever chose it."""
         fitted = ((self._weights > 0) & ~self._held).nonzero()[:, 0]
         some = fitted[:: max(1, len(fitted) // _POOL_POSITIONS)]
-        share, weights = Share(some, torch.ones(len(some))), self._weights[some]
+        share, weights = ExpertShare(some, torch.ones(len(some))), self._weights[some]
         return self._accumulate(share, torch.ones(len(some), dtype=torch.bool), weights, inside, linear.in_features)
 
     def _accumulate(
-        self, share: Share, fitted: Tensor, weights: Tensor, inside: Callable[[Tensor], Tensor], size: int
+        self, share: ExpertShare, fitted: Tensor, weights: Tensor, inside: Callable[[Tensor], Tensor], size: int
     ) -> Tensor:
         """Return the weighted mean of x x^T over the ``fitted`` positions, [size, size] fp32; zero without any."""
         hessian = Hessian(size, self.streams.reference.device)
@@ -194,7 +194,7 @@ class Mixture:
             hessian.add(rows.mul_((weight / total).sqrt()[:, None].to(rows.device)))
         return hessian.matrix()
 
-    def _sample(self, share: Share, weights: Tensor, inside: Callable[[Tensor], Tensor]) -> Sample | None:
+    def _sample(self, share: ExpertShare, weights: Tensor, inside: Callable[[Tensor], Tensor]) -> Sample | None:
         """Return held-out positions that chose the expert, if they are enough to tell anything."""
         held = ((weights > 0) & self._held[share.positions]).nonzero()[:, 0]
         held = held[:: -(-len(held) // SAMPLE_POSITIONS) or 1]
@@ -211,12 +211,12 @@ class Mixture:
         matrix = gate_up.dequantize().to(self.streams.reference.device)
         return lambda inputs: self._block.gated(inputs @ matrix.T)
 
-    def _share(self, name: str, mlp: GatedMlp) -> Share:
+    def _share(self, name: str, mlp: GatedMlp) -> ExpertShare:
         experts, weights = self._routes[name].experts, self._routes[name].weights
         if mlp is self.mixture.shared:
-            return Share(torch.arange(len(experts)), torch.ones(len(experts)))
+            return ExpertShare(torch.arange(len(experts)), torch.ones(len(experts)))
         positions, slots = (experts == self.mixture.experts.index(mlp)).nonzero(as_tuple=True)
-        return Share(positions, weights[positions, slots])
+        return ExpertShare(positions, weights[positions, slots])
 
     def _route(self, name: str) -> _Routes:
         """Return the experts of every position of a stream."""
@@ -239,6 +239,6 @@ class Mixture:
 
     def _empty(self, name: str) -> Activations:
         added = self.streams.scratch(f"experts.{name}", self.streams.reference.architecture.hidden_size)
-        # Of the layer before.
+        # The file is that of the layer before.
         added.path.unlink(missing_ok=True)
         return added

@@ -1,4 +1,4 @@
-"""What the solver needs to know about the inputs of a tap: moments of the calibration text, and held-out values."""
+"""The facts about the inputs of a tap that the solver needs: moments of the calibration text, and held-out values."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from glmexport.calibration.sequences import CalibrationSet
 from glmexport.quantization.goal import Goal, Sample
 from glmexport.quantization.largest import Seen
 
-#: Held-out positions that solutions are judged on; every further one would cost a product a matrix.
+#: Number of held-out positions that solutions are judged on; every further one would cost a product a matrix.
 SAMPLE_POSITIONS = 2048
 
 
@@ -24,7 +24,7 @@ class Measured:
     ``goals`` are by weight key; there are none without an asymmetric target.
     """
 
-    #: [K, K] fp32, mean of x x^T.
+    #: The Hessian [K, K] fp32, the mean of x x^T.
     hessian: Tensor
     sample: Sample | None
     goals: dict[str, Goal]
@@ -33,7 +33,7 @@ class Measured:
 
 
 class Moments:
-    """Accumulates what the linears of a tap are solved from, over the calibration text.
+    """An accumulator over the calibration text of what the linears of a tap are solved from.
 
     With an asymmetric target it also takes what is wanted: the input of ``linears`` in the original; or, where
     ``weight`` [M, K] is given, the output that the only one of them ought to have. What W makes of the inputs is then
@@ -78,7 +78,7 @@ class Moments:
             self._held_wanted.append(self._chosen(wanted, held).flatten(0, 1))
 
     def _weighted(self, values: Tensor, fitted: Tensor, weights: Tensor) -> Tensor:
-        """Rows [n, features] of the positions that are ``fitted`` to, times the square root of their weight."""
+        """Return rows [n, features] of the positions that are ``fitted`` to, times the square root of their weight."""
         rows = values[fitted, self.calibration.prefix :]
         return rows.mul_(weights[fitted].sqrt()[:, None, None]).flatten(0, 1)
 

@@ -1,4 +1,4 @@
-"""Names under which a walk commits what it has done."""
+"""The names under which a walk commits what it has done."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def expert_steps(layer: DecoderLayer) -> dict[str, GatedMlp]:
 def committed_with(architecture: Architecture, recipe: Recipe) -> dict[str, tuple[str, ...]]:
     """Return the steps of a walk in the order of the model, each with everything that is committed with it.
 
-    That is itself, and behind it the experts of its layer where ``recipe`` quantizes any.
+    That is itself, followed by the experts of its layer where ``recipe`` quantizes any.
     """
     steps: dict[str, tuple[str, ...]] = {EMBEDDING: (EMBEDDING,)}
     for layer in architecture.layers:

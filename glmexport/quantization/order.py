@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-#: Columns whose effect on one another is followed one by one; on those behind them it is one product of matrices.
+#: Number of columns whose effect on one another is followed one by one; on later ones it is one product of matrices.
 _STRIP = 16
 
 
@@ -27,19 +27,19 @@ class ColumnOrder:
 
 
 def column_order(diagonal: Tensor, group_size: int, order: Literal["group", "stored"]) -> ColumnOrder:
-    """Order of the K columns of a matrix.
+    """Return the order of the K columns of a matrix.
 
-    ``group`` (group-aware reordering, GAR): groups by falling mean of the Hessian's ``diagonal``, and inside each
+    ``group`` (group-aware reordering, GAR) visits groups by falling mean of the Hessian's ``diagonal``, and inside each
     group columns by falling diagonal, so that the most important weights are rounded while most columns that can
     compensate are still free. ``stored`` keeps the checkpoint's order.
 
     Args:
         diagonal: [K] fp32.
         group_size: weights sharing a scale; the last group may be shorter.
-        order: which.
+        order: the kind of order.
     """
     size = diagonal.shape[0]
-    # Many small sorts.
+    # These are many small sorts.
     values = diagonal.cpu()
     starts = range(0, size, group_size)
     members = [torch.arange(start, min(start + group_size, size)) for start in starts]
@@ -55,6 +55,6 @@ def column_order(diagonal: Tensor, group_size: int, order: Literal["group", "sto
 
 
 def strips(columns: int) -> Iterator[tuple[int, int]]:
-    """First and last of so many columns, a few at a time."""
+    """Yield the first and last of so many columns, a few at a time."""
     for start in range(0, columns, _STRIP):
         yield start, min(start + _STRIP, columns)

@@ -1,4 +1,4 @@
-"""What a step of a walk makes: quantized matrices, how each was found, and the largest number that was seen."""
+"""The result of a step of a walk: quantized matrices, how each was found, and the largest number that was seen."""
 
 from __future__ import annotations
 

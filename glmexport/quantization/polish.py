@@ -1,4 +1,4 @@
-"""After the sweep: coordinate descent over the codes, and a closed-form refit of every scale.
+"""The polish after the sweep: coordinate descent over the codes, and a closed-form refit of every scale.
 
 The sweep never returns to a column; these rounds do. Both steps can only lower tr(E H E^T): coordinate descent
 (Nair and Suggala, CDQuant, arXiv 2406.17542) moves one column at a time to its best code, and the refit is the

@@ -1,4 +1,4 @@
-"""What the linears of one tap have in common, and what an error costs them."""
+"""The problem that the linears of one tap have in common, and the cost of an error."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from glmexport.quantization.factor import Factor, factorize
 from glmexport.quantization.goal import Sample
 from glmexport.quantization.order import ColumnOrder, column_order
 
-#: Standard errors by which held-out text has to prefer one result. Where the errors of the matrices before it are much
-#: larger than its own, a row's cost is mostly chance: on the demo 29 of 20,736 rows rounded to nearest cost up to 3 %
-#: less on 2,040 held-out positions, though they miss the goal on the calibration text by 3 to 15 times as much.
+#: Number of standard errors by which held-out text has to prefer one result. Where the errors of the matrices before it
+#: are much larger than its own, a row's cost is mostly chance: on the demo 29 of 20,736 rows rounded to nearest cost up
+#: to 3 % less on 2,040 held-out positions, though they miss the goal on the calibration text by 3 to 15 times as much.
 _SURE = 3.0
-#: With fewer effective tokens a column nothing is fitted: they show at most one in sixteen directions of the input, and
-#: held-out text of the same kind does not tell what a fit to them does to the others. On synthetic inputs of a flat
-#: spectrum a fit to so few gains at most a fifth on text of their kind, and loses up to two fifths on any other.
+#: Fewest effective tokens a column to which anything is fitted: fewer show at most one in sixteen directions of the
+#: input, and held-out text of the same kind does not tell what a fit to them does to the others. On synthetic inputs of
+#: a flat spectrum a fit to so few gains at most a fifth on text of their kind, and loses up to two fifths on any other.
 LEAST_TOKENS = 1 / 16
 
 
@@ -32,13 +32,13 @@ class Problem:
 
     order: ColumnOrder
     factor: Factor | None
-    #: Weight of each column's squared error where it is rounded to nearest, [K] in stored order.
+    #: The weight of each column's squared error where it is rounded to nearest, [K] in stored order.
     importance: Tensor
     sample: Sample | None = None
     refusal: str | None = None
 
     @classmethod
-    def of(
+    def prepare(
         cls,
         hessian: Tensor,
         form: Format,
@@ -50,13 +50,13 @@ class Problem:
     ) -> Problem:
         """Order and factor ``hessian`` [K, K] fp32, the mean of x x^T over so many effective ``tokens``.
 
-        With ``consume`` its storage is reused.
+        With ``consume`` the storage of the Hessian is reused.
         """
         size = len(hessian)
         diagonal = hessian.diagonal().clone()
         order = column_order(diagonal, form.group_size, solver.order)
         if tokens < LEAST_TOKENS * size:
-            # Text that nothing is fitted to does not weigh the columns either.
+            # Text to which nothing is fitted does not weigh the columns either.
             poor = (
                 f"the calibration text is worth only {tokens:,.0f} different tokens for {size:,} columns: "
                 "rounded to nearest; calibrate on more varied text"
@@ -69,10 +69,10 @@ class Problem:
         return cls(order, factor, column_importance(diagonal), sample, refusal)
 
     def cost(self, error: Tensor, quadratic: Tensor | None, missed: Tensor | None) -> Tensor:
-        """What ``error`` [K, N] = G - Q costs each row, [N]: on held-out text, and without any by e^T H e.
+        """Return what ``error`` [K, N] = G - Q costs each row, [N]: on held-out text, or without any by e^T H e.
 
         Args:
-            error: in sweep order.
+            error: the error in sweep order.
             quadratic: e^T H e of every row, [N], H damped; needed only without held-out text.
             missed: what G itself leaves of the goal on the held-out text, [S, N]; None where G is the matrix.
         """
@@ -83,9 +83,10 @@ class Problem:
         return self.sample.errors(outputs if missed is None else outputs.add_(missed))
 
     def surely_less(self, cost: Tensor, than: Tensor, error: Tensor, other: Tensor, missed: Tensor | None) -> Tensor:
-        """The rows [N] bool in which ``cost``, that of ``error``, is less ``than`` that of ``other``.
+        """Return the rows [N] bool in which ``cost``, that of ``error``, is less ``than`` that of ``other``.
 
-        On held-out text, by more than chance: by three standard errors of the difference between the two.
+        On held-out text it has to be less by more than chance: by three standard errors of the difference between the
+        two.
         """
         less = cost < than
         if self.sample is None or not bool(less.any()):

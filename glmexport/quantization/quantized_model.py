@@ -1,4 +1,4 @@
-"""A quantized model as a finished walk committed it."""
+"""A quantized model, as a finished walk committed it."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from glmexport.quantization.weights import Weights
 class QuantizedModel:
     """The matrices that a walk committed, and how it found them; all in the order of the model."""
 
-    #: With the checkpoint as scales are folded in it.
+    #: The job, whose checkpoint has scales folded in.
     job: QuantizationJob
     #: The names under which matrices are committed, and of those that only drafts are made with.
     parts: tuple[str, ...]
     draft_parts: tuple[str, ...]
     records: tuple[QuantizedMatrix, ...]
     draft_records: tuple[QuantizedMatrix, ...]
-    #: What the matrices took, without those that only drafts are made with, over all attempts.
+    #: Seconds that the matrices took over all attempts, without those that only drafts are made with.
     seconds: float
     #: The largest number that a matrix or a norm read of the calibration text, over all positions; None: no text was
-    #: run. What matrices give is seen where the next one reads it.
+    #: run. The output of a matrix is seen where the next one reads it.
     largest: Seen | None
-    #: What the budget's bits were given to; empty for a recipe without one.
+    #: The groups that the budget's bits were given to; empty for a recipe without one.
     allocation: tuple[AllocatedGroup, ...]
 
     @classmethod

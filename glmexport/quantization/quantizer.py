@@ -1,4 +1,4 @@
-"""Quantizes the matrices of a job in their formats: against a Hessian, to nearest, or as the checkpoint stores them."""
+"""A job's matrices are quantized in their formats: against a Hessian, to nearest, or as the checkpoint stores them."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Quantizer:
         assert form is not None and job.calibration is not None
         solver = solver or job.recipe.solver
         tokens = job.calibration.effective_tokens if tokens is None else tokens
-        problem = Problem.of(measured.hessian, form, solver, measured.sample, tokens=tokens, consume=True)
+        problem = Problem.prepare(measured.hessian, form, solver, measured.sample, tokens=tokens, consume=True)
         part = QuantizedPart(largest=measured.largest)
         for linear in linears:
             solution = gptq(job.chunks(linear.weight), problem, form, solver, measured.goals.get(linear.weight))

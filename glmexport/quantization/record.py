@@ -1,4 +1,4 @@
-"""How each matrix was quantized: written down by the walk, kept in the bundle's manifest, shown in the report."""
+"""The record of each quantized matrix: written by the walk, kept in the bundle's manifest, shown in the report."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def routed(record: QuantizedMatrix, linear: Linear, chosen: int | None, own_toke
 
 
 def coverage(matrices: Iterable[QuantizedMatrix]) -> tuple[ExpertCoverage, ...]:
-    """Of every layer with experts that were measured, from the records of their matrices in the order of the model."""
+    """Return the coverage of each layer's measured experts, from their matrices' records in the order of the model."""
     layers: dict[int, list[QuantizedMatrix]] = {}
     for matrix in matrices:
         if matrix.chosen is not None and matrix.part == EXPERT_INPUT and matrix.layer is not None:

@@ -1,9 +1,9 @@
-"""What each group of matrices costs in each format: the KL divergence it causes alone, everything else original.
+"""The cost of each group of matrices in each format: the KL divergence it causes alone, everything else original.
 
 One pass over the weights serves all trials. Every trial is a copy of the probe's activations that leaves the
 original's at its group and goes through the rest of the model with original weights; divergences this small add up.
 The trial's matrices are rounded to nearest on a searched grid: what GPTQ then gains is nearly the same factor in all.
-Formats of the same bits are not all tried (``TieGroup.tried``): a small divergence is proportional to the energy of
+Not all formats of the same bits are tried (``TieGroup.tried``): a small divergence is proportional to the energy of
 the error at the matrices' outputs, which takes no pass through the model to measure.
 """
 
@@ -27,15 +27,15 @@ from glmexport.quantization.memory import MemoryPlan, compared_trials
 from glmexport.quantization.store import WorkDirectory
 from glmexport.reference.reference import Block, Reference
 
-#: Tokens of a probe sequence.
+#: Number of tokens of a probe sequence.
 _LONGEST = 256
-#: Positions of the probe on which formats of the same bits are compared.
+#: Number of probe positions on which formats of the same bits are compared.
 _SAMPLED_POSITIONS = 512
 ORIGINAL, TRIALS = "original", "trials"
 
 
 def probe_ids(calibration: CalibrationSet, tokens: int) -> Tensor:
-    """Token ids [sequences, length] of about ``tokens`` tokens: held-out text, spread over the languages."""
+    """Return token ids [sequences, length] of about ``tokens`` held-out tokens, spread over the languages."""
     held = calibration.ids[calibration.selection] if bool(calibration.selection.any()) else calibration.ids
     length = min(_LONGEST, held.shape[1])
     wanted = max(1, tokens // length)
@@ -59,7 +59,7 @@ class _Rounded:
 
 
 class Probe:
-    """Probe text on its way through the original, and through every trial.
+    """The probe text on its way through the original, and through every trial.
 
     Both are committed to ``work`` after every block, so that a pass that is killed goes on from there.
     """
@@ -81,20 +81,20 @@ class Probe:
         self.memory = memory
         self._positions = reference.position_embeddings(ids.shape[1])
         self._batch = max(1, memory.batch_tokens // ids.shape[1])
-        #: In the order of the model, so that those that have left the original after some block come first.
+        #: The groups in the order of the model, so that those that have left the original after some block come first.
         self._trials = [
             _Trial(number, candidate, group.candidates[candidate])
             for number, group in enumerate(groups)
             if group.tap != HEAD_TAP
             for candidate in group.tried
         ]
-        #: Of the sampled outputs, by group and candidate.
+        #: The error energy at the sampled outputs, by group and candidate.
         self._errors: dict[int, list[float]] = {}
         self._steps = ["sensitivity_embedding"]
         self._steps += [f"sensitivity_{layer.index:03d}" for layer in reference.architecture.layers]
 
     def losses(self, progress: Progress) -> list[list[float]]:
-        """Mean KL divergence in nats [groups][candidates]."""
+        """Return the mean KL divergence in nats [groups][candidates]."""
         layers = self.reference.architecture.layers
         done = self._resume_at()
         if done:
@@ -167,7 +167,7 @@ class Probe:
             yield block.forward(part, self._positions, weights)
 
     def _leave(self, block: Block, hidden: Tensor, number: int) -> Iterator[Tensor]:
-        """Outputs of ``block`` with its group ``number`` in each format that is tried; the errors in every format."""
+        """Return outputs of ``block`` with group ``number`` in each tried format, and the errors in every format."""
         group = self.groups[number]
         linears = block.layer.taps[group.tap]
         inputs = torch.cat([block.tap(group.tap, part, self._positions) for part in torch.split(hidden, self._batch)])
@@ -203,7 +203,7 @@ class Probe:
         return _Rounded(error / max(norm, 1e-30), whole)
 
     def _compare(self) -> list[dict[int, float]]:
-        """Losses of the candidates that were tried."""
+        """Return the losses of the candidates that were tried."""
         architecture, last = self.reference.architecture, self._steps[-1]
         normed = self._normed(last, ORIGINAL, 0)
         outputs = Outputs(self.reference, normed, max(64, self.memory.chunk_weights // architecture.hidden_size))
@@ -216,7 +216,7 @@ class Probe:
             for at, trial in enumerate(batch, start):
                 states = self._normed(last, TRIALS, at)
                 if architecture.tied and self.groups[trial.group].tap == EMBEDDING_TAP:
-                    # A tied head is the embedding: it speaks with the same codes.
+                    # A tied head is the embedding: it has the same codes.
                     changes.append(of_states_and_head(outputs, states, _rounding(trial.form, ones)))
                 else:
                     changes.append(of_states(outputs, states))
@@ -235,7 +235,7 @@ class Probe:
         return losses
 
     def _followed(self, tried: list[dict[int, float]]) -> list[list[float]]:
-        """``tried``, and from it the losses of the formats alike."""
+        """Return ``tried`` with the losses of other formats that follow from it."""
         losses = []
         for number, group in enumerate(self.groups):
             errors, row = self._errors[number], [0.0] * len(group.candidates)
@@ -258,7 +258,7 @@ class Probe:
 
 
 def _sampled(inputs: Tensor) -> Tensor:
-    # A view would keep all of them in memory.
+    # A view would keep all rows in memory.
     return inputs[:: max(1, len(inputs) // _SAMPLED_POSITIONS)].clone()
 
 

@@ -1,7 +1,7 @@
 """GPTQ: round one matrix so that its output on the calibration inputs is as near its goal as possible.
 
 The objective is tr((G - Q) H (G - Q)^T), with H the mean of x x^T over the inputs x that the matrix reads, and G the
-matrix W itself or, with an asymmetric target, what takes the output back to the original's (see ``goal``).
+matrix W itself or, with an asymmetric target, the one whose output is the original's (see ``goal``).
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from glmexport.quantization.order import ColumnOrder, strips
 from glmexport.quantization.polish import polish
 from glmexport.quantization.problem import Problem
 
-#: Up to twice this width errors are told of every row.
+#: Half of the largest width at which the errors of all rows are computed.
 _TOLD_SIZE = 512
-#: By how much two ways of adding up the same cost differ at the most, relatively.
+#: Largest relative difference between two ways of adding up the same cost.
 _ROUNDING = 1e-4
-#: Columns whose part of a cost is computed together.
+#: Number of columns whose part of a cost is computed together.
 _STEPS = 256
 
 
 @dataclass(frozen=True)
 class Solution:
-    """A quantized matrix and how it was found.
+    """A quantized matrix, and how it was found.
 
     Errors are tr(E H E^T) / tr(G H G^T) on the calibration inputs, without the damping; of wide matrices over some of
     the rows (``_stride``). That of round-to-nearest is with the recipe's search for scales, weighted by the mean square
@@ -49,13 +49,13 @@ class Solution:
     dead_columns: int
     #: Whether the Hessian had to be factored in fp64.
     double: bool = False
-    #: Mean over the rows of what held-out text left of the asymmetric target's correction; None without one.
+    #: Mean share over the rows of the asymmetric target's correction that held-out text confirmed; None without one.
     shrinkage: float | None = None
-    #: Rows whose polish made held-out text worse and was taken back.
+    #: Number of rows whose polish made held-out text worse and was taken back.
     unpolished_rows: int = 0
-    #: Rows that are rounded to nearest because that serves them better; all of them after such a fallback.
+    #: Number of rows that are rounded to nearest because that serves them better; all of them after such a fallback.
     nearest_rows: int = 0
-    #: Why the solver could not do what the recipe asks for; None if it did.
+    #: The reason why the solver could not do what the recipe asks for; None if it did.
     fallback: str | None = None
 
 
@@ -67,7 +67,7 @@ class Sweep:
     codes: Tensor
     scales: Tensor
     zero_points: Tensor
-    #: W - Q.
+    #: The error W - Q.
     error: Tensor
 
 
@@ -149,8 +149,8 @@ def _aim(
 
     Args:
         sweep: its weights are changed in place.
-        factor: of H.
-        order: of the sweep.
+        factor: the factorisation of H.
+        order: the order of the sweep.
         sample: held-out text.
         cross: C [N, K], in stored order.
         difference: d [S, N], what held-out text should find at the output beyond what the matrix gives it.
@@ -199,7 +199,7 @@ def _polish(
 def _cheaper(
     problem: Problem, factor: Factor, error: Tensor, other: Tensor, than: Tensor, missed: Tensor | None
 ) -> Tensor:
-    """The rows [N] bool that ``error`` [K, N] costs less than ``other``, which costs ``than`` [N]."""
+    """Return the rows [N] bool that ``error`` [K, N] costs less than ``other``, which costs ``than`` [N]."""
     if problem.sample is None:
         # The two are added up differently: where they are the same but for rounding, nothing changes.
         return ~reaches(factor, error, than * (1 - _ROUNDING))
@@ -231,7 +231,7 @@ def reaches(factor: Factor, columns: Tensor, limit: Tensor) -> Tensor:
 def round_columns(sweep: Sweep, factor: Factor, order: ColumnOrder, codec: Codec, solver: Solver) -> Tensor:
     """Round column after column; each sees the error of those before it. Fills codes, grids and error.
 
-    Returns e^T H e [N] of every row's error, H damped: the sum of what each column's rounding still costs.
+    The result is e^T H e [N] of every row's error, H damped: the sum of what each column's rounding still costs.
 
     The grid of a group is fitted when the sweep enters it, on weights that carry the compensation they will be
     rounded with; grids fitted beforehand would cover weights that no longer exist.
@@ -278,21 +278,21 @@ def _stored(sweep: Sweep, order: ColumnOrder, codec: Codec) -> QuantizedLinear:
 
 
 def _project(factor: Factor, columns: Tensor) -> Tensor:
-    """H @ ``columns`` [K, N], H in sweep order."""
+    """Return H @ ``columns`` [K, N], H in sweep order."""
     return (factor.hessian @ columns.flip(0)).flip(0)
 
 
 def _stride(size: int) -> int:
-    """Of which rows errors are told: each one's takes time by the square of its ``size``."""
+    """Return the stride of the rows whose errors are computed: each one takes time by the square of its ``size``."""
     return max(1, size // _TOLD_SIZE)
 
 
 def _quadratic(factor: Factor, columns: Tensor) -> Tensor:
-    """c^T H c [N] fp64 of each of the ``columns`` [K, N], H as measured: without damping and fill of dead columns."""
+    """Return c^T H c [N] fp64 of each of the ``columns`` [K, N], H as measured: without damping and fill."""
     whole = torch.sum(columns * _project(factor, columns), 0, dtype=torch.float64)
     return whole - torch.sum(factor.added[:, None] * columns.square(), 0, dtype=torch.float64)
 
 
 def _total(quadratics: Tensor) -> float:
-    """Their sum; what is below 0 is rounding."""
+    """Return the sum of ``quadratics``; those below 0 come from rounding."""
     return max(float(quadratics.sum()), 0.0)

@@ -1,4 +1,4 @@
-"""The steps of a walk: each quantizes a part of the model, and takes the calibration text behind it."""
+"""The steps of a walk: each quantizes a part of the model, and takes the calibration text through it."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from glmexport.quantization.streams import Hidden, Passage, Streams
 
 @dataclass(frozen=True)
 class Advanced:
-    """The hidden states that the next step reads, and the largest number on the way there."""
+    """The hidden states that the next step reads, and the largest number on the way to them."""
 
     hidden: Hidden = field(default_factory=dict)
     largest: Seen | None = None
 
 
 class Step(Protocol):
-    """A part of the model that is quantized and committed before the next one is looked at."""
+    """A part of the model that is quantized and committed before the next one is read."""
 
     @property
     def name(self) -> str:
-        """Return the name under which it is committed."""
+        """The name under which the step is committed."""
         ...
 
     def quantize(self) -> QuantizedPart:
-        """Capture what each matrix reads, where there is text, and quantize one after the other."""
+        """Capture the input of each matrix, where there is text, and quantize one after the other."""
         ...
 
     def advance(self, part: QuantizedPart) -> Advanced:
-        """Take the text through ``part``, which ``quantize`` gave; nothing without text."""
+        """Take the text through ``part``, which ``quantize`` returned; do nothing without text."""
         ...
 
 
@@ -66,7 +66,7 @@ class BlockStep:
         self.name = block_step(layer.index)
         self._quantizer = quantizer
         self._layer = layer
-        #: The text inside this layer; None without text.
+        #: The passage of the text through this layer; None without text.
         self.passage: Passage | None = streams.enter(before, layer) if streams else None
 
     @property

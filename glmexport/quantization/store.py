@@ -32,7 +32,7 @@ from glmexport.foundation.untrusted import DocumentLimits
 from glmexport.reference.reference import CPU
 
 _SCRATCH = "scratch"
-#: Of a record, which has every matrix of a block, or what was measured of every document.
+#: Limits of a record, which has every matrix of a block, or the measurements of every document.
 _LIMITS = DocumentLimits(values=4_000_000, items=4_000_000, keys=100_000, nonfinite=True)
 
 
@@ -41,8 +41,8 @@ class Activations:
 
     They are read to ``device``, and may be written from any.
 
-    Plain reads and writes, not a mapping: pages of a mapping count as resident memory, and here every page is
-    touched exactly once per block.
+    They are read and written plainly, without a mapping: pages of a mapping count as resident memory, and here every
+    page is touched exactly once per block.
     """
 
     def __init__(self, path: Path, shape: tuple[int, int, int], device: torch.device) -> None:
@@ -51,7 +51,7 @@ class Activations:
         self.device = device
 
     def read(self, start: int, stop: int) -> Tensor:
-        """Sequences ``start`` to ``stop``."""
+        """Return sequences ``start`` to ``stop``."""
         _, length, hidden = self.shape
         states = torch.empty(stop - start, length, hidden)
         with self.path.open("rb", buffering=0) as file:
@@ -66,7 +66,7 @@ class Activations:
         return states.to(self.device)
 
     def gather(self, positions: Tensor) -> Tensor:
-        """Rows [n, hidden] at ``positions`` [n] int64, counted through all sequences."""
+        """Return rows [n, hidden] at ``positions`` [n] int64, counted through all sequences."""
         return self._mapped(shared=False)[positions.cpu()].to(self.device)
 
     def add(self, positions: Tensor, rows: Tensor) -> None:
@@ -74,13 +74,13 @@ class Activations:
         self._mapped(shared=True).index_add_(0, positions.cpu(), rows.cpu())
 
     def _mapped(self, *, shared: bool) -> Tensor:
-        # Rows all over the file, for which plain reads would be one call each. Unmapped as soon as it is dropped, so
+        # The rows are all over the file, and plain reads would be one call each. The mapping is dropped at once, so
         # that only the pages of one call are ever resident.
         sequences, length, hidden = self.shape
         return torch.from_file(str(self.path), shared, sequences * length * hidden).reshape(-1, hidden)
 
     def write(self, start: int, states: Tensor) -> None:
-        """Sequences from ``start`` on become ``states``; made on first use."""
+        """Write ``states`` as the sequences from ``start`` on; the file is made on first use."""
         _, length, hidden = self.shape
         with self.path.open("r+b" if self.path.exists() else "wb") as file:
             file.seek(start * length * hidden * 4)
@@ -88,7 +88,7 @@ class Activations:
 
 
 class _File(Definition):
-    """Size in bytes and SHA-256 of a file of a step."""
+    """The size in bytes and the SHA-256 of a file of a step."""
 
     size: int
     sha256: str
@@ -98,14 +98,14 @@ class _Step(Definition):
     """The record of a committed step."""
 
     files: dict[str, _File]
-    #: Of its matrices, by key.
+    #: The formats of its matrices, by key.
     formats: dict[str, Format]
     in_features: dict[str, int]
     note: dict[str, Any]
 
 
 class WorkDirectory:
-    """Where a walk keeps what it has finished. ``job`` is everything the result depends on."""
+    """The directory where a walk keeps what it has finished; ``job`` is everything the result depends on."""
 
     def __init__(self, path: Path, job: Mapping[str, Any]) -> None:
         self.path = path
@@ -115,13 +115,13 @@ class WorkDirectory:
 
     @classmethod
     def for_job(cls, parent: Path, job: Mapping[str, Any]) -> WorkDirectory:
-        """The directory under ``parent`` whose name is the digest of ``job``, so that no two jobs ever share one."""
+        """Open the directory under ``parent`` whose name is the digest of ``job``, so that no two jobs share one."""
         digest = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()
         return cls(parent / f".glmexport-work-{digest[:16]}", job)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Nobody else writes here meanwhile; a process that dies lets go.
+        """Hold a lock, so that no other process writes here meanwhile; a process that dies releases it.
 
         Raises:
             MachineError: another process does.
@@ -140,11 +140,11 @@ class WorkDirectory:
             lock.release()
 
     def record(self, step: str) -> dict[str, Any] | None:
-        """What was noted when ``step`` was committed; None if it was not, or it or a file of it has changed since."""
+        """Return the note of the commit of ``step``; None if there is none, or it or a file of it has changed since."""
         try:
             record = read_json(_Step, self.path / f"{step}.json", _LIMITS).model_dump()
         except (OSError, ValueError):
-            # A record that a disk lost or cut is none: the step is computed again.
+            # A record that is damaged or cut does not count: the step is computed again.
             return None
         for name, expected in record["files"].items():
             file = self.path / name
@@ -190,13 +190,13 @@ class WorkDirectory:
         write_atomically(self.path / f"{step}.json", json.dumps(record, sort_keys=True).encode())
 
     def packed(self, step: str, key: str, what: str) -> Tensor:
-        """``codes``, ``scales`` or ``zero_points`` of a committed matrix, as packed."""
+        """Return ``codes``, ``scales`` or ``zero_points`` of a committed matrix, as packed."""
         with safe_open(self.path / f"{step}.safetensors", framework="pt") as file:
             packed: Tensor = file.get_tensor(f"{key}.{what}").clone()
             return packed
 
     def tensors(self, step: str) -> dict[str, Tensor]:
-        """Everything that a committed step holds, by name, as stored."""
+        """Return everything that a committed step holds, by name, as stored."""
         with safe_open(self.path / f"{step}.safetensors", framework="pt") as file:
             return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a mapping
 
@@ -208,16 +208,16 @@ class WorkDirectory:
         return QuantizedLinear.unpack(form, packed, record["in_features"][key])
 
     def formats(self, step: str) -> dict[str, Format]:
-        """Format of every matrix of a committed step."""
+        """Return the format of every matrix of a committed step."""
         record = json.loads((self.path / f"{step}.json").read_text(encoding="utf-8"))
         return {key: Format.model_validate(form) for key, form in record["formats"].items()}
 
     def activations(self, step: str, name: str, shape: tuple[int, int, int], device: torch.device = CPU) -> Activations:
-        """The stream ``name`` of activations that was committed with ``step``."""
+        """Return the stream ``name`` of activations that was committed with ``step``."""
         return Activations(self._activations(step, name), shape, device)
 
     def has_activations(self, step: str, name: str) -> bool:
-        """Whether they are still there."""
+        """Return whether activations that were committed with ``step`` are still there."""
         return self._activations(step, name).is_file()
 
     def drop_activations(self, step: str) -> None:
@@ -226,7 +226,7 @@ class WorkDirectory:
             path.unlink()
 
     def scratch(self, name: str, shape: tuple[int, int, int], device: torch.device = CPU) -> Activations:
-        """Activations that belong to no step, and to whoever writes them last; gone with ``drop_scratch``."""
+        """Return activations that belong to no step, but to their last writer; ``drop_scratch`` removes them."""
         return Activations(self._activations(_SCRATCH, name), shape, device)
 
     def drop_scratch(self) -> None:
@@ -263,7 +263,7 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
     try:
         save_file(tensors, path)
     except SafetensorError as error:
-        # The library wraps what the system said, for example that the disk is full.
+        # The library wraps the system's message, for example that the disk is full.
         raise OSError(errno.EIO, str(error), str(path)) from error
 
 

@@ -9,12 +9,12 @@ from glmexport.formats.quantized_linear import QuantizedLinear
 
 
 def stored_linear(checkpoint: Checkpoint, key: str, chunk_weights: int) -> QuantizedLinear | None:
-    """The matrix ``key`` with the codes, scales and zero points of the checkpoint; None if it is in full precision.
+    """Return the matrix ``key`` with the codes, scales and zero points of the checkpoint; None in full precision.
 
     Args:
-        checkpoint: where it is stored.
-        key: name of its weight [N, K].
-        chunk_weights: how many weights are decoded at a time.
+        checkpoint: the checkpoint that stores it.
+        key: the name of its weight [N, K].
+        chunk_weights: the number of weights that are decoded at a time.
     """
     if key not in checkpoint.quantized:
         return None

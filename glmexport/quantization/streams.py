@@ -1,7 +1,7 @@
-"""Calibration text on its way through the model, twice: as the original computes it and as the quantized model does.
+"""The calibration text on its way through the model, twice: by the original and by the quantized model.
 
 Hessians are measured on the quantized stream, whose activations the linears will see in the finished bundle; the
-original stream says what their outputs ought to be. Both are kept in files and read a few sequences at a time.
+original stream tells what their outputs ought to be. Both are kept in files and read a few sequences at a time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from glmexport.quantization.store import Activations
 from glmexport.reference.reference import Block, Substitute
 
 QUANTIZED, ORIGINAL = "quantized", "original"
-#: Hidden states behind a step by the name of their stream: computed as they are read, or in a file already.
+#: The hidden states after a step by the name of their stream: computed as they are read, or in a file already.
 Hidden = dict[str, Iterator[Tensor] | Activations]
 
 
@@ -57,7 +57,7 @@ class Streams:
         return Passage(self, before, layer)
 
     def measure_head(self, before: str, head: Linear) -> Measured:
-        """Measure the input of the lm_head, behind the final norm."""
+        """Measure the input of the lm_head, after the final norm."""
         into, largest = self.moments((head,), None), Largest()
         streams = {name: self.committed(before, name) for name in self.names}
         for start, stop in self.batches():
@@ -100,8 +100,8 @@ class Streams:
 class Passage:
     """The streams inside one block, whose linears are quantized tap after tap; nothing is computed twice.
 
-    A branch of the block waits with what its last linear reads (``_inner``) until that is quantized; then what it
-    adds moves the residual stream on. The original's stream need not wait.
+    A branch of the block waits with the input of its last linear (``_inner``) until that is quantized; then its output
+    is added to the residual stream. The original's stream need not wait.
     """
 
     def __init__(self, streams: Streams, before: str, layer: DecoderLayer) -> None:
@@ -135,7 +135,7 @@ class Passage:
         return into.result(largest.take())
 
     def move_on(self, substitute: Substitute) -> None:
-        """Take the quantized stream behind the branch that waits."""
+        """Take the quantized stream through the branch that waits."""
         assert self._inner is not None
         moved = self.stream_file(QUANTIZED, self._inner[0])
         for (start, _), states in zip(self.streams.batches(), self._joined(substitute), strict=True):
@@ -143,20 +143,20 @@ class Passage:
         self.residual[QUANTIZED], self._inner = moved, None
 
     def outputs(self, substitute: Substitute) -> Hidden:
-        """Return what the next block reads. A block of which nothing was measured is computed whole."""
+        """Return what the next block reads; a block of which nothing was measured is computed whole."""
         if self._inner is None:
             return {name: self._whole(name) for name in self.streams.names}
         joined: Hidden = {QUANTIZED: self._joined(substitute)}
         return {**joined, ORIGINAL: self.residual[ORIGINAL]} if self.streams.asymmetric else joined
 
     def _whole(self, name: str) -> Iterator[Tensor]:
-        """Through a block that keeps its weights."""
+        """Return the stream after a block that keeps its weights."""
         block = self.streams.reference.block(self.layer)
         for start, stop in self.streams.batches():
             yield block.forward(self.residual[name].read(start, stop), self.streams.positions)
 
     def _joined(self, substitute: Substitute) -> Iterator[Tensor]:
-        """The quantized stream behind the branch that waits."""
+        """Return the quantized stream after the branch that waits."""
         assert self._inner is not None
         branch, inner = self._inner
         assert branch.output is not None
@@ -172,17 +172,17 @@ class Passage:
         return self.streams.reference.block(self.layer, substitute, only=inside[:stop])
 
     def _inner_file(self, output: Linear) -> Activations:
-        # One for all branches: the one before has moved the stream on by then.
+        # One file serves all branches: the branch before has moved the stream on by then.
         return self.streams.scratch("inner", output.in_features)
 
     def stream_file(self, name: str, branch: ResidualBranch) -> Activations:
-        """Return the file of the stream ``name`` behind ``branch``; the same file in every block, written anew."""
+        """Return the file of the stream ``name`` after ``branch``; the same file in every block, written anew."""
         hidden = self.streams.reference.architecture.hidden_size
         return self.streams.scratch(f"{self.layer.branches.index(branch)}.{name}", hidden)
 
 
 class _OriginalOutput:
-    """Computes what the linears of a tap should read, or the last one of a branch give, for the original's stream."""
+    """A function to the wanted input of a tap's linears, or output of a branch's last one, on the original's stream."""
 
     def __init__(self, passage: Passage, tap: str) -> None:
         self._streams = passage.streams
@@ -196,13 +196,13 @@ class _OriginalOutput:
         norm = self._branch.output_norm
         self._gain = None if norm is None else self._streams.reference.read(norm.weight)
         self._epsilon = 0.0 if norm is None else norm.epsilon
-        #: Of the branch's last linear, if the tap is its: then its output is what is wanted.
+        #: The weight of the branch's last linear, if the tap is its input: then its output is wanted.
         self.weight = self._block.weight(output.weight) if ends else None
-        #: The original's stream behind the branch, as far as it is known.
+        #: The original's stream after the branch, as far as it is known.
         self.moved = passage.stream_file(ORIGINAL, self._branch)
 
     def __call__(self, start: int, stop: int, stream: Tensor) -> Tensor:
-        """Return it for sequences ``start`` to ``stop``; the branch adds to the quantized model's ``stream``."""
+        """Return that for sequences ``start`` to ``stop``; the branch adds to the quantized model's ``stream``."""
         original = self._residual.read(start, stop)
         theirs = self._block.branch_tap(self._tap, original, self._streams.positions)
         if self.weight is None:

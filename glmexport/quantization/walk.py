@@ -1,4 +1,4 @@
-"""Quantize a model one decoder block at a time: capture, quantize, advance, commit.
+"""The walk that quantizes a model one decoder block at a time: capture, quantize, advance, commit.
 
 Every Hessian is measured on the inputs that the linear will see in the finished bundle, with everything before it
 already quantized (see ``streams``). Nothing larger than a block, one Hessian and its factor is ever in memory, and a
@@ -28,7 +28,7 @@ class Walk:
     """One pass through a checkpoint in which scales are folded, and under a budget every matrix has its format.
 
     Args:
-        job: what is quantized, with the checkpoint as it is folded.
+        job: the job, whose checkpoint has scales folded in.
         allocated: formats that a budget gave, by weight key.
     """
 
@@ -61,7 +61,7 @@ class Walk:
         return QuantizedModel.read(job)
 
     def take_step(self, index: int) -> None:
-        """Quantize the part of one step, take the text behind it, and commit both."""
+        """Quantize the part of one step, take the text through it, and commit both."""
         job, step = self.job, self.open_step(index)
         started = time.monotonic()
         part = step.quantize()
@@ -85,7 +85,7 @@ class Walk:
         return BlockStep(self._quantizer, self.streams, before, layer)
 
     def resume_at(self) -> int:
-        """Return the index of the first step to do: behind the last committed one whose activations are there."""
+        """Return the index of the first step to do: after the last committed one whose activations are there."""
         work, done = self.job.work, 0
         for parts in self._committed_with.values():
             if any(work.record(part) is None for part in parts):

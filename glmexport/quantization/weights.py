@@ -1,4 +1,4 @@
-"""The weights of a model as its recipe leaves them: quantized where the walk committed them, else full precision."""
+"""The weights of a model under its recipe: quantized where the walk committed them, else in full precision."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from glmexport.quantization.store import WorkDirectory
 
 
 class Weights:
-    """Read on demand, nothing cached. ``steps`` are the committed steps of the walk that produced ``work``."""
+    """Weights that are read on demand, without a cache; ``steps`` are the committed steps of the walk in ``work``."""
 
     def __init__(
         self, checkpoint: Checkpoint, architecture: Architecture, work: WorkDirectory | None, steps: list[str]
@@ -27,25 +27,25 @@ class Weights:
                 self._forms |= {key: (step, form) for key, form in work.formats(step).items()}
 
     def form(self, key: str) -> Format | None:
-        """Format of the matrix with that checkpoint key; None if it stays in full precision."""
+        """Return the format of the matrix with that checkpoint key; None if it stays in full precision."""
         entry = self._forms.get(key)
         return None if entry is None else entry[1]
 
     def quantized(self, key: str) -> QuantizedLinear:
-        """A quantized matrix, unpacked."""
+        """Return a quantized matrix, unpacked."""
         step, _ = self._forms[key]
         assert self._work is not None
         return self._work.linear(step, key)
 
     def packed(self, keys: list[str], what: str) -> Tensor:
-        """``codes``, ``scales`` or ``zero_points`` of quantized matrices, packed and stacked along their rows."""
+        """Return ``codes``, ``scales`` or ``zero_points`` of quantized matrices, packed and stacked by their rows."""
         assert self._work is not None
         return torch.cat([self._work.packed(self._forms[key][0], key, what) for key in keys])
 
     def tensor(self, key: str) -> Tensor:
-        """The checkpoint's tensor, fp32."""
+        """Return the checkpoint's tensor, fp32."""
         return self.checkpoint.read(key)
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """Shape of the checkpoint's tensor."""
+        """Return the shape of the checkpoint's tensor."""
         return self.checkpoint.shape(key)

@@ -137,12 +137,12 @@ def test_the_solver_serves_it_as_it_serves_the_other() -> None:
     """Compensated and polished, it misses far less than rounded to nearest, and no row is worse."""
     weight, hessian = weights(64, 128), correlated(128)
     solver = Solver(polish_rounds=2)
-    problem = Problem.of(hessian.clone(), NF4, solver)
+    problem = Problem.prepare(hessian.clone(), NF4, solver)
     solution = gptq([weight], problem, NF4, solver)
     nearest = round_to_nearest(weight, NF4, problem.importance)
     assert relative_error(weight, solution.linear, hessian) < 0.6 * relative_error(weight, nearest, hessian)
     plain = Solver(polish_rounds=0)
-    swept = gptq([weight], Problem.of(hessian.clone(), NF4, plain), NF4, plain)
+    swept = gptq([weight], Problem.prepare(hessian.clone(), NF4, plain), NF4, plain)
     assert solution.relative_error <= swept.relative_error
 
 

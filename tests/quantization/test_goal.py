@@ -56,7 +56,7 @@ class Tap:
 
 def solve(tap: Tap, held: Tap | None, goal: Goal | None, **solver: object) -> tuple[Tensor, float | None]:
     settings = Solver.model_validate(solver)
-    problem = Problem.of(tap.hessian, W4G16, settings, held.sample() if held else None)
+    problem = Problem.prepare(tap.hessian, W4G16, settings, held.sample() if held else None)
     solution = gptq([tap.weight[:7], tap.weight[7:]], problem, W4G16, settings, goal)
     return solution.linear.dequantize(), solution.shrinkage
 
@@ -101,7 +101,7 @@ def test_the_goal_is_the_least_squares_fit_to_the_original_s_output(of_inputs: b
     tap, held = Tap(4000), Tap(4000, 1)
     goal = tap.goal_of_inputs(held) if of_inputs else tap.goal(held)
     form, solver = Format(bits=8, group_size=16), Solver(damping=1e-6)
-    problem = Problem.of(tap.hessian, form, solver, held.sample())
+    problem = Problem.prepare(tap.hessian, form, solver, held.sample())
     found = gptq([tap.weight[:7], tap.weight[7:]], problem, form, solver, goal)
     best = torch.linalg.lstsq(tap.quantized.double(), (tap.original @ tap.weight.T).double()).solution.T
     assert found.shrinkage == pytest.approx(1, abs=0.02)
@@ -137,9 +137,9 @@ def test_no_row_is_worse_on_held_out_text_than_before_polish_or_rounded_to_neare
     tap, held = Tap(40), Tap(3000, 1)
     solver, plain = Solver(damping=0.001, polish_rounds=4), Solver(damping=0.001, polish_rounds=0)
     sample = held.sample()
-    guarded = gptq([tap.weight[:7], tap.weight[7:]], Problem.of(tap.hessian, W4G16, solver, sample), W4G16, solver)
-    free = gptq([tap.weight], Problem.of(tap.hessian, W4G16, solver), W4G16, solver)
-    swept = gptq([tap.weight], Problem.of(tap.hessian, W4G16, plain), W4G16, plain)
+    guarded = gptq([tap.weight[:7], tap.weight[7:]], Problem.prepare(tap.hessian, W4G16, solver, sample), W4G16, solver)
+    free = gptq([tap.weight], Problem.prepare(tap.hessian, W4G16, solver), W4G16, solver)
+    swept = gptq([tap.weight], Problem.prepare(tap.hessian, W4G16, plain), W4G16, plain)
     # Judged by the text that they were fitted to, both always beat rounding to nearest.
     assert free.nearest_rows == swept.nearest_rows == 0
 
@@ -163,7 +163,7 @@ def test_no_row_is_worse_on_held_out_text_than_before_polish_or_rounded_to_neare
 def test_rounding_to_nearest_is_held_against_the_goal_too() -> None:
     """It leaves the whole difference to the original, so a row that takes some of it back stays solved."""
     tap, held = Tap(120), Tap(3000, 1)
-    problem = Problem.of(tap.hessian, W4G16, Solver(), held.sample())
+    problem = Problem.prepare(tap.hessian, W4G16, Solver(), held.sample())
     goal = tap.goal(held)
     found = gptq([tap.weight], problem, W4G16, Solver(), goal)
     nearest = round_to_nearest(tap.weight, W4G16, tap.hessian.diagonal())

@@ -53,7 +53,7 @@ def text(tokens: int, mix: Tensor, seed: int) -> Tensor:
 
 def solve(weight: Tensor, fitted: Tensor, held: Tensor | None, form: Format) -> Solution:
     sample = None if held is None else Sample(held, torch.full((len(held),), 1 / len(held)))
-    problem = Problem.of(fitted.T @ fitted / len(fitted), form, Solver(), sample)
+    problem = Problem.prepare(fitted.T @ fitted / len(fitted), form, Solver(), sample)
     return gptq([weight], problem, form, Solver())
 
 
@@ -156,7 +156,7 @@ def test_fewer_tokens_than_can_be_fitted_to() -> None:
     token = text(1, mixing(K, 1), 1)
     least = LEAST_TOKENS * K
     few, enough = (
-        gptq([weight], Problem.of(token.T @ token, W4G32, Solver(), tokens=tokens), W4G32, Solver())
+        gptq([weight], Problem.prepare(token.T @ token, W4G32, Solver(), tokens=tokens), W4G32, Solver())
         for tokens in (least - 1, least)
     )
     assert few.fallback == (
@@ -172,7 +172,7 @@ def test_fewer_tokens_than_can_be_fitted_to() -> None:
 def test_a_hessian_that_needs_fp64_is_no_fallback() -> None:
     weight, token = weights(N, 256), torch.randn(1, 256, generator=generator(2)).sign()
     solver = Solver(damping=1e-8)
-    solution = gptq([weight], Problem.of(token.T @ token, W4G32, solver), W4G32, solver)
+    solution = gptq([weight], Problem.prepare(token.T @ token, W4G32, solver), W4G32, solver)
     assert solution.double and solution.fallback is None and solution.damping == 1e-8
     assert solution.relative_error <= solution.round_to_nearest_error
 

@@ -25,7 +25,7 @@ form_cases = pytest.mark.parametrize("form", EVERY_FORM, ids=lambda form: form.l
 
 
 def solve(weight: Tensor, hessian: Tensor, form: Format, solver: Solver = DEFAULT, chunk: int = 1 << 20) -> Solution:
-    return gptq(weight.split(chunk), Problem.of(hessian, form, solver), form, solver)
+    return gptq(weight.split(chunk), Problem.prepare(hessian, form, solver), form, solver)
 
 
 def same(one: QuantizedLinear, other: QuantizedLinear) -> bool:
@@ -274,7 +274,7 @@ def test_the_inputs_are_left_as_they_were() -> None:
 @form_cases
 def test_what_a_sweep_leaves_is_added_up_on_the_way(form: Format) -> None:
     weight, hessian = weights(20, 200, 3), correlated(200, 3)
-    problem = Problem.of(hessian, form, DEFAULT)
+    problem = Problem.prepare(hessian, form, DEFAULT)
     assert problem.factor is not None
     sweep = solving.start_sweep(weight, problem.order)
     cost = solving.round_columns(sweep, problem.factor, problem.order, codec_of(form), DEFAULT)
@@ -286,7 +286,7 @@ def test_what_a_sweep_leaves_is_added_up_on_the_way(form: Format) -> None:
 @pytest.mark.parametrize("size", [96, 700])
 def test_what_costs_more_is_found_without_adding_up_everything(size: int) -> None:
     hessian = correlated(size)
-    problem = Problem.of(hessian, W4G32, DEFAULT)
+    problem = Problem.prepare(hessian, W4G32, DEFAULT)
     assert problem.factor is not None
     columns = weights(50, size).T[problem.order.columns]
     damped = hessian + DEFAULT.damping * hessian.diagonal().mean() * torch.eye(size)

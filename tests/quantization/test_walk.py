@@ -167,14 +167,14 @@ def test_hessians_are_measured_behind_what_is_already_quantized(
     model: Model, walked: QuantizedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured: list[Tensor] = []
-    of = Problem.of
+    of = Problem.prepare
 
     def recorded(hessian: Tensor, *arguments: Any, **named: Any) -> Problem:
         # A copy: what becomes of the walk's own is its business.
         measured.append(hessian.clone())
         return of(hessian, *arguments, **named)
 
-    monkeypatch.setattr("glmexport.quantization.quantizer.Problem.of", recorded)
+    monkeypatch.setattr("glmexport.quantization.quantizer.Problem.prepare", recorded)
     model.walked(tmp_path)
     monkeypatch.undo()
 
@@ -273,13 +273,13 @@ def test_a_tied_head_is_the_embedding(tmp_path: Path) -> None:
 
 
 def test_a_fallback_is_remarked_and_recorded(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    of = Problem.of
+    of = Problem.prepare
 
     def broken(hessian: Tensor, *arguments: Any, **named: Any) -> Problem:
         hessian[3, 3] = torch.nan
         return of(hessian, *arguments, **named)
 
-    monkeypatch.setattr("glmexport.quantization.quantizer.Problem.of", broken)
+    monkeypatch.setattr("glmexport.quantization.quantizer.Problem.prepare", broken)
     progress = Silent()
     walk = model.walked(tmp_path, progress=progress)
     count = sum(1 for _ in model.architecture.linears)
