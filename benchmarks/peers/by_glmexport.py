@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from glmexport.calibration.sequences import CalibrationSet
 from glmexport.checkpoint.checkpoint import Checkpoint
 from glmexport.checkpoint.fold import Fold
-from glmexport.formats.quantized_linear import stored_bits
+from glmexport.formats.codecs import stored_bits
 from glmexport.foundation.progress import Silent
 from glmexport.foundation.recipe import Budget, CalibrationPlan, Format, Recipe
 from glmexport.quantization.job import QuantizationJob

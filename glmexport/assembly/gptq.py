@@ -77,6 +77,12 @@ class GptqCheckpoint:
                 "The bundle's linears are in full precision; there is nothing to write in the GPTQ format.",
                 next_step="Convert a bundle of a quantizing recipe.",
             )
+        for key, form in self._forms.items():
+            if form.codec != "affine":
+                raise InputError(
+                    f"{key} is stored as {form.label}, which the GPTQ format does not know.",
+                    next_step="Convert a bundle of another recipe.",
+                )
         if architecture.routed and layout == "transformers":
             raise InputError(
                 "transformers has no GPTQ layout for mixtures of experts: its experts are one tensor a layer.",
@@ -173,7 +179,7 @@ class GptqCheckpoint:
             height = rows // len(names)
             tensors: dict[str, Tensor] = {}
             for index, name in enumerate(names):
-                part = _rows(linear, index * height, (index + 1) * height)
+                part = linear.take(index * height, (index + 1) * height)
                 tensors |= gptq_tensors(name.removesuffix(".weight"), part, self._offset)
             return tensors
 
@@ -247,11 +253,6 @@ def _wrapped(words: Tensor) -> Tensor:
 
 def _one_in_each_field(bits: int) -> int:
     return sum(1 << shift for shift in range(0, _WORD_BITS, bits))
-
-
-def _rows(linear: QuantizedLinear, start: int, stop: int) -> QuantizedLinear:
-    zero_points = None if linear.zero_points is None else linear.zero_points[start:stop]
-    return QuantizedLinear(linear.form, linear.codes[start:stop], linear.scales[start:stop], zero_points)
 
 
 def _described(form: Format) -> dict[str, Any]:

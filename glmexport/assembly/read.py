@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +14,13 @@ from torch import Tensor
 
 from glmexport.architecture.description import Architecture
 from glmexport.assembly.graph_files import load_graph
+from glmexport.assembly.unnoted import stacked_keys, tensors_before_they_were_noted
+from glmexport.bundle.bundle import Bundle
 from glmexport.bundle.names import FOLDS, SCORING
+from glmexport.bundle.records import StoredTensor
 from glmexport.checkpoint.fold import Fold, from_tensors
-from glmexport.formats.packing import unpack
 from glmexport.formats.quantized_linear import QuantizedLinear
+from glmexport.foundation.errors import BundleError
 from glmexport.foundation.recipe import Format
 
 
@@ -27,85 +30,58 @@ def bundle_folds(directory: Path) -> dict[str, Fold]:
     return from_tensors(load_file(path)) if path.is_file() else {}
 
 
-@dataclass(frozen=True)
-class _Stored:
-    """Where a quantized matrix is: rows ``start`` to ``stop`` of initializers, and how they are packed.
-
-    ``transposed``: codes are numbers [in, out] and scales [groups, out], as DequantizeLinear has them; the codes are
-    signed where there are no zero points.
-    """
-
-    codes: str
-    #: What the names of scales and zero points begin with.
-    name: str
-    bits: int
-    group_size: int
-    start: int
-    stop: int
-    transposed: bool = False
-
-
 class BundleWeights:
-    """Codes, scales and zero points of one of a bundle's graphs, read from its external data on demand.
+    """Codes, scales and zero points of one of a bundle's graphs, read from its external data on demand."""
 
-    ``shapes``: those of the tensors that may be in it, by checkpoint key; by default of the model.
-    """
+    def __init__(self, graph: ir.Graph, tensors: Iterable[StoredTensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Look up where every matrix is.
 
-    def __init__(
-        self,
-        directory: Path,
-        architecture: Architecture,
-        name: str = SCORING,
-        shapes: Mapping[str, tuple[int, ...]] | None = None,
-    ) -> None:
-        graph = load_graph(directory, name)
+        Args:
+            graph: loaded, its external data in place.
+            tensors: where it holds quantized matrices.
+            shapes: of the tensors that may be in it, by checkpoint key.
+
+        Raises:
+            BundleError: a tensor is not in the graph, or a node reads it in another format.
+        """
         self._initializers = graph.initializers
-        self._quantized: dict[str, _Stored] = {}
-        self._shapes = architecture.shapes() if shapes is None else shapes
-        for node in graph.all_nodes():
-            if node.op_type in ("MatMulNBits", "GatherBlockQuantized"):
-                gather = node.op_type == "GatherBlockQuantized"
-                codes = _name(node, 0 if gather else 1)
-                self._add(codes, node.attributes["bits"].as_int(), node.attributes["block_size"].as_int())
-            elif node.op_type == "DequantizeLinear":
-                dtype = self._initializers[_name(node, 0)].dtype
-                assert dtype is not None
-                bits, block = int(8 * dtype.itemsize), node.attributes["block_size"].as_int()
-                self._add(_name(node, 0), bits, block, transposed=True)
-            elif node.op_type == "Gather" and _name(node, 0).endswith(".codes"):
-                # Rows of an embedding, which its groups fill.
-                self._add(_name(node, 0), *self._embedding_form(architecture, _name(node, 0)))
-            elif node.op_type in ("BitwiseAnd", "Cast") and _name(node, 0).endswith(".codes"):
-                # Dequantized by operators of constants.
-                bits = 8 if node.op_type == "Cast" else int(self._tensor(_name(node, 1))).bit_length()
-                shape = self._initializers[_name(node, 0)].shape
-                assert shape is not None
-                self._add(_name(node, 0), bits, int(shape.numpy()[-1]) * 8 // bits)
+        self._shapes = shapes
+        self._quantized: dict[str, list[_Rows]] = {}
+        for tensor in tensors:
+            _refuse_other_use(graph, tensor)
+            start = 0
+            for key in tensor.matrices:
+                stop = start + shapes[key][0]
+                self._quantized.setdefault(key, []).append(_Rows(tensor, start, stop))
+                start = stop
         self._others = dict(self._stored_as_they_are())
 
-    def _embedding_form(self, architecture: Architecture, codes: str) -> tuple[int, int]:
-        """Bits and group size of the embedding whose packed rows are ``codes``."""
-        size = architecture.hidden_size
-        packed, groups = (self._initializers[name].shape for name in (codes, f"{codes.removesuffix('.codes')}.scales"))
-        assert packed is not None and groups is not None
-        return int(packed.numpy()[1]) * 8 // size, size // int(groups.numpy()[1])
+    @classmethod
+    def open(cls, bundle: Bundle, architecture: Architecture) -> BundleWeights:
+        """Open the weights of the model in ``bundle``; raises as ``BundleWeights`` does."""
+        graph, shapes = load_graph(bundle.directory, SCORING), architecture.shapes()
+        tensors = bundle.manifest.tensors
+        if tensors is None:
+            tensors = tensors_before_they_were_noted(graph, shapes, architecture.hidden_size)
+        return cls(graph, tensors, shapes)
 
-    def _add(self, codes: str, bits: int, group_size: int, *, transposed: bool = False) -> None:
-        """Note the matrices whose rows the initializer ``codes`` has."""
-        name, start = codes.removesuffix(".q").removesuffix(".codes"), 0
-        parts = codes if transposed and f"{codes}.scales" in self._initializers else name
-        for key in _keys(name):
-            stop = start + self._shapes[key][0]
-            # A tied lm_head multiplies with the embedding: what both have is told of the product.
-            if key not in self._quantized or codes.endswith(".q"):
-                self._quantized[key] = _Stored(codes, parts, bits, group_size, start, stop, transposed)
-            start = stop
+    @classmethod
+    def open_draft(cls, bundle: Bundle, architecture: Architecture) -> BundleWeights:
+        """Open the weights of the graph that drafts, the model's among them; raises as ``BundleWeights`` does."""
+        draft = bundle.manifest.draft
+        assert draft is not None and architecture.token_prediction is not None
+        graph = load_graph(bundle.directory, draft.file)
+        shapes = architecture.token_prediction.shapes() | architecture.shapes()
+        tensors = draft.tensors
+        if tensors is None:
+            tensors = tensors_before_they_were_noted(graph, shapes, architecture.hidden_size)
+        return cls(graph, tensors, shapes)
 
     def _stored_as_they_are(self) -> Iterator[tuple[str, tuple[str, slice]]]:
         """Checkpoint key, and the initializer and rows in it; several tensors can be stacked in one."""
         shapes = self._shapes
         for name in self._initializers:
-            keys = _keys(name)
+            keys = stacked_keys(name)
             if all(key in shapes and key not in self._quantized for key in keys):
                 start = 0
                 for key in keys:
@@ -132,35 +108,33 @@ class BundleWeights:
         return self._tensor(name) if name in self._initializers else None
 
     def form(self, key: str) -> Format | None:
-        """Format of the matrix with that checkpoint key; None if it is stored in full precision."""
-        stored = self._quantized.get(key)
-        if stored is None:
-            return None
-        symmetric = f"{stored.name}.zero_points" not in self._initializers
-        values = {"bits": stored.bits, "group_size": stored.group_size, "symmetric": symmetric}
-        return Format.model_validate(values)
+        """Return the format of the matrix with that checkpoint key; None if it is stored in full precision."""
+        rows = self._quantized.get(key)
+        return None if rows is None else rows[-1].tensor.format
 
     def quantized(self, key: str) -> QuantizedLinear | None:
-        """The matrix with that checkpoint key; None if it is stored in full precision."""
-        form = self.form(key)
-        if form is None:
-            return None
-        stored = self._quantized[key]
-        rows = slice(stored.start, stored.stop)
-        if stored.transposed:
-            return self._of_columns(form, stored, rows)
-        scales = self._tensor(f"{stored.name}.scales")[rows]
-        size = form.group_size * form.bits // 8
-        codes = self._tensor(stored.codes)[rows].reshape(stored.stop - stored.start, scales.shape[1], size)
-        zero_points = None if form.symmetric else self._tensor(f"{stored.name}.zero_points")[rows]
-        # The width of the last group is padding where the matrix does not fill it.
-        return unpack(form, self._shapes[key][1], codes, scales, zero_points)
+        """Return the matrix with that checkpoint key; None if it is stored in full precision.
 
-    def _of_columns(self, form: Format, stored: _Stored, rows: slice) -> QuantizedLinear:
-        codes, scales = (self._tensor(name)[:, rows].T.contiguous() for name in (stored.codes, f"{stored.name}.scales"))
-        if form.symmetric:
-            return QuantizedLinear(form, (codes.short() + 2 ** (form.bits - 1)).to(torch.uint8), scales, None)
-        points = self._tensor(f"{stored.name}.zero_points")[:, rows].T.contiguous()
+        Of one table that is embedding and lm_head, it is what is multiplied by.
+        """
+        rows = self._quantized.get(key)
+        return None if rows is None else self._read(rows[-1], self._shapes[key][1])
+
+    def every(self, key: str) -> list[QuantizedLinear]:
+        """Return the matrix as often as it is stored: one table that is embedding and lm_head can lie there twice."""
+        return [self._read(rows, self._shapes[key][1]) for rows in self._quantized[key]]
+
+    def _read(self, rows: _Rows, columns: int) -> QuantizedLinear:
+        form, parts, span = rows.tensor.format, rows.tensor.parts, slice(rows.start, rows.stop)
+        if rows.tensor.layout == "packed":
+            whole = sum(self._shapes[key][0] for key in rows.tensor.matrices)
+            packed = {part: self._tensor(name).reshape(whole, -1)[span] for part, name in parts.items()}
+            # The width of the last group is padding where the matrix does not fill it.
+            return QuantizedLinear.unpack(form, packed, columns)
+        numbers = {part: self._tensor(name)[:, span].T.contiguous() for part, name in parts.items()}
+        codes, scales, points = numbers["codes"], numbers["scales"], numbers.get("zero_points")
+        if points is None:
+            codes = (codes.short() + 2 ** (form.bits - 1)).to(torch.uint8)
         return QuantizedLinear(form, codes, scales, points)
 
     def dequantized(self, key: str) -> Tensor | None:
@@ -180,14 +154,29 @@ class BundleWeights:
         return torch.from_numpy(array.copy())
 
 
-def _name(node: ir.Node, index: int) -> str:
-    value = node.inputs[index]
-    assert value is not None and value.name is not None
-    return value.name
+@dataclass(frozen=True)
+class _Rows:
+    """Rows ``start`` to ``stop`` of stored tensors."""
+
+    tensor: StoredTensor
+    start: int
+    stop: int
 
 
-def _keys(name: str) -> list[str]:
-    """The inverse of the name of stacked tensors."""
-    path, _, kind = name.rpartition(".")
-    prefix, dot, stacked = path.rpartition(".")
-    return [f"{prefix}{dot}{part}.{kind}" for part in stacked.split("+")]
+def _refuse_other_use(graph: ir.Graph, tensor: StoredTensor) -> None:
+    """Check that the graph has the tensors, and that no node takes the codes for those of another format."""
+    for name in tensor.parts.values():
+        if name not in graph.initializers:
+            raise BundleError(
+                f"bundle.json says that {tensor.matrices[0]} is stored in {name}, and the graph has no such tensor.",
+                next_step="Build the bundle again.",
+            )
+    expected = {"bits": tensor.format.bits, "block_size": tensor.format.group_size}
+    for node in graph.initializers[tensor.parts["codes"]].consumers():
+        for name, value in expected.items():
+            if name in node.attributes and node.attributes[name].as_int() != value:
+                raise BundleError(
+                    f"bundle.json says that {tensor.matrices[0]} is stored as {tensor.format.label}, and {node.name} "
+                    f"reads it with {name} {node.attributes[name].as_int()}.",
+                    next_step="Build the bundle again.",
+                )

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +33,7 @@ from glmexport.bundle.manifest import (
 from glmexport.bundle.names import DRAFT, FOLDS, MODEL, SCORING, STEP
 from glmexport.bundle.records import AllocatedGroup, QuantizedMatrix
 from glmexport.checkpoint.fold import as_tensors
-from glmexport.formats.quantized_linear import stored_bits
+from glmexport.formats.codecs import stored_bits
 from glmexport.foundation.files import write_atomically
 from glmexport.foundation.progress import Progress
 from glmexport.foundation.recipe import Recipe
@@ -41,6 +41,7 @@ from glmexport.foundation.target import GraphLimits, Target
 from glmexport.graph.build import build_draft, build_graph
 from glmexport.graph.fixed import build_fixed, fixed_sizes
 from glmexport.lowering.pipeline import lower
+from glmexport.lowering.stored import stored_tensors
 from glmexport.quantization.record import coverage
 from glmexport.quantization.weights import Weights
 
@@ -78,7 +79,8 @@ def write_bundle(directory: Path, contents: BundleContents, progress: Progress) 
     The manifest is written last, so a directory without one is not a bundle.
     """
     directory.mkdir(parents=True)
-    cache = _write_graphs(directory, contents, progress)
+    graphs = _lowered(contents)
+    cache = _write_graphs(graphs, directory, contents, progress)
     if contents.weights.checkpoint.folds:
         save_file(as_tensors(contents.weights.checkpoint.folds), directory / FOLDS)
     name, config = loop_config(contents.architecture, contents.target)
@@ -87,17 +89,25 @@ def write_bundle(directory: Path, contents: BundleContents, progress: Progress) 
     for path in sorted(directory.rglob("*")):
         if path.is_file():
             _flush(path)
-    manifest = _manifest(directory, contents, cache)
+    manifest = _manifest(directory, contents, graphs, cache)
     write_atomically(directory / MANIFEST, (manifest.model_dump_json(indent=2) + "\n").encode())
     return manifest
 
 
-def _write_graphs(directory: Path, contents: BundleContents, progress: Progress) -> CacheQuantization | None:
+def _lowered(contents: BundleContents) -> dict[str, ir.Model]:
+    """Return the graphs for the target, by their files."""
+    built = graphs_of(contents.architecture, contents.target.graph)
+    return {
+        name: lower(graph, contents.target, contents.weights, contents.rotary_tables) for name, graph in built.items()
+    }
+
+
+def _write_graphs(
+    graphs: Mapping[str, ir.Model], directory: Path, contents: BundleContents, progress: Progress
+) -> CacheQuantization | None:
     """Write the graphs and their weights; return how the caches are quantized, if they are."""
     architecture, target, weights = contents.architecture, contents.target, contents.weights
     limits, largest_file = target.graph, target.memory.max_file_bytes
-    built = graphs_of(architecture, limits)
-    graphs = {name: lower(graph, target, weights, contents.rotary_tables) for name, graph in built.items()}
     if limits.kv_cache == "activations":
         write_graphs(graphs, directory, progress, largest_file)
         return None
@@ -127,7 +137,9 @@ def _copy_tokenizer(directory: Path, files: Sequence[Path]) -> None:
         shutil.copyfile(file, copy)
 
 
-def _manifest(directory: Path, contents: BundleContents, cache: CacheQuantization | None) -> Manifest:
+def _manifest(
+    directory: Path, contents: BundleContents, graphs: Mapping[str, ir.Model], cache: CacheQuantization | None
+) -> Manifest:
     """Return the manifest of everything that is in ``directory``."""
     architecture, weights = contents.architecture, contents.weights
     return Manifest(
@@ -141,9 +153,10 @@ def _manifest(directory: Path, contents: BundleContents, cache: CacheQuantizatio
         precision=_precision(architecture, weights),
         cache=cache,
         matrices=tuple(contents.records),
+        tensors=stored_tensors(graphs[SCORING]),
         allocation=tuple(contents.allocation),
         experts=coverage(contents.records),
-        draft=_draft(architecture, weights, tuple(contents.draft_records)),
+        draft=_draft(architecture, weights, tuple(contents.draft_records), graphs),
         # Another type holds whatever the original's does.
         largest_activation=contents.largest if contents.target.graph.activations == "float16" else None,
         files=list_files(directory),
@@ -166,13 +179,16 @@ def graphs_of(architecture: Architecture, limits: GraphLimits) -> dict[str, ir.M
 
 
 def _draft(
-    architecture: Architecture, weights: Weights, records: tuple[QuantizedMatrix, ...]
+    architecture: Architecture,
+    weights: Weights,
+    records: tuple[QuantizedMatrix, ...],
+    graphs: Mapping[str, ir.Model],
 ) -> DraftGraph | None:
     draft = architecture.token_prediction
     if draft is None:
         return None
     bits = sum(stored_bits(shape, weights.form(key)) for key, shape in draft.own_shapes().items())
-    return DraftGraph(file=DRAFT, weight_bytes=bits // 8, matrices=records)
+    return DraftGraph(file=DRAFT, weight_bytes=bits // 8, matrices=records, tensors=stored_tensors(graphs[DRAFT]))
 
 
 def _precision(architecture: Architecture, weights: Weights) -> Precision:

@@ -116,7 +116,7 @@ class GenaiConfig:
         )
 
     def search_options(self, batch: int) -> dict[str, int]:
-        """What onnxruntime-genai is told beside lengths: a prompt alone is read in pieces on a CPU.
+        """Return what onnxruntime-genai is told beside lengths: a prompt alone is read in pieces on a CPU.
 
         Not in the bundle, since it takes several prompts together in one piece only.
         """

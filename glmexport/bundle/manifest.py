@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from glmexport.bundle.records import AllocatedGroup, ExpertCoverage, QuantizedMatrix
+from glmexport.bundle.records import AllocatedGroup, ExpertCoverage, QuantizedMatrix, StoredTensor
 from glmexport.foundation.definition import Definition, read_json
 from glmexport.foundation.errors import BundleError
 from glmexport.foundation.files import cache_repository, is_inside, sha256
@@ -32,7 +32,7 @@ _FILES = re.compile(
 )
 #: Operator whose content a provider runs as it is, compiled before by whoever made it.
 _PRECOMPILED = b"EPContext"
-#: A model of 60,000 matrices has a manifest of 2.5 million values.
+#: A model of 60,000 matrices has a manifest of 3.4 million values.
 _LIMITS = DocumentLimits(size=128 << 20, values=4_000_000)
 #: Evidence about a bundle, written after it and therefore not part of what its digest covers.
 EVIDENCE = REPORTS | RELEASE_FILES
@@ -114,6 +114,8 @@ class DraftGraph(Definition):
     #: Of its matrices, scales and zero points included, what the model itself does not have.
     weight_bytes: int
     matrices: tuple[QuantizedMatrix, ...]
+    #: As in the manifest itself, of this graph.
+    tensors: tuple[StoredTensor, ...] | None = Field(default=None, exclude_if=lambda value: value is None)
 
 
 class LargestActivation(Definition):
@@ -140,6 +142,9 @@ class Manifest(Definition):
     #: None where the cache is not quantized.
     cache: CacheQuantization | None = None
     matrices: tuple[QuantizedMatrix, ...]
+    #: Where the graphs hold every quantized matrix; a table that lies there twice is in two. Left out, not empty, in
+    #: manifests of before this was noted.
+    tensors: tuple[StoredTensor, ...] | None = Field(default=None, exclude_if=lambda value: value is None)
     #: Of a recipe with a budget.
     allocation: tuple[AllocatedGroup, ...] = ()
     #: Of a mixture of experts that was calibrated.

@@ -2,45 +2,80 @@
 
 from __future__ import annotations
 
-from glmexport.foundation.definition import Definition
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
+
+from glmexport.foundation.definition import Count, Definition, Number
 from glmexport.foundation.recipe import Format
 
+#: The order of a matrix's values in the first manifests. A manifest's digest is over its values as they are written,
+#: and signatures and reports name it: what was added since comes behind them.
+_FIRST = (
+    "key", "layer", "part", "bits", "group_size", "symmetric", "bits_per_weight", "digest", "relative_error",
+    "round_to_nearest_error", "damping", "dead_columns", "double", "effective_tokens_per_column", "chosen", "shrinkage",
+    "unpolished_rows", "folded", "nearest_rows", "fallback",
+)  # fmt: skip
 
-class QuantizedMatrix(Definition):
+
+class MatrixRecord(Definition):
+    """What a bundle's manifest and its report both say of a quantized matrix, in the same words."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True, ser_json_inf_nan="strings")
+
+    layer: int | None
+    """Decoder block, from 0; none for the embedding and the language-model head."""
+    part: str
+    """qkv, o, gate_up, down, lm_head or embedding."""
+    bits: Annotated[int, Field(ge=1, le=32)]
+    group_size: int
+    """Weights that share one scale."""
+    symmetric: bool
+    codec: str = Field(default="affine", exclude_if=lambda value: value == "affine")
+    """What a code stands for: a whole number of steps from a zero point (affine), or a level of a table (nf4)."""
+    bits_per_weight: Number
+    dead_columns: Count
+    """Input columns that are zero on all calibration inputs."""
+    double: bool = False
+    """Whether the Hessian had to be factored in fp64; nothing is lost by that."""
+    effective_tokens_per_column: Number | None
+    """Calibration tokens that an input column effectively rests on, repeated text once; none if not measured."""
+    shrinkage: Number | None = None
+    """Mean share of the asymmetric target's correction that held-out text confirmed; none without one."""
+    unpolished_rows: Count = 0
+    """Rows whose polish made held-out text worse and was taken back."""
+    folded: bool = False
+    """Powers of two were moved between its columns and what writes its input, which is exact."""
+    nearest_rows: Count = 0
+    """Rows rounded to nearest with the same search, as that serves them better or the whole matrix fell back."""
+
+    def shared(self) -> dict[str, Any]:
+        """Return the values of these fields by their names."""
+        return {name: getattr(self, name) for name in MatrixRecord.model_fields}
+
+
+class QuantizedMatrix(MatrixRecord):
     """How one matrix was quantized. None: not measured.
 
     Errors are relative to the matrix's output on the calibration inputs; that of round-to-nearest is with the recipe's
-    search for scales. ``shrinkage`` is the mean share of the asymmetric target's correction that held-out text
-    confirmed, ``unpolished_rows`` the rows whose polish it did not, ``nearest_rows`` those that are rounded to nearest
-    because that serves it better, or because the whole matrix fell back to it.
+    search for scales.
     """
 
     key: str
-    #: None for the embedding and the lm_head.
-    layer: int | None
-    part: str
-    bits: int
-    group_size: int
-    symmetric: bool
-    bits_per_weight: float
     #: ``QuantizedLinear.digest`` of what was decided on; None in bundles of before it was recorded.
     digest: str | None = None
     relative_error: float | None = None
     round_to_nearest_error: float | None = None
     damping: float | None = None
-    dead_columns: int = 0
-    #: Whether fp32 was not precise enough to factor the Hessian, and fp64 did it; nothing is lost by that.
-    double: bool = False
-    effective_tokens_per_column: float | None = None
     #: Calibration positions whose router chose it; None: all pass it, or none were run.
     chosen: int | None = None
-    shrinkage: float | None = None
-    unpolished_rows: int = 0
-    #: Powers of two were moved between its columns and what writes its input.
-    folded: bool = False
-    nearest_rows: int = 0
     #: Why the solver could not do what the recipe asks for; None if it did.
     fallback: str | None = None
+
+    @model_serializer(mode="wrap")
+    def _in_the_first_order(self, values: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        written: dict[str, Any] = values(self)
+        return {name: written.pop(name) for name in _FIRST if name in written} | written
 
 
 class ExpertCoverage(Definition):
@@ -65,3 +100,17 @@ class AllocatedGroup(Definition):
     loss_nats: float
     #: False: the loss follows from that of another group size (see ``TieGroup.tried``).
     tried: bool
+
+
+class StoredTensor(Definition):
+    """Where a graph holds quantized matrices, one below the other, and in which format."""
+
+    #: Checkpoint keys of the matrices, in the order of their rows.
+    matrices: tuple[str, ...]
+    #: Of what is stored: zero points that are spelled out belong to it.
+    format: Format
+    #: The graph's tensors by what they hold: codes, scales and, where there are any, zero_points.
+    parts: dict[str, str]
+    #: ``packed``: as the format's codec packs them, rows along the first axis. ``columns``: codes are numbers
+    #: [in, out], signed where there are no zero points, and the others [groups, out].
+    layout: Literal["packed", "columns"] = "packed"

@@ -102,7 +102,7 @@ def build(
     flops = measured_flops()
     device_flops = flops if device.type == "cpu" else measured_flops(device)
     for job in jobs:
-        expected = estimate(original.architecture_for(job.target), job.recipe, flops, max_memory, device_flops)
+        expected = estimate(original.planned(job.recipe, job.target), flops, max_memory, device_flops)
         terminal.facts(
             "Build",
             {

@@ -324,10 +324,10 @@ class Result(Definition):
 
 
 def answer_path(index: int) -> str:
-    """What a device answers to a text."""
+    """Return the path of a device's answer to text ``index``, relative to its results."""
     return f"answers/{index}.safetensors"
 
 
 def tokens_path(index: int) -> str:
-    """What a device answers to a prompt."""
+    """Return the path of a device's answer to prompt ``index``, relative to its results."""
     return f"tokens/{index}.safetensors"

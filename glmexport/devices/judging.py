@@ -1,4 +1,4 @@
-"""What a validation measures, from what a device answered: against the captured original, by the same gates."""
+"""A device's answers, judged against the captured original by the same gates as those of this machine."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class DeviceJudge:
     policy: Gates
 
     def write_job(self, folder: Path, threads: int | None) -> Job:
-        """Ask everything that was captured, and for speed."""
+        """Write the job that asks everything that was captured, and for speed, into the new ``folder``."""
         texts = self.captured.texts
         asked = [
             TextQuestion(text.ids, text.prefix, self.captured.kept(index).tokens, self.captured.audited(index))
@@ -100,7 +100,7 @@ class DeviceJudge:
         return judge([answer.question for answer in captured], given, self.bundle.tokenizer)
 
     def _performance(self, answers: DeviceAnswers) -> tuple[Performance | None, str | None]:
-        """What the device timed, or why that says nothing."""
+        """Return what the device timed, or why that says nothing."""
         result, asked = answers.result, answers.job.speed
         speed = result.speed
         if result.device.emulated or speed is None or asked is None:

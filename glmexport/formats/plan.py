@@ -1,40 +1,92 @@
-"""Which format a matrix has under a recipe: asked by what refuses, what estimates and what rounds, answered here."""
+"""FormatPlan: which format every matrix has under a recipe. Whoever wants to know asks it, and nothing else."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+
 from glmexport.architecture.description import Architecture
+from glmexport.checkpoint.checkpoint import Checkpoint
+from glmexport.formats.codecs import stored_bits
 from glmexport.foundation.recipe import Format, Recipe
 from glmexport.foundation.target import WeightFormats
 
+_NOTHING: Mapping[str, Format] = MappingProxyType({})
 
-def planned_formats(architecture: Architecture, recipe: Recipe) -> dict[str, Format | None]:
-    """Format of every matrix that can have one, by weight key; None: full precision.
 
-    One table that is embedding and lm_head has the format of the embedding, as its codes are fixed before the head has
-    activations to be fitted to. Of a layer that drafts, what belongs to it alone is among them.
+@dataclass(frozen=True)
+class FormatPlan:
+    """The format of every matrix that can have one, by weight key; None: full precision.
+
+    One table that is embedding and lm_head has one format, that of the embedding: its codes are fixed before the
+    lm_head has activations to be fitted to. What a layer that drafts has to itself is among the keys.
     """
-    routed, draft = architecture.routed, architecture.token_prediction
-    forms: dict[str, Format | None] = {
-        linear.weight: recipe.linear(mixture=bool(routed), routed=linear.weight in routed)
-        for _, linear in architecture.linears
-    }
-    if draft is not None:
-        inside = recipe.linear(mixture=True, routed=False)
+
+    formats: Mapping[str, Format | None]
+    #: Keys of what anything is multiplied by: all but a table that rows are only looked up in.
+    multiplied: frozenset[str]
+    #: Keys of tables that rows are looked up in.
+    looked_up: frozenset[str]
+    #: Number of columns of every matrix.
+    columns: Mapping[str, int] = field(repr=False)
+
+    @classmethod
+    def of(cls, architecture: Architecture, recipe: Recipe, stored: Mapping[str, Format] = _NOTHING) -> FormatPlan:
+        """Return the plan of ``recipe`` for ``architecture``.
+
+        Args:
+            architecture: with the layer that drafts, where the bundle will have it.
+            recipe: as it is fitted to the target (``fitted``).
+            stored: of a checkpoint that is quantized already, the format of each matrix that is stored so
+                (``stored_formats``). A recipe that keeps them keeps every other linear in full precision.
+        """
+        routed, draft = architecture.routed, architecture.token_prediction
+        linears = {linear.weight: linear for _, linear in architecture.linears}
         tables = {"lm_head": recipe.lm_head, "embedding": recipe.embedding}
-        forms |= {linear.weight: tables.get(linear.part, inside) for linear in draft.matrices}
-    return forms | {architecture.lm_head.weight: recipe.lm_head, architecture.embedding: recipe.embedding}
+        every = recipe.linear(mixture=bool(routed), routed=False)
+        formats = {key: recipe.linear(mixture=bool(routed), routed=key in routed) for key in linears}
+        columns = {key: linear.in_features for key, linear in linears.items()}
+        looked_up, heads = {architecture.embedding}, {architecture.lm_head.weight}
+        if draft is not None:
+            # Like everything that each token passes.
+            every = recipe.linear(mixture=True, routed=False)
+            formats |= {linear.weight: tables.get(linear.part, every) for linear in draft.matrices}
+            columns |= {linear.weight: linear.in_features for linear in draft.matrices}
+            looked_up |= {linear.weight for linear in draft.matrices if linear.part == "embedding"}
+            heads |= {linear.weight for linear in draft.matrices if linear.part == "lm_head"}
+            linears |= {linear.weight: linear for linear in draft.matrices if linear.part != "embedding"}
+        formats |= {architecture.lm_head.weight: recipe.lm_head, architecture.embedding: recipe.embedding}
+        if recipe.keeps_stored:
+            by_recipe = looked_up | heads
+            formats = {key: stored.get(key, form if key in by_recipe else None) for key, form in formats.items()}
+        columns[architecture.embedding] = architecture.hidden_size
+        return cls(formats, frozenset(linears), frozenset(looked_up), columns)
+
+    def form(self, key: str) -> Format | None:
+        """Return the format of the matrix with that key; None where it, or a tensor that is none, stays as it is."""
+        return self.formats.get(key)
+
+    def quantized(self) -> dict[str, Format]:
+        """Return the format of every matrix that has one, by weight key."""
+        return {key: form for key, form in self.formats.items() if form is not None}
+
+    def chosen(self, formats: Mapping[str, Format]) -> FormatPlan:
+        """Return the plan with the formats that a budget gave to some of the matrices."""
+        return replace(self, formats={**self.formats, **formats})
+
+    def bits(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """Return the bits that tensors of these ``shapes`` take, each stored once."""
+        return sum(stored_bits(shape, self.form(key)) for key, shape in shapes.items())
 
 
-def products(architecture: Architecture) -> frozenset[str]:
-    """Weight keys of what anything is multiplied by: all but a table that rows are only looked up in."""
-    keys = {linear.weight for _, linear in architecture.linears}
-    if architecture.token_prediction is not None:
-        keys |= {linear.weight for linear in architecture.token_prediction.matrices if linear.part != "embedding"}
-    return frozenset(keys)
+def stored_formats(checkpoint: Checkpoint) -> dict[str, Format]:
+    """Return the format of every matrix that ``checkpoint`` stores quantized, as a bundle keeps it, by weight key."""
+    return {key: form.exact for key, form in checkpoint.quantized.items()}
 
 
 def fitted(recipe: Recipe, architecture: Architecture, offered: WeightFormats) -> Recipe:
-    """``recipe`` where one table is embedding and lm_head and the target's products have no zero points.
+    """Return ``recipe`` with one format for one table, where a target's products have no zero points.
 
     Rows of an embedding may have them, and recipes for such targets make use of it; a table that is multiplied by as
     well has the format that the recipe gives to the lm_head.

@@ -1,14 +1,16 @@
-"""QuantizedLinear: codes, scales and zero points of one matrix, and what they cost to store."""
+"""QuantizedLinear: codes, scales and zero points of one matrix, and the matrix that they stand for."""
 
 from __future__ import annotations
 
 import hashlib
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from glmexport.formats.codec import Codec, Numbers
+from glmexport.formats.codecs import codec_of, stored_bits
 from glmexport.foundation.recipe import Format
 
 _SLAB_WEIGHTS = 1 << 24
@@ -16,10 +18,10 @@ _SLAB_WEIGHTS = 1 << 24
 
 @dataclass(frozen=True)
 class QuantizedLinear:
-    """W [N, K] ~ (codes - zero_points) * scales, with scale and zero point shared by ``group_size`` inputs.
+    """W [N, K] in the format ``form``, with scale and zero point shared by ``group_size`` inputs.
 
-    ``codes`` [N, K] uint8; ``scales`` [N, G] fp16; ``zero_points`` [N, G] uint8, None for a symmetric format
-    (2^(bits - 1)); G = ceil(K / group_size).
+    ``codes`` [N, K] uint8; ``scales`` [N, G] fp16; ``zero_points`` [N, G] uint8, None for a format without any;
+    G = ceil(K / group_size). What they stand for is the codec's to say.
     """
 
     form: Format
@@ -27,13 +29,35 @@ class QuantizedLinear:
     scales: Tensor
     zero_points: Tensor | None
 
+    @classmethod
+    def of(cls, form: Format, numbers: Numbers) -> QuantizedLinear:
+        """Return the matrix of these ``numbers``."""
+        return cls(form, numbers.codes, numbers.scales, numbers.zero_points)
+
+    @classmethod
+    def unpack(cls, form: Format, packed: Mapping[str, Tensor], columns: int) -> QuantizedLinear:
+        """Return the matrix that is stored as the ``packed`` tensors, by part; the inverse of ``pack``."""
+        return cls.of(form, codec_of(form).unpack(packed, columns))
+
+    def pack(self) -> dict[str, Tensor]:
+        """Return the tensors that are stored, by part: codes, scales, and zero_points where there are any."""
+        return self.codec.pack(Numbers(self.codes, self.scales, self.zero_points))
+
+    @property
+    def codec(self) -> Codec:
+        """What says how the numbers are stored and what they stand for."""
+        return codec_of(self.form)
+
     @property
     def groups(self) -> int:
         """Scales a row."""
         return self.scales.shape[1]
 
     def dequantize(self) -> Tensor:
-        """The matrix that the runtime computes with, [N, K] fp32; a slab of rows at a time bounds the temporaries."""
+        """Return the matrix that the runtime computes with, [N, K] fp32.
+
+        A slab of rows at a time bounds the temporaries.
+        """
         rows, size = self.codes.shape
         matrix = torch.empty(rows, size, device=self.codes.device)
         slab = max(1, _SLAB_WEIGHTS // size)
@@ -42,14 +66,14 @@ class QuantizedLinear:
         return matrix
 
     def lookup(self, ids: Tensor) -> Tensor:
-        """Rows ``ids`` [...] of the dequantized matrix, [..., K] fp32."""
+        """Return rows ``ids`` [...] of the dequantized matrix, [..., K] fp32."""
         flat = ids.flatten().to(self.codes.device)
         zero_points = None if self.zero_points is None else self.zero_points[flat]
         chosen = replace(self, codes=self.codes[flat], scales=self.scales[flat], zero_points=zero_points)
         return chosen.dequantize().reshape(*ids.shape, -1)
 
     def apply(self, inputs: Tensor) -> Tensor:
-        """``inputs`` [..., K] fp32 times the transposed matrix, [..., N] fp32, a slab of rows at a time."""
+        """Return ``inputs`` [..., K] fp32 times the transposed matrix, [..., N] fp32, a slab of rows at a time."""
         rows, size = self.codes.shape
         outputs = inputs.new_empty(*inputs.shape[:-1], rows)
         slab = max(1, _SLAB_WEIGHTS // size)
@@ -59,18 +83,23 @@ class QuantizedLinear:
         return outputs
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Rows ``start`` to ``stop`` of the dequantized matrix, fp32."""
-        size = self.codes.shape[1]
-        span = self.form.group_size
+        """Return rows ``start`` to ``stop`` of the dequantized matrix, fp32."""
+        return self.codec.dequantize(self._slice(start, stop))
 
-        def spread(per_group: Tensor) -> Tensor:
-            return per_group[start:stop].float().repeat_interleave(span, 1)[:, :size]
+    def steps(self, start: int, stop: int) -> Tensor:
+        """Return the mean distance between neighbouring values of each weight's group, for rows ``start`` to ``stop``.
 
-        zero = float(2 ** (self.form.bits - 1)) if self.zero_points is None else spread(self.zero_points)
-        return (self.codes[start:stop].float() - zero) * spread(self.scales)
+        [rows, K] fp32, with the sign of the scale.
+        """
+        spread = self.scales[start:stop].float().repeat_interleave(self.form.group_size, 1)
+        return spread[:, : self.codes.shape[1]] * self.codec.step
+
+    def take(self, start: int, stop: int) -> QuantizedLinear:
+        """Return the matrix of rows ``start`` to ``stop``."""
+        return QuantizedLinear.of(self.form, self._slice(start, stop))
 
     def with_rows(self, chosen: Tensor, other: QuantizedLinear) -> QuantizedLinear:
-        """The rows ``chosen`` [N] bool of ``other``, which has the same format and shape, and the rest of this one."""
+        """Return the rows ``chosen`` [N] bool of ``other``, of the same format and shape, and the rest of this one."""
 
         def either(theirs: Tensor, ours: Tensor) -> Tensor:
             return torch.where(chosen[:, None], theirs, ours)
@@ -83,7 +112,7 @@ class QuantizedLinear:
         )
 
     def digest(self) -> str:
-        """SHA-256 over format and numbers, however they are packed where the matrix is stored."""
+        """Return the SHA-256 over format and numbers, however they are packed where the matrix is stored."""
         digest = hashlib.sha256(f"{self.form.label} {list(self.codes.shape)}".encode())
         for tensor in (self.codes, self.scales.half(), self.zero_points):
             if tensor is not None:
@@ -102,7 +131,7 @@ class QuantizedLinear:
 
     @staticmethod
     def concatenate(parts: list[QuantizedLinear]) -> QuantizedLinear:
-        """One matrix of the rows of several of the same format and width, in order."""
+        """Return one matrix of the rows of several of the same format and width, in order."""
         zero_points = [part.zero_points for part in parts if part.zero_points is not None]
         return QuantizedLinear(
             parts[0].form,
@@ -111,12 +140,6 @@ class QuantizedLinear:
             torch.cat(zero_points) if zero_points else None,
         )
 
-
-def stored_bits(shape: tuple[int, ...], form: Format | None) -> int:
-    """Bits that a tensor of ``shape`` takes: codes, fp16 scales, packed zero points; fp32 where ``form`` is None."""
-    if form is None:
-        return math.prod(shape) * 32
-    rows, size = shape
-    groups = -(-size // form.group_size)
-    zero_points = 0 if form.symmetric else rows * 8 * -(-groups * form.bits // 8)
-    return rows * groups * (form.group_size * form.bits + 16) + zero_points
+    def _slice(self, start: int, stop: int) -> Numbers:
+        zero_points = None if self.zero_points is None else self.zero_points[start:stop]
+        return Numbers(self.codes[start:stop], self.scales[start:stop], zero_points)

@@ -7,7 +7,15 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, TypeAdapter, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    TypeAdapter,
+    ValidationError,
+    WithJsonSchema,
+)
 from pydantic_core import CoreSchema
 
 from glmexport.foundation.errors import DefinitionError
@@ -53,6 +61,14 @@ class Definition(FailFast):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+
+#: A number of a report, where infinity and what was not measured are strings.
+Number = Annotated[
+    float,
+    WithJsonSchema({"anyOf": [{"type": "number"}, {"enum": ["NaN", "Infinity", "-Infinity"]}]}),
+]
+#: How many there are of something.
+Count = Annotated[int, Field(ge=0)]
 
 #: The bound of every size and token id in a file. No published model comes near it, and whatever is computed from two
 #: such numbers is still exact.

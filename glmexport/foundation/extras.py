@@ -25,7 +25,6 @@ EXTRAS = {
     "playwright": "browser",
     "prometheus_client": "serve",
     "py3langid": "build",
-    "regex": "build",
     "sacrebleu": "build",
     "safetensors": "build",
     "scipy": "build",
@@ -39,7 +38,7 @@ EXTRAS = {
 _CPU_TORCH = "pip install torch --index-url https://download.pytorch.org/whl/cpu"
 
 
-def lacking(error: ImportError, extra: str | None = None) -> MachineError | None:
+def missing_package(error: ImportError, extra: str | None = None) -> MachineError | None:
     """Return the error for a package that cannot be imported; None where it is ours, or Python's, and so a bug.
 
     Args:

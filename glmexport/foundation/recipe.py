@@ -11,6 +11,8 @@ from glmexport.foundation.definition import Definition, checked
 from glmexport.foundation.inheritance import open_source
 
 RECIPES = "calibration/recipes"
+#: What codes stand for: evenly spaced numbers, or the sixteen levels of NF4.
+CodecName = Literal["affine", "nf4"]
 #: The recipe of a checkpoint that is quantized already.
 STORED = "stored"
 
@@ -25,10 +27,20 @@ class Format(Definition):
     bits: Literal[2, 4, 8]
     group_size: Literal[16, 32, 64, 128, 256]
     symmetric: bool = False
+    #: ``nf4`` has 4 bits and no zero points. Left out where it is the usual one, as in bundles of before.
+    codec: CodecName = Field(default="affine", exclude_if=lambda value: value == "affine")
+
+    @model_validator(mode="after")
+    def _is_what_the_codec_stores(self) -> Self:
+        if self.codec == "nf4" and (self.bits != 4 or self.symmetric):
+            raise ValueError("codec nf4 has bits = 4, and no symmetric form")
+        return self
 
     @property
     def label(self) -> str:
-        """The short name, for example ``w4g32`` or ``w4g128-sym``."""
+        """The short name, for example ``w4g32``, ``w4g128-sym`` or ``nf4g64``."""
+        if self.codec != "affine":
+            return f"{self.codec}g{self.group_size}"
         return f"w{self.bits}g{self.group_size}{'-sym' if self.symmetric else ''}"
 
 
@@ -138,7 +150,7 @@ class Recipe(Definition):
         """Return the format of a linear of the blocks, by whether it is in a mixture and whether all tokens pass it."""
         if self.linears is None or not mixture or routed:
             return self.linears
-        return self.shared or self.linears.model_copy(update={"bits": 8})
+        return self.shared or self.linears.model_copy(update={"bits": 8, "codec": "affine"})
 
     @property
     def quantizes_linears(self) -> bool:

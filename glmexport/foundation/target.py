@@ -14,6 +14,7 @@ from glmexport.foundation.evidence import FLOATS, Evidence, KvCache
 from glmexport.foundation.host import Host
 from glmexport.foundation.inheritance import Source, open_source
 from glmexport.foundation.provenance import Provenance, with_inherited_claims
+from glmexport.foundation.recipe import CodecName, Format
 from glmexport.foundation.session_settings import check_provider, check_session_entries
 
 TARGETS = "targets"
@@ -89,6 +90,8 @@ class WeightFormats(Definition):
 
     bits: tuple[Literal[2, 4, 8], ...]
     group_sizes: tuple[int, ...]
+    #: Codecs of formats; what ``bits`` says is of the affine one.
+    codecs: tuple[CodecName, ...] = Field(default=("affine",), exclude_if=lambda value: value == ("affine",))
     default_recipe: str
     #: The form of quantized products: MatMulNBits over packed codes, or DequantizeLinear and MatMul (QDQ).
     form: Literal["MatMulNBits", "QDQ"] = "MatMulNBits"
@@ -96,6 +99,11 @@ class WeightFormats(Definition):
     symmetric_only: bool = False
     #: MatMulNBits accuracy_level: 0 keeps the activations as they are, 4 quantizes them to int8 block by block.
     accuracy_level: Literal[0, 1, 2, 3, 4] = 0
+
+    def takes(self, form: Format) -> bool:
+        """Return whether there are kernels for matrices that are stored as ``form``."""
+        has_bits = form.codec != "affine" or form.bits in self.bits
+        return form.codec in self.codecs and has_bits and form.group_size in self.group_sizes
 
 
 class MemoryLimits(Definition):

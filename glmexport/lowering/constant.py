@@ -6,7 +6,9 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from glmexport.lowering.normal_float import normal_float_constant
 from glmexport.lowering.rewrite import Rewrite
+from glmexport.lowering.stored import note_stored
 from glmexport.quantization.weights import Weights
 
 
@@ -19,6 +21,8 @@ def constant_matrix(rewrite: Rewrite, weights: Weights, key: str) -> ir.Value:
     form, (rows, columns) = weights.form(key), weights.shape(key)
     if form is None:
         return rewrite.weight(key, ir.DataType.FLOAT, (rows, columns), lambda: weights.tensor(key).numpy())
+    if form.codec == "nf4":
+        return normal_float_constant(rewrite, weights, key)
     groups = -(-columns // form.group_size)
     stored = rewrite.weight(
         f"{key}.codes",
@@ -30,6 +34,7 @@ def constant_matrix(rewrite: Rewrite, weights: Weights, key: str) -> ir.Value:
     scales = rewrite.weight(
         f"{key}.scales", ir.DataType.FLOAT16, (rows, groups), lambda: weights.packed([key], "scales").numpy()
     )
+    held = {"codes": stored, "scales": scales}
     if form.symmetric:
         middle = np.array(2 ** (form.bits - 1), np.float32)
         (above,) = rewrite.op("Sub", [codes, rewrite.constant(f"middle_{form.bits}", middle)])
@@ -40,10 +45,12 @@ def constant_matrix(rewrite: Rewrite, weights: Weights, key: str) -> ir.Value:
             (rows, -(-groups * form.bits // 8)),
             lambda: weights.packed([key], "zero_points").numpy(),
         )
+        held["zero_points"] = packed
         # The last byte of a row may be filled up.
         points = first_of(rewrite, _unpacked(rewrite, packed, form.bits), groups)
         (points,) = rewrite.op("Unsqueeze", [as_numbers(rewrite, points), rewrite.integers(2)])
         (above,) = rewrite.op("Sub", [codes, points])
+    note_stored([key], form, held)
     (factors,) = rewrite.op("Unsqueeze", [as_numbers(rewrite, scales), rewrite.integers(2)])
     (matrix,) = rewrite.op("Mul", [above, factors])
     (matrix,) = rewrite.op("Reshape", [matrix, rewrite.integers(rows, -1)])

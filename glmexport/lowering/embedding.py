@@ -11,6 +11,7 @@ from glmexport.foundation.target import Target
 from glmexport.graph.operators import nodes_of, text
 from glmexport.lowering.constant import as_numbers, first_of
 from glmexport.lowering.rewrite import MICROSOFT, Rewrite
+from glmexport.lowering.stored import note_stored
 from glmexport.quantization.weights import Weights
 
 FUSED = f"{MICROSOFT}::GatherBlockQuantized"
@@ -80,8 +81,12 @@ class LowerEmbeddingPass(ir.passes.InPlacePass):
             points = None
             if not form.symmetric:
                 points = rewrite.weight(f"{key}.zero_points", ir.DataType.UINT8, (rows, packed_groups), zero_points)
+            held = {"codes": codes, "scales": scales} | ({} if points is None else {"zero_points": points})
+            note_stored([key], form, held)
             return self._rows(rewrite, form, (codes, scales, points))
         zero = rewrite.weight(f"{key}.zero_points", ir.DataType.UINT8, (rows, packed_groups), zero_points)
+        spelled_out = form.model_copy(update={"symmetric": False})
+        note_stored([key], spelled_out, {"codes": codes, "scales": scales, "zero_points": zero})
         (cast,) = rewrite.op("Cast", [scales], {"to": int(ir.DataType.FLOAT)})
         (embedded,) = rewrite.op(
             "GatherBlockQuantized",

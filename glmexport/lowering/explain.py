@@ -46,6 +46,9 @@ def _decisions(target: Target) -> Iterator[tuple[str, str, str]]:
     yield "embedding", rows, "graph.contrib_operators"
     bits, sizes = (" or ".join(map(str, values)) for values in (weights.bits, weights.group_sizes))
     yield "weight formats", f"{bits} bits, by default as in {weights.default_recipe}", "weights.bits"
+    if weights.codecs != ("affine",):
+        others = ", ".join(codec.upper() for codec in weights.codecs if codec != "affine")
+        yield "other codecs", others, "weights.codecs"
     yield "group sizes", sizes, "weights.group_sizes"
     if weights.symmetric_only:
         yield "zero points", "none: asymmetric formats are refused", "weights.symmetric_only"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -9,10 +10,12 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
-from glmexport.foundation.recipe import Format
+from glmexport.foundation.recipe import CodecName, Format
 from glmexport.foundation.target import Target
 from glmexport.graph.operators import integer, nodes_of, texts
+from glmexport.lowering.normal_float import normal_float_product
 from glmexport.lowering.rewrite import MICROSOFT, Rewrite
+from glmexport.lowering.stored import note_stored, stacked_name
 from glmexport.quantization.weights import Weights
 
 
@@ -32,7 +35,7 @@ class LowerLinearPass(ir.passes.InPlacePass):
         super().__init__()
         self.weights = weights
         self.accuracy_level = target.weights.accuracy_level
-        self.quantized = self._dequantized if target.weights.form == "QDQ" else self._packed
+        self._affine = self._dequantized if target.weights.form == "QDQ" else self._packed
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Lower every Linear."""
@@ -42,17 +45,20 @@ class LowerLinearPass(ir.passes.InPlacePass):
             keys = texts(node, "weights")
             rewrite = Rewrite(model, node, float32="float32" in node.attributes)
             bias = self._bias(rewrite, texts(node, "biases"), integer(node, "out_features"))
-            if self.weights.form(keys[0]) is None:
+            form = self.weights.form(keys[0])
+            if form is None:
                 rewrite.finish(self._plain(rewrite, keys, bias))
+            elif form.codec == "affine":
+                rewrite.finish(self._affine(rewrite, keys, bias))
             else:
-                rewrite.finish(self.quantized(rewrite, keys, bias))
+                rewrite.finish(PRODUCTS[form.codec](rewrite, self.weights, keys, bias))
         return ir.passes.PassResult(model, modified)
 
     def _bias(self, rewrite: Rewrite, keys: list[str], size: int) -> ir.Value | None:
         if not keys:
             return None
         return rewrite.weight(
-            _name(keys),
+            stacked_name(keys),
             ir.DataType.FLOAT,
             (size,),
             lambda: torch.cat([self.weights.tensor(key) for key in keys]).numpy(),
@@ -61,7 +67,7 @@ class LowerLinearPass(ir.passes.InPlacePass):
     def _plain(self, rewrite: Rewrite, keys: list[str], bias: ir.Value | None) -> ir.Value:
         node = rewrite.node
         matrix = rewrite.weight(
-            f"{_name(keys)}.transposed",
+            f"{stacked_name(keys)}.transposed",
             ir.DataType.FLOAT,
             (integer(node, "in_features"), integer(node, "out_features")),
             lambda: torch.cat([self.weights.tensor(key) for key in keys]).T.contiguous().numpy(),
@@ -76,7 +82,7 @@ class LowerLinearPass(ir.passes.InPlacePass):
         return form, integer(node, "out_features"), size, -(-size // form.group_size)
 
     def _dequantized(self, rewrite: Rewrite, keys: list[str], bias: ir.Value | None) -> ir.Value:
-        name = _name(keys)
+        name = stacked_name(keys)
         form, rows, size, groups = self._layout(rewrite.node, keys)
         dtype = SIGNED[form.bits] if form.symmetric else UNSIGNED[form.bits]
 
@@ -99,14 +105,16 @@ class LowerLinearPass(ir.passes.InPlacePass):
         parts = f"{name}.q" if f"{name}.codes" in rewrite.graph.initializers else name
         scale = rewrite.weight(f"{parts}.scales", ir.DataType.FLOAT16, (groups, rows), scales)
         (cast,) = rewrite.op("Cast", [scale], {"to": int(ir.DataType.FLOAT)})
-        inputs = [stored, cast]
+        inputs, held = [stored, cast], {"codes": stored, "scales": scale}
         if not form.symmetric:
-            inputs.append(rewrite.weight(f"{parts}.zero_points", dtype, (groups, rows), zero_points))
+            held["zero_points"] = rewrite.weight(f"{parts}.zero_points", dtype, (groups, rows), zero_points)
+            inputs.append(held["zero_points"])
+        note_stored(keys, form, held, "columns")
         (matrix,) = rewrite.op("DequantizeLinear", inputs, {"axis": 0, "block_size": form.group_size})
         return _product(rewrite, matrix, bias)
 
     def _packed(self, rewrite: Rewrite, keys: list[str], bias: ir.Value | None) -> ir.Value:
-        node, name = rewrite.node, _name(keys)
+        node, name = rewrite.node, stacked_name(keys)
         form, rows, size, groups = self._layout(node, keys)
         codes = rewrite.weight(
             f"{name}.q",
@@ -122,15 +130,16 @@ class LowerLinearPass(ir.passes.InPlacePass):
             lambda: self.weights.packed(keys, "scales").numpy(),
         )
         (cast,) = rewrite.op("Cast", [scales], {"to": int(ir.DataType.FLOAT)})
-        zero_points = None
+        held = {"codes": codes, "scales": scales}
         if not form.symmetric:
-            zero_points = rewrite.weight(
+            held["zero_points"] = rewrite.weight(
                 f"{name}.zero_points",
                 ir.DataType.UINT8,
                 (rows, -(-groups * form.bits // 8)),
                 lambda: self.weights.packed(keys, "zero_points").numpy(),
             )
-        inputs = [node.inputs[0], codes, cast, zero_points, None, bias]
+        note_stored(keys, form, held)
+        inputs = [node.inputs[0], codes, cast, held.get("zero_points"), None, bias]
         while inputs[-1] is None:
             inputs.pop()
         return rewrite.op(
@@ -147,23 +156,19 @@ class LowerLinearPass(ir.passes.InPlacePass):
         )[0]
 
 
+#: Products of matrices in codecs that have an operator of their own.
+PRODUCTS: Mapping[CodecName, Callable[[Rewrite, Weights, list[str], ir.Value | None], ir.Value]] = {
+    "nf4": normal_float_product
+}
 #: Element types of codes in QDQ form, by bits. Opset 21 has none of 2 bits.
 SIGNED = {4: ir.DataType.INT4, 8: ir.DataType.INT8}
 UNSIGNED = {4: ir.DataType.UINT4, 8: ir.DataType.UINT8}
 
 
 def _product(rewrite: Rewrite, matrix: ir.Value, bias: ir.Value | None) -> ir.Value:
-    """The node's input times ``matrix`` [in, out]; its type is said where it is not the activations'."""
+    """Return the node's input times ``matrix`` [in, out]; its type is said where it is not the activations'."""
     (product,) = rewrite.op("MatMul", [rewrite.node.inputs[0], matrix])
     if bias is not None:
         (product,) = rewrite.op("Add", [product, bias])
     product.type = ir.TensorType(ir.DataType.FLOAT)
     return product
-
-
-def _name(keys: list[str]) -> str:
-    """One name for stacked tensors: ``...self_attn.q_proj+k_proj+v_proj.weight``."""
-    if len(keys) == 1:
-        return keys[0]
-    parts = [key.rsplit(".", 2) for key in keys]
-    return f"{parts[0][0]}.{'+'.join(part[1] for part in parts)}.{parts[0][2]}"

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glmexport.architecture.description import Architecture
-from glmexport.formats.quantized_linear import stored_bits
+from glmexport.formats.codecs import codec_of, stored_bits
+from glmexport.formats.plan import FormatPlan
 from glmexport.foundation.errors import InputError
 from glmexport.foundation.recipe import Budget, Format, Recipe
 
@@ -50,19 +51,21 @@ EMBEDDING_TAP, HEAD_TAP = "embedding", "lm_head"
 
 
 def tie_groups(architecture: Architecture, recipe: Recipe) -> Iterator[TieGroup]:
-    """The groups of every part that ``recipe`` quantizes, in the order of the model."""
-    budget = recipe.budget
+    """Yield the groups of every part that ``recipe`` quantizes, in the order of the model."""
+    budget, plan = recipe.budget, FormatPlan.of(architecture, recipe)
     assert budget is not None
-    if recipe.embedding is not None:
+    if plan.form(architecture.embedding) is not None:
         shape = (architecture.vocabulary_size, architecture.hidden_size)
-        fitting = tuple(form for form in budget.candidates if shape[1] % form.group_size == 0)
+        fitting = tuple(
+            form for form in budget.candidates if shape[1] % form.group_size == 0 and codec_of(form).looked_up
+        )
         yield TieGroup(EMBEDDING_TAP, None, EMBEDDING_TAP, {architecture.embedding: shape}, fitting)
     for layer in architecture.layers:
         for tap, linears in layer.taps.items():
             shapes = {linear.weight: (linear.out_features, linear.in_features) for linear in linears}
             yield TieGroup(f"block {layer.index} {linears[0].part}", layer.index, tap, shapes, budget.candidates)
-    if recipe.lm_head is not None and not architecture.tied:
-        head = architecture.lm_head
+    head = architecture.lm_head
+    if plan.form(head.weight) is not None and not architecture.tied:
         shape = (head.out_features, head.in_features)
         yield TieGroup(HEAD_TAP, None, HEAD_TAP, {head.weight: shape}, budget.candidates)
 

@@ -32,14 +32,8 @@ def round_draft(quantizer: Quantizer) -> None:
 
 
 def _rounded(quantizer: Quantizer, linear: Linear, layer: int) -> QuantizedPart:
-    """Return ``linear`` in its format; nothing where it stays in full precision.
-
-    Its linears have the format of what every token passes, tables of its own that of the model's.
-    """
-    recipe = quantizer.job.recipe
-    inside = None if recipe.keeps_stored else recipe.linear(mixture=True, routed=False)
-    form = {"lm_head": recipe.lm_head, "embedding": recipe.embedding}.get(linear.part, inside)
-    matrix = quantizer.stored(linear.weight) if recipe.keeps_stored else None
+    """Return ``linear`` in its format, or as a checkpoint stores it quantized; nothing in full precision."""
+    form, matrix = quantizer.plan.form(linear.weight), quantizer.stored(linear.weight)
     if matrix is None and form is not None:
         matrix = quantizer.rounded(linear.weight, form)
     if matrix is None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from glmexport.architecture.description import Linear, Norm, Writer
 from glmexport.checkpoint.fold import Fold
-from glmexport.formats.grid import decode, encode, searched_grid
+from glmexport.formats.codecs import codec_of
 from glmexport.foundation.progress import Progress
 from glmexport.foundation.recipe import Format
 from glmexport.reference.reference import Block, Reference
@@ -102,7 +102,7 @@ def _fold_tap(
     largest = None
     if isinstance(writer.source, Linear):
         extent = torch.linalg.vector_norm(block.weight(writer.source.weight), math.inf, dim=1).cpu()[index]
-        largest = (extent / 2 ** (form.bits - 1) / _SMALLEST_SCALE).clamp(min=1).log2().floor()
+        largest = (extent / codec_of(form).reach / _SMALLEST_SCALE).clamp(min=1).log2().floor()
     best = None
     changing = [candidate for candidate in fold_candidates(importance, size, index, largest) if bool(candidate.any())]
     if changing:
@@ -137,14 +137,14 @@ def fold_candidates(importance: Tensor, size: Tensor, rows: Tensor, largest: Ten
 
 def _rounding_error(sampled: list[Tensor], importance: Tensor, exponents: Tensor, form: Format) -> float:
     """sum_j h_j e_j^2 over ``sampled`` rows [n, K], e being the error of rounding with ``exponents`` folded in."""
-    error = 0.0
+    error, codec = 0.0, codec_of(form)
     for weight in sampled:
         folded = torch.ldexp(weight, exponents.to(weight.device))
         scaled = torch.ldexp(importance, -2 * exponents).to(weight.device)
         for start in range(0, weight.shape[1], form.group_size):
             span = slice(start, start + form.group_size)
             columns = folded[:, span].T.contiguous()
-            grid = searched_grid(columns, scaled[span], form)
-            missed = decode(encode(columns, *grid, form.bits), *grid).sub_(columns)
+            grid = codec.fit(columns, scaled[span])
+            missed = grid.decode(grid.encode(columns)).sub_(columns)
             error += float((scaled[span] @ missed.square_()).sum())
     return error if math.isfinite(error) else math.inf

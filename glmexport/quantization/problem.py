@@ -11,7 +11,6 @@ from torch import Tensor
 from glmexport.foundation.recipe import Format, Solver
 from glmexport.quantization.factor import Factor, factorize
 from glmexport.quantization.goal import Sample
-from glmexport.quantization.nearest import column_importance
 from glmexport.quantization.order import ColumnOrder, column_order
 
 #: Standard errors by which held-out text has to prefer one result. Where the errors of the matrices before it are much
@@ -98,3 +97,14 @@ class Problem:
         saved = (outputs[1].square() - outputs[0].square()) * self.sample.weights[:, None]
         less[less.clone()] = saved.sum(0) > _SURE * saved.norm(dim=0)
         return less
+
+
+def column_importance(diagonal: Tensor) -> Tensor:
+    """Weight [K] of the squared error in each column: the Hessian's ``diagonal`` [K], the mean square of its input.
+
+    A column that no input reached counts as much as the others do on average: text that does reach it still finds a
+    weight there. So does one whose measure is not a number.
+    """
+    alive = (diagonal > 0) & diagonal.isfinite()
+    mean = diagonal[alive].mean() if bool(alive.any()) else 1.0
+    return torch.where(alive, diagonal, mean)

@@ -23,7 +23,10 @@ def unmeasured(key: str, layer: int | None, part: str, linear: QuantizedLinear) 
         bits=form.bits,
         group_size=form.group_size,
         symmetric=form.symmetric,
+        codec=form.codec,
         bits_per_weight=linear.bits_per_weight,
+        dead_columns=0,
+        effective_tokens_per_column=None,
         digest=linear.digest(),
     )
 

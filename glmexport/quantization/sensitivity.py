@@ -17,12 +17,13 @@ from torch import Tensor
 
 from glmexport.architecture.description import DecoderLayer, Linear
 from glmexport.calibration.sequences import CalibrationSet
+from glmexport.formats.codecs import codec_of
+from glmexport.formats.nearest import round_to_nearest
 from glmexport.foundation.progress import Progress
 from glmexport.foundation.recipe import Format
 from glmexport.quantization.allocation import EMBEDDING_TAP, HEAD_TAP, TieGroup
 from glmexport.quantization.deviation import Outputs, of_head, of_states, of_states_and_head
 from glmexport.quantization.memory import MemoryPlan, compared_trials
-from glmexport.quantization.nearest import round_to_nearest
 from glmexport.quantization.store import WorkDirectory
 from glmexport.reference.reference import Block, Reference
 
@@ -262,8 +263,7 @@ def _sampled(inputs: Tensor) -> Tensor:
 
 
 def _rounded(rows: Tensor, form: Format, importance: Tensor) -> Tensor:
-    # At 8 bits the search finds nothing to gain.
-    return round_to_nearest(rows, form, importance if form.bits < 8 else None).dequantize()
+    return round_to_nearest(rows, form, importance if codec_of(form).searched else None).dequantize()
 
 
 def _rounding(form: Format, importance: Tensor) -> Callable[[Tensor], Tensor]:

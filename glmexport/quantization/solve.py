@@ -13,12 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from glmexport.formats.grid import minmax_grid, searched_grid
+from glmexport.formats.codec import Codec
+from glmexport.formats.codecs import codec_of
+from glmexport.formats.nearest import round_to_nearest
 from glmexport.formats.quantized_linear import QuantizedLinear
 from glmexport.foundation.recipe import Format, Solver
 from glmexport.quantization.factor import Factor
 from glmexport.quantization.goal import Goal, Sample, shrinkage
-from glmexport.quantization.nearest import round_to_nearest, stored
 from glmexport.quantization.order import ColumnOrder, strips
 from glmexport.quantization.polish import polish
 from glmexport.quantization.problem import Problem
@@ -79,7 +80,7 @@ def gptq(
     (``Problem.surely_less``), it is what the row gets. A ``goal`` needs a problem with held-out text. Where the
     Hessian cannot be factored or rests on next to no text, the whole matrix is rounded to nearest and says so.
     """
-    factor, order, sample = problem.factor, problem.order, problem.sample
+    factor, order, sample, codec = problem.factor, problem.order, problem.sample, codec_of(form)
     importance = problem.importance if solver.scale_search else None
     if factor is None:
         nearest = QuantizedLinear.concatenate([round_to_nearest(chunk, form, importance) for chunk in chunks])
@@ -95,10 +96,10 @@ def gptq(
         if goal is not None and sample is not None:
             factors, missed = _aim(sweep, factor, order, sample, *goal.rows(chunk, start))
             kept += float(factors.sum())
-        swept = round_columns(sweep, factor, order, form, solver)
+        swept = round_columns(sweep, factor, order, codec, solver)
         cost = problem.cost(sweep.error, swept, missed)
         if solver.polish_rounds:
-            taken_back, cost = _polish(sweep, problem, factor, form, solver.polish_rounds, cost, missed)
+            taken_back, cost = _polish(sweep, problem, factor, codec, solver.polish_rounds, cost, missed)
             unpolished += taken_back
         nearest = round_to_nearest(chunk, form, importance)
         rounded = sweep.weights - nearest.dequantize().T[order.columns]
@@ -109,7 +110,7 @@ def gptq(
         norm += _total(_quadratic(factor, sweep.weights[:, told]))
         nearest_error += _total(_quadratic(factor, left))
         error += _total(_quadratic(factor, torch.where(taken, left, sweep.error[:, told])))
-        parts.append(_stored(sweep, order, form).with_rows(better, nearest))
+        parts.append(_stored(sweep, order, codec).with_rows(better, nearest))
         start += chunk.shape[0]
     norm = max(norm, 1e-30)
     raised = factor.damping > solver.damping * 1.001
@@ -168,7 +169,7 @@ def _polish(
     sweep: Sweep,
     problem: Problem,
     factor: Factor,
-    form: Format,
+    codec: Codec,
     rounds: int,
     before: Tensor,
     missed: Tensor | None,
@@ -183,11 +184,11 @@ def _polish(
     projected = _project(factor, sweep.error)
     if problem.sample is None:
         # Without held-out text the cost is what polishing lowers: no row can get worse.
-        polish(sweep, factor, problem.order, form, rounds=rounds, projected=projected)
+        polish(sweep, factor, problem.order, codec, rounds=rounds, projected=projected)
         return 0, (sweep.error * projected).sum(0)
     fields = (sweep.codes, sweep.scales, sweep.error)
     copies = [field.clone() for field in fields]
-    polish(sweep, factor, problem.order, form, rounds=rounds, projected=projected)
+    polish(sweep, factor, problem.order, codec, rounds=rounds, projected=projected)
     after = problem.cost(sweep.error, None, missed)
     worse = after > before
     for field, copy in zip(fields, copies, strict=True):
@@ -227,7 +228,7 @@ def reaches(factor: Factor, columns: Tensor, limit: Tensor) -> Tensor:
     return reached
 
 
-def round_columns(sweep: Sweep, factor: Factor, order: ColumnOrder, form: Format, solver: Solver) -> Tensor:
+def round_columns(sweep: Sweep, factor: Factor, order: ColumnOrder, codec: Codec, solver: Solver) -> Tensor:
     """Round column after column; each sees the error of those before it. Fills codes, grids and error.
 
     Returns e^T H e [N] of every row's error, H damped: the sum of what each column's rounding still costs.
@@ -244,31 +245,28 @@ def round_columns(sweep: Sweep, factor: Factor, order: ColumnOrder, form: Format
         entering = sweep.weights[start:stop] + torch.linalg.solve_triangular(
             upper[start:stop].T, incoming, upper=False, unitriangular=True
         )
-        if solver.scale_search:
-            scale, zero_point = searched_grid(entering, conditional, form)
-        else:
-            scale, zero_point = minmax_grid(entering, form)
-        error, centred = sweep.error[start:stop], torch.empty_like(compensated)
-        inverse, limits = 1 / scale, (-zero_point, 2**form.bits - 1 - zero_point)
+        grid = codec.fit(entering, conditional if solver.scale_search else None)
+        error, levels = sweep.error[start:stop], torch.empty_like(compensated)
+        scale, inverse = grid.scale, 1 / grid.scale
         price = conditional.tolist()
         for first, last in strips(stop - start):
             for column in range(first, last):
                 goal = compensated[column]
                 if column > first:
                     goal = torch.addmv(goal, error[first:column].T, upper[start + first : start + column, column])
-                torch.mul(goal, inverse, out=centred[column]).round_().clamp_(*limits)
-                left = torch.addcmul(goal, centred[column], scale, value=-1)
+                level = grid.nearest_(torch.mul(goal, inverse, out=levels[column]))
+                left = torch.addcmul(goal, level, scale, value=-1)
                 cost.addcmul_(left, left, value=price[column])
                 weight = sweep.weights[start + column]
-                torch.addcmul(weight, centred[column], scale, value=-1, out=error[column])
+                torch.addcmul(weight, level, scale, value=-1, out=error[column])
             compensated[last:].addmm_(upper[start + first : start + last, last:].T, error[first:last])
-        sweep.codes[start:stop] = centred.add_(zero_point).to(torch.uint8)
-        sweep.scales[group], sweep.zero_points[group] = scale, zero_point
+        sweep.codes[start:stop] = grid.codes(levels)
+        sweep.scales[group], sweep.zero_points[group] = scale, grid.zero_point
     return cost
 
 
-def _stored(sweep: Sweep, order: ColumnOrder, form: Format) -> QuantizedLinear:
-    """Back to the checkpoint's column order."""
+def _stored(sweep: Sweep, order: ColumnOrder, codec: Codec) -> QuantizedLinear:
+    """Return the matrix in the checkpoint's column order."""
     size, rows = sweep.weights.shape
     codes = sweep.codes.new_empty(rows, size)
     codes[:, order.columns] = sweep.codes.T
@@ -276,7 +274,7 @@ def _stored(sweep: Sweep, order: ColumnOrder, form: Format) -> QuantizedLinear:
     scales, zero_points = sweep.scales.new_empty(rows, len(groups)), sweep.scales.new_empty(rows, len(groups))
     scales[:, groups] = sweep.scales.T
     zero_points[:, groups] = sweep.zero_points.T
-    return stored(form, codes, scales, zero_points)
+    return QuantizedLinear.of(codec.form, codec.numbers(codes, scales, zero_points))
 
 
 def _project(factor: Factor, columns: Tensor) -> Tensor:

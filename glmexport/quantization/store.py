@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from glmexport.formats.packing import pack_codes, pack_zero_points, unpack
+from glmexport.formats.codecs import codec_of
 from glmexport.formats.quantized_linear import QuantizedLinear
 from glmexport.foundation.definition import Definition, read_json
 from glmexport.foundation.errors import MachineError
@@ -201,12 +201,11 @@ class WorkDirectory:
             return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a mapping
 
     def linear(self, step: str, key: str) -> QuantizedLinear:
-        """A committed matrix, unpacked."""
+        """Return a committed matrix, unpacked."""
         record = json.loads((self.path / f"{step}.json").read_text(encoding="utf-8"))
         form = Format.model_validate(record["formats"][key])
-        zero_points = None if form.symmetric else self.packed(step, key, "zero_points")
-        codes, scales = self.packed(step, key, "codes"), self.packed(step, key, "scales")
-        return unpack(form, record["in_features"][key], codes, scales, zero_points)
+        packed = {part: self.packed(step, key, part) for part in codec_of(form).parts}
+        return QuantizedLinear.unpack(form, packed, record["in_features"][key])
 
     def formats(self, step: str) -> dict[str, Format]:
         """Format of every matrix of a committed step."""
@@ -249,14 +248,11 @@ class WorkDirectory:
 
 
 def _tensors(linears: Mapping[str, QuantizedLinear]) -> dict[str, Tensor]:
-    tensors = {}
-    for key, linear in linears.items():
-        tensors[f"{key}.codes"] = pack_codes(linear).cpu()
-        tensors[f"{key}.scales"] = linear.scales.contiguous().cpu()
-        zero_points = pack_zero_points(linear)
-        if zero_points is not None:
-            tensors[f"{key}.zero_points"] = zero_points.contiguous().cpu()
-    return tensors
+    return {
+        f"{key}.{part}": tensor.contiguous().cpu()
+        for key, linear in linears.items()
+        for part, tensor in linear.pack().items()
+    }
 
 
 def _bytes(states: Tensor) -> memoryview:

@@ -177,5 +177,7 @@ def _measured(values: Iterable[float]) -> list[float]:
 
 
 def _format(linear: LinearResult | GroupResult) -> str:
+    if linear.codec != "affine":
+        return f"{linear.codec.upper()}, groups of {linear.group_size}"
     symmetry = "symmetric" if linear.symmetric else "asymmetric"
     return f"{linear.bits} bit, groups of {linear.group_size}, {symmetry}"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from glmexport.results.record import Count, Number, Record, Verdict
+from glmexport.foundation.definition import Count, Number
+from glmexport.results.record import Record, Verdict
 
 Outcome = Literal["no worse", "worse", "undecided"]
 

@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from glmexport.foundation.definition import read_json
+from glmexport.bundle.records import MatrixRecord
+from glmexport.foundation.definition import Count, Number, read_json
 from glmexport.foundation.errors import BundleError
 from glmexport.foundation.target import Gates
 from glmexport.foundation.untrusted import DocumentLimits
@@ -18,7 +19,7 @@ from glmexport.results.fidelity import Fidelity, Overlap, Share
 from glmexport.results.gate import Gate
 from glmexport.results.performance import Performance
 from glmexport.results.prompts import PromptParity
-from glmexport.results.record import Count, Number, Record, Verdict, worst
+from glmexport.results.record import Record, Verdict, worst
 from glmexport.results.reference import ReferenceCheck
 from glmexport.results.routing import LayerRouting
 from glmexport.results.weights import WeightCheck
@@ -77,19 +78,10 @@ class Size(Record):
     """The same over the linears of the decoder blocks."""
 
 
-class LinearResult(Record):
+class LinearResult(MatrixRecord, Record):
     """One quantized matrix and how well it kept its outputs on the calibration inputs."""
 
     name: str
-    layer: int | None
-    """Decoder block, from 0; none for the embedding and the language-model head."""
-    part: str
-    """qkv, o, gate_up, down, lm_head or embedding."""
-    bits: Annotated[int, Field(ge=1, le=32)]
-    group_size: int
-    """Weights that share one scale."""
-    symmetric: bool
-    bits_per_weight: Number
     relative_error: Number
     """||G X - Wq X||^2 / ||G X||^2 on the calibration inputs X, as the quantized model before the matrix hands them on.
 
@@ -101,20 +93,6 @@ class LinearResult(Record):
     search for scales: each weighted by the mean square of its column's input."""
     damping: Number
     """What was added to the Hessian's diagonal, as a fraction of its mean."""
-    dead_columns: Count
-    """Input columns that are zero on all calibration inputs."""
-    double: bool = False
-    """Whether the Hessian had to be factored in fp64; nothing is lost by that."""
-    effective_tokens_per_column: Number | None
-    """Calibration tokens that an input column effectively rests on, repeated text once; none if not measured."""
-    shrinkage: Number | None = None
-    """Mean share of the asymmetric target's correction that held-out text confirmed; none without one."""
-    unpolished_rows: Count = 0
-    """Rows whose polish made held-out text worse and was taken back."""
-    folded: bool = False
-    """Powers of two were moved between its columns and what writes its input, which is exact."""
-    nearest_rows: Count = 0
-    """Rows rounded to nearest with the same search, as that serves them better or the whole matrix fell back."""
 
 
 class GroupResult(Record):
@@ -126,6 +104,8 @@ class GroupResult(Record):
     bits: Annotated[int, Field(ge=1, le=32)]
     group_size: int
     symmetric: bool
+    codec: str = Field(default="affine", exclude_if=lambda value: value == "affine")
+    """What a code stands for: a whole number of steps from a zero point (affine), or a level of a table (nf4)."""
     stored_bits: Count
     """All its matrices in that format, scales and zero points included."""
     loss_nats: Number

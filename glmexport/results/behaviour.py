@@ -6,8 +6,9 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
+from glmexport.foundation.definition import Count, Number
 from glmexport.results.paired import Paired
-from glmexport.results.record import Count, Number, Record
+from glmexport.results.record import Record
 
 Kind = Literal["continue", "chat", "tools", "translate", "task"]
 

@@ -6,11 +6,12 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
+from glmexport.foundation.definition import Count
 from glmexport.results.behaviour import Behaviour
 from glmexport.results.fidelity import Fidelity
 from glmexport.results.gate import Gate
 from glmexport.results.performance import Performance
-from glmexport.results.record import Count, Record, Verdict, worst
+from glmexport.results.record import Record, Verdict, worst
 
 
 class DeviceFacts(Record):

@@ -7,7 +7,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from glmexport.results.record import Count, Number, Record
+from glmexport.foundation.definition import Count, Number
+from glmexport.results.record import Record
 
 
 class Estimate(Record):

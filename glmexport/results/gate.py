@@ -7,7 +7,8 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from glmexport.results.record import Count, Number, Record, Verdict
+from glmexport.foundation.definition import Count, Number
+from glmexport.results.record import Record, Verdict
 
 
 class Gate(Record):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from glmexport.results.record import Count, Number, Record
+from glmexport.foundation.definition import Count, Number
+from glmexport.results.record import Record
 
 
 class Paired(Record):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from glmexport.results.record import Count, Record
+from glmexport.foundation.definition import Count
+from glmexport.results.record import Record
 
 
 class PromptDifference(Record):

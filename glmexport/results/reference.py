@@ -6,7 +6,8 @@ from typing import Self
 
 from pydantic import model_validator
 
-from glmexport.results.record import Count, Number, Record
+from glmexport.foundation.definition import Count, Number
+from glmexport.results.record import Record
 
 
 class ReferenceCheck(Record):

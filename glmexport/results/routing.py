@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from glmexport.results.record import Count, Number, Record
+from glmexport.foundation.definition import Count, Number
+from glmexport.results.record import Record
 
 
 class LayerRouting(Record):

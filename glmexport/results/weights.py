@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from glmexport.results.record import Count, Record
+from glmexport.foundation.definition import Count
+from glmexport.results.record import Record
 
 
 class WeightFault(Record):

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
 from glmexport.architecture.description import Architecture
 from glmexport.checkpoint.checkpoint import Checkpoint
-from glmexport.formats.packing import pack_codes, pack_zero_points
-from glmexport.formats.plan import planned_formats
+from glmexport.formats.nearest import nearest_without_text
+from glmexport.formats.plan import FormatPlan, stored_formats
 from glmexport.formats.quantized_linear import QuantizedLinear
 from glmexport.foundation.recipe import Format, Recipe
-from glmexport.quantization.nearest import round_to_nearest
 from glmexport.quantization.stored import stored_linear
 from glmexport.quantization.weights import Weights
 
@@ -31,26 +29,25 @@ class RoundedWeights(Weights):
     def __init__(self, checkpoint: Checkpoint, architecture: Architecture, recipe: Recipe, *, searched: bool) -> None:
         super().__init__(checkpoint, architecture, None, [])
         self._searched = searched
-        self._stored = {key: form.exact for key, form in checkpoint.quantized.items()} if recipe.keeps_stored else {}
-        self._rounded = _formats(architecture, recipe)
+        self._plan = FormatPlan.of(architecture, recipe, stored_formats(checkpoint))
+        self._kept = frozenset(checkpoint.quantized) if recipe.keeps_stored else frozenset()
         #: The last matrices that were asked for: codes, scales and zero points come one after the other.
         self._last: tuple[tuple[str, ...], QuantizedLinear] | None = None
 
     def form(self, key: str) -> Format | None:
-        """Format of the matrix with that checkpoint key; None if it stays in full precision."""
-        return self._stored.get(key) or self._rounded.get(key)
+        """Return the format of the matrix with that checkpoint key; None if it stays in full precision."""
+        return self._plan.form(key)
 
     def quantized(self, key: str) -> QuantizedLinear:
         """A matrix, rounded now."""
         form = self.form(key)
         assert form is not None
-        if key in self._stored:
+        if key in self._kept:
             stored = stored_linear(self.checkpoint, key, _CHUNK)
             assert stored is not None
             return stored
-        # At 8 bits the search finds nothing to gain.
-        importance = torch.ones(self.shape(key)[1]) if self._searched and form.bits < 8 else None
-        return QuantizedLinear.concatenate([round_to_nearest(rows, form, importance) for rows in self._chunks(key)])
+        parts = [nearest_without_text(rows, form, searched=self._searched) for rows in self._chunks(key)]
+        return QuantizedLinear.concatenate(parts)
 
     def packed(self, keys: list[str], what: str) -> Tensor:
         """``codes``, ``scales`` or ``zero_points``, packed and stacked along their rows."""
@@ -58,25 +55,10 @@ class RoundedWeights(Weights):
         if self._last is None or self._last[0] != wanted:
             self._last = None
             self._last = (wanted, QuantizedLinear.concatenate([self.quantized(key) for key in keys]))
-        linear = self._last[1]
-        if what == "codes":
-            return pack_codes(linear)
-        if what == "scales":
-            return linear.scales
-        zero_points = pack_zero_points(linear)
-        assert zero_points is not None
-        return zero_points
+        return self._last[1].pack()[what]
 
     def _chunks(self, key: str) -> Iterator[Tensor]:
         rows, columns = self.shape(key)
         count = max(64, _CHUNK // columns)
         for start in range(0, rows, count):
             yield self.checkpoint.rows(key, start, min(start + count, rows))
-
-
-def _formats(architecture: Architecture, recipe: Recipe) -> dict[str, Format]:
-    """By weight key, of what the recipe rounds."""
-    forms = planned_formats(architecture, recipe)
-    if recipe.keeps_stored:
-        forms = {key: forms[key] for key in (architecture.lm_head.weight, architecture.embedding)}
-    return {key: form for key, form in forms.items() if form is not None}

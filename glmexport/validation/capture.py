@@ -210,25 +210,28 @@ class CapturedReference:
 
     @cached_property
     def texts(self) -> Sequence[EvaluationText]:
-        """What was asked."""
+        """The texts that the original was asked about."""
         return [
             EvaluationText(text.document, text.language, self._tensor(index, "ids").long(), text.prefix)
             for index, text in enumerate(self.capture.texts)
         ]
 
     def kept(self, index: int) -> Partition:
-        """What was kept of the original's answer to text ``index``."""
+        """Return what was kept of the original's answer to text ``index``."""
         return Partition(
             tokens=self._tensor(index, "tokens").long(),
             **{name: self._tensor(index, name) for name in ("log_probabilities", "log_tail", "nll")},
         )
 
     def audited(self, index: int) -> Tensor | None:
-        """Judged positions of text ``index`` at which everything was kept, [n] int64; None if at none."""
+        """Return the judged positions of text ``index`` at which everything was kept, [n] int64; None if at none."""
         return self._audit_tensor(index, "positions").long() if index in self._audited else None
 
     def divergence(self, index: int, given: Tensor) -> Divergence:
-        """How far logits ``given`` [positions, vocabulary] fp32 are from the original's; ``kl`` is a lower bound."""
+        """Return how far logits ``given`` [positions, vocabulary] fp32 are apart from the original's.
+
+        ``kl`` is a lower bound.
+        """
         targets, kept = self.texts[index].targets, self.kept(index)
         parts = []
         for each in position_slices(len(targets)):
@@ -237,11 +240,11 @@ class CapturedReference:
         return Divergence.concatenate(parts)
 
     def audit(self, answers: Answers) -> CaptureBound:
-        """What the partition hides of the divergence of ``answers``, where the whole distribution was kept."""
+        """Return what the partition hides of the divergence of ``answers``, where the whole distribution was kept."""
         return self.audit_at(lambda index, chosen: answers(index)[chosen])
 
     def audit_at(self, logits: Callable[[int, Tensor], Tensor]) -> CaptureBound:
-        """The same from logits [n, vocabulary] fp32 of a text at judged positions [n] only."""
+        """Return the same as ``audit``, from logits [n, vocabulary] fp32 of a text at judged positions [n] only."""
         whole, bound = [], []
         for index in self._audited:
             chosen = self._audit_tensor(index, "positions").long()

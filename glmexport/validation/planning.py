@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from glmexport.engine.scoring import ScoringSession
+from glmexport.foundation.definition import Count, Number
 from glmexport.foundation.target import Gates
 from glmexport.reference.reference import Reference
 from glmexport.results.fidelity import LanguageFidelity
-from glmexport.results.record import Count, Number, Record
+from glmexport.results.record import Record
 from glmexport.validation.divergence import divergence
 from glmexport.validation.gates import judged_estimates
 from glmexport.validation.statistics import POWER, documents_needed, showable_limit

@@ -65,7 +65,7 @@ class ReferenceStates:
 
 
 class _Selections:
-    """What the tokens of each batch attend to, from a layer that chose it to those that share it, in a file.
+    """The positions that the tokens of each batch attend to, kept in a file for the layers that share a selection.
 
     Of batches no longer than ``attended`` nothing is kept: there a token attends to all.
     """

@@ -62,7 +62,7 @@ def row_distances(linear: QuantizedLinear, original: Iterator[Tensor]) -> RowDis
     for rows in original:
         stop = start + len(rows)
         given = linear.rows(start, stop)
-        steps = linear.scales[start:stop].float().repeat_interleave(linear.form.group_size, 1)[:, : rows.shape[1]]
+        steps = linear.steps(start, stop)
         difference = given - rows
         errors.append(difference.norm(dim=1))
         lengths.append(rows.norm(dim=1))
@@ -89,14 +89,13 @@ def check_weights(bundle: Bundle, reference: Reference, progress: Progress) -> W
     """
     architecture, manifest = reference.architecture, bundle.manifest
     activations = getattr(torch, manifest.target.graph.activations)
-    weights = BundleWeights(bundle.directory, architecture)
+    weights = BundleWeights.open(bundle, architecture)
     checkpoint = reference.checkpoint.folded(bundle_folds(bundle.directory))
     # Of every graph: what is in it, and the tensors that are in no graph before it.
     graphs = [(weights, manifest.matrices, [*weights.quantized_keys, *weights.other_keys])]
     draft = architecture.token_prediction
     if manifest.draft and draft:
-        shapes = draft.shapes() | architecture.shapes()
-        drafts = BundleWeights(bundle.directory, architecture, manifest.draft.file, shapes)
+        drafts = BundleWeights.open_draft(bundle, architecture)
         keys = [key for key in (*drafts.quantized_keys, *drafts.other_keys) if draft.has_own(key)]
         graphs.append((drafts, manifest.draft.matrices, keys))
     faults: list[WeightFault] = []
@@ -124,14 +123,13 @@ def check_weights(bundle: Bundle, reference: Reference, progress: Progress) -> W
 
 
 def _rounded(key: str, held: BundleWeights, checkpoint: Checkpoint, decided: str | None) -> Iterator[WeightFault]:
-    """What is wrong with a matrix that is stored quantized; ``decided`` is the digest of what it should be."""
-    linear = held.quantized(key)
-    assert linear is not None
-    rows = row_distances(linear, _rows(checkpoint, key, linear.codes.shape))
-    if decided is not None and not _is(linear, decided):
-        yield WeightFault(tensor=key, kind="other", detail=_told(rows))
-    elif len(rows.lost) or rows.shifted:
-        yield WeightFault(tensor=key, kind="far", detail=_told(rows))
+    """Yield the faults of a matrix that is stored quantized; ``decided`` is the digest of what it should be."""
+    for linear in held.every(key):
+        rows = row_distances(linear, _rows(checkpoint, key, linear.codes.shape))
+        if decided is not None and not _is(linear, decided):
+            yield WeightFault(tensor=key, kind="other", detail=_told(rows))
+        elif len(rows.lost) or rows.shifted:
+            yield WeightFault(tensor=key, kind="far", detail=_told(rows))
 
 
 def _is(linear: QuantizedLinear, decided: str) -> bool:
@@ -149,7 +147,7 @@ def _is(linear: QuantizedLinear, decided: str) -> bool:
 def _kept(
     key: str, held: BundleWeights, checkpoint: Checkpoint, activations: torch.dtype
 ) -> Iterator[WeightFault]:
-    """What is wrong with a tensor that is stored as it is, in fp32 or in the type of the ``activations``."""
+    """Yield the faults of a tensor that is stored as it is, in fp32 or in the type of the ``activations``."""
     tensor, original = held.tensor(key), checkpoint.read(key)
     same_type = tensor.dtype in (torch.float32, activations)
     if tensor.shape != original.shape or not (same_type and torch.equal(tensor, original.to(tensor.dtype))):

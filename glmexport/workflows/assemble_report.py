@@ -32,7 +32,7 @@ from glmexport.validation.run import Validation
 
 @dataclass(frozen=True)
 class BuildCost:
-    """What quantizing took, and where: wall seconds over all attempts, and the peak resident memory of this process."""
+    """The cost of quantizing: wall seconds over all attempts, and the peak resident memory of this process."""
 
     seconds: float
     peak_memory_bytes: int
@@ -195,6 +195,7 @@ def _group(group: AllocatedGroup) -> GroupResult:
         bits=group.format.bits,
         group_size=group.format.group_size,
         symmetric=group.format.symmetric,
+        codec=group.format.codec,
         stored_bits=group.bits,
         loss_nats=group.loss_nats,
         tried=group.tried,
@@ -207,22 +208,10 @@ def _linear(matrix: QuantizedMatrix) -> LinearResult:
 
     return LinearResult(
         name=matrix.key,
-        layer=matrix.layer,
-        part=matrix.part,
-        bits=matrix.bits,
-        group_size=matrix.group_size,
-        symmetric=matrix.symmetric,
-        bits_per_weight=matrix.bits_per_weight,
         relative_error=measured(matrix.relative_error),
         round_to_nearest_error=measured(matrix.round_to_nearest_error),
         damping=measured(matrix.damping),
-        dead_columns=matrix.dead_columns,
-        double=matrix.double,
-        effective_tokens_per_column=matrix.effective_tokens_per_column,
-        shrinkage=matrix.shrinkage,
-        unpolished_rows=matrix.unpolished_rows,
-        nearest_rows=matrix.nearest_rows,
-        folded=matrix.folded,
+        **matrix.shared(),
     )
 
 

@@ -131,7 +131,7 @@ def _plan(original: Original, jobs: Sequence[Job], options: BuildOptions) -> lis
     for job in jobs:
         refuse_tasks(original, job.target, options)
     for plan in plans:
-        require_space(original, plan.recipe, plan.parent)
+        require_space(original, plan.jobs)
     return plans
 
 

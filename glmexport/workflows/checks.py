@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from glmexport.formats.plan import planned_formats, products
+from glmexport.formats.codecs import codec_of
 from glmexport.foundation.disk import require_free
 from glmexport.foundation.errors import InputError
-from glmexport.foundation.recipe import Format, Recipe
+from glmexport.foundation.recipe import Format
 from glmexport.graph.caches import own_loop
 from glmexport.graph.heads import unfit_heads
 from glmexport.quantization.allocation import probe_bytes, require_fit
@@ -19,7 +19,7 @@ from glmexport.workflows.original import Original
 
 
 def refuse_formats(original: Original, job: Job) -> None:
-    """Every format of the recipe must be one of the target's, and an embedding's rows must be whole groups.
+    """Check that every format of the recipe is one of the target's, and that an embedding's rows are whole groups.
 
     Raises:
         InputError: one is not, they are not, or the target cannot run the family or hold its caches.
@@ -27,16 +27,13 @@ def refuse_formats(original: Original, job: Job) -> None:
     recipe, offered = job.recipe, job.target.weights
     _refuse_graph(original, job)
     candidates = recipe.budget.candidates if recipe.budget else ()
-    stored = (form.exact for form in original.checkpoint.quantized.values())
-    architecture = original.architecture_for(job.target)
-    multiplied = products(architecture)
+    plan = original.planned(recipe, job.target).plan
     # Formats once each, and whether anything is multiplied by a matrix that has one.
     used: dict[Format, bool] = {}
-    for key, planned in planned_formats(architecture, recipe).items():
-        if planned is not None:
-            used[planned] = used.get(planned, False) or key in multiplied
-    for form, product in {**used, **dict.fromkeys([*candidates, *stored], True)}.items():
-        if form.bits not in offered.bits or form.group_size not in offered.group_sizes:
+    for key, form in plan.quantized().items():
+        used[form] = used.get(form, False) or key in plan.multiplied
+    for form, product in {**used, **dict.fromkeys(candidates, True)}.items():
+        if not offered.takes(form):
             raise InputError(
                 f"The recipe {recipe.name} uses {form.label}, for which the target {job.target.name} has no kernels.",
                 next_step=f"Take a recipe of {_alternatives(offered.bits)} bits in groups of "
@@ -48,6 +45,18 @@ def refuse_formats(original: Original, job: Job) -> None:
                 f"The recipe {recipe.name} uses {form.label} with zero points, which the target {job.target.name} has "
                 "no place for.",
                 next_step=f"Take a symmetric recipe, for example {offered.default_recipe}.",
+            )
+    for key, form in plan.quantized().items():
+        codec = codec_of(form)
+        if key in plan.looked_up and not codec.looked_up:
+            raise InputError(
+                f"The recipe {recipe.name} has the embedding in {form.label}, of which no rows can be looked up.",
+                next_step="Take a recipe with another format in [embedding], or without it.",
+            )
+        if not codec.holds(plan.columns[key]):
+            raise InputError(
+                f"{key} has {plan.columns[key]} columns, which are no whole groups of {form.label}.",
+                next_step="Take a recipe with a smaller group_size, or with another codec.",
             )
     _refuse_sizes(original, job)
     if recipe.budget and original.architecture.routed:
@@ -128,8 +137,8 @@ def _refuse_fixed(original: Original, job: Job) -> None:
 
 def _refuse_sizes(original: Original, job: Job) -> None:
     """What the target's memory rules out: known from shapes and formats before anything is computed."""
-    architecture, recipe, memory = original.architecture, job.recipe, job.target.memory
-    expected = estimate(architecture, recipe, 1.0, None).bundle_bytes
+    planned, memory = original.planned(job.recipe, job.target), job.target.memory
+    expected = estimate(planned, 1.0, None).bundle_bytes
     if memory.max_weight_bytes is not None and expected > memory.max_weight_bytes:
         raise InputError(
             f"The bundle takes about {expected / 2**30:.1f} GiB, and the target {job.target.name} holds "
@@ -138,10 +147,8 @@ def _refuse_sizes(original: Original, job: Job) -> None:
         )
     if memory.max_tensor_bytes is None:
         return
-    forms = planned_formats(architecture, recipe)
-    shapes = architecture.shapes()
-    for key, shape in shapes.items():
-        form = forms.get(key)
+    for key, shape in planned.architecture.shapes().items():
+        form = planned.plan.form(key)
         held = math.prod(shape) * (32 if form is None else form.bits) // 8
         if len(shape) == 2 and held > memory.max_tensor_bytes:
             raise InputError(
@@ -170,12 +177,15 @@ def refuse_existing(directory: Path, force: bool, mark: str = "bundle.json", kin
         )
 
 
-def require_space(original: Original, recipe: Recipe, parent: Path) -> None:
-    """The bundle, the committed blocks and the activations must fit beside each other.
+def require_space(original: Original, jobs: Sequence[Job]) -> None:
+    """Check that a bundle, the committed blocks and the activations of ``jobs`` of one recipe fit beside each other.
 
     Under a budget the activations are at least those of all trials, which are gone before the walk begins.
+
+    Raises:
+        MachineError: they do not.
     """
-    architecture = original.architecture
+    architecture, recipe = original.architecture, jobs[0].recipe
     tokens = recipe.calibration.tokens if recipe.calibration else 0
     # Both streams, before a block, between its branches and behind it, and what experts add to them; and what one of
     # its linears reads.
@@ -183,5 +193,5 @@ def require_space(original: Original, recipe: Recipe, parent: Path) -> None:
     kept = 9 if architecture.routed else 7
     streams = tokens * (kept * architecture.hidden_size + widest) * 4
     activations = max(streams, probe_bytes(architecture, recipe))
-    needed = 2 * estimate(architecture, recipe, 1.0, None).bundle_bytes + activations
-    require_free(parent, needed, "The build")
+    largest = max(estimate(original.planned(recipe, job.target), 1.0, None).bundle_bytes for job in jobs)
+    require_free(jobs[0].directory.parent, 2 * largest + activations, "The build")

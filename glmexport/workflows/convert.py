@@ -14,10 +14,7 @@ from glmexport.foundation.disk import require_free
 from glmexport.foundation.progress import Progress
 from glmexport.release.opening import NOBODY, Trust
 from glmexport.workflows.checks import refuse_existing
-from glmexport.workflows.matching import (
-    check_original,
-    refuse_other_model,
-)
+from glmexport.workflows.matching import check_original, refuse_other_model
 from glmexport.workflows.original import Original
 from glmexport.workflows.output import partial_of, put_in_place
 
@@ -55,7 +52,7 @@ def convert_to_gptq(
     refuse_other_model(bundle, original)
     # What the graph says decides whether the format can hold it, and how much space that takes.
     bundle.require_file(SCORING)
-    weights = BundleWeights(bundle.directory, original.architecture)
+    weights = BundleWeights.open(bundle, original.architecture)
     folded = original.checkpoint.folded(bundle_folds(bundle.directory))
     checkpoint = GptqCheckpoint(weights, folded, original.architecture, layout)
     require_free(output.parent, checkpoint.bytes, "The checkpoint")

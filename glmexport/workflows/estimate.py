@@ -9,15 +9,27 @@ from dataclasses import dataclass
 import torch
 
 from glmexport.architecture.description import Architecture
-from glmexport.formats.plan import planned_formats
-from glmexport.formats.quantized_linear import stored_bits
+from glmexport.formats.codecs import stored_bits
+from glmexport.formats.plan import FormatPlan
 from glmexport.foundation.recipe import Recipe
+from glmexport.foundation.target import Target
+from glmexport.lowering.embedding import FUSED
 from glmexport.quantization.allocation import tie_groups, total_bits
 from glmexport.quantization.memory import plan_memory
 from glmexport.reference.reference import CPU
 
 #: Tokens of evaluation text that a default validation runs, times the passes it makes over them.
 _VALIDATION_TOKEN_PASSES = 21 * (2 * 2048 + 4 * 512)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What a bundle will consist of: known before any weight is read."""
+
+    architecture: Architecture
+    recipe: Recipe
+    target: Target
+    plan: FormatPlan
 
 
 @dataclass(frozen=True)
@@ -31,23 +43,20 @@ class Estimate:
 
 
 def estimate(
-    architecture: Architecture,
-    recipe: Recipe,
-    flops_per_s: float,
-    limit_bytes: int | None,
-    device_flops_per_s: float | None = None,
+    planned: Planned, flops_per_s: float, limit_bytes: int | None, device_flops_per_s: float | None = None
 ) -> Estimate:
-    """Figures for building ``architecture`` by ``recipe`` on a machine of that speed under that memory limit.
+    """Return the figures for building what is ``planned`` on a machine of that speed under that memory limit.
 
     ``device_flops_per_s`` is the speed of what quantizes, if that is not what validates.
     """
+    architecture, recipe, target = planned.architecture, planned.recipe, planned.target
     shapes = architecture.shapes()
-    forms = planned_formats(architecture, recipe)
-    bits = sum(stored_bits(shape, forms.get(key)) for key, shape in shapes.items())
+    bits = planned.plan.bits(shapes)
     if recipe.budget:
         bits = total_bits(architecture, recipe.budget)
     return Estimate(
-        bundle_bytes=(bits + _draft_bits(architecture, recipe)) // 8 + architecture.rotary_bytes,
+        bundle_bytes=(bits + _draft_bits(planned) + _repeated_bits(planned) - _halved_bits(planned)) // 8
+        + architecture.rotary_bytes * _width(target) // 32,
         bits_per_weight=bits / sum(math.prod(shape) for shape in shapes.values()),
         peak_memory_bytes=plan_memory(architecture, recipe, limit_bytes).peak_bytes,
         seconds=_flops(architecture, recipe) / (device_flops_per_s or flops_per_s)
@@ -55,15 +64,53 @@ def estimate(
     )
 
 
-def _draft_bits(architecture: Architecture, recipe: Recipe) -> int:
-    """Of the layer that drafts, if ``architecture`` has one, where it stores copies of no table."""
-    draft = architecture.token_prediction
+def _draft_bits(planned: Planned) -> int:
+    """Return the bits of the layer that drafts, if there is one, where it stores copies of no table."""
+    draft = planned.architecture.token_prediction
     if draft is None:
         return 0
-    forms = planned_formats(architecture, recipe)
     copied = {draft.embedding, draft.lm_head.weight}
-    shapes = {key: shape for key, shape in draft.own_shapes().items() if key not in copied}
-    return sum(stored_bits(shape, forms.get(key)) for key, shape in shapes.items())
+    return planned.plan.bits({key: shape for key, shape in draft.own_shapes().items() if key not in copied})
+
+
+def _repeated_bits(planned: Planned) -> int:
+    """Return the bits of what a graph stores once more than the plan counts.
+
+    One table that is embedding and lm_head lies there twice where its product reads it the other way round: in QDQ
+    form, and in full precision. Where rows are looked up by the runtime's own operator, the zero points of a symmetric
+    embedding are spelled out.
+    """
+    architecture, target = planned.architecture, planned.target
+    shape = (architecture.vocabulary_size, architecture.hidden_size)
+    form = planned.plan.form(architecture.embedding)
+    bits = 0
+    if architecture.tied and form is None:
+        bits += math.prod(shape) * _width(target)
+    elif architecture.tied and target.weights.form == "QDQ":
+        bits += stored_bits(shape, form)
+    if form is not None and form.symmetric and target.can(FUSED):
+        bits += stored_bits(shape, form.model_copy(update={"symmetric": False})) - stored_bits(shape, form)
+    return bits
+
+
+def _halved_bits(planned: Planned) -> int:
+    """Return the bits that tensors in full precision have less than in fp32, in the type of the target's activations.
+
+    Norms in standard arithmetic and routers are computed in fp32, and stored so.
+    """
+    architecture, target = planned.architecture, planned.target
+    exact = {key for layer in architecture.layers for key in layer.mlp.kept}
+    if target.graph.norm == "arithmetic":
+        norms = [norm for layer in architecture.layers for norm in layer.norms]
+        exact |= {norm.weight for norm in (*norms, architecture.final_norm)}
+    shapes = architecture.shapes().items()
+    full = sum(math.prod(shape) for key, shape in shapes if planned.plan.form(key) is None and key not in exact)
+    return full * (32 - _width(target))
+
+
+def _width(target: Target) -> int:
+    """Return the bits of the type of the target's activations."""
+    return 32 if target.graph.activations == "float32" else 16
 
 
 def measured_flops(device: torch.device = CPU) -> float:

@@ -27,11 +27,7 @@ from glmexport.validation.capture import CapturedReference
 from glmexport.validation.run import Validation
 from glmexport.workflows.assemble_report import assemble_devices, detailed
 from glmexport.workflows.capture import CaptureOptions, capture_reference
-from glmexport.workflows.matching import (
-    check_captured,
-    check_original,
-    refuse_other_model,
-)
+from glmexport.workflows.matching import check_captured, check_original, refuse_other_model
 from glmexport.workflows.original import Original
 from glmexport.workflows.validate import BuildOptions, Built
 

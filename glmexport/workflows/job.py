@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from glmexport.formats.plan import fitted
+from glmexport.formats.plan import fitted, stored_formats
 from glmexport.foundation.errors import InputError
 from glmexport.foundation.recipe import STORED, Budget, Format, Recipe, open_recipe
 from glmexport.foundation.target import Target
@@ -45,7 +45,7 @@ def _within(recipe: Recipe, budget: Budget, target: Target) -> Recipe:
             next_step="Take a recipe with solver.method gptq.",
         )
     offered = target.weights
-    kernels = [f for f in budget.candidates if f.bits in offered.bits and f.group_size in offered.group_sizes]
+    kernels = [form for form in budget.candidates if offered.takes(form)]
     if offered.symmetric_only:
         kernels = [form.model_copy(update={"symmetric": True}) for form in kernels]
     candidates = recipe.budget.candidates if recipe.budget else tuple(kernels)
@@ -117,8 +117,8 @@ def recipe_for(original: Original, name: str | None, target: Target) -> Recipe:
             next_step="Quantize the linears only, with the embedding in full precision.",
         )
     weights: Counter[Format] = Counter()
-    for key, form in stored.items():
-        weights[form.exact] += math.prod(original.checkpoint.shape(key))
+    for key, form in stored_formats(original.checkpoint).items():
+        weights[form] += math.prod(original.checkpoint.shape(key))
     return recipe.model_copy(update={"linears": weights.most_common(1)[0][0]})
 
 

@@ -12,13 +12,16 @@ from glmexport.architecture.rope import context_remark
 from glmexport.architecture.tables import remark_on
 from glmexport.architecture.token_prediction import share_tables
 from glmexport.checkpoint.checkpoint import Checkpoint
+from glmexport.formats.plan import FormatPlan, stored_formats
 from glmexport.foundation.errors import InputError
 from glmexport.foundation.progress import Progress
+from glmexport.foundation.recipe import Recipe
 from glmexport.foundation.target import Target
 from glmexport.graph.caches import own_loop
 from glmexport.graph.fixed import fixed_sizes
 from glmexport.reference.describe import describe
 from glmexport.tokenizer.tokenizer import Tokenizer
+from glmexport.workflows.estimate import Planned
 
 #: Why a bundle that onnxruntime-genai decodes has no draft graph.
 NO_DRAFTS = (
@@ -71,6 +74,12 @@ class Original:
         if not target.graph.static_shapes:
             return built
         return replace(built, context_length=fixed_sizes(built, target.graph).capacity)
+
+    def planned(self, recipe: Recipe, target: Target) -> Planned:
+        """Return what a bundle of ``recipe``, as ``recipe_for`` gives it, for ``target`` will consist of."""
+        architecture = self.architecture_for(target)
+        plan = FormatPlan.of(architecture, recipe, stored_formats(self.checkpoint))
+        return Planned(architecture, recipe, target, plan)
 
     def unused_for(self, target: Target) -> dict[str, str]:
         """Tensors that a bundle for ``target`` leaves out, and why."""

@@ -13,11 +13,7 @@ from glmexport.report.document import JSON_NAME, Report, read_report
 from glmexport.validation.capture import CapturedReference
 from glmexport.validation.planning import Plan, measure_rates, plan_validation
 from glmexport.validation.texts import EvaluationSet
-from glmexport.workflows.matching import (
-    check_captured,
-    check_original,
-    refuse_other_model,
-)
+from glmexport.workflows.matching import check_captured, check_original, refuse_other_model
 from glmexport.workflows.original import Original
 from glmexport.workflows.validate import BuildOptions
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -140,9 +140,10 @@ def _require_space(original: Original, plan: TuningPlan, parent: Path) -> None:
         MachineError: there is too little.
     """
     axes = plan.axes
+    whole = [original.planned(recipe, plan.target) for recipe in plan.recipes.values()]
     bundles = sum(
-        estimate(architecture, recipe, 1.0, None).bundle_bytes
-        for recipe in plan.recipes.values()
+        estimate(replace(planned, architecture=architecture), 1.0, None).bundle_bytes
+        for planned in whole
         for architecture in plan.slices.architectures
     )
     rows = sum(len(text.ids) for text in plan.texts) + _CACHE_TOKENS * (len(axes.kv_caches) > 1)

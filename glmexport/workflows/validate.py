@@ -26,11 +26,7 @@ from glmexport.validation.conditions import Conditions, ValidationPlan
 from glmexport.validation.run import validate, validate_captured
 from glmexport.validation.texts import EvaluationSet
 from glmexport.workflows.assemble_report import BuildCost, assemble
-from glmexport.workflows.matching import (
-    check_captured,
-    check_original,
-    refuse_other_model,
-)
+from glmexport.workflows.matching import check_captured, check_original, refuse_other_model
 from glmexport.workflows.original import Original
 
 

@@ -16,7 +16,7 @@ import pytest
 from builds import Sample
 
 from glmexport.foundation.errors import EXIT_MACHINE
-from glmexport.foundation.extras import EXTRAS, lacking
+from glmexport.foundation.extras import EXTRAS, missing_package
 
 #: Has every optional package missing, and runs command lines one after the other: importing the rest takes seconds.
 DRIVER = """
@@ -138,8 +138,8 @@ def normal(name: str) -> str:
 
 def test_what_is_ours_or_pythons_is_a_bug() -> None:
     for name in ("glmexport.absent", "json.absent", ""):
-        assert lacking(ModuleNotFoundError("absent", name=name)) is None
-    other = lacking(ModuleNotFoundError("absent", name="sentencepiece.x"))
+        assert missing_package(ModuleNotFoundError("absent", name=name)) is None
+    other = missing_package(ModuleNotFoundError("absent", name="sentencepiece.x"))
     assert other is not None and "sentencepiece is not installed" in other.message
-    old = lacking(ImportError("cannot import name 'x'", name="lm_eval.api.registry"))
+    old = missing_package(ImportError("cannot import name 'x'", name="lm_eval.api.registry"))
     assert old is not None and "lm_eval cannot be used here" in old.message and "[lm-eval]" in old.next_step

@@ -10,14 +10,17 @@ import numpy as np
 import onnxruntime
 
 from glmexport.assembly.external import write_graphs
+from glmexport.assembly.graph_files import load_graph
+from glmexport.assembly.read import BundleWeights
 from glmexport.checkpoint.checkpoint import Checkpoint
 from glmexport.engine.caches import CACHE_TYPES
+from glmexport.formats.nearest import round_to_nearest
 from glmexport.foundation.progress import Silent
 from glmexport.foundation.recipe import Format
 from glmexport.foundation.target import Target, open_target
 from glmexport.graph.build import build_graph
 from glmexport.lowering.pipeline import lower
-from glmexport.quantization.nearest import round_to_nearest
+from glmexport.lowering.stored import stored_tensors
 from glmexport.quantization.store import WorkDirectory
 from glmexport.quantization.weights import Weights
 from glmexport.reference.describe import describe
@@ -55,14 +58,21 @@ def weights_of(path: Path, work: Path, form: Format | None) -> Weights:
 
 def export(weights: Weights, target: Target, out: Path, limit: int | None = None) -> Path:
     """Both graphs of a bundle for ``target`` in ``out``."""
+    exported(weights, target, out, limit)
+    return out
+
+
+def exported(weights: Weights, target: Target, out: Path, limit: int | None = None) -> BundleWeights:
+    """The same, and the weights in what was written, where the passes noted that they are."""
     architecture = weights.architecture
     tables = Reference(weights.checkpoint, architecture).rotary_tables(architecture.context_length)
     graphs = {
         name: lower(build_graph(architecture, target.graph, every_position=every), target, weights, tables)
         for name, every in (("model.onnx", False), ("scoring.onnx", True))
     }
+    tensors = stored_tensors(graphs["scoring.onnx"])
     write_graphs(graphs, out, Silent(), limit)
-    return out
+    return BundleWeights(load_graph(out, "scoring.onnx"), tensors, architecture.shapes())
 
 
 class Session:

@@ -14,12 +14,12 @@ from models import write_checkpoint
 
 from glmexport.assembly.external import write_graphs
 from glmexport.checkpoint.checkpoint import Checkpoint
+from glmexport.formats.nearest import round_to_nearest
 from glmexport.foundation.progress import Silent
 from glmexport.foundation.recipe import Format
 from glmexport.graph.operators import BLOCK
 from glmexport.lowering.constant import constant_matrix
 from glmexport.lowering.rewrite import Rewrite
-from glmexport.quantization.nearest import round_to_nearest
 from glmexport.quantization.store import WorkDirectory
 from glmexport.quantization.weights import Weights
 from glmexport.reference.describe import describe

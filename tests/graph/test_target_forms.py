@@ -12,12 +12,11 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from forms import CPU, EXACT, Session, changed, export, weights_of
+from forms import CPU, EXACT, Session, changed, export, exported, weights_of
 from models import MIXTURE, write_checkpoint
 from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKernel
 
 from glmexport.assembly.cache_scales import calibrate_caches, set_scales
-from glmexport.assembly.read import BundleWeights
 from glmexport.engine.caches import CACHE_TYPES
 from glmexport.foundation.errors import InputError
 from glmexport.foundation.progress import Silent
@@ -93,7 +92,7 @@ def test_qdq_dequantizes_to_the_very_numbers(
     """What ONNX Runtime's DequantizeLinear gives, bit by bit; and what is read back of the graph's file."""
     form = form.model_copy(update={"group_size": 16}) if family == "odd" else form
     weights = weights_of(checkpoints[family], tmp_path / "work", form)
-    export(weights, changed(weights=QDQ, graph={"packed_qkv": False}), tmp_path / "qdq")
+    stored = exported(weights, changed(weights=QDQ, graph={"packed_qkv": False}), tmp_path / "qdq")
     path = tmp_path / "qdq" / "scoring.onnx"
     model = onnx.load(path, load_external_data=False)
     nodes = [node for node in model.graph.node if node.op_type == "DequantizeLinear"]
@@ -106,7 +105,6 @@ def test_qdq_dequantizes_to_the_very_numbers(
         if entry.name.startswith("past"):
             feeds[entry.name] = np.zeros((1, entry.shape[1], 0, entry.shape[3]), np.float32)
     matrices = session.run([node.output[0] for node in nodes], feeds)
-    stored = BundleWeights(tmp_path / "qdq", weights.architecture)
     assert len(nodes) == len(list(weights.architecture.linears))
     for node, matrix in zip(nodes, matrices, strict=True):
         key = node.input[0].removesuffix(".q")
@@ -120,9 +118,9 @@ def test_a_gathered_embedding_is_read_back(checkpoints: dict[str, Path], tmp_pat
     for form in (W4, W8, SIGNED):
         out = tmp_path / form.label
         weights = weights_of(checkpoints["glm4"], tmp_path / f"work-{form.label}", form)
-        export(weights, changed(weights=QDQ, graph={"contrib_operators": PLAIN, "latent_cache": False}), out)
+        target = changed(weights=QDQ, graph={"contrib_operators": PLAIN, "latent_cache": False})
         key = weights.architecture.embedding
-        read = BundleWeights(out, weights.architecture).quantized(key)
+        read = exported(weights, target, out).quantized(key)
         assert read is not None and read.digest() == weights.quantized(key).digest()
 
 

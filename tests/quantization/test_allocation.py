@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import RECIPE, Model
 
-from glmexport.formats.quantized_linear import stored_bits
+from glmexport.formats.codecs import stored_bits
 from glmexport.foundation.errors import InputError
 from glmexport.foundation.recipe import Budget, Format, Recipe
 from glmexport.quantization.allocation import allocate, available_bits, require_fit, tie_groups

@@ -12,11 +12,11 @@ from predicting import PREDICTING
 from glmexport.architecture.description import Linear
 from glmexport.architecture.experts import MixtureOfExperts
 from glmexport.architecture.token_prediction import TokenPrediction
+from glmexport.formats.nearest import round_to_nearest
 from glmexport.foundation.progress import Silent
 from glmexport.foundation.recipe import open_recipe
 from glmexport.quantization.job import QuantizationJob
 from glmexport.quantization.memory import plan_memory
-from glmexport.quantization.nearest import round_to_nearest
 from glmexport.quantization.quantized_model import QuantizedModel
 from glmexport.quantization.store import WorkDirectory
 from glmexport.quantization.walk import walk

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from glmexport.checkpoint.checkpoint import Checkpoint
 from glmexport.checkpoint.fold import Fold, as_tensors, from_tensors
+from glmexport.formats.nearest import round_to_nearest
 from glmexport.foundation.progress import Silent
 from glmexport.foundation.recipe import Format
 from glmexport.quantization.folding import choose_folds, fold_candidates
-from glmexport.quantization.nearest import round_to_nearest
 from glmexport.reference.describe import describe
 from glmexport.reference.reference import Reference
 

@@ -7,10 +7,10 @@ import torch
 from matrices import generator
 from torch import Tensor
 
+from glmexport.formats.nearest import round_to_nearest
 from glmexport.formats.quantized_linear import QuantizedLinear
 from glmexport.foundation.recipe import Format, Solver
 from glmexport.quantization.goal import Goal, Sample, shrinkage, stream_difference
-from glmexport.quantization.nearest import round_to_nearest
 from glmexport.quantization.problem import Problem
 from glmexport.quantization.solve import gptq
 

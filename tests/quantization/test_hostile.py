@@ -16,14 +16,14 @@ from torch import Tensor
 
 from glmexport.calibration.sequences import CalibrationSet
 from glmexport.checkpoint.checkpoint import Checkpoint
+from glmexport.formats.nearest import round_to_nearest
 from glmexport.foundation.errors import CheckpointError
 from glmexport.foundation.progress import Silent
 from glmexport.foundation.recipe import CalibrationPlan, Format, Recipe, Solver
 from glmexport.quantization.goal import Sample
 from glmexport.quantization.job import QuantizationJob
 from glmexport.quantization.memory import MemoryPlan
-from glmexport.quantization.nearest import column_importance, round_to_nearest
-from glmexport.quantization.problem import LEAST_TOKENS, Problem
+from glmexport.quantization.problem import LEAST_TOKENS, Problem, column_importance
 from glmexport.quantization.quantized_model import QuantizedModel
 from glmexport.quantization.solve import Solution, gptq
 from glmexport.quantization.store import WorkDirectory

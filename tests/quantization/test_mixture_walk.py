@@ -287,7 +287,8 @@ def _published(experts: int) -> Any:
 
 def test_a_matrix_that_every_token_passes_is_in_no_coverage() -> None:
     whole = QuantizedMatrix(
-        key="a", layer=1, part="expert_gate_up", bits=4, group_size=32, symmetric=False, bits_per_weight=4.5
+        key="a", layer=1, part="expert_gate_up", bits=4, group_size=32, symmetric=False, bits_per_weight=4.5,
+        dead_columns=0, effective_tokens_per_column=None
     )
     assert coverage([whole]) == ()
     warm = whole.model_copy(update={"chosen": 90, "effective_tokens_per_column": 1 / 16})

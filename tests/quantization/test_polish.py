@@ -9,9 +9,10 @@ import torch
 from matrices import correlated, output_error, weights
 from torch import Tensor
 
+from glmexport.formats.codecs import codec_of
+from glmexport.formats.nearest import round_to_nearest
 from glmexport.foundation.recipe import Format
 from glmexport.quantization.factor import Factor, factorize
-from glmexport.quantization.nearest import round_to_nearest
 from glmexport.quantization.order import ColumnOrder, column_order
 from glmexport.quantization.polish import polish
 from glmexport.quantization.solve import Sweep
@@ -50,7 +51,7 @@ class Case:
         self.projected = (self.damped @ self.sweep.error.double()).float()
 
     def polish(self, rounds: int) -> None:
-        polish(self.sweep, self.factor, self.order, self.form, rounds=rounds, projected=self.projected)
+        polish(self.sweep, self.factor, self.order, codec_of(self.form), rounds=rounds, projected=self.projected)
 
     def spread(self, per_group: Tensor) -> Tensor:
         return per_group.repeat_interleave(self.form.group_size, 0)[: len(self.sweep.weights)]

@@ -14,12 +14,12 @@ from tiny import MEMORY, Model
 from torch import Tensor
 
 from glmexport.architecture.description import DecoderLayer
+from glmexport.formats.nearest import round_to_nearest
 from glmexport.foundation.errors import MachineError
 from glmexport.foundation.progress import Silent
 from glmexport.quantization.allocation import EMBEDDING_TAP, probe_bytes, tie_groups
 from glmexport.quantization.deviation import Outputs, of_head, of_states, of_states_and_head
 from glmexport.quantization.memory import MemoryPlan, plan_memory
-from glmexport.quantization.nearest import round_to_nearest
 from glmexport.quantization.sensitivity import Probe, probe_ids
 from glmexport.quantization.store import WorkDirectory
 from glmexport.reference.divergence import kl_divergence

@@ -9,11 +9,12 @@ import torch
 from matrices import EVERY_FORM, correlated, generator, output_error, relative_error, row_errors, weights
 from torch import Tensor
 
+from glmexport.formats.codecs import codec_of
 from glmexport.formats.grid import decode, encode, minmax_grid
+from glmexport.formats.nearest import round_to_nearest
 from glmexport.formats.quantized_linear import QuantizedLinear
 from glmexport.foundation.recipe import Format, Solver
 from glmexport.quantization import solve as solving
-from glmexport.quantization.nearest import round_to_nearest
 from glmexport.quantization.problem import Problem
 from glmexport.quantization.solve import Solution, gptq
 
@@ -276,7 +277,7 @@ def test_what_a_sweep_leaves_is_added_up_on_the_way(form: Format) -> None:
     problem = Problem.of(hessian, form, DEFAULT)
     assert problem.factor is not None
     sweep = solving.start_sweep(weight, problem.order)
-    cost = solving.round_columns(sweep, problem.factor, problem.order, form, DEFAULT)
+    cost = solving.round_columns(sweep, problem.factor, problem.order, codec_of(form), DEFAULT)
     damped = hessian + DEFAULT.damping * hessian.diagonal().mean() * torch.eye(200)
     damped = damped[problem.order.columns][:, problem.order.columns]
     torch.testing.assert_close(cost.double(), row_errors(sweep.error.T, damped), rtol=1e-3, atol=1e-9)

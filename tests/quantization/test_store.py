@@ -11,7 +11,6 @@ import torch
 from matrices import EVERY_FORM, generator, random_linear
 from torch import Tensor
 
-from glmexport.formats.packing import pack_codes, pack_zero_points
 from glmexport.foundation.errors import MachineError
 from glmexport.foundation.files import sha256, write_atomically
 from glmexport.quantization.store import WorkDirectory
@@ -55,9 +54,9 @@ def test_a_committed_step_comes_back(work: WorkDirectory) -> None:
         found = work.linear("block_000", key)
         assert torch.equal(found.codes, linear.codes) and torch.equal(found.scales, linear.scales)
         assert torch.equal(found.dequantize(), linear.dequantize())
-        assert torch.equal(work.packed("block_000", key, "codes"), pack_codes(linear))
+        assert torch.equal(work.packed("block_000", key, "codes"), linear.pack()["codes"])
         assert torch.equal(work.packed("block_000", key, "scales"), linear.scales)
-        zero_points = pack_zero_points(linear)
+        zero_points = linear.pack().get("zero_points")
         if zero_points is not None:
             assert torch.equal(work.packed("block_000", key, "zero_points"), zero_points)
 

@@ -11,11 +11,11 @@ import torch
 from tiny import NEAREST, RECIPE, W4G32, W8G32, Model, digests
 from torch import Tensor
 
+from glmexport.formats.nearest import round_to_nearest
 from glmexport.foundation.errors import MachineError
 from glmexport.foundation.progress import Silent
 from glmexport.quantization.memory import MemoryPlan, plan_memory
 from glmexport.quantization.names import EMBEDDING, HEAD, block_step
-from glmexport.quantization.nearest import round_to_nearest
 from glmexport.quantization.problem import Problem
 from glmexport.quantization.quantized_model import QuantizedModel
 from glmexport.quantization.store import Activations

@@ -9,7 +9,7 @@ import regex
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glmexport.report.behaviour import parted
+from glmexport.report.behaviour import split_common_prefix
 
 SIGNS = [
     "a", "e\u0301", "é", " ", "中", "か\u3099", "กำ", "हि", "न्", "\u1112\u1161\u11ab", "각", "שָׁ", "😀", "👍\U0001f3fd",
@@ -21,7 +21,7 @@ SIGNS = [
 def test_no_character_is_cut(same: list[str], left: str, right: str) -> None:
     """Where a library of characters would not cut either, and the parts are the texts."""
     original, bundle = "".join(same) + left, "".join(same) + right
-    shared, before, after = parted(original, bundle)
+    shared, before, after = split_common_prefix(original, bundle)
     assert (shared + before, shared + after) == (original, bundle)
     for text in (original, bundle):
         assert len(shared) in {0, *accumulate(map(len, regex.findall(r"\X", text)))}
@@ -29,11 +29,11 @@ def test_no_character_is_cut(same: list[str], left: str, right: str) -> None:
 
 @pytest.mark.parametrize("sign", SIGNS)
 def test_all_that_is_alike_is_shared(sign: str) -> None:
-    assert parted(f"ab{sign}", f"ab{sign}x") == (f"ab{sign}", "", "x")
-    assert parted(f"ab{sign}x", f"ab{sign}y") == (f"ab{sign}", "x", "y")
+    assert split_common_prefix(f"ab{sign}", f"ab{sign}x") == (f"ab{sign}", "", "x")
+    assert split_common_prefix(f"ab{sign}x", f"ab{sign}y") == (f"ab{sign}", "x", "y")
 
 
 def test_marks_stay_with_what_they_mark() -> None:
-    assert parted("ae\u0301", "ae") == ("a", "e\u0301", "e")
-    assert parted("👩\u200d👧", "👩\u200d👦") == ("", "👩\u200d👧", "👩\u200d👦")
-    assert parted("🇩🇪", "🇩🇰") == ("", "🇩🇪", "🇩🇰")
+    assert split_common_prefix("ae\u0301", "ae") == ("a", "e\u0301", "e")
+    assert split_common_prefix("👩\u200d👧", "👩\u200d👦") == ("", "👩\u200d👧", "👩\u200d👦")
+    assert split_common_prefix("🇩🇪", "🇩🇰") == ("", "🇩🇪", "🇩🇰")

@@ -9,10 +9,10 @@ import torch
 from builds import build, bundle_weights, small_checkpoint
 from gptq_files import quantize
 
-from glmexport.formats.packing import unpack
+from glmexport.formats.nearest import round_to_nearest
+from glmexport.formats.quantized_linear import QuantizedLinear
 from glmexport.foundation.progress import Silent
 from glmexport.foundation.recipe import STORED, open_recipe
-from glmexport.quantization.nearest import round_to_nearest
 from glmexport.tuning.rounding import RoundedWeights
 from glmexport.workflows.original import Original
 
@@ -61,7 +61,7 @@ def test_packed_matrices_are_stacked(checkpoint: Path) -> None:
     codes, scales = weights.packed(keys, "codes"), weights.packed(keys, "scales")
     # 4 heads and 2 key and value heads of 32 rows.
     assert codes.shape[0] == scales.shape[0] == (4 + 2 + 2) * 32
-    first = unpack(form, 128, codes[:128], scales[:128], None)
+    first = QuantizedLinear.unpack(form, {"codes": codes[:128], "scales": scales[:128]}, 128)
     assert torch.equal(first.codes, weights.quantized(keys[0]).codes)
     asymmetric = rounded(checkpoint, "w4g32")
     assert asymmetric.packed(keys, "zero_points").shape[0] == 256

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from matrices import EVERY_FORM, random_linear
 from onnx import TensorProto, helper, numpy_helper
 
-from glmexport.formats.packing import pack_codes, pack_zero_points, unpack
-from glmexport.formats.quantized_linear import QuantizedLinear, stored_bits
+from glmexport.formats.codecs import stored_bits
+from glmexport.formats.quantized_linear import QuantizedLinear
 from glmexport.foundation.recipe import Format
 
 forms = st.sampled_from(EVERY_FORM)
@@ -33,20 +33,21 @@ def same(one: QuantizedLinear, other: QuantizedLinear) -> bool:
 @settings(deadline=None, max_examples=60)
 def test_packing_round_trip(form: Format, rows: int, size: int, seed: int) -> None:
     linear = random_linear(rows, size, form, seed)
-    codes, zero_points = pack_codes(linear), pack_zero_points(linear)
+    packed = linear.pack()
+    codes, zero_points = packed["codes"], packed.get("zero_points")
     assert codes.shape == (rows, linear.groups, form.group_size * form.bits // 8)
     assert (zero_points is None) == form.symmetric
-    assert same(unpack(form, size, codes, linear.scales, zero_points), linear)
-    packed = codes.numel() + linear.scales.numel() * 2 + (0 if zero_points is None else zero_points.numel())
-    assert linear.stored_bits == stored_bits((rows, size), form) == packed * 8
+    assert same(QuantizedLinear.unpack(form, packed, size), linear)
+    size_in_bytes = codes.numel() + linear.scales.numel() * 2 + (0 if zero_points is None else zero_points.numel())
+    assert linear.stored_bits == stored_bits((rows, size), form) == size_in_bytes * 8
 
 
 def test_the_first_code_is_in_the_low_half() -> None:
     form = Format(bits=4, group_size=16)
     codes = torch.arange(48, dtype=torch.uint8).remainder(16)[None]
     linear = QuantizedLinear(form, codes, torch.ones(1, 3).half(), torch.tensor([[3, 9, 5]], dtype=torch.uint8))
-    assert pack_codes(linear)[0, 0].tolist() == [0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE]
-    zero_points = pack_zero_points(linear)
+    assert linear.pack()["codes"][0, 0].tolist() == [0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE]
+    zero_points = linear.pack().get("zero_points")
     assert zero_points is not None
     assert zero_points.tolist() == [[0x93, 0x05]]
 
@@ -56,9 +57,9 @@ def test_padding_decodes_to_zero() -> None:
     codes = torch.ones(1, 18, dtype=torch.uint8)
     points = torch.tensor([[4, 7]], dtype=torch.uint8)
     asymmetric = QuantizedLinear(Format(bits=4, group_size=16), codes, torch.ones(1, 2).half(), points)
-    assert pack_codes(asymmetric)[0, 1].tolist() == [0x11] + [0x77] * 7
+    assert asymmetric.pack()["codes"][0, 1].tolist() == [0x11] + [0x77] * 7
     symmetric = QuantizedLinear(Format(bits=8, group_size=16, symmetric=True), codes, torch.ones(1, 2).half(), None)
-    assert pack_codes(symmetric)[0, 1].tolist() == [1, 1] + [128] * 14
+    assert symmetric.pack()["codes"][0, 1].tolist() == [1, 1] + [128] * 14
 
 
 def run_node(node: onnx.NodeProto, weights: dict[str, np.ndarray], feed: np.ndarray) -> np.ndarray:
@@ -83,8 +84,8 @@ def run_node(node: onnx.NodeProto, weights: dict[str, np.ndarray], feed: np.ndar
 @pytest.mark.parametrize("tokens", [1, 7])
 def test_matmul_nbits_multiplies_by_the_dequantized_matrix(form: Format, size: int, tokens: int) -> None:
     linear = random_linear(24, size, form)
-    weights = {"codes": pack_codes(linear).numpy(), "scales": linear.scales.float().numpy()}
-    zero_points = pack_zero_points(linear)
+    weights = {"codes": linear.pack()["codes"].numpy(), "scales": linear.scales.float().numpy()}
+    zero_points = linear.pack().get("zero_points")
     if zero_points is not None:
         weights["zero_points"] = zero_points.numpy()
     node = helper.make_node(
@@ -107,12 +108,12 @@ def test_matmul_nbits_multiplies_by_the_dequantized_matrix(form: Format, size: i
 @form_cases
 def test_gather_block_quantized_reads_the_dequantized_rows(form: Format) -> None:
     linear = random_linear(20, 512 + 256, form)
-    zero_points = pack_zero_points(linear)
+    zero_points = linear.pack().get("zero_points")
     if zero_points is None:
         middle = {2: 0xAA, 4: 0x88, 8: 0x80}[form.bits]
         zero_points = torch.full((20, -(-linear.groups * form.bits // 8)), middle)
     weights = {
-        "codes": pack_codes(linear).flatten(1).numpy(),
+        "codes": linear.pack()["codes"].flatten(1).numpy(),
         "scales": linear.scales.float().numpy(),
         "zero_points": zero_points.to(torch.uint8).numpy(),
     }
