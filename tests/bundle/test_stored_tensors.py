@@ -122,6 +122,7 @@ def test_a_note_that_the_graph_contradicts_is_an_error(sample: Sample) -> None:
     for wrong, reason in (
         (first.model_copy(update={"format": other}), "reads it with bits"),
         (first.model_copy(update={"parts": {**first.parts, "scales": "nowhere"}}), "no such tensor"),
+        (first.model_copy(update={"matrices": ("model.norm.weight",)}), "no such matrix"),
     ):
         with pytest.raises(BundleError, match=reason):
             BundleWeights(graph, [wrong], original.architecture.shapes())
@@ -137,3 +138,10 @@ def test_a_matrix_of_a_manifest_of_before_is_written_as_it_was_read() -> None:
         '"nearest_rows":2,"fallback":null}'
     )
     assert QuantizedMatrix.model_validate_json(written).model_dump_json() == written
+
+
+@pytest.mark.parametrize("parts", [("codes",), ("codes", "scales"), ("codes", "scales", "zeros")])
+def test_a_note_without_what_its_format_stores_is_an_error(parts: tuple[str, ...]) -> None:
+    form = {"bits": 4, "group_size": 32}
+    with pytest.raises(ValueError, match="parts"):
+        StoredTensor.model_validate({"matrices": ["a"], "format": form, "parts": dict.fromkeys(parts, "x")})
