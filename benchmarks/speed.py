@@ -1,6 +1,6 @@
 """Speed of one checkpoint of real width in several runtimes, in turns: what else the machine does falls on all alike.
 
-    python -m benchmarks.speed --work FOLDER [--only NAME[:FORMAT] ...] [--output FILE] [--markdown]
+    python -m benchmarks.speed --work FOLDER [--only NAME[:FORMAT] ...] [--rounds N] [--output FILE]
     python -m benchmarks.speed --print [FILE]
 
 The checkpoint is random: 4 layers of GLM-4-9B's shape (hidden 4096, ffn 13696, 32 heads / 2 KV heads), a vocabulary of

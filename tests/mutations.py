@@ -111,7 +111,7 @@ class Subject:
             package = error.exit_code
         try:
             alone: object = self._script.verify(self.directory, self.key, self.root, None)._asdict()
-        except self._script.Refused as error:
+        except self._script.VerificationError as error:
             alone = error.code
         except OSError:
             alone = 69

@@ -11,10 +11,10 @@ from models import write_tokenizer
 from glmexport.calibration.corpus import Document
 from glmexport.calibration.sequences import pack
 from glmexport.foundation.recipe import CalibrationPlan
-from glmexport.release.golden import _prompt
-from glmexport.serving.fields import TextAsked
-from glmexport.serving.limits import Limits
-from glmexport.serving.orders import Reader
+from glmexport.release.golden import golden_prompt
+from glmexport.serving.fields import TextRequest
+from glmexport.serving.limits import ServingLimits
+from glmexport.serving.orders import RequestReader
 from glmexport.tokenizer.tokenizer import Tokenizer
 from glmexport.validation.behaviour.choices import choice_texts
 from glmexport.validation.behaviour.questions import questions, task_prompt
@@ -35,8 +35,8 @@ def tokenizer(tmp_path: Path) -> Tokenizer:
 
 
 def completed(tokenizer: Tokenizer, text: str) -> Sequence[int]:
-    reader = Reader(tokenizer, frozenset(), 4096, Limits(), guides=True, lenient=False)
-    return reader.text(TextAsked(prompt=text)).prompt
+    reader = RequestReader(tokenizer, frozenset(), 4096, ServingLimits(), guides=True, lenient=False)
+    return reader.text(TextRequest(prompt=text)).prompt
 
 
 def evaluated(tokenizer: Tokenizer, text: str) -> Sequence[int]:
@@ -69,7 +69,7 @@ def chosen(tokenizer: Tokenizer, text: str) -> Sequence[int]:
 
 
 def golden(tokenizer: Tokenizer, text: str) -> Sequence[int]:
-    return _prompt(tokenizer, text, 99)
+    return golden_prompt(tokenizer, text, 99)
 
 
 CALLERS = (completed, evaluated, calibrated, asked, tasked, chosen, golden)

@@ -1,1 +1,1 @@
-"""What a checkpoint's model consists of: one declaration a family, without numbers."""
+"""Declarations of what a checkpoint's model consists of: one a family, without numbers."""

@@ -10,7 +10,7 @@ _EXPERTS = ("n_routed_experts",)
 #: Every expert of a layer is two tensors or more, or a place in two stacks. Layers without experts, which no key
 #: tells apart in all families, are counted as if they had some.
 _SLACK = 4
-#: As many layers, and experts of all layers, are described in any case: a model of dense layers may keep the key.
+#: Layers, and experts of all layers, that are described in any case: a model of dense layers may keep the key.
 _FREE_LAYERS, _FREE = 2**10, 2**16
 
 

@@ -1,4 +1,4 @@
-"""What the dense families share: typed reads of their configuration, and the layer both are variations of."""
+"""The common part of the dense families: typed reads of their configuration, and the layer both are variations of."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def _partial_rotary_factor(config: ConfigReader) -> float:
 
 
 def dense_architecture(checkpoint: Checkpoint, family: str, *, sandwich_norms: bool) -> Architecture:
-    """A dense GLM; with ``sandwich_norms``, attention and MLP outputs are normalised before they are added."""
+    """Describe a dense GLM; with ``sandwich_norms``, attention and MLP outputs are normalised before they are added."""
     sizes = DenseSizes.read(checkpoint.config)
     special = SpecialTokens.read(checkpoint, sizes.vocabulary)
     tables = Tables.of(checkpoint)
@@ -119,7 +119,7 @@ def dense_architecture(checkpoint: Checkpoint, family: str, *, sandwich_norms: b
 
 
 def dense_layer(config: ConfigReader, index: int) -> DecoderLayer:
-    """Layer ``index`` of a dense GLM without sandwich norms, also one behind the model's last."""
+    """Describe layer ``index`` of a dense GLM without sandwich norms, also one behind the model's last."""
     return _layer(DenseSizes.read(config), index, sandwich_norms=False)
 
 

@@ -1,4 +1,4 @@
-"""Architecture: what a checkpoint's model consists of, as a description without numbers.
+"""The description of what a checkpoint's model consists of, without numbers.
 
 Every weight is named by its checkpoint key. A Linear also names its ``tap``: the input it reads, which it shares
 with the other linears of its layer that read the same one, so that one Hessian serves all of them.
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Linear:
-    """y = x W^T + b, with W of shape [out_features, in_features] stored at ``key`` + ``.weight``."""
+    """The product y = x W^T + b, with W of shape [out_features, in_features] stored at ``key`` + ``.weight``."""
 
     key: str
     in_features: int
@@ -32,30 +32,30 @@ class Linear:
     bias: bool
     #: Name of the shared input, unique within the layer.
     tap: str
-    #: What the linear does, one word for reports and recipes: qkv, q_a, kv_a, q_b, kv_b, o, gate_up, down, lm_head;
-    #: of a mixture of experts shared_gate_up, shared_down, expert_gate_up, expert_down.
+    #: The part that the linear is, one word for reports and recipes: qkv, q_a, kv_a, q_b, kv_b, o, gate_up, down,
+    #: lm_head; of a mixture of experts shared_gate_up, shared_down, expert_gate_up, expert_down.
     part: str
 
     @property
     def weight(self) -> str:
-        """Checkpoint key of W."""
+        """The checkpoint key of W."""
         return f"{self.key}.weight"
 
     @property
     def bias_key(self) -> str | None:
-        """Checkpoint key of b [out_features], if there is one."""
+        """The checkpoint key of b [out_features], if there is one."""
         return f"{self.key}.bias" if self.bias else None
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Checkpoint key and shape of W and b."""
+        """The checkpoint key and shape of W and b."""
         weight = {self.weight: (self.out_features, self.in_features)}
         return weight | ({self.bias_key: (self.out_features,)} if self.bias_key else {})
 
 
 @dataclass(frozen=True)
 class Norm:
-    """RMSNorm over the last axis: x / sqrt(mean(x^2) + epsilon) * weight[size]."""
+    """An RMSNorm over the last axis: x / sqrt(mean(x^2) + epsilon) * weight[size]."""
 
     key: str
     size: int
@@ -63,13 +63,13 @@ class Norm:
 
     @property
     def weight(self) -> str:
-        """Checkpoint key of the gain."""
+        """The checkpoint key of the gain."""
         return f"{self.key}.weight"
 
 
 @dataclass(frozen=True)
 class Rotary:
-    """Rotary position embedding of the first ``dimensions`` of every head.
+    """The rotary position embedding of the first ``dimensions`` of every head.
 
     ``interleaved`` rotates pairs (2i, 2i+1); otherwise pairs (i, i + dimensions / 2).
     """
@@ -80,7 +80,7 @@ class Rotary:
 
 @dataclass(frozen=True)
 class GatedMlp:
-    """down(up * silu(gate)), with gate and up stacked along the rows of one matrix, gate first."""
+    """The MLP down(up * silu(gate)), with gate and up stacked along the rows of one matrix, gate first."""
 
     intermediate_size: int
     gate_up: Linear
@@ -88,47 +88,47 @@ class GatedMlp:
 
     @property
     def linears(self) -> tuple[Linear, ...]:
-        """In the order in which data passes them."""
+        """The linears in the order in which data passes them."""
         return (self.gate_up, self.down)
 
     @property
     def output(self) -> Linear:
-        """The linear that ends it."""
+        """The linear that ends the MLP."""
         return self.down
 
     @property
     def module(self) -> str:
-        """Key prefix of its linears."""
+        """The key prefix of the linears."""
         return self.down.key.rpartition(".")[0]
 
     @property
     def routed(self) -> frozenset[str]:
-        """Checkpoint keys of the matrices that only some tokens pass: none."""
+        """The checkpoint keys of the matrices that only some tokens pass: none."""
         return frozenset()
 
     @property
     def routed_share(self) -> float:
-        """Share of ``routed`` that one token passes."""
+        """The share of ``routed`` that one token passes."""
         return 1.0
 
     @property
     def kept(self) -> dict[str, tuple[int, ...]]:
-        """Key and shape of the tensors that are neither linears nor norms: none."""
+        """The key and shape of the tensors that are neither linears nor norms: none."""
         return {}
 
     @property
     def stacks(self) -> dict[str, tuple[str, str]]:
-        """Checkpoint key of the stacked matrix, and the keys of its halves in checkpoints that hold them apart."""
+        """The checkpoint key of the stacked matrix, with the keys of its halves in checkpoints that hold them apart."""
         parent = self.gate_up.key.rpartition(".")[0]
         return {self.gate_up.weight: (f"{parent}.gate_proj.weight", f"{parent}.up_proj.weight")}
 
     @property
     def pages(self) -> dict[str, tuple[str, int]]:
-        """Matrices that some checkpoints hold as one tensor: none."""
+        """The matrices that some checkpoints hold as one tensor: none."""
         return {}
 
     def writers(self, norm: Norm) -> dict[str, Writer]:
-        """By tap; ``norm`` is that of its input."""
+        """Return the writer of each tap's input; ``norm`` is that of the MLP's input."""
         return {
             self.gate_up.tap: Writer(norm, range(self.gate_up.in_features)),
             # The gate is behind a function that is not linear; up is not.
@@ -138,7 +138,7 @@ class GatedMlp:
 
 @dataclass(frozen=True)
 class ResidualBranch:
-    """residual + output_norm(output(...)): what one half of a layer adds to the stream that ``input_norm`` reads.
+    """The half of a layer that adds output_norm(output(...)) to the residual stream that ``input_norm`` reads.
 
     ``output_norm`` exists in families with sandwich norms only.
     """
@@ -146,14 +146,14 @@ class ResidualBranch:
     input_norm: Norm
     #: Key prefix of the branch's linears.
     module: str
-    #: The linear that ends it; None where experts do.
+    #: The linear that ends the branch; None where experts do.
     output: Linear | None
     output_norm: Norm | None
 
 
 @dataclass(frozen=True)
 class Writer:
-    """What computes the input of a tap, channel by channel: channel c is element or row ``rows[c]`` of ``source``.
+    """The writer of a tap's input, channel by channel: channel c is element or row ``rows[c]`` of ``source``.
 
     The tap's linears read nothing else and nothing but them and ``also_read_by`` reads it, so that scaling a row and
     unscaling the columns that read it changes nothing.
@@ -161,7 +161,7 @@ class Writer:
 
     source: Norm | Linear
     rows: Sequence[int]
-    #: Linears that are not quantized.
+    #: Linears that read ``source`` too, and are not quantized.
     also_read_by: tuple[Linear, ...] = ()
 
 
@@ -180,7 +180,7 @@ class DecoderLayer:
 
     @property
     def linears(self) -> tuple[Linear, ...]:
-        """In the order in which data passes them."""
+        """The linears in the order in which data passes them."""
         return (*self.attention.linears, *self.mlp.linears)
 
     @property
@@ -193,7 +193,7 @@ class DecoderLayer:
 
     @property
     def branches(self) -> tuple[ResidualBranch, ResidualBranch]:
-        """Attention and MLP, as additions to the residual stream."""
+        """The attention and the MLP, as additions to the residual stream."""
         output, mlp = self.attention.output, self.mlp
         return (
             ResidualBranch(self.attention_norm, output.key.rpartition(".")[0], output, self.attention_output_norm),
@@ -202,26 +202,26 @@ class DecoderLayer:
 
     @property
     def writers(self) -> dict[str, Writer]:
-        """By tap, where there is one."""
+        """The writer of each tap's input, where there is one."""
         return {
             **dict(self.attention.writers(self.attention_norm)),
             **self.mlp.writers(self.mlp_norm),
         }
 
     def branch(self, tap: str) -> ResidualBranch:
-        """The branch that a tap is inside of."""
+        """Return the branch that a tap is inside of."""
         key = self.taps[tap][0].key
         return next(branch for branch in self.branches if key.startswith(f"{branch.module}."))
 
     @property
     def norms(self) -> tuple[Norm, ...]:
-        """Those that exist, in order."""
+        """The norms that exist, in order."""
         before = (self.attention_norm, *self.attention.norms, self.attention_output_norm)
         return tuple(norm for norm in (*before, self.mlp_norm, self.mlp_output_norm) if norm is not None)
 
 
 @dataclass(frozen=True)
-class Unused:
+class UnusedTensors:
     """Checkpoint tensors that the description leaves out on purpose: a regular expression and the reason."""
 
     pattern: str
@@ -241,13 +241,14 @@ class Architecture:
     layers: tuple[DecoderLayer, ...]
     final_norm: Norm
     lm_head: Linear
-    #: The lm_head is the embedding matrix.
+    #: Whether the lm_head is the embedding matrix.
     tied: bool
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     pad_token_id: int
-    unused: tuple[Unused, ...] = ()
-    #: What drafts tokens for speculative decoding; no answer depends on it, and it is in none of the figures below.
+    unused: tuple[UnusedTensors, ...] = ()
+    #: The layer that drafts tokens for speculative decoding. No answer depends on it, and it is in none of the figures
+    #: below.
     token_prediction: TokenPrediction | None = None
 
     @property
@@ -260,27 +261,27 @@ class Architecture:
 
     @property
     def kv_values_per_token(self) -> int:
-        """Numbers per token of context over all layers, where keys and values of every head are cached."""
+        """The numbers per token of context over all layers, where keys and values of every head are cached."""
         return sum(layer.attention.head_values for layer in self.layers)
 
     @property
     def latent_values_per_token(self) -> int | None:
-        """The same where latents are cached, with the keys of indexers; None: the attention has none."""
+        """The numbers per token where latents are cached, with the keys of indexers; None: the attention has none."""
         values = [layer.attention.latent_values for layer in self.layers]
         return None if None in values else sum(value for value in values if value is not None)
 
     @property
     def attended_tokens(self) -> int | None:
-        """Most tokens that a token attends to; None: all that come before it."""
+        """The most tokens that a token attends to; None: all that come before it."""
         return min((layer.attention.attended for layer in self.layers if layer.attention.attended), default=None)
 
     @property
     def rotary_bytes(self) -> int:
-        """Cosines and sines of every position of the context, fp32."""
+        """The bytes of the cosines and sines of every position of the context, fp32."""
         return self.layers[0].attention.rotary.dimensions * self.context_length * 4
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Checkpoint key and shape of every tensor that the model consists of."""
+        """Return checkpoint key and shape of every tensor that the model consists of."""
         shapes: dict[str, tuple[int, ...]] = {self.embedding: (self.vocabulary_size, self.hidden_size)}
         for _, linear in self.linears:
             shapes |= linear.shapes
@@ -292,11 +293,11 @@ class Architecture:
 
     @property
     def routed(self) -> frozenset[str]:
-        """Checkpoint keys of the matrices that only some tokens pass."""
+        """The checkpoint keys of the matrices that only some tokens pass."""
         return frozenset().union(*(layer.mlp.routed for layer in self.layers))
 
     def stacks(self) -> dict[str, tuple[str, str]]:
-        """Checkpoint key of every stacked matrix, and the keys of its halves in checkpoints that hold them apart.
+        """Return the key of every stacked matrix, and the keys of its halves in checkpoints that hold them apart.
 
         Mixtures of experts and families with latent attention are published so; GPTQModel quantizes gate and up as two
         matrices and stores them so.
@@ -304,7 +305,7 @@ class Architecture:
         return {key: halves for layer in self.layers for key, halves in layer.mlp.stacks.items()}
 
     def presented(self, checkpoint: Checkpoint) -> Checkpoint:
-        """``checkpoint`` with matrices under the keys of this description, however its files hold them."""
+        """Return ``checkpoint`` with matrices under the keys of this description, however its files hold them."""
         pages = {key: place for layer in self.layers for key, place in layer.mlp.pages.items()}
         stacked = checkpoint.stacked(self.stacks(), pages)
         return self.token_prediction.presented(stacked) if self.token_prediction else stacked

@@ -13,7 +13,7 @@ EXPERT_INPUT, EXPERT_OUTPUT = "expert_gate_up", "expert_down"
 
 @dataclass(frozen=True)
 class Router:
-    """Which experts a token goes to, and how much of each (auxiliary-loss-free balancing, arXiv 2412.19437, 2.1.2).
+    """The choice of experts for a token, and their weights (auxiliary-loss-free balancing, arXiv 2412.19437, 2.1.2).
 
     With scores s = sigmoid(W x), all in fp32: of ``groups`` equal groups of experts the ``kept_groups`` whose two
     highest s + b sum highest are kept; of their experts the ``chosen`` with the highest s + b are taken. What they
@@ -41,12 +41,12 @@ class MixtureOfExperts:
     module: str
     router: Router
     experts: tuple[GatedMlp, ...]
-    #: Every token passes it; None where there is none.
+    #: The expert that every token passes; None where there is none.
     shared: GatedMlp | None
 
     @property
     def output(self) -> None:
-        """No single linear ends it."""
+        """None, as no single linear ends the mixture."""
         return None
 
     @property
@@ -56,33 +56,33 @@ class MixtureOfExperts:
 
     @property
     def linears(self) -> tuple[Linear, ...]:
-        """Expert after expert, the shared one first; in each in the order in which data passes them."""
+        """The linears, expert after expert, the shared one first; in each in the order in which data passes them."""
         return tuple(linear for mlp in self.mlps for linear in mlp.linears)
 
     @property
     def routed(self) -> frozenset[str]:
-        """Checkpoint keys of the matrices that only some tokens pass."""
+        """The checkpoint keys of the matrices that only some tokens pass."""
         return frozenset(linear.weight for mlp in self.experts for linear in mlp.linears)
 
     @property
     def routed_share(self) -> float:
-        """Share of ``routed`` that one token passes."""
+        """The share of ``routed`` that one token passes."""
         return self.router.chosen / self.router.experts
 
     @property
     def kept(self) -> dict[str, tuple[int, ...]]:
-        """Key and shape of the tensors that are neither linears nor norms: they are never quantized."""
+        """The key and shape of the tensors that are neither linears nor norms: they are never quantized."""
         router = self.router
         return {router.weight: (router.experts, router.in_features), router.bias: (router.experts,)}
 
     @property
     def stacks(self) -> dict[str, tuple[str, str]]:
-        """As for ``GatedMlp``."""
+        """The stacked matrices, as ``GatedMlp.stacks`` gives them."""
         return {key: halves for mlp in self.mlps for key, halves in mlp.stacks.items()}
 
     @property
     def pages(self) -> dict[str, tuple[str, int]]:
-        """Checkpoint key of each expert's matrix, and where it is in checkpoints that hold those of all as one."""
+        """The checkpoint key of each expert's matrix, and its place in checkpoints that hold those of all as one."""
         return dict(self._pages())
 
     def _pages(self) -> Iterator[tuple[str, tuple[str, int]]]:
@@ -91,5 +91,5 @@ class MixtureOfExperts:
             yield expert.down.weight, (f"{self.module}.experts.down_proj", index)
 
     def writers(self, norm: Norm) -> dict[str, Writer]:
-        """None: the router reads the norm's output too, and what folds save in one expert is not worth its passes."""
+        """Return nothing: the router reads the norm's output too, and folds save too little in one expert."""
         return {}

@@ -10,5 +10,5 @@ MODEL_TYPE = "glm"
 
 
 def describe(checkpoint: Checkpoint) -> Architecture:
-    """Pre-norm layers, grouped-query attention, interleaved rotary embedding on part of each head, gated MLP."""
+    """Describe pre-norm layers, grouped-query attention, interleaved rotary embedding on part of a head, gated MLP."""
     return dense_architecture(checkpoint, MODEL_TYPE, sandwich_norms=False)

@@ -10,5 +10,5 @@ MODEL_TYPE = "glm4"
 
 
 def describe(checkpoint: Checkpoint) -> Architecture:
-    """The ``glm`` layer with two more norms: on the attention's output and on the MLP's output."""
+    """Describe the ``glm`` layer with two more norms: on the attention's output and on the MLP's output."""
     return dense_architecture(checkpoint, MODEL_TYPE, sandwich_norms=True)

@@ -17,7 +17,9 @@ MODEL_TYPE = "glm4_moe"
 
 
 def describe(checkpoint: Checkpoint) -> Architecture:
-    """Pre-norm layers, the first with a gated MLP and the others with a mixture of experts; half of each head rotated.
+    """Describe pre-norm layers, the first with a gated MLP, the others with a mixture of experts.
+
+    Half of each head rotates.
 
     Pairs (i, i + half) are rotated, and queries and keys may be normalised head by head before.
     """
@@ -50,7 +52,7 @@ def _rotate_half(layer: DecoderLayer, normed: bool) -> DecoderLayer:
 
 
 def mixture(config: ConfigReader, prefix: str, hidden: int) -> MixtureOfExperts:
-    """The mixture of experts of the layer whose keys start with ``prefix``.
+    """Describe the mixture of experts of the layer whose keys start with ``prefix``.
 
     Raises:
         CheckpointError: a key is missing, or the numbers do not fit each other.

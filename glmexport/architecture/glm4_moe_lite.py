@@ -10,7 +10,7 @@ MODEL_TYPE = "glm4_moe_lite"
 
 
 def describe(checkpoint: Checkpoint) -> Architecture:
-    """Pre-norm layers with latent attention, dense or mixtures of experts by ``mlp_layer_types``."""
+    """Describe pre-norm layers with latent attention, dense or mixtures of experts by ``mlp_layer_types``."""
     config = checkpoint.config
     layers = config.integer("num_hidden_layers", minimum=1)
     types = every_layer(config, "mlp_layer_types", ("dense", "sparse"), layers)

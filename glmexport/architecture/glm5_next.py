@@ -9,7 +9,9 @@ MODEL_TYPE = "glm5_next"
 
 
 def missing(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """What the model has and no declaration, graph or reference here, from its config.json; defaults are transformers'.
+    """Return what the model has, by its config.json, and no declaration, graph or reference does here.
+
+    Keys that are absent have transformers' defaults.
 
     Raises:
         CheckpointError: a key is of another type.

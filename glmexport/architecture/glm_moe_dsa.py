@@ -11,7 +11,7 @@ MODEL_TYPE = "glm_moe_dsa"
 
 
 def describe(checkpoint: Checkpoint) -> Architecture:
-    """``glm4_moe_lite`` with an indexer: a token attends to ``index_topk`` tokens, chosen anew in ``full`` layers."""
+    """Describe ``glm4_moe_lite`` with an indexer, whose ``index_topk`` tokens are chosen anew in ``full`` layers."""
     config = checkpoint.config
     layers = config.integer("num_hidden_layers", minimum=1)
     types = every_layer(config, "mlp_layer_types", ("dense", "sparse"), layers)

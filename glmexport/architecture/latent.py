@@ -15,7 +15,7 @@ from glmexport.architecture.description import Linear, Norm, Rotary, Writer
 
 @dataclass(frozen=True)
 class Indexer:
-    """Chooses the ``top_k`` cached tokens that a token attends to.
+    """A choice of the ``top_k`` cached tokens that a token attends to.
 
     score(t, s) = sum over heads h of w_h(t) relu(q_h(t) . k(s) / sqrt(head_dim)) / sqrt(heads), where q reads the
     query latent, k and w the layer's normed input, k is LayerNormed, and the first dimensions of q and k are rotated.
@@ -34,7 +34,7 @@ class Indexer:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Checkpoint key and shape of its tensors, all of which stay in full precision."""
+        """The checkpoint key and shape of its tensors, all of which stay in full precision."""
         matrices = (self.query, self.key, self.head_weights)
         return {linear.weight: (linear.out_features, linear.in_features) for linear in matrices} | {
             f"{self.key_norm}.{kind}": (self.head_dim,) for kind in ("weight", "bias")
@@ -43,7 +43,7 @@ class Indexer:
 
 @dataclass(frozen=True)
 class LatentAttention:
-    """Causal softmax attention whose keys and values are linear in a cached latent.
+    """A causal softmax attention whose keys and values are linear in a cached latent.
 
     A query head is ``nope`` dimensions without a position, then ``rope`` rotated ones. A row of ``key_value`` for head
     h is its ``nope`` key dimensions, then its ``value_dim`` value dimensions; the rotary key is shared by all heads.
@@ -54,7 +54,7 @@ class LatentAttention:
     nope: int
     value_dim: int
     rank: int
-    #: Of the last ``rope`` dimensions of a query head, and of the shared key.
+    #: Rotation of the last ``rope`` dimensions of a query head, and of the shared key.
     rotary: Rotary
     #: Factor of the scores before the softmax.
     scale: float
@@ -66,44 +66,44 @@ class LatentAttention:
     latent_norm: Norm
     key_value: Linear
     output: Linear
-    #: Selects what is attended to, for this layer and the ones behind it that share it; None: attends to everything,
-    #: or to the selection of the layer before (``shared_selection``).
+    #: The indexer that selects what is attended to, for this layer and the ones behind it that share it. None: the
+    #: layer attends to everything, or to the selection of the layer before (``shared_selection``).
     indexer: Indexer | None = None
     shared_selection: bool = False
 
     @property
     def rope(self) -> int:
-        """Dimensions of the rotary key."""
+        """The dimensions of the rotary key."""
         return self.rotary.dimensions
 
     @property
     def head_dim(self) -> int:
-        """Of queries and keys."""
+        """The dimensions of a query or key head."""
         return self.nope + self.rope
 
     @property
     def padded_head_dim(self) -> int:
-        """Least size that holds a key and a value, and a multiple of 16, which GroupQueryAttention insists on."""
+        """The least size that holds a key and a value, and a multiple of 16, which GroupQueryAttention insists on."""
         return math.ceil(max(self.head_dim, self.value_dim) / 16) * 16
 
     @property
     def latent_values(self) -> int:
-        """Numbers that a cache of latents holds for a token: latent, rotary key, and the indexer's key."""
+        """The numbers that a cache of latents holds for a token: latent, rotary key, and the indexer's key."""
         return self.rank + self.rope + (self.indexer.head_dim if self.indexer else 0)
 
     @property
     def head_values(self) -> int:
-        """Numbers that a cache of keys and values holds for a token."""
+        """The numbers that a cache of keys and values holds for a token."""
         return 2 * self.heads * self.padded_head_dim
 
     @property
     def attended(self) -> int | None:
-        """Most tokens that this layer's indexer chooses; None: it has none."""
+        """The most tokens that this layer's indexer chooses; None: it has none."""
         return self.indexer.top_k if self.indexer else None
 
     @property
     def linears(self) -> tuple[Linear, ...]:
-        """Those that are quantized, in the order in which data passes them."""
+        """The linears that are quantized, in the order in which data passes them."""
         if self.query_down is None:
             return (self.query, self.down, self.key_value, self.output)
         # Those that read the layer's input, then those that read a latent.
@@ -111,16 +111,16 @@ class LatentAttention:
 
     @property
     def norms(self) -> tuple[Norm, ...]:
-        """Inside of the attention."""
+        """The norms inside of the attention."""
         return tuple(norm for norm in (self.query_norm, self.latent_norm) if norm is not None)
 
     @property
     def kept_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Further tensors, which stay in full precision."""
+        """The shapes of further tensors, which stay in full precision."""
         return self.indexer.shapes if self.indexer else {}
 
     def writers(self, input_norm: Norm) -> Iterator[tuple[str, Writer]]:
-        """Tap, and what computes it channel by channel."""
+        """Yield each tap, and the writer of its input."""
         indexer = self.indexer
         yield (
             self.down.tap,

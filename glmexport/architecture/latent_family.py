@@ -1,4 +1,4 @@
-"""What the families with latent attention share: typed reads of their configuration, and their layer."""
+"""The common part of the families with latent attention: typed reads of their configuration, and their layer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from glmexport.checkpoint.checkpoint import Checkpoint
 from glmexport.checkpoint.config import ConfigReader
 from glmexport.foundation.errors import CheckpointError
 
-#: transformers leaves the epsilon of the norms inside the attention at its RMSNorm's default.
+#: Epsilon of the norms inside the attention, which transformers leaves at its RMSNorm's default.
 _LATENT_EPSILON = 1e-6
 
 
@@ -119,7 +119,9 @@ class IndexerPlan:
 def latent_architecture(
     checkpoint: Checkpoint, family: str, sparse: Callable[[int], bool], indexers: IndexerPlan | None = None
 ) -> Architecture:
-    """A decoder of pre-norm layers with latent attention; ``sparse`` tells which layers are mixtures of experts.
+    """Describe a decoder of pre-norm layers with latent attention.
+
+    ``sparse`` tells which layers are mixtures of experts.
 
     Raises:
         CheckpointError: the configuration is not what such a family has.
@@ -240,7 +242,7 @@ def _indexer(sizes: LatentSizes, prefix: str, plan: IndexerPlan, rotary: Rotary)
 
 
 def every_layer(config: ConfigReader, key: str, kinds: Sequence[str], layers: int) -> tuple[str, ...]:
-    """One of ``kinds`` for each of ``layers``.
+    """Return one of ``kinds`` for each of ``layers``.
 
     Raises:
         CheckpointError: the configuration has another list under ``key``.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from glmexport.checkpoint.config import ConfigReader
 
-#: Where transformers 5 and 4 write them.
+#: Tables in which transformers 5 and 4 write the numbers.
 _SECTIONS = ("rope_parameters", "rope_scaling")
 _ORIGINAL = "original_max_position_embeddings"
 _CONTEXT = "max_position_embeddings"
@@ -28,8 +28,8 @@ _LEAST = {
 
 
 @dataclass(frozen=True)
-class Scaled:
-    """Rotary frequencies that were stretched: from which context, by which factor, and which context is declared."""
+class RopeScaling:
+    """A stretching of rotary frequencies: from which context, by which factor, and which context is declared."""
 
     kind: str
     factor: float
@@ -40,12 +40,12 @@ class Scaled:
 
     @property
     def reached(self) -> int:
-        """Tokens that the stretched frequencies were made for."""
+        """The number of tokens that the stretched frequencies were made for."""
         return int(self.original * self.factor)
 
     @property
     def remark(self) -> str | None:
-        """What somebody who scaled a model has to know of its context; None where it is what the scaling reaches."""
+        """A remark on the context for who scaled a model; None where it is what the scaling reaches."""
         if self.context >= self.reached:
             return None
         return (
@@ -73,7 +73,7 @@ def context_remark(config: ConfigReader, context: int) -> str | None:
     return None if found is None else found.remark
 
 
-def scaled(config: ConfigReader, context: int) -> Scaled | None:
+def scaled(config: ConfigReader, context: int) -> RopeScaling | None:
     """Return the scaling that ``config`` declares of a model that has ``context`` tokens; None: there is none.
 
     Raises:
@@ -87,7 +87,7 @@ def scaled(config: ConfigReader, context: int) -> Scaled | None:
             original = int(holder.number(_ORIGINAL, default=float(context), minimum=1))
             name = "YaRN" if kind == "yarn" else f"Rotary scaling ({kind})"
             told = kind == "linear" or holder.has(_ORIGINAL)
-            return Scaled(name, table.number("factor", minimum=_LEAST["factor"]), original, told, context)
+            return RopeScaling(name, table.number("factor", minimum=_LEAST["factor"]), original, told, context)
     return None
 
 

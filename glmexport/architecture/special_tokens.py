@@ -16,13 +16,13 @@ class SpecialTokens:
     """Token ids of a model, each of them a row of its embedding."""
 
     begin: int | None
-    #: At least one: without an end token every answer would go on until the context is full.
+    #: The end tokens, at least one: without any, every answer would go on until the context is full.
     ends: tuple[int, ...]
     fill: int
 
     @classmethod
     def read(cls, checkpoint: Checkpoint, vocabulary: int) -> SpecialTokens:
-        """Read them, and check those of both files, also where only one of the two counts.
+        """Read the ids, and check those of both files, also where only one of the two counts.
 
         As in transformers, what ends a generation is generation_config.json's to say, if it does. A pad token that no
         file names is the first end token.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from glmexport.architecture.description import Architecture, Linear, Unused
+from glmexport.architecture.description import Architecture, Linear, UnusedTensors
 from glmexport.checkpoint.checkpoint import Checkpoint
 
 EMBEDDING, LM_HEAD = "model.embed_tokens", "lm_head"
@@ -15,7 +15,7 @@ _SLAB_ROWS = 16384
 
 @dataclass(frozen=True)
 class Tables:
-    """Which tensor is the embedding and which the lm_head.
+    """The tensors that are the embedding and the lm_head.
 
     Where config.json has ``tie_word_embeddings``, transformers (``tie_weights``) makes them one if the checkpoint
     has only one of them, whichever it is, or both with the same numbers. Two different tables stay two.
@@ -24,7 +24,7 @@ class Tables:
     #: Key prefixes.
     embedding: str
     lm_head: str
-    unused: tuple[Unused, ...] = ()
+    unused: tuple[UnusedTensors, ...] = ()
 
     @property
     def tied(self) -> bool:
@@ -50,15 +50,15 @@ class Tables:
             return cls(LM_HEAD, LM_HEAD)
         if not equal(base, embedding, lm_head):
             return apart
-        return cls(EMBEDDING, EMBEDDING, (Unused(r"lm_head\.weight", "tied to the embedding"),))
+        return cls(EMBEDDING, EMBEDDING, (UnusedTensors(r"lm_head\.weight", "tied to the embedding"),))
 
     def head(self, hidden: int, vocabulary: int) -> Linear:
-        """The lm_head as a linear."""
+        """Return the lm_head as a linear."""
         return Linear(self.lm_head, hidden, vocabulary, bias=False, tap="final", part="lm_head")
 
 
 def remark_on(architecture: Architecture, checkpoint: Checkpoint) -> str | None:
-    """What a user has to know of a flag that does not describe the checkpoint; None where it does."""
+    """Return what a user has to know of a flag that does not describe the checkpoint; None where it does."""
     if architecture.tied or not checkpoint.config.flag("tie_word_embeddings", default=False):
         return None
     return (
@@ -68,7 +68,7 @@ def remark_on(architecture: Architecture, checkpoint: Checkpoint) -> str | None:
 
 
 def equal(checkpoint: Checkpoint, key: str, other: str) -> bool:
-    """Whether two tensors of the checkpoint are the same numbers; both are read, a slab at a time.
+    """Return whether two tensors of the checkpoint are the same numbers; both are read, a slab at a time.
 
     Raises:
         CheckpointError: one of them cannot be read.

@@ -6,12 +6,12 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
-from glmexport.architecture.description import Architecture, DecoderLayer, Linear, Norm, Unused
+from glmexport.architecture.description import Architecture, DecoderLayer, Linear, Norm, UnusedTensors
 from glmexport.architecture.tables import equal
 from glmexport.checkpoint.checkpoint import Checkpoint
 
 _LAYER = re.compile(r"model\.layers\.(\d{1,9})\.(.+)")
-#: What no other layer has.
+#: Name parts of tensors that no other layer has.
 _ONLY_AHEAD = ("eh_proj.", "enorm.", "hnorm.", "shared_head.")
 _AHEAD = "predicts a token further ahead, for speculative decoding; no answer depends on it"
 
@@ -34,7 +34,7 @@ class TokenPrediction:
     projection: Linear
     layer: DecoderLayer
     final_norm: Norm
-    #: The model's own, or one that the layer stores.
+    #: Checkpoint key of the model's own embedding, or of one that the layer stores.
     embedding: str
     lm_head: Linear
     vocabulary_size: int
@@ -42,7 +42,7 @@ class TokenPrediction:
 
     @property
     def matrices(self) -> tuple[Linear, ...]:
-        """Those that belong to it alone, in the order in which data passes them, and last an embedding of its own."""
+        """The matrices that belong to it alone, in the order of the data, and last an embedding of its own."""
         own = [self.projection, *self.layer.linears]
         if self.has_own(self.lm_head.weight):
             own.append(self.lm_head)
@@ -52,11 +52,11 @@ class TokenPrediction:
         return tuple(own)
 
     def has_own(self, key: str) -> bool:
-        """Whether a tensor belongs to it alone."""
+        """Return whether a tensor belongs to it alone."""
         return key.startswith(f"{self.layer.prefix}.")
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Checkpoint key and shape of every tensor that it is computed with."""
+        """Return the checkpoint key and shape of every tensor that it is computed with."""
         table = (self.vocabulary_size, self.hidden_size)
         shapes: dict[str, tuple[int, ...]] = {self.embedding: table, self.lm_head.weight: table}
         for linear in self.matrices:
@@ -66,21 +66,21 @@ class TokenPrediction:
         return shapes | self.layer.attention.kept_shapes | self.layer.mlp.kept
 
     def own_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Those that belong to it alone."""
+        """Return the shapes of the tensors that belong to it alone."""
         return {key: shape for key, shape in self.shapes().items() if self.has_own(key)}
 
     def presented(self, checkpoint: Checkpoint) -> Checkpoint:
-        """``checkpoint`` with the layer's matrices under the keys of this description."""
+        """Return ``checkpoint`` with the layer's matrices under the keys of this description."""
         return checkpoint.stacked(self.layer.mlp.stacks, self.layer.mlp.pages)
 
 
 def mixture_at(checkpoint: Checkpoint, prefix: str) -> bool:
-    """Whether the layer whose keys start with ``prefix`` is a mixture of experts: no configuration tells it of MTP."""
+    """Return whether the layer below ``prefix`` is a mixture of experts: no configuration tells it of MTP."""
     return f"{prefix}.mlp.gate.weight" in checkpoint.tensors
 
 
 def with_token_prediction(architecture: Architecture, checkpoint: Checkpoint, layer: DecoderLayer) -> Architecture:
-    """``architecture`` with what ``num_nextn_predict_layers`` announces.
+    """Return ``architecture`` with what ``num_nextn_predict_layers`` announces.
 
     ``layer`` describes the decoder layer of the first one. Where the checkpoint does not have all of its tensors, in
     the shapes that they should have, it is unused, as further ones are: the models were trained with one. So is every
@@ -107,7 +107,7 @@ def with_token_prediction(architecture: Architecture, checkpoint: Checkpoint, la
             draft, reasons[first] = None, f"{_AHEAD}; without {wrong[0]} in its shape it is incomplete"
         else:
             del reasons[first]
-    unused = [Unused(rf"model[.]layers[.]{index}[.].+", reason) for index, reason in reasons.items()]
+    unused = [UnusedTensors(rf"model[.]layers[.]{index}[.].+", reason) for index, reason in reasons.items()]
     return replace(architecture, token_prediction=draft, unused=(*architecture.unused, *unused))
 
 
@@ -129,7 +129,7 @@ def _behind(checkpoint: Checkpoint, first: int, announced: Collection[int]) -> s
 
 
 def share_tables(architecture: Architecture, checkpoint: Checkpoint) -> Architecture:
-    """``architecture`` with the model's embedding and lm_head where its MTP layer stores the same numbers once more.
+    """Return ``architecture`` with the model's tables where its MTP layer stores the same numbers once more.
 
     Published checkpoints do so. Both are read, a slab at a time.
     """
@@ -138,7 +138,7 @@ def share_tables(architecture: Architecture, checkpoint: Checkpoint) -> Architec
         return architecture
     for key, ours in ((draft.embedding, architecture.embedding), (draft.lm_head.weight, architecture.lm_head.weight)):
         if draft.has_own(key) and equal(checkpoint, key, ours):
-            unused.append(Unused(re.escape(key), f"the same as {ours}"))
+            unused.append(UnusedTensors(re.escape(key), f"the same as {ours}"))
             if key == draft.embedding:
                 draft = replace(draft, embedding=ours)
             else:

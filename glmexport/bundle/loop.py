@@ -42,6 +42,11 @@ class OwnLoop(Definition):
     #: Name of the graph's token ids [B, S].
     input_ids: str
 
+    @property
+    def ends(self) -> frozenset[int]:
+        """The tokens that end an answer."""
+        return frozenset(self.eos_token_id)
+
 
 class LoopConfig(OwnLoop):
     """A graph for any number of sequences and positions: its names, and what a loop has to know beside it."""

@@ -15,7 +15,7 @@ from glmexport.foundation.errors import BundleError
 from glmexport.foundation.files import cache_repository, is_inside, sha256
 from glmexport.foundation.recipe import Recipe
 from glmexport.foundation.target import Target
-from glmexport.foundation.untrusted import Limits
+from glmexport.foundation.untrusted import DocumentLimits
 
 MANIFEST = "bundle.json"
 #: What validation writes into a bundle.
@@ -33,7 +33,7 @@ _FILES = re.compile(
 #: Operator whose content a provider runs as it is, compiled before by whoever made it.
 _PRECOMPILED = b"EPContext"
 #: A model of 60,000 matrices has a manifest of 3.4 million values.
-_LIMITS = Limits(size=128 << 20, values=4_000_000)
+_LIMITS = DocumentLimits(size=128 << 20, values=4_000_000)
 #: Evidence about a bundle, written after it and therefore not part of what its digest covers.
 EVIDENCE = REPORTS | RELEASE_FILES
 
@@ -155,8 +155,13 @@ class Manifest(Definition):
     largest_activation: LargestActivation | None = Field(default=None, exclude_if=lambda value: value is None)
     files: tuple[FileEntry, ...]
 
+    @property
+    def own_text(self) -> tuple[str, ...]:
+        """Fingerprints of the user's own documents that the bundle was calibrated on: no evaluation text."""
+        return self.calibration.own if self.calibration else ()
+
     def digest(self) -> str:
-        """SHA-256 over the manifest's values, and so over every file it lists."""
+        """Return the SHA-256 over the manifest's values, and so over every file it lists."""
         import hashlib
 
         return "sha256:" + hashlib.sha256(self.model_dump_json().encode()).hexdigest()

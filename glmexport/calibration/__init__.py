@@ -1,1 +1,1 @@
-"""What to calibrate on: text by language and split, packed sequences, and the Hessian of every tap."""
+"""Calibration data: text by language and split, packed sequences, and the Hessian of every tap."""

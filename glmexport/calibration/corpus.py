@@ -13,7 +13,7 @@ from typing import Any, Literal
 from glmexport.foundation.definition import Definition, read_toml
 from glmexport.foundation.errors import DefinitionError, InputError
 from glmexport.foundation.resources import shipped
-from glmexport.foundation.untrusted import Limits, parse_object, read_regular
+from glmexport.foundation.untrusted import DocumentLimits, parse_object, read_regular
 from glmexport.tokenizer.tokenizer import Tokenizer
 
 #: Language under which text of the user's counts.
@@ -22,9 +22,9 @@ Split = Literal["calibration", "evaluation"]
 
 #: Lines shorter than this recur in any two texts of a kind (headings, list markers) and show no leakage.
 _SHORTEST_TELLING_LINE = 20
-#: Of a line of a user's file: a document, or a conversation.
-_LINE_LIMITS = Limits(text=16 << 20)
-#: Of a user's file, bytes; more is not calibrated with, and would have to lie in memory.
+#: Keys of a line of a user's file: a document, or a conversation.
+_LINE_LIMITS = DocumentLimits(text=16 << 20)
+#: Bytes of a user's file; more is not calibrated with, and would have to lie in memory.
 _FILE_LIMIT = 4 << 30
 #: A BCP-47 tag; it becomes part of file names too.
 _TAG = re.compile(r"[A-Za-z]{2,8}(-[A-Za-z0-9]{1,8})*")
@@ -57,7 +57,7 @@ class Document:
 
 
 def shipped_documents(split: Split, languages: Iterable[str] | None = None) -> list[Document]:
-    """Documents of the shipped corpora, in the order of ``corpora.toml``; all languages or the named ones.
+    """Return the documents of the shipped corpora, in the order of ``corpora.toml``; all languages or the named ones.
 
     Raises:
         DefinitionError: a file does not have the digest that ``corpora.toml`` states.
@@ -85,14 +85,14 @@ def shipped_documents(split: Split, languages: Iterable[str] | None = None) -> l
 
 
 def shipped_languages() -> list[str]:
-    """Languages of the shipped evaluation text."""
+    """Return the languages of the shipped evaluation text."""
     folder = shipped("calibration") / "corpora"
     entries = read_toml(folder / "corpora.toml", _Corpora).corpus
     return sorted({entry.language for entry in entries if entry.split == "evaluation"})
 
 
 def user_documents(paths: Sequence[Path], tokenizer: Tokenizer, split: Split = "calibration") -> list[Document]:
-    """Text of the user's: ``.txt`` files, and ``.jsonl`` with ``text`` or chat ``messages`` on each line.
+    """Read text of the user's: ``.txt`` files, and ``.jsonl`` with ``text`` or chat ``messages`` on each line.
 
     For evaluation a line may name its ``language`` (BCP-47); otherwise all count as one, ``user``.
 
@@ -128,7 +128,7 @@ def user_documents(paths: Sequence[Path], tokenizer: Tokenizer, split: Split = "
 def evaluation_documents(
     paths: Sequence[Path], tokenizer: Tokenizer, calibrated: Collection[str] = ()
 ) -> list[Document]:
-    """The shipped evaluation text, and text of the user's in ``paths`` that no calibration has seen.
+    """Return the shipped evaluation text, and text of the user's in ``paths`` that no calibration has seen.
 
     Args:
         paths: as ``user_documents`` takes them.
@@ -151,7 +151,7 @@ def evaluation_documents(
 
 
 def fingerprint(document: Document) -> str:
-    """The same for documents that differ in white space and case alone."""
+    """Return a digest that is the same for documents that differ in white space and case alone."""
     return hashlib.sha256(_folded(document.text).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
@@ -193,7 +193,7 @@ def _is_message(value: object) -> bool:
 
 @dataclass(frozen=True)
 class TextOverlap:
-    """What two sets of documents have in common; zero everywhere is what is wanted."""
+    """The overlap of two sets of documents; zero everywhere is what is wanted."""
 
     shared_documents: int
     shared_lines: int

@@ -1,4 +1,4 @@
-"""Second moments of what linears read: the Hessian of a tap, and its cross moment with a difference.
+"""Second moments of the inputs of linears: the Hessian of a tap, and its cross moment with a difference.
 
 Rows are given times the square root of their weight. Weights are meant to sum to one over all of them, which keeps
 the accumulators in the range of a single outer product however much text there is.
@@ -14,7 +14,7 @@ _SLAB = 192
 
 
 class SecondMoment:
-    """Accumulates sum of d x^T, one batch at a time; ``matrix`` is [M, K] fp32."""
+    """An accumulator of the sum of d x^T, one batch at a time; ``matrix`` is [M, K] fp32."""
 
     def __init__(self, rows: int, columns: int, device: torch.device | None = None) -> None:
         self.matrix = torch.zeros(rows, columns, device=device)
@@ -25,7 +25,7 @@ class SecondMoment:
 
 
 class Hessian:
-    """Accumulates sum of x x^T, one batch at a time, at little more than half the cost of a ``SecondMoment``."""
+    """An accumulator of the sum of x x^T, one batch at a time, at little more than half a ``SecondMoment``'s cost."""
 
     def __init__(self, size: int, device: torch.device | None = None) -> None:
         self._lower = torch.zeros(size, size, device=device)
@@ -37,7 +37,7 @@ class Hessian:
             self._lower[start:stop, :stop].addmm_(inputs[:, start:stop].T, inputs[:, :stop])
 
     def matrix(self) -> Tensor:
-        """The sum so far, [K, K] fp32, symmetric to the last bit; its storage is that of the accumulator."""
+        """Return the sum so far, [K, K] fp32, symmetric to the last bit; its storage is that of the accumulator."""
         for start, stop in self._slabs:
             slab = self._lower[start:stop, :stop]
             slab[:, start:] = slab[:, start:].tril() + slab[:, start:].tril(-1).T

@@ -1,4 +1,4 @@
-"""Documents into token sequences of one length: packed without padding, every language at its quota."""
+"""Token sequences of one length made of documents: packed without padding, every language at its quota."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _CONTEXT = 4
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """``ids`` [sequences, length] int64, and the language of each sequence.
+    """The sequences ``ids`` [sequences, length] int64, and the language of each.
 
     The first ``prefix`` positions of each sequence are the tokenizer's ([gMASK]<sop>). They draw attention from
     everywhere and their activations dwarf all others, so Hessians leave them out.
@@ -42,21 +42,21 @@ class CalibrationSet:
 
     @property
     def tokens_per_language(self) -> dict[str, int]:
-        """Positions that Hessians count, by language in order of first appearance."""
+        """The positions that Hessians count, by language in order of first appearance."""
         return self._positions(~self.selection)
 
     @property
     def tokens(self) -> int:
-        """Positions that Hessians count."""
+        """The number of positions that Hessians count."""
         return sum(self.tokens_per_language.values())
 
     @property
     def selection_tokens(self) -> int:
-        """Positions held out of the Hessians."""
+        """The number of positions held out of the Hessians."""
         return sum(self._positions(self.selection).values())
 
     def weights(self) -> Tensor:
-        """Weight of every counted position of each sequence [sequences] fp32.
+        """Return the weight of every counted position of each sequence [sequences] fp32.
 
         The weights sum to one over the positions that Hessians count, and to one over those held out. Each language
         has a share proportional to the square root of its tokens: a language with little text is heard above its
@@ -73,7 +73,7 @@ class CalibrationSet:
 
     @cached_property
     def effective_tokens(self) -> float:
-        """How many equally weighted positions would be as precise as those counted (``effective_count``)."""
+        """The number of equally weighted positions that would be as precise as those counted (``effective_count``)."""
         contexts = self.contexts[~self.selection, self.prefix :]
         weights = self.weights()[~self.selection, None].expand(contexts.shape)
         return effective_count(contexts.flatten(), weights.flatten())
@@ -91,13 +91,13 @@ class CalibrationSet:
         return {language: members.count(language) * counted for language in dict.fromkeys(members)}
 
     def digest(self) -> str:
-        """SHA-256 of the token ids in order, and of which sequences are held out."""
+        """Return the SHA-256 of the token ids in order, and of which sequences are held out."""
         content = self.ids.numpy().tobytes() + self.selection.numpy().tobytes()
         return "sha256:" + hashlib.sha256(content).hexdigest()
 
 
 def effective_count(contexts: Tensor, weights: Tensor) -> float:
-    """(sum w)^2 / sum w^2 of positions with ``contexts`` [n] int64 and ``weights`` [n] (Kish 1965); 0 of none.
+    """Return (sum w)^2 / sum w^2 of positions with ``contexts`` [n] int64 and ``weights`` [n] (Kish 1965); 0 of none.
 
     Positions with the same last four tokens count once, with their mean weight: the same text again tells a Hessian
     nothing new.

@@ -18,27 +18,27 @@ from glmexport.chat.tool_calls import Call, parse
 THINK, THOUGHT = "<think>", "</think>"
 CALL, CALLED = "<tool_call>", "</tool_call>"
 _STRAY = (CALLED, "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
-#: What may be special tokens of a vocabulary and yet has to be seen here.
+#: Tags that may be special tokens of a vocabulary and yet have to be seen here.
 TAGS = frozenset({THINK, THOUGHT, CALL, *_STRAY})
 
 
 @dataclass(frozen=True)
 class Reasoning:
-    """Text between ``<think>`` and ``</think>``."""
+    """The text between ``<think>`` and ``</think>``."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Content:
-    """Text of the answer itself."""
+    """The text of the answer itself."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class CallBegin:
-    """The call ``index``, from 0, of the tool ``name``."""
+    """The beginning of the call ``index``, from 0, of the tool ``name``."""
 
     index: int
     name: str
@@ -46,7 +46,7 @@ class CallBegin:
 
 @dataclass(frozen=True)
 class CallArguments:
-    """More of the call's arguments, which together are one JSON object."""
+    """A further part of the call's arguments; all parts together are one JSON object."""
 
     index: int
     text: str
@@ -54,24 +54,24 @@ class CallArguments:
 
 @dataclass(frozen=True)
 class CallEnd:
-    """The call is whole. ``repaired``: it did not follow the grammar as it stood."""
+    """The end of a call. ``repaired``: the call did not follow the grammar as it stood."""
 
     index: int
     repaired: bool = False
 
 
 @dataclass(frozen=True)
-class Fault:
-    """What is wrong with a call, as a sentence. What is no call for it has come as text."""
+class CallFault:
+    """A fault of a call, as a sentence. Text that is no call because of it has come as ``Content``."""
 
     reason: str
 
 
-Event = Reasoning | Content | CallBegin | CallArguments | CallEnd | Fault
+Event = Reasoning | Content | CallBegin | CallArguments | CallEnd | CallFault
 
 
 class Grammar:
-    """Reads one answer.
+    """An incremental reader of one answer.
 
     Args:
         tools: what may be called, in OpenAI's form; None: tags of calls are text.
@@ -91,17 +91,17 @@ class Grammar:
         #: Whether white space is to be left out, as it is behind a tag.
         self._after_tag = bool(thinking)
         self._calls = 0
-        #: Text that is not told yet: what may be the beginning of a tag, or a call so far.
+        #: Text that is not handed out yet: what may be the beginning of a tag, or a call so far.
         self._held = ""
         self._in_call = False
 
     def feed(self, text: str) -> list[Event]:
-        """What became certain with more ``text``."""
+        """Read more ``text``, and return the events that became certain."""
         self._held += text
         return list(_merged(self._read(last=False)))
 
     def finish(self, *, cut: bool = False) -> list[Event]:
-        """The rest, behind which no text comes.
+        """End the answer, and return the remaining events.
 
         ``cut``: it ends where the model did not end it, so that a call which is not closed may lack anything.
         """
@@ -182,7 +182,7 @@ class Grammar:
         if tag in (THINK, THOUGHT):
             self._thinking, self._opening, self._after_tag = tag == THINK, False, True
             return
-        yield Fault(f"{tag} stands outside of a call.")
+        yield CallFault(f"{tag} stands outside of a call.")
         yield from self._text(tag)
 
     def _call_size(self) -> int | None:
@@ -198,21 +198,21 @@ class Grammar:
             read, repaired = parse(mended, self._tools), True
         # What had to be repaired is called only if nothing else is wrong with it.
         if not read.calls or (repaired and read.faults):
-            yield Fault(parse(segment, self._tools).faults[0].reason)
+            yield CallFault(parse(segment, self._tools).faults[0].reason)
             yield from self._text(segment)
             return
         (call,) = read.calls
         yield CallBegin(self._calls, call.name)
         yield CallArguments(self._calls, arguments_of(call))
         for fault in read.faults:
-            yield Fault(fault.reason)
+            yield CallFault(fault.reason)
         yield CallEnd(self._calls, repaired)
         self._calls += 1
         self._after_tag = True
 
 
 def arguments_of(call: Call) -> str:
-    """A call's arguments as JSON."""
+    """Return a call's arguments as JSON."""
     return json.dumps({argument.key: argument.value for argument in call.arguments}, ensure_ascii=False)
 
 
@@ -237,7 +237,7 @@ def _merged(events: Iterator[Event]) -> Iterator[Event]:
 
 
 def repair(segment: str) -> str | None:
-    """A call that was meant by a broken one, by the strict grammar; None where that would be guessing.
+    """Return the call that was meant by a broken one, by the strict grammar; None where that would be guessing.
 
     Ends that are missing are put in: of the call, of a value in front of the next key or of the call's end, of a key
     in front of its value. A call written as a JSON object with name and arguments is written out.

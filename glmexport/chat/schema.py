@@ -1,5 +1,7 @@
-"""What the argument of a call is: GLM writes strings as they are and all else as JSON, and the tool's schema tells them
-apart, as clients write schemas: types and lists of them, enum, const, anyOf, oneOf, allOf, $ref, and what is nested.
+"""Arguments of calls, read by the tool's schema. GLM writes strings as they are and all else as JSON.
+
+The schema tells them apart, as clients write schemas: types and lists of them, enum, const, anyOf, oneOf, allOf, $ref,
+and what is nested.
 
 Read are the keywords that say of which kind a value is, and what is in it. Bounds, patterns and formats are the tool's
 own to check. A text that can be read both ways is what it is in JSON: ``3`` for a number or a string is a number.
@@ -15,20 +17,22 @@ from urllib.parse import unquote
 
 Kinds = frozenset[str]
 ALL: Kinds = frozenset({"string", "integer", "number", "boolean", "object", "array", "null"})
-#: What is meant by keywords that are about values of one kind, where no type is said; it may be a string all the same.
+#: Types that are meant by keywords about values of one kind, where no type is said; a string is allowed all the same.
 _IMPLIED: Mapping[str, str] = {
     "properties": "object", "required": "object", "additionalProperties": "object", "items": "array",
     "prefixItems": "array", "minimum": "number", "maximum": "number", "exclusiveMinimum": "number",
     "exclusiveMaximum": "number", "multipleOf": "number",
 }  # fmt: skip
-#: Parts of a schema that are looked at for one call, 0.1 s; what is not through by then says nothing, and all fits it.
+#: Parts of a schema that are looked at for one call, which takes 0.1 s. What is not looked at by then fits everything.
 _STEPS = 50_000
 #: Levels of a value that are looked at, and references that are followed in a row.
 _DEPTH = 64
 
 
 class Parameters:
-    """What a tool takes, to read one call by. Of several forms, it has the arguments of all, and needs what all need.
+    """The parameters of a tool, to read one call by.
+
+    Several forms are read as one that has the arguments of all, and requires what all of them require.
 
     Attributes:
         properties: schemas of arguments by name.
@@ -45,7 +49,7 @@ class Parameters:
         self.others: Any = True if properties is None else False if others is None else others
 
     def value(self, key: str, raw: str) -> tuple[Any, str]:
-        """The value that ``raw`` stands for as the argument ``key``, and what is wrong with it, if anything.
+        """Return the value that ``raw`` stands for as the argument ``key``, and what is wrong with it, if anything.
 
         What is wrong is told as the end of a sentence; the value is then ``raw``, or of the kind that was meant.
         """

@@ -1,4 +1,4 @@
-"""GLM's grammar of tool calls, strictly: what a text calls, and everything that is wrong with it.
+"""A strict parser of GLM's grammar of tool calls: the calls of a text, and everything that is wrong with it.
 
 As the chat templates of GLM-4.5 and 4.6 write a call::
 
@@ -24,7 +24,8 @@ from glmexport.chat.schema import Parameters
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 _KEY, _KEY_END = "<arg_key>", "</arg_key>"
 _VALUE, _VALUE_END = "<arg_value>", "</arg_value>"
-_TAG = re.compile("|".join((_OPEN, _CLOSE, _KEY, _KEY_END, _VALUE, _VALUE_END)))
+#: Every tag of the grammar.
+TAG = re.compile("|".join((_OPEN, _CLOSE, _KEY, _KEY_END, _VALUE, _VALUE_END)))
 
 
 class _Tag(NamedTuple):
@@ -48,7 +49,7 @@ class Argument:
 
 @dataclass(frozen=True)
 class Call:
-    """A call that follows the grammar, with its arguments in order; ``offset`` of its first character."""
+    """A call that follows the grammar, with its arguments in order; ``offset`` is that of its first character."""
 
     name: str
     arguments: tuple[Argument, ...]
@@ -57,7 +58,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong, as a sentence, at the character ``offset``."""
+    """A fault, as a sentence, at the character ``offset``."""
 
     offset: int
     reason: str
@@ -65,7 +66,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Parsed:
-    """Calls that follow the grammar, the text outside of calls, and the faults by offset.
+    """The calls that follow the grammar, the text outside of calls, and the faults by offset.
 
     A call with a fault of grammar is not among ``calls``. One that gives a key twice is, with the first value; so is
     one whose name or arguments are not the tools'.
@@ -84,7 +85,7 @@ def parse(text: str, tools: Sequence[Mapping[str, Any]] | None = None) -> Parsed
         tools: the tools' declarations in OpenAI's form (``{"type": "function", "function": {...}}``, or what is in
             it). With them names, missing and unknown arguments and the types of values are checked too.
     """
-    tags = [_Tag(match.group(), match.start(), match.end()) for match in _TAG.finditer(text)]
+    tags = [_Tag(match.group(), match.start(), match.end()) for match in TAG.finditer(text)]
     schemas = None if tools is None else _schemas(tools)
     calls: list[Call] = []
     outside: list[str] = []

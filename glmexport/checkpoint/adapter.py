@@ -84,19 +84,19 @@ class Adapter:
 
     @property
     def entries(self) -> list[TensorEntry]:
-        """Where all its tensors are."""
+        """The places of all its tensors in its files."""
         return [*self.replaced.values(), *(entry for update in self.updates.values() for entry in update.entries)]
 
     @property
     def summary(self) -> str:
-        """What it does, in a line."""
+        """A line that says what the adapter does."""
         ranks = sorted({update.rank for update in self.updates.values()})
         kind = "DoRA" if self.config.dora else "rsLoRA" if self.config.rank_stabilized else "LoRA"
         rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}" if ranks else "no rank"
         return f"{kind} of {rank}; updated matrices: {len(self.updates)}, replaced tensors: {len(self.replaced)}"
 
     def digest(self, progress: Progress | None = None) -> str:
-        """``sha256:`` and the digest of what the adapter says: its weights and adapter_config.json.
+        """Return ``sha256:`` and the digest of the adapter's content: its weights and adapter_config.json.
 
         Raises:
             CheckpointError: a file vanished.

@@ -1,4 +1,4 @@
-"""adapter_config.json as PEFT writes it: what the tensors of a LoRA adapter mean.
+"""A reader of PEFT's adapter_config.json, which says what the tensors of a LoRA adapter mean.
 
 Only what is needed to merge is read. A setting that is neither read here nor known to leave the arithmetic alone must
 be off, so that an adapter of a kind that this program does not know is refused and not merged wrongly.
@@ -42,7 +42,7 @@ _READ = frozenset(
         "use_rslora",
     }
 )
-#: They steer training, initialisation or loading. What they led to is in the tensors.
+#: Settings that steer training, initialisation or loading. What they led to is in the tensors.
 _NEUTRAL = frozenset(
     {
         "auto_mapping",
@@ -61,7 +61,8 @@ _NEUTRAL = frozenset(
         "task_type",
     }
 )
-#: The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) also change the base weights, which the adapter does not hold.
+#: Initialisations that change no base weight. The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) do, and the adapter does
+#: not hold those weights.
 _BASE_KEPT = frozenset({"none", "true", "false", "gaussian", "eva", "orthogonal", "mica"})
 _OFF: tuple[object, ...] = (None, False, "", [], {})
 _ALL_LINEAR = "all-linear"
@@ -77,14 +78,14 @@ class AdapterConfig:
     alpha: float
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
-    #: rsLoRA: the scale is alpha / sqrt(rank).
+    #: Whether the adapter is an rsLoRA, whose scale is alpha / sqrt(rank).
     rank_stabilized: bool
-    #: DoRA: every matrix has a magnitude for each of its outputs.
+    #: Whether the adapter is a DoRA: every matrix has a magnitude for each of its outputs.
     dora: bool
     fan_in_fan_out: bool
-    #: Which biases were trained: none, all, or lora_only, those of the modules with a low-rank update.
+    #: Biases that were trained: none, all, or lora_only, those of the modules with a low-rank update.
     bias: str
-    #: A regular expression or names; None where the file does not tell.
+    #: A regular expression or names; None where the file has none.
     target_modules: str | tuple[str, ...] | None
     exclude_modules: str | tuple[str, ...]
     #: Indices of the only layers that ``target_modules``, if they are names, stand for; empty for all.
@@ -92,7 +93,7 @@ class AdapterConfig:
     layers_pattern: tuple[str, ...]
     #: Modules that were trained whole.
     modules_to_save: tuple[str, ...]
-    #: What the base model was called.
+    #: The name that the base model had.
     base: str | None
 
     @classmethod
@@ -141,11 +142,11 @@ class AdapterConfig:
         return found
 
     def rank_of(self, module: str) -> int:
-        """Rank of the update of ``module``."""
+        """Return the rank of the update of ``module``."""
         return self.rank_pattern.get(_first_match(self.rank_pattern, module) or "", self.rank)
 
     def scale_of(self, module: str) -> float:
-        """What B A of ``module`` is multiplied with.
+        """Return the factor that B A of ``module`` is multiplied by.
 
         It is alpha / rank (LoRA, arXiv 2106.09685, section 4.1), or alpha / sqrt(rank) (rsLoRA, arXiv 2312.03732).
         """
@@ -154,7 +155,7 @@ class AdapterConfig:
         return alpha / math.sqrt(rank) if self.rank_stabilized else alpha / rank
 
     def targets(self, module: str) -> bool:
-        """Whether PEFT gives ``module``, which has a matrix, a low-rank update. Its own rules, in its own order."""
+        """Return whether PEFT gives the matrix of ``module`` a low-rank update, by its own rules in its own order."""
         if _named(self.exclude_modules, module) or any(
             re.match(rf"(^|.*\.){name}($|\..*)", module) for name in self.modules_to_save
         ):

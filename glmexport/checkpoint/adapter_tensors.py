@@ -1,4 +1,4 @@
-"""Which tensor of an adapter goes where. Every one has exactly one place in the base, or is refused by its name.
+"""The place of every tensor of an adapter. Each has exactly one place in the base, or is refused by its name.
 
 The names in an adapter's file, where MODULE and TENSOR are names in the base:
 

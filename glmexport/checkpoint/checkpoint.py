@@ -20,7 +20,7 @@ from glmexport.checkpoint.header import TensorEntry
 from glmexport.checkpoint.index import read_index
 from glmexport.checkpoint.layouts import refuse_gguf, refuse_layouts
 from glmexport.checkpoint.packed import Codes, PackedMatrix, find_matrices
-from glmexport.checkpoint.parts import BlockScaled, Page, block_scaled, block_size
+from glmexport.checkpoint.parts import BlockScaled, StackedMatrix, block_scaled, block_size
 from glmexport.checkpoint.shards import Shards, is_finite
 from glmexport.checkpoint.snapshot import Snapshot
 from glmexport.checkpoint.source import DEMO, refuse_hazards, resolve
@@ -142,7 +142,7 @@ class Checkpoint:
     def stacked(
         self, stacks: Mapping[str, Sequence[str]], pages: Mapping[str, tuple[str, int]] | None = None
     ) -> Checkpoint:
-        """The same checkpoint with matrices in place of the ones that hold their rows, and of stacks of matrices.
+        """Return the checkpoint with matrices in place of the ones that hold their rows, and of stacks of matrices.
 
         Args:
             stacks: Name of a matrix, and the names of those whose rows are its rows, in order. Where the
@@ -162,7 +162,7 @@ class Checkpoint:
             entry = self.tensors.get(whole)
             if name not in self.tensors and entry is not None and len(entry.shape) == 3 and index < entry.shape[0]:
                 plain.pop(whole, None)
-                derived[name] = DerivedMatrix(name, (Page(entry, index),))
+                derived[name] = DerivedMatrix(name, (StackedMatrix(entry, index),))
         return Checkpoint(
             self.path,
             self.name,
@@ -176,19 +176,19 @@ class Checkpoint:
         )
 
     def folded(self, folds: Mapping[str, Fold]) -> Checkpoint:
-        """The same checkpoint with scales moved between its tensors, by name; its digest stays that of the files."""
+        """Return the checkpoint with scales moved between its tensors, by name; its digest stays that of the files."""
         changed = copy.copy(self)
         changed.folds = MappingProxyType(dict(folds))
         return changed
 
     def configured(self, config: ConfigReader) -> Checkpoint:
-        """The same checkpoint whose ``config`` is another reading of the same file."""
+        """Return the checkpoint with ``config``, another reading of the same file."""
         changed = copy.copy(self)
         changed.config = config
         return changed
 
     def without_adapter(self) -> Checkpoint:
-        """The same checkpoint as its own files have it, or itself where nothing is merged into it."""
+        """Return the checkpoint as its own files have it, or itself where nothing is merged into it."""
         if self.adapter is None:
             return self
         return Checkpoint(
@@ -209,12 +209,12 @@ class Checkpoint:
 
     @property
     def changed(self) -> frozenset[str]:
-        """Names of the tensors that are not as the checkpoint's own files have them."""
+        """The names of the tensors that are not as the checkpoint's own files have them."""
         return frozenset() if self.adapter is None else frozenset({*self.adapter.replaced, *self.adapter.updates})
 
     @property
     def derived(self) -> frozenset[str]:
-        """Names of the matrices that no single tensor of the files holds."""
+        """The names of the matrices that no single tensor of the files holds."""
         return frozenset(self._derived)
 
     @property
@@ -225,16 +225,16 @@ class Checkpoint:
 
     @property
     def parameters(self) -> int:
-        """Number of elements of all tensors."""
+        """The number of elements of all tensors."""
         return sum(entry.elements for entry in self.tensors.values())
 
     @property
     def bytes(self) -> int:
-        """Size of all tensors as stored."""
+        """The size of all tensors as stored."""
         return sum(entry.bytes for entry in self.tensors.values())
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor.
+        """Return the shape of a tensor.
 
         Raises:
             CheckpointError: there is none of that name.
@@ -242,7 +242,7 @@ class Checkpoint:
         return self._entry(name).shape
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """A whole tensor, converted, in memory of its own: nothing of the file stays mapped.
+        """Read a whole tensor, converted, in memory of its own: nothing of the file stays mapped.
 
         Args:
             name: Its name in the checkpoint.
@@ -263,7 +263,7 @@ class Checkpoint:
         return self._folded(name, self._read(entry, name, dtype, None))
 
     def rows(self, name: str, start: int, stop: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Rows ``[start, stop)`` of the first axis, read without the others; otherwise as ``read``.
+        """Read rows ``[start, stop)`` of the first axis without the others; otherwise as ``read``.
 
         Returns:
             Contiguous, of shape ``(stop - start, *shape[1:])``.
@@ -281,7 +281,7 @@ class Checkpoint:
         return self._folded(name, self._read(entry, name, dtype, slice(start, stop)), start)
 
     def codes(self, name: str, start: int, stop: int) -> Codes:
-        """Rows ``[start, stop)`` of a matrix of ``quantized``, as its format stores them.
+        """Read rows ``[start, stop)`` of a matrix of ``quantized``, as its format stores them.
 
         Raises:
             CheckpointError: the stored values cannot be used, or the file changed since it was opened.
@@ -297,7 +297,7 @@ class Checkpoint:
         return Codes(*(torch.cat([getattr(rows, field) for rows in decoded]) for field in vars(decoded[0])))
 
     def digest(self, progress: Progress | None = None) -> str:
-        """``sha256:`` and the digest of what the checkpoint says, whatever directory it lies in.
+        """Return ``sha256:`` and the digest of the checkpoint's content, whatever directory it lies in.
 
         It is the SHA-256 of one line ``NAME\\tBYTES\\tSHA256\\n`` a file, in order of name: the shards,
         ``config.json``, ``generation_config.json``, the tokenizer's files and the chat templates. Files are
@@ -358,7 +358,7 @@ class Checkpoint:
             if isinstance(part, PackedMatrix):
                 self._shards.refuse_changed(*part.entries)
                 slab = part.dequantize(begin, end)
-            elif isinstance(part, Page | BlockScaled):
+            elif isinstance(part, StackedMatrix | BlockScaled):
                 slab = part.read(self._shards, begin, end)
             else:
                 slab = self._read(part, part.name, dtype, slice(begin, end))

@@ -52,13 +52,13 @@ class ConfigReader:
         return self._values
 
     def has(self, key: str) -> bool:
-        """Whether ``key`` is present with a value other than ``null``."""
+        """Return whether ``key`` is present with a value other than ``null``."""
         return self._values.get(key) is not None
 
     def integer(
         self, key: str, default: int | None = None, minimum: int | None = None, maximum: int | None = None
     ) -> int:
-        """A whole number from ``minimum`` to ``maximum``; 3.0 and true are none.
+        """Return a whole number from ``minimum`` to ``maximum``; 3.0 and true are none.
 
         Without a ``maximum`` the size of the number is at most ``LARGEST``: none is without bounds.
         """
@@ -70,7 +70,7 @@ class ConfigReader:
         return cast(int, value)
 
     def optional_integer(self, key: str, minimum: int | None = None, maximum: int | None = None) -> int | None:
-        """A whole number as ``integer`` reads it, or None where the key is absent or ``null``."""
+        """Return a whole number as ``integer`` reads it, or None where the key is absent or ``null``."""
         return self.integer(key, minimum=minimum, maximum=maximum) if self.has(key) else None
 
     def integers(
@@ -80,7 +80,7 @@ class ConfigReader:
         minimum: int | None = None,
         maximum: int | None = None,
     ) -> tuple[int, ...]:
-        """Whole numbers as ``integer`` reads them: a list, or a single one, which is taken as a list of one."""
+        """Return whole numbers as ``integer`` reads them: a list, or a single one, which is taken as a list of one."""
         accepted = _integers_accepted("an integer or a list of integers", minimum, maximum)
         value = self._found(key, default, accepted)
         items = list(value) if isinstance(value, list | tuple) else [value]
@@ -89,7 +89,7 @@ class ConfigReader:
         return tuple(cast(list[int], items))
 
     def number(self, key: str, default: float | None = None, minimum: float | None = None) -> float:
-        """A finite number, at least ``minimum`` where one is given."""
+        """Return a finite number, at least ``minimum`` where one is given."""
         accepted = "a finite number" + ("" if minimum is None else f" of at least {minimum:g}")
         value = self._found(key, default, accepted)
         if isinstance(value, bool) or not isinstance(value, int | float):
@@ -103,21 +103,21 @@ class ConfigReader:
         return number
 
     def text(self, key: str, default: str | None = None) -> str:
-        """A text."""
+        """Return a text."""
         value = self._found(key, default, "a text")
         if not isinstance(value, str):
             raise self._refused(key, value, "a text")
         return value
 
     def flag(self, key: str, default: bool | None = None) -> bool:
-        """True or false; 0 and 1 are neither."""
+        """Return true or false; 0 and 1 are neither."""
         value = self._found(key, default, "true or false")
         if not isinstance(value, bool):
             raise self._refused(key, value, "true or false")
         return value
 
     def choice(self, key: str, supported: Iterable[str], default: str | None = None) -> str:
-        """One of the ``supported`` texts."""
+        """Return one of the ``supported`` texts."""
         known = tuple(supported)
         accepted = f"one of {', '.join(known)}"
         value = self._found(key, default, accepted)
@@ -126,14 +126,14 @@ class ConfigReader:
         return value
 
     def texts(self, key: str, default: tuple[str, ...] | None = None) -> tuple[str, ...]:
-        """A list of texts."""
+        """Return a list of texts."""
         value = self._found(key, default, "a list of texts")
         if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
             raise self._refused(key, value, "a list of texts")
         return tuple(value)
 
     def section(self, key: str) -> ConfigReader:
-        """The table under ``key``."""
+        """Return the table under ``key``."""
         value = self._found(key, None, "a table")
         if not isinstance(value, dict):
             raise self._refused(key, value, "a table")

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from glmexport.checkpoint.gptq import GptqFormat
 from glmexport.checkpoint.header import TensorEntry
 from glmexport.checkpoint.packed import PackedMatrix
-from glmexport.checkpoint.parts import BlockScaled, Page
+from glmexport.checkpoint.parts import BlockScaled, StackedMatrix
 from glmexport.foundation.errors import CheckpointError
 
 GPTQ = "GPTQ"
 _SLAB_WEIGHTS = 1 << 24
 
-#: What rows can be read from.
-Part = TensorEntry | PackedMatrix | Page | BlockScaled
+#: A source that rows can be read from.
+Part = TensorEntry | PackedMatrix | StackedMatrix | BlockScaled
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class DerivedMatrix:
 
     @property
     def entry(self) -> TensorEntry:
-        """How the checkpoint lists it: its shape as a weight, its bytes as stored."""
+        """The entry by which the checkpoint lists it: its shape as a weight, its bytes as stored."""
         first = self.parts[0]
         dtype = GPTQ if isinstance(first, PackedMatrix) else first.dtype
         columns = first.shape[1] if isinstance(first, TensorEntry) else first.columns
@@ -48,7 +48,7 @@ class DerivedMatrix:
         return TensorEntry(self.name, dtype, (rows, columns), 0, size, self.stored[0].path)
 
     def slabs(self, start: int, stop: int) -> Iterator[tuple[Part, int, int]]:
-        """Rows [start, stop) as pieces of parts, (part, first row, end row), each small enough to decode at once."""
+        """Yield rows [start, stop) as pieces of parts, (part, first row, end row), small enough to decode at once."""
         height = max(1, _SLAB_WEIGHTS // max(1, self.entry.shape[1]))
         first = 0
         for part in self.parts:
@@ -59,18 +59,18 @@ class DerivedMatrix:
 
 
 def packed_weights(matrices: Mapping[str, PackedMatrix]) -> dict[str, DerivedMatrix]:
-    """Each quantized matrix under the name that its weight has in full precision."""
+    """Return each quantized matrix under the name that its weight has in full precision."""
     weights = (DerivedMatrix(f"{module}.weight", (matrix,)) for module, matrix in matrices.items())
     return {weight.name: weight for weight in weights}
 
 
 def scaled_weights(matrices: Mapping[str, BlockScaled]) -> dict[str, DerivedMatrix]:
-    """Each fp8 matrix under the name of its weight."""
+    """Return each fp8 matrix under the name of its weight."""
     return {name: DerivedMatrix(name, (matrix,)) for name, matrix in matrices.items()}
 
 
 def stack(name: str, parts: Sequence[TensorEntry | DerivedMatrix]) -> DerivedMatrix:
-    """One matrix of the rows of several.
+    """Return one matrix of the rows of several.
 
     Raises:
         CheckpointError: they differ in width or in how they are stored.

@@ -27,7 +27,7 @@ class Fold:
         return self._multiply(values, start, 1)
 
     def undo(self, values: torch.Tensor) -> torch.Tensor:
-        """The inverse of ``apply``, on a whole tensor."""
+        """Return the inverse of ``apply``, on a whole tensor."""
         return self._multiply(values, 0, -1)
 
     def _multiply(self, values: torch.Tensor, start: int, sign: int) -> torch.Tensor:
@@ -40,13 +40,13 @@ class Fold:
 
 
 def as_tensors(folds: Mapping[str, Fold]) -> dict[str, torch.Tensor]:
-    """Folds by the name of their tensor, as tensors that can be stored."""
+    """Return folds, given by the name of their tensor, as tensors that can be stored."""
     parts = {f"{key}.{_ROWS}": fold.rows for key, fold in folds.items()}
     parts |= {f"{key}.{_COLUMNS}": fold.columns for key, fold in folds.items()}
     return {name: part.contiguous() for name, part in parts.items() if part is not None}
 
 
 def from_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, Fold]:
-    """The inverse of ``as_tensors``."""
+    """Return the inverse of ``as_tensors``."""
     keys = {name.rpartition(".")[0] for name in tensors}
     return {key: Fold(tensors.get(f"{key}.{_ROWS}"), tensors.get(f"{key}.{_COLUMNS}")) for key in sorted(keys)}

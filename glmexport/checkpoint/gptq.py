@@ -1,4 +1,4 @@
-"""What a checkpoint says of its GPTQ quantization: ``quantization_config`` in config.json, or quantize_config.json.
+"""The GPTQ quantization that a checkpoint declares: ``quantization_config`` in config.json, or quantize_config.json.
 
 The format is that of auto-gptq and of its successor GPTQModel, which optimum and transformers read too. Version 1
 (``checkpoint_format`` "gptq") stores every zero point minus one, version 2 ("gptq_v2") as it is.
@@ -24,13 +24,13 @@ _BITS = (4, 8)
 #: Scales of wider groups are repeated for several groups of this many weights, which changes no product.
 _SPLIT = 128
 _GROUP_SIZES = (16, 32, 64, 128, 256)
-#: What is added to the zero points that each version stores.
+#: The number that is added to the zero points that each version stores.
 VERSIONS = {"gptq": 1, "gptq_v2": 0}
 
 
 @dataclass(frozen=True)
 class GptqFormat:
-    """How one matrix is stored."""
+    """The format that one matrix is stored in."""
 
     bits: int
     #: Weights that share a scale; -1: all of a row.
@@ -45,13 +45,13 @@ class GptqFormat:
 
     @property
     def label(self) -> str:
-        """Short name, for example ``w4g128-sym``; ``w4row`` where a row has one scale."""
+        """The short name, for example ``w4g128-sym``; ``w4row`` where a row has one scale."""
         group = "row" if self.group_size == -1 else f"g{self.group_size}"
         return f"w{self.bits}{group}{'-sym' if self.symmetric else ''}"
 
 
 @dataclass(frozen=True)
-class Override:
+class FormatOverride:
     """An entry of ``dynamic``: module names that ``pattern`` matches have ``form``; None: not quantized."""
 
     pattern: re.Pattern[str]
@@ -63,26 +63,26 @@ class GptqSettings:
     """The whole checkpoint's quantization, and the exceptions from it."""
 
     form: GptqFormat
-    #: What is added to stored zero points; None where the configuration does not tell the version.
+    #: The number that is added to stored zero points; None where the configuration does not give the version.
     zero_point_offset: int | None
-    overrides: tuple[Override, ...]
-    #: The file, for messages.
+    overrides: tuple[FormatOverride, ...]
+    #: Name of the file, for messages.
     where: str
 
     def of(self, module: str) -> GptqFormat | None:
-        """The format of ``module``; None if it is left out. The first override that matches decides."""
+        """Return the format of ``module``; None if it is left out. The first override that matches decides."""
         for override in self.overrides:
             if override.pattern.match(module):
                 return override.form
         return self.form
 
     def with_offset(self, offset: int | None) -> GptqSettings:
-        """The same, of the version that adds ``offset`` to stored zero points."""
+        """Return the settings of the version that adds ``offset`` to stored zero points."""
         return replace(self, zero_point_offset=offset)
 
 
 def read_settings(directory: Path, config: ConfigReader) -> GptqSettings | None:
-    """The quantization that the checkpoint in ``directory`` declares; None for a full-precision one.
+    """Return the quantization that the checkpoint in ``directory`` declares; None for a full-precision one.
 
     Raises:
         CheckpointError: a format that has no exact counterpart here, or two files that
@@ -118,7 +118,7 @@ def _settings(table: ConfigReader) -> GptqSettings:
     return GptqSettings(form, _zero_point_offset(table), tuple(overrides), table.where)
 
 
-def _override(dynamic: ConfigReader, pattern: str, form: GptqFormat) -> Override:
+def _override(dynamic: ConfigReader, pattern: str, form: GptqFormat) -> FormatOverride:
     excluded = pattern.startswith("-:")
     try:
         compiled = re.compile(pattern[2:] if pattern.startswith(("-:", "+:")) else pattern)
@@ -126,7 +126,7 @@ def _override(dynamic: ConfigReader, pattern: str, form: GptqFormat) -> Override
         raise CheckpointError(
             f"{dynamic.where}: {pattern!r} is no regular expression: {error}.", next_step="Correct the file."
         ) from error
-    return Override(compiled, None if excluded else _form(dynamic.section(pattern), form))
+    return FormatOverride(compiled, None if excluded else _form(dynamic.section(pattern), form))
 
 
 def _form(table: ConfigReader, base: GptqFormat | None) -> GptqFormat:

@@ -14,10 +14,10 @@ from typing import cast
 
 from glmexport.foundation.errors import CheckpointError
 from glmexport.foundation.files import unreadable
-from glmexport.foundation.untrusted import Limits, open_regular, parse_object
+from glmexport.foundation.untrusted import DocumentLimits, open_regular, parse_object
 
-#: Of one header. A model of 120,000 tensors in one file has a header of 15 MB; the format itself allows 100 MB.
-HEADER_LIMITS = Limits(size=32 << 20, depth=3, values=2_000_000, items=1 << 16, keys=200_000)
+#: Bytes of one header. A model of 120,000 tensors in one file has a header of 15 MB; the format itself allows 100 MB.
+HEADER_LIMITS = DocumentLimits(size=32 << 20, depth=3, values=2_000_000, items=1 << 16, keys=200_000)
 _RANK_LIMIT = 64
 _DIMENSION_LIMIT = 2**63
 
@@ -54,7 +54,7 @@ _AGAIN = "Download the shard again, or copy it again from where it is complete."
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor lies: ``[begin, end)`` in bytes from the start of the data of ``path``."""
+    """The place of one tensor: ``[begin, end)`` in bytes from the start of the data of ``path``."""
 
     name: str
     dtype: str
@@ -75,7 +75,7 @@ class TensorEntry:
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
-    """The tensors of one safetensors file, in the order of their data.
+    """Return the tensors of one safetensors file, in the order of their data.
 
     Every dtype of the format is accepted here, so that a message can name it; whether it can be used as a
     weight is decided when it is read.

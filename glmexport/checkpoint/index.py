@@ -1,4 +1,4 @@
-"""Which tensors a checkpoint has and in which shard: shards, headers and index checked with each other."""
+"""The tensors of a checkpoint and their shards: shards, headers and index checked with each other."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<total>\d+)\.safeten
 _AGAIN = "Download the checkpoint again; files already complete are kept."
 
 
-class Stored(NamedTuple):
-    """What the files hold, and what the index names beside it."""
+class StoredTensors(NamedTuple):
+    """The tensors that the files hold, and the names that only the index has."""
 
     #: Every tensor by name, in order of shard and of its data there.
     tensors: dict[str, TensorEntry]
@@ -27,8 +27,8 @@ class Stored(NamedTuple):
     absent: frozenset[str]
 
 
-def read_index(directory: Path, progress: Progress | None = None) -> Stored:
-    """Every tensor of the checkpoint.
+def read_index(directory: Path, progress: Progress | None = None) -> StoredTensors:
+    """Return every tensor of the checkpoint.
 
     The weights are those of the shards that ``model.safetensors.index.json`` names; without it
     ``model.safetensors``; without that every ``*.safetensors``. As in transformers the shards themselves tell which
@@ -68,7 +68,7 @@ def read_index(directory: Path, progress: Progress | None = None) -> Stored:
     aside = [name for name in present if name not in names]
     if aside and progress is not None:
         progress.remark(f"Ignored in {directory}: {', '.join(aside)}; the checkpoint's weights are elsewhere.")
-    return Stored(tensors, absent)
+    return StoredTensors(tensors, absent)
 
 
 def _weight_map(path: Path) -> dict[str, str]:

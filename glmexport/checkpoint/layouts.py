@@ -1,4 +1,4 @@
-"""What a quantized checkpoint was quantized by, from its configuration and its tensors; and what can be done about it.
+"""The quantization of a checkpoint, recognised from its configuration and tensors; and advice where it is not read.
 
 Two layouts are read here, GPTQ and fp8 with a factor a block. All others are named, so that nobody takes one for
 another: the same keys mean other arithmetic in each.
@@ -63,7 +63,7 @@ _KEYS = {
     "weight_block_size": FP8,
     "nbits": "HQQ",
 }
-#: Parts of tensors that only one library writes, by the end of their names.
+#: Ends of the names of tensors that only one library writes.
 _ENDS = {
     ".weight.absmax": _BITSANDBYTES,
     ".weight.quant_map": _BITSANDBYTES,
@@ -92,7 +92,7 @@ class _Declared:
 
     layout: str
     table: ConfigReader
-    #: What a person can take away.
+    #: The part that a person can take away.
     removable: str
     #: Whether nobody reads it unless the weights need it.
     ignored: bool

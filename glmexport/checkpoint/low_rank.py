@@ -19,7 +19,9 @@ _SLAB_ROWS = 4 * _BLOCK_ROWS
 
 @dataclass(frozen=True)
 class LowRank:
-    """W + scale * B A of one matrix, and with a magnitude m each output's weights scaled to that length.
+    """The low-rank update W + scale * B A of one matrix.
+
+    With a magnitude m, each output's weights are scaled to that length.
 
     LoRA, arXiv 2106.09685, section 4.1: W' = W + scale * B A.
     DoRA, arXiv 2402.09353, equation 5: W' = m * V / ||V|| with V = W + scale * B A; the norm is taken over what one
@@ -45,17 +47,17 @@ class LowRank:
 
     @property
     def rank(self) -> int:
-        """Rank of B A."""
+        """The rank of B A."""
         return self.a.shape[0]
 
     def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """The shapes that ``entries`` must have for this base and the rank of A."""
+        """Return the shapes that ``entries`` must have for this base and the rank of A."""
         rows, columns = self.base.shape
         inputs, outputs = (rows, columns) if self.embedding else (columns, rows)
         return ((self.rank, inputs), (outputs, self.rank), (outputs,))[: len(self.entries)]
 
     def rows(self, shards: Shards, start: int, stop: int) -> torch.Tensor:
-        """Rows ``[start, stop)`` of the merged matrix; values that overflowed are left in it.
+        """Return rows ``[start, stop)`` of the merged matrix; values that overflowed are left in it.
 
         Args:
             shards: What the base and the adapter are read from.

@@ -47,7 +47,7 @@ class PackedMatrix:
 
     module: str
     form: GptqFormat
-    #: What is added to stored zero points.
+    #: The number that is added to stored zero points.
     offset: int
     rows: int
     columns: int
@@ -63,11 +63,11 @@ class PackedMatrix:
 
     @property
     def span(self) -> int:
-        """Inputs that share a stored scale."""
+        """The number of inputs that share a stored scale."""
         return self.columns if self.form.group_size == -1 else self.form.group_size
 
     def decode(self, start: int, stop: int) -> Codes:
-        """Rows [start, stop), with the scales of wide groups repeated for groups of ``form.exact.group_size``.
+        """Return rows [start, stop), with the scales of wide groups repeated for groups of ``form.exact.group_size``.
 
         Raises:
             CheckpointError: a scale is not finite, or the format is symmetric and a zero point is not its middle.
@@ -95,7 +95,7 @@ class PackedMatrix:
         )
 
     def zero_points(self, start: int, stop: int) -> Tensor:
-        """[G, stop - start] uint8 of the stored groups; raises as ``decode`` does."""
+        """Return the zero points [G, stop - start] uint8 of the stored groups; raises as ``decode`` does."""
         zero_points = self._zero_points(start, stop, self.offset)
         middle = 2 ** (self.form.bits - 1)
         if self.form.symmetric and not bool((zero_points == middle).all()):
@@ -115,14 +115,14 @@ class PackedMatrix:
         return zero_points
 
     def told_offset(self) -> int | None:
-        """What must be added to the stored zero points for all to be the middle; None if they do not tell."""
+        """Return the number to add to the stored zero points for all to be the middle; None if they do not tell."""
         for offset in (0, 1):
             if bool((self._zero_points(0, self.rows, offset) == 2 ** (self.form.bits - 1)).all()):
                 return offset
         return None
 
     def dequantize(self, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) as fp32, exactly: the product of an integer and an fp16 value needs 19 bits at most."""
+        """Return rows [start, stop) as fp32, exactly: an integer times an fp16 value needs 19 bits at most."""
         decoded = self.decode(start, stop)
         size = self.form.exact.group_size
 
@@ -165,7 +165,7 @@ class PackedMatrix:
 
 
 def read_entry(entry: TensorEntry, columns: slice | None = None) -> Tensor:
-    """A stored tensor, or some of its columns, in its own dtype and in memory of its own."""
+    """Return a stored tensor, or some of its columns, in its own dtype and in memory of its own."""
     from safetensors import safe_open
 
     with reading(entry), safe_open(entry.path, framework="pt", device="cpu") as shard:
@@ -177,7 +177,7 @@ def read_entry(entry: TensorEntry, columns: slice | None = None) -> Tensor:
 def find_matrices(
     tensors: Mapping[str, TensorEntry], settings: GptqSettings | None, directory: Path
 ) -> dict[str, PackedMatrix]:
-    """Every quantized matrix by the name of its module, checked as far as no data of weights is needed for it.
+    """Return every quantized matrix by the name of its module, checked as far as no data of weights is needed for it.
 
     Args:
         tensors: all tensors of the checkpoint.

@@ -1,4 +1,4 @@
-"""Matrices that a file holds in another shape or precision than that of a weight: one of a stack, or scaled fp8 blocks.
+"""Matrices that a file holds in another shape or precision than a weight's: one of a stack, or scaled fp8 blocks.
 
 fp8 checkpoints hold a linear as ``weight`` F8_E4M3 [N, K] and ``weight_scale_inv`` [ceil(N / n), ceil(K / k)], one
 factor a block of n x k weights: the weight is the product of the two (transformers, FineGrainedFP8Config).
@@ -25,7 +25,7 @@ _FP8 = "F8_E4M3"
 
 
 @dataclass(frozen=True)
-class Page:
+class StackedMatrix:
     """Matrix ``index`` of the tensor ``stack`` [count, rows, columns]."""
 
     stack: TensorEntry
@@ -38,26 +38,26 @@ class Page:
 
     @property
     def dtype(self) -> str:
-        """As stored."""
+        """The dtype as stored."""
         return self.stack.dtype
 
     @property
     def rows(self) -> int:
-        """Of the matrix."""
+        """The rows of the matrix."""
         return self.stack.shape[1]
 
     @property
     def columns(self) -> int:
-        """Of the matrix."""
+        """The columns of the matrix."""
         return self.stack.shape[2]
 
     @property
     def bytes(self) -> int:
-        """Of this matrix in the file."""
+        """The bytes of this matrix in the file."""
         return self.stack.bytes // self.stack.shape[0]
 
     def read(self, shards: Shards, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) fp32; raises as ``Shards.read`` does."""
+        """Return rows [start, stop) fp32; raises as ``Shards.read`` does."""
         return shards.read(self.stack, None, slice(self.index, self.index + 1), slice(start, stop))[0]
 
 
@@ -76,26 +76,26 @@ class BlockScaled:
 
     @property
     def dtype(self) -> str:
-        """As stored."""
+        """The dtype as stored."""
         return self.weight.dtype
 
     @property
     def rows(self) -> int:
-        """Of the matrix."""
+        """The rows of the matrix."""
         return self.weight.shape[0]
 
     @property
     def columns(self) -> int:
-        """Of the matrix."""
+        """The columns of the matrix."""
         return self.weight.shape[1]
 
     @property
     def bytes(self) -> int:
-        """Of both tensors in their files."""
+        """The bytes of both tensors in their files."""
         return sum(entry.bytes for entry in self.entries)
 
     def read(self, shards: Shards, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) fp32; raises as ``Shards.read`` does."""
+        """Return rows [start, stop) fp32; raises as ``Shards.read`` does."""
         height, width = self.block
         values = shards.read(self.weight, None, slice(start, stop), accepted=(_FP8,))
         first, last = start // height, -(-stop // height)
@@ -105,7 +105,7 @@ class BlockScaled:
 
 
 def block_size(config: ConfigReader) -> tuple[int, int] | None:
-    """Rows and columns that share a factor, of an fp8 checkpoint; None for every other.
+    """Return the rows and columns that share a factor, of an fp8 checkpoint; None for every other.
 
     Raises:
         CheckpointError: fp8 with other than a factor a block.
@@ -125,7 +125,7 @@ def block_size(config: ConfigReader) -> tuple[int, int] | None:
 
 
 def block_scaled(tensors: Mapping[str, TensorEntry], block: tuple[int, int]) -> dict[str, BlockScaled]:
-    """The matrices that have factors, by the name of their weight.
+    """Return the matrices that have factors, by the name of their weight.
 
     Raises:
         CheckpointError: factors without their matrix, or of another shape than it needs; an fp8 matrix without any.

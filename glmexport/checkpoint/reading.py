@@ -1,4 +1,4 @@
-"""Reading the data of tensors out of shards: what can go wrong there, as errors that name file and tensor."""
+"""Errors of reading tensors out of shards, named by file and tensor."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from glmexport.foundation.files import unreadable
 
 @contextmanager
 def reading(entry: TensorEntry) -> Iterator[None]:
-    """What the library, the system and torch raise while ``entry`` is read, as errors of ours.
+    """Raise what the library, the system and torch raise while ``entry`` is read as errors of ours.
 
     Raises:
         CheckpointError: the shard's data cannot be used.

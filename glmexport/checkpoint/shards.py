@@ -33,7 +33,7 @@ class Shards:
         columns: slice | None = None,
         accepted: Sequence[str] = WEIGHT_DTYPES,
     ) -> torch.Tensor:
-        """A tensor, converted, in memory of its own: nothing of the file stays mapped.
+        """Read a tensor, converted, in memory of its own: nothing of the file stays mapped.
 
         Args:
             entry: Where it lies, in one of the files.
@@ -85,7 +85,7 @@ class Shards:
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether no element is NaN or infinite."""
+    """Return whether no element is NaN or infinite."""
     # The extremes carry every NaN and infinity with them, without the full-size masks that isfinite makes.
     return tensor.numel() == 0 or all(bool(extreme.isfinite()) for extreme in tensor.aminmax())
 

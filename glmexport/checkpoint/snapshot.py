@@ -11,16 +11,16 @@ from glmexport.foundation.errors import CheckpointError
 from glmexport.foundation.files import JSON_LIMITS, optional, unreadable, version
 from glmexport.tokenizer.tokenizer import tokenizer_files
 
-#: By file: the digest of its content, or of a large one its size, time and inode.
+#: The state of each file: the digest of its content, or of a large one its size, time and inode.
 _State = Mapping[Path, object]
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What the files of a directory were: small ones by their content, weights by size, time of change and inode."""
+    """The state of a directory's files: small ones by their content, weights by size, time of change and inode."""
 
     directory: Path
-    #: Beside the tokenizer's files.
+    #: Files beside the tokenizer's.
     names: Collection[str]
     small: _State
     weights: _State

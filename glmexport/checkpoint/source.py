@@ -1,4 +1,4 @@
-"""Where a checkpoint comes from: the embedded one, a directory, or the hub; and what is refused on sight."""
+"""The source of a checkpoint: the embedded one, a directory, or the hub; and what is refused on sight."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _CONFIGS = ("config.json", "tokenizer_config.json", "generation_config.json")
 
 
 def resolve(source: str) -> Path:
-    """The directory of ``source``, downloaded first if it names a repository of the hub.
+    """Return the directory of ``source``, downloaded first if it names a repository of the hub.
 
     ``demo`` is the checkpoint inside this package (a directory of that name is ``./demo``); anything else is
     an existing directory or, where there is none, a hub id ``owner/name`` or ``owner/name@revision``. The hub

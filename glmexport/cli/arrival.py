@@ -1,4 +1,4 @@
-"""How a bundle that arrives is verified, by the options that several verbs share."""
+"""Verification of a bundle that arrives, by the options that several verbs share."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def check_of(
     newer_than: int | None,
     no_verify: bool,
 ) -> Callable[[Path], object]:
-    """What verifies a bundle before it is put in place.
+    """Return the function that verifies a bundle before it is put in place.
 
     Raises:
         click.UsageError: there is nothing to verify with, and that was not asked for.

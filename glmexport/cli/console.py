@@ -1,4 +1,4 @@
-"""What people see: progress and tables on stderr. Programs read stdout, which carries one JSON document or nothing."""
+"""The console that people see, on stderr. Programs read stdout, which carries one JSON document or nothing."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ class PlainConsole(Console):
             self.width = 140
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """As a console does; what is no command of its own has no control characters."""
+        """Render as a console does; what is no command of its own has no control characters."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(visible(segment.text, lines=True), segment.style)
 
 
 class Terminal:
-    """Progress on stderr: a bar with time left where stderr is a terminal, a line when each stage ends elsewhere."""
+    """The progress on stderr: a bar with time left on a terminal, a line when each stage ends elsewhere."""
 
     def __init__(self) -> None:
         self.console = PlainConsole()
 
     @contextmanager
     def track(self, label: str, total: int) -> Iterator[Track]:
-        """A bar of ``total`` steps."""
+        """Show a bar of ``total`` steps."""
         columns = (
             TextColumn("{task.description}", markup=False),
             BarColumn(),
@@ -63,11 +63,11 @@ class Terminal:
             yield _RichTrack(progress, task)
 
     def remark(self, text: str) -> None:
-        """A line of its own."""
+        """Show a line of its own."""
         self.console.print(Text.assemble(("note ", "yellow"), visible(text)), soft_wrap=True)
 
     def facts(self, title: str, facts: Mapping[str, str]) -> None:
-        """Names and values, aligned."""
+        """Show names and values, aligned."""
         table = Table(
             title=title, title_justify="left", title_style="bold", show_header=False, box=None, pad_edge=False
         )
@@ -89,12 +89,12 @@ class _RichTrack:
 
 
 class Bytes(click.ParamType[int]):
-    """A size such as 8GiB, 500MB or a plain number of bytes."""
+    """The type of options that take a size such as 8GiB, 500MB or a plain number of bytes."""
 
     name = "size"
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """To bytes."""
+        """Convert to bytes."""
         if isinstance(value, int):
             return value
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(value))
@@ -104,32 +104,15 @@ class Bytes(click.ParamType[int]):
 
 
 def titled_table(title: str, *columns: str) -> Table:
-    """An empty table; names on the left, figures on the right."""
+    """Return an empty table; names on the left, figures on the right."""
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim")
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right")
     return table
 
 
-def gibibytes(count: float) -> str:
-    """A number of bytes for people."""
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count:.0f} B"
-
-
-def duration(seconds: float) -> str:
-    """A span of time for people, rounded to what matters."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
-
-
 def emit(document: str) -> None:
-    """The one document that stdout carries; in JSON, what a terminal would obey is written as JSON's escapes."""
+    """Print the one document that stdout carries; in JSON, what a terminal would obey is written as JSON's escapes."""
     is_json = document.startswith(("{", "["))
     shown = "".join(map(_escaped, document)) if is_json else visible(document, lines=True)
     sys.stdout.write(shown.rstrip("\n") + "\n")
@@ -142,7 +125,7 @@ def _escaped(character: str) -> str:
 
 
 def say(label: str, message: str, next_step: str) -> None:
-    """What happened and what to do about it, on stderr."""
+    """Print what happened and what to do about it, on stderr."""
     click.echo(f"{click.style(label, fg='red', bold=True)} {_indented(message)}", err=True)
     click.echo(f"      {_indented(next_step)}", err=True)
 

@@ -12,9 +12,10 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from glmexport.cli.console import Terminal, emit, gibibytes, say
+from glmexport.cli.console import Terminal, emit, say
 from glmexport.cli.options import json_option
 from glmexport.foundation.errors import EXIT_BLOCK, EXIT_MACHINE, EXIT_PASS
+from glmexport.report.text import brief_size
 
 if TYPE_CHECKING:
     from glmexport.deployment.rollout import Outcome
@@ -39,7 +40,7 @@ def deploy(bundle: Path, site: Path, unproven: bool, allow_older: bool, replace_
     and asked again; a server that does not answer as it should gets its former release back. Exit code 0 if all serve
     it, 1 if the release was refused or taken back, 69 if a server could not be reached or has no room.
     """
-    from glmexport.deployment.rollout import Wishes, deploy, trust_file
+    from glmexport.deployment.rollout import DeployOptions, deploy, trust_file
     from glmexport.deployment.signed import SignedBundle
     from glmexport.deployment.site import open_site
 
@@ -52,14 +53,14 @@ def deploy(bundle: Path, site: Path, unproven: bool, allow_older: bool, replace_
             "bundle": f"{bundle} ({release.target})",
             "name": release.name,
             "counter": str(release.counter),
-            "size": f"{gibibytes(release.bytes)} in {len(release.files)} files",
+            "size": f"{brief_size(release.bytes)} in {len(release.files)} files",
             "verdict": release.verdict.value if release.verdict else "no report",
             "servers": ", ".join(place.servers),
         },
     )
     if not unproven:
         release.require_proof()
-    outcomes = deploy(place, release, terminal, Wishes(allow_older, replace_key))
+    outcomes = deploy(place, release, terminal, DeployOptions(allow_older, replace_key))
     return _told(terminal, outcomes, as_json)
 
 
@@ -80,7 +81,7 @@ def rollback(site: Path, name: str | None, as_json: bool) -> int:
 @_SITE
 @json_option
 def status(site: Path, as_json: bool) -> int:
-    """What every server of SITE serves, what else it has, and how it came to that."""
+    """Show what every server of SITE serves, what else it has, and how it came to that."""
     from glmexport.deployment.rollout import status as ask
     from glmexport.deployment.site import open_site
 
@@ -142,7 +143,7 @@ def _told(terminal: Terminal, outcomes: Sequence[Outcome], as_json: bool) -> int
         table.add_column(column)
     for outcome in outcomes:
         state = Text(outcome.state, _COLOURS.get(outcome.state, "red"))
-        sent = gibibytes(outcome.sent_bytes) if outcome.sent_bytes else ""
+        sent = brief_size(outcome.sent_bytes) if outcome.sent_bytes else ""
         table.add_row(outcome.server, state, outcome.release or "none", sent)
     terminal.console.print(table)
     for outcome in outcomes:

@@ -1,4 +1,4 @@
-"""``glmexport devices``: what emulated devices need."""
+"""``glmexport devices``: preparation of emulated devices."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from glmexport.cli.options import json_option
 
 @click.group()
 def devices() -> None:
-    """Devices that a bundle can be validated on (validate --device, --fleet)."""
+    """Prepare devices that a bundle can be validated on (validate --device, --fleet)."""
 
 
 @devices.command()

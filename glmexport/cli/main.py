@@ -42,7 +42,7 @@ from glmexport.foundation.untrusted import visible
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="glmexport")
 def cli() -> None:
-    """Open-weight GLM checkpoints to validated ONNX bundles on hardware of your own.
+    """Turn open-weight GLM checkpoints into validated ONNX bundles on hardware of your own.
 
     Exit codes: 0 PASS or WARN, 1 BLOCK, 2 INCONCLUSIVE, 64 unusable input, 65 not what was signed, 69 the machine
     (disk, memory, network), 70 a bug, 130 interrupted.
@@ -58,10 +58,11 @@ for command in (
 
 def main() -> None:
     """Run the command line and exit."""
-    sys.exit(_run())
+    sys.exit(run_command())
 
 
-def _run() -> int:
+def run_command() -> int:
+    """Run the command that the arguments name, tell what went wrong, and return the exit code."""
     try:
         code = cli.main(standalone_mode=False)
         return code if isinstance(code, int) else 0
@@ -83,7 +84,7 @@ def _run() -> int:
 
 
 def tell(error: GlmexportError) -> int:
-    """Say what happened and what to do about it; the exit code."""
+    """Say what happened and what to do about it; return the exit code."""
     return _say(error.message, error.next_step, error.exit_code)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Any
 
 import click
 from click.core import ParameterSource
@@ -13,16 +12,16 @@ from click.core import ParameterSource
 from glmexport.cli.console import Bytes
 from glmexport.foundation.machine import cores
 
-Command = Callable[..., Any]
+Command = Callable[..., object]
 
 
 def checkpoint_argument(command: Command) -> Command:
-    """CHECKPOINT."""
+    """Add the argument CHECKPOINT."""
     return click.argument("checkpoint", metavar="CHECKPOINT")(command)
 
 
 def adapter_option(command: Command) -> Command:
-    """--adapter."""
+    """Add the option --adapter."""
     return click.option(
         "--adapter",
         metavar="DIR",
@@ -31,7 +30,7 @@ def adapter_option(command: Command) -> Command:
 
 
 def threads_option(command: Command) -> Command:
-    """--threads."""
+    """Add the option --threads."""
     return click.option(
         "--threads",
         type=click.IntRange(min=1),
@@ -42,13 +41,13 @@ def threads_option(command: Command) -> Command:
 
 
 def bundle_threads(threads: int) -> int | None:
-    """``threads`` if the user gave them; None leaves those of the bundle to its target."""
+    """Return ``threads`` if the user gave them; None leaves those of the bundle to its target."""
     source = click.get_current_context().get_parameter_source("threads")
     return None if source is ParameterSource.DEFAULT else threads
 
 
 def device_option(command: Command) -> Command:
-    """--device."""
+    """Add the option --device."""
     return click.option(
         "--device",
         "device_name",
@@ -60,7 +59,7 @@ def device_option(command: Command) -> Command:
 
 
 def policy_option(command: Command) -> Command:
-    """--policy."""
+    """Add the option --policy."""
     return click.option(
         "--policy",
         "policy_path",
@@ -71,7 +70,7 @@ def policy_option(command: Command) -> Command:
 
 
 def evaluation_options(command: Command) -> Command:
-    """--evaluation and --positions."""
+    """Add the options --evaluation and --positions."""
     text = click.option(
         "--evaluation",
         metavar="FILE",
@@ -91,7 +90,7 @@ def evaluation_options(command: Command) -> Command:
 
 
 def tasks_option(command: Command) -> Command:
-    """--tasks."""
+    """Add the option --tasks."""
     return click.option(
         "--tasks",
         "task_files",
@@ -103,14 +102,14 @@ def tasks_option(command: Command) -> Command:
 
 
 def memory_option(command: Command) -> Command:
-    """--max-memory."""
+    """Add the option --max-memory."""
     return click.option("--max-memory", type=Bytes(), help="Keep the build below this much memory, for example 8GiB.")(
         command
     )
 
 
 def budget_options(command: Command) -> Command:
-    """--bpw and --size."""
+    """Add the options --bpw and --size."""
     size = click.option(
         "--size",
         type=Bytes(),
@@ -123,10 +122,12 @@ def budget_options(command: Command) -> Command:
 
 
 def trust_options(command: Command) -> Command:
-    """--key, --root and --subject: whose signature a bundle has to have, which the command is given as ``trust``."""
+    """Add --key, --root and --subject: whose signature a bundle has to have, given to the command as ``trust``."""
 
     @wraps(command)
-    def trusting(*arguments: Any, key: Path | None, root: Path | None, subject: str | None, **others: Any) -> Any:
+    def trusting(
+        *arguments: object, key: Path | None, root: Path | None, subject: str | None, **others: object
+    ) -> object:
         from glmexport.release.opening import Trust
 
         return command(*arguments, trust=Trust(key, root, subject), **others)
@@ -135,7 +136,7 @@ def trust_options(command: Command) -> Command:
 
 
 def verification_options(command: Command) -> Command:
-    """--key, --root, --subject and --newer-than."""
+    """Add the options --key, --root, --subject and --newer-than."""
     newer = click.option(
         "--newer-than", type=click.IntRange(min=0), metavar="COUNTER",
         help="Refuse a release whose counter is not above this one.",
@@ -158,7 +159,7 @@ def _signer_options(command: Command) -> Command:
 
 
 def arrival_options(command: Command) -> Command:
-    """-o, what to verify with, and --no-verify."""
+    """Add the option -o, those of verification, and --no-verify."""
     output = click.option(
         "-o",
         "--output",
@@ -175,7 +176,7 @@ def arrival_options(command: Command) -> Command:
 
 
 def registry_options(command: Command) -> Command:
-    """How a registry is reached."""
+    """Add the options of how a registry is reached."""
     authority = click.option(
         "--ca", type=click.Path(path_type=Path), metavar="CA.pem",
         help="Certificates that vouch for the registry, instead of the system's.",
@@ -194,5 +195,5 @@ def registry_options(command: Command) -> Command:
 
 
 def json_option(command: Command) -> Command:
-    """--json."""
+    """Add the option --json."""
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")(command)

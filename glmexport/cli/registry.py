@@ -8,8 +8,9 @@ from pathlib import Path
 import click
 
 from glmexport.cli.arrival import check_of
-from glmexport.cli.console import Bytes, Terminal, emit, gibibytes
+from glmexport.cli.console import Bytes, Terminal, emit
 from glmexport.cli.options import arrival_options, json_option, registry_options
+from glmexport.report.text import brief_size
 
 
 @click.command()
@@ -27,18 +28,18 @@ def push(
     as_json: bool,
 ) -> None:
     """Send the image LAYOUT that package --oci wrote to a registry; what is there already is not sent again."""
-    from glmexport.release.registry import Access, Reference
+    from glmexport.release.access import ImageReference, RegistryAccess
     from glmexport.release.transfer import push as push_layout
 
     terminal = Terminal()
-    reference = Reference.parse(image)
-    access = Access.given(reference.host, ca, auth_file, plain_http=plain_http, token_hosts=token_hosts)
+    reference = ImageReference.parse(image)
+    access = RegistryAccess.given(reference.host, ca, auth_file, plain_http=plain_http, token_hosts=token_hosts)
     pushed = push_layout(layout, reference, access, terminal)
     terminal.facts(
         "Pushed",
         {
             "image": f"{reference.host}/{reference.name}@{pushed.digest}",
-            "sent": f"{len(pushed.sent)} blobs, {gibibytes(pushed.sent_bytes)}",
+            "sent": f"{len(pushed.sent)} blobs, {brief_size(pushed.sent_bytes)}",
             "already there": f"{len(pushed.present)} blobs",
         },
     )
@@ -68,14 +69,14 @@ def pull(
     as_json: bool,
 ) -> None:
     """Get a bundle from a registry, by its digest or by a tag, and verify it before it is put in place."""
-    from glmexport.release.registry import Access, Reference
+    from glmexport.release.access import ImageReference, RegistryAccess
     from glmexport.release.release import read_release
     from glmexport.release.transfer import pull as pull_bundle
 
     terminal = Terminal()
     check = check_of(terminal, key, root, subject, newer_than, no_verify)
-    reference = Reference.parse(image)
-    access = Access.given(reference.host, ca, auth_file, plain_http=plain_http, token_hosts=token_hosts)
+    reference = ImageReference.parse(image)
+    access = RegistryAccess.given(reference.host, ca, auth_file, plain_http=plain_http, token_hosts=token_hosts)
     digest = pull_bundle(reference, output, check, access, terminal, max_size)
     release = read_release(output)
     terminal.facts("Pulled", {"bundle": str(output), "digest": release.bundle, "image": digest})

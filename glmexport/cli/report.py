@@ -1,4 +1,4 @@
-"""``glmexport report``: what is already measured, rendered again, and the schema that it is kept in."""
+"""``glmexport report``: measured results, rendered again, and the schema that they are kept in."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from glmexport.cli.options import json_option
 
 @click.group()
 def report() -> None:
-    """What was measured, in every form; nothing is measured again."""
+    """Render what was measured in every form; nothing is measured again."""
 
 
 @report.command()

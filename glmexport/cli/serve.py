@@ -102,7 +102,7 @@ def serve(
         ) from error
 
     from glmexport.engine.speculation import DEFAULT_TOKENS
-    from glmexport.serving.limits import Limits
+    from glmexport.serving.limits import ServingLimits
     from glmexport.serving.log import logged_to
     from glmexport.serving.server import ServeOptions, Serving
     from glmexport.serving.server import serve as run
@@ -136,7 +136,7 @@ def serve(
         reuse=reuse,
         batch=batch,
         trust=trust,
-        limits=Limits(body_bytes=body_bytes, answer_tokens=answer_tokens, head_s=head_s),
+        limits=ServingLimits(body_bytes=body_bytes, answer_tokens=answer_tokens, head_s=head_s),
     )
     with logged_to(sys.stderr):
         ended = run(bundle, options, tell, terminal)

@@ -1,4 +1,4 @@
-"""What verbs do about the reports of bundles that may be signed."""
+"""Treatment of the reports of bundles that may be signed, shared by several verbs."""
 
 from __future__ import annotations
 

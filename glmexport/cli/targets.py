@@ -1,4 +1,4 @@
-"""``glmexport targets``: what is known about hardware, and what this machine is."""
+"""``glmexport targets``: facts about hardware, and about this machine."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 @click.group()
 def targets() -> None:
-    """What classes of hardware bundles can be built for."""
+    """Show what classes of hardware bundles can be built for."""
 
 
 @targets.command("list")
 @json_option
 def list_targets(as_json: bool) -> None:
-    """Names of the shipped targets, whether they have run on such hardware, and which of them this host is."""
+    """List the shipped targets, whether they have run on such hardware, and which of them this host is."""
     from glmexport.foundation.errors import DefinitionError
     from glmexport.foundation.target import HOST, open_target, shipped_targets
 
@@ -53,14 +53,21 @@ def list_targets(as_json: bool) -> None:
 @click.argument("name")
 @json_option
 def show_target(name: str, as_json: bool) -> None:
-    """What the graphs of a target are made of and why. NAME is a shipped target, a .toml file, or host."""
-    from glmexport.foundation.target import open_target
+    """Show what the graphs of a target are made of and why. NAME is a shipped target, a .toml file, or host."""
+    from glmexport.foundation.provenance import inherited_claims
+    from glmexport.foundation.target import HOST, open_target, target_source
     from glmexport.lowering.explain import lowerings
 
     target = open_target(name)
+    source = target_source(target.name if name == HOST else name)
     decisions = lowerings(target)
     if as_json:
-        document = {**target.model_dump(mode="json"), "lowerings": [_plain(lowering) for lowering in decisions]}
+        extends = {"target": source.base, "values": source.inherited, "claims": inherited_claims(source)}
+        document = {
+            **target.model_dump(mode="json"),
+            "lowerings": [_plain(lowering) for lowering in decisions],
+            "extends": extends if source.base else None,
+        }
         emit(json.dumps(document, indent=2, ensure_ascii=False))
         return
     terminal = Terminal()
@@ -69,6 +76,11 @@ def show_target(name: str, as_json: bool) -> None:
     for section in ("provider", "probe", "session", "gates"):
         values = getattr(target, section).model_dump(exclude_defaults=True)
         facts |= {f"{section}.{key}": _shown(value) for key, value in values.items()}
+    if source.base:
+        facts |= {
+            f"values from {source.base}": _shown(source.inherited),
+            f"reasons from {source.base}": _shown(inherited_claims(source)) or "none",
+        }
     facts |= {"known from": f"{provenance.measured_on} ({provenance.date})", "notes": provenance.notes or "-"}
     if target.evidence:
         tuned = target.evidence.model_dump(exclude={"candidates"}, exclude_none=True)
@@ -86,7 +98,7 @@ def show_target(name: str, as_json: bool) -> None:
 @targets.command("probe")
 @json_option
 def probe(as_json: bool) -> None:
-    """What this host is: processor, GPUs and providers, which targets it is of, and what it lacks for the others."""
+    """Show what this host is: processor, GPUs, providers, which targets it is of, and what it lacks for the others."""
     from glmexport.foundation.host import Host
     from glmexport.foundation.machine import instruction_sets, processor_name
     from glmexport.foundation.target import host_target, shipped_targets
@@ -129,17 +141,17 @@ def probe(as_json: bool) -> None:
 @trust_options
 @json_option
 def check(bundle: Path, trust: Trust, as_json: bool) -> int:
-    """Whether BUNDLE can run on this host, and why not. Nothing is run; exit code 0 if it can, 1 if it cannot."""
+    """Check whether BUNDLE can run on this host, and why not. Nothing is run; exit code 0 if it can, 1 if it cannot."""
     from glmexport.bundle.fit import fit
     from glmexport.foundation.errors import EXIT_BLOCK, EXIT_PASS
     from glmexport.foundation.host import Host
     from glmexport.release.opening import open_signed
 
-    manifest = open_signed(bundle, trust, Terminal())
-    checks = fit(manifest, Host.this())
+    opened = open_signed(bundle, trust, Terminal())
+    checks = fit(opened, Host.this())
     runs = all(each.holds for each in checks)
     if as_json:
-        document = {"target": manifest.target.name, "runs": runs, "checks": [asdict(each) for each in checks]}
+        document = {"target": opened.target.name, "runs": runs, "checks": [asdict(each) for each in checks]}
         emit(json.dumps(document, indent=2, ensure_ascii=False))
     else:
         table = _table("condition", "", "")
@@ -147,7 +159,7 @@ def check(bundle: Path, trust: Trust, as_json: bool) -> int:
             table.add_row(each.name, Text("yes", "green") if each.holds else Text("no", "red"), Text(each.detail))
         console = Terminal().console
         console.print(table)
-        console.print(f"{bundle} was built for {manifest.target.name} and {'can' if runs else 'cannot'} run here.")
+        console.print(f"{bundle} was built for {opened.target.name} and {'can' if runs else 'cannot'} run here.")
     return EXIT_PASS if runs else EXIT_BLOCK
 
 

@@ -13,22 +13,23 @@ from rich.text import Text
 
 from glmexport.cli.console import Terminal, emit, titled_table
 from glmexport.cli.options import adapter_option, checkpoint_argument, json_option
+from glmexport.report.text import brief_ratio
 
 if TYPE_CHECKING:
-    from glmexport.foundation.evidence import Evidence, Gain, KvCache, Outcome, Preference, Tried
+    from glmexport.foundation.evidence import Evidence, Gain, KvCache, Outcome, Preference, TriedCandidate
 
 _STYLE = {"chosen": "bold green", "start": "bold", "front": "", "beaten": "dim", "illegal": "yellow"}
 
 
 class Alternatives(click.ParamType[tuple[str, tuple[str, ...]]]):
-    """A setting and the values to try, as KEY=VALUE,VALUE."""
+    """The type of options that take a setting and the values to try, as KEY=VALUE,VALUE."""
 
     name = "setting"
 
     def convert(
         self, value: object, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[str, tuple[str, ...]]:
-        """To name and values."""
+        """Convert to name and values."""
         name, _, values = str(value).partition("=")
         found = tuple(part.strip() for part in values.split(",") if part.strip())
         if not name.strip() or not found:
@@ -115,8 +116,8 @@ def tune(
     """
     from glmexport.foundation.machine import cores
     from glmexport.foundation.target import open_target
-    from glmexport.workflows.job import Original
-    from glmexport.workflows.tune import TuneOptions
+    from glmexport.tuning.options import TuneOptions
+    from glmexport.workflows.original import Original
     from glmexport.workflows.tune import tune as tune_target
 
     terminal = Terminal()
@@ -188,13 +189,13 @@ def _table(evidence: Evidence) -> Table:
     return table
 
 
-def _speed(tried: Tried) -> float:
+def _speed(tried: TriedCandidate) -> float:
     return tried.gains.preferred.ratio if tried.gains else 1.0
 
 
 def _cell(gain: Gain) -> str:
     known = gain.lower is not None and gain.upper is not None
-    return f"{gain.ratio:.2f}x" + (f" ({gain.lower:.2f} to {gain.upper:.2f})" if known else "")
+    return brief_ratio(gain.ratio) + (f" ({gain.lower:.2f} to {gain.upper:.2f})" if known else "")
 
 
 def _conditions(evidence: Evidence) -> str:
@@ -212,7 +213,7 @@ def _count(evidence: Evidence, outcome: str) -> int:
     return sum(each.outcome == outcome for each in evidence.candidates)
 
 
-def _reasons(tried: Iterable[Tried]) -> str:
+def _reasons(tried: Iterable[TriedCandidate]) -> str:
     """Each once."""
     found = dict.fromkeys(
         f"\n{each.settings.recipe} at accuracy_level {each.settings.accuracy_level}: {each.reason}" for each in tried

@@ -1,4 +1,4 @@
-"""One server, by SSH: what it lacks is sent by SFTP, and a program of the standard library does the rest there."""
+"""One server, reached by SSH: SFTP sends what it lacks, and a program of the standard library does the rest there."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from contextlib import asynccontextmanager
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from glmexport.deployment.events import ServerFacts, checked
 from glmexport.deployment.signed import SignedBundle
 from glmexport.deployment.site import Server, Site
-from glmexport.deployment.told import Facts, checked
 from glmexport.foundation.errors import InputError, MachineError
 from glmexport.foundation.progress import Progress, Silent
 from glmexport.wire import transfer
@@ -34,23 +34,24 @@ _ELSEWHERE = (
     "glmexport.foundation.untrusted",
     "glmexport.wire.standalone",
 )
-#: What takes its time, by the command; the others are done before a bar could be read.
+#: Names of the commands that take their time; the others are done before a bar could be read.
 _SHOWN = {"assemble": "Assembling on {}", "activate": "Switching {}", "rollback": "Switching {}"}
 _LABELS = {"assembled": "Assembling", "golden": "Golden prompts"}
-#: Seconds without a word: weights of hundreds of gigabytes are read twice, and a release may take minutes to load.
+#: Seconds without a word after which the program is given up: weights of hundreds of gigabytes are read twice, and a
+#: release may take minutes to load.
 _SILENCE_S = 7200.0
 #: Seconds between signs of life of who sends; and for what a program that ended has on its standard error.
 _BEAT_S, _LAST_WORDS_S = 15.0, 10.0
-#: Bytes of it that are kept.
+#: Bytes of standard error that are kept.
 _LAST_BYTES = 2000
 #: Events of one command: a file of a release, or a prompt, has one each.
 _MOST_EVENTS = 1 << 20
-#: Left free beyond what a release takes.
+#: Bytes that are left free beyond what a release takes.
 _SPARE = 1 << 26
 
 
 def program() -> bytes:
-    """The server's program as one file that Python runs."""
+    """Return the server's program as one file that Python runs."""
     return packed(f"{_PACKAGE}.__main__", *(f"{_PACKAGE}.{name}" for name in _MODULES), *_ELSEWHERE)
 
 
@@ -63,7 +64,7 @@ class Remote:
         self._root = PurePosixPath(self.server.root.removeprefix("~/"))
 
     async def order(self, release: SignedBundle | None, name: str, **options: Any) -> None:
-        """Write what is asked for to the server, with the program that does it."""
+        """Write the order to the server, with the program that does it."""
         await self._put({f"orders/{name}.json": order(self._site, self.server, release, **options)})
 
     async def install(self) -> None:
@@ -91,7 +92,9 @@ class Remote:
 
     @asynccontextmanager
     async def turn(self) -> AsyncIterator[None]:
-        """Nobody else sends to the server meanwhile; who is killed, or loses the line, has let it go.
+        """Hold the turn to send: nobody else sends to the server meanwhile.
+
+        A sender who is killed, or loses the line, gives it up.
 
         Raises:
             Told: somebody else sends, and has for minutes.
@@ -138,7 +141,7 @@ class Remote:
         )
 
     async def run(self, command: str, *arguments: str) -> AsyncIterator[dict[str, Any]]:
-        """What the program tells.
+        """Run a command, and yield what the program tells.
 
         Raises:
             Told: what went wrong, by the program.
@@ -162,7 +165,7 @@ class Remote:
             process.close()
 
     async def result(self, command: str, event: str, *arguments: str) -> dict[str, Any]:
-        """The last ``event`` of a command."""
+        """Run a command, and return its last ``event``."""
         found: dict[str, Any] = {}
         async for told in self.run(command, *arguments):
             if told.get("event") == event:
@@ -170,7 +173,7 @@ class Remote:
         return found
 
     async def send(self, release: SignedBundle, order_name: str) -> int:
-        """Send the files that the server does not have; bytes of them."""
+        """Send the files that the server does not have; return their bytes."""
         import asyncssh
 
         paths, missing = {entry.path for entry in release.files}, set[str]()
@@ -209,7 +212,7 @@ async def _beat(process: asyncssh.SSHClientProcess[bytes]) -> None:
 
 
 def order(site: Site, server: Server, release: SignedBundle | None, **options: Any) -> bytes:
-    """What orders/ID.json says."""
+    """Return the content of orders/ID.json."""
     import json
 
     settings: dict[str, Any] = {
@@ -235,17 +238,17 @@ def order(site: Site, server: Server, release: SignedBundle | None, **options: A
 
 
 def order_name() -> str:
-    """A new one: of two deployments of one release, each is told what became of itself."""
+    """Return a new name of an order, so that each of two deployments of one release learns what became of itself."""
     return secrets.token_hex(16)
 
 
 def require_fit(who: str, release: SignedBundle, told: dict[str, Any]) -> None:
-    """See that a release can come to a server that is as it ``told``.
+    """Check that a release can come to a server whose facts are those in ``told``.
 
     Raises:
         MachineError: no space, no openssl, no glmexport, or another kind of machine.
     """
-    facts = checked(Facts, told, who)
+    facts = checked(ServerFacts, told, who)
     needed = release.bytes - min(facts.received_bytes, release.bytes) + _SPARE
     if facts.free_bytes < needed:
         raise MachineError(

@@ -8,29 +8,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from glmexport.deployment.events import ServerStatus, checked
 from glmexport.deployment.remote import Remote, order_name, require_fit
 from glmexport.deployment.signed import SignedBundle
 from glmexport.deployment.site import Site
-from glmexport.deployment.told import Status, checked
 from glmexport.foundation.errors import GlmexportError, InputError
 from glmexport.foundation.progress import Progress
-from glmexport.wire.runner import Told
+from glmexport.wire.runner import ProgramError
 from glmexport.wire.server.layout import NAME
 from glmexport.wire.ssh import persist, require_asyncssh
 
 if TYPE_CHECKING:
     import asyncssh
 
-#: What the program of a server calls a release that it does not serve for what it is.
+#: Kinds of errors by which the program of a server says that it does not serve a release for what it is.
 _JUDGED = ("refused", "rolled back", "signature", "trust")
 
 
 @dataclass
 class Outcome:
-    """What became of one server."""
+    """The outcome of a deployment on one server."""
 
     server: str
-    #: As ``confirmed``, ``unchanged``, ``rolled back``, ``refused``, ``failed`` or ``not begun``.
+    #: One of ``confirmed``, ``unchanged``, ``rolled back``, ``refused``, ``failed`` and ``not begun``.
     state: str = "not begun"
     release: str | None = None
     why: str | None = None
@@ -52,26 +52,26 @@ class Outcome:
 
     def fail(self, error: GlmexportError) -> None:
         """Note what went wrong."""
-        kind = error.kind if isinstance(error, Told) else "failed"
+        kind = error.kind if isinstance(error, ProgramError) else "failed"
         self.state = kind if kind in _JUDGED else "failed"
         self.why, self.next_step = error.message, error.next_step
 
 
 @dataclass(frozen=True)
-class Wishes:
+class DeployOptions:
     """What a deployment asks for beside the release."""
 
     allow_older: bool = False
     replace_trust: bool = False
 
 
-def deploy(site: Site, release: SignedBundle, progress: Progress, wishes: Wishes | None = None) -> list[Outcome]:
+def deploy(site: Site, release: SignedBundle, progress: Progress, wishes: DeployOptions | None = None) -> list[Outcome]:
     """Serve ``release`` on every server of ``site``.
 
     All are looked at before anything is sent, and all have the release before any switches. After the first that does
     not serve it, no further one is begun with.
     """
-    wishes = wishes or Wishes()
+    wishes = wishes or DeployOptions()
     outcomes = {name: Outcome(name, release=release.name) for name in site.servers}
     orders = {name: order_name() for name in site.servers}
 
@@ -118,12 +118,12 @@ def roll_back(site: Site, name: str | None, progress: Progress) -> list[Outcome]
 
 
 def status(site: Site, progress: Progress) -> list[Outcome]:
-    """What every server serves, and what it could."""
+    """Return what every server serves, and what it could serve."""
 
     async def asked(remote: Remote, outcome: Outcome) -> None:
         await remote.install()
         outcome.facts = await remote.result("status", "status")
-        found = checked(Status, outcome.facts, remote.name)
+        found = checked(ServerStatus, outcome.facts, remote.name)
         outcome.release, outcome.head = found.current, found.head
         outcome.state = "done"
 
@@ -193,7 +193,7 @@ async def _follow(remote: Remote, outcome: Outcome, command: str, *arguments: st
 
 
 def trust_file(site: Site) -> Path:
-    """The file of the key that releases are signed with.
+    """Return the file of the key that releases are signed with.
 
     Raises:
         InputError: there is none.

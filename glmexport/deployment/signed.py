@@ -21,17 +21,17 @@ class SignedBundle:
     """A bundle whose signature was verified here, and every file of it."""
 
     directory: Path
-    #: Of the signature, and so of all that it covers: the release's name on servers.
+    #: SHA-256 of the signature, and so of all that it covers: the release's name on servers.
     name: str
     files: tuple[FileEntry, ...]
     target: str
     counter: int
-    #: Of its report, which the signature covers; None: it has none.
+    #: The verdict of its report, which the signature covers; None: it has none.
     verdict: Verdict | None = None
 
     @property
     def bytes(self) -> int:
-        """Of all its files."""
+        """The size of all its files."""
         return sum(entry.size for entry in self.files)
 
     @classmethod
@@ -62,7 +62,7 @@ class SignedBundle:
         return cls(directory, signature.sha256[:32], tuple(entries), release.target, release.counter, verdict)
 
     def require_proof(self) -> None:
-        """See that the bundle was found to be the same model.
+        """Check that the bundle was found to be the same model.
 
         Raises:
             BundleError: its report says otherwise, or nothing.

@@ -27,27 +27,27 @@ class Server(Definition):
     #: Private key, and the file with the server's host key; relative to the site's file.
     key: Path | None = None
     known_hosts: Path = Path("~/.ssh/known_hosts")
-    #: Everything that is kept there is below it.
+    #: The directory on the server that everything is kept below.
     root: str = "/srv/glmexport"
     #: A Python of the server's, 3.9 or later; no package is needed.
     python: str = "python3"
     #: The program that serves, in an environment of its own.
     glmexport: str = "/opt/glmexport/bin/glmexport"
-    #: More words for ``glmexport serve``.
+    #: Further arguments of ``glmexport serve``.
     serve_options: tuple[str, ...] = ()
     #: The address that the server listens at, and networks that may come to it beside the server itself.
     listen: str = "127.0.0.1"
     allow: tuple[str, ...] = ()
     port: int = Field(default=8000, ge=1, le=65535)
-    #: Where a release is asked before it serves, beside the present one; None: there is no memory for both.
+    #: The port at which a release is asked before it serves, beside the present one; None: there is no memory for both.
     smoke_port: int | None = Field(default=None, ge=1, le=65535)
     #: The file of the API key on the server, where serving wants one.
     api_key_file: str | None = None
-    #: What has the server begin with ``current``.
+    #: The command that has the server begin with ``current``.
     restart: tuple[str, ...] = ("systemctl", "restart", UNIT)
     #: Seconds until a release must be ready.
     ready_s: float = Field(default=300, gt=0, allow_inf_nan=False)
-    #: By how much, in nats, log-probabilities of golden prompts may differ: processors round differently.
+    #: Nats by which log-probabilities of golden prompts may differ: processors round differently.
     tolerance_nats: float = Field(default=0.5, gt=0, allow_inf_nan=False)
     #: How often a lost connection is taken up again.
     reconnects: int = Field(default=5, ge=0)
@@ -95,32 +95,32 @@ class Server(Definition):
 
     @property
     def local_address(self) -> str:
-        """Where the server reaches what it serves."""
+        """The address at which the server reaches what it serves."""
         address = ip_address(self.listen)
         return ("127.0.0.1" if address.version == 4 else "::1") if address.is_unspecified else self.listen
 
     @property
     def serve_command(self) -> tuple[str, ...]:
-        """What serves the release that is appended."""
+        """The command that serves a release, whose path is appended."""
         return (self.glmexport, "serve", *self.serve_options)
 
 
 class Site(Definition):
-    """What a site's file says."""
+    """The content of a site's file."""
 
     #: The public key, or the root certificate, that releases are signed with; relative to the file.
     trust: Path
-    #: Whom the signing certificate has to be of, where ``trust`` is a root: a distinguished name by RFC 4514, or
-    #: ``email:``, ``DNS:`` or ``URI:`` and a name.
+    #: The subject that the signing certificate must have, where ``trust`` is a root: a distinguished name by RFC 4514,
+    #: or ``email:``, ``DNS:`` or ``URI:`` and a name.
     subject: str | None = None
-    #: Servers that may be switching, and so perhaps not answer, at a time.
+    #: Number of servers that may be switching, and so perhaps not answer, at a time.
     max_unavailable: int = Field(default=1, ge=1)
     servers: dict[str, Server] = Field(min_length=1)
-    #: Where the file is, which its paths are relative to.
+    #: The directory of the file, which its paths are relative to.
     folder: Path
 
     def address(self, name: str) -> SshAddress:
-        """Where a server is.
+        """Return the address of a server.
 
         Raises:
             InputError: its address is none.
@@ -139,7 +139,7 @@ class Site(Definition):
         return subject
 
     def trusted(self) -> str:
-        """What servers keep as trust.pem: the key or the root, PEM, and before it the subject where there is one.
+        """Return what servers keep as trust.pem: the key or the root, PEM, and before it the subject if there is one.
 
         Raises:
             InputError: there is no such file, or no key in it.
@@ -168,7 +168,7 @@ class Site(Definition):
 
 
 def open_site(path: Path) -> Site:
-    """The site in a ``.toml`` file.
+    """Return the site in a ``.toml`` file.
 
     Raises:
         DefinitionError: no such file, an unknown key, or a value that cannot be.

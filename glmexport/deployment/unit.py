@@ -15,7 +15,7 @@ _SIMPLE = re.compile(r"[A-Za-z0-9@%+=:,./_-]+")
 
 
 def socket_unit(server: Server) -> str:
-    """What listens, and keeps connections waiting while the service restarts."""
+    """Return the socket's unit, which keeps connections waiting while the service restarts."""
     return f"""\
 [Unit]
 Description=glmexport, the socket
@@ -30,7 +30,9 @@ WantedBy=sockets.target
 
 
 def service_unit(server: Server) -> str:
-    """What serves ``current``. It reads nothing else of the machine's, writes nothing, and reaches nothing.
+    """Return the unit that serves ``current``.
+
+    It reads nothing else of the machine's, writes nothing, and reaches nothing.
 
     No MemoryDenyWriteExecute: CUDA and JIT compilers of execution providers need such memory.
     """

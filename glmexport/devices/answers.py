@@ -15,7 +15,7 @@ from glmexport.devices.job import QUESTIONS, RESULT, Job, Result, answer_path, r
 from glmexport.foundation.definition import parse_json
 from glmexport.foundation.errors import MachineError
 from glmexport.foundation.files import sha256
-from glmexport.foundation.untrusted import Limits, read_regular
+from glmexport.foundation.untrusted import DocumentLimits, read_regular
 from glmexport.validation.divergence import Divergence
 from glmexport.validation.partition import Partition, cells_divergence
 
@@ -23,7 +23,7 @@ from glmexport.validation.partition import Partition, cells_divergence
 _HEADER = 1 << 12
 #: More than result.json takes, with a node for every operator of a large graph.
 RESULT_BYTES = 1 << 26
-RESULT_LIMITS = Limits(size=RESULT_BYTES)
+RESULT_LIMITS = DocumentLimits(size=RESULT_BYTES)
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _AGAIN = "Run the job again on that device, from nothing."
 

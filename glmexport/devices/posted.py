@@ -21,12 +21,12 @@ from glmexport.devices.web_runtime import VERSION
 from glmexport.foundation.definition import read_json
 from glmexport.foundation.files import sha256, write_atomically
 from glmexport.foundation.machine import cores, instruction_sets, memory_bytes, processor_name, system_name
-from glmexport.foundation.untrusted import Limits, parse_object
+from glmexport.foundation.untrusted import DocumentLimits, parse_object
 from glmexport.results.device import DeviceFacts
 
 #: Most bytes of an event, and of a tensor file's header.
 _EVENT, _HEADER = 1 << 22, 1 << 12
-_EVENT_LIMITS = Limits(size=_EVENT, depth=16, values=200_000)
+_EVENT_LIMITS = DocumentLimits(size=_EVENT, depth=16, values=200_000)
 #: What adapters that compute in software have in their names: Chromium's, Mesa's, and that of Windows.
 _SOFTWARE = ("swiftshader", "llvmpipe", "lavapipe", "basic render")
 

@@ -1,4 +1,4 @@
-"""What every room stands on: errors, definitions, files, progress, and what is known of this machine.
+"""The room that every other one stands on: errors, definitions, files, progress, and facts about this machine.
 
 Nothing here imports another room of the package, and nothing here needs torch.
 """

@@ -20,7 +20,7 @@ from pydantic_core import CoreSchema
 
 from glmexport.foundation.errors import DefinitionError
 from glmexport.foundation.resources import shipped
-from glmexport.foundation.untrusted import LARGE, Limits, parse, read_regular
+from glmexport.foundation.untrusted import LARGE, DocumentLimits, parse, read_regular
 
 #: Most bytes of a TOML definition. The shipped ones are kilobytes, and the parser's time grows faster than the file.
 TOML_LIMIT_BYTES = 1 << 18
@@ -44,7 +44,7 @@ def _fail_fast(schema: Any) -> None:
 
 
 class FailFast(BaseModel):
-    """Base of what is read from files of strangers: the first wrong item of a list or table ends its check.
+    """Base of models that are read from files of strangers: the first wrong item of a list or table ends its check.
 
     By default a million wrong items become a million errors of kilobytes each.
     """
@@ -70,10 +70,10 @@ Number = Annotated[
 #: How many there are of something.
 Count = Annotated[int, Field(ge=0)]
 
-#: What no size and no token id in a file may exceed: no published model comes near it, and whatever is computed from
-#: two such numbers is still exact.
+#: The bound of every size and token id in a file. No published model comes near it, and whatever is computed from two
+#: such numbers is still exact.
 LARGEST = 2**24
-#: A size in a file that strangers may have written: no text, no 3.0, no true.
+#: A size in a file that strangers may have written. A text, 3.0 and true are refused.
 Size = Annotated[int, Field(strict=True, ge=1, le=LARGEST)]
 TokenId = Annotated[int, Field(strict=True, ge=0, le=LARGEST)]
 
@@ -81,8 +81,8 @@ T = TypeVar("T", bound=BaseModel)
 V = TypeVar("V")
 
 
-def parse_json(kind: type[V] | TypeAdapter[V], data: bytes, limits: Limits = LARGE) -> V:
-    """The value of ``kind``, of models that are ``FailFast``, that UTF-8 JSON is.
+def parse_json(kind: type[V] | TypeAdapter[V], data: bytes, limits: DocumentLimits = LARGE) -> V:
+    """Return the value of ``kind`` that UTF-8 JSON stands for; ``kind`` consists of models that are ``FailFast``.
 
     Raises:
         ValueError: it passes a limit, is not JSON, or not of that kind; completes a sentence that ends in a colon.
@@ -95,8 +95,8 @@ def parse_json(kind: type[V] | TypeAdapter[V], data: bytes, limits: Limits = LAR
         raise ValueError(first_problem(error)) from error
 
 
-def read_json(kind: type[V] | TypeAdapter[V], path: Path, limits: Limits = LARGE) -> V:
-    """As ``parse_json``, of a regular file.
+def read_json(kind: type[V] | TypeAdapter[V], path: Path, limits: DocumentLimits = LARGE) -> V:
+    """Read a regular file as ``parse_json`` reads bytes.
 
     Raises:
         ValueError: it is no regular file, or as ``parse_json``.
@@ -112,18 +112,18 @@ def first_problem(error: ValidationError) -> str:
 
 
 def names(folder: str) -> list[str]:
-    """Names of the definitions shipped in ``folder`` (for example ``targets`` or ``calibration/recipes``)."""
+    """Return the names of the definitions in the shipped ``folder``, such as ``targets`` or ``calibration/recipes``."""
     return sorted(path.stem for path in shipped_folder(folder).glob("*.toml"))
 
 
 def shipped_folder(folder: str) -> Path:
-    """The shipped directory of ``folder``, whose first part is a top-level resource."""
+    """Return the shipped directory of ``folder``, whose first part is a top-level resource."""
     top, *rest = folder.split("/")
     return shipped(top).joinpath(*rest)
 
 
 def locate(kind: str, folder: str, name_or_path: str) -> Path:
-    """The file of a shipped definition's name, or the path itself if it names a ``.toml`` file.
+    """Return the file of a shipped definition's name, or the path itself if it names a ``.toml`` file.
 
     Raises:
         DefinitionError: neither exists; the message suggests the nearest shipped name.
@@ -148,22 +148,38 @@ def locate(kind: str, folder: str, name_or_path: str) -> Path:
     return path
 
 
+def load_toml(path: Path) -> dict[str, Any]:
+    """Return the table that the file ``path`` is.
+
+    Raises:
+        DefinitionError: not TOML, or larger than a definition is; names the file.
+    """
+    try:
+        return tomllib.loads(read_regular(path, TOML_LIMIT_BYTES).decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        reason = "it nests too deeply" if isinstance(error, RecursionError) else error
+        raise DefinitionError(f"{path} is not TOML: {reason}.", next_step="Correct the file.") from error
+
+
+def checked(source: object, table: dict[str, Any], model: type[T]) -> T:
+    """Return ``table`` as a ``model``; ``source`` names its file in messages.
+
+    Raises:
+        DefinitionError: an unknown key, or a value of the wrong type; names file and key.
+    """
+    try:
+        return model.model_validate(table)
+    except ValidationError as error:
+        raise DefinitionError(
+            f"{source}: {first_problem(error)}.",
+            next_step=f"Correct the key{'s' if error.error_count() > 1 else ''} ({error.error_count()} in all).",
+        ) from error
+
+
 def read_toml(path: Path, model: type[T], extra: dict[str, Any] | None = None) -> T:
     """Parse ``path`` into ``model``; ``extra`` adds keys that the file does not carry, such as its name.
 
     Raises:
-        DefinitionError: not TOML, larger than a definition is, an unknown key, or a value of the wrong type; names
-            file and key.
+        DefinitionError: as ``load_toml`` and ``checked``.
     """
-    try:
-        table = tomllib.loads(read_regular(path, TOML_LIMIT_BYTES).decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        reason = "it nests too deeply" if isinstance(error, RecursionError) else error
-        raise DefinitionError(f"{path} is not TOML: {reason}.", next_step="Correct the file.") from error
-    try:
-        return model.model_validate({**table, **(extra or {})})
-    except ValidationError as error:
-        raise DefinitionError(
-            f"{path}: {first_problem(error)}.",
-            next_step=f"Correct the key{'s' if error.error_count() > 1 else ''} ({error.error_count()} in all).",
-        ) from error
+    return checked(path, {**load_toml(path), **(extra or {})}, model)

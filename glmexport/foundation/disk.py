@@ -1,4 +1,4 @@
-"""Whether there is space for what a command writes, and whether it may be written: told before anything is read."""
+"""Checks of free space and of the permission to write, made before anything is read."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def require_free(parent: Path, needed: int, what: str) -> None:
 
 
 def require_writable(directory: Path) -> None:
-    """Write a file into ``directory`` that is gone at once.
+    """Check that a file can be written into ``directory``: one is made and removed at once.
 
     Raises:
         MachineError: it cannot be written.

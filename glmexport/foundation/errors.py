@@ -1,4 +1,4 @@
-"""Everything that can go wrong, and the exit code each kind ends with.
+"""The errors that people are told of, and the exit code that each kind ends with.
 
     GlmexportError
     ├── InputError          the user's: a file, a name or a value is not usable            64
@@ -30,7 +30,7 @@ _LONGEST = 4000
 
 
 class GlmexportError(Exception):
-    """What happened and to which file or tensor, and in ``next_step`` what to do about it."""
+    """Base of every error: what happened to which file or tensor, and in ``next_step`` what to do about it."""
 
     exit_code: ClassVar[int] = EXIT_BUG
 
@@ -47,30 +47,30 @@ class GlmexportError(Exception):
 
 
 class InputError(GlmexportError):
-    """The user's: a file, a name or a value cannot be used as it is."""
+    """The user's input is at fault: a file, a name or a value cannot be used as it is."""
 
     exit_code = EXIT_INPUT
 
 
 class CheckpointError(InputError):
-    """A checkpoint that is incomplete, damaged, unsafe, or of a family without a declaration."""
+    """A checkpoint is incomplete, damaged, unsafe, or of a family without a declaration."""
 
 
 class DefinitionError(InputError):
-    """A recipe, target or corpora file that is unknown or does not follow its schema."""
+    """A recipe, target or corpora file is unknown or does not follow its schema."""
 
 
 class BundleError(InputError):
-    """A bundle that is incomplete, changed since it was written, or of an unknown version."""
+    """A bundle is incomplete, changed since it was written, or of an unknown version."""
 
 
 class UnverifiedError(BundleError):
-    """A bundle that is not what was signed, or that nobody known has signed."""
+    """A bundle is not the one that was signed, or nobody known has signed it."""
 
     exit_code = EXIT_UNVERIFIED
 
 
 class MachineError(GlmexportError):
-    """The environment's: no space, no permission, not enough memory, no network."""
+    """The environment is at fault: no space, no permission, not enough memory, no network."""
 
     exit_code = EXIT_MACHINE

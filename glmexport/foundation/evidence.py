@@ -1,4 +1,4 @@
-"""What a tuned target rests on: every candidate with its settings, its speed, its divergence, and what became of it."""
+"""The evidence that a tuned target rests on: every candidate with its settings, speed, divergence and outcome."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import ConfigDict, Field, model_validator
 from glmexport.foundation.definition import Definition
 from glmexport.foundation.session_settings import check_session_entries
 
-#: What keys and values are cached in: the activations' type, or integers with calibrated scales.
+#: The type that keys and values are cached in: the activations' type, or integers with calibrated scales.
 KvCache = Literal["activations", "int8", "int4"]
 FLOATS: KvCache = "activations"
 Preference = Literal["decode", "prefill", "balanced"]
@@ -23,15 +23,15 @@ class _Measured(Definition):
     model_config = ConfigDict(ser_json_inf_nan="strings")
 
 
-class Settings(Definition):
-    """What a candidate sets. The rest of the target stays as it is."""
+class CandidateSettings(Definition):
+    """The settings that a candidate changes. The rest of the target stays as it is."""
 
-    #: Name, or file, of the recipe whose formats it has.
+    #: Name, or file, of the recipe that gives the formats.
     recipe: str
     accuracy_level: Literal[0, 1, 2, 3, 4]
     packed_qkv: bool
     kv_cache: KvCache = FLOATS
-    #: Within an operator.
+    #: Threads within an operator.
     threads: int = Field(ge=1)
     #: Entries of ONNX Runtime's session configuration.
     session: dict[str, str] = Field(default_factory=dict)
@@ -61,14 +61,14 @@ class Gain(_Measured):
 
 
 class Gains(_Measured):
-    """By what was timed."""
+    """The gain of a candidate in each thing that was timed."""
 
-    #: A token behind a short prompt, and behind a long one.
+    #: Decoding of one token behind a short prompt, and behind a long one.
     decode: Gain
     decode_long: Gain
-    #: The long prompt.
+    #: Prefill of the long prompt.
     prefill: Gain
-    #: What was asked for: the geometric mean of what ``prefer`` names.
+    #: The quantity that was asked for: the geometric mean of what ``prefer`` names.
     preferred: Gain
     rounds: int
 
@@ -77,7 +77,7 @@ class Deviation(_Measured):
     """A mean KL divergence in nats per token, and the language in which it is largest."""
 
     mean: float
-    #: The true mean is above in 5 % of samples of documents; absent where there is one document.
+    #: The upper bound: the true mean is above it in 5 % of samples of documents. Absent where there is one document.
     upper: float | None = None
     worst: float
     language: str
@@ -86,29 +86,29 @@ class Deviation(_Measured):
 class Divergences(_Measured):
     """How far a candidate's numbers move the next-token distribution, over the whole model."""
 
-    #: From the original.
+    #: Divergence from the original.
     original: Deviation
-    #: From the candidate's own weights in fp32 arithmetic: what the runtime's arithmetic alone does.
+    #: Divergence from the candidate's own weights in fp32 arithmetic: what the runtime's arithmetic alone does.
     arithmetic: Deviation
     positions: int
 
 
-class Tried(_Measured):
-    """One candidate."""
+class TriedCandidate(_Measured):
+    """One candidate that was tried, with its settings and results."""
 
-    settings: Settings
+    settings: CandidateSettings
     outcome: Outcome
     reason: str
-    #: Absent where it was not timed.
+    #: Absent where the candidate was not timed.
     gains: Gains | None = None
     divergence: Divergences | None = None
 
 
 class Evidence(_Measured):
-    """How a tuned target came about."""
+    """The account of how a tuned target came about."""
 
     verdict: str
-    #: Of the chosen settings, in rounds of their own that took no part in choosing; absent where the start stays.
+    #: Gains of the chosen settings, in rounds of their own that took no part in choosing. Absent where the start stays.
     confirmed: Gains | None = None
     start: str
     checkpoint: str
@@ -116,10 +116,10 @@ class Evidence(_Measured):
     prefer: Preference
     #: Nats per token that arithmetic, and a format beside the start's, may add in any language.
     allowance_nats: float
-    #: How the weights were quantized for the divergence: GPTQ leaves about a fifth of what rounding to nearest leaves.
+    #: How the weights were quantized for the divergence. GPTQ leaves about a fifth of what rounding to nearest leaves.
     weights: Literal["round-to-nearest", "gptq"]
     text_digest: str
-    #: Which decoder blocks were timed.
+    #: The decoder blocks that were timed.
     timed: str
     prompt_tokens: tuple[int, int]
     generated_tokens: int
@@ -128,4 +128,4 @@ class Evidence(_Measured):
     system: str
     libraries: dict[str, str]
     date: str
-    candidates: tuple[Tried, ...]
+    candidates: tuple[TriedCandidate, ...]

@@ -1,4 +1,4 @@
-"""Packages that glmexport runs without until they are asked for, and the extra that brings each."""
+"""Packages that glmexport needs for some commands only, and the extra that brings each."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 
 from glmexport.foundation.errors import MachineError
 
-#: By the name that is imported.
+#: Extras by the name that is imported.
 EXTRAS = {
     "OpenSSL": "sign",
     "PyKCS11": "pkcs11",
@@ -26,7 +26,7 @@ EXTRAS = {
 
 
 def lacking(error: ImportError, extra: str | None = None) -> MachineError | None:
-    """What to say of a package that cannot be imported; None where it is one of ours, or of Python's, and so a bug.
+    """Return the error for a package that cannot be imported; None where it is ours, or Python's, and so a bug.
 
     Args:
         error: of the import.

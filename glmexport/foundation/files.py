@@ -1,4 +1,4 @@
-"""The files of a checkpoint directory: readable, contained in it, digested, and JSON that reads in one way only."""
+"""Files of a checkpoint directory: checked to be readable and inside of it, digested, and JSON of one meaning."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETO
 
 
 def unreadable(path: Path, error: OSError) -> GlmexportError:
-    """The error to raise for ``error`` met at ``path``.
+    """Return the error to raise for ``error`` met at ``path``.
 
     Returns:
         CheckpointError if the path names no readable kind of file, MachineError if the machine refuses it.
@@ -41,7 +41,7 @@ def unreadable(path: Path, error: OSError) -> GlmexportError:
 
 
 def contained(directory: Path, name: str, named_by: str) -> Path:
-    """The existing regular file ``name`` below ``directory``.
+    """Return the existing regular file ``name`` below ``directory``.
 
     A symbolic link is followed as long as it ends in ``directory`` or, for a snapshot in the hub's cache, in
     that repository's folder or in the blob store its cache shares between repositories.
@@ -79,7 +79,7 @@ def contained(directory: Path, name: str, named_by: str) -> Path:
 
 
 def optional(directory: Path, name: str, named_by: str) -> Path | None:
-    """As ``contained``, or None where nothing of that name is in the directory, not even a broken link."""
+    """Return a file as ``contained`` does, or None where nothing of that name exists, not even a broken link."""
     path = directory / name
     try:
         path.lstat()
@@ -117,14 +117,14 @@ def _roots(root: Path) -> list[Path]:
 
 
 def cache_repository(directory: Path) -> Path | None:
-    """The ``models--owner--name`` folder of a snapshot in the hub's cache; None for any other directory."""
+    """Return the ``models--owner--name`` folder of a snapshot in the hub's cache; None for any other directory."""
     repository = directory.parent.parent
     in_cache = directory.parent.name == "snapshots" and repository.name.startswith("models--")
     return repository if in_cache else None
 
 
 def source_name(directory: Path) -> str:
-    """The hub id of a snapshot in the hub's cache; for any other directory its own name."""
+    """Return the hub id of a snapshot in the hub's cache; for any other directory its own name."""
     repository = cache_repository(directory.resolve())
     if repository is None:
         return directory.resolve().name
@@ -132,7 +132,7 @@ def source_name(directory: Path) -> str:
 
 
 def version(path: Path) -> tuple[int, int, int]:
-    """Size, time of the last change and inode of a file: what tells that it was written again, or replaced.
+    """Return size, time of the last change and inode of a file, which tell that it was written again or replaced.
 
     Raises:
         CheckpointError: it vanished.
@@ -146,7 +146,7 @@ def version(path: Path) -> tuple[int, int, int]:
 
 
 def files_digest(directory: Path, files: Iterable[Path], label: str, progress: Progress | None) -> str:
-    """``sha256:`` and the SHA-256 of one line ``NAME\\tBYTES\\tSHA256\\n`` a file, in order of name.
+    """Return ``sha256:`` and the SHA-256 of one line ``NAME\\tBYTES\\tSHA256\\n`` a file, in order of name.
 
     Args:
         directory: What the names are relative to.
@@ -191,7 +191,7 @@ def json_object(data: bytes) -> dict[str, object]:
 
 
 def read_json(path: Path) -> dict[str, object]:
-    """The JSON object in ``path``.
+    """Return the JSON object in ``path``.
 
     Raises:
         CheckpointError: absent, no regular file, beyond ``JSON_LIMITS``, or not one JSON object; names the file and
@@ -209,7 +209,7 @@ def read_json(path: Path) -> dict[str, object]:
 
 
 def read_text(path: Path, most: int) -> str:
-    """The UTF-8 text of at most ``most`` bytes in ``path``.
+    """Return the UTF-8 text of at most ``most`` bytes in ``path``.
 
     Raises:
         CheckpointError: absent, no regular file, larger, or not UTF-8.
@@ -240,7 +240,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
+    """Return the hexadecimal SHA-256 of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 22):
@@ -249,6 +249,6 @@ def sha256(path: Path) -> str:
 
 
 def listed(names: list[str], shown: int = 3) -> str:
-    """The first of ``names``, and how many more there are."""
+    """Return the first of ``names`` as one text, and how many more there are."""
     rest = len(names) - shown
     return ", ".join(names[:shown]) + (f" and {rest} more" if rest > 0 else "")

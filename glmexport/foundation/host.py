@@ -1,4 +1,4 @@
-"""What this machine is: its processor's instruction sets, its NVIDIA GPUs, and the providers that ONNX Runtime has."""
+"""Facts about this machine: the processor's instruction sets, NVIDIA GPUs, and the providers that ONNX Runtime has."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 CPU_PROVIDER = "CPUExecutionProvider"
-#: macOS's names of what Linux lists among an ARM processor's ``Features``.
+#: Names that macOS uses for what Linux lists among an ARM processor's ``Features``.
 _APPLE_FLAGS = {
     "hw.optional.arm.FEAT_DotProd": "asimddp",
     "hw.optional.arm.FEAT_I8MM": "i8mm",
@@ -25,7 +25,7 @@ class Gpu:
     """One NVIDIA GPU."""
 
     name: str
-    #: As 8.9.
+    #: Compute capability, such as 8.9.
     compute_capability: float
     memory_bytes: int
 
@@ -34,7 +34,7 @@ class Gpu:
 class Host:
     """A machine, as far as targets ask about it."""
 
-    #: As ``platform.machine`` has it, in lower case.
+    #: Processor architecture as ``platform.machine`` gives it, in lower case.
     machine: str
     #: Instruction sets in Linux's spelling.
     cpu_flags: frozenset[str] = frozenset()
@@ -44,18 +44,18 @@ class Host:
 
     @classmethod
     def this(cls) -> Host:
-        """The machine at hand."""
+        """Return the machine at hand."""
         return cls(platform.machine().lower(), cpu_flags(), providers(), gpus())
 
     @property
     def compute_capability(self) -> float | None:
-        """The highest of its GPUs; None without any."""
+        """The highest compute capability of the GPUs; None without any."""
         return max((gpu.compute_capability for gpu in self.gpus), default=None)
 
 
 @cache
 def cpu_flags() -> frozenset[str]:
-    """Instruction set flags of this processor in Linux's spelling; empty where they cannot be read."""
+    """Return the instruction set flags of this processor in Linux's spelling; empty where they cannot be read."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
         for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -71,7 +71,7 @@ def cpu_flags() -> frozenset[str]:
 
 @cache
 def providers() -> tuple[str, ...]:
-    """Execution providers that a session can be opened on: those compiled in and those of registered plugins."""
+    """Return the execution providers that a session can be opened on: compiled in, or of registered plugins."""
     import onnxruntime
 
     compiled = onnxruntime.get_available_providers()
@@ -81,12 +81,12 @@ def providers() -> tuple[str, ...]:
 
 @cache
 def gpus() -> tuple[Gpu, ...]:
-    """NVIDIA GPUs as the driver's own tool lists them; none where there is no such tool."""
+    """Return the NVIDIA GPUs as the driver's own tool lists them; none where there is no such tool."""
     return gpus_in(_output("nvidia-smi", "--query-gpu=name,compute_cap,memory.total", "--format=csv,noheader,nounits"))
 
 
 def gpus_in(listing: str) -> tuple[Gpu, ...]:
-    """The GPUs in what nvidia-smi prints: name, compute capability and MiB, a line each; what is not so is left out."""
+    """Return the GPUs that nvidia-smi prints: name, compute capability and MiB, a line each. It skips other lines."""
     found = []
     for line in listing.splitlines():
         try:

@@ -42,5 +42,5 @@ _LANGUAGES = {
 
 
 def language_name(tag: str) -> str:
-    """English name of a BCP-47 tag, by its first subtag; the tag itself if it is not a common one."""
+    """Return the English name of a BCP-47 tag, by its first subtag; the tag itself if it is not a common one."""
     return _LANGUAGES.get(tag.split("-", maxsplit=1)[0].lower(), tag)

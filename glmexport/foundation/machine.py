@@ -30,7 +30,7 @@ _TELLING_FLAGS = (
 
 
 def processor_name() -> str:
-    """The processor's own name, as far as the system tells."""
+    """Return the processor's own name, as far as the system tells."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
         for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -40,28 +40,28 @@ def processor_name() -> str:
 
 
 def instruction_sets() -> tuple[str, ...]:
-    """Those of this processor that matter to quantized kernels."""
+    """Return the instruction sets of this processor that matter to quantized kernels."""
     return tuple(flag for flag in _TELLING_FLAGS if flag in cpu_flags())
 
 
 def cores() -> int:
-    """Physical cores that this process may use."""
+    """Return the number of physical cores that this process may use."""
     usable = len(psutil.Process().cpu_affinity()) if sys.platform == "linux" else psutil.cpu_count()
     return min(usable or 1, psutil.cpu_count(logical=False) or usable or 1)
 
 
 def memory_bytes() -> int:
-    """Physical memory."""
+    """Return the size of physical memory in bytes."""
     return int(psutil.virtual_memory().total)
 
 
 def system_name() -> str:
-    """Operating system, release and architecture."""
+    """Return operating system, release and architecture."""
     return f"{platform.system()} {platform.release()} {platform.machine()}"
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of Python and of the libraries whose arithmetic the result depends on."""
+    """Return the versions of Python and of the libraries whose arithmetic the result depends on."""
     found = {"python": platform.python_version()}
     for name in _LIBRARIES:
         try:
@@ -73,12 +73,12 @@ def library_versions() -> dict[str, str]:
 
 
 def peak_memory() -> int:
-    """Peak resident memory of this process so far, bytes."""
+    """Return the peak resident memory of this process so far, bytes."""
     return peak_memory_and_source()[0]
 
 
 def peak_memory_and_source() -> tuple[int, str]:
-    """Peak resident memory of this process so far, bytes, and what told it.
+    """Return the peak resident memory of this process so far in bytes, and the source of the figure.
 
     Resident, not PSS: pages of weights that another process happens to map are counted whole, as they are needed where
     this process is the only one. Not the cgroup's: that is the whole container's, its page cache included.
@@ -96,7 +96,7 @@ def peak_memory_and_source() -> tuple[int, str]:
 
 
 def memory_bandwidth(threads: int) -> float:
-    """Bytes per second at which ``threads`` threads read memory: the best of several sums over 256 MiB.
+    """Return the bytes per second that ``threads`` threads read of memory: the best of several sums over 256 MiB.
 
     256 MiB is several times any cache; a sum reads every byte once and writes nothing.
     """

@@ -1,4 +1,4 @@
-"""How long work tells its progress without knowing who listens."""
+"""Protocols by which work reports its progress without knowing who listens."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ class Track(Protocol):
     """One piece of work under way."""
 
     def advance(self, steps: int = 1, detail: str = "") -> None:
-        """``steps`` more are done; ``detail`` replaces the text beside the bar."""
+        """Count ``steps`` more as done; ``detail`` replaces the text beside the bar."""
 
 
 class Progress(Protocol):
-    """Where a stage reports its work and its remarks."""
+    """The receiver of a stage's progress and remarks."""
 
     def track(self, label: str, total: int) -> AbstractContextManager[Track]:
-        """A context manager around ``total`` steps of work called ``label``."""
+        """Return a context manager around ``total`` steps of work called ``label``."""
         ...
 
     def remark(self, text: str) -> None:
-        """A line that a person should see, such as a fallback that was taken."""
+        """Show a line that a person should see, such as a fallback that was taken."""
 
 
 class _SilentTrack:
@@ -31,16 +31,16 @@ class _SilentTrack:
 
 
 class Silent:
-    """Progress that nobody watches: for library use and tests. Remarks are kept in ``remarks``."""
+    """A progress that nobody watches, for library use and tests. Remarks are kept in ``remarks``."""
 
     def __init__(self) -> None:
         self.remarks: list[str] = []
 
     @contextmanager
     def track(self, label: str, total: int) -> Iterator[Track]:
-        """Steps that nobody counts."""
+        """Accept steps, and show nothing."""
         yield _SilentTrack()
 
     def remark(self, text: str) -> None:
-        """Keep it."""
+        """Keep the remark in ``remarks``."""
         self.remarks.append(text)

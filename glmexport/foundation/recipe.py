@@ -1,4 +1,4 @@
-"""Recipe: how to quantize. One TOML file under ``calibration/recipes``, or a file of the user's."""
+"""Recipes say how to quantize. One is a TOML file under ``calibration/recipes``, or a file of the user's."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from glmexport.foundation.definition import Definition, locate, read_toml
+from glmexport.foundation.definition import Definition, checked
+from glmexport.foundation.inheritance import open_source
 
 RECIPES = "calibration/recipes"
 #: What codes stand for: evenly spaced numbers, or the sixteen levels of NF4.
@@ -17,7 +18,7 @@ STORED = "stored"
 
 
 class Format(Definition):
-    """How one matrix is stored: ``bits`` per code, and one scale (and zero point) per ``group_size`` inputs.
+    """The format that one matrix is stored in: ``bits`` per code, one scale (and zero point) per ``group_size`` inputs.
 
     Asymmetric groups store a zero point of ``bits`` bits. Symmetric ones use the fixed zero point
     ``2 ** (bits - 1)`` and a signed scale, so that the full range of codes is in use.
@@ -42,14 +43,14 @@ class Format(Definition):
 
     @property
     def label(self) -> str:
-        """Short name, for example ``w4g32``, ``w4g128-sym`` or ``nf4g64``."""
+        """The short name, for example ``w4g32``, ``w4g128-sym`` or ``nf4g64``."""
         if self.codec != "affine":
             return f"{self.codec}g{self.group_size}"
         return f"w{self.bits}g{self.group_size}{'-sym' if self.symmetric else ''}"
 
 
 class Solver(Definition):
-    """How codes and scales are found."""
+    """Settings of the solver that finds codes and scales."""
 
     #: ``stored`` keeps the codes of a quantized checkpoint's linears; what it has in full precision stays so.
     method: Literal["gptq", "round-to-nearest", "stored"] = "gptq"
@@ -66,12 +67,12 @@ class Solver(Definition):
     asymmetric: bool = True
     #: Rounds of coordinate descent over the codes followed by a closed-form refit of the scales.
     polish_rounds: int = Field(default=2, ge=0, le=16)
-    #: The same of routed experts. A large mixture has tens of thousands of matrices, and rounds are most of the time.
+    #: Rounds for routed experts. A large mixture has tens of thousands of matrices, and rounds are most of the time.
     expert_polish_rounds: int = Field(default=0, ge=0, le=16)
 
 
 class CalibrationPlan(Definition):
-    """How much text of each language the Hessians are measured on."""
+    """Settings of the calibration text: how much of each language the Hessians are measured on."""
 
     tokens: int = Field(ge=1024)
     sequence_length: int = Field(ge=64)
@@ -87,7 +88,7 @@ class CalibrationPlan(Definition):
 
 
 class Budget(Definition):
-    """How large a bundle may be, with the formats to choose among, matrix by matrix, to lose least within it.
+    """A bound of a bundle's size, and the formats to choose among, matrix by matrix, to lose least within it.
 
     Exactly one of ``bits_per_weight`` (over every weight, scales and zero points included) and ``bundle_bytes``
     (weights and rotary tables) is given.
@@ -109,7 +110,7 @@ class Budget(Definition):
 
     @property
     def label(self) -> str:
-        """Short, for example ``4.6bpw`` or ``5.2GiB``."""
+        """A short name, for example ``4.6bpw`` or ``5.2GiB``."""
         if self.bits_per_weight is not None:
             return f"{self.bits_per_weight:g}bpw"
         assert self.bundle_bytes is not None
@@ -125,13 +126,13 @@ class Budget(Definition):
 
 
 class Recipe(Definition):
-    """How to quantize: formats of the parts, the solver, and what to calibrate on. None keeps full precision."""
+    """Settings of quantization: formats of the parts, the solver, and the calibration. None keeps full precision."""
 
     name: str
     summary: str
     linears: Format | None = None
-    #: In mixtures of experts, of what every token passes: attention, shared experts, dense layers. By default 8 bits in
-    #: the groups of ``linears``: little of the whole, and part of every answer.
+    #: Format of what every token passes in mixtures of experts: attention, shared experts, dense layers. By default 8
+    #: bits in the groups of ``linears``: little of the whole, and part of every answer.
     shared: Format | None = None
     lm_head: Format | None = None
     embedding: Format | None = None
@@ -151,7 +152,7 @@ class Recipe(Definition):
         return self
 
     def linear(self, *, mixture: bool, routed: bool) -> Format | None:
-        """Format of a linear of the blocks, in a mixture of experts or not, that only some tokens pass or all."""
+        """Return the format of a linear of the blocks, by whether it is in a mixture and whether all tokens pass it."""
         if self.linears is None or not mixture or routed:
             return self.linears
         return self.shared or self.linears.model_copy(update={"bits": 8, "codec": "affine"})
@@ -172,15 +173,15 @@ class Recipe(Definition):
         return self.solver.method == "gptq" and (self.linears is not None or self.lm_head is not None)
 
     def digest(self) -> str:
-        """SHA-256 of the recipe's values, so that two spellings of the same recipe are the same."""
+        """Return the SHA-256 of the recipe's values, so that two spellings of the same recipe are the same."""
         return "sha256:" + hashlib.sha256(self.model_dump_json(exclude={"summary"}).encode()).hexdigest()
 
 
 def open_recipe(name_or_path: str) -> Recipe:
-    """The shipped recipe of that name, or the one in that ``.toml`` file.
+    """Return the shipped recipe of that name, or the one in that ``.toml`` file, with what it inherits.
 
     Raises:
-        DefinitionError: unknown name, unknown key, or a value out of range.
+        DefinitionError: unknown name, unknown key, a value out of range, or a recipe that cannot be extended.
     """
-    path = locate("recipe", RECIPES, name_or_path)
-    return read_toml(path, Recipe, {"name": path.stem})
+    source = open_source("recipe", RECIPES, name_or_path)
+    return checked(source, {**source.resolved, "name": source.path.stem}, Recipe)

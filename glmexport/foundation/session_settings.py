@@ -1,4 +1,4 @@
-"""Which settings of ONNX Runtime a file may choose: names that are allowed, each with the values that it may have.
+"""Settings of ONNX Runtime that a file may choose: the allowed names, each with the values that it may have.
 
 Settings come from strangers, in a bundle's manifest or in a target's file. ONNX Runtime takes any name, and some name
 a library that it loads, a file that it overwrites or one that it reads. So what is not listed here is refused.

@@ -1,4 +1,4 @@
-"""Target: what a class of hardware can do. One TOML file under ``targets``, or a file of the user's."""
+"""Targets say what a class of hardware can do. One is a TOML file under ``targets``, or a file of the user's."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from typing import Literal, Self
 
 from pydantic import ByteSize, Field, model_validator
 
-from glmexport.foundation.definition import Definition, locate, names, read_toml
+from glmexport.foundation.definition import Definition, checked, names, read_toml
 from glmexport.foundation.errors import DefinitionError
 from glmexport.foundation.evidence import FLOATS, Evidence, KvCache
 from glmexport.foundation.host import Host
+from glmexport.foundation.inheritance import Source, open_source
+from glmexport.foundation.provenance import Provenance, with_inherited_claims
 from glmexport.foundation.recipe import CodecName, Format
 from glmexport.foundation.session_settings import check_provider, check_session_entries
 
@@ -20,13 +22,13 @@ HOST = "host"
 
 
 class Provider(Definition):
-    """ONNX Runtime execution provider and its options."""
+    """An ONNX Runtime execution provider and its options."""
 
     name: str
     options: dict[str, str] = Field(default_factory=dict)
-    #: Which ONNX Runtime has it: the native one, or that of browsers.
+    #: The kind of ONNX Runtime that has the provider: the native one, or that of browsers.
     runtime: Literal["onnxruntime", "onnxruntime-web"] = "onnxruntime"
-    #: What has to be installed for it.
+    #: The package that has to be installed for the provider.
     package: str = "onnxruntime"
 
     @model_validator(mode="after")
@@ -35,59 +37,65 @@ class Provider(Definition):
         return self
 
 
-class Probe(Definition):
-    """How a host is recognised; of the targets that match, the one with the highest rank is the host's."""
+class HostProbe(Definition):
+    """The rule by which a host is recognised.
+
+    Of the targets that match, the one with the highest rank is the host's.
+    """
 
     #: Processor architectures; empty: any.
     machine: tuple[str, ...] = ()
     cpu_flags: tuple[str, ...] = ()
-    #: Of an NVIDIA GPU, at least.
+    #: The least compute capability of an NVIDIA GPU.
     compute_capability: float | None = None
     rank: int
 
 
 class GraphLimits(Definition):
-    """What a graph for this target may consist of."""
+    """The limits of what a graph for this target may consist of."""
 
     opset: int
     ir_version: int
     #: Operators beyond the standard opset's that the provider runs, as ``domain::Operator``.
     contrib_operators: tuple[str, ...]
-    #: Type of activations, norms' gains, biases and scales; token ids are int64 and logits fp32 in any case.
+    #: Type of activations, norms' gains, biases and scales. Token ids are int64 and logits fp32 in any case.
     activations: Literal["float32", "float16", "bfloat16"] = "float32"
-    #: Query, key and value projections as one matrix product.
+    #: Whether query, key and value projections are one matrix product.
     packed_qkv: bool
-    #: GroupQueryAttention rotates queries and keys itself; otherwise RotaryEmbedding does before it.
+    #: Whether GroupQueryAttention rotates queries and keys itself; otherwise RotaryEmbedding does before it.
     rope_in_attention: bool = True
-    #: What keys and values are cached in: the activations' own type, or integers with calibrated scales.
+    #: The type that keys and values are cached in: the activations' own type, or integers with calibrated scales.
     kv_cache: KvCache = FLOATS
     #: Whether each channel of a head, or a whole cache, has one scale.
     kv_scales: Literal["channel", "tensor"] = "channel"
-    #: RMSNorm where no addition is fused with it: the runtime's own operator, or standard arithmetic in fp32.
+    #: The form of an RMSNorm that no addition is fused with: the runtime's own operator, or standard arithmetic in
+    #: fp32.
     norm: Literal["operator", "arithmetic"] = "operator"
-    #: Routed experts as branches of the graph; otherwise mixtures of experts are refused.
+    #: Whether routed experts can be branches of the graph; otherwise mixtures of experts are refused.
     expert_branches: bool = True
-    #: Latent attention caches one latent a token and layer, which a loop of ours decodes with; otherwise the keys and
-    #: values of every head, which onnxruntime-genai decodes with.
+    #: Whether latent attention caches one latent a token and layer, which a loop of ours decodes with. Otherwise it
+    #: caches the keys and values of every head, which onnxruntime-genai decodes with.
     latent_cache: bool = False
-    #: The provider compiles graphs of fixed shapes only: one for a chunk of a prompt and one for a single token.
+    #: Whether the provider compiles graphs of fixed shapes only: one for a chunk of a prompt and one for a single
+    #: token.
     static_shapes: bool = False
-    #: Of graphs of fixed shapes: positions of a chunk, and positions that caches hold, if the model's context does.
+    #: Sizes of graphs of fixed shapes: positions of a chunk, and positions that caches hold, if the model's context
+    #: does.
     chunk: int = Field(default=64, ge=2)
     capacity: int = Field(default=4096, ge=2)
 
 
 class WeightFormats(Definition):
-    """Weight formats with fast kernels, and the arithmetic they run in."""
+    """The weight formats with fast kernels, and the arithmetic they run in."""
 
     bits: tuple[Literal[2, 4, 8], ...]
     group_sizes: tuple[int, ...]
     #: Codecs of formats; what ``bits`` says is of the affine one.
     codecs: tuple[CodecName, ...] = Field(default=("affine",), exclude_if=lambda value: value == ("affine",))
     default_recipe: str
-    #: Quantized products: MatMulNBits over packed codes, or DequantizeLinear and MatMul (QDQ).
+    #: The form of quantized products: MatMulNBits over packed codes, or DequantizeLinear and MatMul (QDQ).
     form: Literal["MatMulNBits", "QDQ"] = "MatMulNBits"
-    #: Formats without zero points only.
+    #: Whether formats without zero points are the only ones.
     symmetric_only: bool = False
     #: MatMulNBits accuracy_level: 0 keeps the activations as they are, 4 quantizes them to int8 block by block.
     accuracy_level: Literal[0, 1, 2, 3, 4] = 0
@@ -98,21 +106,21 @@ class WeightFormats(Definition):
         return form.codec in self.codecs and has_bits and form.group_size in self.group_sizes
 
 
-class Memory(Definition):
-    """Sizes that a bundle may not exceed on this hardware; None: no limit but the machine's own memory."""
+class MemoryLimits(Definition):
+    """The sizes that a bundle may not exceed on this hardware; None: no limit but the machine's own memory."""
 
-    #: The largest single tensor, which is one buffer of the device.
+    #: Bytes of the largest single tensor, which is one buffer of the device.
     max_tensor_bytes: ByteSize | None = Field(default=None, gt=0)
-    #: The largest file of weights; a block that is larger is split.
+    #: Bytes of the largest file of weights; a block that is larger is split.
     max_file_bytes: ByteSize | None = Field(default=None, gt=0)
-    #: All weights together.
+    #: Bytes of all weights together.
     max_weight_bytes: ByteSize | None = Field(default=None, gt=0)
 
 
 class SessionOptions(Definition):
-    """Settings of an ONNX Runtime session that are fast on the target."""
+    """The settings of an ONNX Runtime session that are fast on the target."""
 
-    #: Within an operator; None: as many as the machine has cores.
+    #: Threads within an operator; None: as many as the machine has cores.
     threads: int | None = Field(default=None, ge=1)
     #: Configuration entries, for example ``"session.intra_op.allow_spinning" = "0"``.
     config: dict[str, str] = Field(default_factory=dict)
@@ -124,7 +132,7 @@ class SessionOptions(Definition):
 
 
 class Limits(Definition):
-    """What a bundle must keep in one language; None: as in every other."""
+    """The limits that a bundle must keep in one language; None: as in every other."""
 
     #: Mean KL divergence from the original, nats per token.
     kl_mean_nats: float | None = Field(default=None, gt=0)
@@ -135,9 +143,9 @@ class Limits(Definition):
 
 
 class BehaviourLimits(Definition):
-    """What answers may lose against the original's, over all languages together."""
+    """The limits of what answers may lose against the original's, over all languages together."""
 
-    #: By how much all answers may be longer or shorter, as a share.
+    #: Share by which all answers may be longer or shorter.
     length_ratio: float = Field(default=0.10, gt=0)
     #: Share of answers that end in a loop, do not end, are in another language or are no tool call any more.
     answers: float = Field(default=0.10, gt=0, lt=1)
@@ -148,7 +156,7 @@ class BehaviourLimits(Definition):
 
 
 class PerformanceLimits(Definition):
-    """What the bundle must reach on the machine that validates it; None: it need not.
+    """The speed that a bundle must reach on the machine that validates it; None: it need not.
 
     They hold for that machine, so no shipped target sets any. Each is judged by itself by the bounds of what was
     measured: PASS if even the unfavourable one keeps it, BLOCK if not even the favourable one does.
@@ -160,9 +168,9 @@ class PerformanceLimits(Definition):
     min_decode_tokens_per_s: float | None = Field(default=None, gt=0)
     #: Decoding rate of the bundle over that of the original.
     min_decode_ratio: float | None = Field(default=None, gt=0)
-    #: Bytes, or with a unit, as "8GiB".
+    #: A size in bytes, or with a unit, as "8GiB".
     max_peak_memory: ByteSize | None = Field(default=None, gt=0)
-    #: J of each decoded token.
+    #: Energy of each decoded token, J.
     max_energy_j_per_token: float | None = Field(default=None, gt=0)
 
 
@@ -187,21 +195,21 @@ class Gates(Definition):
     languages: dict[str, Limits] = Field(default_factory=dict)
 
     def limits(self, language: str) -> Limits:
-        """Every limit for ``language``."""
+        """Return every limit for ``language``."""
         own = self.languages.get(language, Limits()).model_dump(exclude_none=True)
         return Limits(**{name: own.get(name, getattr(self, name)) for name in Limits.model_fields})
 
 
 @dataclass(frozen=True)
 class Policy:
-    """Gates, and where they come from, for people."""
+    """The gates, and where they come from, for people."""
 
     source: str
     gates: Gates
 
 
 def open_policy(path: Path) -> Policy:
-    """The gates in a ``.toml`` file of the user's.
+    """Return the gates in a ``.toml`` file of the user's.
 
     Raises:
         DefinitionError: no such file, not TOML, an unknown key, or a value that no limit can have.
@@ -211,44 +219,20 @@ def open_policy(path: Path) -> Policy:
     return Policy(path.name, read_toml(path, Gates))
 
 
-class Claim(Definition):
-    """Why one key of a target has its value, and how that is known."""
-
-    #: Measured: timed or compared in numbers. Executed: it ran and gave the right numbers. Read: documentation or
-    #: source says so, nothing was run. Chosen: a preference, not a fact.
-    how: Literal["measured", "executed", "read", "chosen"]
-    why: str
-
-
-class Provenance(Definition):
-    """Where the figures come from."""
-
-    #: Whether bundles for this target have run on hardware of its class.
-    executed: bool = False
-    #: The machine and the runtime of what was measured or executed; of a target that was not, what was read instead.
-    measured_on: str
-    date: str
-    notes: str = ""
-    #: By the key that each is about, as ``graph.packed_qkv``.
-    claims: dict[str, Claim] = Field(default_factory=dict)
-    #: What cannot be done for this target yet, a sentence each.
-    not_yet: tuple[str, ...] = ()
-
-
 class Target(Definition):
     """A class of hardware: provider, probes, legal graphs, fast formats, gates, and the evidence for them."""
 
     name: str
     summary: str
     provider: Provider
-    probe: Probe
+    probe: HostProbe
     graph: GraphLimits
     weights: WeightFormats
     session: SessionOptions = SessionOptions()
-    memory: Memory = Memory()
+    memory: MemoryLimits = MemoryLimits()
     gates: Gates
     provenance: Provenance
-    #: Of a target that ``glmexport tune`` wrote.
+    #: The evidence of a target that ``glmexport tune`` wrote.
     evidence: Evidence | None = None
 
     @model_validator(mode="after")
@@ -258,7 +242,7 @@ class Target(Definition):
         return self
 
     def value(self, key: str) -> object:
-        """What a key such as ``graph.opset`` has.
+        """Return the value of a key such as ``graph.opset``.
 
         Raises:
             ValueError: there is no such key.
@@ -271,11 +255,11 @@ class Target(Definition):
         return found
 
     def can(self, operator: str) -> bool:
-        """Whether ``domain::Operator`` runs on this target's provider."""
+        """Return whether ``domain::Operator`` runs on this target's provider."""
         return operator in self.graph.contrib_operators
 
     def lacking(self, host: Host) -> list[str]:
-        """What ``host`` lacks to be of this class, a sentence each; empty if it is."""
+        """Return what ``host`` lacks to be of this class, a sentence each; empty if it lacks nothing."""
         provider, probe = self.provider, self.probe
         if provider.runtime != "onnxruntime":
             return [f"It is a browser's, where {provider.runtime} runs; from here no browser can be told."]
@@ -300,24 +284,33 @@ class Target(Definition):
 
 
 def open_target(name_or_path: str) -> Target:
-    """The shipped target of that name, the one in that ``.toml`` file, or for ``host`` this machine's.
+    """Return the shipped target of that name, the one in that ``.toml`` file, or for ``host`` this machine's.
 
     Raises:
-        DefinitionError: unknown name, unknown key, or no shipped target matches this host.
+        DefinitionError: unknown name, unknown key, what cannot be inherited, or no shipped target matches this host.
     """
     if name_or_path == HOST:
         return host_target(Host.this())
-    path = locate("target", TARGETS, name_or_path)
-    return read_toml(path, Target, {"name": path.stem})
+    source = target_source(name_or_path)
+    return checked(source, {**with_inherited_claims(source), "name": source.path.stem}, Target)
+
+
+def target_source(name_or_path: str) -> Source:
+    """Return the file of a target, and the one that it extends; ``host`` is no file's name.
+
+    Raises:
+        DefinitionError: unknown name, not TOML, or a target that cannot be extended.
+    """
+    return open_source("target", TARGETS, name_or_path)
 
 
 def shipped_targets() -> list[Target]:
-    """Every shipped target, by name."""
+    """Return every shipped target, by name."""
     return [open_target(name) for name in names(TARGETS)]
 
 
 def host_target(host: Host) -> Target:
-    """The highest-ranked shipped target that ``host`` is of.
+    """Return the highest-ranked shipped target that ``host`` is of.
 
     Raises:
         DefinitionError: it is of none.

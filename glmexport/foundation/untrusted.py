@@ -1,4 +1,4 @@
-"""What strangers wrote: bytes read up to a size, JSON of bounded cost, and text that shows all that is in it.
+"""Checked reading of what strangers wrote: files up to a size, JSON of bounded cost, and text that shows all of itself.
 
 A parser makes a hundred bytes of three (``[],``), and a million errors of a million wrong items. So the bytes are
 scanned first, which builds nothing: how large they are, how deep they nest, how many values there are, and how long
@@ -21,35 +21,35 @@ _MIB = 1 << 20
 
 
 @dataclass(frozen=True)
-class Limits:
-    """The most that is accepted of a document."""
+class DocumentLimits:
+    """The bounds of a document that is accepted."""
 
-    #: Of the whole, bytes.
+    #: Bytes of the whole document.
     size: int = 64 * _MIB
-    #: Lists and objects in one another.
+    #: Depth of lists and objects in one another.
     depth: int = 64
-    #: Of the whole: texts, numbers, true, false, null, lists, objects, and the keys of objects.
+    #: Values of the whole document: texts, numbers, true, false, null, lists, objects, and the keys of objects.
     values: int = 1_000_000
-    #: Of one list.
+    #: Items of one list.
     items: int = 500_000
-    #: Of one object.
+    #: Keys of one object.
     keys: int = 20_000
-    #: Of one text as it is written, bytes.
+    #: Bytes of one text as it is written.
     text: int = 8 * _MIB
-    #: Of one number, true, false or null as it is written, bytes.
+    #: Bytes of one number, true, false or null as it is written.
     number: int = 400
     #: Whether NaN and Infinity, which are no JSON, are numbers all the same.
     nonfinite: bool = False
 
 
-#: Of a document of a few facts.
-SMALL = Limits(size=4 * _MIB, values=100_000, items=50_000, text=_MIB)
-#: Of a document that lists every matrix, operator or token of a large model.
-LARGE = Limits()
+#: Limits of a document of a few facts.
+SMALL = DocumentLimits(size=4 * _MIB, values=100_000, items=50_000, text=_MIB)
+#: Limits of a document that lists every matrix, operator or token of a large model.
+LARGE = DocumentLimits()
 
 
 def open_regular(path: str | os.PathLike[str]) -> tuple[BinaryIO, int]:
-    """A regular file, links followed, for reading, and its size in bytes; nothing is waited for.
+    """Open a regular file, links followed, and return it with its size in bytes; nothing is waited for.
 
     Raises:
         ValueError: it is a pipe, a device or a directory; completes a sentence that ends in a colon.
@@ -66,7 +66,7 @@ def open_regular(path: str | os.PathLike[str]) -> tuple[BinaryIO, int]:
 
 
 def read_regular(path: str | os.PathLike[str], most: int) -> bytes:
-    """The content of a regular file; nothing above ``most`` bytes is read.
+    """Read the content of a regular file; nothing above ``most`` bytes is read.
 
     Raises:
         ValueError: as ``open_regular``, or it has more than ``most`` bytes.
@@ -82,8 +82,8 @@ def read_regular(path: str | os.PathLike[str], most: int) -> bytes:
     return data
 
 
-def parse(data: bytes, limits: Limits) -> Any:
-    """The JSON value that UTF-8 bytes are.
+def parse(data: bytes, limits: DocumentLimits) -> Any:
+    """Return the JSON value that UTF-8 bytes stand for.
 
     Raises:
         ValueError: as ``scan``; not UTF-8, not JSON, or a text with half of a pair of surrogates; completes a sentence
@@ -101,8 +101,8 @@ def parse(data: bytes, limits: Limits) -> Any:
     return value
 
 
-def parse_object(data: bytes, limits: Limits) -> dict[str, Any]:
-    """As ``parse``, of a document whose top level is an object."""
+def parse_object(data: bytes, limits: DocumentLimits) -> dict[str, Any]:
+    """Parse a document as ``parse`` does, and require an object at its top level."""
     value = parse(data, limits)
     if not isinstance(value, dict):
         raise ValueError(f"its JSON is a {type(value).__name__}, not an object")
@@ -119,7 +119,7 @@ _COLON = re.compile(rb"[ \t\r\n]*:")
 _NONFINITE = frozenset({b"NaN", b"Infinity", b"-Infinity"})
 
 
-def scan(data: bytes, limits: Limits) -> None:
+def scan(data: bytes, limits: DocumentLimits) -> None:
     """Check what a document would cost, and that no object has a key twice; builds nothing.
 
     It does not check that the document is JSON, which a parser does afterwards.
@@ -150,7 +150,7 @@ def scan(data: bytes, limits: Limits) -> None:
 class _Scan:
     """What was counted so far: of the whole, and of every list and object that is open."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: DocumentLimits) -> None:
         self._limits = limits
         self._left = limits.values
         #: Items and keys of what is open, the whole first.
@@ -248,7 +248,7 @@ _SHOWN = {"\n": "↵", "\t": "⇥"}
 
 
 def visible(text: str, *, lines: bool = False) -> str:
-    """``text`` with every control and formatting character spelled out, so that none can hide, reorder or command.
+    """Return ``text`` with control and formatting characters spelled out, so that none hides, reorders or commands.
 
     The joiners that Persian and the Indic scripts are written with stay; with ``lines`` so do line feeds and tabs.
     """

@@ -1,4 +1,4 @@
-"""Graphs all of whose shapes are numbers: one sequence, so many new positions, caches of so many positions."""
+"""Graphs of fixed shapes: one sequence, so many new positions, caches of so many positions."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import onnx_ir as ir
 from glmexport.architecture.description import Architecture
 from glmexport.bundle.names import ASKED, INPUT_IDS, LOGITS, PAST, POSITION_IDS, PRESENT
 from glmexport.foundation.target import GraphLimits
-from glmexport.graph.build import _Builder, _value
+from glmexport.graph.builder import GraphBuilder, tensor_value
 
 
 @dataclass(frozen=True)
 class FixedSizes:
-    """Positions of a prompt that one run of a graph computes, and those that caches hold: the bundle's context."""
+    """The positions of a prompt that one run of a graph computes, and those that caches hold: the bundle's context."""
 
     chunk: int
     capacity: int
 
 
 def fixed_sizes(architecture: Architecture, limits: GraphLimits) -> FixedSizes:
-    """What ``limits`` say, as far as the context of ``architecture`` reaches.
+    """Return the sizes that ``limits`` give, as far as the context of ``architecture`` reaches.
 
     The capacity is whole chunks, so that chunks which begin at the first position never pass its end.
     """
@@ -31,7 +31,7 @@ def fixed_sizes(architecture: Architecture, limits: GraphLimits) -> FixedSizes:
 
 
 def build_fixed(architecture: Architecture, limits: GraphLimits, positions: int, *, every_position: bool) -> ir.Model:
-    """The graph of ``architecture`` for ``positions`` new tokens: ids, their positions and caches in, logits out.
+    """Build the graph of ``architecture`` for ``positions`` new tokens: ids, their positions and caches in, logits out.
 
     A token is written into the caches at its position and sees what is cached at no later one. So tokens behind the
     end of a text, which fill the graph up, change nothing: what they write is written over before anything sees it.
@@ -47,14 +47,14 @@ def build_fixed(architecture: Architecture, limits: GraphLimits, positions: int,
     return builder.finished(builder.scores(architecture) if every_position else builder.generates(architecture))
 
 
-class _FixedBuilder(_Builder):
+class _FixedBuilder(GraphBuilder):
     def __init__(self, architecture: Architecture, limits: GraphLimits, positions: int) -> None:
         super().__init__(architecture, limits)
         self.batch = 1
         self.capacity = fixed_sizes(architecture, limits).capacity
         self.positions = positions
         self.input_ids, self.mask = (
-            _value(name, ir.DataType.INT64, [1, positions]) for name in (INPUT_IDS, POSITION_IDS)
+            tensor_value(name, ir.DataType.INT64, [1, positions]) for name in (INPUT_IDS, POSITION_IDS)
         )
         self.inputs = [self.input_ids, self.mask]
 
@@ -65,7 +65,7 @@ class _FixedBuilder(_Builder):
     def generates(self, architecture: Architecture) -> list[ir.Value]:
         if self.positions == 1:
             return self.scores(architecture)
-        asked = _value(ASKED, ir.DataType.INT64, [1])
+        asked = tensor_value(ASKED, ir.DataType.INT64, [1])
         self.inputs.append(asked)
 
         def of_asked(x: ir.Value) -> ir.Value:

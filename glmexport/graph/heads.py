@@ -1,11 +1,11 @@
-"""Which heads ONNX Runtime's attention operators take: decided when a graph is planned, before anything is computed."""
+"""The heads that ONNX Runtime's attention operators take: decided when a graph is planned, before any computation."""
 
 from __future__ import annotations
 
 from glmexport.architecture.description import Architecture, DecoderLayer
 from glmexport.architecture.latent import LatentAttention
 from glmexport.foundation.target import GraphLimits, Target
-from glmexport.graph.build import own_loop
+from glmexport.graph.caches import own_loop
 
 ROTARY = "com.microsoft::RotaryEmbedding"
 #: GroupQueryAttention takes heads of a multiple of this size, and of twice the size where it rotates them, which it
@@ -14,13 +14,13 @@ _STEP, _ROTATED_STEP = 8, 16
 
 
 def rotates_inside(limits: GraphLimits, head_dim: int, rotary_dimensions: int) -> bool:
-    """Whether GroupQueryAttention rotates queries and keys itself; otherwise RotaryEmbedding does, any even width."""
+    """Return whether GroupQueryAttention rotates queries and keys; else RotaryEmbedding does, any even width."""
     fits = head_dim % _ROTATED_STEP == 0 and rotary_dimensions % _ROTATED_STEP == 0
     return limits.rope_in_attention and fits
 
 
 def unfit_heads(architecture: Architecture, target: Target) -> str | None:
-    """Why the operators of ``target`` do not take the heads of ``architecture``, a clause; None if they do."""
+    """Return why the operators of ``target`` do not take the heads of ``architecture``, a clause; None if they do."""
     limits = target.graph
     if limits.static_shapes:
         # Standard arithmetic, of any size.

@@ -10,22 +10,22 @@ from glmexport.architecture.latent import Indexer, LatentAttention
 from glmexport.bundle.names import INDEX, LATENT, PAST, PRESENT
 
 if TYPE_CHECKING:
-    from glmexport.graph.build import _Builder
+    from glmexport.graph.builder import GraphBuilder
 
 
 class LatentLayers:
-    """Latent attention of all layers of a graph; a selection goes from one to the next.
+    """The latent attention of all layers of a graph; a selection goes from one to the next.
 
     ``latent_cache``: whether latents are cached; selections need it, since their keys are one more cache.
     """
 
-    def __init__(self, builder: _Builder, latent_cache: bool) -> None:
+    def __init__(self, builder: GraphBuilder, latent_cache: bool) -> None:
         self.builder = builder
         self.latent_cache = latent_cache
         self.selection: ir.Value | None = None
 
     def attention(self, layer: int, attention: LatentAttention, normed: ir.Value) -> ir.Value:
-        """What the attention of a layer adds to the stream, [B, S, D]."""
+        """Return what the attention of a layer adds to the stream, [B, S, D]."""
         build = self.builder
         query_latent = normed
         if attention.query_down is not None:

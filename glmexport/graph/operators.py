@@ -77,12 +77,15 @@ OPERATORS = frozenset(
 
 
 def nodes_of(model: ir.Model, operator: str) -> Iterator[ir.Node]:
-    """The nodes of one of our operators, in order, also inside of others; the graph may be changed while iterating."""
+    """Yield the nodes of one of our operators, in order, also inside of others.
+
+    The graph may be changed while iterating.
+    """
     return iter([node for node in model.graph.all_nodes() if node.domain == DOMAIN and node.op_type == operator])
 
 
 def violations(model: ir.Model) -> list[str]:
-    """What breaks the rules above: foreign operators, nodes without a block, weights before their time."""
+    """Return what breaks the rules above: foreign operators, nodes without a block, weights before their time."""
     found = []
     for node in model.graph:
         if node.domain == DOMAIN:
@@ -98,20 +101,20 @@ def violations(model: ir.Model) -> list[str]:
 
 
 def text(node: ir.Node, name: str) -> str:
-    """A string attribute."""
+    """Return a string attribute."""
     return str(node.attributes[name].as_string())
 
 
 def texts(node: ir.Node, name: str) -> list[str]:
-    """A list of strings; empty where the attribute is absent (ONNX cannot type an empty list)."""
+    """Return a list of strings; empty where the attribute is absent (ONNX cannot type an empty list)."""
     return list(node.attributes[name].as_strings()) if name in node.attributes else []
 
 
 def integer(node: ir.Node, name: str) -> int:
-    """An integer attribute."""
+    """Return an integer attribute."""
     return int(node.attributes[name].as_int())
 
 
 def number(node: ir.Node, name: str) -> float:
-    """A float attribute."""
+    """Return a float attribute."""
     return float(node.attributes[name].as_float())

@@ -22,7 +22,7 @@ from glmexport.lm_eval.likelihood import Likelihood, Request, bundle_likelihoods
 from glmexport.reference.reference import Reference
 from glmexport.release.opening import NOBODY, Trust, open_signed
 from glmexport.tokenizer.tokenizer import Tokenizer
-from glmexport.workflows.job import Original
+from glmexport.workflows.original import Original
 
 
 class Subject(Protocol):
@@ -48,19 +48,18 @@ class BundleSubject:
     """
 
     def __init__(self, directory: Path, threads: int, progress: Progress, trust: Trust = NOBODY) -> None:
-        self._directory, self._threads, self._progress = directory, threads, progress
-        self._manifest = open_signed(directory, trust, progress)
-        self.tokenizer = Tokenizer.open(directory)
-        self.context_length = self._manifest.context_length
-        self.digest = self._manifest.digest()
+        self._bundle, self._threads, self._progress = open_signed(directory, trust, progress), threads, progress
+        self.tokenizer = self._bundle.tokenizer
+        self.context_length = self._bundle.manifest.context_length
+        self.digest = self._bundle.digest
 
     @cached_property
     def _scoring(self) -> ScoringSession:
-        return ScoringSession(self._directory, self._manifest, self._threads)
+        return ScoringSession(self._bundle.directory, self._bundle.manifest, self._threads)
 
     @cached_property
     def _generation(self) -> GenerationSession:
-        return GenerationSession(self._directory, self._threads)
+        return GenerationSession(self._bundle.directory, self._threads)
 
     def likelihoods(self, requests: Sequence[Request]) -> list[Likelihood]:
         """By scoring.onnx."""

@@ -1,1 +1,1 @@
-"""From our operators to the target's: one pass a file, chosen by capability."""
+"""Lowering of our operators to the target's: one pass a file, chosen by capability."""

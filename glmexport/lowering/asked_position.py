@@ -9,7 +9,7 @@ from glmexport.lowering.rewrite import Rewrite
 
 
 class LowerAskedPositionPass(ir.passes.InPlacePass):
-    """AskedPosition becomes Gather along the positions."""
+    """A pass by which AskedPosition becomes Gather along the positions."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Lower every AskedPosition."""

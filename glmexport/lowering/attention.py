@@ -105,7 +105,10 @@ def _cache_attributes(limits: GraphLimits) -> Mapping[str, Any]:
 
 
 def cache_scales(rewrite: Rewrite, limits: GraphLimits) -> list[ir.Value]:
-    """Scales of the key and of the value cache; none where the cache is not quantized. In the graph's own file."""
+    """Return the scales of the key and of the value cache, in the graph's own file.
+
+    There are none where the cache is not quantized.
+    """
     if limits.kv_cache == "activations":
         return []
     channels = (integer(rewrite.node, "kv_heads"), 1, integer(rewrite.node, "head_dim"))
@@ -119,7 +122,7 @@ def cache_scales(rewrite: Rewrite, limits: GraphLimits) -> list[ir.Value]:
 
 
 def rotary_caches(model: ir.Model, tables: tuple[torch.Tensor, torch.Tensor]) -> list[ir.Value]:
-    """Cosines and sines of every position of the context, once a graph."""
+    """Return the cosines and sines of every position of the context, once a graph."""
     return [
         weight(model.graph, name, ir.DataType.FLOAT, tuple(table.shape), table.numpy, SHARED_BLOCK)
         for name, table in zip(("cos_cache", "sin_cache"), tables, strict=True)
@@ -127,7 +130,7 @@ def rotary_caches(model: ir.Model, tables: tuple[torch.Tensor, torch.Tensor]) ->
 
 
 def shared_lengths(model: ir.Model) -> tuple[ir.Value, ir.Value]:
-    """(sequence_lengths [B] int32, total_length [] int32) of the attention mask, computed once a graph."""
+    """Return (sequence_lengths [B] int32, total_length [] int32) of the attention mask, computed once a graph."""
     graph = model.graph
     found = shared(model)
     if SEQUENCE_LENGTHS in found:
@@ -149,7 +152,7 @@ def shared_lengths(model: ir.Model) -> tuple[ir.Value, ir.Value]:
 
 
 def shared_position_ids(model: ir.Model) -> ir.Value:
-    """Positions [B, S] int64 of the new tokens, computed once a graph.
+    """Return the positions [B, S] int64 of the new tokens, computed once a graph.
 
     The first new token of a sequence comes behind what the attention mask has ones for, less the new tokens. Padding
     is to the right, and in the first call only: there the sequences begin at 0, however few ones they have.
@@ -176,17 +179,17 @@ def shared_position_ids(model: ir.Model) -> ir.Value:
 
 
 def input_ids(model: ir.Model) -> ir.Value:
-    """The graph's input [B, S] int64."""
+    """Return the graph's input [B, S] int64."""
     return next(value for value in model.graph.inputs if value.name == INPUT_IDS)
 
 
 def computing(value: ir.Value) -> ir.Node:
-    """The node that ``value`` comes of. Behind that of a shared value, nodes that follow from it are inserted."""
+    """Return the node that ``value`` comes of; behind that of a shared value, nodes that follow are inserted."""
     producer = value.producer()
     assert producer is not None, value.name
     return producer
 
 
 def shared(model: ir.Model) -> dict[str | None, ir.Value]:
-    """Values of the outermost graph, by name."""
+    """Return the values of the outermost graph, by name."""
     return {value.name: value for node in model.graph for value in node.outputs}

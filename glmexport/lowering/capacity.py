@@ -15,18 +15,18 @@ _PLACES, _CAUSAL = "cache_places", "causal_bias"
 
 @dataclass(frozen=True)
 class Positions:
-    """Of the new tokens: values that all layers of a graph share."""
+    """The positions of the new tokens, as values that all layers of a graph share."""
 
-    #: [B, S] int64.
+    #: The position of each new token, [B, S] int64.
     positions: ir.Value
-    #: [B, S, 2] int64: sequence and position, as ScatterND takes them.
+    #: The places in the cache, [B, S, 2] int64: sequence and position, as ScatterND takes them.
     places: ir.Value
-    #: [B, S, C] fp32: 0 where a cached position is not behind the token's own, otherwise minus infinity.
+    #: The mask [B, S, C] fp32: 0 where a cached position is not behind the token's own, otherwise minus infinity.
     causal: ir.Value
 
 
 def shared_positions(model: ir.Model, node: ir.Node) -> Positions:
-    """Of the graph's input; ``node`` is one that reads a cache."""
+    """Return the positions of the graph's input; ``node`` is one that reads a cache."""
     found = shared(model)
     positions = shared_position_ids(model)
     if _CAUSAL in found:
@@ -53,26 +53,26 @@ def shared_positions(model: ir.Model, node: ir.Node) -> Positions:
     return Positions(positions, places, causal)
 
 
-#: What is added to the score of a position: constants by their names.
+#: Constants that are added to the score of a position, by their names.
 SEEN = {"seen": 0.0, "unseen": -np.inf}
 
 
 def written(rewrite: Rewrite, cache: ir.Value | None, positions: Positions, new: ir.Value) -> ir.Value:
-    """``cache`` [B, C, width] with ``new`` [B, S, width] in its places; in place where both are one buffer."""
+    """Return ``cache`` [B, C, width] with ``new`` [B, S, width] in its places; in place where both are one buffer."""
     return rewrite.op("ScatterND", [cache, positions.places, new])[0]
 
 
 def rotated(
     rewrite: Rewrite, x: ir.Value | None, positions: Positions, tables: list[ir.Value], interleaved: int
 ) -> ir.Value:
-    """``x`` [B, S, size] or [B, heads, S, size], rotated as its positions tell."""
+    """Return ``x`` [B, S, size] or [B, heads, S, size], rotated as its positions tell."""
     return rewrite.op(
         "RotaryEmbedding", [x, positions.positions, *tables], {"interleaved": interleaved}, domain=MICROSOFT
     )[0]
 
 
 def scores_of(rewrite: Rewrite, query: ir.Value, cache: ir.Value, width: int) -> tuple[ir.Value, ir.Value]:
-    """Products [B, heads, S, C] of ``query`` [B, heads, S, width] with every row of ``cache`` [B, C, width].
+    """Return the products [B, heads, S, C] of ``query`` [B, heads, S, width] with every row of ``cache`` [B, C, width].
 
     All heads are rows of one matrix product. Also the shape [B, heads, S, -1], to take such rows apart again.
     """

@@ -13,7 +13,7 @@ from glmexport.quantization.weights import Weights
 
 
 def constant_matrix(rewrite: Rewrite, weights: Weights, key: str) -> ir.Value:
-    """The matrix with that checkpoint key [rows, columns] fp32.
+    """Return the matrix with that checkpoint key [rows, columns] fp32.
 
     A quantized one is (code - zero point) * scale, in operators of the standard domain over constants: ONNX Runtime
     folds those when it loads a graph, but of its own domain nothing but quantization itself.
@@ -67,11 +67,11 @@ def _unpacked(rewrite: Rewrite, packed: ir.Value, bits: int) -> ir.Value:
 
 
 def as_numbers(rewrite: Rewrite, x: ir.Value) -> ir.Value:
-    """``x`` in the type of the activations."""
+    """Return ``x`` in the type of the activations."""
     return rewrite.op("Cast", [x], {"to": int(ir.DataType.FLOAT)})[0]
 
 
 def first_of(rewrite: Rewrite, x: ir.Value, columns: int) -> ir.Value:
-    """The first ``columns`` of the last axis."""
+    """Return the first ``columns`` of the last axis."""
     ends = [rewrite.integers(0), rewrite.integers(columns), rewrite.integers(-1)]
     return rewrite.op("Slice", [x, *ends])[0]

@@ -1,4 +1,4 @@
-"""Embedding lookups."""
+"""Lowering of embedding lookups."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MIDDLE = {2: 0xAA, 4: 0x88, 8: 0x80}
 
 
 class LowerEmbeddingPass(ir.passes.InPlacePass):
-    """Embedding becomes GatherBlockQuantized over codes, or Gather over fp32 rows.
+    """A pass by which Embedding becomes GatherBlockQuantized over codes, or Gather over fp32 rows.
 
     1. Zero points are always written out: the operator's default differs between 2, 4 and 8 bits.
     2. Where the target has no GatherBlockQuantized, rows of codes, scales and zero points are gathered and become

@@ -12,7 +12,7 @@ from glmexport.lowering.rewrite import Rewrite
 
 
 class LowerExpertsPass(ir.passes.InPlacePass):
-    """RoutedExperts becomes one If an expert, whose body is made of Linear and GatedActivation.
+    """A pass by which RoutedExperts becomes one If an expert, whose body is made of Linear and GatedActivation.
 
     1. The positions are sorted by expert, so that those of one expert are a slice; a position that chose C experts is
        there C times. The outputs of all experts, one after the other, are then in the order of that sort.

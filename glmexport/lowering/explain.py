@@ -1,11 +1,12 @@
-"""What each lowering does for a target, in words, and why: the same capabilities that the passes ask."""
+"""Explanations of what each lowering does for a target, and why, from the same capabilities that the passes ask."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from glmexport.foundation.target import Claim, GraphLimits, Target
+from glmexport.foundation.provenance import Claim
+from glmexport.foundation.target import GraphLimits, Target
 from glmexport.lowering.embedding import FUSED as FUSED_ROWS
 from glmexport.lowering.norm import FUSED
 
@@ -19,12 +20,12 @@ class Lowering:
     name: str
     does: str
     key: str
-    #: None where the target gives no reason.
+    #: The target's reason; None where it gives none.
     claim: Claim | None
 
 
 def lowerings(target: Target) -> list[Lowering]:
-    """Every decision that is taken for ``target``, in the order of the graph."""
+    """Return every decision that is taken for ``target``, in the order of the graph."""
     claims = target.provenance.claims
     return [Lowering(name, does, key, claims.get(key)) for name, does, key in _decisions(target)]
 

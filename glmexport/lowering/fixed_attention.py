@@ -13,13 +13,13 @@ from glmexport.lowering.attention import rotary_caches, shared
 from glmexport.lowering.rewrite import Rewrite
 
 _PLACES, _BIAS, _COSINES, _SINES = "cache_places", "causal_bias", "cosines", "sines"
-#: What is added to the score of a position that a token does not see: softmax makes nothing of it in fp32, and a
-#: compiler for fp16 has a number for it, as it may not have for infinity.
+#: The number that is added to the score of a position that a token does not see: softmax makes nothing of it in fp32,
+#: and a compiler for fp16 has a number for it, as it may not have for infinity.
 UNSEEN = -30000.0
 
 
 class LowerFixedAttentionPass(ir.passes.InPlacePass):
-    """Attention of a graph of fixed shapes becomes products with the whole caches, of which later positions are unseen.
+    """A pass by which Attention of fixed shapes becomes products with whole caches, later positions unseen.
 
     1. New keys and values are scattered into the caches at their positions before anything is read of these.
     2. The query heads that share a key head are rows of one matrix product with it.
@@ -138,11 +138,11 @@ class _Positions:
     """Values that all layers of a graph share, of S new tokens and caches of C positions."""
 
     capacity: int
-    #: [1, S, 2] int64: sequence and position, as ScatterND takes them.
+    #: The places in the cache, [1, S, 2] int64: sequence and position, as ScatterND takes them.
     places: ir.Value
-    #: [1, 1, S, C] fp32: 0 where a cached position is not behind the token's own.
+    #: The mask [1, 1, S, C] fp32: 0 where a cached position is not behind the token's own.
     bias: ir.Value
-    #: [1, S, 1, rotary dimensions / 2] each.
+    #: Cosines and sines, [1, S, 1, rotary dimensions / 2] each.
     cosines: ir.Value
     sines: ir.Value
 

@@ -1,4 +1,4 @@
-"""RMSNorm of every head of the queries and keys."""
+"""Lowering of the RMSNorm of every head of the queries and keys."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from glmexport.quantization.weights import Weights
 
 
 class LowerHeadNormPass(ir.passes.InPlacePass):
-    """HeadNorm becomes the target's RMSNorm over the last axis of [B, S, heads, head_dim].
+    """A pass by which HeadNorm becomes the target's RMSNorm over the last axis of [B, S, heads, head_dim].
 
     GroupQueryAttention takes the gains itself on other providers; ONNX Runtime's CPU kernel refuses them.
     """

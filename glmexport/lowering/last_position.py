@@ -13,7 +13,7 @@ _RECENT = "recent_positions"
 
 
 class LowerLastPositionPass(ir.passes.InPlacePass):
-    """LastPosition becomes GatherND at min(S - 1, number of real positions - 1) of each sequence.
+    """A pass by which LastPosition becomes GatherND at min(S - 1, number of real positions - 1) of each sequence.
 
     1. In a padded prefill that is the last position before the padding.
     2. In a decode step, and in a prefill that continues a cache, S - 1 is the smaller one.
@@ -33,7 +33,7 @@ class LowerLastPositionPass(ir.passes.InPlacePass):
 
 
 class LowerRecentPositionsPass(ir.passes.InPlacePass):
-    """RecentPositions becomes GatherND at consecutive positions of each sequence.
+    """A pass by which RecentPositions becomes GatherND at consecutive positions of each sequence.
 
     1. Of at most ``most`` positions all are gathered, from 0 on.
     2. Of more, one: the one that LastPosition gives.

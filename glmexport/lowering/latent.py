@@ -15,7 +15,7 @@ from glmexport.quantization.weights import Weights
 
 
 class LowerSplitLatentPass(ir.passes.InPlacePass):
-    """SplitLatent becomes Split."""
+    """A pass by which SplitLatent becomes Split."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Lower every SplitLatent."""
@@ -28,7 +28,7 @@ class LowerSplitLatentPass(ir.passes.InPlacePass):
 
 
 class LowerExpandedAttentionPass(ir.passes.InPlacePass):
-    """ExpandedAttention becomes Attention over the keys and values that a Linear makes of new latents.
+    """A pass by which ExpandedAttention becomes Attention over the keys and values that a Linear makes of new latents.
 
     1. Attention rotates the first dimensions of a head and latent attention the last, so queries and keys are put
        together the other way round; a product of the two does not depend on the order.
@@ -108,7 +108,7 @@ class LowerExpandedAttentionPass(ir.passes.InPlacePass):
 
 
 class LowerLatentAttentionPass(ir.passes.InPlacePass):
-    """LatentAttention becomes products with the cache itself (MLA's absorbed form, arXiv 2405.04434, 2.1.2).
+    """A pass by which LatentAttention becomes products with the cache (MLA absorbed, arXiv 2405.04434, 2.1.2).
 
     With key rows U_h and value rows V_h of ``weight`` for head h, q . (U c) = (U^T q) . c and sum p V c = V sum p c:
 

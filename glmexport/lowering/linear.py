@@ -20,7 +20,7 @@ from glmexport.quantization.weights import Weights
 
 
 class LowerLinearPass(ir.passes.InPlacePass):
-    """Linear becomes MatMulNBits, or MatMul and Add, over DequantizeLinear where the target wants that (QDQ).
+    """A pass by which Linear becomes MatMulNBits, or MatMul and Add, over DequantizeLinear for QDQ targets.
 
     1. Scales are stored as fp16 and cast in the graph; ONNX Runtime folds the cast when it loads the model.
     2. Zero points are left out of symmetric formats: the operator's default is theirs, 2^(bits - 1).

@@ -1,4 +1,4 @@
-"""The gated activation between the MLP's matrices."""
+"""Lowering of the gated activation between the MLP's matrices."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from glmexport.lowering.rewrite import Rewrite
 
 
 class LowerGatedActivationPass(ir.passes.InPlacePass):
-    """GatedActivation becomes Split, Sigmoid and two Mul; ONNX Runtime fuses x * sigmoid(x) itself."""
+    """A pass by which GatedActivation becomes Split, Sigmoid and two Mul; ONNX Runtime fuses x * sigmoid(x) itself."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Lower every GatedActivation."""

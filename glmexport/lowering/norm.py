@@ -18,7 +18,7 @@ FUSED = f"{MICROSOFT}::SkipSimplifiedLayerNormalization"
 
 
 class LowerNormPass(ir.passes.InPlacePass):
-    """RmsNorm becomes SkipSimplifiedLayerNormalization or SimplifiedLayerNormalization.
+    """A pass by which RmsNorm becomes SkipSimplifiedLayerNormalization or SimplifiedLayerNormalization.
 
     1. Where its input is the sum of two values and the target has the fused operator, both become one node, whose
        fourth output is the sum that the residual stream goes on with.
@@ -69,7 +69,7 @@ class LowerNormPass(ir.passes.InPlacePass):
 
 
 def normalized(rewrite: Rewrite, x: ir.Value | None, gain: ir.Value, form: str) -> ir.Value:
-    """RMSNorm of ``x`` over its last axis, with the node's epsilon; sums are in fp32 in either form."""
+    """Return the RMSNorm of ``x`` over its last axis, with the node's epsilon; sums are in fp32 in either form."""
     epsilon = number(rewrite.node, "epsilon")
     if form == "operator":
         attributes = {"axis": -1, "epsilon": epsilon, "stash_type": 1}

@@ -10,7 +10,7 @@ from glmexport.quantization.weights import Weights
 
 
 class PackQkvPass(ir.passes.InPlacePass):
-    """Replace the three Linear nodes that feed an Attention by one.
+    """A pass that replaces the three Linear nodes that feed an Attention by one.
 
     1. They read the same value and their matrices have the same format (full precision counts as one).
     2. Rows are stacked in the order query, key, value, which is what GroupQueryAttention expects.

@@ -1,4 +1,4 @@
-"""Our operators become what the target can run. Each pass asks what the target can do, never what it is called."""
+"""The passes by which our operators become the target's. Each asks what the target can do, never its name."""
 
 from __future__ import annotations
 
@@ -69,6 +69,6 @@ def lower(
 
 
 def unsupported(model: ir.Model, target: Target) -> list[str]:
-    """Operators of ``model`` that neither the standard opset nor the target's list contains."""
+    """Return the operators of ``model`` that neither the standard opset nor the target's list contains."""
     used = {(node.domain, node.op_type) for node in model.graph.all_nodes()}
     return sorted(f"{domain}::{name}" for domain, name in used if domain and not target.can(f"{domain}::{name}"))

@@ -22,7 +22,7 @@ ACTIVATIONS = {
 
 
 class ActivationTypePass(ir.passes.InPlacePass):
-    """Every fp32 value becomes one of the target's type, but for what is marked ``FLOAT32``.
+    """A pass that turns every fp32 value into one of the target's type, but for what is marked ``FLOAT32``.
 
     1. Weights and constants are rounded when they are written. A finite one that the type cannot hold is an error.
     2. Scales are stored in fp16: where that is the type, the casts behind them disappear.
@@ -134,7 +134,7 @@ class ActivationTypePass(ir.passes.InPlacePass):
 
 
 def as_type(array: NDArray[Any], dtype: ir.DataType, name: str) -> NDArray[Any]:
-    """``array`` in a floating-point type.
+    """Return ``array`` in a floating-point type.
 
     Raises:
         InputError: a number is finite and no longer is.

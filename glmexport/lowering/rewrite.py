@@ -1,4 +1,4 @@
-"""What every pass is made of: new nodes in an old node's place, and weights that are produced when written."""
+"""The parts that passes are made of: new nodes in an old node's place, and weights that are produced when written."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHARED_BLOCK = "embedding"
 
 
 class Rewrite:
-    """Collects what replaces ``node``; names and block follow from the node's own.
+    """A collector of what replaces ``node``; names and block follow from the node's own.
 
     With ``float32`` what replaces it stays in fp32.
     """
@@ -39,7 +39,7 @@ class Rewrite:
         self.nodes: list[ir.Node] = []
 
     def in_float32(self) -> Rewrite:
-        """The same, for nodes among these that stay in fp32."""
+        """Return the same rewrite, for nodes among these that stay in fp32."""
         exact = copy(self)
         exact.metadata = self.metadata | {FLOAT32: "1"}
         return exact
@@ -77,7 +77,7 @@ class Rewrite:
         produce: Callable[[], NDArray[Any]],
         same_bytes_as: str | None = None,
     ) -> ir.Value:
-        """An initializer of the node's block whose numbers are produced when they are written, not before.
+        """Add an initializer of the node's block whose numbers are produced when they are written, not before.
 
         ``same_bytes_as`` names an initializer that may hold the same bytes in another shape; where the graph has
         it, the bytes are stored once.
@@ -88,7 +88,7 @@ class Rewrite:
         return value
 
     def constant(self, name: str, array: NDArray[Any]) -> ir.Value:
-        """A small initializer that stays in the graph file; one for all nodes that ask for the same name."""
+        """Add a small initializer that stays in the graph file; one for all nodes that ask for the same name."""
         if name not in self.graph.initializers:
             value = ir.Value(
                 name=name,
@@ -100,11 +100,11 @@ class Rewrite:
         return self.graph.initializers[name]
 
     def integers(self, *values: int) -> ir.Value:
-        """A constant vector of whole numbers, for shapes and axes."""
+        """Add a constant vector of whole numbers, for shapes and axes."""
         return self.constant(f"integers_{'_'.join(map(str, values))}", np.array(values, np.int64))
 
     def split(self, x: ir.Value | None, *sizes: int, axis: int = -1) -> tuple[ir.Value, ...]:
-        """``x`` in parts of these sizes."""
+        """Split ``x`` into parts of these sizes."""
         return self.op("Split", [x, self.integers(*sizes)], {"axis": axis}, outputs=len(sizes))
 
     def finish(self, *outputs: ir.Value | None, also: Sequence[ir.Node] = ()) -> None:
@@ -124,7 +124,7 @@ class Rewrite:
 
 
 def metadata(node: ir.Node) -> dict[str, str]:
-    """What nodes that come of ``node`` inherit: its block, and whether it stays in fp32."""
+    """Return what nodes that come of ``node`` inherit: its block, and whether it stays in fp32."""
     return {name: value for name, value in node.metadata_props.items() if name in (BLOCK, FLOAT32)}
 
 
@@ -136,7 +136,7 @@ def weight(
     produce: Callable[[], NDArray[Any]],
     block: str,
 ) -> ir.Value:
-    """An initializer in the data file of ``block``, produced when it is written; one for each name."""
+    """Return an initializer in the data file of ``block``, produced when it is written; one for each name."""
     if name in graph.initializers:
         found = graph.initializers[name]
         assert found.shape == ir.Shape(list(shape)), f"{name} is {found.shape} already, and not {list(shape)}"

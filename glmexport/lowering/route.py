@@ -1,4 +1,4 @@
-"""The router: which experts every position goes to, and how much of each."""
+"""Lowering of the router, which decides which experts every position goes to, and how much of each."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from glmexport.graph.operators import integer, nodes_of, number, text
 from glmexport.lowering.rewrite import Rewrite
 from glmexport.quantization.weights import Weights
 
-#: What transformers adds to the sum of the weights before it divides by it.
+#: The number that transformers adds to the sum of the weights before it divides by it.
 _TINY = np.float32(1e-20)
 
 
 class LowerRoutePass(ir.passes.InPlacePass):
-    """Route becomes TopK over scores and bias, and the scores of what it chose; all of it in fp32 on every target.
+    """A pass by which Route becomes TopK over scores and bias, and the chosen ones' scores.
+
+    All of it is in fp32 on every target.
 
     1. The sigmoid is written out: ONNX Runtime's has an absolute error of 6e-8, which small scores cannot afford.
     2. The bias takes part in the choice only.

@@ -18,7 +18,7 @@ from glmexport.quantization.weights import Weights
 
 
 class LowerIndexSelectionPass(ir.passes.InPlacePass):
-    """IndexSelection becomes products with the cache of index keys, TopK, and a mask scattered from its indices.
+    """A pass by which IndexSelection becomes products with cached index keys, TopK, and a scattered mask.
 
     1. Causality comes before the choice, so that nothing is spent on what a token does not see.
     2. Where a token sees fewer positions than it may choose, it chooses some that it does not see: the mask is

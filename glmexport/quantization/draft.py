@@ -6,54 +6,37 @@ It decides how often a guess is right, and never what is answered.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 from glmexport.architecture.description import Linear
-from glmexport.architecture.token_prediction import TokenPrediction
-from glmexport.bundle.records import QuantizedMatrix
-from glmexport.formats.plan import FormatPlan
-from glmexport.formats.quantized_linear import QuantizedLinear
-from glmexport.foundation.progress import Progress
-from glmexport.foundation.recipe import Format
+from glmexport.quantization.names import draft_steps
+from glmexport.quantization.part import QuantizedPart
+from glmexport.quantization.quantizer import Quantizer
 from glmexport.quantization.record import unmeasured
-from glmexport.quantization.steps import draft_steps
-from glmexport.quantization.store import WorkDirectory
 
 
-def round_draft(
-    draft: TokenPrediction,
-    plan: FormatPlan,
-    work: WorkDirectory,
-    progress: Progress,
-    nearest: Callable[[Linear, Format], QuantizedLinear],
-    stored: Callable[[Linear], QuantizedLinear | None],
-) -> None:
-    """Commit every part of ``draft`` that is not committed yet.
-
-    Args:
-        draft: the layer.
-        plan: the format of its matrices. One that a checkpoint stores quantized keeps its codes.
-        work: where it is committed.
-        progress: one step a part.
-        nearest: rounds a matrix.
-        stored: a matrix as it is stored quantized; None if it is not, or the recipe does not keep such codes.
-    """
-    steps = {step: linears for step, linears in draft_steps(draft).items() if work.record(step) is None}
-    if not steps:
+def round_draft(quantizer: Quantizer) -> None:
+    """Commit every part of the layer that is not committed yet, if the model has one."""
+    job = quantizer.job
+    draft = job.architecture.token_prediction
+    steps = {step: linears for step, linears in draft_steps(draft).items() if job.work.record(step) is None}
+    if draft is None or not steps:
         return
-    with progress.track("Rounding the MTP layer", len(steps)) as track:
+    with job.progress.track("Rounding the MTP layer", len(steps)) as track:
         for step, linears in steps.items():
             started = time.monotonic()
-            solved: dict[str, QuantizedLinear] = {}
-            records: list[QuantizedMatrix] = []
+            part = QuantizedPart()
             for linear in linears:
-                form = plan.form(linear.weight)
-                matrix = stored(linear)
-                if matrix is None and form is not None:
-                    matrix = nearest(linear, form)
-                if matrix is not None:
-                    solved[linear.weight] = matrix
-                    records.append(unmeasured(linear.weight, draft.layer.index, linear.part, matrix))
-            note = {"linears": [record.model_dump() for record in records], "seconds": time.monotonic() - started}
-            work.commit(step, solved, note)
+                part += _rounded(quantizer, linear, draft.layer.index)
+            job.work.commit(step, part.matrices, part.note(time.monotonic() - started))
             track.advance(1, step)
+
+
+def _rounded(quantizer: Quantizer, linear: Linear, layer: int) -> QuantizedPart:
+    """Return ``linear`` in its format; nothing where it stays in full precision."""
+    form = quantizer.form(linear.weight)
+    matrix = quantizer.stored(linear.weight) if quantizer.job.recipe.keeps_stored else None
+    if matrix is None and form is not None:
+        matrix = quantizer.rounded(linear.weight, form)
+    if matrix is None:
+        return QuantizedPart()
+    return QuantizedPart({linear.weight: matrix}, (unmeasured(linear.weight, layer, linear.part, matrix),))

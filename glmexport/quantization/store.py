@@ -28,12 +28,12 @@ from glmexport.foundation.definition import Definition, read_json
 from glmexport.foundation.errors import MachineError
 from glmexport.foundation.files import sha256, write_atomically
 from glmexport.foundation.recipe import Format
-from glmexport.foundation.untrusted import Limits
+from glmexport.foundation.untrusted import DocumentLimits
 from glmexport.reference.reference import CPU
 
 _SCRATCH = "scratch"
 #: Of a record, which has every matrix of a block, or what was measured of every document.
-_LIMITS = Limits(values=4_000_000, items=4_000_000, keys=100_000, nonfinite=True)
+_LIMITS = DocumentLimits(values=4_000_000, items=4_000_000, keys=100_000, nonfinite=True)
 
 
 class Activations:

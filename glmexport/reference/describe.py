@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from glmexport.architecture.counts import refuse_counts
 from glmexport.architecture.description import Architecture
-from glmexport.architecture.registry import _MULTIMODAL, FAMILIES, UNFINISHED
+from glmexport.architecture.registry import FAMILIES, MULTIMODAL, UNFINISHED
 from glmexport.architecture.rope import check_rope
 from glmexport.checkpoint.checkpoint import Checkpoint
 from glmexport.foundation.errors import CheckpointError
@@ -12,7 +12,7 @@ from glmexport.reference.skeleton import completed, require_agreement, skeleton
 
 
 def describe(checkpoint: Checkpoint) -> Architecture:
-    """The architecture of ``checkpoint``, as transformers reads its configuration; no weight but tied tables is read.
+    """Return the architecture of ``checkpoint`` as transformers reads it; no weight but tied tables is read.
 
     Raises:
         CheckpointError: no declaration for its ``model_type``, its configuration is not what the family has, or the
@@ -25,7 +25,7 @@ def describe(checkpoint: Checkpoint) -> Architecture:
             next_step=f"Supported: {', '.join(sorted(FAMILIES))}.",
         )
     family = FAMILIES.get(checkpoint.model_type)
-    if family is None and (_MULTIMODAL.fullmatch(checkpoint.model_type) or checkpoint.config.has("text_config")):
+    if family is None and (MULTIMODAL.fullmatch(checkpoint.model_type) or checkpoint.config.has("text_config")):
         config = checkpoint.config
         text = config.section("text_config").values.get("model_type") if config.has("text_config") else None
         raise CheckpointError(

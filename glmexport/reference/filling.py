@@ -1,4 +1,4 @@
-"""Where the tensors of a module of transformers are in a checkpoint, and experts that are read one at a time."""
+"""The places of a transformers module's tensors in a checkpoint, and experts that are read one at a time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MATRICES = ("gate_up_proj", "down_proj")
 
 
 def halves(layer: DecoderLayer) -> dict[str, tuple[str, int]]:
-    """By the name of a tensor in transformers' module: key of the matrix whose half it is, and which half."""
+    """Return the key of a matrix, and which half of it, by the name of the tensor in transformers' module."""
     found = {}
     for key, parts in layer.mlp.stacks.items():
         for half, part in enumerate(parts):
@@ -27,7 +27,7 @@ def halves(layer: DecoderLayer) -> dict[str, tuple[str, int]]:
 
 
 class StreamedMatrices:
-    """Stands where transformers' experts have their stack of matrices; each is read when it is indexed."""
+    """A stack of matrices in the place of transformers' experts; each is read when it is indexed."""
 
     def __init__(self, read: Callable[[int], Tensor], kept_bytes: int) -> None:
         self._read = read

@@ -20,7 +20,8 @@ from glmexport.checkpoint.checkpoint import Checkpoint
 from glmexport.reference.filling import EXPERTS, MATRICES, ROUTER, halves, stream_experts
 from glmexport.reference.skeleton import completed, skeleton
 
-#: Replaces a weight while a block is filled: (checkpoint key) -> tensor, or None to read the checkpoint.
+#: A function that replaces a weight while a block is filled: (checkpoint key) -> tensor, or None to read the
+#: checkpoint.
 Substitute = Callable[[str], Tensor | None]
 
 CPU = torch.device("cpu")
@@ -30,12 +31,17 @@ _SLAB_ROWS = 16384
 
 
 class Reference:
-    """transformers' model of ``checkpoint`` without its weights; blocks are filled on demand, in fp32 on ``device``."""
+    """The model of ``checkpoint`` in transformers without its weights.
+
+    Blocks are filled on demand, in fp32 on ``device``.
+    """
 
     def __init__(self, checkpoint: Checkpoint, architecture: Architecture, device: torch.device = CPU) -> None:
         self.checkpoint = checkpoint
         self.architecture = architecture
         self.device = device
+        self._substitute: Substitute | None = None
+        self._embed: Callable[[Tensor], Tensor] | None = None
         _, config = completed(checkpoint)
         model: Any = skeleton(config)
         self._decoder: Any = model.model
@@ -43,21 +49,31 @@ class Reference:
         rotary: Any = type(self._decoder.rotary_emb)
         self._rotary: nn.Module = rotary(config)
 
+    def exchanged(self, substitute: Substitute, embed: Callable[[Tensor], Tensor] | None = None) -> Reference:
+        """Return this model with the weights that ``substitute`` has in place of the checkpoint's.
+
+        ``embed``, if given, looks up embeddings [..., hidden] fp32 of token ids in a table of its own.
+        """
+        other = copy.copy(self)
+        other._substitute, other._embed = substitute, embed
+        return other
+
     def read(self, key: str) -> Tensor:
-        """The checkpoint's tensor, fp32 on the device."""
+        """Return the checkpoint's tensor, fp32 on the device."""
         return self.checkpoint.read(key).to(self.device)
 
     def rows(self, key: str, start: int, stop: int) -> Tensor:
-        """Rows ``start`` to ``stop`` of the checkpoint's tensor, fp32 on the device."""
+        """Return the rows ``start`` to ``stop`` of the checkpoint's tensor, fp32 on the device."""
         return self.checkpoint.rows(key, start, stop).to(self.device)
 
     def block(
         self, layer: DecoderLayer, substitute: Substitute | None = None, *, only: Collection[str] | None = None
     ) -> Block:
-        """Decoder layer ``layer`` with its weights in fp32; of the linears those of the taps ``only``, if given.
+        """Return decoder layer ``layer`` with weights in fp32; of its linears those of the taps ``only``, if given.
 
         Routed experts are read when tokens choose them.
         """
+        substitute = substitute or self._substitute
         module = copy.deepcopy(self._decoder.layers[layer.index])
         left_out = [linear for linear in layer.linears if only is not None and linear.tap not in only]
         absent = {key for linear in left_out for key in (linear.weight, linear.bias_key)}
@@ -90,7 +106,9 @@ class Reference:
         return Block(layer, module.eval().requires_grad_(False))
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Embeddings [..., hidden] fp32 of token ``ids``; reads the table in slabs."""
+        """Return the embeddings [..., hidden] fp32 of token ``ids``; reads the table in slabs."""
+        if self._embed:
+            return self._embed(ids)
         wanted, position = torch.unique(ids, return_inverse=True)
         key = self.architecture.embedding
         rows = torch.empty(len(wanted), self.architecture.hidden_size)
@@ -102,7 +120,7 @@ class Reference:
         return rows[position].to(self.device)
 
     def logits(self, normed: Tensor) -> Tensor:
-        """lm_head of [..., hidden] fp32, as [..., vocabulary] fp32; reads the matrix in slabs."""
+        """Return lm_head of [..., hidden] fp32, as [..., vocabulary] fp32; reads the matrix in slabs."""
         vocabulary = self.architecture.vocabulary_size
         logits = normed.new_empty(*normed.shape[:-1], vocabulary)
         for start in range(0, vocabulary, _SLAB_ROWS):
@@ -111,18 +129,18 @@ class Reference:
         return logits
 
     def rotary_tables(self, length: int) -> tuple[Tensor, Tensor]:
-        """Cos and sin [length, rotary dimensions / 2] fp32 of positions 0 to length - 1, one column a pair."""
+        """Return cos and sin [length, rotary dimensions / 2] fp32 of positions 0 to length - 1, one column a pair."""
         cos, sin = self._rotary(torch.zeros(1), torch.arange(length)[None])
         half = self.architecture.layers[0].attention.rotary.dimensions // 2
         return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
 
     def position_embeddings(self, length: int) -> tuple[Tensor, Tensor]:
-        """What transformers' decoder layers take for positions 0 to length - 1."""
+        """Return what transformers' decoder layers take for positions 0 to length - 1."""
         cos, sin = self._rotary(torch.zeros(1), torch.arange(length)[None])
         return cos.to(self.device), sin.to(self.device)
 
     def final_norm(self, hidden: Tensor) -> Tensor:
-        """RMSNorm before the lm_head, [..., hidden] fp32."""
+        """Return the RMSNorm before the lm_head, [..., hidden] fp32."""
         module = copy.deepcopy(self._decoder.norm)
         module.load_state_dict({"weight": self.read(self.architecture.final_norm.weight)}, assign=True, strict=True)
         with torch.inference_mode():
@@ -158,7 +176,7 @@ class Block:
     def forward(
         self, hidden: Tensor, positions: tuple[Tensor, Tensor], weights: Mapping[str, Tensor] | None = None
     ) -> Tensor:
-        """The block's output for ``hidden`` [batch, length, hidden]; causal, no padding, no cache.
+        """Return the block's output for ``hidden`` [batch, length, hidden]; causal, no padding, no cache.
 
         ``weights`` by checkpoint key replace the block's own for this call.
         """
@@ -171,7 +189,7 @@ class Block:
         selection: Tensor | None,
         weights: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """``forward`` in a family whose layers share what they attend to: the output, and this layer's selection.
+        """Return the output of ``forward``, and this layer's selection, where layers share what they attend to.
 
         ``selection`` [batch, length, k] int32 is that of the layer before, of which only layers that share it make
         use; None selects everything, which is right for texts of at most ``top_k`` tokens.
@@ -186,11 +204,11 @@ class Block:
         return output if isinstance(output, tuple) else (output, None)
 
     def tap(self, name: str, hidden: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
-        """The input [batch, length, in_features] that the linears of tap ``name`` read."""
+        """Return the input [batch, length, in_features] that the linears of tap ``name`` read."""
         return self._reaching(name, lambda: self.forward(hidden, positions))
 
     def branch_tap(self, name: str, stream: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
-        """The same as ``tap``, from the residual ``stream`` [batch, length, hidden] that the tap's branch adds to."""
+        """Return what ``tap`` does, from the residual ``stream`` [batch, length, hidden] that the branch adds to."""
         branch = self.layer.branch(name)
         inside = self._submodule(branch.module)
         attends = branch.module == self.layer.branches[0].module
@@ -203,7 +221,7 @@ class Block:
         return self._reaching(name, run)
 
     def weight(self, key: str) -> Tensor:
-        """The tensor with that checkpoint key, fp32."""
+        """Return the tensor with that checkpoint key, fp32."""
         if key in self._apart:
             return torch.cat([self.module.get_parameter(name) for name in self._apart[key]])
         return self.module.get_parameter(self._name(key))
@@ -211,7 +229,7 @@ class Block:
     def attended(
         self, hidden: Tensor, positions: tuple[Tensor, Tensor], selection: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """The residual stream behind the attention; otherwise as ``selecting``."""
+        """Return the residual stream behind the attention; otherwise as ``selecting``."""
         branch = self.layer.branches[0]
         arguments = self._arguments(hidden, positions, selection)
         with torch.inference_mode():
@@ -219,39 +237,39 @@ class Block:
         return self.add(branch, hidden, inside), selected[0] if selected else None
 
     def through(self, branch: ResidualBranch, stream: Tensor) -> Tensor:
-        """The residual stream [batch, length, hidden] behind a branch that is no attention."""
+        """Return the residual stream [batch, length, hidden] behind a branch that is no attention."""
         with torch.inference_mode():
             inside = self._submodule(branch.module)(self._submodule(branch.input_norm.key)(stream))
         return self.add(branch, stream, inside)
 
     def normed(self, branch: ResidualBranch, stream: Tensor) -> Tensor:
-        """What the branch reads of the residual ``stream`` [..., hidden]."""
+        """Return what the branch reads of the residual ``stream`` [..., hidden]."""
         with torch.inference_mode():
             result: Tensor = self._submodule(branch.input_norm.key)(stream)
         return result
 
     def route(self, normed: Tensor) -> tuple[Tensor, Tensor]:
-        """Experts of every position of ``normed`` [n, hidden], and their weights: [n, chosen] int64 and fp32."""
+        """Return the experts of each position of ``normed`` [n, hidden], and their weights, [n, chosen] int64, fp32."""
         with torch.inference_mode():
             _, weights, experts = self.module.get_submodule(ROUTER)(normed)
         return experts, weights
 
     def gated(self, gate_up: Tensor) -> Tensor:
-        """The gated activation of an expert's ``gate_up`` [n, 2 I], as [n, I]."""
+        """Return the gated activation of an expert's ``gate_up`` [n, 2 I], as [n, I]."""
         experts: Any = self.module.get_submodule(EXPERTS)
         with torch.inference_mode():
             result: Tensor = experts._apply_gate(gate_up)
         return result
 
     def output(self, branch: ResidualBranch, inner: Tensor) -> Tensor:
-        """What the branch's last linear makes of its input ``inner`` [batch, length, in_features]."""
+        """Return what the branch's last linear makes of its input ``inner`` [batch, length, in_features]."""
         assert branch.output is not None
         with torch.inference_mode():
             result: Tensor = self._submodule(branch.output.key)(inner)
         return result
 
     def add(self, branch: ResidualBranch, stream: Tensor, output: Tensor) -> Tensor:
-        """The residual stream behind the branch: ``stream`` and ``output`` [batch, length, hidden], normed if it is."""
+        """Return ``stream`` + ``output`` [batch, length, hidden], the latter normed where the branch has a norm."""
         norm = branch.output_norm
         with torch.inference_mode():
             return stream + (output if norm is None else self._submodule(norm.key)(output))

@@ -1,4 +1,4 @@
-"""transformers' own reading of a config.json, and its model without storage: what a declaration has to equal.
+"""The reading of a config.json by transformers, and its model without storage, which a declaration has to equal.
 
 A default that is ours, or a key that is read otherwise, would describe another model than the one transformers loads.
 So a family's declaration is given the configuration as transformers completes it, and the shapes, rotary widths,
@@ -23,13 +23,13 @@ from glmexport.checkpoint.config import ConfigReader
 from glmexport.foundation.errors import CheckpointError
 from glmexport.reference.filling import halves
 
-#: What ends, begins and fills a text is said by the files alone: a class's default is of another vocabulary.
+#: Keys that end, begin and fill a text. The files alone say them: a class's default is of another vocabulary.
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _NEXT_STEP = "Use the config.json that belongs to these weights."
 
 
 def completed(checkpoint: Checkpoint) -> tuple[Checkpoint, Any]:
-    """``checkpoint`` with its configuration as transformers completes it, and transformers' configuration.
+    """Return ``checkpoint`` with its configuration as transformers completes it, and transformers' configuration.
 
     Raises:
         CheckpointError: transformers refuses the configuration, or its rope type is not supported.
@@ -52,7 +52,7 @@ def completed(checkpoint: Checkpoint) -> tuple[Checkpoint, Any]:
 
 
 def skeleton(config: Any) -> nn.Module:
-    """Transformers' causal language model of ``config`` on the meta device, fp32, whose experts run one by one.
+    """Return transformers' causal language model of ``config`` on the meta device, fp32, whose experts run one by one.
 
     Raises:
         CheckpointError: transformers does not make one.

@@ -1,4 +1,4 @@
-"""Which image in which registry, who asks for it, and who may learn the password."""
+"""Image references, and the access to a registry: who asks for an image, and who may learn the password."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ USER, PASSWORD, TOKEN = "GLMEXPORT_REGISTRY_USER", "GLMEXPORT_REGISTRY_PASSWORD"
 
 
 @dataclass(frozen=True)
-class Reference:
+class ImageReference:
     """An image in a registry: by tag, by digest, or by both, where the digest counts."""
 
     host: str
@@ -32,8 +32,8 @@ class Reference:
     digest: str | None
 
     @classmethod
-    def parse(cls, text: str) -> Reference:
-        """Of ``HOST[:PORT]/NAME[:TAG][@sha256:DIGEST]``.
+    def parse(cls, text: str) -> ImageReference:
+        """Parse ``HOST[:PORT]/NAME[:TAG][@sha256:DIGEST]``.
 
         Raises:
             InputError: it is not so, or has neither tag nor digest.
@@ -51,19 +51,19 @@ class Reference:
 
 
 @dataclass(frozen=True)
-class Access:
-    """How a registry is reached: who asks, and what vouches for the server."""
+class RegistryAccess:
+    """The access to a registry: who asks, and what vouches for the server."""
 
     user: str | None = None
     password: str | None = field(default=None, repr=False)
     token: str | None = field(default=None, repr=False)
     #: Certificates that vouch for the server, instead of the system's.
     authority: Path | None = None
-    #: HTTP without TLS not only on this machine.
+    #: Whether HTTP without TLS is allowed beyond this machine.
     plain_http: bool = False
-    #: Beside the registry, who may ask for its password to give tokens: ``HOST`` or ``HOST:PORT``.
+    #: Hosts beside the registry that may ask for its password to give tokens: ``HOST`` or ``HOST:PORT``.
     token_hosts: frozenset[str] = frozenset()
-    #: User and password of other hosts, for which they are in the user's file.
+    #: User and password of other hosts, from the user's file.
     others: Mapping[str, tuple[str, str]] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -75,8 +75,8 @@ class Access:
         *,
         plain_http: bool,
         token_hosts: Iterable[str] = (),
-    ) -> Access:
-        """From the environment, or from a file such as docker's config.json.
+    ) -> RegistryAccess:
+        """Read user and password from the environment, or from a file such as docker's config.json.
 
         Raises:
             InputError: the file cannot be read.
@@ -96,7 +96,10 @@ class Access:
         return cls(user, password, token, authority, plain_http, frozenset(token_hosts), others)
 
     def pair_for(self, asker: str, registry: str) -> tuple[str, str] | None:
-        """User and password that ``asker``, which gives tokens for ``registry``, may learn; None: it may not."""
+        """Return the user and password that ``asker``, which gives tokens for ``registry``, may learn.
+
+        The result is None if it may learn neither.
+        """
         if self.user is not None and (asker == registry or asker in self.token_hosts):
             return self.user, self.password or ""
         return self.others.get(asker)
@@ -108,7 +111,7 @@ def _pair(encoded: str) -> tuple[str, str]:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether ``host``, with or without a port, is this machine."""
+    """Return whether ``host``, with or without a port, is this machine."""
     name = host[1 : host.index("]")] if host.startswith("[") else host.rpartition(":")[0] or host
     if name.count(":") and not host.startswith("["):
         name = host

@@ -1,4 +1,4 @@
-"""The machine-learning bill of materials of a bundle, as CycloneDX 1.6 has it.
+"""The machine-learning bill of materials of a bundle, in the form of CycloneDX 1.6.
 
 Written here since the library for CycloneDX knows no modelCard; its schema judges what is written.
 """
@@ -14,18 +14,18 @@ from glmexport.bundle.manifest import FileEntry, Manifest
 from glmexport.report.document import Report
 
 BOM_TYPE = "https://cyclonedx.org/bom"
-#: What becomes prompts: who changes one of them changes the model, with every weight as it was.
+#: Files that become prompts: who changes one of them changes the model, with every weight as it was.
 _TEXT = {
     "tokenizer.json": "tokenizer",
     "tokenizer_config.json": "tokenizer configuration",
     "chat_template.jinja": "chat template",
 }
-#: Namespace of serial numbers, which follow from the bundle's digest: the same bundle has the same.
+#: Namespace of serial numbers, which follow from the bundle's digest: the same bundle has the same one.
 _NAMESPACE = uuid.UUID("6ff0c7c1-6b3f-4a3e-9a36-5c1d0f2f7a11")
 
 
 def bill_of_materials(manifest: Manifest, report: Report | None) -> dict[str, Any]:
-    """The BOM as a JSON object."""
+    """Return the BOM as a JSON object."""
     digest = manifest.digest()
     model: dict[str, Any] = {
         "type": "machine-learning-model",

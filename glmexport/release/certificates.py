@@ -1,4 +1,4 @@
-"""What certificates say of themselves, read from their DER: whether a chain may sign releases, and whose it is.
+"""A reader of X.509 certificates in DER: whether a chain may sign releases, and whose it is.
 
 RFC 5280 has the fields. Which usages a certificate for signing code has follows the CA/Browser Forum's Baseline
 Requirements for Code Signing Certificates, so that one for TLS signs no release. Whether the signatures in a chain hold
@@ -20,11 +20,11 @@ _VERSION, _EXTENSIONS = 0xA0, 0xA3
 _PEM = re.compile(rb"-----BEGIN ([A-Z0-9 ]+)-----\s(.*?)-----END \1-----", re.DOTALL)
 _RSA, _RSA_PSS, _EC = "1.2.840.113549.1.1.1", "1.2.840.113549.1.1.10", "1.2.840.10045.2.1"
 _EDWARDS = frozenset({"1.3.101.112", "1.3.101.113"})
-#: Bits of an RSA key at least; of elliptic curves these, by the hash that is signed with a key on them.
+#: Least bits of an RSA key; keys on elliptic curves are of these, by the hash that is signed with them.
 SMALLEST_RSA = 2048
 CURVES = {"1.2.840.10045.3.1.7": "sha256", "1.3.132.0.34": "sha384", "1.3.132.0.35": "sha512"}
 _SHA2 = frozenset(f"2.16.840.1.101.3.4.2.{each}" for each in (1, 2, 3))
-#: RSA, then ECDSA, each with SHA-256, SHA-384 and SHA-512.
+#: Signature algorithms: RSA, then ECDSA, each with SHA-256, SHA-384 and SHA-512.
 _SIGNATURES = _EDWARDS | {
     _RSA_PSS,
     *(f"1.2.840.113549.1.1.{each}" for each in (11, 12, 13)),
@@ -33,7 +33,7 @@ _SIGNATURES = _EDWARDS | {
 _KEY_USAGE, _ALTERNATIVES, _CONSTRAINTS, _EXTENDED = "2.5.29.15", "2.5.29.17", "2.5.29.19", "2.5.29.37"
 _SERVER, _CODE, _ANY = "1.3.6.1.5.5.7.3.1", "1.3.6.1.5.5.7.3.3", "2.5.29.37.0"
 _DIGITAL_SIGNATURE, _CERTIFICATE_SIGN = 0x80, 0x04
-#: Of a name's attributes: those of RFC 4514, and two more that certificates of people and offices have.
+#: Attributes of a name: those of RFC 4514, and two more that certificates of people and offices have.
 _ATTRIBUTES = {
     "2.5.4.3": "CN", "2.5.4.5": "serialNumber", "2.5.4.6": "C", "2.5.4.7": "L", "2.5.4.8": "ST", "2.5.4.9": "STREET",
     "2.5.4.10": "O", "2.5.4.11": "OU", "0.9.2342.19200300.100.1.1": "UID", "0.9.2342.19200300.100.1.25": "DC",
@@ -43,8 +43,8 @@ _ENCODINGS = {12: "utf-8", 18: "ascii", 19: "ascii", 20: "latin-1", 22: "ascii",
 _ALTERNATIVE_KINDS = {0x81: "email", 0x82: "DNS", 0x86: "URI"}
 
 
-class Unfit(Exception):
-    """Why a certificate may not sign releases, or not vouch for who does."""
+class UnfitCertificate(Exception):
+    """A certificate may not sign releases, or may not vouch for the one that does."""
 
 
 class Certificate(NamedTuple):
@@ -75,14 +75,18 @@ class _Element(NamedTuple):
 
 
 def from_pem(content: bytes) -> list[bytes]:
-    """Return the certificates in a PEM file, DER; raises Unfit if there is none, or something else is in it."""
+    """Return the certificates in a PEM file, DER.
+
+    Raises:
+        UnfitCertificate: there is none, or something else is in it.
+    """
     blocks = _PEM.findall(content)
     if not blocks or content.count(b"-----BEGIN ") != len(blocks) or {kind for kind, _ in blocks} != {b"CERTIFICATE"}:
-        raise Unfit("it has to have certificates in PEM and nothing else")
+        raise UnfitCertificate("it has to have certificates in PEM and nothing else")
     try:
         return [base64.b64decode(b"".join(body.split()), validate=True) for _, body in blocks]
     except binascii.Error as error:
-        raise Unfit("a certificate in it is damaged") from error
+        raise UnfitCertificate("a certificate in it is damaged") from error
 
 
 def to_pem(kind: str, content: bytes) -> str:
@@ -95,7 +99,7 @@ def check_chain(chain: Sequence[bytes], roots: Sequence[bytes], subject: str | N
     """Return the signing certificate, the first of ``chain``, if all that are given may do what they are there for.
 
     That each is vouched for by the next has to be verified elsewhere, with no others than these. With ``subject`` the
-    signing certificate has that name. Raises Unfit, which names the certificate.
+    signing certificate has that name. Raises UnfitCertificate, which names the certificate.
     """
     signer, *others = [read(each) for each in chain]
     trusted = [read(each) for each in roots]
@@ -103,16 +107,18 @@ def check_chain(chain: Sequence[bytes], roots: Sequence[bytes], subject: str | N
     for each in (*others, *trusted):
         _check_strength(each)
         if not each.authority or not each.usage & _CERTIFICATE_SIGN:
-            raise Unfit(f"{each.subject} is no authority: it needs CA:TRUE and the key usage keyCertSign")
+            raise UnfitCertificate(f"{each.subject} is no authority: it needs CA:TRUE and the key usage keyCertSign")
         if each.extended is not None and _CODE not in each.extended:
-            raise Unfit(f"{each.subject} has extended key usages, and codeSigning is not among them")
+            raise UnfitCertificate(f"{each.subject} has extended key usages, and codeSigning is not among them")
     _check_strength(signer)
     if signer.authority or not signer.usage & _DIGITAL_SIGNATURE:
-        raise Unfit(f"{signer.subject} is not for signing: it needs the key usage digitalSignature, and CA:FALSE")
+        raise UnfitCertificate(
+            f"{signer.subject} is not for signing: it needs the key usage digitalSignature, and CA:FALSE"
+        )
     if signer.extended is not None and (_CODE not in signer.extended or signer.extended & {_ANY, _SERVER}):
-        raise Unfit(f"{signer.subject} has other extended key usages than one for signing code: codeSigning")
+        raise UnfitCertificate(f"{signer.subject} has other extended key usages than one for signing code: codeSigning")
     if subject is not None and subject not in (signer.subject, *signer.alternatives):
-        raise Unfit(f"it is of {' or '.join((signer.subject, *signer.alternatives))}, and not of {subject}")
+        raise UnfitCertificate(f"it is of {' or '.join((signer.subject, *signer.alternatives))}, and not of {subject}")
     return signer
 
 
@@ -123,17 +129,19 @@ def _require_path(signer: Certificate, others: list[Certificate], roots: list[Ce
     while left:
         above = [each for each in left if each.named == below.issuer]
         if len(above) != 1 or below.issuer in {root.named for root in roots}:
-            raise Unfit(f"beside {below.subject} there are certificates that do not vouch for it, or not alone")
+            raise UnfitCertificate(
+                f"beside {below.subject} there are certificates that do not vouch for it, or not alone"
+            )
         (below,) = above
         left.remove(below)
 
 
 def _check_strength(certificate: Certificate) -> None:
     if certificate.signature not in _SIGNATURES:
-        raise Unfit(f"{certificate.subject} is signed with an algorithm that is too weak or not known")
+        raise UnfitCertificate(f"{certificate.subject} is signed with an algorithm that is too weak or not known")
     kind, size = _strength(certificate.key)
     if not (kind in _EDWARDS or (kind == _EC and size) or (kind in (_RSA, _RSA_PSS) and size >= SMALLEST_RSA)):
-        raise Unfit(f"{certificate.subject} has a key that is too short, or of a kind that is not used here")
+        raise UnfitCertificate(f"{certificate.subject} has a key that is too short, or of a kind that is not used here")
 
 
 def _strength(key: bytes) -> tuple[str, int]:
@@ -147,7 +155,7 @@ def _strength(key: bytes) -> tuple[str, int]:
             return name, int.from_bytes(modulus.content, "big").bit_length()
         return name, int(name == _EC and _dotted(parameters[0]) in CURVES)
     except (ValueError, IndexError) as error:
-        raise Unfit("a certificate has a damaged key") from error
+        raise UnfitCertificate("a certificate has a damaged key") from error
 
 
 def hash_of_key(key: bytes) -> str | None:
@@ -161,7 +169,11 @@ def hash_of_key(key: bytes) -> str | None:
 
 
 def read(content: bytes) -> Certificate:
-    """Read a certificate in DER; raises Unfit if it is none of version 3, or is written in more than one way."""
+    """Read a certificate in DER.
+
+    Raises:
+        UnfitCertificate: it is none of version 3, or is written in more than one way.
+    """
     try:
         signed, algorithm, signature = _elements(_one(content, _SEQUENCE))
         version, _, inner, issuer, validity, subject, key, *rest = _elements(_content(signed, _SEQUENCE))
@@ -185,7 +197,7 @@ def read(content: bytes) -> Certificate:
             None if extended is None else frozenset(map(_dotted, _elements(_one(extended, _SEQUENCE)))),
         )
     except (ValueError, IndexError, OverflowError) as error:
-        raise Unfit("a certificate is damaged, or not of version 3") from error
+        raise UnfitCertificate("a certificate is damaged, or not of version 3") from error
 
 
 def _elements(content: bytes) -> list[_Element]:

@@ -1,4 +1,4 @@
-"""A time in which an answer has to end, however slowly its parts come: the limits of a client are for each part."""
+"""A time limit of a whole answer, however slowly its parts come: a client's own limits are for each part."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class Deadline:
-    """Cuts the connection of one request if its answer has not ended ``seconds`` after the request was sent.
+    """A limit that cuts the connection of one request whose answer has not ended in ``seconds``.
 
     ``trace`` is for the extension of that name of httpx2, of a request that has a connection of its own.
     """
@@ -41,7 +41,7 @@ class Deadline:
             self._timer.start()
 
     def stop(self) -> None:
-        """Let it take as long as it takes."""
+        """Lift the limit, so that the answer may take any time."""
         self._timer.cancel()
 
     def _cut(self) -> None:

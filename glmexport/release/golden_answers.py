@@ -1,4 +1,4 @@
-"""Whether an answer is the golden one, with the standard library alone: servers judge it that have nothing else."""
+"""Comparison with golden answers by the standard library alone: servers that have nothing else judge by it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def difference(
     logprobs: Sequence[Mapping[int, float]],
     tolerance: float,
 ) -> str | None:
-    """Why what a device answered to the same prompt is not the golden answer; None if it is.
+    """Return why what a device answered to the same prompt is not the golden answer; None if it is.
 
     As long as the tokens agree, their log-probabilities have to within ``tolerance``. At the first that differs the
     golden one has to be among the device's most likely, and within ``tolerance`` of the one it chose: then two were

@@ -1,4 +1,4 @@
-"""A bundle that arrives: written beside its place, digest by digest, and put there when it is whole."""
+"""A bundle that arrives is written beside its place, digest by digest, and put there when it is whole."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from glmexport.release import verifier
 from glmexport.release.verifier import SIGNATURE
 
 CHUNK = 1 << 20
-#: Verifies the bundle in a directory; raises UnverifiedError.
+#: A function that verifies the bundle in a directory, and raises UnverifiedError.
 Check = Callable[[Path], object]
 
 
 def signed_digests(bundle: Path) -> dict[str, str]:
-    """SHA-256 by name of every file of a signed bundle, as its signature lists them; the signature is not verified.
+    """Return the SHA-256 by name of every file that a bundle's signature lists; the signature is not verified.
 
     Raises:
         BundleError: it is not signed.
@@ -31,7 +31,7 @@ def signed_digests(bundle: Path) -> dict[str, str]:
     try:
         signed = verifier.signed_files(verifier.read_envelope(bundle).payload)
         verifier.check_files(bundle, signed, hashed=False)
-    except verifier.Refused as error:
+    except verifier.VerificationError as error:
         raise UnverifiedError(f"{bundle}: {error}", next_step="Sign it again.") from error
     return dict(sorted({**signed, SIGNATURE: verifier.sha256(bundle / SIGNATURE)}.items()))
 
@@ -40,7 +40,7 @@ def check_arriving_names(names: list[str], where: str) -> None:
     """Raise UnverifiedError unless every name may be that of a file in a bundle, and none comes twice."""
     try:
         verifier.check_names(names, where)
-    except verifier.Refused as error:
+    except verifier.VerificationError as error:
         raise UnverifiedError(str(error), next_step="Do not use it; get it again from where it was made.") from error
 
 
@@ -66,7 +66,7 @@ def copy_verified(source: BinaryIO, target: Path, digest: str, name: str, where:
 
 
 def damaged(name: str, where: str) -> UnverifiedError:
-    """That the file ``name`` does not have the digest that it should have."""
+    """Return the error for a file ``name`` that does not have the digest that it should have."""
     return UnverifiedError(
         f"{name} in {where} is damaged: its sha256 is not the one that is stated.",
         next_step="Copy it again from where it was made; if that is no better, do not use it.",
@@ -92,7 +92,7 @@ def refuse_existing(directory: Path) -> None:
 
 @contextmanager
 def arriving(destination: Path, kept: Path | None = None) -> Iterator[Path]:
-    """A folder that becomes ``destination`` at the end; if anything fails, nothing is there.
+    """Provide a folder that becomes ``destination`` at the end; if anything fails, nothing is there.
 
     ``kept``: a folder for it that stays where it fails, to go on with another time.
 

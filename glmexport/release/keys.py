@@ -1,4 +1,7 @@
-"""Who signs: a private key, one with a certificate, or a key in a hardware token; all by the library model-signing."""
+"""Signing keys: a private key, one with a certificate, or a key in a hardware token.
+
+The library model-signing does the signing.
+"""
 
 from __future__ import annotations
 
@@ -9,33 +12,33 @@ from pathlib import Path
 from typing import Any
 
 from glmexport.foundation.errors import InputError, MachineError
-from glmexport.release.certificates import Unfit, check_chain, from_pem
+from glmexport.release.certificates import UnfitCertificate, check_chain, from_pem
 from glmexport.release.verifier import SIGNATURE
 
 
 @dataclass(frozen=True)
 class KeyFiles:
-    """What of a signer the user gives: a private key, with or without a certificate and its chain, or a PKCS#11 URI."""
+    """The signer's material that the user gives: a private key, with or without a chain, or a PKCS#11 URI."""
 
     private_key: Path | None = None
     certificate: Path | None = None
     chain: tuple[Path, ...] = ()
     pkcs11: str | None = None
-    #: Of an encrypted private key.
+    #: Password of an encrypted private key.
     password: str | None = field(default=None, repr=False)
 
 
 class Signatory:
-    """Signs statements. ``signer`` is model-signing's, ``chain`` what has to vouch for its certificate."""
+    """A signer of statements. ``signer`` is model-signing's, ``chain`` has to vouch for its certificate."""
 
     def __init__(self, signer: Any, kind: str, chain: Sequence[Path] = ()) -> None:
         self._signer = signer
         self._chain = chain
-        #: For people.
+        #: Description of the signer, for people.
         self.kind = kind
 
     def model_signature(self, name: str, digests: Mapping[str, str]) -> bytes:
-        """model.sig of the model ``name``, whose files have the SHA-256 ``digests`` by name."""
+        """Return model.sig of the model ``name``, whose files have the SHA-256 ``digests`` by name."""
         from model_signing import manifest
         from model_signing._hashing.hashing import Digest
         from model_signing._signing.signing import Payload
@@ -49,7 +52,7 @@ class Signatory:
         return str(signature.bundle.to_json()).encode()
 
     def envelope(self, predicate_type: str, predicate: Mapping[str, Any], subject: Mapping[str, str]) -> bytes:
-        """An in-toto statement in a DSSE envelope; ``subject``: SHA-256 by name."""
+        """Return an in-toto statement in a DSSE envelope; ``subject``: SHA-256 by name."""
         from in_toto_attestation.v1.statement import ResourceDescriptor, Statement
 
         subjects = [ResourceDescriptor(name=name, digest={"sha256": hash_}).pb for name, hash_ in subject.items()]
@@ -95,7 +98,7 @@ class _Payload:
 
 
 def open_signatory(files: KeyFiles) -> Signatory:
-    """Load what signs.
+    """Load the key, and return what signs with it.
 
     Raises:
         InputError: a file is missing, is no key for ECDSA on P-256, P-384 or P-521, or not that of the certificate.
@@ -132,7 +135,7 @@ def _check_certificates(certificate: Path, chain: Sequence[Path]) -> None:
     try:
         above = [each for path in chain for each in from_pem(path.read_bytes())]
         check_chain([*from_pem(certificate.read_bytes())[:1], *above], (), None)
-    except Unfit as error:
+    except UnfitCertificate as error:
         raise InputError(
             f"{certificate} cannot sign releases: {error}.",
             next_step="Have a certificate for signing code issued (README, 'Sign, verify, carry').",
@@ -167,7 +170,7 @@ def _config() -> Any:
 
 
 def missing(error: ImportError) -> MachineError:
-    """That model-signing, or what it imports, is not installed."""
+    """Return the error for model-signing, or something that it imports, not being installed."""
     return MachineError(f"Signatures need {error.name}.", next_step="pip install 'glmexport[sign]'")
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from glmexport.foundation.errors import InputError, MachineError
 from glmexport.foundation.untrusted import SMALL, parse_object
-from glmexport.release.access import PASSWORD, TOKEN, USER, Access, Reference, is_loopback
+from glmexport.release.access import PASSWORD, TOKEN, USER, ImageReference, RegistryAccess, is_loopback
 from glmexport.release.deadline import Deadline
 from glmexport.release.incoming import damaged
 from glmexport.release.layout import MANIFEST_TYPE, Descriptor
@@ -26,11 +26,11 @@ from glmexport.release.layout import MANIFEST_TYPE, Descriptor
 if TYPE_CHECKING:
     import httpx2
 
-__all__ = ["Access", "Reference", "Registry"]
+__all__ = ["ImageReference", "Registry", "RegistryAccess"]
 
-#: Of an upload; a chunk is held in memory, so that it can be sent again.
+#: Bytes of an upload's chunk, which is held in memory, so that it can be sent again.
 _CHUNK = 16 << 20
-#: A registry that breaks off a download is asked for the rest so often.
+#: How often a registry that breaks off a download is asked for the rest.
 _TRIES = 5
 _REDIRECTS = 5
 #: Bytes that are read of a manifest, of a token's answer, and of one that nobody looks into.
@@ -47,7 +47,7 @@ class Registry:
         InputError: the certificates of ``access`` cannot be read.
     """
 
-    def __init__(self, reference: Reference, access: Access) -> None:
+    def __init__(self, reference: ImageReference, access: RegistryAccess) -> None:
         import httpx2
 
         self._access, self._where = access, reference
@@ -76,14 +76,14 @@ class Registry:
         self._client.close()
 
     def has(self, digest: str) -> bool:
-        """Whether the blob is there."""
+        """Return whether the blob is there."""
         answer = self._ask("HEAD", self._blob(digest))
         if answer.status_code not in (200, 404):
             raise self._refused(answer, f"the blob {digest}")
         return answer.status_code == 200
 
     def upload(self, path: Path, blob: Descriptor, sent: Callable[[int], None]) -> None:
-        """Send a blob in chunks; ``sent`` is told how many bytes.
+        """Send a blob in chunks; ``sent`` is called with the number of bytes.
 
         Raises:
             UnverifiedError: the file does not have the digest; nothing is stored then.
@@ -115,7 +115,7 @@ class Registry:
             raise damaged("The manifest", str(self._where))
 
     def manifest(self) -> bytes:
-        """The manifest of the image, not compared with its digest yet."""
+        """Return the manifest of the image, not compared with its digest yet."""
         path = f"/v2/{self._where.name}/manifests/{self._where.digest or self._where.tag}"
         with self._stream(path, {"Accept": MANIFEST_TYPE}) as answer:
             self._expect(answer, 200, str(self._where))

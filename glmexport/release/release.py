@@ -1,4 +1,4 @@
-"""release.json: what was released for which target, and a counter by which an older release is told."""
+"""release.json says what was released for which target, and has a counter by which an older release is recognised."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from glmexport.foundation.errors import BundleError, InputError
 from glmexport.foundation.untrusted import SMALL
 from glmexport.release.verifier import RELEASE
 
-#: The first that a counter, which JSON and every language of a verifier has to hold, cannot be.
+#: The bound of a counter, which JSON and every language of a verifier has to hold.
 _COUNTERS = 1 << 63
 _SHA256 = r"^sha256:[0-9a-f]{64}$"
 
@@ -29,7 +29,7 @@ class Release(Definition):
     target: str
     #: Greater in every later release, so that a device can refuse to go back.
     counter: Annotated[int, Field(strict=True, ge=0, lt=_COUNTERS)]
-    #: Version that signed.
+    #: Version of glmexport that signed.
     glmexport: str
     #: SHA-256 of golden.json; None where there is none.
     golden: Annotated[str, Field(pattern=_SHA256)] | None = None
@@ -37,7 +37,7 @@ class Release(Definition):
 
 
 def read_release(bundle: Path) -> Release:
-    """The release.json of a signed bundle; its signature is not verified.
+    """Return the release.json of a signed bundle; its signature is not verified.
 
     Raises:
         BundleError: it is missing, or is none.
@@ -54,7 +54,7 @@ def read_release(bundle: Path) -> Release:
 
 
 def next_counter(bundle: Path, counter: int | None, *, force: bool) -> int:
-    """``counter``, or without one the time in seconds since 1970: greater than that of the release that is there.
+    """Return ``counter``, or the time in seconds since 1970: greater than that of the release that is there.
 
     Raises:
         InputError: it is not, and ``force`` is off.

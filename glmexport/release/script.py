@@ -1,4 +1,4 @@
-"""The verifier as one file that needs Python and openssl alone: what signed bundles and kits carry as verify.py."""
+"""The verifier as one file that needs Python and openssl alone: signed bundles and kits carry it as verify.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Releases to and from a registry: only what is not there is sent, and nothing is used that is not what it claims."""
+"""Releases to and from a registry: only what is missing is sent, and nothing is used that is not what it claims."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from pathlib import Path
 
 from glmexport.foundation.errors import InputError, UnverifiedError
 from glmexport.foundation.progress import Progress
+from glmexport.release.access import ImageReference, RegistryAccess
 from glmexport.release.incoming import Check, arriving, refuse_existing, require_room
 from glmexport.release.layout import Descriptor, ImageManifest, open_blob, parse_image, read_layout
-from glmexport.release.registry import Access, Reference, Registry
+from glmexport.release.registry import Registry
 from glmexport.release.verifier import sha256
 
 
 @dataclass(frozen=True)
-class Pushed:
+class PushResult:
     """An image in its registry: its digest, the files that were sent, those that were there, and the bytes sent."""
 
     digest: str
@@ -27,7 +28,7 @@ class Pushed:
     sent_bytes: int
 
 
-def push(layout: Path, reference: Reference, access: Access, progress: Progress) -> Pushed:
+def push(layout: Path, reference: ImageReference, access: RegistryAccess, progress: Progress) -> PushResult:
     """Send the image in a layout to a registry, under the tag of ``reference``.
 
     Raises:
@@ -55,18 +56,18 @@ def push(layout: Path, reference: Reference, access: Access, progress: Progress)
                 total += blob.size
             track.advance(detail=name)
         registry.put_manifest(content, digest, reference.tag)
-    return Pushed(digest, tuple(sent), tuple(present), total)
+    return PushResult(digest, tuple(sent), tuple(present), total)
 
 
 def pull(
-    reference: Reference,
+    reference: ImageReference,
     destination: Path,
     check: Check,
-    access: Access,
+    access: RegistryAccess,
     progress: Progress,
     max_bytes: int | None = None,
 ) -> str:
-    """Get a bundle from a registry to ``destination``, which must not exist; the image's digest.
+    """Get a bundle from a registry to ``destination``, which must not exist; return the image's digest.
 
     What a pull has got that the registry breaks off stays in ``.DESTINATION.pulling``, and the next one goes on from
     there; of one that is refused nothing stays.

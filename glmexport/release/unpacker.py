@@ -28,12 +28,13 @@ from typing import Any
 
 _VOLUME = re.compile(r"bundle\.tar\.[0-9]{3,}")
 _SUM = re.compile(r"([0-9a-f]{64})  ([A-Za-z0-9._-]+)")
-#: Bytes of SHA256SUMS; of a header that says more of a file than fits into a plain one; of what ends an archive.
+#: Limits: bytes of SHA256SUMS, of a header that says more of a file than fits into a plain one, and of an archive's
+#: end.
 _LONGEST_SUMS, _LONGEST_HEADER = 1 << 22, 1 << 16
 
 
 def verifier_beside(script: Path) -> Any:
-    """The module verify.py in the folder of ``script``, whatever else is called so."""
+    """Return the module verify.py in the folder of ``script``, whatever else is called so."""
     spec = importlib.util.spec_from_file_location("glmexport_verify", script.with_name("verify.py"))
     if spec is None or spec.loader is None:
         raise ImportError("verify.py is not beside this script")
@@ -43,8 +44,8 @@ def verifier_beside(script: Path) -> Any:
     return module
 
 
-class Member(tarfile.TarInfo):
-    """A file of an archive, or a header with its long name: of nothing else is anything read.
+class ArchiveMember(tarfile.TarInfo):
+    """A file of an archive, or a header with its long name: nothing is read of anything else.
 
     tarfile reads headers of headers, global ones and maps of holes into memory, however long they say that they are.
     """
@@ -62,11 +63,11 @@ class Member(tarfile.TarInfo):
 
 
 class Volumes(io.RawIOBase):
-    """The volumes of a kit, one after the other, each against its sum in SHA256SUMS."""
+    """The volumes of a kit as one stream, each checked against its sum in SHA256SUMS."""
 
     def __init__(self, kit: Path, verifier: Any) -> None:
         super().__init__()
-        self._kit, self._refused = kit, verifier.Refused
+        self._kit, self._refused = kit, verifier.VerificationError
         try:
             with (kit / "SHA256SUMS").open("rb") as file:
                 lines = file.read(_LONGEST_SUMS).decode("ascii").splitlines()
@@ -79,17 +80,17 @@ class Volumes(io.RawIOBase):
         self._left = sorted((name for name in sums if _VOLUME.fullmatch(name)), key=lambda name: (len(name), name))
         self._sums = sums
         paths = [kit / name for name in self._left]
-        #: Bytes that they have together.
+        #: Bytes of all volumes together.
         self.size = sum(path.lstat().st_size for path in paths if path.is_file())
         self._file: io.BufferedReader | None = None
         self._name, self._hash = "", hashlib.sha256()
 
     def readable(self) -> bool:
-        """They are."""
+        """Return that volumes can be read."""
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """The next bytes; raises Refused at the end of a volume that is damaged."""
+        """Read the next bytes; raises VerificationError at the end of a volume that is damaged."""
         while self._file or self._left:
             if self._file is None:
                 self._name, self._hash = self._left.pop(0), hashlib.sha256()
@@ -118,23 +119,25 @@ def extract(stream: Any, signed: dict[str, str], target: Path, verifier: Any) ->
     """Write the files of a tar ``stream`` that are in ``signed``: regular ones, each once, byte for byte."""
     missing = dict(signed)
     try:
-        with tarfile.open(fileobj=stream, mode="r|", tarinfo=Member) as archive:
+        with tarfile.open(fileobj=stream, mode="r|", tarinfo=ArchiveMember) as archive:
             for member in archive:
                 digest = missing.pop(member.name, None)
                 if digest is None:
-                    raise verifier.Refused(f"The archive has {member.name!r}, which is not signed or comes twice.")
+                    raise verifier.VerificationError(
+                        f"The archive has {member.name!r}, which is not signed or comes twice."
+                    )
                 content = None if member.issparse() else archive.extractfile(member)
                 if content is None:
-                    raise verifier.Refused(f"The archive has {member.name!r} as something else than a file.")
+                    raise verifier.VerificationError(f"The archive has {member.name!r} as something else than a file.")
                 _write(content, target / member.name, digest, member.name, verifier)
         # To the end, so that the last volume is compared with its sum, too; an archive is filled up to a full record.
         if len(stream.read(2 * tarfile.RECORDSIZE)) > tarfile.RECORDSIZE:
-            raise verifier.Refused("There is more behind the end of the archive.")
+            raise verifier.VerificationError("There is more behind the end of the archive.")
     except (tarfile.TarError, ValueError, ArithmeticError, RecursionError, MemoryError) as error:
         # What tarfile lets out of headers that were made to confuse it.
-        raise verifier.Refused(f"The archive is damaged: {type(error).__name__}: {error}.") from error
+        raise verifier.VerificationError(f"The archive is damaged: {type(error).__name__}: {error}.") from error
     for name in sorted(missing):
-        raise verifier.Refused(f"{name} is signed and not in the archive.")
+        raise verifier.VerificationError(f"{name} is signed and not in the archive.")
 
 
 def _write(content: Any, path: Path, digest: str, name: str, verifier: Any) -> None:
@@ -147,13 +150,13 @@ def _write(content: Any, path: Path, digest: str, name: str, verifier: Any) -> N
         file.flush()
         os.fsync(file.fileno())
     if found.hexdigest() != digest:
-        raise verifier.Refused(f"{name} is not what was signed: its sha256 differs.")
+        raise verifier.VerificationError(f"{name} is not what was signed: its sha256 differs.")
 
 
 def unpack(kit: Path, destination: Path, given: argparse.Namespace, verifier: Any) -> Any:
-    """Unpack a kit to ``destination``, which must not exist; what was verified. Raises Refused."""
+    """Unpack a kit to ``destination``, which must not exist; return what was verified. Raises VerificationError."""
     if destination.exists() or destination.is_symlink():
-        raise verifier.Refused(f"{destination} exists.", verifier.EXIT_USAGE)
+        raise verifier.VerificationError(f"{destination} exists.", verifier.EXIT_USAGE)
     envelope = verifier.read_envelope(kit)
     verifier.check_signature(envelope, given.key, given.root, given.subject)
     signed = verifier.signed_files(envelope.payload)
@@ -166,7 +169,7 @@ def unpack(kit: Path, destination: Path, given: argparse.Namespace, verifier: An
         free = shutil.disk_usage(scratch).free
         if volumes.size > free:
             message = f"The volumes have {volumes.size:,} bytes, and {scratch.parent} has room for {free:,}."
-            raise verifier.Refused(message, verifier.EXIT_MACHINE)
+            raise verifier.VerificationError(message, verifier.EXIT_MACHINE)
         # A buffer in between: tarfile reads a stream in pieces, and asks a raw one for more than it may give.
         with io.BufferedReader(volumes, 1 << 20) as stream:
             extract(stream, signed, bundle, verifier)
@@ -178,7 +181,7 @@ def unpack(kit: Path, destination: Path, given: argparse.Namespace, verifier: An
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Unpack the kit that this script is in; the exit code."""
+    """Unpack the kit that this script is in; return the exit code."""
     parser = argparse.ArgumentParser(prog="unpack.py", description="Unpack and verify the bundle of this kit.")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIRECTORY", help="must not exist")
     with_what = parser.add_mutually_exclusive_group(required=True)
@@ -199,7 +202,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 69
     try:
         found = unpack(script.parent, given.output, given, verifier)
-    except verifier.Refused as error:
+    except verifier.VerificationError as error:
         sys.stderr.write(f"unpack.py: {error}\n")
         return int(error.code)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Verification of a signed bundle by model-signing; what it does not know of, bundles and releases, by the verifier.
+"""Verification of a signed bundle by model-signing; bundles and releases, unknown to it, are checked by the verifier.
 
 The verifier that is shipped asks openssl instead. That both come to the same is tested case by case.
 """
@@ -14,7 +14,7 @@ from glmexport.foundation.errors import BundleError, InputError, MachineError, U
 from glmexport.release import verifier
 from glmexport.release.envelope import Envelope
 from glmexport.release.keys import missing
-from glmexport.release.verifier import SIGNATURE, Verified
+from glmexport.release.verifier import SIGNATURE, VerifiedBundle
 
 _AGAIN = "Copy the bundle again from where it was signed; if that is no better, do not use it."
 
@@ -26,7 +26,7 @@ def verify(
     root: Path | None = None,
     newer_than: int | None = None,
     subject: str | None = None,
-) -> Verified:
+) -> VerifiedBundle:
     """Verify that the bundle is what the owner of the public ``key``, or who has a certificate of ``root``, signed.
 
     With ``newer_than`` a release whose counter is not above it is refused; with ``subject``, one that was signed by
@@ -41,7 +41,7 @@ def verify(
         if not bundle.is_dir():
             raise BundleError(f"There is no bundle {bundle}.", next_step="Give the directory of a bundle.")
         return _verified(bundle.resolve(), key, root, newer_than, subject)
-    except verifier.Refused as error:
+    except verifier.VerificationError as error:
         raise refusal(bundle, error) from error
     except OSError as error:
         raise MachineError(
@@ -49,7 +49,7 @@ def verify(
         ) from error
 
 
-def refusal(bundle: Path, error: verifier.Refused) -> InputError | UnverifiedError | MachineError:
+def refusal(bundle: Path, error: verifier.VerificationError) -> InputError | UnverifiedError | MachineError:
     """Return the error to raise for what the verifier says of ``bundle``."""
     if error.code == verifier.EXIT_USAGE:
         return InputError(str(error), next_step="Give the public key or the root certificate in PEM.")
@@ -60,7 +60,7 @@ def refusal(bundle: Path, error: verifier.Refused) -> InputError | UnverifiedErr
 
 def _verified(
     bundle: Path, key: Path | None, root: Path | None, newer_than: int | None, subject: str | None
-) -> Verified:
+) -> VerifiedBundle:
     envelope = verifier.read_envelope(bundle)
     verifier.check_material(envelope, key, root, subject)
     if root:
@@ -81,7 +81,7 @@ def _verified(
         if str(error).startswith(("Signature mismatch", "Cannot use")):
             # The signature holds and the files are others: which, and how?
             verifier.check_files(bundle, verifier.signed_files(envelope.payload))
-        raise verifier.Refused(f"{SIGNATURE} does not hold: {_reason(error)}.") from error
+        raise verifier.VerificationError(f"{SIGNATURE} does not hold: {_reason(error)}.") from error
     signed = verifier.signed_files(envelope.payload)
     # Byte for byte they are verified; that no file was overlooked is not left to what the signature says to overlook.
     verifier.check_files(bundle, signed, hashed=False)
@@ -111,19 +111,23 @@ def _model_verifier(envelope: Envelope, key: Path | None, root: Path | None) -> 
             assert root is not None
             chosen = config().use_certificate_verifier(certificate_chain=[root])
     except ValueError as error:
-        raise verifier.Refused(f"{key or root} cannot be read: {_reason(error)}.", verifier.EXIT_USAGE) from error
+        raise verifier.VerificationError(
+            f"{key or root} cannot be read: {_reason(error)}.", verifier.EXIT_USAGE
+        ) from error
     if root:
         try:
             public = x509.load_der_x509_certificate(envelope.certificates[0]).public_key()
         except ValueError as error:
-            raise verifier.Refused(f"{SIGNATURE} has a damaged certificate.") from error
+            raise verifier.VerificationError(f"{SIGNATURE} has a damaged certificate.") from error
     curves = (ec.SECP256R1, ec.SECP384R1, ec.SECP521R1)
     if not (isinstance(public, ec.EllipticCurvePublicKey) and isinstance(public.curve, curves)):
-        raise verifier.Refused(f"{SIGNATURE} was made with a key of a kind that is not used here.")
+        raise verifier.VerificationError(f"{SIGNATURE} was made with a key of a kind that is not used here.")
     try:
         public.verify(envelope.signature, pae(envelope.payload), ec.ECDSA(get_ec_key_hash(public)))
     except InvalidSignature as error:
-        raise verifier.Refused(f"{SIGNATURE} does not hold: it was made with another key, or was changed.") from error
+        raise verifier.VerificationError(
+            f"{SIGNATURE} does not hold: it was made with another key, or was changed."
+        ) from error
     return chosen or config().use_elliptic_key_verifier(public_key=key)
 
 

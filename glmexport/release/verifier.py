@@ -30,7 +30,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from glmexport.release.certificates import Certificate, Unfit, check_chain, from_pem, hash_of_key, to_pem
+from glmexport.release.certificates import Certificate, UnfitCertificate, check_chain, from_pem, hash_of_key, to_pem
 from glmexport.release.envelope import (
     DIGEST,
     EXIT_MACHINE,
@@ -39,7 +39,7 @@ from glmexport.release.envelope import (
     PAYLOAD_TYPE,
     SIGNATURE,
     Envelope,
-    Refused,
+    VerificationError,
     check_names,
     legal,
     linked_in_cache,
@@ -55,8 +55,8 @@ __all__ = [
     "EXIT_USAGE",
     "SIGNATURE",
     "Envelope",
-    "Refused",
-    "Verified",
+    "VerificationError",
+    "VerifiedBundle",
     "check_names",
     "legal",
     "parse",
@@ -66,15 +66,15 @@ __all__ = [
 ]
 
 MANIFEST, RELEASE, ATTESTATIONS = "bundle.json", "release.json", "attestations"
-#: What may be in a bundle beside the files that its manifest lists, as well as ``attestations/NAME.json``.
+#: Files that may be in a bundle beside those that its manifest lists, as well as ``attestations/NAME.json``.
 BESIDE = frozenset(
     {SIGNATURE, MANIFEST, RELEASE, "golden.json", "verify.py", "report.json", "report.html", "report.md", "report.xml"}
 )
 _RELEASED = ("format", "version", "bundle", "counter", "target")
 
 
-class Verified(NamedTuple):
-    """What holds: digest of the bundle, counter of its release, number of signed files, name of its target."""
+class VerifiedBundle(NamedTuple):
+    """The facts that hold: digest of the bundle, counter of its release, number of signed files, name of its target."""
 
     digest: str
     counter: int
@@ -84,8 +84,8 @@ class Verified(NamedTuple):
 
 def verify(
     directory: Path, key: Path | None, root: Path | None, newer_than: int | None, subject: str | None = None
-) -> Verified:
-    """Verify all that there is to verify; raises Refused."""
+) -> VerifiedBundle:
+    """Verify all that there is to verify; raises VerificationError."""
     directory = Path(os.path.realpath(directory))
     envelope = read_envelope(directory)
     check_signature(envelope, key, root, subject)
@@ -96,38 +96,43 @@ def verify(
 
 
 def check_material(envelope: Envelope, key: Path | None, root: Path | None, subject: str | None = None) -> None:
-    """What was given to verify with is there, and of the kind that signed."""
+    """Check that what was given to verify with is there, and of the kind that signed."""
     path, kind = (key, "PUBLIC KEY") if key else (root, "CERTIFICATE")
     if path is None or (key and root):
-        raise Refused("Give either --key or --root.", EXIT_USAGE)
+        raise VerificationError("Give either --key or --root.", EXIT_USAGE)
     if key and subject is not None:
-        raise Refused("--subject is of a certificate, and needs --root.", EXIT_USAGE)
+        raise VerificationError("--subject is of a certificate, and needs --root.", EXIT_USAGE)
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise Refused(f"{path} cannot be read: {error.strerror}.", EXIT_USAGE) from error
+        raise VerificationError(f"{path} cannot be read: {error.strerror}.", EXIT_USAGE) from error
     if f"-----BEGIN {kind}-----".encode() not in content or b"PRIVATE KEY" in content:
-        raise Refused(f"{path} is no {kind.lower()} in PEM.", EXIT_USAGE)
+        raise VerificationError(f"{path} is no {kind.lower()} in PEM.", EXIT_USAGE)
     if key and envelope.certificates:
-        raise Refused(f"{SIGNATURE} was made with a certificate: verify with --root.")
+        raise VerificationError(f"{SIGNATURE} was made with a certificate: verify with --root.")
     if root and not envelope.certificates:
-        raise Refused(f"{SIGNATURE} was made with a key that has no certificate: verify with --key.")
+        raise VerificationError(f"{SIGNATURE} was made with a key that has no certificate: verify with --key.")
 
 
 def check_certificates(envelope: Envelope, root: Path, subject: str | None) -> tuple[Certificate, list[bytes]]:
-    """Signing certificate, and those in ``root`` in DER: each may do what it is there for; no signature is tried."""
+    """Return the signing certificate, and those in ``root`` in DER. Each may do what it is there for.
+
+    No signature is tried.
+    """
     try:
         roots = from_pem(root.read_bytes())
-    except Unfit as error:
-        raise Refused(f"{root} cannot be read: {error}.", EXIT_USAGE) from error
+    except UnfitCertificate as error:
+        raise VerificationError(f"{root} cannot be read: {error}.", EXIT_USAGE) from error
     try:
         return check_chain(envelope.certificates, roots, subject), roots
-    except Unfit as error:
-        raise Refused(f"{SIGNATURE} was made with a certificate that is not for signing releases: {error}.") from error
+    except UnfitCertificate as error:
+        raise VerificationError(
+            f"{SIGNATURE} was made with a certificate that is not for signing releases: {error}."
+        ) from error
 
 
 def files_in(directory: Path) -> dict[str, os.stat_result]:
-    """Every regular file below ``directory`` by its name there; links and what is no file are refused.
+    """Return every regular file below ``directory`` by its name there; links and what is no file are refused.
 
     In a snapshot of the hub's cache files are links to where that keeps them, which are followed.
     """
@@ -141,33 +146,33 @@ def files_in(directory: Path) -> dict[str, os.stat_result]:
                 facts = os.lstat(directory / name)
                 if stat.S_ISLNK(facts.st_mode):
                     if not linked_in_cache(directory, name):
-                        raise Refused(f"{name} is a link; a bundle has real files only.")
+                        raise VerificationError(f"{name} is a link; a bundle has real files only.")
                     found[name] = os.stat(directory / name)  # noqa: PTH116
                 elif stat.S_ISDIR(facts.st_mode):
                     folders.append(name)
                 elif not stat.S_ISREG(facts.st_mode):
-                    raise Refused(f"{name} is no file.")
+                    raise VerificationError(f"{name} is no file.")
                 elif facts.st_nlink > 1:
-                    raise Refused(f"{name} is linked under a second name, by which it could be changed.")
+                    raise VerificationError(f"{name} is linked under a second name, by which it could be changed.")
                 else:
                     found[name] = facts
     return found
 
 
 def check_files(directory: Path, signed: dict[str, str], *, hashed: bool = True) -> None:
-    """The files of a bundle are those in ``signed``, and model.sig; with ``hashed``, byte for byte."""
+    """Check that the files of a bundle are those in ``signed``, and model.sig; with ``hashed``, byte for byte."""
     present = files_in(directory)
     for name in sorted(set(signed) - set(present)):
-        raise Refused(f"{name} is signed and missing.")
+        raise VerificationError(f"{name} is signed and missing.")
     for name in sorted(set(present) - set(signed) - {SIGNATURE}):
-        raise Refused(f"{name} is not signed.")
+        raise VerificationError(f"{name} is not signed.")
     for name, digest in sorted(signed.items()) if hashed else ():
         if sha256(directory / name) != digest:
-            raise Refused(f"{name} is not what was signed: its sha256 differs.")
+            raise VerificationError(f"{name} is not what was signed: its sha256 differs.")
 
 
 def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
+    """Return the hexadecimal SHA-256 of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
@@ -176,52 +181,54 @@ def sha256(path: Path) -> str:
 
 
 def beside(name: str) -> bool:
-    """Whether a file of that name is legal beside those that a manifest lists."""
+    """Return whether a file of that name is legal beside those that a manifest lists."""
     folder, _, rest = name.partition("/")
     return name in BESIDE or (folder == ATTESTATIONS and "/" not in rest and rest.endswith(".json"))
 
 
 def check_manifest(directory: Path, signed: dict[str, str]) -> None:
-    """bundle.json lists the signed files, but for those that are legal beside them."""
+    """Check that bundle.json lists the signed files, but for those that are legal beside them."""
     table = parse(_signed(directory, MANIFEST, signed), MANIFEST)
     entries = table.get("files") if isinstance(table, dict) else None
     listed: list[str] = []
     for entry in entries if isinstance(entries, list) else [None]:
         name = entry.get("path") if isinstance(entry, dict) else None
         if not isinstance(entry, dict) or not isinstance(name, str):
-            raise Refused(f"{MANIFEST} does not list the files of a bundle.")
+            raise VerificationError(f"{MANIFEST} does not list the files of a bundle.")
         listed.append(name)
         facts = (signed[name], (directory / name).stat().st_size) if name in signed else None
         if (entry.get("sha256"), entry.get("size")) != facts:
-            raise Refused(f"{name} is not the file that {MANIFEST} lists.")
+            raise VerificationError(f"{name} is not the file that {MANIFEST} lists.")
     check_names(listed, MANIFEST)
     for name in sorted(name for name in set(signed) - set(listed) if not beside(name)):
-        raise Refused(f"{name} is signed, and {MANIFEST} does not list it.")
+        raise VerificationError(f"{name} is signed, and {MANIFEST} does not list it.")
 
 
-def check_release(directory: Path, signed: dict[str, str], newer_than: int | None) -> Verified:
-    """What release.json says; its counter is above ``newer_than``."""
+def check_release(directory: Path, signed: dict[str, str], newer_than: int | None) -> VerifiedBundle:
+    """Return what release.json says; its counter is above ``newer_than``."""
     table = parse(_signed(directory, RELEASE, signed), RELEASE)
     values: list[Any] = [table.get(key) if isinstance(table, dict) else None for key in _RELEASED]
     form, version, digest, counter, target = values
     kind = form, version, type(digest), type(counter), type(target)
     if kind != ("glmexport-release", 1, str, int, str) or not DIGEST.fullmatch(digest) or not 0 <= counter < 1 << 63:
-        raise Refused(f"{RELEASE} does not describe a release of a version that is known.")
+        raise VerificationError(f"{RELEASE} does not describe a release of a version that is known.")
     if newer_than is not None and counter <= newer_than:
-        raise Refused(f"{RELEASE} has the counter {counter}, which is not above {newer_than}: an older release.")
-    return Verified(digest, counter, len(signed), target)
+        raise VerificationError(
+            f"{RELEASE} has the counter {counter}, which is not above {newer_than}: an older release."
+        )
+    return VerifiedBundle(digest, counter, len(signed), target)
 
 
 def _signed(directory: Path, name: str, signed: dict[str, str]) -> bytes:
     """Content of a file that has to be signed; judged is what was read, whatever happens to the file meanwhile."""
     content = read_file(directory, name)
     if hashlib.sha256(content).hexdigest() != signed.get(name):
-        raise Refused(f"{name} is not what was signed: its sha256 differs.")
+        raise VerificationError(f"{name} is not what was signed: its sha256 differs.")
     return content
 
 
 def check_signature(envelope: Envelope, key: Path | None, root: Path | None, subject: str | None = None) -> None:
-    """Who has signed the payload is the owner of the public ``key``, or somebody whom ``root`` vouches for."""
+    """Check that the payload was signed by the owner of the public ``key``, or by one whom ``root`` vouches for."""
     check_material(envelope, key, root, subject)
     with tempfile.TemporaryDirectory(prefix="verify-") as scratch:
         _check_signature(envelope, key, root, subject, Path(scratch))
@@ -232,14 +239,14 @@ def _check_signature(
 ) -> None:
     public, signature, encoded = (scratch / name for name in ("public.pem", "signature", "encoded"))
     if key:
-        otherwise = Refused(f"{key} is no public key.", EXIT_USAGE)
+        otherwise = VerificationError(f"{key} is no public key.", EXIT_USAGE)
         shown = _openssl("pkey", "-pubin", "-in", str(key), "-pubout", otherwise=otherwise)
         if envelope.hint is not None and envelope.hint != hashlib.sha256(shown).hexdigest():
-            raise Refused(f"{SIGNATURE} was made with another key than {key}.")
+            raise VerificationError(f"{SIGNATURE} was made with another key than {key}.")
     else:
         shown = _key_of_chain(envelope, Path(str(root)), subject, scratch)
     public.write_bytes(shown)
-    wrong = Refused(f"{SIGNATURE} was made with a key of a kind that is not used here.")
+    wrong = VerificationError(f"{SIGNATURE} was made with a key of a kind that is not used here.")
     try:
         hashed = hash_of_key(base64.b64decode(b"".join(shown.split(b"-----")[2].split())))
     except (binascii.Error, IndexError) as error:
@@ -251,7 +258,9 @@ def _check_signature(
         f"DSSEv1 {len(PAYLOAD_TYPE)} {PAYLOAD_TYPE} {len(envelope.payload)} ".encode() + envelope.payload
     )
     how = ["dgst", f"-{hashed}", "-verify", str(public), "-signature", str(signature), str(encoded)]
-    _openssl(*how, otherwise=Refused(f"{SIGNATURE} does not hold: it was made with another key, or was changed."))
+    _openssl(
+        *how, otherwise=VerificationError(f"{SIGNATURE} does not hold: it was made with another key, or was changed.")
+    )
 
 
 def _key_of_chain(envelope: Envelope, root: Path, subject: str | None, scratch: Path) -> bytes:
@@ -267,13 +276,13 @@ def _key_of_chain(envelope: Envelope, root: Path, subject: str | None, scratch: 
     chain = ["-untrusted", str(others)] if envelope.certificates[1:] else []
     _openssl(
         "verify", "-attime", str(signer.starts), "-no-CApath", "-CAfile", str(roots), *chain, str(leaf),
-        otherwise=Refused(f"{SIGNATURE} was made with a certificate that {root} does not vouch for."),
+        otherwise=VerificationError(f"{SIGNATURE} was made with a certificate that {root} does not vouch for."),
         environment={"SSL_CERT_DIR": str(nothing), "SSL_CERT_FILE": str(nothing / "none")},
     )  # fmt: skip
     return to_pem("PUBLIC KEY", signer.key).encode()
 
 
-def _openssl(*arguments: str, otherwise: Refused, environment: dict[str, str] | None = None) -> bytes:
+def _openssl(*arguments: str, otherwise: VerificationError, environment: dict[str, str] | None = None) -> bytes:
     """What openssl prints; ``otherwise`` is raised where it fails."""
     surrounding = {**os.environ, "LC_ALL": "C", **(environment or {})}
     try:
@@ -282,14 +291,14 @@ def _openssl(*arguments: str, otherwise: Refused, environment: dict[str, str] | 
             env=surrounding, stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=False,
         )  # fmt: skip
     except (FileNotFoundError, subprocess.TimeoutExpired) as error:
-        raise Refused("openssl is not on this machine, or does not answer.", EXIT_MACHINE) from error
+        raise VerificationError("openssl is not on this machine, or does not answer.", EXIT_MACHINE) from error
     if done.returncode:
         raise otherwise
     return done.stdout
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Verify what the command line names; the exit code."""
+    """Verify what the command line names; return the exit code."""
     parser = argparse.ArgumentParser(prog="verify.py", description="Verify a signed bundle.")
     parser.add_argument("directory", type=Path, help="the bundle")
     with_what = parser.add_mutually_exclusive_group(required=True)
@@ -304,9 +313,9 @@ def main(arguments: list[str] | None = None) -> int:
         return EXIT_USAGE if stop.code else 0
     try:
         if not given.directory.is_dir():
-            raise Refused(f"{given.directory} is no directory.", EXIT_USAGE)
+            raise VerificationError(f"{given.directory} is no directory.", EXIT_USAGE)
         found = verify(given.directory, given.key, given.root, given.newer_than, given.subject)
-    except Refused as error:
+    except VerificationError as error:
         sys.stderr.write(f"verify.py: {error}\n")
         return error.code
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The quantized matrices as a reader can survey them: by part, and by decoder block in bands of columns."""
+"""A survey of the quantized matrices: by part, and by decoder block in bands of columns."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _PARTS = ("embedding", "qkv", "q_a", "kv_a", "q_b", "kv_b", "o", "gate_up", "dow
 
 
 @dataclass(frozen=True)
-class Cell:
-    """All matrices of one part in one decoder block; of experts, the worst speaks."""
+class MatrixCell:
+    """All matrices of one part in one decoder block; of experts, the worst one's figures are shown."""
 
     part: str
     error: float | None
@@ -36,12 +36,12 @@ class Band:
     """Consecutive decoder blocks, and for every part one cell a block or none."""
 
     layers: tuple[int, ...]
-    rows: tuple[tuple[str, tuple[Cell | None, ...]], ...]
+    rows: tuple[tuple[str, tuple[MatrixCell | None, ...]], ...]
 
 
 @dataclass(frozen=True)
 class PartSummary:
-    """Every matrix of one part, over all decoder blocks."""
+    """A summary of every matrix of one part, over all decoder blocks."""
 
     part: str
     matrices: int
@@ -61,7 +61,7 @@ class PartSummary:
 
 @dataclass(frozen=True)
 class FormatSummary:
-    """Every group that a budget gave one format."""
+    """A summary of every group that a budget gave one format."""
 
     format: str
     groups: int
@@ -70,8 +70,8 @@ class FormatSummary:
 
 
 @dataclass(frozen=True)
-class Spending:
-    """Where the bits of a budget went."""
+class BudgetSpending:
+    """The account of where the bits of a budget went."""
 
     stored_bits: int
     loss_nats: float
@@ -83,13 +83,13 @@ class Spending:
 
 @dataclass(frozen=True)
 class Allocation:
-    """The whole bundle's matrices, surveyed."""
+    """A survey of the whole bundle's matrices."""
 
     parts: tuple[PartSummary, ...]
     bands: tuple[Band, ...]
-    outside: tuple[Cell, ...]
+    outside: tuple[MatrixCell, ...]
     """Embedding and language-model head."""
-    spending: Spending | None
+    spending: BudgetSpending | None
     """None without a budget."""
 
 
@@ -119,7 +119,7 @@ def summarize(linears: Sequence[LinearResult], groups: Sequence[GroupResult] = (
     )
 
 
-def _spending(groups: Sequence[GroupResult]) -> Spending:
+def _spending(groups: Sequence[GroupResult]) -> BudgetSpending:
     by_format: dict[str, list[GroupResult]] = defaultdict(list)
     for group in groups:
         by_format[_format(group)].append(group)
@@ -127,7 +127,7 @@ def _spending(groups: Sequence[GroupResult]) -> Spending:
         FormatSummary(name, len(members), sum(x.stored_bits for x in members), math.fsum(x.loss_nats for x in members))
         for name, members in by_format.items()
     )
-    return Spending(
+    return BudgetSpending(
         stored_bits=sum(group.stored_bits for group in groups),
         loss_nats=math.fsum(group.loss_nats for group in groups),
         formats=tuple(sorted(formats, key=lambda row: (-row.stored_bits, row.format))),
@@ -135,7 +135,9 @@ def _spending(groups: Sequence[GroupResult]) -> Spending:
     )
 
 
-def _cell(part: str, linears: list[LinearResult], low: float, high: float, group_of: Mapping[str, GroupResult]) -> Cell:
+def _cell(
+    part: str, linears: list[LinearResult], low: float, high: float, group_of: Mapping[str, GroupResult]
+) -> MatrixCell:
     error = max(_measured(linear.relative_error for linear in linears), default=None)
     if error is None or error <= 0 or low == high:
         shade = 0.0
@@ -147,7 +149,7 @@ def _cell(part: str, linears: list[LinearResult], low: float, high: float, group
     # Several matrices of a group, as query, key and value are, count once.
     groups = {group.name: group for linear in linears if (group := group_of.get(linear.name))}
     loss = math.fsum(group.loss_nats for group in groups.values()) if groups else None
-    return Cell(part, error, shade, bits, len(linears), loss)
+    return MatrixCell(part, error, shade, bits, len(linears), loss)
 
 
 def _part(part: str, linears: list[LinearResult]) -> PartSummary:

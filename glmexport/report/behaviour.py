@@ -36,7 +36,7 @@ class AnswerRow:
 
 
 def answer_rows(behaviour: Behaviour) -> list[AnswerRow]:
-    """What is told of all answers together."""
+    """Return the rows about all answers together."""
     overall = behaviour.overall
     rows = [
         AnswerRow(
@@ -100,7 +100,7 @@ def answer_rows(behaviour: Behaviour) -> list[AnswerRow]:
 
 
 def language_row(row: LanguageBehaviour) -> tuple[str, ...]:
-    """Figures of one language: answers, identical, prefix, tokens, ends, loops and drift."""
+    """Return the figures of one language: answers, identical, prefix, tokens, ends, loops and drift."""
     return (
         text.number(row.answers),
         text.number(row.identical),
@@ -112,7 +112,7 @@ def language_row(row: LanguageBehaviour) -> tuple[str, ...]:
     )
 
 
-#: Heads of what ``language_row`` gives.
+#: Heads of the columns that ``language_row`` returns.
 LANGUAGE_HEADS = (
     "Answers",
     "Same",
@@ -125,12 +125,12 @@ LANGUAGE_HEADS = (
 
 
 def kind(answer: Answer) -> str:
-    """What was asked, in words: "Question, Thai"."""
+    """Return what was asked, in words: "Question, Thai"."""
     return _KINDS[answer.kind] + (f", {language_name(answer.language)}" if answer.language else "")
 
 
 def parted(original: str, bundle: str) -> tuple[str, str, str]:
-    """What both texts begin with, in whole characters with their marks, and what each goes on with."""
+    """Return what both texts begin with, in whole characters with their marks, and how each goes on."""
     characters = zip(regex.findall(r"\X", original), regex.findall(r"\X", bundle), strict=False)
     shared = "".join(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], characters))
     return shared, original[len(shared) :], bundle[len(shared) :]

@@ -1,4 +1,4 @@
-"""Inline SVG from numbers. Widths are percentages and type is in pixels, so that a phone can read it too.
+"""Charts as inline SVG. Widths are percentages and type is in pixels, so that a phone can show them too.
 
 Every chart carries a title and a description that says in words what the marks show.
 """
@@ -14,11 +14,10 @@ from typing import Literal
 from markupsafe import Markup
 
 from glmexport.report.svg import element, figure, line, text
-from glmexport.report.text import headroom, number
+from glmexport.report.text import headroom, number, power_of_ten
 
 ROW = 24
 """Height of one row of bars, px."""
-_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Marker:
 
 
 def ticks(low: float, high: float, most: int = 5) -> tuple[float, ...]:
-    """At most ``most`` round values (1, 2 or 5 times a power of ten) that cover ``low`` to ``high``."""
+    """Return at most ``most`` round values (1, 2 or 5 times a power of ten) that cover ``low`` to ``high``."""
     span = high - low
     if not (math.isfinite(span) and span > 0):
         return (0.0, 1.0)
@@ -55,7 +54,7 @@ def ticks(low: float, high: float, most: int = 5) -> tuple[float, ...]:
 
 
 def bars(key: str, title: str, axis: str, rows: Sequence[Bar], *, limit: Marker | None = None) -> Markup:
-    """Horizontal bars on one linear axis that includes 0.
+    """Draw horizontal bars on one linear axis that includes 0.
 
     Args:
         key: prefix of the ids in the page.
@@ -107,7 +106,7 @@ def histogram(
     counts: Sequence[int],
     markers: Sequence[Marker] = (),
 ) -> Markup:
-    """Columns on a logarithmic axis; an end bin that reaches 0 or infinity is drawn as wide as any other.
+    """Draw columns on a logarithmic axis; an end bin that reaches 0 or infinity is drawn as wide as any other.
 
     Args:
         key: prefix of the ids in the page.
@@ -158,7 +157,7 @@ def histogram(
                 class_="axis",
             )
         )
-        plot.append(text(at(decade), bottom + 20, f"10{str(decade).translate(_SUPERSCRIPT)}", "tick", "middle"))
+        plot.append(text(at(decade), bottom + 20, power_of_ten(decade), "tick", "middle"))
     plot += _marker_marks([marker for marker in markers if 0 < marker.value < math.inf], top, bottom, at)
     inner = element("svg", *plot, x="12%", y=0, width="85%", height=bottom + 26, overflow="visible")
     caption = text(54.5, bottom + 42, f"{axis}, logarithmic", "axis-label", "middle")
@@ -201,7 +200,7 @@ def margin(
     lower: float | None = None,
     upper: float | None = None,
 ) -> Markup:
-    """A bar from the limit, drawn in the middle: to the right inside it, to the left beyond it; a line between bounds.
+    """Draw a bar from the limit in the middle: to the right inside it, to the left beyond it; a line between bounds.
 
     Half the width is 100 % of the limit; what is longer ends in an arrow.
     """

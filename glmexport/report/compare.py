@@ -1,4 +1,4 @@
-"""Two reports compared: what changed by more than chance, and whether that is for the worse.
+"""Comparison of two reports: what changed by more than chance, and whether that is for the worse.
 
 As benchstat does (golang.org/x/perf), a change is called one only if a test finds it. Reports hold means with standard
 errors and no document's own figures, so the estimates are taken as independent even where the text is the same.
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from glmexport.foundation.errors import InputError
 from glmexport.foundation.target import Limits
-from glmexport.report.comparison import Change, Comparison, GateChange, Outcome, Side
+from glmexport.report.comparison import Change, ComparedReport, Comparison, GateChange, Outcome
 from glmexport.report.differing import differing, same_conditions, same_run, same_text
 from glmexport.report.document import Report
 from glmexport.results.fidelity import Estimate, LanguageFidelity
@@ -31,7 +31,7 @@ class _Metric:
     unit: str
     estimate: Callable[[LanguageFidelity], Estimate]
     limit: Callable[[Limits], float | None]
-    #: What is reported is 1 less the estimate.
+    #: Whether the report shows 1 less the estimate.
     complement: bool = False
 
 
@@ -67,7 +67,7 @@ _SIZES = (
 
 
 def compare(old: Report, new: Report, *, confidence: float = CONFIDENCE) -> Comparison:
-    """``new`` against ``old``.
+    """Compare the report ``new`` with ``old``.
 
     It is "worse" if a figure of fidelity or speed is significantly so, or a verdict got worse and says that it is; else
     "undecided" if the text does not suffice to exclude a worsening as large as the limit of the new report's policy.
@@ -107,8 +107,10 @@ def compare(old: Report, new: Report, *, confidence: float = CONFIDENCE) -> Comp
     )
 
 
-def _side(report: Report) -> Side:
-    return Side(bundle=report.subject.bundle, bundle_digest=report.subject.bundle_digest, verdict=report.verdict)
+def _side(report: Report) -> ComparedReport:
+    return ComparedReport(
+        bundle=report.subject.bundle, bundle_digest=report.subject.bundle_digest, verdict=report.verdict
+    )
 
 
 def _row(report: Report, language: str) -> LanguageFidelity | None:

@@ -1,4 +1,4 @@
-"""What became of a bundle between two reports: the record that ``compare`` fills in."""
+"""The record that ``compare`` fills in: what became of a bundle between two reports."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from glmexport.results.record import Record, Verdict
 Outcome = Literal["no worse", "worse", "undecided"]
 
 
-class Side(Record):
+class ComparedReport(Record):
     """One of the two reports."""
 
     bundle: str
@@ -18,8 +18,8 @@ class Side(Record):
     verdict: Verdict
 
 
-class Differing(Record):
-    """Something beside the measurements that is not the same in both."""
+class DifferingFact(Record):
+    """A fact beside the measurements that is not the same in both."""
 
     name: str
     old: str
@@ -57,7 +57,7 @@ class Change(Record):
 
 
 class GateChange(Record):
-    """A gate whose gravest verdict over the languages is another."""
+    """A gate whose gravest verdict over the languages changed."""
 
     name: str
     old: Verdict | None
@@ -68,15 +68,15 @@ class GateChange(Record):
 
 
 class Comparison(Record):
-    """Two reports, figure by figure."""
+    """The comparison of two reports, figure by figure."""
 
     schema_version: Literal[1] = 1
     outcome: Outcome
     reasons: tuple[str, ...]
     """Why, in words; empty for "no worse"."""
-    old: Side
-    new: Side
-    differing: tuple[Differing, ...]
+    old: ComparedReport
+    new: ComparedReport
+    differing: tuple[DifferingFact, ...]
     changes: tuple[Change, ...]
     """Every figure that both have, changed or not."""
     gates: tuple[GateChange, ...]

@@ -1,4 +1,4 @@
-"""How calibration text spread over routed experts, as counts for tables."""
+"""Tables of how calibration text spread over routed experts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from glmexport.report.document import CoverageResult
 
 _BOUNDS = (0, 1, 16, 64, 256, 1024, 4096)
 
-#: Of ``coverage_rows``: block, cold experts, and how many experts have so many positions.
+#: Heads of the columns of ``coverage_rows``: block, cold experts, and how many experts have so many positions.
 COVERAGE_HEADS = (
     "Block",
     "Cold",
@@ -20,7 +20,7 @@ COVERAGE_HEADS = (
 
 
 def coverage_rows(layers: Sequence[CoverageResult]) -> list[tuple[str, ...]]:
-    """A histogram a decoder block: how many experts were chosen by how many positions."""
+    """Return a histogram for each decoder block: how many experts were chosen by how many positions."""
     rows = []
     for layer in layers:
         counts = [

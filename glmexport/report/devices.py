@@ -1,4 +1,4 @@
-"""Several devices side by side, a column for each class of them: of the devices of a class, the worst speaks."""
+"""A table of several devices with a column for each class of them; the worst device of a class is shown."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class DeviceTable:
 
 
 def device_table(report: Report) -> DeviceTable | None:
-    """None where the report is of this machine alone."""
+    """Return the table of all devices; None where the report is of this machine alone."""
     if not report.devices:
         return None
     groups: dict[str, list[DeviceResult]] = {}

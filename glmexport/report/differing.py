@@ -1,38 +1,38 @@
-"""What two reports differ in beside bundle and measurements: original, recipe, text, policy, machine, versions."""
+"""Facts in which two reports differ beside the bundle: original, recipe, text, policy, machine, versions."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from glmexport.report.comparison import Differing
+from glmexport.report.comparison import DifferingFact
 from glmexport.report.document import Report
 
 _NONE = "none"
 
 
-def differing(old: Report, new: Report) -> tuple[Differing, ...]:
-    """Every fact that is not the same, in the order in which a reader asks for it."""
+def differing(old: Report, new: Report) -> tuple[DifferingFact, ...]:
+    """Yield every fact that is not the same, in the order in which a reader asks for it."""
     before, after = dict(_facts(old)), dict(_facts(new))
     names = dict.fromkeys((*before, *after))
     return tuple(
-        Differing(name=name, old=before.get(name, _NONE), new=after.get(name, _NONE))
+        DifferingFact(name=name, old=before.get(name, _NONE), new=after.get(name, _NONE))
         for name in names
         if before.get(name) != after.get(name)
     )
 
 
 def same_text(old: Report, new: Report) -> bool:
-    """Whether the same documents were asked about, as the same token ids."""
+    """Return whether the same documents were asked about, as the same token ids."""
     return old.fidelity.text_digest == new.fidelity.text_digest
 
 
 def same_run(old: Report, new: Report) -> bool:
-    """Whether speeds are of the same work."""
+    """Return whether speeds are of the same work."""
     return _work(old) == _work(new)
 
 
 def same_conditions(old: Report, new: Report) -> bool:
-    """Whether speeds are of the same kind of machine, as far as reports tell."""
+    """Return whether speeds are of the same kind of machine, as far as reports tell."""
     return _place(old) == _place(new)
 
 

@@ -12,7 +12,7 @@ from glmexport.bundle.records import MatrixRecord
 from glmexport.foundation.definition import Count, Number, read_json
 from glmexport.foundation.errors import BundleError
 from glmexport.foundation.target import Gates
-from glmexport.foundation.untrusted import Limits
+from glmexport.foundation.untrusted import DocumentLimits
 from glmexport.results.behaviour import Behaviour
 from glmexport.results.device import DeviceResult
 from glmexport.results.fidelity import Fidelity, Overlap, Share
@@ -28,10 +28,10 @@ JSON_NAME = "report.json"
 HTML_NAME = "report.html"
 MARKDOWN_NAME = "report.md"
 JUNIT_NAME = "report.xml"
-#: Beside this module, as ``schema_text`` gives it: validators of other languages need no Python.
+#: The file beside this module that holds ``schema_text``: validators of other languages need no Python.
 SCHEMA_NAME = "report.schema.json"
 #: A model of 60,000 matrices has a report of 2.5 million values, in 60 MB.
-_LIMITS = Limits(size=128 << 20, values=4_000_000)
+_LIMITS = DocumentLimits(size=128 << 20, values=4_000_000)
 
 
 def _sorted(table: dict[str, Any]) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def _sorted(table: dict[str, Any]) -> dict[str, Any]:
 
 
 class Subject(Record):
-    """What was validated, and against what."""
+    """The bundle that was validated, and the original that it was compared with."""
 
     bundle: str
     bundle_digest: str
@@ -64,7 +64,7 @@ class Subject(Record):
 
 
 class Size(Record):
-    """What the bundle takes on disk, and what a weight takes in it."""
+    """The bundle's size on disk, and the bits of a weight in it."""
 
     parameters: Count
     original_bytes: Count
@@ -116,7 +116,7 @@ class GroupResult(Record):
 
 
 class CoverageResult(Record):
-    """How the calibration text spread over the routed experts of one decoder block."""
+    """The spread of the calibration text over the routed experts of one decoder block."""
 
     layer: int
     tokens: tuple[Count, ...]
@@ -155,7 +155,7 @@ class CalibrationSummary(Record):
 
 
 class PolicySummary(Record):
-    """What the gates rest on."""
+    """The policy that the gates rest on."""
 
     source: str
     """The target's name, or that of the user's file."""
@@ -234,18 +234,18 @@ class Report(Record):
 
 
 def json_schema() -> dict[str, Any]:
-    """JSON Schema of ``report.json``; every description carries its unit."""
+    """Return the JSON Schema of ``report.json``; every description carries its unit."""
     schema = Report.model_json_schema(mode="serialization")
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
 def schema_text() -> str:
-    """``json_schema`` as it is shipped in ``SCHEMA_NAME``."""
+    """Return ``json_schema`` as the text that is shipped in ``SCHEMA_NAME``."""
     return json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n"
 
 
 def report_path(path: Path) -> Path:
-    """``path``, or the ``report.json`` in it if it is a directory such as a bundle."""
+    """Return ``path``, or the ``report.json`` in it if it is a directory such as a bundle."""
     return path / JSON_NAME if path.is_dir() else path
 
 

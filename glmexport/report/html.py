@@ -35,7 +35,7 @@ _MEANINGS = {
 
 
 def render_html(report: Report) -> str:
-    """``report`` as a self-contained HTML document; the same report gives the same text."""
+    """Render ``report`` as a self-contained HTML document; the same report gives the same text."""
     gates = sorted(report.gates, key=lambda gate: -gate.verdict.severity)
     return (
         _environment()

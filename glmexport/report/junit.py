@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def render_junit(report: Report) -> str:
-    """One test case a gate, one suite a device; the same report gives the same text."""
+    """Render the gates of a report, one test case a gate, one suite a device; the same report gives the same text."""
     subject = report.subject
     facts = {
         "verdict": report.verdict,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def render_markdown(report: Report) -> str:
-    """``report`` in GitHub's dialect; the same report gives the same text."""
+    """Render ``report`` in GitHub's dialect; the same report gives the same text."""
     subject = report.subject
     source: str = _foreign(subject.checkpoint)
     if subject.adapter:

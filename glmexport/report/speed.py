@@ -1,4 +1,4 @@
-"""The rows of speed, memory and energy, for every rendering: what was measured, its bounds, and why not."""
+"""The rows of speed, memory and energy for every rendering: what was measured, its bounds, and why not."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class SpeedRow:
     more_is_better: bool
     original: Interval | float | None
     bundle: Interval | float | None
-    #: Bundle over original.
+    #: Ratio of bundle over original.
     ratio: Interval | float | None
 
 
 def speed_rows(performance: Performance | None) -> tuple[SpeedRow, ...]:
-    """Every quantity, also those that this machine does not tell; none where nothing was measured."""
+    """Return a row for every quantity, also those that this machine does not tell; none where nothing was measured."""
     if performance is None:
         return ()
     original, bundle, ratios = performance.original, performance.bundle, performance.ratios
@@ -52,28 +52,28 @@ def speed_rows(performance: Performance | None) -> tuple[SpeedRow, ...]:
 
 
 def value(cell: Interval | float) -> float:
-    """The number itself."""
+    """Return the number itself."""
     return cell.value if isinstance(cell, Interval) else float(cell)
 
 
 def bounded(cell: Interval | float | None) -> Interval | None:
-    """``cell`` if it has bounds that say something."""
+    """Return ``cell`` if it has bounds that say something."""
     return cell if isinstance(cell, Interval) and math.isfinite(cell.upper) else None
 
 
 def shown(cell: Interval | float | None, unit: str) -> str:
-    """The number with its unit, without bounds."""
+    """Return the number with its unit, without bounds."""
     return NOT_MEASURED if cell is None else text.quantity(value(cell), unit)
 
 
 def bounds(cell: Interval | float | None, unit: str) -> str:
-    """From the lower to the upper bound; empty where there are none."""
+    """Return the range from the lower to the upper bound; empty where there are none."""
     sure = bounded(cell)
     return f"{text.quantity(sure.lower, unit)} to {text.quantity(sure.upper, unit)}" if sure else ""
 
 
 def comparison(row: SpeedRow) -> str:
-    """In words how the bundle compares: a difference is called one only if the bounds agree on it."""
+    """Return in words how the bundle compares: a difference is called one only if the bounds agree on it."""
     if row.ratio is None or not (math.isfinite(value(row.ratio)) and value(row.ratio) > 0):
         return "–"
     better, worse = ("less", "more") if row.unit in ("bytes", "J") else ("faster", "slower")
@@ -98,7 +98,7 @@ def _turned(ratio: float, upright: bool) -> float:
 
 
 def bounded_by(performance: Performance) -> str:
-    """What the memory allows decoding, and how much of that is reached."""
+    """Return the bound that memory sets to decoding, and how much of it is reached."""
     bound = performance.roofline_decode_tokens_per_s
     if bound is None:
         return "How fast memory is read could not be measured, so that nothing is known to bound decoding."
@@ -107,14 +107,14 @@ def bounded_by(performance: Performance) -> str:
 
 
 def reached(performance: Performance) -> str:
-    """How much of what the memory allows decoding reaches."""
+    """Return the share of the memory's bound of decoding that is reached."""
     bound = performance.roofline_decode_tokens_per_s
     share = performance.bundle.decode_tokens_per_s.value / bound if bound else math.nan
     return text.percent(share) if math.isfinite(share) else "–"
 
 
 def tail(figure: Figure, unit: str) -> tuple[str, str]:
-    """The 90th and 99th percentile on the bad side, or how many rounds it takes."""
+    """Return the 90th and 99th percentile on the bad side, or how many rounds it takes."""
 
     def told(percentile: float | None, least: int) -> str:
         if percentile is None:
@@ -125,7 +125,7 @@ def tail(figure: Figure, unit: str) -> tuple[str, str]:
 
 
 def sources(performance: Performance) -> str:
-    """What told the peak memory, and why there is no energy if there is none."""
+    """Return the source of the peak memory, and why there is no energy if there is none."""
     bundle: Speed = performance.bundle
     told = f"Peak memory of each process: {bundle.peak_memory_source}, loading included."
     if bundle.energy_absent_because:
@@ -134,7 +134,7 @@ def sources(performance: Performance) -> str:
 
 
 def placed(performance: Performance) -> str:
-    """Where the nodes of the graph ran."""
+    """Return where the nodes of the graph ran."""
     placement = performance.placement
     nodes: dict[str, int] = {}
     for row in placement.operators:

@@ -8,7 +8,7 @@ from glmexport.foundation.untrusted import visible
 
 
 def element(name: str, *children: str, **attributes: str | float | None) -> Markup:
-    """An SVG element; text and attribute values are escaped, ``font_size`` becomes ``font-size``."""
+    """Return an SVG element; text and attribute values are escaped, ``font_size`` becomes ``font-size``."""
     written = Markup("").join(
         Markup(' {}="{}"').format(key.rstrip("_").replace("_", "-"), _attribute(value))
         for key, value in attributes.items()
@@ -18,7 +18,7 @@ def element(name: str, *children: str, **attributes: str | float | None) -> Mark
 
 
 def figure(key: str, title: str, description: str, height: float, *marks: str) -> Markup:
-    """The outer SVG, with ``title`` and ``description`` as its text alternative."""
+    """Return the outer SVG, with ``title`` and ``description`` as its text alternative."""
     return element(
         "svg",
         element("title", title, id=f"{key}-title"),
@@ -33,12 +33,12 @@ def figure(key: str, title: str, description: str, height: float, *marks: str) -
 
 
 def line(x: float, top: float, bottom: float, kind: str) -> Markup:
-    """A vertical line at ``x`` percent, from ``top`` to ``bottom`` px."""
+    """Return a vertical line at ``x`` percent, from ``top`` to ``bottom`` px."""
     return element("line", x1=f"{x:.2f}%", x2=f"{x:.2f}%", y1=top, y2=bottom, class_=kind)
 
 
 def text(x: float, y: float, words: str, kind: str, anchor: str) -> Markup:
-    """``words`` at ``x`` percent and ``y`` px."""
+    """Return ``words`` at ``x`` percent and ``y`` px."""
     return element("text", words, x=f"{x:.2f}%", y=y, class_=kind, text_anchor=anchor)
 
 

@@ -1,4 +1,8 @@
-"""Numbers and foreign text as a reader can trust them: units, few digits, and nothing invisible."""
+"""Numbers and foreign text in a form that a reader can trust: units, few digits, and nothing invisible.
+
+Reports have typeset numbers, to significant digits. What is ``brief`` is for a terminal: plain spaces, and so many
+decimals that columns line up.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,7 @@ _MOST_DIGITS = 12
 
 
 def token(text: str) -> str:
-    """``visible``, and the spaces at either end as open boxes: "␣the" is another token than "the"."""
+    """Return a visible token, the spaces at either end as open boxes: "␣the" is another token than "the"."""
     if not text:
         return "(empty)"
     inner = text.strip(" ")
@@ -30,7 +34,7 @@ def token(text: str) -> str:
 
 
 def number(value: float, digits: int = 3) -> str:
-    """``value`` to ``digits`` significant digits; integers of up to 15 digits in full, thousands apart."""
+    """Return ``value`` to ``digits`` significant digits; integers of up to 15 digits in full, thousands apart."""
     if not math.isfinite(value):
         return "not a number" if math.isnan(value) else "−∞" if value < 0 else "∞"
     if float(value).is_integer() and abs(value) < 1e15:
@@ -38,19 +42,24 @@ def number(value: float, digits: int = 3) -> str:
     exponent = math.floor(math.log10(abs(value)))
     if exponent < -4 or exponent >= 15:
         mantissa, _, power = f"{value:.{digits - 1}e}".partition("e")
-        return f"{mantissa}{THIN}×{THIN}10{str(int(power)).translate(_SUPERSCRIPT)}".replace("-", "−")
+        return f"{mantissa}{THIN}×{THIN}{power_of_ten(int(power))}".replace("-", "−")
     # Rounding can carry into the next decade: 0.9999 is 1.00, not 1.000.
     exponent = int(f"{value:.{digits - 1}e}".partition("e")[2])
     return f"{value:,.{max(0, digits - 1 - exponent)}f}".replace(",", THIN).replace("-", "−")
 
 
+def power_of_ten(exponent: int) -> str:
+    """Return 10 with ``exponent`` raised above the line."""
+    return f"10{str(exponent).translate(_SUPERSCRIPT)}"
+
+
 def ratio(value: float, digits: int = 3) -> str:
-    """A factor: "3.14×"."""
+    """Return a factor in the form "3.14×"."""
     return f"{_measured(value, digits)}×"
 
 
 def percent(fraction: float, digits: int = 3) -> str:
-    """``fraction`` (0 to 1) in percent; 100 % only if it is exactly all."""
+    """Return ``fraction`` (0 to 1) in percent; 100 % only if it is exactly all."""
     text = _measured(100 * fraction, digits)
     while text.startswith("100") and fraction < 1 and digits < _MOST_DIGITS:
         digits += 1
@@ -59,24 +68,24 @@ def percent(fraction: float, digits: int = 3) -> str:
 
 
 def size(count: float, digits: int = 3) -> str:
-    """Bytes in the largest binary unit that leaves at least 1."""
+    """Return a number of bytes in the largest binary unit that leaves at least 1."""
     return _scaled(count, 1024, ("bytes", "KiB", "MiB", "GiB", "TiB"), digits)
 
 
 def bandwidth(bytes_per_s: float, digits: int = 3) -> str:
-    """Bytes a second in decimal units, as memory is specified."""
+    """Return a number of bytes a second in decimal units, as memory is specified."""
     return _scaled(bytes_per_s, 1000, ("bytes/s", "kB/s", "MB/s", "GB/s", "TB/s"), digits)
 
 
 def count(value: float, digits: int = 3) -> str:
-    """A large count in words: "9.40 billion"; below a million in full."""
+    """Return a large count in words: "9.40 billion"; below a million in full."""
     if value < 1e6:
         return number(value)
     return _scaled(value, 1000, ("", "thousand", "million", "billion", "trillion"), digits)
 
 
 def duration(seconds: float, digits: int = 3) -> str:
-    """Seconds as µs, ms, s, min or h."""
+    """Return a number of seconds as µs, ms, s, min or h."""
     if not math.isfinite(seconds):
         return number(seconds)
     magnitude = abs(seconds)
@@ -87,7 +96,7 @@ def duration(seconds: float, digits: int = 3) -> str:
 
 
 def quantity(value: float, unit: str, digits: int = 3) -> str:
-    """``value`` with its unit, in the multiple of it that reads best."""
+    """Return ``value`` with its unit, in the multiple of it that reads best."""
     if unit == "bytes":
         return size(value, digits)
     if unit == "s":
@@ -100,19 +109,22 @@ def quantity(value: float, unit: str, digits: int = 3) -> str:
 
 
 def bound(value: float, unit: str) -> str:
-    """``value`` beside a measurement that has its unit already, unless that is shown in a multiple of it."""
+    """Return ``value`` as the bound of a measurement that is shown with its unit.
+
+    The unit is repeated where it is scaled.
+    """
     return quantity(value, unit) if unit in ("share", "s") else number(value)
 
 
 def sample(gate: Gate) -> str:
-    """What a gate rests on; and if that is too little, how much would do."""
+    """Return the sample that a gate rests on; if it is too small, also how much would do."""
     if gate.documents_needed is None:
         return gate.sample
     return f"{gate.sample}; about {number(gate.documents_needed)} {gate.needed_unit} would decide"
 
 
 def value_and_limit(value: float, limit: float, unit: str) -> tuple[str, str]:
-    """Both with so many digits that they only read the same if they are the same."""
+    """Return both with so many digits that they only read the same if they are the same."""
     for digits in range(3, _MOST_DIGITS + 1):
         texts = quantity(value, unit, digits), quantity(limit, unit, digits)
         if texts[0] != texts[1] or value == limit:
@@ -121,22 +133,58 @@ def value_and_limit(value: float, limit: float, unit: str) -> tuple[str, str]:
 
 
 def headroom(value: float, limit: float, direction: Literal["at most", "at least"]) -> float | None:
-    """Distance to the limit as a fraction of it, positive on the allowed side; none if there is no scale."""
+    """Return the distance to the limit as a fraction of it, positive on the allowed side; None if there is no scale."""
     if not (math.isfinite(value) and math.isfinite(limit)) or limit == 0:
         return None
     distance = limit - value if direction == "at most" else value - limit
     return distance / abs(limit)
 
 
+def brief_size(count: float) -> str:
+    """Return a number of bytes in B, KiB, MiB or GiB, to one decimal."""
+    value, power = _in_multiples(count, 1024, 3)
+    return f"{value:.{1 if power else 0}f} {('B', 'KiB', 'MiB', 'GiB')[power]}"
+
+
+def brief_duration(seconds: float) -> str:
+    """Return a span of time in s, min or h, rounded to what matters."""
+    for bound, factor, unit in ((90, 1, "s"), (5400, 60, "min")):
+        if seconds < bound:
+            return f"{seconds / factor:.0f} {unit}"
+    return f"{seconds / 3600:.1f} h"
+
+
+def brief_share(fraction: float) -> str:
+    """Return ``fraction`` (0 to 1) in percent, to one decimal."""
+    return f"{fraction:.1%}"
+
+
+def brief_ratio(ratio: float) -> str:
+    """Return a factor to two decimals, as "1.25x"."""
+    return f"{ratio:.2f}x"
+
+
+def brief_divergence(nats: float, decimals: int = 4) -> str:
+    """Return nats to ``decimals``; what that would round to nothing is shown by its power."""
+    fixed = f"{nats:.{decimals}f}"
+    return f"{nats:.0e}" if nats and not float(fixed) else fixed
+
+
 def _scaled(value: float, step: int, units: tuple[str, ...], digits: int) -> str:
     if not math.isfinite(value):
         return number(value)
-    power = 0
-    while abs(value) >= step and power < len(units) - 1:
-        value /= step
-        power += 1
+    value, power = _in_multiples(value, step, len(units) - 1)
     text = number(value) if power == 0 else _measured(value, digits)
     return f"{text}{FIXED}{units[power]}".rstrip(FIXED)
+
+
+def _in_multiples(value: float, step: int, most: int) -> tuple[float, int]:
+    """Return ``value`` divided by the largest power of ``step``, at most ``most``, that leaves at least 1."""
+    power = 0
+    while abs(value) >= step and power < most:
+        value /= step
+        power += 1
+    return value, power
 
 
 def _measured(value: float, digits: int) -> str:

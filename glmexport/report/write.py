@@ -1,4 +1,4 @@
-"""The files that a report is written to: for programs, for people, and for the servers of those who test."""
+"""The files that a report is written to: for programs, for people, and for CI servers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What both models answer when nobody leads them token by token."""
+"""Records of what both models answer when nobody leads them token by token."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Kind = Literal["continue", "chat", "tools", "translate", "task"]
 
 
 class Answer(Record):
-    """One prompt and what both made of it."""
+    """One prompt, and the answers of both models to it."""
 
     id: str
     kind: Kind
@@ -38,7 +38,7 @@ class Answer(Record):
 
 
 class LanguageBehaviour(Record):
-    """Answers in one language."""
+    """Figures of the answers in one language."""
 
     language: str
     """BCP-47 tag; "all" for every language together."""
@@ -61,7 +61,7 @@ class LanguageBehaviour(Record):
 
 
 class Translation(Record):
-    """Sentences translated from English."""
+    """Figures of the sentences translated from English."""
 
     language: str
     sentences: Count
@@ -71,7 +71,7 @@ class Translation(Record):
 
 
 class Concurrency(Record):
-    """Prompts answered in a batch with others, and alone."""
+    """Figures of prompts answered in a batch with others, and alone."""
 
     batch: Count
     prompts: Count
@@ -79,7 +79,7 @@ class Concurrency(Record):
 
 
 class TaskGroup(Record):
-    """Tasks of the user's, of one name and metric."""
+    """Figures of the user's tasks of one name and metric."""
 
     name: str
     metric: Literal["exact", "choice", "regex", "chrf"]
@@ -90,7 +90,7 @@ class TaskGroup(Record):
 
 
 class Behaviour(Record):
-    """Greedy answers of the bundle in onnxruntime-genai, and the original's own."""
+    """The greedy answers of the bundle in onnxruntime-genai, and the original's own."""
 
     passes: Count
     """Passes through the original that its answers took; 0 where they were captured."""

@@ -1,4 +1,4 @@
-"""What one of several devices made of the bundle."""
+"""Records of what one of several devices made of the bundle."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from glmexport.results.record import Record, Verdict, worst
 
 
 class DeviceFacts(Record):
-    """What a device says of itself."""
+    """Facts that a device tells about itself."""
 
     system: str
     processor: str
@@ -37,7 +37,7 @@ class DeviceFacts(Record):
 
 
 class DeviceResult(Record):
-    """One device: what it measured, or why it did not."""
+    """The result of one device: what it measured, or why it did not."""
 
     name: str
     device_class: str

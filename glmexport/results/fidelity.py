@@ -1,4 +1,4 @@
-"""How far the bundle's answers are from the original's."""
+"""Records of how far the bundle's answers are from the original's."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Estimate(Record):
 
 
 class LanguageFidelity(Record):
-    """How far the bundle's next-token distribution is from the original's, on texts of one language.
+    """The distance of the bundle's next-token distribution from the original's, on texts of one language.
 
     Divergence is KL(original || bundle) at one position, both reading the same preceding text.
     """
@@ -55,7 +55,7 @@ class LanguageFidelity(Record):
 
 
 class PositionBand(Record):
-    """Predictions that rest on about as much text before them, over every language."""
+    """The predictions of every language that rest on about as much text before them."""
 
     first: Count
     """Index of the predicted token in its document, from 0."""
@@ -87,7 +87,7 @@ class WorstToken(Record):
 
 
 class CaptureBound(Record):
-    """What it costs to know the original by its most likely tokens only, measured where all are known."""
+    """The cost of knowing the original by its most likely tokens only, measured where all are known."""
 
     top_k: Count
     """Tokens kept at each position; of all others only what they have together."""
@@ -102,7 +102,7 @@ class CaptureBound(Record):
 
 
 class Fidelity(Record):
-    """The bundle's answers against the original's on evaluation text that calibration has not seen."""
+    """The comparison of the bundle's answers with the original's on evaluation text that calibration has not seen."""
 
     languages: tuple[LanguageFidelity, ...]
     overall: LanguageFidelity
@@ -142,7 +142,7 @@ class Fidelity(Record):
 
 
 class Share(Record):
-    """What one cause adds to the mean divergence; the shares are measured apart and add up."""
+    """The part that one cause adds to the mean divergence; the parts are measured apart and add up."""
 
     name: str
     """For example "4-bit linears, fp32 arithmetic" or "+ int8 activations"."""
@@ -152,7 +152,7 @@ class Share(Record):
 
 
 class Overlap(Record):
-    """Whether evaluation repeats what calibration has seen, which would flatter the bundle."""
+    """The overlap of evaluation with calibration text, which would flatter the bundle."""
 
     calibration_documents: Count
     evaluation_documents: Count

@@ -1,4 +1,4 @@
-"""The scores of the original and of the bundle on the same tasks."""
+"""Records of the scores of the original and of the bundle on the same tasks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from glmexport.results.record import Record
 
 
 class Paired(Record):
-    """Scores of the bundle less those of the original, task by task."""
+    """The scores of the bundle less those of the original, task by task."""
 
     tasks: Count
     mean_difference: Number

@@ -1,4 +1,4 @@
-"""How fast, how sure that is, within which bounds, and on which execution provider."""
+"""Records of speed: how fast, how sure that is, within which bounds, and on which execution provider."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Figure(Interval):
 
 
 class Speed(Record):
-    """One runtime on the validated machine, in a process of its own."""
+    """The speed of one runtime on the validated machine, in a process of its own."""
 
     runtime: str
     threads: Annotated[int, Field(ge=1)] | None
@@ -66,7 +66,7 @@ class Speed(Record):
 
 
 class SpeedRatios(Record):
-    """Bundle over original; rounds were taken in turns, so both sides of one saw the same machine."""
+    """Ratios of the bundle over the original. Rounds were taken in turns, so both sides saw the same machine."""
 
     ttft_s: Interval
     prefill_tokens_per_s: Interval
@@ -75,7 +75,7 @@ class SpeedRatios(Record):
 
 
 class PlacedOperators(Record):
-    """Nodes of one type on one execution provider."""
+    """The nodes of one type on one execution provider."""
 
     provider: str
     operator: str
@@ -83,7 +83,7 @@ class PlacedOperators(Record):
 
 
 class Placement(Record):
-    """Which execution provider ran which node, from ONNX Runtime's own profile of a short generation."""
+    """The execution provider of every node, from ONNX Runtime's own profile of a short generation."""
 
     provider: str
     """The target's."""
@@ -96,12 +96,12 @@ class Placement(Record):
 
     @property
     def nodes(self) -> int:
-        """All of them."""
+        """The number of all nodes."""
         return sum(row.nodes for row in self.operators)
 
 
 class Performance(Record):
-    """Speed of the bundle, of the original where it fits, and the bound that no software can pass."""
+    """The speed of the bundle, of the original where it fits, and the bound that no software can pass."""
 
     prompt_tokens: Count
     generated_tokens: Count

@@ -1,4 +1,4 @@
-"""Whether conversations reach the bundle as the tokens that the original would see."""
+"""Records of whether conversations reach the bundle as the tokens that the original would see."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class PromptDifference(Record):
 
 
 class PromptParity(Record):
-    """Token ids of golden conversations: the bundle's tokenizer and template against transformers on the original."""
+    """The comparison of golden conversations: the bundle's token ids against transformers' on the original."""
 
     compared: Count
     refused: Count

@@ -1,4 +1,4 @@
-"""What every result is made of: immutable records, numbers that may be missing, and the four verdicts.
+"""The base of every result: immutable records, numbers that may be missing, and the four verdicts.
 
 A measurement of a badly broken bundle can be NaN or infinite, and its report has to exist nevertheless.
 ``Number`` therefore admits both, and JSON carries them as the strings "NaN", "Infinity" and "-Infinity".
@@ -22,7 +22,7 @@ class Record(Definition):
 
 
 class Verdict(StrEnum):
-    """What a gate decides, and what the gates together decide."""
+    """The decision of one gate, or of all gates together."""
 
     PASS = "PASS"  # noqa: S105  # not a password
     WARN = "WARN"
@@ -31,15 +31,15 @@ class Verdict(StrEnum):
 
     @property
     def severity(self) -> int:
-        """0 for PASS up to 3 for BLOCK; not being able to tell is worse than a warning."""
+        """The severity from 0 for PASS up to 3 for BLOCK; not being able to tell is worse than a warning."""
         return (Verdict.PASS, Verdict.WARN, Verdict.INCONCLUSIVE, Verdict.BLOCK).index(self)
 
 
 def badness(value: float) -> float:
-    """Key that orders measurements by how bad they are: what is not a number is worse than every number."""
+    """Return a key that orders measurements by how bad they are: what is not a number is worse than every number."""
     return math.inf if math.isnan(value) else value
 
 
 def worst(verdicts: Iterable[Verdict]) -> Verdict:
-    """The most severe verdict; INCONCLUSIVE if there is none, because nothing was checked."""
+    """Return the most severe verdict; INCONCLUSIVE if there is none, because nothing was checked."""
     return max(verdicts, key=lambda verdict: verdict.severity, default=Verdict.INCONCLUSIVE)

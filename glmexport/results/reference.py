@@ -1,4 +1,4 @@
-"""Whether the original that a bundle is compared with is the model that transformers loads."""
+"""Records of whether the original that a bundle is compared with is the model that transformers loads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from glmexport.results.record import Record
 
 
 class ReferenceCheck(Record):
-    """Logits of one text, computed block by block as everywhere here, against transformers' whole model in fp32."""
+    """The comparison of one text's logits, computed block by block, with transformers' whole model in fp32."""
 
     positions: Count
     """Of the text; 0 where the check was not made."""

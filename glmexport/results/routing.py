@@ -1,4 +1,4 @@
-"""Whether a mixture of experts still sends its tokens to the same experts."""
+"""Records of whether a mixture of experts still sends its tokens to the same experts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from glmexport.results.record import Record
 
 
 class LayerRouting(Record):
-    """One layer of experts, with the bundle's weights in fp32 arithmetic behind the bundle's own layers before it."""
+    """The routing of one layer of experts, with the bundle's weights in fp32 arithmetic behind its own layers."""
 
     layer: Count
     """Decoder block, from 0."""

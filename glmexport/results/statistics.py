@@ -1,4 +1,4 @@
-"""How sure a mean over evaluation text is. Positions of one document hang together, so documents are the sample.
+"""Statistics of means over evaluation text. Positions of one document hang together, so documents are the sample.
 
 The mean of a ratio with its cluster-robust error (Cochran, Sampling Techniques, 1977, section 6; for model evaluation
 Miller, arXiv 2411.00640), bounds from Student's t, the difference of two means (Welch, Biometrika 34, 1947), and Holm's
@@ -26,12 +26,12 @@ _SKEWED = 3
 POWER = 0.8
 _MOST_DOCUMENTS = 20_000
 
-#: See ``Estimate.kind``.
+#: Kind of the estimate, as in ``Estimate.kind``.
 Kind = Literal["signed", "positive", "share"]
 
 
 def clustered_mean(sums: ArrayLike, counts: ArrayLike, kind: Kind) -> Estimate:
-    """The mean over all positions, and its standard error.
+    """Return the mean over all positions, and its standard error.
 
     Args:
         sums: [D], over the positions of each document.
@@ -52,7 +52,7 @@ def clustered_mean(sums: ArrayLike, counts: ArrayLike, kind: Kind) -> Estimate:
 
 
 def bounds(estimate: Estimate, confidence: float) -> tuple[float, float]:
-    """Lower and upper bound, each of which the true mean is beyond in one case of 1 / (1 - ``confidence``).
+    """Return lower and upper bound; the true mean is beyond each in one case of 1 / (1 - ``confidence``).
 
     The upper bound of a share of which nothing was seen is that of as many independent positions without a single case,
     1 - (1 - confidence)^(1 / positions).
@@ -82,7 +82,7 @@ def _above(estimate: Estimate, limit: float) -> tuple[float, float]:
 
 
 def p_value(estimate: Estimate, limit: float) -> float:
-    """Chance of a mean this large or larger if the true one were ``limit``: small where it must be above the limit.
+    """Return the chance of a mean this large or larger if the true one were ``limit``; it is small for a mean above it.
 
     What is not finite is above every limit.
     """
@@ -97,7 +97,7 @@ def p_value(estimate: Estimate, limit: float) -> float:
 
 
 def documents_needed(estimate: Estimate, limit: float, confidence: float, tests: int = 1) -> int | None:
-    """Documents of the same kind with which the limit is surely kept, or surely broken, in four of five samples.
+    """Return how many documents of the same kind surely keep, or surely break, the limit in four of five samples.
 
     If the value found is the true one. Below the limit they are for the upper bound to keep it, above it for the
     strictest of as many ``tests`` of Holm's. None where no number would do, or nothing says how many.
@@ -118,7 +118,7 @@ def documents_needed(estimate: Estimate, limit: float, confidence: float, tests:
 
 
 def showable_limit(estimate: Estimate, confidence: float) -> float | None:
-    """The smallest limit that as many documents would surely keep in four of five samples.
+    """Return the smallest limit that as many documents would surely keep in four of five samples.
 
     If the value is the true one. None where nothing says how far documents differ.
     """
@@ -135,7 +135,7 @@ def showable_limit(estimate: Estimate, confidence: float) -> float | None:
 
 
 def holm(p_values: Sequence[float], alpha: float) -> list[bool]:
-    """Which hypotheses fall, so that the chance of a single wrong one among them stays below ``alpha``."""
+    """Return which hypotheses fall, so that the chance of a single wrong one among them stays below ``alpha``."""
     fallen = [False] * len(p_values)
     for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
         if p_values[index] > alpha / (len(p_values) - rank):
@@ -146,7 +146,7 @@ def holm(p_values: Sequence[float], alpha: float) -> list[bool]:
 
 @dataclass(frozen=True)
 class Difference:
-    """Of two independent estimates, the second less the first."""
+    """The difference of two independent estimates, the second less the first."""
 
     value: float
     #: The true difference is outside of both together in one case of 1 / (1 - confidence).
@@ -157,7 +157,7 @@ class Difference:
 
 
 def difference(old: Estimate, new: Estimate, confidence: float) -> Difference:
-    """``new`` less ``old``, whose samples are taken as independent: standard errors in quadrature, and Welch's t.
+    """Return ``new`` less ``old``, taken as independent: standard errors in quadrature, and Welch's t.
 
     Means whose documents are the same hang together, mostly so that what is hard for one is hard for the other: then
     the interval is wider than it need be. What is not finite differs surely from what is, and not from its like.
@@ -182,7 +182,7 @@ def difference(old: Estimate, new: Estimate, confidence: float) -> Difference:
 def log_ratio(
     old: tuple[float, float, float], new: tuple[float, float, float], reached: float, confidence: float
 ) -> Difference:
-    """ln(``new`` / ``old``) of two independent positive figures, each as value, lower and upper bound.
+    """Return ln(``new`` / ``old``) of two independent positive figures, each given as value, lower and upper bound.
 
     Each bound is passed in one case of 1 / (1 - ``reached``). Half the logarithm of upper over lower is that many
     normal quantiles of the standard error; the errors of both add in quadrature.

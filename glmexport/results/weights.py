@@ -1,4 +1,4 @@
-"""Whether the graph holds the numbers that it should."""
+"""Records of whether the graph holds the numbers that it should."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class WeightFault(Record):
 
 
 class WeightCheck(Record):
-    """Every number of the graph, read back and compared."""
+    """The comparison of every number of the graph, read back, with what it should be."""
 
     matrices: Count
     """Quantized ones."""

@@ -14,7 +14,7 @@ from glmexport.engine.computed import Computed
 from glmexport.engine.sampling import Sampling, Uniforms, choose, likelihood
 from glmexport.engine.speculation import PromptLookup
 from glmexport.serving.guides import Guide, Held
-from glmexport.serving.text import AnswerText, Part, Token
+from glmexport.serving.text import AnswerText, TextPart, Token
 
 Reason = Literal["stop", "length"]
 
@@ -100,7 +100,7 @@ class Failed:
     error: Exception
 
 
-Event = Part | End | Failed
+Event = TextPart | End | Failed
 
 
 class Answer:
@@ -153,7 +153,7 @@ class Answer:
         self._hand_on(self._text.finish())
         return reason
 
-    def _hand_on(self, part: Part) -> None:
+    def _hand_on(self, part: TextPart) -> None:
         if part.text or part.tokens:
             self.tell(part)
 

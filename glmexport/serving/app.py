@@ -1,4 +1,4 @@
-"""The HTTP surface: what each path answers."""
+"""The HTTP surface: the answer of each path."""
 
 from __future__ import annotations
 
@@ -20,30 +20,33 @@ from starlette.routing import Route
 from glmexport.foundation.errors import InputError
 from glmexport.serving.answer import Answer, End, Event, Failed, Order
 from glmexport.serving.body import Bodies
-from glmexport.serving.failure import FAILED, Gone, Refused
-from glmexport.serving.fields import Asked, ChatAsked, TextAsked, read_body
+from glmexport.serving.failure import FAILED, ClientGone, Refused
+from glmexport.serving.fields import ChatRequest, CompletionRequest, TextRequest, read_body
 from glmexport.serving.guard import KEY, REQUEST
 from glmexport.serving.guides import Crowded, Guide, Guides
 from glmexport.serving.log import described
 from glmexport.serving.metrics import Metrics
-from glmexport.serving.orders import Reader
-from glmexport.serving.reply import ChatReply, Head, Reply, TextReply
+from glmexport.serving.orders import RequestReader
+from glmexport.serving.reply import ChatReply, Reply, ReplyHead, TextReply
 from glmexport.serving.scheduler import Closed, Engine, Full
 from glmexport.serving.stream import EventStream
-from glmexport.serving.text import AnswerText, Part
+from glmexport.serving.text import AnswerText, TextPart
 
-#: When one who was refused for a while may try again, in seconds.
+#: Seconds after which a client that was refused for a while may try again.
 _RETRY = {"Retry-After": "1"}
 
 _log = logging.getLogger("glmexport.serving")
 
-T = TypeVar("T", bound=Asked)
+T = TypeVar("T", bound=CompletionRequest)
 R = TypeVar("R")
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What is served. ``created``: when the bundle was written, in Unix time; ``directory``: name of its folder."""
+class ServedBundle:
+    """The facts about the bundle that is served. ``created``: when the bundle was written, in Unix time.
+
+    ``directory``: name of its folder.
+    """
 
     name: str
     directory: str
@@ -55,10 +58,10 @@ class Facts:
 
 
 class Service:
-    """One bundle, answered by ``engine``. ``draining``: whether the server is about to end."""
+    """A bundle served by ``engine``. ``draining``: whether the server is about to end."""
 
     def __init__(
-        self, facts: Facts, reader: Reader, engine: Engine, metrics: Metrics, guides: Guides | None = None
+        self, facts: ServedBundle, reader: RequestReader, engine: Engine, metrics: Metrics, guides: Guides | None = None
     ) -> None:
         self._facts = facts
         self._reader = reader
@@ -69,11 +72,11 @@ class Service:
         self._bodies = Bodies(reader.limits)
         self.draining = False
         self._given_up = False
-        #: Of every answer that somebody waits for.
+        #: The queue of every answer that somebody waits for.
         self._queues: set[asyncio.Queue[Event | None]] = set()
 
     def application(self) -> Starlette:
-        """The routes."""
+        """Return the application with its routes."""
         routes = [
             Route("/v1/chat/completions", self._chat, methods=["POST"]),
             Route("/v1/completions", self._text, methods=["POST"]),
@@ -83,13 +86,13 @@ class Service:
             Route("/readyz", self._ready, methods=["GET"]),
             Route("/metrics", self._measures, methods=["GET"]),
         ]
-        handlers: dict[Any, Any] = {HTTPException: _unrouted, Refused: _refused, Gone: _gone, Exception: _failed}
+        handlers: dict[Any, Any] = {HTTPException: _unrouted, Refused: _refused, ClientGone: _gone, Exception: _failed}
         application = Starlette(routes=routes, exception_handlers=handlers)
         application.router.redirect_slashes = False
         return application
 
     def give_up(self) -> None:
-        """End every answer, and tell so; no other is begun."""
+        """End every answer with a failure; no other is begun."""
         self._given_up = True
         if self._guides:
             self._guides.close()
@@ -97,7 +100,7 @@ class Service:
             queue.put_nowait(Failed(_ending()))
 
     def close(self) -> None:
-        """Read no more requests; what is being read is waited for by nobody."""
+        """Read no more requests; nobody waits for those that are being read."""
         self._bodies.close()
 
     @property
@@ -106,10 +109,10 @@ class Service:
         return self._bodies.reading
 
     async def _chat(self, request: Request) -> Response:
-        asked, (order, grammar) = await self._read(request, ChatAsked, self._reader.chat)
+        asked, (order, grammar) = await self._read(request, ChatRequest, self._reader.chat)
         if order.guide:
             await self._tried(order.guide)
-        head = Head.new("chatcmpl", self._facts.name)
+        head = ReplyHead.new("chatcmpl", self._facts.name)
         reply = ChatReply(head, grammar, self._reader.spell, self._metrics, logprobs=asked.logprobs)
         return await self._answered(request, asked, order, self._reader.decoding(order, chat=True), reply)
 
@@ -124,8 +127,8 @@ class Service:
             raise _ending() if self._guides.closed else Refused(400, str(error), "response_format") from error
 
     async def _text(self, request: Request) -> Response:
-        asked, order = await self._read(request, TextAsked, self._reader.text)
-        head = Head.new("cmpl", self._facts.name)
+        asked, order = await self._read(request, TextRequest, self._reader.text)
+        head = ReplyHead.new("cmpl", self._facts.name)
         likely, ids = asked.logprobs is not None, asked.return_token_ids
         reply = TextReply(head, self._reader.spell, order.prompt, logprobs=likely, ids=ids)
         return await self._answered(request, asked, order, self._reader.decoding(order, chat=False), reply)
@@ -172,7 +175,9 @@ class Service:
         async with self._bodies.body(request) as data:
             return await self._bodies.read(partial(read, data))
 
-    async def _answered(self, request: Request, asked: Asked, order: Order, text: AnswerText, reply: Reply) -> Response:
+    async def _answered(
+        self, request: Request, asked: CompletionRequest, order: Order, text: AnswerText, reply: Reply
+    ) -> Response:
         """The answer, as a stream if that was asked for."""
         events = self._events(request, order, text)
         if asked.stream:
@@ -186,14 +191,14 @@ class Service:
                     deque(reply.end(event), 0)
                     return JSONResponse(reply.whole(event))
                 deque(reply.part(event), 0)
-        raise Gone
+        raise ClientGone
 
-    async def _events(self, request: Request, order: Order, text: AnswerText) -> AsyncGenerator[Part | End]:
+    async def _events(self, request: Request, order: Order, text: AnswerText) -> AsyncGenerator[TextPart | End]:
         """Parts and the end of the answer to ``order``; when nobody listens any more, it is cancelled.
 
         Raises:
             Refused: it cannot be given, or not be finished.
-            Gone: the client has gone.
+            ClientGone: the client has gone.
         """
         if self._given_up:
             raise _ending()
@@ -216,7 +221,7 @@ class Service:
         try:
             while not isinstance(event := await queue.get(), End):
                 if event is None:
-                    raise Gone
+                    raise ClientGone
                 if isinstance(event, Failed):
                     raise _refusal(event.error, request)
                 yield event
@@ -234,14 +239,14 @@ async def _until_gone(request: Request, queue: asyncio.Queue[Event | None]) -> N
 
 
 async def _chunks(
-    first: Part | End, rest: AsyncGenerator[Part | End], reply: Reply, usage: bool
+    first: TextPart | End, rest: AsyncGenerator[TextPart | End], reply: Reply, usage: bool
 ) -> AsyncGenerator[dict[str, Any]]:
     """Everything that a stream carries, ``first`` being what came before it was begun."""
     async with aclosing(rest):
         for chunk in reply.begin():
             yield chunk
-        event: Part | End = first
-        while isinstance(event, Part):
+        event: TextPart | End = first
+        while isinstance(event, TextPart):
             for chunk in reply.part(event):
                 yield chunk
             event = await anext(rest)
@@ -271,7 +276,7 @@ async def _refused(request: Request, error: Refused) -> Response:
     return error.response
 
 
-async def _gone(request: Request, error: Gone) -> Response:
+async def _gone(request: Request, error: ClientGone) -> Response:
     # Nobody reads it; counters do.
     return Response(status_code=499)
 

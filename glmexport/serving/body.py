@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
-from glmexport.serving.failure import Gone, Refused
-from glmexport.serving.limits import Limits
+from glmexport.serving.failure import ClientGone, Refused
+from glmexport.serving.limits import ServingLimits
 
-#: Bodies that are read at a time: each may take many times its size in memory, and time of the interpreter.
+#: Number of bodies that are read at a time: each may take many times its size in memory, and time of the interpreter.
 _READERS = 2
 
 #: A connection that carried a body of which more may come cannot carry another request.
@@ -25,7 +25,7 @@ T = TypeVar("T")
 class Bodies:
     """All bodies that arrive, or wait to be read."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: ServingLimits) -> None:
         self._limits = limits
         self._held = 0
         self._futures: set[Future[Any]] = set()
@@ -33,11 +33,11 @@ class Bodies:
 
     @asynccontextmanager
     async def body(self, request: Request) -> AsyncGenerator[bytes]:
-        """The whole body of a request, which counts as held until the context is left.
+        """Provide the whole body of a request, which counts as held until the context is left.
 
         Raises:
             Refused: it is too large, or too slow, or with the others there are too many bytes.
-            Gone: the client has gone.
+            ClientGone: the client has gone.
         """
         parts: list[bytes] = []
         try:
@@ -64,10 +64,10 @@ class Bodies:
         except TimeoutError as error:
             raise Refused(408, "The body did not arrive in time.", headers=CLOSE) from error
         except ClientDisconnect as error:
-            raise Gone from error
+            raise ClientGone from error
 
     async def read(self, work: Callable[[], T]) -> T:
-        """What ``work`` makes of a body, which others need not wait for."""
+        """Return what ``work`` makes of a body, in a thread, so that others need not wait for it."""
         future = self._readers.submit(work)
         self._futures.add(future)
         future.add_done_callback(self._futures.discard)
@@ -75,7 +75,7 @@ class Bodies:
 
     @property
     def reading(self) -> bool:
-        """Whether a thread is still at it."""
+        """Whether a thread still reads a body."""
         return any(future.running() for future in list(self._futures))
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""One connection: HTTP as h11 reads it, more strictly, and a time for everything that a client has to do.
+"""One connection: HTTP as h11 reads it, more strictly, and a time limit for everything that a client has to do.
 
 What a connection waits for is either the client or the server. A client has a time for the head of its request, for
 its body (see ``body``), for taking its answer, and between two requests; where none is left, the connection ends.
@@ -20,17 +20,17 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
 from glmexport.serving.failure import Refused
-from glmexport.serving.limits import Limits
+from glmexport.serving.limits import ServingLimits
 
-#: How long a connection may bring its first request after the server stopped accepting, and how long another one.
+#: Seconds in which a connection may bring its first request after the server stopped accepting, and another one.
 LATE_S, LATE_AGAIN_S = 2.0, 0.25
 
 _HEAD_BYTES = 16 << 10
 _HEAD_END = re.compile(rb"\r?\n\r?\n")
 
 
-class Reader(h11.Connection):
-    """Reads requests, and none whose end another reader, such as a proxy, could see elsewhere.
+class RequestParser(h11.Connection):
+    """A reader of requests that refuses one whose end another reader, such as a proxy, could see elsewhere.
 
     ``next_event`` raises ``h11.RemoteProtocolError`` for what h11 lets through: a length beside a coding, or given
     twice; folded lines, and lines that end without CR; and a body in too many ``chunks``, which take long to read.
@@ -42,7 +42,7 @@ class Reader(h11.Connection):
         self._chunks = 0
 
     def next_event(self) -> Any:
-        """As h11 has it."""
+        """Return the next event as h11 does, and check it."""
         head = self.trailing_data[0] if self.their_state is h11.IDLE else b""
         event = super().next_event()
         if isinstance(event, h11.Request):
@@ -72,7 +72,7 @@ def _check_head(head: bytes) -> None:
 
 
 class Connection(H11Protocol):
-    """A connection as uvicorn has it, with the times of ``limits``. ``lost`` is called when it has ended.
+    """A connection of uvicorn's with the times of ``limits``. ``lost`` is called when it has ended.
 
     ``ending``: whether the server has stopped accepting. One that was accepted before may still bring a request for a
     while.
@@ -82,21 +82,21 @@ class Connection(H11Protocol):
         self,
         config: uvicorn.Config,
         state: ServerState,
-        limits: Limits,
+        limits: ServingLimits,
         ending: Callable[[], bool],
         lost: Callable[[Connection], None],
     ) -> None:
         super().__init__(config, state, {})
-        self.conn = Reader(limits.chunks)
+        self.conn = RequestParser(limits.chunks)
         self.app = self._application
         self._limits = limits
         self._ending = ending
         self._lost = lost
-        #: Since when a request is waited for, or its rest.
+        #: When the wait for a request, or for its rest, began.
         self._since = self.loop.time()
         self._received = 0
         self._head: asyncio.TimerHandle | None = None
-        #: How long the client may yet be slow with this answer, beside the time that its size takes.
+        #: Seconds for which the client may yet be slow with this answer, beside the time that its size takes.
         self._patience_s = limits.send_s
         self._paused_at: float | None = None
         self._allowed_s = 0.0
@@ -116,12 +116,12 @@ class Connection(H11Protocol):
         return self._received, self.transport.get_write_buffer_size() if self.transport else 0
 
     def leave(self) -> None:
-        """End it now; what the client has not taken is lost."""
+        """End the connection now; what the client has not taken is lost."""
         if self.transport:
             self.transport.abort()
 
     def connection_made(self, transport: Any) -> None:
-        """As asyncio has it."""
+        """Take over a new connection, as asyncio calls it."""
         super().connection_made(transport)
         # Then writing is paused whenever the client has something to take, and at no other time.
         transport.set_write_buffer_limits(high=0)
@@ -130,7 +130,7 @@ class Connection(H11Protocol):
             self.shutdown()
 
     def data_received(self, data: bytes) -> None:
-        """As asyncio has it."""
+        """Take data, as asyncio calls it."""
         self._received += len(data)
         super().data_received(data)
         if self.conn.their_state is not h11.IDLE:
@@ -141,7 +141,7 @@ class Connection(H11Protocol):
             self.cycle.keep_alive = False
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """As asyncio has it."""
+        """Take note of the end of the connection, as asyncio calls it."""
         self._arrived()
         self._unset_keepalive_if_required()
         if self._late is not None:
@@ -150,14 +150,14 @@ class Connection(H11Protocol):
         self._lost(self)
 
     def pause_writing(self) -> None:
-        """The client does not take what was written: it has a time for that."""
+        """Start the client's time to take what was written, as it does not take it now."""
         super().pause_writing()
         self._paused_at = self.loop.time()
         self._allowed_s = self._patience_s + self.transport.get_write_buffer_size() / self._limits.bytes_per_s
         self._late = self.loop.call_later(self._allowed_s, self.leave)
 
     def resume_writing(self) -> None:
-        """It has taken everything."""
+        """Stop that time, as the client has taken everything."""
         super().resume_writing()
         if self._late is not None and self._paused_at is not None:
             self._late.cancel()
@@ -185,12 +185,12 @@ class Connection(H11Protocol):
         self.transport.close()
 
     def on_response_complete(self) -> None:
-        """As uvicorn has it."""
+        """Take note that a response is complete, as uvicorn calls it."""
         self._since = self.loop.time()
         super().on_response_complete()
 
     def shutdown(self) -> None:
-        """The server has stopped accepting."""
+        """Take note that the server has stopped accepting."""
         if self.cycle is None or self.cycle.response_complete:
             self.loop.call_later(LATE_S if self.cycle is None else LATE_AGAIN_S, self._close_idle)
         else:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from starlette.responses import JSONResponse
 
-#: Characters of what is told; names of fields are the client's own, and may be as long as a body.
+#: Most characters of a message; names of fields are the client's own, and may be as long as a body.
 _LONGEST = 400
 
 _TYPES = {
@@ -24,13 +24,13 @@ _TYPES = {
 }
 
 
-class Gone(Exception):
+class ClientGone(Exception):
     """The client has gone, so that nothing is to be answered."""
 
 
 @dataclass
 class Refused(Exception):
-    """A request that is not answered. ``param``: the field that is wrong; ``code``: what programs go by."""
+    """A request is not answered. ``param``: the field that is wrong; ``code``: what programs go by."""
 
     status: int
     message: str
@@ -40,7 +40,7 @@ class Refused(Exception):
 
     @property
     def document(self) -> dict[str, object]:
-        """The body."""
+        """The body of the response."""
         kind = _TYPES.get(self.status, "invalid_request_error")
         param = None if self.param is None else _told(self.param)
         return {"error": {"message": _told(self.message), "type": kind, "param": param, "code": self.code}}

@@ -1,4 +1,4 @@
-"""Fields of a request: what is read of it, what changes nothing, and what is refused because it would.
+"""Fields of a request: those that are read, those that change nothing, and those that are refused as they would.
 
 A field that this server does not know, or cannot heed, is refused where it could change the answer: a client would
 otherwise take an answer for one that it is not.
@@ -25,10 +25,10 @@ from pydantic_core import PydanticCustomError
 
 from glmexport.foundation.files import json_object
 from glmexport.serving.failure import Refused
-from glmexport.serving.limits import Limits
+from glmexport.serving.limits import ServingLimits
 from glmexport.serving.names import TOOL_NAME, is_tool_name
 
-#: Of the client's own bookkeeping: read by nobody.
+#: Fields of the client's own bookkeeping, which nobody reads.
 IGNORED = frozenset(
     {
         "metadata",
@@ -57,7 +57,7 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
 }
 #: Below this, sampling differs from taking the most likely token in nothing but overflows.
 _COLDEST = 1e-4
-#: What separates values in JSON, and texts; also one that is not closed, so that nothing is looked at twice.
+#: Separators of values in JSON, and texts; also a text that is not closed, so that nothing is looked at twice.
 _STRUCTURE = re.compile(rb'[\[{,]|"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 
 
@@ -94,15 +94,15 @@ def _one_prompt(given: object) -> str | list[int]:
 
 
 class StreamOptions(_Fields):
-    """What a stream carries beside text."""
+    """Options of a stream beside its text."""
 
     include_usage: bool = False
     #: Padding against the sizes of packets, which this server never adds.
     include_obfuscation: bool = False
 
 
-class Asked(_Fields):
-    """What both kinds of requests have."""
+class CompletionRequest(_Fields):
+    """The fields that both kinds of requests have."""
 
     model: str | None = None
     stream: bool = False
@@ -118,8 +118,8 @@ class Asked(_Fields):
         """The temperature; 0 for the most likely token."""
         return self.temperature if self.temperature > _COLDEST else 0
 
-    def stops(self, limits: Limits) -> tuple[str, ...]:
-        """Its stop strings.
+    def stops(self, limits: ServingLimits) -> tuple[str, ...]:
+        """Return the stop strings.
 
         Raises:
             Refused: too many, too long, or an empty one.
@@ -144,7 +144,7 @@ ToolName = Annotated[str, PlainValidator(_tool_name)]
 
 
 class Function(_Fields):
-    """A tool's declaration."""
+    """The declaration of a tool."""
 
     name: ToolName
     description: str | None = None
@@ -154,7 +154,7 @@ class Function(_Fields):
 
 
 class NamedFunction(_Fields):
-    """A tool by its name."""
+    """The name of a tool."""
 
     name: ToolName
 
@@ -184,7 +184,7 @@ class JsonSchema(_Fields):
 
 
 class ResponseFormat(_Fields):
-    """What an answer must be."""
+    """The required form of an answer."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
@@ -204,8 +204,8 @@ class TemplateSettings(_Fields):
     clear_thinking: bool | None = None
 
 
-class ChatAsked(Asked):
-    """A body of /v1/chat/completions."""
+class ChatRequest(CompletionRequest):
+    """The body of a request to /v1/chat/completions."""
 
     messages: Annotated[list[dict[str, Any]], FailFast()]
     max_completion_tokens: int | None = Field(default=None, ge=1)
@@ -218,19 +218,19 @@ class ChatAsked(Asked):
     clear_thinking: bool | None = None
 
 
-class TextAsked(Asked):
-    """A body of /v1/completions."""
+class TextRequest(CompletionRequest):
+    """The body of a request to /v1/completions."""
 
     prompt: Annotated[str | list[int], PlainValidator(_one_prompt)]
     logprobs: int | None = Field(default=None, ge=0)
     return_token_ids: bool = False
 
 
-T = TypeVar("T", bound=Asked)
+T = TypeVar("T", bound=CompletionRequest)
 
 
-def read_body(data: bytes, model: type[T], limits: Limits) -> T:
-    """The request in a body.
+def read_body(data: bytes, model: type[T], limits: ServingLimits) -> T:
+    """Return the request in a body.
 
     Raises:
         Refused: no JSON object, nested beyond reason, of too many values, or with a field that is wrong, unknown or
@@ -274,8 +274,8 @@ def _wrong(error: ValidationError) -> Refused:
     return Refused(400, f"{where or 'The body'}: {first['msg']}.", where or None, first["type"])
 
 
-def bounded_object(data: bytes, limits: Limits, ids: int = 0) -> dict[str, object]:
-    """The JSON object in ``data``, unless it has too many values: making them stops all other threads.
+def bounded_object(data: bytes, limits: ServingLimits, ids: int = 0) -> dict[str, object]:
+    """Return the JSON object in ``data``, unless it has too many values: making them stops all other threads.
 
     Args:
         data: UTF-8.
@@ -307,11 +307,11 @@ def _exceeds(data: bytes, values: int, ids: int) -> bool:
     return False
 
 
-def _too_many(limits: Limits) -> Refused:
+def _too_many(limits: ServingLimits) -> Refused:
     return Refused(400, f"The body has more than {limits.values} values.", code="too_many_values")
 
 
-def _check_size(value: object, limits: Limits) -> None:
+def _check_size(value: object, limits: ServingLimits) -> None:
     """Raise Refused for too many levels of arrays and objects, or too many values in them; without recursion."""
     level, depth, count = [value], 0, 0
     while level:

@@ -1,4 +1,4 @@
-"""Who may ask: the host that is named, the origin that a browser tells, and the key.
+"""The guard of a server: it checks the host that is named, the origin that a browser tells, and the key.
 
 A page that a browser on this machine shows can send requests to loopback; by DNS rebinding even under a name that it
 takes for its own. So the name in the Host header has to be one of ours, on every method, and an origin that of the
@@ -18,34 +18,34 @@ from typing import TYPE_CHECKING
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from glmexport.serving.failure import FAILED, Gone, Refused
+from glmexport.serving.failure import FAILED, ClientGone, Refused
 from glmexport.serving.log import described
 
 if TYPE_CHECKING:
     from glmexport.serving.metrics import Metrics
 
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
-#: Answered without a key, so that whoever starts the server can see whether it is there.
+#: Paths that are answered without a key, so that whoever starts the server can see whether it is there.
 _OPEN = frozenset({"/healthz", "/readyz"})
 
-#: Where the state of a request has its name, and the number of its key.
+#: Keys of a request's state: its name, and the number of its key.
 REQUEST, KEY = "request_id", "key"
 
 _log = logging.getLogger("glmexport.serving")
 
 
 @dataclass(frozen=True)
-class Access:
-    """``keys``: any of them opens; none: all are let in. ``hosts``: names of the server beside loopback's."""
+class AccessRules:
+    """The rules of access. ``keys``: any of them opens, none: all are let in. ``hosts``: names beside loopback's."""
 
     keys: tuple[bytes, ...] = ()
     hosts: frozenset[str] = frozenset()
 
 
 class Guard:
-    """An application behind ``access``; what it raises becomes a response, never a traceback."""
+    """A guard before an application, by the rules of ``access``; an error becomes a response, never a traceback."""
 
-    def __init__(self, application: ASGIApp, access: Access, metrics: Metrics) -> None:
+    def __init__(self, application: ASGIApp, access: AccessRules, metrics: Metrics) -> None:
         self._application = application
         self._access = access
         self._metrics = metrics
@@ -78,7 +78,7 @@ class Guard:
         except Refused as refused:
             if not begun:
                 await refused.response(scope, receive, noting)
-        except (Gone, asyncio.CancelledError):
+        except (ClientGone, asyncio.CancelledError):
             # The server cancels at its very end, when it has left the connection.
             pass
         except Exception as error:
@@ -137,7 +137,7 @@ def _name(host: str) -> str | None:
 
 
 def is_loopback(address: str) -> bool:
-    """Whether nobody but this machine reaches an address or name."""
+    """Return whether nobody but this machine reaches an address or name."""
     try:
         return ipaddress.ip_address(address).is_loopback
     except ValueError:

@@ -26,7 +26,7 @@ from weakref import WeakSet
 import numpy as np
 from numpy.typing import NDArray
 
-from glmexport.bundle.names import GENAI_CONFIG
+from glmexport.bundle.genai_config import GenaiConfig
 from glmexport.engine.sampling import Sampling
 from glmexport.foundation.errors import InputError, MachineError
 
@@ -233,12 +233,14 @@ class Held:
 
 
 class Guides:
-    """Processes for the grammars of requests to the bundle in ``directory``, which onnxruntime-genai runs."""
+    """Processes for the grammars of requests to the bundle in ``directory``, which onnxruntime-genai runs.
 
-    def __init__(self, directory: Path) -> None:
-        model = json.loads((directory / GENAI_CONFIG).read_text(encoding="utf-8"))["model"]
+    ``config``: the settings that it runs the bundle by.
+    """
+
+    def __init__(self, directory: Path, config: GenaiConfig) -> None:
         self._directory = directory
-        self._graph = _graph(model["vocab_size"])
+        self._graph = _graph(config.vocabulary_size)
         self._known: OrderedDict[bytes, None] = OrderedDict()
         self._lock = threading.Lock()
         self._spare: list[GuideProcess] = []

@@ -21,23 +21,24 @@ from starlette.types import ASGIApp
 from glmexport.foundation.errors import InputError, MachineError
 from glmexport.serving.connection import LATE_S, Connection
 from glmexport.serving.guard import is_loopback
-from glmexport.serving.limits import Limits
+from glmexport.serving.limits import ServingLimits
 from glmexport.serving.log import on_loop_failure
 
 #: The first file descriptor that systemd hands over.
 _FIRST_FD = 3
 _BACKLOG = 512
-#: Connections that are accepted in one round of the loop, and how long none is where the system has no more to give.
+#: Connections that are accepted in one round of the loop, and the seconds without accepting where the system has no
+#: more to give.
 _AT_ONCE, _PAUSE_S = 16, 0.5
 #: Files that are left to everything else, and the fewest connections that are worth a server.
 _FILES, _FEWEST = 64, 16
-#: By then what came with a connection has been read.
+#: Seconds by which what came with a connection has been read.
 _CHANCE_S = 0.01
 _CROWDED = b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nRetry-After: 1\r\nContent-Length: 0\r\n\r\n"
 
 
 def inherited_socket(environment: Mapping[str, str]) -> socket.socket | None:
-    """The listening socket that systemd, or another that follows its protocol, has handed over; None: none.
+    """Return the listening socket that systemd, or another that follows its protocol, has handed over; None: none.
 
     Raises:
         InputError: more than one, or one that does not listen for streams.
@@ -59,7 +60,7 @@ def inherited_socket(environment: Mapping[str, str]) -> socket.socket | None:
 
 
 def own_socket(host: str, port: int) -> socket.socket:
-    """A socket that listens on ``host`` and ``port``; port 0 is any free one.
+    """Return a socket that listens on ``host`` and ``port``; port 0 is any free one.
 
     Raises:
         InputError: there is no such address.
@@ -87,14 +88,14 @@ def own_socket(host: str, port: int) -> socket.socket:
 
 
 def reached_from_outside(listener: socket.socket) -> bool:
-    """Whether other machines can connect."""
+    """Return whether other machines can connect."""
     if listener.family not in (socket.AF_INET, socket.AF_INET6):
         return False
     return not is_loopback(listener.getsockname()[0])
 
 
 def url_of(listener: socket.socket) -> str:
-    """Where a client on this machine reaches it."""
+    """Return the URL at which a client on this machine reaches the server."""
     if listener.family not in (socket.AF_INET, socket.AF_INET6):
         return f"unix:{listener.getsockname()}"
     host, port = listener.getsockname()[:2]
@@ -119,14 +120,14 @@ def notify(state: str) -> None:
 
 
 def watchdog_s() -> float | None:
-    """How often systemd wants to hear that the server lives: twice in the time that it waits; None: never."""
+    """Return the seconds after which systemd wants a sign of life: half of the time that it waits; None: never."""
     microseconds = os.environ.get("WATCHDOG_USEC", "")
     ours = os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
     return int(microseconds) / 2e6 if ours and microseconds.isdigit() and int(microseconds) else None
 
 
-def most_connections(limits: Limits) -> int:
-    """How many connections there can be at a time, so that files are left for everything else.
+def most_connections(limits: ServingLimits) -> int:
+    """Return how many connections there can be at a time, so that files are left for everything else.
 
     Raises:
         MachineError: the process may open too few files.
@@ -142,8 +143,8 @@ def most_connections(limits: Limits) -> int:
     return min(limits.connections, files - _FILES)
 
 
-class Server(uvicorn.Server):
-    """``application`` on a ``listener``, which another process goes on with if it was ``inherited``.
+class HttpServer(uvicorn.Server):
+    """A server of ``application`` on a ``listener``, which another process goes on with if it was ``inherited``.
 
     ``draining`` is called when it stops accepting, and ``give_up`` when what still runs ``drain_s`` later has to end.
     """
@@ -154,7 +155,7 @@ class Server(uvicorn.Server):
         listener: socket.socket,
         *,
         inherited: bool,
-        limits: Limits,
+        limits: ServingLimits,
         drain_s: float,
         draining: Callable[[], None],
         give_up: Callable[[], None],
@@ -188,7 +189,7 @@ class Server(uvicorn.Server):
         self._give_up = give_up
 
     async def listen(self) -> None:
-        """Until a signal ends it, and what was accepted is answered."""
+        """Serve until a signal ends it, and what was accepted is answered."""
         asyncio.get_running_loop().set_exception_handler(on_loop_failure)
         await self.serve([self._listener])
 
@@ -286,7 +287,7 @@ class Server(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Generator[None]:
-        """SIGTERM and SIGINT end it in order, and not by the signal; a second SIGINT at once."""
+        """Let SIGTERM and SIGINT end the server in order, and not kill it; a second SIGINT ends it at once."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)

@@ -1,4 +1,4 @@
-"""What the server logs: kinds and places of errors. Nothing of a request or an answer: messages of errors have it in.
+"""The server's log: kinds and places of errors. Nothing of a request or an answer: messages of errors have it in.
 
 A library's error may quote what it could not read, and a record of a library's whatever it was working on. So of an
 error its type is logged and where it was raised, and of a library's record where it comes from.
@@ -23,7 +23,7 @@ _PLACES, _ERRORS = 8, 4
 
 
 def described(error: BaseException) -> str:
-    """The types of an error and of those that led to it, and where each was raised; never what they say."""
+    """Return the types of an error and of those that led to it, and where each was raised; never their messages."""
     return "; after ".join(_described(each) for each in _chain(error))
 
 
@@ -51,10 +51,10 @@ def _short(file: str) -> str:
 
 
 class Formatter(logging.Formatter):
-    """Records of ours as they are, and of others' where they come from; errors as ``described``."""
+    """A formatter that shows our records as they are, and of others only the place; errors are ``described``."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """As logging has it."""
+        """Format a record, as logging calls it."""
         ours = record.name.partition(".")[0] == OURS
         said = record.getMessage() if ours else f"{record.name} at {_short(record.pathname)}:{record.lineno}."
         error = record.exc_info[1] if record.exc_info else None
@@ -86,7 +86,7 @@ def logged_to(stream: TextIO) -> Generator[None]:
 
 
 def on_loop_failure(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """What an event loop calls for errors of callbacks, of which its own message has the arguments."""
+    """Log an error of a callback, as an event loop calls it; the loop's own message has the arguments."""
     _tell("A callback", context.get("exception"))
 
 

@@ -1,4 +1,4 @@
-"""Messages of a conversation in OpenAI's form as chat templates read them."""
+"""Messages of a conversation in OpenAI's form, brought into the form that chat templates read."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 from glmexport.serving.failure import Refused
 from glmexport.serving.fields import bounded_object
-from glmexport.serving.limits import Limits
+from glmexport.serving.limits import ServingLimits
 from glmexport.serving.names import TOOL_NAME, is_tool_name
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 _COMMON = {"role", "content", "name"}
-#: Of an assistant's message as it was answered, without a meaning here.
+#: Keys of an assistant's message as it was answered, without a meaning here.
 _DROPPED = ("refusal", "audio", "annotations", "function_call")
 _MORE = {
     "assistant": {"tool_calls", "reasoning_content", "reasoning", *_DROPPED},
@@ -21,8 +21,8 @@ _MORE = {
 }
 
 
-def template_messages(messages: Sequence[Mapping[str, Any]], limits: Limits) -> list[dict[str, object]]:
-    """The messages with content as text, the arguments of calls as objects, and reasoning by both of its names.
+def template_messages(messages: Sequence[Mapping[str, Any]], limits: ServingLimits) -> list[dict[str, object]]:
+    """Return the messages with content as text, the arguments of calls as objects, and reasoning by both of its names.
 
     A field that is null is none, whatever its name, as clients send every field of theirs.
 
@@ -34,7 +34,7 @@ def template_messages(messages: Sequence[Mapping[str, Any]], limits: Limits) -> 
     return [_message(message, f"messages.{at}", limits) for at, message in enumerate(messages)]
 
 
-def _message(message: Mapping[str, Any], where: str, limits: Limits) -> dict[str, object]:
+def _message(message: Mapping[str, Any], where: str, limits: ServingLimits) -> dict[str, object]:
     role = message.get("role")
     if not isinstance(role, str) or role not in _ROLES:
         raise Refused(400, f"{where}: role is none of {', '.join(_ROLES)}.", f"{where}.role")
@@ -61,7 +61,7 @@ def _message(message: Mapping[str, Any], where: str, limits: Limits) -> dict[str
     return made
 
 
-def _field(key: str, value: object, where: str, limits: Limits) -> object:
+def _field(key: str, value: object, where: str, limits: ServingLimits) -> object:
     if key == "content":
         return _text(value, f"{where}.content")
     if key == "tool_calls":
@@ -83,13 +83,13 @@ def _text(content: object, where: str) -> str:
     return "".join(texts)
 
 
-def _calls(calls: object, where: str, limits: Limits) -> list[dict[str, object]]:
+def _calls(calls: object, where: str, limits: ServingLimits) -> list[dict[str, object]]:
     if not isinstance(calls, list):
         raise Refused(400, f"{where} is no array.", where)
     return [_call(call, f"{where}.{at}", limits) for at, call in enumerate(calls)]
 
 
-def _call(call: object, where: str, limits: Limits) -> dict[str, object]:
+def _call(call: object, where: str, limits: ServingLimits) -> dict[str, object]:
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise Refused(400, f"{where} is no call of a function.", where)

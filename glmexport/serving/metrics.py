@@ -1,4 +1,4 @@
-"""What is counted, as Prometheus reads it."""
+"""The counters of a server, in the form that Prometheus reads."""
 
 from __future__ import annotations
 
@@ -53,5 +53,5 @@ class Metrics:
         self.accepted.inc(accepted)
 
     def text(self) -> bytes:
-        """All of them in Prometheus' text format."""
+        """Return all counters in Prometheus' text format."""
         return generate_latest(self._registry)

@@ -1,4 +1,4 @@
-"""Names of tools, as GLM's grammar of calls can carry them."""
+"""Names of tools that GLM's grammar of calls can carry."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import unicodedata
 _LONGEST = 256
 _MARKS = frozenset("_-.:/")
 
-#: What a name may be, as it is told to clients.
+#: The rule of names, as clients are told it.
 TOOL_NAME = f"A tool's name is 1 to {_LONGEST} letters, digits and characters of {''.join(sorted(_MARKS))}"
 
 
 def is_tool_name(name: object) -> bool:
-    """Whether a name is a text that stands in a call as it is: without white space, tags, or what controls a screen.
+    """Return whether a name can stand in a call as it is: without white space, tags, or what controls a screen.
 
     Letters, digits and the marks on them are those of any script.
     """

@@ -1,4 +1,4 @@
-"""From a request to what the model is asked, and to how its answer is read."""
+"""The way from a request to what the model is asked, and to how its answer is read."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from glmexport.engine.sampling import Sampling
 from glmexport.foundation.errors import InputError
 from glmexport.serving.answer import Order
 from glmexport.serving.failure import Refused
-from glmexport.serving.fields import Asked, ChatAsked, TextAsked
+from glmexport.serving.fields import ChatRequest, CompletionRequest, TextRequest
 from glmexport.serving.guides import Guide
-from glmexport.serving.limits import Limits
+from glmexport.serving.limits import ServingLimits
 from glmexport.serving.messages import template_messages
 from glmexport.serving.schemas import check_schema
 from glmexport.serving.text import AnswerText, Decoder
@@ -27,8 +27,8 @@ _ANY_OBJECT = '{"type": "object"}'
 
 
 @dataclass(frozen=True)
-class Reader:
-    """Reads requests to one bundle.
+class RequestReader:
+    """A reader of requests to one bundle.
 
     ``guides``: whether the bundle's loop can hold answers to a schema. ``lenient``: whether calls are repaired.
     """
@@ -36,12 +36,12 @@ class Reader:
     tokenizer: Tokenizer
     ends: frozenset[int]
     context_length: int
-    limits: Limits
+    limits: ServingLimits
     guides: bool
     lenient: bool
 
-    def chat(self, asked: ChatAsked) -> tuple[Order, Grammar]:
-        """The order of a conversation, and what reads its answer.
+    def chat(self, asked: ChatRequest) -> tuple[Order, Grammar]:
+        """Return the order of a conversation, and what reads its answer.
 
         Raises:
             Refused: the conversation, or what is asked about it, cannot be answered.
@@ -88,8 +88,8 @@ class Reader:
         assert not grammar.feed(opening)
         return order, grammar
 
-    def text(self, asked: TextAsked) -> Order:
-        """The order of a text that is to be gone on with.
+    def text(self, asked: TextRequest) -> Order:
+        """Return the order of a text that is to be gone on with.
 
         Raises:
             Refused: it cannot be.
@@ -99,14 +99,14 @@ class Reader:
         return self._order(asked, self._prompt(asked), asked.max_tokens or _TEXT_TOKENS, asked.logprobs, None)
 
     def decoding(self, order: Order, *, chat: bool) -> AnswerText:
-        """What makes text of the answer to an order."""
+        """Return what makes text of the answer to an order."""
         return AnswerText(Decoder(self.tokenizer, TAGS if chat else ()), order.stops)
 
     def spell(self, token: int) -> str:
-        """The text of one token, special ones included."""
+        """Return the text of one token, special ones included."""
         return self.tokenizer.decode([token], skip_special=False)
 
-    def _prompt(self, asked: TextAsked) -> list[int]:
+    def _prompt(self, asked: TextRequest) -> list[int]:
         prompt = asked.prompt
         if isinstance(prompt, str):
             return self._encode(self.tokenizer.sequence, prompt, "prompt")
@@ -145,7 +145,9 @@ class Reader:
             "context_length_exceeded",
         )  # fmt: skip
 
-    def _order(self, asked: Asked, prompt: Sequence[int], limit: int, top: int | None, guide: Guide | None) -> Order:
+    def _order(
+        self, asked: CompletionRequest, prompt: Sequence[int], limit: int, top: int | None, guide: Guide | None
+    ) -> Order:
         if limit > self.limits.answer_tokens:
             raise Refused(
                 400, f"An answer has at most {self.limits.answer_tokens} tokens on this server.", "max_tokens"
@@ -154,7 +156,7 @@ class Reader:
             raise Refused(400, "The prompt is empty.", "prompt")
         room = self.context_length - len(prompt)
         if room < 1:
-            raise self._too_long(len(prompt), "messages" if isinstance(asked, ChatAsked) else "prompt")
+            raise self._too_long(len(prompt), "messages" if isinstance(asked, ChatRequest) else "prompt")
         # A stop string that is a special token, which no text shows, is an end token.
         special = self.tokenizer.special_tokens
         stops = asked.stops(self.limits)
@@ -167,11 +169,11 @@ class Reader:
             stops=tuple(stop for stop in stops if stop not in special),
             ends=self.ends | {special[stop] for stop in stops if stop in special},
             top=top,
-            tells_end=isinstance(asked, TextAsked) and asked.return_token_ids,
+            tells_end=isinstance(asked, TextRequest) and asked.return_token_ids,
             guide=guide,
         )
 
-    def _opening(self, asked: ChatAsked) -> str:
+    def _opening(self, asked: ChatRequest) -> str:
         """What the answer has to begin with, so that it is a call: a model that goes on from there is not free to talk.
 
         Raises:
@@ -192,7 +194,7 @@ class Reader:
             )  # fmt: skip
         return CALL + name
 
-    def _guide(self, asked: ChatAsked) -> Guide | None:
+    def _guide(self, asked: ChatRequest) -> Guide | None:
         """What the answer is held to, if that is asked for."""
         form = asked.response_format
         if form is None or form.type == "text":

@@ -8,60 +8,60 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from glmexport.chat.grammar import CallArguments, CallBegin, CallEnd, Content, Event, Fault, Grammar, Reasoning
+from glmexport.chat.grammar import CallArguments, CallBegin, CallEnd, CallFault, Content, Event, Grammar, Reasoning
 from glmexport.serving.answer import End
 from glmexport.serving.metrics import Metrics
-from glmexport.serving.text import Part, Token
+from glmexport.serving.text import TextPart, Token
 
 #: The text of a token by its id.
 Spelling = Callable[[int], str]
 
 
 class Reply(Protocol):
-    """What a kind of request is answered with."""
+    """The form of the answer to one kind of request."""
 
     def begin(self) -> Iterator[dict[str, Any]]:
-        """Chunks in front of the first part."""
+        """Yield the chunks in front of the first part."""
         ...
 
-    def part(self, part: Part) -> Iterator[dict[str, Any]]:
-        """Chunks of a part."""
+    def part(self, part: TextPart) -> Iterator[dict[str, Any]]:
+        """Yield the chunks of a part."""
         ...
 
     def end(self, end: End) -> Iterator[dict[str, Any]]:
-        """Chunks behind the last part, without usage."""
+        """Yield the chunks behind the last part, without usage."""
         ...
 
     def usage_chunk(self, end: End) -> dict[str, Any]:
-        """The chunk that has the usage."""
+        """Return the chunk that has the usage."""
         ...
 
     def whole(self, end: End) -> dict[str, Any]:
-        """Everything in one document, once all parts and the end were given."""
+        """Return everything in one document, once all parts and the end were given."""
         ...
 
 
 @dataclass(frozen=True)
-class Head:
-    """What every document of an answer begins with."""
+class ReplyHead:
+    """The fields that every document of an answer begins with."""
 
     id: str
     created: int
     model: str
 
     @classmethod
-    def new(cls, prefix: str, model: str) -> Head:
-        """Of an answer that begins now."""
+    def new(cls, prefix: str, model: str) -> ReplyHead:
+        """Return the head of an answer that begins now."""
         return cls(f"{prefix}-{secrets.token_hex(12)}", int(time.time()), model)
 
     def document(self, kind: str, choices: list[dict[str, Any]], **more: object) -> dict[str, Any]:
-        """One document."""
+        """Return one document."""
         named = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
         return {**named, "choices": choices, **more}
 
 
 def usage(end: End) -> dict[str, Any]:
-    """Tokens and times of an answer."""
+    """Return the tokens and times of an answer."""
     timing = end.timing
     seconds = {"queue_s": timing.queue_s, "ttft_s": timing.ttft_s, "tpot_s": timing.tpot_s}
     return {
@@ -74,9 +74,9 @@ def usage(end: End) -> dict[str, Any]:
 
 
 class ChatReply:
-    """To /v1/chat/completions. ``logprobs``: whether likelihoods were asked for."""
+    """The answer to /v1/chat/completions. ``logprobs``: whether likelihoods were asked for."""
 
-    def __init__(self, head: Head, grammar: Grammar, spell: Spelling, metrics: Metrics, *, logprobs: bool) -> None:
+    def __init__(self, head: ReplyHead, grammar: Grammar, spell: Spelling, metrics: Metrics, *, logprobs: bool) -> None:
         self._head = head
         self._grammar = grammar
         self._spell = spell
@@ -88,11 +88,11 @@ class ChatReply:
         self._likely: list[dict[str, Any]] = []
 
     def begin(self) -> Iterator[dict[str, Any]]:
-        """As ``Reply``."""
+        """Yield the chunks in front of the first part, as ``Reply`` says."""
         yield self._chunk({"role": "assistant", "content": ""})
 
-    def part(self, part: Part) -> Iterator[dict[str, Any]]:
-        """As ``Reply``."""
+    def part(self, part: TextPart) -> Iterator[dict[str, Any]]:
+        """Yield the chunks of a part, as ``Reply`` says."""
         likely = [self._entry(token) for token in part.tokens] if self._logprobs else []
         self._likely += likely
         deltas = self._deltas(self._grammar.feed(part.text))
@@ -102,17 +102,17 @@ class ChatReply:
             likely = []
 
     def end(self, end: End) -> Iterator[dict[str, Any]]:
-        """As ``Reply``."""
+        """Yield the chunks behind the last part, as ``Reply`` says."""
         for delta in self._deltas(self._grammar.finish(cut=end.reason == "length" or end.stopped)):
             yield self._chunk(delta)
         yield self._chunk({}, finish=self._finish(end))
 
     def usage_chunk(self, end: End) -> dict[str, Any]:
-        """As ``Reply``."""
+        """Return the chunk that has the usage, as ``Reply`` says."""
         return self._head.document("chat.completion.chunk", [], usage=usage(end))
 
     def whole(self, end: End) -> dict[str, Any]:
-        """As ``Reply``."""
+        """Return everything in one document, as ``Reply`` says."""
         message: dict[str, Any] = {"role": "assistant", "content": "".join(self._content), "refusal": None}
         if self._reasoning:
             message["reasoning_content"] = "".join(self._reasoning)
@@ -149,7 +149,7 @@ class ChatReply:
                 return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
             case CallEnd(_, repaired):
                 self._metrics.repairs.inc(repaired)
-            case Fault():
+            case CallFault():
                 self._metrics.faults.inc()
         return None
 
@@ -172,9 +172,9 @@ class ChatReply:
 
 
 class TextReply:
-    """To /v1/completions. ``ids``: whether token ids are given as well."""
+    """The answer to /v1/completions. ``ids``: whether token ids are given as well."""
 
-    def __init__(self, head: Head, spell: Spelling, prompt: Sequence[int], *, logprobs: bool, ids: bool) -> None:
+    def __init__(self, head: ReplyHead, spell: Spelling, prompt: Sequence[int], *, logprobs: bool, ids: bool) -> None:
         self._head = head
         self._spell = spell
         self._prompt = prompt
@@ -184,26 +184,26 @@ class TextReply:
         self._tokens: list[Token] = []
 
     def begin(self) -> Iterator[dict[str, Any]]:
-        """As ``Reply``."""
+        """Yield the chunks in front of the first part, as ``Reply`` says."""
         yield from ()
 
-    def part(self, part: Part) -> Iterator[dict[str, Any]]:
-        """As ``Reply``."""
+    def part(self, part: TextPart) -> Iterator[dict[str, Any]]:
+        """Yield the chunks of a part, as ``Reply`` says."""
         at = len(self._text)
         self._text += part.text
         self._tokens += part.tokens
         yield self._head.document("text_completion", [self._choice(part.text, part.tokens, at, None)])
 
     def end(self, end: End) -> Iterator[dict[str, Any]]:
-        """As ``Reply``."""
+        """Yield the chunks behind the last part, as ``Reply`` says."""
         yield self._head.document("text_completion", [self._choice("", (), len(self._text), end.reason)])
 
     def usage_chunk(self, end: End) -> dict[str, Any]:
-        """As ``Reply``."""
+        """Return the chunk that has the usage, as ``Reply`` says."""
         return self._head.document("text_completion", [], usage=usage(end))
 
     def whole(self, end: End) -> dict[str, Any]:
-        """As ``Reply``."""
+        """Return everything in one document, as ``Reply`` says."""
         choice = self._choice(self._text, self._tokens, 0, end.reason)
         prompt = {"prompt_token_ids": list(self._prompt)} if self._ids else {}
         return self._head.document("text_completion", [choice], usage=usage(end), **prompt)

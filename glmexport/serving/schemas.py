@@ -1,4 +1,4 @@
-"""How large a JSON schema of a request may be; whether it is too complex all the same, its process finds."""
+"""Bounds of a JSON schema of a request; whether it is too complex all the same, its process finds."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Any
 
 from glmexport.serving.failure import Refused
 
-#: Of the schema as JSON, and of a pattern in it.
+#: Characters of the schema as JSON, and of a pattern in it.
 CHARACTERS, PATTERN_CHARACTERS = 131_072, 2_048
-#: Values in it, branches of one list, and what a count may say: of items, characters, properties.
+#: Values in a schema, branches of one list, and the most that a count may say: of items, characters, properties.
 VALUES, BRANCHES, COUNT = 20_000, 1_000, 100_000
 #: Repetitions that a pattern may count.
 REPETITIONS = 1_000
-#: Between the least and the greatest divisor.
+#: Bounds of divisors.
 DIVISORS = (1e-9, 1e9)
 
 _COUNTS = frozenset(
     f"{bound}{what}" for bound in ("min", "max") for what in ("Items", "Length", "Properties", "Contains")
 )
 _LISTS = frozenset({"allOf", "anyOf", "oneOf", "prefixItems", "items"})
-#: What is data in a schema, of which keys mean nothing.
+#: Keywords whose values are data, in which keys mean nothing.
 _DATA = frozenset({"const", "default", "enum", "examples"})
 _REPEATED = re.compile(r"\{(\d*)(?:,(\d*))?\}")
 

@@ -11,18 +11,18 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from glmexport.bundle.loop import read_loop
-from glmexport.bundle.manifest import MANIFEST, Manifest
-from glmexport.engine.generation import loop_facts
+from glmexport.bundle.bundle import Bundle
+from glmexport.bundle.genai_config import GenaiConfig
+from glmexport.bundle.manifest import MANIFEST
 from glmexport.foundation.errors import GlmexportError, InputError, MachineError
 from glmexport.foundation.progress import Progress, Silent
 from glmexport.release.opening import NOBODY, Trust, open_signed
-from glmexport.serving.app import Facts, Service
-from glmexport.serving.guard import Access, Guard
+from glmexport.serving.app import ServedBundle, Service
+from glmexport.serving.guard import AccessRules, Guard
 from glmexport.serving.guides import Guides
-from glmexport.serving.limits import Limits
+from glmexport.serving.limits import ServingLimits
 from glmexport.serving.listen import (
-    Server,
+    HttpServer,
     inherited_socket,
     most_connections,
     notify,
@@ -33,9 +33,8 @@ from glmexport.serving.listen import (
 )
 from glmexport.serving.log import described
 from glmexport.serving.metrics import Metrics
-from glmexport.serving.orders import Reader
+from glmexport.serving.orders import RequestReader
 from glmexport.serving.scheduler import Engine, EngineOptions
-from glmexport.tokenizer.tokenizer import Tokenizer
 
 #: A shorter key can be guessed.
 _KEY_CHARACTERS = 16
@@ -65,7 +64,7 @@ class ServeOptions:
     batch: bool = False
     #: Whose signature the bundle has to have.
     trust: Trust = NOBODY
-    limits: Limits = field(default_factory=Limits)
+    limits: ServingLimits = field(default_factory=ServingLimits)
 
 
 @dataclass(frozen=True)
@@ -102,8 +101,8 @@ def serve(
                 f"{url_of(listener)} can be reached from other machines, and there is no key.",
                 next_step="Give --api-key-file, or listen on 127.0.0.1.",
             )
-        manifest = open_signed(directory, options.trust, progress or Silent())
-        return _Served(directory, manifest, options, keys, listener, inherited is not None).run(told)
+        opened = open_signed(directory, options.trust, progress or Silent())
+        return _Served(opened, options, keys, listener, inherited is not None).run(told)
 
 
 class _Served:
@@ -111,22 +110,22 @@ class _Served:
 
     def __init__(
         self,
-        directory: Path,
-        manifest: Manifest,
+        bundle: Bundle,
         options: ServeOptions,
         keys: tuple[bytes, ...],
         listener: socket.socket,
         inherited: bool,
     ) -> None:
+        manifest = bundle.manifest
         self._threads = options.threads or manifest.target.session.threads or options.cores
         self._serving = Serving(
-            url_of(listener), options.name or manifest.source.name, manifest.digest(), self._threads, inherited
+            url_of(listener), options.name or manifest.source.name, bundle.digest, self._threads, inherited
         )
-        ends, context_length = loop_facts(directory)
-        can_guide = read_loop(directory) is None and not options.batch
-        self._guides = Guides(directory) if can_guide else None
-        tokenizer = Tokenizer.open(directory)
-        reader = Reader(tokenizer, ends, context_length, options.limits, can_guide, options.lenient)
+        config = None if options.batch or not isinstance(bundle.loop, GenaiConfig) else bundle.loop
+        self._guides = Guides(bundle.directory, config) if config else None
+        reader = RequestReader(
+            bundle.tokenizer, bundle.ends, bundle.context_length, options.limits, config is not None, options.lenient
+        )
         metrics = Metrics()
         at_work = options.parallel + options.waiting
         limits = replace(options.limits, connections=max(options.limits.connections, at_work + _SPARE))
@@ -135,22 +134,22 @@ class _Served:
         settings = EngineOptions(
             self._threads, options.parallel, waiting, options.guesses, options.reuse, options.batch
         )
-        self._engine = Engine(directory, settings, metrics, self._loaded, self._broken, self._guides)
-        facts = Facts(
+        self._engine = Engine(bundle.directory, settings, metrics, self._loaded, self._broken, self._guides)
+        facts = ServedBundle(
             name=self._serving.name,
-            directory=directory.name,
+            directory=bundle.name,
             digest=self._serving.digest,
             family=manifest.family,
             target=manifest.target.name,
-            context_length=context_length,
-            created=int((directory / MANIFEST).stat().st_mtime),
+            context_length=bundle.context_length,
+            created=int(bundle.path(MANIFEST).stat().st_mtime),
         )
         self._service = Service(facts, reader, self._engine, metrics, self._guides)
         hosts = {host.lower() for host in options.hosts}
         if options.host not in ("0.0.0.0", "::"):  # noqa: S104
             hosts.add(options.host.lower())
-        self._guard = Guard(self._service.application(), Access(keys, frozenset(hosts)), metrics)
-        self._server = Server(
+        self._guard = Guard(self._service.application(), AccessRules(keys, frozenset(hosts)), metrics)
+        self._server = HttpServer(
             self._guard,
             listener,
             inherited=inherited,

@@ -10,18 +10,18 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from glmexport.serving.failure import FAILED, Gone, Refused
+from glmexport.serving.failure import FAILED, ClientGone, Refused
 
 _DONE = b"data: [DONE]\n\n"
 
 
 def event(document: dict[str, Any]) -> bytes:
-    """One event; JSON has no line break of its own."""
+    """Return one event as bytes; JSON has no line break of its own."""
     return b"data: " + json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
 class EventStream(Response):
-    """``documents`` as they come."""
+    """A response that sends ``documents`` as they come."""
 
     media_type = "text/event-stream"
 
@@ -39,7 +39,7 @@ class EventStream(Response):
                 await send({"type": "http.response.body", "body": data, "more_body": more})
 
             # Who has gone is told nothing more.
-            with suppress(Gone):
+            with suppress(ClientGone):
                 try:
                     async for document in self._documents:
                         await pass_on(event(document))

@@ -18,7 +18,7 @@ class Token:
 
 
 @dataclass(frozen=True)
-class Part:
+class TextPart:
     """Text that is certain, and the tokens that began in it."""
 
     text: str
@@ -26,7 +26,7 @@ class Part:
 
 
 class Decoder:
-    """Token ids to text, a token at a time; a character split over tokens comes with the last of them.
+    """A decoder of token ids, a token at a time; a character split over tokens comes with the last of them.
 
     Special tokens are left out, but for ``shown``, which are tags of a grammar.
     """
@@ -44,7 +44,7 @@ class Decoder:
         return bool(self._new)
 
     def add(self, token: int) -> str:
-        """What became certain with ``token``."""
+        """Add ``token``, and return the text that became certain."""
         if token in self._hidden:
             return ""
         self._new.append(token)
@@ -58,7 +58,7 @@ class Decoder:
 
 
 class AnswerText:
-    """What a client may see of an answer: never a stop string, nor the beginning of one that is completed."""
+    """The text of an answer that a client may see: never a stop string, nor the beginning of one that is completed."""
 
     def __init__(self, decoder: Decoder, stops: Sequence[str]) -> None:
         self._decoder = decoder
@@ -68,10 +68,10 @@ class AnswerText:
         self._waiting: list[tuple[int, Token]] = []
         self.stopped = False
 
-    def add(self, token: Token) -> Part:
-        """What became certain with ``token``; behind a stop string, nothing."""
+    def add(self, token: Token) -> TextPart:
+        """Add ``token``, and return the part that became certain; behind a stop string, nothing."""
         if self.stopped:
-            return Part("", ())
+            return TextPart("", ())
         self._waiting.append((len(self._held), token))
         self._held += self._decoder.add(token.id)
         end = self._stop()
@@ -82,12 +82,12 @@ class AnswerText:
             return part
         return self._release(len(self._held) - self._possible())
 
-    def finish(self) -> Part:
-        """The rest, which no stop string follows."""
+    def finish(self) -> TextPart:
+        """Return the rest, which no stop string follows."""
         part = self._release(len(self._held))
         late = tuple(token for _, token in self._waiting)
         self._waiting = []
-        return Part(part.text, part.tokens + late)
+        return TextPart(part.text, part.tokens + late)
 
     def _stop(self) -> int | None:
         """Where the stop string begins that is complete first, however the text came in parts."""
@@ -104,10 +104,10 @@ class AnswerText:
                     break
         return longest
 
-    def _release(self, count: int) -> Part:
+    def _release(self, count: int) -> TextPart:
         text, self._held = self._held[:count], self._held[count:]
         # Where no text is held, a token without text of its own is not held either, unless it begins a character.
         held = self._held or self._decoder.within_character
         ready = [token for at, token in self._waiting if at < count or not held]
         self._waiting = [(at - count, token) for at, token in self._waiting[len(ready) :]]
-        return Part(text, tuple(ready))
+        return TextPart(text, tuple(ready))

@@ -1,4 +1,4 @@
-"""Control tokens: those that a chat template writes hold, and the same characters in what people wrote are text.
+"""Control tokens hold where a chat template writes them; the same characters are mere text in what people wrote.
 
 ``<|user|>`` in a message would otherwise end the message and begin another one, in anybody's name. Control tokens are
 the special tokens of a vocabulary, and the added ones that are written as tags (``<think>``, ``<tool_call>``) or as a
@@ -22,7 +22,7 @@ Spans = tuple[tuple[int, int], ...]
 
 _TAG = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
 _SWITCH = re.compile(r"/\w+")
-#: Characters of no meaning of their own: Unicode's private use area.
+#: Characters without a meaning of their own: Unicode's private use area.
 _PRIVATE = range(0xE000, 0xF900)
 _ESCAPED = re.compile(r"\\u([ef][0-9a-f]{3})")
 _THINK, THOUGHT = "<think>", "</think>"
@@ -58,11 +58,11 @@ class Rendered(str):
         return Rendered(other) + self
 
     def rstrip(self, characters: str | None = None, /) -> Rendered:
-        """Without white space at its end."""
+        """Return the text without white space at its end."""
         return self.until(len(str(self).rstrip(characters)))
 
     def until(self, end: SupportsIndex) -> Rendered:
-        """Its first characters."""
+        """Return the first characters of the text."""
         kept = str(self)[:end]
         return Rendered(kept, (span for span in self.control if span[1] <= len(kept)))
 
@@ -88,18 +88,18 @@ class ControlTokens:
         self._any = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._incomplete = frozenset(text[:size] for text in self.ids for size in range(1, len(text)))
         self._longest = max(map(len, self.ids), default=1) - 1
-        self._marked: _Marked | None = None
+        self._marked: MarkedTokenizer | None = None
 
     def written(self, text: str) -> Rendered:
-        """A text all of whose control tokens hold, such as one that a template writes."""
+        """Return a text all of whose control tokens hold, such as one that a template writes."""
         return Rendered(text, (match.span() for match in self._any.finditer(text)))
 
     def named(self, value: object) -> bool:
-        """Whether the name of one is in a text of ``value``."""
+        """Return whether the name of a control token is in a text of ``value``."""
         return any(self._any.search(text) for text in _texts(value))
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, in which those control tokens hold that a ``Rendered`` says.
+        """Return the token ids of a text, in which those control tokens hold that a ``Rendered`` says.
 
         Where there are no others in it, all of it is encoded at once, as transformers does.
 
@@ -113,7 +113,7 @@ class ControlTokens:
             if self._control(ids) == expected:
                 return ids
         if self._marked is None:
-            self._marked = _Marked(self._tokenizer, self.ids)
+            self._marked = MarkedTokenizer(self._tokenizer, self.ids)
         ids = self._marked.encode(text, held)
         if self._control(ids) != expected:
             raise InputError(
@@ -130,7 +130,7 @@ class ControlTokens:
         *,
         reads_reasoning: bool,
     ) -> Rendered:
-        """What a template writes of ``messages`` and ``variables``, in which only its own control tokens hold.
+        """Return what a template makes of ``messages`` and ``variables``; only its own control tokens hold.
 
         The template is given the texts with a character of no meaning in the place of the first one of each control
         token, which the result has again. Where it ``reads_reasoning`` out of the content of an assistant's message,
@@ -194,8 +194,8 @@ class ControlTokens:
         return [id_ for id_ in ids if id_ in self._known]
 
 
-class _Marked:
-    """The same tokenizer, but control tokens have a mark on either side, without which they are text.
+class MarkedTokenizer:
+    """A tokenizer whose control tokens have a mark on either side, without which they are text.
 
     The mark is secret, so that nobody writes it.
     """
@@ -218,7 +218,7 @@ class _Marked:
             kept = {"single_word": token.single_word, "lstrip": token.lstrip, "rstrip": token.rstrip}
             tokens.append(tokenizers.AddedToken(text, normalized=token.normalized and not own, **kept))
         self._tokenizer.add_tokens(tokens)
-        #: Ids are given out anew, so they have to be told back.
+        #: Ids are given out anew, so they have to be mapped back.
         self._given = {self._tokenizer.token_to_id(text): id_ for text, id_ in renamed.items()}
 
     def encode(self, text: str, held: Spans) -> list[int]:

@@ -9,7 +9,7 @@ _TABLES = ("extra_special_tokens", "model_specific_special_tokens")
 
 
 def named_tokens(*tables: Mapping[str, object]) -> dict[str, str]:
-    """``bos_token`` and its like by their keys; of several tables the later one prevails."""
+    """Return ``bos_token`` and its like by their keys; of several tables the later one prevails."""
     named = {}
     for table in tables:
         for key, value in table.items():
@@ -20,7 +20,7 @@ def named_tokens(*tables: Mapping[str, object]) -> dict[str, str]:
 
 
 def every_token(*tables: Mapping[str, object]) -> Iterator[str]:
-    """Every token that ``tables`` name, in lists and by keys: transformers gives an id to each that has none."""
+    """Yield every token that ``tables`` name, in lists and by keys: transformers gives an id to each that has none."""
     for table in tables:
         yield from named_tokens(table).values()
         for key in _LISTS:

@@ -1,4 +1,4 @@
-"""Chat templates: rendered as transformers does it, in a process of its own that ends when one takes too much."""
+"""Rendering of chat templates as transformers does it, in a process of its own that ends when one takes too much."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from glmexport.foundation.errors import CheckpointError, MachineError
 from glmexport.tokenizer.template_process import CPU_S
 from glmexport.tokenizer.template_process import __file__ as _PROGRAM
 
-#: Of the file of a template; those of GLM models are of 10 KB.
+#: Bytes of the file of a template; those of GLM models are of 10 KB.
 TEMPLATE_LIMIT_BYTES = 1 << 20
 #: Seconds after which a process that does not answer is ended, on a machine however busy.
 _PATIENCE_S = 120
@@ -28,7 +28,7 @@ _ENVIRONMENT = frozenset(
 
 
 class TemplateFailed(Exception):
-    """Why a template did not render a conversation; completes a sentence that ends in a colon."""
+    """The reason why a template did not render a conversation; its text completes a sentence behind a colon."""
 
 
 class _Process:
@@ -104,7 +104,7 @@ atexit.register(_PROCESS.end)
 def render_template(
     where: str, template: str, messages: Sequence[Mapping[str, object]], variables: Mapping[str, object]
 ) -> str:
-    """What ``template`` makes of a conversation.
+    """Return what ``template`` makes of a conversation.
 
     Args:
         where: The template's file, for messages.

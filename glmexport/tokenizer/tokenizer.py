@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 
 from glmexport.foundation.errors import CheckpointError, InputError
 from glmexport.foundation.files import listed, optional, read_json, read_text, unreadable
-from glmexport.foundation.untrusted import Limits, read_regular, scan
+from glmexport.foundation.untrusted import DocumentLimits, read_regular, scan
 from glmexport.tokenizer.control import THOUGHT, ControlTokens, Rendered
 from glmexport.tokenizer.named_tokens import every_token, named_tokens
 from glmexport.tokenizer.templates import TEMPLATE_LIMIT_BYTES, render_template
@@ -22,7 +22,7 @@ VOCABULARY = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 
 #: GLM's vocabularies have 150,000 tokens and 320,000 merges in 20 MB.
-_VOCABULARY_LIMITS = Limits(values=8_000_000, items=4_000_000, keys=2_000_000)
+_VOCABULARY_LIMITS = DocumentLimits(values=8_000_000, items=4_000_000, keys=2_000_000)
 _CONFIG = "tokenizer_config.json"
 _LEGACY_SPECIAL_TOKENS = "special_tokens_map.json"
 _ADDED = "added_tokens.json"
@@ -39,7 +39,7 @@ _FILES = (
 )
 _MORE_TEMPLATES = "additional_chat_templates"
 
-#: Steps in front of the vocabulary that cut a text, and leave nothing out unless they say so.
+#: Steps before the vocabulary that cut a text; they leave nothing out unless they say so.
 _LOSSLESS = frozenset({"ByteLevel", "Split", "Digits", "Punctuation"})
 
 GLM_PREFIX = ("[gMASK]", "<sop>")
@@ -47,7 +47,7 @@ GLM_PREFIX = ("[gMASK]", "<sop>")
 
 
 def tokenizer_files(directory: Path) -> list[Path]:
-    """The tokenizer's files and chat templates that are present in ``directory``.
+    """Return the tokenizer's files and chat templates that are present in ``directory``.
 
     Raises:
         CheckpointError: one of them is a link that leaves the directory.
@@ -59,7 +59,7 @@ def tokenizer_files(directory: Path) -> list[Path]:
 
 
 class Tokenizer:
-    """Encodes text and conversations; adds no token that is not asked for.
+    """An encoder of text and conversations that adds no token that is not asked for.
 
     The name of a control token in a text is text, other than in transformers; what a template writes holds
     (``checkpoint.control``). Of text without such names the ids are those of transformers.
@@ -140,7 +140,7 @@ class Tokenizer:
 
     @property
     def remark(self) -> str | None:
-        """What somebody who compares with transformers has to know; None where both give the same ids."""
+        """A remark for somebody who compares with transformers; None where both give the same ids."""
         if not self.unlisted:
             return None
         return (
@@ -151,7 +151,7 @@ class Tokenizer:
 
     @cached_property
     def vocabulary_size(self) -> int:
-        """The highest token id plus one: what a row of logits must have at least."""
+        """The highest token id plus one, which is the least length of a row of logits."""
         return max(self._tokenizer.get_vocab().values()) + 1
 
     @property
@@ -161,15 +161,15 @@ class Tokenizer:
 
     @property
     def chat_template(self) -> str | None:
-        """The source of the template that conversations without tools are rendered by; None where there is none."""
+        """The source of the template for conversations without tools; None where there is none."""
         return self._templates["default"][1] if self.has_chat_template else None
 
     def template_mentions(self, text: str) -> bool:
-        """Whether a chat template has ``text`` in it, such as the tag of a grammar that it writes."""
+        """Return whether a chat template has ``text`` in it, such as the tag of a grammar that it writes."""
         return any(text in source for _, source in self._templates.values())
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of ``text`` alone, without a prefix; control tokens are where a ``Rendered`` has them.
+        """Return the token ids of ``text`` alone, without a prefix; control tokens are where a ``Rendered`` has them.
 
         Other threads of Python's run meanwhile.
 
@@ -179,7 +179,7 @@ class Tokenizer:
         return self._control.encode(text)
 
     def sequence(self, text: str, *, judged: bool = False) -> list[int]:
-        """Token ids of ``text`` behind the prefix, which is not put in again where the text begins with it.
+        """Return the token ids of ``text`` behind the prefix, which is not put in twice where the text has it.
 
         Args:
             text: as ``encode`` takes it.
@@ -196,15 +196,15 @@ class Tokenizer:
         return [*([] if begun else self.prefix), *ids] if self.prefix else [*([0] * judged), *ids]
 
     def names_control(self, value: object) -> bool:
-        """Whether the name of a control token is in a text of ``value``, such as messages with tables in them."""
+        """Return whether the name of a control token is in a text of ``value``, such as messages with tables."""
         return self._control.named(value)
 
     def written(self, text: str) -> Rendered:
-        """``text`` with all of its control tokens: what a program writes, as a template does, and no person."""
+        """Return ``text`` with all of its control tokens: what a program such as a template writes, and no person."""
         return self._control.written(text)
 
     def fewest_tokens(self, size: int) -> int:
-        """How many tokens a text of ``size`` bytes has at least, without looking at it; 0 where that is not certain."""
+        """Return how many tokens a text of ``size`` bytes has at least; 0 where that is not certain."""
         return -(-size // self._longest) if self._longest else 0
 
     @cached_property
@@ -228,7 +228,7 @@ class Tokenizer:
         return max(len(token.encode()) for token in self._tokenizer.get_vocab()) if whole else 0
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """The text of ``ids``; special tokens are left out unless ``skip_special`` is false."""
+        """Return the text of ``ids``; special tokens are left out unless ``skip_special`` is false."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special)
 
     def render(
@@ -238,7 +238,7 @@ class Tokenizer:
         add_generation_prompt: bool = False,
         **kwargs: object,
     ) -> Rendered:
-        """The conversation as text, by the checkpoint's chat template in jinja2's immutable sandbox.
+        """Return the conversation as text, rendered by the checkpoint's chat template in jinja2's sandbox.
 
         Args:
             messages: Tables with at least ``role`` and ``content``; a value of None counts as absent.
@@ -271,7 +271,7 @@ class Tokenizer:
         add_generation_prompt: bool = False,
         **kwargs: object,
     ) -> list[int]:
-        """Token ids of the rendered conversation; takes and raises what ``render`` does.
+        """Return the token ids of the rendered conversation; takes and raises what ``render`` does.
 
         The template writes the prefix itself, so none is added.
         """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from glmexport.foundation.evidence import Deviation, Divergences, Gains, Settings
+from glmexport.foundation.evidence import CandidateSettings, Deviation, Divergences, Gains
 from glmexport.tuning.candidates import Numerics, numerics
 
 #: Of the speed of the fastest in its class, what a candidate must have after the few rounds of the first turns.
@@ -16,7 +16,7 @@ _HOPEFUL = 0.5
 class Timed:
     """A candidate with what was measured of it."""
 
-    settings: Settings
+    settings: CandidateSettings
     gains: Gains
     divergence: Divergences
 

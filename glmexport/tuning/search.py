@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 from glmexport.foundation.errors import MachineError
-from glmexport.foundation.evidence import Divergences, Gains, Outcome, Preference, Settings
+from glmexport.foundation.evidence import CandidateSettings, Divergences, Gains, Outcome, Preference
 from glmexport.foundation.progress import Progress
 from glmexport.quantization.store import WorkDirectory
 from glmexport.tuning.candidates import Numerics, identity, label, numerics
@@ -25,7 +25,7 @@ from glmexport.validation.speed import LEAST_ROUNDS
 _FEW_ROUNDS = 2
 
 #: Loads a candidate.
-Load = Callable[[Settings], Side]
+Load = Callable[[CandidateSettings], Side]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Fate:
 class Search:
     """Measurements are committed to ``work`` one by one, and taken from there if they are there."""
 
-    start: Settings
+    start: CandidateSettings
     load: Load
     divergences: Mapping[Numerics, Divergences]
     work: WorkDirectory
@@ -53,7 +53,7 @@ class Search:
     #: By identity.
     fates: dict[str, Fate] = field(default_factory=dict)
 
-    def choose(self, legal: Sequence[Settings], *, start_is_legal: bool) -> tuple[Timed | None, Gains | None]:
+    def choose(self, legal: Sequence[CandidateSettings], *, start_is_legal: bool) -> tuple[Timed | None, Gains | None]:
         """The choice among ``legal``, without the start, and its speed in rounds of its own; None: the start stays."""
         first = self._timed("first", legal, _FEW_ROUNDS, 0)
         speeds = {identity(each.settings): (numerics(each.settings), each.speed) for each in first}
@@ -77,7 +77,7 @@ class Search:
         self._note(chosen, "chosen", "the fastest, or the least divergent that cannot be told from it")
         return chosen, confirmed.gains
 
-    def _timed(self, stage: str, settings: Sequence[Settings], rounds: int, seconds: float) -> list[Timed]:
+    def _timed(self, stage: str, settings: Sequence[CandidateSettings], rounds: int, seconds: float) -> list[Timed]:
         """Those of ``settings`` that run here, each beside the start, which is loaded once for all."""
         timed = []
         with ExitStack() as stack, self.progress.track(f"Speed: {stage} turns", len(settings)) as track:
@@ -98,7 +98,7 @@ class Search:
                 track.advance(1, label(each))
         return timed
 
-    def _pairs(self, start: Side, settings: Settings, rounds: int, seconds: float) -> list[Pair]:
+    def _pairs(self, start: Side, settings: CandidateSettings, rounds: int, seconds: float) -> list[Pair]:
         """Nothing where the candidate does not run, which does not end the search."""
         try:
             candidate = self.load(settings)
@@ -118,5 +118,5 @@ class Search:
         self.fates[identity(timed.settings)] = Fate(outcome, reason, timed.gains)
 
 
-def _settings(timed: Sequence[Timed], kept: set[str]) -> list[Settings]:
+def _settings(timed: Sequence[Timed], kept: set[str]) -> list[CandidateSettings]:
     return [each.settings for each in timed if identity(each.settings) in kept]

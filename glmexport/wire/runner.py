@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import glmexport
 from glmexport.foundation.errors import MachineError
 from glmexport.foundation.progress import Progress, Track
-from glmexport.foundation.untrusted import Limits, parse
+from glmexport.foundation.untrusted import DocumentLimits, parse
 
 PROGRAM = "program.pyz"
 _PACKAGE = "glmexport.wire.device"
@@ -30,7 +30,7 @@ _LABELS = {"verified": "Checking files", "round": "Speed", "prompt": "Free answe
 LINE_BYTES = 1 << 16
 #: Bytes of a line that is taken for an event: the last lines of a server's ledger are in one.
 LONGEST_EVENT = 1 << 18
-_LINE_LIMITS = Limits(size=LONGEST_EVENT, depth=16, values=50_000)
+_LINE_LIMITS = DocumentLimits(size=LONGEST_EVENT, depth=16, values=50_000)
 #: Seconds without a word after which a device is given up.
 SILENCE_S = 3600.0
 
@@ -74,7 +74,7 @@ class Ended(MachineError):
     """The program ended, or its line was cut, before it said that it was done."""
 
 
-class Told(MachineError):
+class ProgramError(MachineError):
     """What the program says went wrong, and the ``kind`` of it."""
 
     def __init__(self, kind: str, message: str, next_step: str) -> None:
@@ -110,7 +110,7 @@ async def events(
 
     Raises:
         Ended: no more events, or silence.
-        Told: what the program says went wrong.
+        ProgramError: what the program says went wrong.
     """
     with ExitStack() as stack:
         shown = _Shown(stack, progress, labels, begin)
@@ -124,7 +124,9 @@ async def events(
                 return
             if kind == "error":
                 message, next_step = (str(event.get(name, "")) for name in ("message", "next_step"))
-                raise Told(str(event.get("kind")), f"{who}: {message}", next_step or "Run the same command again.")
+                raise ProgramError(
+                    str(event.get("kind")), f"{who}: {message}", next_step or "Run the same command again."
+                )
             shown.show(event)
             yield event
 

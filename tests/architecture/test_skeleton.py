@@ -23,7 +23,7 @@ from glmexport.reference.reference import Reference
 from glmexport.reference.skeleton import completed, require_agreement, skeleton
 from glmexport.validation.texts import EvaluationText
 from glmexport.validation.whole_model import check_reference
-from glmexport.workflows.job import Original
+from glmexport.workflows.original import Original
 
 #: Of the files and of transformers itself, not of the model; token ids are not completed.
 NOT_OF_THE_MODEL = {"architectures", "model_type", "transformers_version", "dtype", "eos_token_id", "pad_token_id"}

@@ -16,8 +16,9 @@ from glmexport.assembly.external import write_graphs
 from glmexport.assembly.read import BundleWeights
 from glmexport.assembly.unnoted import tensors_before_they_were_noted
 from glmexport.assembly.write import graphs_of
+from glmexport.bundle.bundle import Bundle
 from glmexport.bundle.links import load_graph
-from glmexport.bundle.manifest import MANIFEST, read_manifest, verify_files
+from glmexport.bundle.manifest import MANIFEST, read_manifest
 from glmexport.bundle.names import SCORING
 from glmexport.bundle.records import QuantizedMatrix, StoredTensor
 from glmexport.foundation.errors import BundleError
@@ -28,7 +29,8 @@ from glmexport.lowering.stored import stored_tensors
 from glmexport.reference.reference import Reference
 from glmexport.tuning.rounding import RoundedWeights
 from glmexport.validation.weights import check_weights
-from glmexport.workflows.job import Original, recipe_for
+from glmexport.workflows.job import recipe_for
+from glmexport.workflows.original import Original
 
 TARGETS = {target.name: target for target in shipped_targets()}
 
@@ -58,7 +60,7 @@ def test_a_bundle_of_before_opens_and_has_the_same_weights(sample: Sample, tmp_p
     old = without_tensors(sample.bundle, tmp_path / "old")
     manifest = read_manifest(old)
     assert manifest.tensors is None
-    verify_files(old, manifest)
+    Bundle.open(old).verify()
     # What it did not have is not written either: its digest, and with it a signature, stays what it was.
     assert "tensors" not in json.loads(manifest.model_dump_json())
     assert manifest.digest() != read_manifest(sample.bundle).digest()
@@ -69,7 +71,7 @@ def test_a_bundle_of_before_opens_and_has_the_same_weights(sample: Sample, tmp_p
         assert one is not None and other is not None and one.digest() == other.digest()
     original = Original.open(str(sample.checkpoint), Silent())
     reference = Reference(original.checkpoint, original.architecture)
-    found = check_weights(old, manifest, reference, Silent())
+    found = check_weights(Bundle.open(old), reference, Silent())
     assert found.faults == () and found.undecided == 0
 
 

@@ -74,7 +74,7 @@ def test_the_environment_of_the_hubs_library_is_honoured(tmp_path: Path) -> None
     environment = {
         key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGINGFACE_"))
     }
-    program = "from glmexport.checkpoint import resolve; print(resolve('acme/tiny'))"
+    program = "from glmexport.checkpoint.source import resolve; print(resolve('acme/tiny'))"
     answer = subprocess.run(
         [sys.executable, "-c", program],
         env={**environment, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1"},

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 from builds import Run
 from deployment.conftest import DAMAGED, Places, Releases, free_port, key_pair, write_site
+from devices.conftest import Hooked
 from sshd import Sshd
-from validation.devices.conftest import Hooked
 
-from glmexport.deployment.rollout import Wishes, deploy, prune, roll_back, status
+from glmexport.deployment.rollout import DeployOptions, deploy, prune, roll_back, status
 from glmexport.deployment.signed import SignedBundle
 from glmexport.foundation.errors import (
     EXIT_BLOCK,
@@ -107,7 +107,7 @@ def test_older_release_is_refused(releases: Releases, places: Places, sshd: Sshd
     (outcome,) = deploy(site, older, Silent())
     assert outcome.state == "refused" and outcome.why and "counter 1, and 2 has been served" in outcome.why
     assert place.current == newer.name
-    (outcome,) = deploy(site, older, Silent(), Wishes(allow_older=True))
+    (outcome,) = deploy(site, older, Silent(), DeployOptions(allow_older=True))
     assert outcome.state == "confirmed" and place.current == older.name
     # What was served once is remembered.
     (outcome,) = deploy(site, releases.signed(1), Silent())
@@ -148,7 +148,7 @@ def test_another_key_is_refused(releases: Releases, places: Places, sshd: Sshd, 
     assert outcome.state == "trust" and outcome.why and "trusts another key" in outcome.why
     assert place.current == releases.signed(1).name
     # On purpose, and noted.
-    (outcome,) = deploy(theirs, others.signed(5), Silent(), Wishes(replace_trust=True))
+    (outcome,) = deploy(theirs, others.signed(5), Silent(), DeployOptions(replace_trust=True))
     assert outcome.state == "confirmed" and events(place.root).count("trust") == 2
     # What was signed with the former key is none any more.
     with pytest.raises(UnverifiedError):

@@ -16,7 +16,7 @@ import pytest
 from deployment.conftest import DAMAGED, Place, Places, Releases, free_port, write_site
 from sshd import Sshd
 
-from glmexport.deployment.rollout import Wishes, deploy
+from glmexport.deployment.rollout import DeployOptions, deploy
 from glmexport.deployment.signed import SignedBundle
 from glmexport.deployment.site import Site
 from glmexport.foundation.progress import Silent
@@ -32,7 +32,7 @@ LONGEST_S = 4.0
 
 def client(site: Site, release: SignedBundle) -> None:
     with contextlib.suppress(BaseException):
-        deploy(site, release, Silent(), Wishes(allow_older=True))
+        deploy(site, release, Silent(), DeployOptions(allow_older=True))
 
 
 def kill(processes: Callable[[psutil.Process], bool]) -> None:
@@ -88,7 +88,7 @@ def kill_at_random(
     _settled(place)
     # What was killed in the middle is taken back, and then the release is served.
     for release in wanted[:2]:
-        (outcome,) = deploy(site, release, Silent(), Wishes(allow_older=True))
+        (outcome,) = deploy(site, release, Silent(), DeployOptions(allow_older=True))
         assert outcome.state in ("confirmed", "unchanged"), outcome
         assert whole(place, releases) == release.name
         assert Endpoint("127.0.0.1", place.port, None).ask("/readyz")[1]["directory"] == release.name

@@ -16,7 +16,7 @@ import pytest
 from deployment.conftest import Place, Places, Releases, write_site
 from sshd import Sshd
 
-from glmexport.deployment.rollout import Outcome, Wishes, deploy, prune
+from glmexport.deployment.rollout import DeployOptions, Outcome, deploy, prune
 from glmexport.deployment.signed import SignedBundle
 from glmexport.deployment.site import Site
 from glmexport.foundation.progress import Silent
@@ -29,7 +29,7 @@ pytest.importorskip("asyncssh", reason="the extra 'deploy' is not installed")
 
 
 def deployed(site: Site, release: SignedBundle, outcomes: list[Outcome]) -> None:
-    outcomes += deploy(site, release, Silent(), Wishes(allow_older=True))
+    outcomes += deploy(site, release, Silent(), DeployOptions(allow_older=True))
 
 
 def test_two_deployments_at_once_come_through(releases: Releases, places: Places, sshd: Sshd, tmp_path: Path) -> None:

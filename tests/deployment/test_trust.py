@@ -7,14 +7,15 @@ from pathlib import Path
 import pytest
 from signatures import Authority, Pair
 
+from glmexport.bundle.bundle import Bundle
 from glmexport.deployment.signed import SignedBundle
 from glmexport.deployment.site import open_site
 from glmexport.foundation.errors import DefinitionError, InputError, UnverifiedError
 from glmexport.foundation.progress import Silent
 from glmexport.release.keys import KeyFiles, open_signatory
-from glmexport.release.signing import sign
 from glmexport.wire.server.verifying import verified
 from glmexport.wire.standalone import Failure
+from glmexport.workflows.sign import sign_bundle
 
 SITE = 'trust = "{trust}"\nsubject = "{subject}"\n[servers.a]\nat = "ssh://x"\n'
 
@@ -25,7 +26,7 @@ def test_a_site_s_subject_is_who_signs(
 ) -> None:
     """Here, and on the server, which has it beside the root."""
     files = KeyFiles(authority.key, authority.certificate, (authority.intermediate, authority.root))
-    sign(release, open_signatory(files), counter=8, golden=False, progress=Silent())
+    sign_bundle(Bundle.open(release), open_signatory(files), counter=8, golden=False, progress=Silent())
     path, kept = tmp_path / "site.toml", tmp_path / "trust.pem"
     path.write_text(SITE.format(trust=authority.root, subject=subject))
     site = open_site(path)

@@ -31,7 +31,9 @@ from glmexport.quantization.problem import Problem
 from glmexport.quantization.solve import gptq
 from glmexport.report.document import read_report
 from glmexport.results.record import Verdict
-from glmexport.workflows.job import Job, Original, refuse_formats
+from glmexport.workflows.checks import refuse_formats
+from glmexport.workflows.job import Job
+from glmexport.workflows.original import Original
 
 NF4 = Format(bits=4, group_size=32, codec="nf4")
 

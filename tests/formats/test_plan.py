@@ -11,7 +11,6 @@ from models import TINY, write_checkpoint
 from glmexport.architecture.registry import FAMILIES
 from glmexport.assembly.external import write_graphs
 from glmexport.assembly.write import graphs_of
-from glmexport.cli.inspect import _estimates
 from glmexport.formats.plan import FormatPlan
 from glmexport.foundation.definition import names
 from glmexport.foundation.errors import InputError
@@ -22,8 +21,11 @@ from glmexport.lowering.pipeline import lower
 from glmexport.reference.reference import Reference
 from glmexport.tuning.rounding import RoundedWeights
 from glmexport.workflows.build import build
+from glmexport.workflows.checks import refuse_formats
 from glmexport.workflows.estimate import estimate
-from glmexport.workflows.job import Job, Original, jobs_of, recipe_for, refuse_formats
+from glmexport.workflows.inspect import inspect_original
+from glmexport.workflows.job import Job, jobs_of, recipe_for
+from glmexport.workflows.original import Original
 from glmexport.workflows.validate import BuildOptions
 
 TARGETS = {target.name: target for target in shipped_targets()}
@@ -54,16 +56,16 @@ def refused(original: Original, recipe: Recipe, target: Target) -> str | None:
 @pytest.mark.parametrize("name", SHIPPED)
 def test_inspect_says_what_a_build_refuses(name: str, original: Original, tmp_path: Path) -> None:
     """Whatever inspect shows as possible is not refused, and the other way round, in the same words."""
-    for row in _estimates(original, name, None):
-        target = TARGETS[row["target"]]
-        output = tmp_path / row["target"]
-        if row["refused"] is None:
+    for row in inspect_original(original, name, None).estimates:
+        target = TARGETS[row.target]
+        output = tmp_path / row.target
+        if row.refused is None:
             # An output that exists is refused after every format was looked at, and before anything is read.
             output.mkdir()
             (output / "kept").touch()
         with pytest.raises(InputError) as caught:
             build(original, jobs_of(original, [target], name, output), BuildOptions(threads=1), Silent())
-        expected = f"{output} exists." if row["refused"] is None else row["refused"]
+        expected = f"{output} exists." if row.refused is None else row.refused
         assert caught.value.message == expected
 
 

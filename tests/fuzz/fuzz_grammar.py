@@ -15,7 +15,16 @@ import sys
 import atheris
 
 with atheris.instrument_imports(include=["glmexport.serving", "glmexport.chat.tool_calls"]):
-    from glmexport.chat.grammar import CallArguments, CallBegin, Content, Event, Fault, Grammar, Reasoning, arguments_of
+    from glmexport.chat.grammar import (
+        CallArguments,
+        CallBegin,
+        CallFault,
+        Content,
+        Event,
+        Grammar,
+        Reasoning,
+        arguments_of,
+    )
     from glmexport.chat.tool_calls import parse
 
 PARAMETERS = {"type": "object", "properties": {"a": {"type": "string"}, "b": {"type": ["integer", "object", "null"]}}}
@@ -61,7 +70,9 @@ def one(data: bytes) -> None:
     arguments = [json.loads(event.text) for event in whole if isinstance(event, CallArguments)]
     assert names == [call.name for call in strict.calls]
     assert arguments == [json.loads(arguments_of(call)) for call in strict.calls]
-    assert [event.reason for event in whole if isinstance(event, Fault)] == [fault.reason for fault in strict.faults]
+    assert [event.reason for event in whole if isinstance(event, CallFault)] == [
+        fault.reason for fault in strict.faults
+    ]
 
 
 if __name__ == "__main__":

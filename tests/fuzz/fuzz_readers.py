@@ -26,8 +26,8 @@ with atheris.instrument_imports(include=["glmexport", "json"]):
     from glmexport.foundation.errors import GlmexportError
     from glmexport.release import verifier
     from glmexport.serving.failure import Refused
-    from glmexport.serving.fields import ChatAsked, TextAsked, read_body
-    from glmexport.serving.limits import Limits
+    from glmexport.serving.fields import ChatRequest, TextRequest, read_body
+    from glmexport.serving.limits import ServingLimits
     from glmexport.tokenizer.templates import render_template
 
 PLACE = Path(tempfile.mkdtemp(prefix="fuzz-"))
@@ -58,9 +58,9 @@ def of_reader(reader: Reader) -> Callable[[bytes], None]:
 
 def body(data: bytes) -> None:
     """The body of a request."""
-    for model in (ChatAsked, TextAsked):
+    for model in (ChatRequest, TextRequest):
         try:
-            read_body(data, model, Limits())
+            read_body(data, model, ServingLimits())
         except Refused:
             continue
 
@@ -78,7 +78,7 @@ def measured(target: Callable[[bytes], None]) -> Callable[[bytes], None]:
         start, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         try:
             target(given)
-        except (GlmexportError, verifier.Refused) as error:
+        except (GlmexportError, verifier.VerificationError) as error:
             if len(str(error)) > 20_000:
                 raise RuntimeError(f"a message of {len(str(error))} characters") from error
         seconds = time.process_time() - start

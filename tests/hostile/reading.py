@@ -39,8 +39,8 @@ from glmexport.devices.kit import KitResultRunner
 from glmexport.foundation.errors import GlmexportError
 from glmexport.foundation.target import open_policy, open_target
 from glmexport.release import verifier
+from glmexport.release.access import RegistryAccess
 from glmexport.release.layout import parse_image, read_layout
-from glmexport.release.registry import Access
 from glmexport.release.release import read_release
 from glmexport.report.document import JSON_NAME, read_report
 from glmexport.tokenizer.tokenizer import Tokenizer
@@ -112,7 +112,9 @@ READERS: Mapping[str, Reader] = {
     "release": Reader("release.json", read_release),
     "layout": Reader("index.json", read_layout, "manifests", "annotations"),
     "image": Reader("image.json", _image, "layers", "annotations", is_file=False),
-    "credentials": Reader("auth.json", lambda p: Access.given("h", None, p / "auth.json", plain_http=False), "auths"),
+    "credentials": Reader(
+        "auth.json", lambda place: RegistryAccess.given("h", None, place / "auth.json", plain_http=False), "auths"
+    ),
     "signature": Reader(verifier.SIGNATURE, verifier.read_envelope),
     "tasks": Reader("tasks.jsonl", lambda place: read_tasks([place / "tasks.jsonl"]), "choices", "messages"),
     "corpus": Reader("text.jsonl", lambda p: user_documents([p / "text.jsonl"], Tokenizer.open(demo_checkpoint()))),
@@ -152,7 +154,7 @@ def _grown(reader: Reader, place: Path) -> tuple[str, float, int]:
     try:
         reader.read(place)
         outcome = "accepted"
-    except (GlmexportError, verifier.Refused) as error:
+    except (GlmexportError, verifier.VerificationError) as error:
         outcome = "refused" if len(str(error)) < 5000 else "refused at length"
     except BaseException as error:  # Whatever it is, the test tells of it.
         outcome = f"{type(error).__name__}: {error}"[:300]

@@ -23,7 +23,7 @@ from model_signing.signing import Config
 from signatures import AUTHORITY, SIGNING, Judge, certify, tree
 
 from glmexport.foundation.errors import EXIT_INPUT, EXIT_UNVERIFIED, InputError
-from glmexport.release.certificates import Unfit, from_pem, read
+from glmexport.release.certificates import UnfitCertificate, from_pem, read
 from glmexport.release.keys import KeyFiles, Signatory, open_signatory
 
 CODE, SERVER, CLIENT, MAIL, ANY = (
@@ -291,7 +291,7 @@ def test_a_name_is_written_as_openssl_writes_it(tmp_path: Path) -> None:
 @example(b"0\x80\x00\x00")
 @example(b"0\x03\x02\x01\x02")
 def test_what_is_no_certificate_is_refused(content: bytes) -> None:
-    with pytest.raises(Unfit):
+    with pytest.raises(UnfitCertificate):
         read(content)
 
 
@@ -304,5 +304,5 @@ def test_what_is_no_certificate_is_refused(content: bytes) -> None:
     ],
 )  # fmt: skip
 def test_what_is_no_file_of_certificates_is_refused(content: bytes) -> None:
-    with pytest.raises(Unfit):
+    with pytest.raises(UnfitCertificate):
         from_pem(content)

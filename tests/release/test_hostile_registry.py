@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from glmexport.bundle.bundle import Bundle
 from glmexport.foundation.errors import GlmexportError, InputError, MachineError, UnverifiedError
 from glmexport.foundation.progress import Silent
-from glmexport.release.access import Access, Reference
+from glmexport.release.access import ImageReference, RegistryAccess
 from glmexport.release.layout import ARTIFACT_TYPE, FILE_PATH, write_layout
 from glmexport.release.registry import Registry
 from glmexport.release.transfer import pull, push
@@ -27,7 +28,7 @@ Handler = BaseHTTPRequestHandler
 MOST = 64 << 20
 CONTENT = b"weights"
 BOMB = gzip.compress(bytes(4 << 20)) * 64
-PASSWORD = Access("ministry", "geheim")
+PASSWORD = RegistryAccess("ministry", "geheim")
 
 
 def layer(name: str = "model.onnx", content: bytes = CONTENT, size: int | None = None) -> dict[str, object]:
@@ -114,8 +115,8 @@ def serving(answer: Callable[[Handler], None]) -> Iterator[tuple[str, list[tuple
         server.shutdown()
 
 
-def reference(host: str) -> Reference:
-    return Reference.parse(f"{host}/models/glm:r7")
+def reference(host: str) -> ImageReference:
+    return ImageReference.parse(f"{host}/models/glm:r7")
 
 
 def blobs_after(content: bytes, answer: Callable[[Handler], None]) -> Callable[[Handler], None]:
@@ -166,10 +167,10 @@ ATTACKS: dict[str, Callable[[Handler], None]] = {
 }
 
 
-@pytest.mark.parametrize("access", [Access(), PASSWORD], ids=["nobody", "somebody"])
+@pytest.mark.parametrize("access", [RegistryAccess(), PASSWORD], ids=["nobody", "somebody"])
 @pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
 def test_an_attack_ends_and_leaves_nothing(
-    attack: Callable[[Handler], None], access: Access, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    attack: Callable[[Handler], None], access: RegistryAccess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("glmexport.release.registry._ANSWER_S", 1.0)
     began = time.monotonic()
@@ -191,7 +192,7 @@ def test_a_part_that_is_there_does_not_let_in_more_than_is_claimed(tmp_path: Pat
     (parts / hashlib.sha256(CONTENT).hexdigest()).write_bytes(CONTENT[:3])
     answer = blobs_after(manifest(layer()), lambda handler: without_end(handler, 206))
     with serving(answer) as (host, _), pytest.raises(UnverifiedError, match=r"model\.onnx"):
-        pull(reference(host), tmp_path / "back", lambda _: None, Access(), Silent())
+        pull(reference(host), tmp_path / "back", lambda _: None, RegistryAccess(), Silent())
     assert not list(tmp_path.iterdir())
 
 
@@ -199,9 +200,9 @@ def test_what_is_allowed_is_asked_before_anything_is_fetched(tmp_path: Path) -> 
     answer = blobs_after(manifest(layer(), layer("more")), lambda handler: give(handler, CONTENT))
     with serving(answer) as (host, asked):
         with pytest.raises(InputError, match="14 bytes, and 13 are allowed"):
-            pull(reference(host), tmp_path / "back", lambda _: None, Access(), Silent(), 13)
+            pull(reference(host), tmp_path / "back", lambda _: None, RegistryAccess(), Silent(), 13)
         assert len(asked) == 1 and not list(tmp_path.iterdir())
-        pull(reference(host), tmp_path / "back", lambda _: None, Access(), Silent(), 14)
+        pull(reference(host), tmp_path / "back", lambda _: None, RegistryAccess(), Silent(), 14)
     assert (tmp_path / "back" / "more").read_bytes() == CONTENT
 
 
@@ -211,21 +212,21 @@ def test_no_other_host_is_told_the_password(tmp_path: Path) -> None:
         other, told = stack.enter_context(serving(lambda handler: give(handler, b'{"token": "t"}')))
         host, _ = stack.enter_context(serving(asking(f"http://{other}/token")))
 
-        def refused(access: Access, why: str) -> None:
+        def refused(access: RegistryAccess, why: str) -> None:
             with pytest.raises(InputError, match=why):
                 pull(reference(host), tmp_path / "back", lambda _: None, access, Silent())
 
         refused(PASSWORD, f"--token-host {other}")
         assert not told
         # Nobody's is asked for by nobody.
-        refused(Access(), "does not let us")
-        refused(Access("ministry", "geheim", token_hosts=frozenset({other})), "does not let us")
-        refused(Access("ministry", "geheim", others={other: ("another", "x")}), "does not let us")
+        refused(RegistryAccess(), "does not let us")
+        refused(RegistryAccess("ministry", "geheim", token_hosts=frozenset({other})), "does not let us")
+        refused(RegistryAccess("ministry", "geheim", others={other: ("another", "x")}), "does not let us")
         assert [who for _, who in told] == [None, "Basic bWluaXN0cnk6Z2VoZWlt", "Basic YW5vdGhlcjp4"]
 
 
-@pytest.mark.parametrize("access", [PASSWORD, Access(token="t")], ids=["password", "token"])
-def test_a_redirection_does_not_take_the_password_along(access: Access, tmp_path: Path) -> None:
+@pytest.mark.parametrize("access", [PASSWORD, RegistryAccess(token="t")], ids=["password", "token"])
+def test_a_redirection_does_not_take_the_password_along(access: RegistryAccess, tmp_path: Path) -> None:
     with serving(lambda handler: give(handler, manifest(layer()))) as (other, told):
 
         def answer(handler: Handler) -> None:
@@ -244,12 +245,12 @@ def test_a_redirection_does_not_take_the_password_along(access: Access, tmp_path
     ["http://127.0.0.1/x", "http://registry.example.org/x", "http://localhost:80/", "ftp://127.0.0.1/"],
 )
 def test_what_began_with_tls_goes_on_with_tls(location: str) -> None:
-    with Registry(reference("registry.example.org"), Access()) as registry, pytest.raises(MachineError):
+    with Registry(reference("registry.example.org"), RegistryAccess()) as registry, pytest.raises(MachineError):
         registry._url(location)
 
 
 def test_a_password_does_not_go_without_tls() -> None:
-    access = Access("ministry", "geheim", plain_http=True)
+    access = RegistryAccess("ministry", "geheim", plain_http=True)
     with Registry(reference("registry.example.org"), access) as registry:
         registry._authorization = "Basic x"
         with pytest.raises(InputError, match="without TLS"):
@@ -260,7 +261,7 @@ def test_a_password_does_not_go_without_tls() -> None:
 
 @pytest.mark.parametrize("status", [202, 401, 404, 500])
 def test_an_answer_without_end_does_not_hold_a_push(status: int, signed: Path, tmp_path: Path) -> None:
-    write_layout(signed, tmp_path / "layout", Silent())
+    write_layout(Bundle.open(signed), tmp_path / "layout", Silent())
 
     def answer(handler: Handler) -> None:
         if handler.command == "HEAD":
@@ -269,4 +270,4 @@ def test_an_answer_without_end_does_not_hold_a_push(status: int, signed: Path, t
             without_end(handler, status, Location="/v2/upload")
 
     with serving(answer) as (host, _), pytest.raises((InputError, MachineError)):
-        push(tmp_path / "layout", reference(host), Access(), Silent())
+        push(tmp_path / "layout", reference(host), RegistryAccess(), Silent())

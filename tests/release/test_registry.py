@@ -25,11 +25,11 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 from signatures import COUNTER, Judge, Pair, openssl, pair, sha256, sign_with, tree
 
+from glmexport.bundle.bundle import Bundle
 from glmexport.foundation.errors import EXIT_INPUT, EXIT_UNVERIFIED, InputError, MachineError, UnverifiedError
 from glmexport.foundation.progress import Silent
-from glmexport.release.access import is_loopback
+from glmexport.release.access import ImageReference, RegistryAccess, is_loopback
 from glmexport.release.layout import read_layout, write_layout
-from glmexport.release.registry import Access, Reference
 from glmexport.release.transfer import pull, push
 from glmexport.release.verification import verify
 
@@ -107,29 +107,29 @@ def server(tmp_path: Path) -> Iterator[Server]:
 @pytest.fixture
 def layout(signed: Path, tmp_path: Path) -> Path:
     """An image layout of the signed bundle."""
-    write_layout(signed, tmp_path / "layout", Silent())
+    write_layout(Bundle.open(signed), tmp_path / "layout", Silent())
     return tmp_path / "layout"
 
 
-def image(host: str, tag: str = "r7") -> Reference:
-    return Reference.parse(f"{host}/models/glm:{tag}")
+def image(host: str, tag: str = "r7") -> ImageReference:
+    return ImageReference.parse(f"{host}/models/glm:{tag}")
 
 
-def at_digest(host: str, digest: str) -> Reference:
-    return Reference.parse(f"{host}/models/glm@{digest}")
+def at_digest(host: str, digest: str) -> ImageReference:
+    return ImageReference.parse(f"{host}/models/glm@{digest}")
 
 
 def test_a_release_goes_through_a_registry(
     server: Server, layout: Path, signed: Path, tmp_path: Path, keys: Pair
 ) -> None:
-    pushed = push(layout, image(server.host), Access(), Silent())
+    pushed = push(layout, image(server.host), RegistryAccess(), Silent())
     assert pushed.digest == read_layout(layout)[0] and set(pushed.sent) == {*tree(signed), "(configuration)"}
 
     def check(bundle: Path) -> object:
         return verify(bundle, keys.public, newer_than=COUNTER - 1)
 
     for number, reference in enumerate((at_digest(server.host, pushed.digest), image(server.host))):
-        assert pull(reference, tmp_path / f"back{number}", check, Access(), Silent()) == pushed.digest
+        assert pull(reference, tmp_path / f"back{number}", check, RegistryAccess(), Silent()) == pushed.digest
         assert tree(tmp_path / f"back{number}") == tree(signed)
     assert not list(tmp_path.glob(".*"))
 
@@ -138,10 +138,10 @@ def test_a_blob_goes_in_chunks(
     server: Server, layout: Path, signed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("glmexport.release.registry._CHUNK", 7000)
-    pushed = push(layout, image(server.host), Access(), Silent())
+    pushed = push(layout, image(server.host), RegistryAccess(), Silent())
     sizes = [path.stat().st_size for path in (layout / "blobs" / "sha256").iterdir() if path.name != pushed.digest[7:]]
     assert len(server.requests("PATCH")) == sum(-(-size // 7000) for size in sizes) > len(sizes)
-    pull(at_digest(server.host, pushed.digest), tmp_path / "back", lambda _: None, Access(), Silent())
+    pull(at_digest(server.host, pushed.digest), tmp_path / "back", lambda _: None, RegistryAccess(), Silent())
     assert tree(tmp_path / "back") == tree(signed)
 
 
@@ -162,14 +162,14 @@ def changed_block(bundle: Path, key: Path) -> None:
 def test_a_second_push_sends_what_changed(
     server: Server, layout: Path, release: Path, tmp_path: Path, keys: Pair
 ) -> None:
-    first = push(layout, image(server.host), Access(), Silent())
+    first = push(layout, image(server.host), RegistryAccess(), Silent())
     sent = len(server.requests("PATCH"))
     assert sent == len(first.sent) and not first.present
-    again = push(layout, image(server.host), Access(), Silent())
+    again = push(layout, image(server.host), RegistryAccess(), Silent())
     assert not again.sent and len(server.requests("PATCH")) == sent
     changed_block(release, keys.private)
-    write_layout(release, tmp_path / "later", Silent())
-    second = push(tmp_path / "later", image(server.host, "r8"), Access(), Silent())
+    write_layout(Bundle.open(release), tmp_path / "later", Silent())
+    second = push(tmp_path / "later", image(server.host, "r8"), RegistryAccess(), Silent())
     assert set(second.sent) == {
         "(configuration)", "weights/block_001.data", "bundle.json", "release.json", "model.sig",
         "attestations/provenance.json", "attestations/ml-bom.json",
@@ -179,27 +179,27 @@ def test_a_second_push_sends_what_changed(
 
 
 def test_a_blob_that_the_registry_changed_is_named(server: Server, layout: Path, tmp_path: Path, signed: Path) -> None:
-    digest = push(layout, image(server.host), Access(), Silent()).digest
+    digest = push(layout, image(server.host), RegistryAccess(), Silent()).digest
     _, _, manifest = read_layout(layout)
     for name in ("weights/block_000.data", "model.sig", "chat_template.jinja"):
         path = server.blob(next(layer.digest for layer in manifest.layers if layer.name == name))
         content = path.read_bytes()
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         with pytest.raises(UnverifiedError, match=name):
-            pull(at_digest(server.host, digest), tmp_path / "back", lambda _: None, Access(), Silent())
+            pull(at_digest(server.host, digest), tmp_path / "back", lambda _: None, RegistryAccess(), Silent())
         assert not (tmp_path / "back").exists()
         path.write_bytes(content)
         assert not (tmp_path / ".back.pulling").exists()
-    pull(at_digest(server.host, digest), tmp_path / "back", lambda _: None, Access(), Silent())
+    pull(at_digest(server.host, digest), tmp_path / "back", lambda _: None, RegistryAccess(), Silent())
     assert tree(tmp_path / "back") == tree(signed)
 
 
 def test_a_manifest_that_the_registry_changed_is_refused(server: Server, layout: Path, tmp_path: Path) -> None:
-    digest = push(layout, image(server.host), Access(), Silent()).digest
+    digest = push(layout, image(server.host), RegistryAccess(), Silent()).digest
     path = server.blob(digest)
     path.write_bytes(path.read_bytes().replace(b"model.onnx", b"model.0nnx"))
     with pytest.raises((UnverifiedError, InputError, MachineError)):
-        pull(at_digest(server.host, digest), tmp_path / "back", lambda _: None, Access(), Silent())
+        pull(at_digest(server.host, digest), tmp_path / "back", lambda _: None, RegistryAccess(), Silent())
     assert not (tmp_path / "back").exists()
 
 
@@ -209,10 +209,10 @@ def test_a_damaged_layout_is_not_pushed(server: Server, layout: Path, tmp_path: 
     path = layout / "blobs" / "sha256" / layer.hex
     path.write_bytes(bytes(reversed(path.read_bytes())))
     with pytest.raises(UnverifiedError, match=r"model\.onnx"):
-        push(layout, image(server.host), Access(), Silent())
+        push(layout, image(server.host), RegistryAccess(), Silent())
     assert not server.blob(layer.digest).exists()
     with pytest.raises(InputError, match="does not have"):
-        pull(image(server.host), tmp_path / "back", lambda _: None, Access(), Silent())
+        pull(image(server.host), tmp_path / "back", lambda _: None, RegistryAccess(), Silent())
 
 
 class _Cutting(socketserver.BaseRequestHandler):
@@ -265,45 +265,45 @@ def cutting(host: str, after: int, cuts: int | None) -> Iterator[str]:
 
 
 def test_a_download_goes_on_where_it_broke_off(server: Server, layout: Path, signed: Path, tmp_path: Path) -> None:
-    digest = push(layout, image(server.host), Access(), Silent()).digest
+    digest = push(layout, image(server.host), RegistryAccess(), Silent()).digest
     with cutting(server.host, after=9000, cuts=4) as host:
-        pull(at_digest(host, digest), tmp_path / "back", lambda _: None, Access(), Silent())
+        pull(at_digest(host, digest), tmp_path / "back", lambda _: None, RegistryAccess(), Silent())
     assert tree(tmp_path / "back") == tree(signed)
     assert any(" 206 " in line for line in server.requests("GET"))
 
 
 def test_a_pull_that_failed_is_taken_up(server: Server, layout: Path, signed: Path, tmp_path: Path) -> None:
-    digest = push(layout, image(server.host), Access(), Silent()).digest
+    digest = push(layout, image(server.host), RegistryAccess(), Silent()).digest
     with cutting(server.host, after=120_000, cuts=None) as host, pytest.raises(MachineError, match="it goes on"):
-        pull(at_digest(host, digest), tmp_path / "back", lambda _: None, Access(), Silent())
+        pull(at_digest(host, digest), tmp_path / "back", lambda _: None, RegistryAccess(), Silent())
     assert not (tmp_path / "back").exists()
     kept = {path.name for path in (tmp_path / ".back.pulling").iterdir()} - {".parts"}
     assert kept
     before = len(server.requests("GET"))
     # Of another release, something that is not in this one.
     (tmp_path / ".back.pulling" / "left over").write_bytes(b"x")
-    pull(at_digest(server.host, digest), tmp_path / "back", lambda _: None, Access(), Silent())
+    pull(at_digest(server.host, digest), tmp_path / "back", lambda _: None, RegistryAccess(), Silent())
     assert tree(tmp_path / "back") == tree(signed)
     assert len(server.requests("GET")) - before <= len(tree(signed)) + 1 - len(kept & set(tree(signed)))
 
 
 def test_a_link_in_place_of_what_a_pull_left_is_refused(server: Server, layout: Path, tmp_path: Path) -> None:
-    push(layout, image(server.host), Access(), Silent())
+    push(layout, image(server.host), RegistryAccess(), Silent())
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / ".back.pulling").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(InputError, match="is a link"):
-        pull(image(server.host), tmp_path / "back", lambda _: None, Access(), Silent())
+        pull(image(server.host), tmp_path / "back", lambda _: None, RegistryAccess(), Silent())
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
 def test_what_does_not_verify_does_not_arrive(server: Server, layout: Path, tmp_path: Path, keys: Pair) -> None:
-    digest = push(layout, image(server.host), Access(), Silent()).digest
+    digest = push(layout, image(server.host), RegistryAccess(), Silent()).digest
 
     def check(bundle: Path) -> object:
         return verify(bundle, keys.public, newer_than=COUNTER)
 
     with pytest.raises(UnverifiedError, match="counter"):
-        pull(at_digest(server.host, digest), tmp_path / "back", check, Access(), Silent())
+        pull(at_digest(server.host, digest), tmp_path / "back", check, RegistryAccess(), Silent())
     assert not (tmp_path / "back").exists()
 
 
@@ -312,19 +312,19 @@ def test_passwords(layout: Path, tmp_path: Path) -> None:
     (tmp_path / "passwords").write_text(PASSWORDS + "\n")
     basic = f"auth:\n  htpasswd:\n    realm: models\n    path: {tmp_path / 'passwords'}\n"
     with serving(tmp_path / "registry", basic) as server:
-        for access in (Access(), Access("ministry", "falsch"), Access(token="x")):
+        for access in (RegistryAccess(), RegistryAccess("ministry", "falsch"), RegistryAccess(token="x")):
             with pytest.raises(InputError, match="does not let us"):
                 push(layout, image(server.host), access, Silent())
-        assert push(layout, image(server.host), Access("ministry", "geheim"), Silent()).sent
+        assert push(layout, image(server.host), RegistryAccess("ministry", "geheim"), Silent()).sent
         file = tmp_path / "config.json"
         auth = base64.b64encode(b"ministry:geheim").decode()
         file.write_text(json.dumps({"auths": {server.host: {"auth": auth}}}))
-        access = Access.given(server.host, None, file, plain_http=False)
+        access = RegistryAccess.given(server.host, None, file, plain_http=False)
         assert not push(layout, image(server.host), access, Silent()).sent
         assert "geheim" not in repr(access)
         file.write_text("[]")
         with pytest.raises(InputError, match=r"config\.json"):
-            Access.given(server.host, None, file, plain_http=False)
+            RegistryAccess.given(server.host, None, file, plain_http=False)
 
 
 def token_service(key: Pair, certificate: Path) -> type[BaseHTTPRequestHandler]:
@@ -379,11 +379,11 @@ def test_tokens(layout: Path, tmp_path: Path) -> None:
             f"    rootcertbundle: {certificate}\n"
         )
         with serving(tmp_path / "registry", bearer) as server:
-            named = Access("ministry", "geheim", token_hosts=frozenset({host}))
+            named = RegistryAccess("ministry", "geheim", token_hosts=frozenset({host}))
             digest = push(layout, image(server.host), named, Silent()).digest
             with pytest.raises(InputError, match=f"--token-host {host}"):
-                push(layout, image(server.host), Access("ministry", "geheim"), Silent())
-            for access in (Access(), Access("ministry", "falsch", token_hosts=named.token_hosts)):
+                push(layout, image(server.host), RegistryAccess("ministry", "geheim"), Silent())
+            for access in (RegistryAccess(), RegistryAccess("ministry", "falsch", token_hosts=named.token_hosts)):
                 with pytest.raises(InputError, match="does not let us"):
                     pull(at_digest(server.host, digest), tmp_path / "back", lambda _: None, access, Silent())
             pull(
@@ -403,16 +403,16 @@ def test_tls_with_an_authority_of_one_s_own(layout: Path, tmp_path: Path) -> Non
     openssl(*made, "-addext", "subjectAltName=IP:127.0.0.1")
     tls = f"  tls:\n    certificate: {certificate}\n    key: {key.private}\n"
     with serving(tmp_path / "registry", http=tls) as server:
-        assert push(layout, image(server.host), Access(authority=certificate), Silent()).sent
+        assert push(layout, image(server.host), RegistryAccess(authority=certificate), Silent()).sent
         other = tmp_path / "other.crt"
         made[-1] = other
         openssl(*made, "-addext", "subjectAltName=IP:127.0.0.1")
         with pytest.raises(MachineError, match="cannot be reached"):
-            push(layout, image(server.host), Access(authority=other), Silent())
+            push(layout, image(server.host), RegistryAccess(authority=other), Silent())
         with pytest.raises(InputError, match="certificates"):
-            push(layout, image(server.host), Access(authority=tmp_path / "nowhere"), Silent())
+            push(layout, image(server.host), RegistryAccess(authority=tmp_path / "nowhere"), Silent())
         with pytest.raises(InputError, match="certificates"):
-            push(layout, image(server.host), Access(authority=key.public), Silent())
+            push(layout, image(server.host), RegistryAccess(authority=key.public), Silent())
 
 
 def moving(status: int, location: str) -> type[BaseHTTPRequestHandler]:
@@ -431,17 +431,17 @@ def moving(status: int, location: str) -> type[BaseHTTPRequestHandler]:
 @pytest.mark.parametrize("location", ["http://192.0.2.1/x", "file:///etc/passwd", "ftp://192.0.2.1/"])
 def test_a_registry_cannot_send_us_where_nothing_is_encrypted(location: str, tmp_path: Path) -> None:
     with answering(moving(307, location)) as host, pytest.raises(MachineError, match="not encrypted"):
-        pull(image(host), tmp_path / "back", lambda _: None, Access(), Silent())
+        pull(image(host), tmp_path / "back", lambda _: None, RegistryAccess(), Silent())
 
 
 def test_a_registry_that_is_not_there(layout: Path, tmp_path: Path) -> None:
     host = f"127.0.0.1:{free_port()}"
     with pytest.raises(MachineError, match="cannot be reached"):
-        push(layout, image(host), Access(), Silent())
+        push(layout, image(host), RegistryAccess(), Silent())
     with pytest.raises(MachineError, match="cannot be reached"):
-        pull(image(host), tmp_path / "back", lambda _: None, Access(), Silent())
+        pull(image(host), tmp_path / "back", lambda _: None, RegistryAccess(), Silent())
     with answering(moving(307, "/again")) as host, pytest.raises(MachineError, match="307"):
-        pull(image(host), tmp_path / "back", lambda _: None, Access(), Silent())
+        pull(image(host), tmp_path / "back", lambda _: None, RegistryAccess(), Silent())
 
 
 @pytest.mark.parametrize(
@@ -460,7 +460,7 @@ def test_a_registry_that_is_not_there(layout: Path, tmp_path: Path) -> None:
 )
 def test_what_names_no_image(text: str) -> None:
     with pytest.raises(InputError, match="names no image"):
-        Reference.parse(text)
+        ImageReference.parse(text)
 
 
 @pytest.mark.parametrize(

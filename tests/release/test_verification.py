@@ -19,13 +19,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from signatures import COUNTER, SCRIPT, Authority, Judge, Pair, make_authority, pair, resign, sign_with, tree
 
+from glmexport.bundle.bundle import Bundle
 from glmexport.bundle.manifest import EVIDENCE, MANIFEST, is_evidence
 from glmexport.foundation.errors import EXIT_INPUT, EXIT_UNVERIFIED
 from glmexport.foundation.progress import Silent
 from glmexport.release import verifier
 from glmexport.release.keys import KeyFiles, open_signatory
 from glmexport.release.release import Release, read_release
-from glmexport.release.signing import sign
+from glmexport.workflows.sign import sign_bundle
 
 FILES = [
     "attestations/ml-bom.json",
@@ -320,7 +321,7 @@ def test_a_release_that_says_nothing_is_refused(
 
 def by_certificate(bundle: Path, authority: Authority, chain: tuple[Path, ...]) -> None:
     files = KeyFiles(authority.key, authority.certificate, chain)
-    sign(bundle, open_signatory(files), counter=8, golden=False, progress=Silent())
+    sign_bundle(Bundle.open(bundle), open_signatory(files), counter=8, golden=False, progress=Silent())
 
 
 def test_a_certificate_is_verified_by_its_root(
@@ -432,7 +433,7 @@ def test_a_legal_name_stays_inside(name: str) -> None:
         assert path != inside and path.is_relative_to(inside)
         assert path.relative_to(inside).as_posix() == name
     else:
-        with pytest.raises(verifier.Refused):
+        with pytest.raises(verifier.VerificationError):
             verifier.check_names([name], "x")
 
 
@@ -456,7 +457,7 @@ def test_a_release_that_the_script_takes_is_one(changes: dict[str, Any], bare: b
         signed = {"release.json": hashlib.sha256(content).hexdigest()}
         try:
             found = verifier.check_release(Path(directory), signed, None)
-        except verifier.Refused:
+        except verifier.VerificationError:
             assert changes or bare
         else:
             assert read_release(Path(directory)).counter == found.counter

@@ -14,17 +14,16 @@ import pytest
 from served import PATIENCE_S
 from test_turns import prompt_of
 
-from glmexport.bundle.manifest import read_manifest
-from glmexport.engine.generation import loop_facts
+from glmexport.bundle.bundle import Bundle
 from glmexport.engine.sampling import Sampling
 from glmexport.foundation.errors import BundleError
 from glmexport.serving.answer import Answer, End, Event, Failed, Order
-from glmexport.serving.app import Facts, Service
-from glmexport.serving.guard import Access, Guard
+from glmexport.serving.app import ServedBundle, Service
+from glmexport.serving.guard import AccessRules, Guard
 from glmexport.serving.guides import Guides
-from glmexport.serving.limits import Limits
+from glmexport.serving.limits import ServingLimits
 from glmexport.serving.metrics import Metrics
-from glmexport.serving.orders import Reader
+from glmexport.serving.orders import RequestReader
 from glmexport.serving.scheduler import Closed, Engine, EngineOptions, Full
 from glmexport.serving.text import AnswerText, Decoder
 from glmexport.tokenizer.tokenizer import Tokenizer
@@ -106,16 +105,16 @@ def test_what_cannot_be_loaded_is_told_to_who_waits(bundle: Path, tmp_path: Path
         waiting.submit("Hi!")
 
 
-def surface(waiting: Waiting, bundle: Path, limits: Limits) -> tuple[Guard, Service]:
+def surface(waiting: Waiting, bundle: Path, limits: ServingLimits) -> tuple[Guard, Service]:
     """What answers requests to the engine, without a socket."""
-    ends, context_length = loop_facts(bundle)
-    manifest = read_manifest(bundle)
-    facts = Facts(
-        "tiny", bundle.name, manifest.digest(), manifest.family, manifest.target.name, context_length, created=0
-    )
-    reader = Reader(waiting.tokenizer, ends, context_length, limits, guides=waiting.guides is not None, lenient=False)
+    opened = Bundle.open(bundle)
+    context = opened.context_length
+    family = opened.manifest.family
+    facts = ServedBundle("tiny", opened.name, opened.digest, family, opened.target.name, context, created=0)
+    guided = waiting.guides is not None
+    reader = RequestReader(waiting.tokenizer, opened.ends, context, limits, guides=guided, lenient=False)
     service = Service(facts, reader, waiting.engine, waiting.metrics, waiting.guides)
-    return Guard(service.application(), Access(), waiting.metrics), service
+    return Guard(service.application(), AccessRules(), waiting.metrics), service
 
 
 def client_of(guard: Guard) -> httpx.AsyncClient:
@@ -126,7 +125,7 @@ def client_of(guard: Guard) -> httpx.AsyncClient:
 def test_it_is_ready_when_the_model_is_there(bundle: Path) -> None:
     """And a request that comes before is answered, not refused."""
     waiting = Waiting(bundle)
-    guard, service = surface(waiting, bundle, Limits())
+    guard, service = surface(waiting, bundle, ServingLimits())
 
     async def ask() -> None:
         async with client_of(guard) as http:
@@ -139,7 +138,7 @@ def test_it_is_ready_when_the_model_is_there(bundle: Path) -> None:
             waiting.engine.start()
             assert (await early).status_code == 200
             ready = await http.get("/readyz")
-            assert (ready.status_code, ready.json()["digest"]) == (200, read_manifest(bundle).digest())
+            assert (ready.status_code, ready.json()["digest"]) == (200, Bundle.open(bundle).digest)
             service.draining = True
             draining = await http.get("/readyz")
             assert (draining.status_code, draining.json()["status"]) == (503, "draining")
@@ -150,7 +149,7 @@ def test_it_is_ready_when_the_model_is_there(bundle: Path) -> None:
 
 
 def test_a_body_that_does_not_come(bundle: Path) -> None:
-    guard, _ = surface(Waiting(bundle), bundle, Limits(body_s=0.1))
+    guard, _ = surface(Waiting(bundle), bundle, ServingLimits(body_s=0.1))
 
     async def never() -> AsyncIterator[bytes]:
         yield b"{"

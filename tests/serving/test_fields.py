@@ -17,16 +17,17 @@ from pydantic import ValidationError
 from served import PATIENCE_S
 from test_engine import Waiting, client_of, surface
 
+from glmexport.bundle.genai_config import GenaiConfig
 from glmexport.serving.failure import Refused
-from glmexport.serving.fields import IGNORED, NEUTRAL, ChatAsked, TextAsked, read_body
+from glmexport.serving.fields import IGNORED, NEUTRAL, ChatRequest, TextRequest, read_body
 from glmexport.serving.guard import Guard
 from glmexport.serving.guides import Guides
-from glmexport.serving.limits import Limits
-from glmexport.serving.orders import Reader
+from glmexport.serving.limits import ServingLimits
+from glmexport.serving.orders import RequestReader
 from glmexport.tokenizer.tokenizer import Tokenizer
 
-LIMITS = Limits()
-NAMES = sorted({*ChatAsked.model_fields, *TextAsked.model_fields, *NEUTRAL, *IGNORED})
+LIMITS = ServingLimits()
+NAMES = sorted({*ChatRequest.model_fields, *TextRequest.model_fields, *NEUTRAL, *IGNORED})
 WORDS = (
     "user", "assistant", "tool", "system", "role", "content", "text", "type", "function", "name", "arguments", "{}", "",
     "tool_calls", "json_object", "json_schema", "schema", "object", "auto", "required", "enable_thinking", "id",
@@ -77,8 +78,8 @@ plausible = st.fixed_dictionaries(
 
 
 @pytest.fixture(scope="module")
-def reader(bundle: Path) -> Reader:
-    return Reader(Tokenizer.open(bundle), frozenset({256}), 4096, LIMITS, guides=True, lenient=False)
+def reader(bundle: Path) -> RequestReader:
+    return RequestReader(Tokenizer.open(bundle), frozenset({256}), 4096, LIMITS, guides=True, lenient=False)
 
 
 def sent(body: Any) -> bytes:
@@ -88,9 +89,9 @@ def sent(body: Any) -> bytes:
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(body=bodies | plausible | anything)
-def test_a_conversation_or_a_refusal(reader: Reader, body: Any) -> None:
+def test_a_conversation_or_a_refusal(reader: RequestReader, body: Any) -> None:
     try:
-        order, grammar = reader.chat(read_body(sent(body), ChatAsked, LIMITS))
+        order, grammar = reader.chat(read_body(sent(body), ChatRequest, LIMITS))
     except Refused as refused:
         assert refused.status == 400 and json.dumps(refused.document)
         return
@@ -100,9 +101,9 @@ def test_a_conversation_or_a_refusal(reader: Reader, body: Any) -> None:
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(body=bodies | st.fixed_dictionaries({"prompt": anything | st.lists(st.integers(-2, 600), max_size=5)}))
-def test_a_text_or_a_refusal(reader: Reader, body: Any) -> None:
+def test_a_text_or_a_refusal(reader: RequestReader, body: Any) -> None:
     try:
-        order = reader.text(read_body(sent(body), TextAsked, LIMITS))
+        order = reader.text(read_body(sent(body), TextRequest, LIMITS))
     except Refused as refused:
         assert refused.status == 400 and json.dumps(refused.document)
         return
@@ -112,12 +113,12 @@ def test_a_text_or_a_refusal(reader: Reader, body: Any) -> None:
 @given(data=st.binary(max_size=60))
 def test_bytes_that_are_no_json(data: bytes) -> None:
     with pytest.raises(Refused):
-        read_body(data, TextAsked, LIMITS)
+        read_body(data, TextRequest, LIMITS)
 
 
 def test_brackets_in_texts_are_no_arrays() -> None:
     text = '[{"\\' * 40_000
-    assert read_body(sent({"prompt": text}), TextAsked, LIMITS).prompt == text
+    assert read_body(sent({"prompt": text}), TextRequest, LIMITS).prompt == text
 
 
 @pytest.mark.parametrize(
@@ -126,30 +127,30 @@ def test_brackets_in_texts_are_no_arrays() -> None:
 def test_texts_that_are_not_closed_are_looked_at_once(data: bytes) -> None:
     begun = time.process_time()
     with pytest.raises(Refused):
-        read_body(data, TextAsked, LIMITS)
+        read_body(data, TextRequest, LIMITS)
     assert time.process_time() - begun < 2
 
 
 def test_the_first_wrong_field_is_told_and_no_more_of_it_than_is_read() -> None:
     with pytest.raises(Refused) as raised:
-        read_body(sent({"prompt": "a", "x" * 100_000: 1}), TextAsked, LIMITS)
+        read_body(sent({"prompt": "a", "x" * 100_000: 1}), TextRequest, LIMITS)
     assert raised.value.code == "unknown_parameter" and len(json.dumps(raised.value.document)) < 2000
 
 
-def test_a_text_that_cannot_fit_is_not_encoded(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_text_that_cannot_fit_is_not_encoded(reader: RequestReader, monkeypatch: pytest.MonkeyPatch) -> None:
     longest = 4095 * max(len(text.encode()) for text in reader.tokenizer.special_tokens)
-    assert reader.text(TextAsked(prompt="a" * 4000)).prompt
+    assert reader.text(TextRequest(prompt="a" * 4000)).prompt
     monkeypatch.setattr(Tokenizer, "encode", lambda *_: pytest.fail("it was encoded"))
     with pytest.raises(Refused, match="context"):
-        reader.text(TextAsked(prompt="a" * (40 * longest)))
+        reader.text(TextRequest(prompt="a" * (40 * longest)))
 
 
 @pytest.fixture(scope="module")
 def answering(bundle: Path) -> Iterator[Guard]:
     """All of the server but its socket."""
-    guides = Guides(bundle)
+    guides = Guides(bundle, GenaiConfig.read(bundle))
     waiting = Waiting(bundle, guides)
-    guard, _ = surface(waiting, bundle, Limits(answer_tokens=3))
+    guard, _ = surface(waiting, bundle, ServingLimits(answer_tokens=3))
     waiting.engine.start()
     yield guard
     waiting.engine.close()
@@ -183,5 +184,5 @@ def test_an_answer_or_a_refusal(answering: Guard, body: Any, kind: str) -> None:
 )  # fmt: skip
 def test_no_more_than_one_error_is_made(changes: dict[str, Any]) -> None:
     with pytest.raises(Refused) as raised:
-        read_body(sent({"messages": [], **changes}), ChatAsked, LIMITS)
+        read_body(sent({"messages": [], **changes}), ChatRequest, LIMITS)
     assert isinstance(raised.value.__cause__, ValidationError) and raised.value.__cause__.error_count() == 1

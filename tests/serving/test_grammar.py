@@ -16,9 +16,9 @@ from glmexport.chat.grammar import (
     CallArguments,
     CallBegin,
     CallEnd,
+    CallFault,
     Content,
     Event,
-    Fault,
     Grammar,
     Reasoning,
     arguments_of,
@@ -105,7 +105,9 @@ def test_however_it_is_split(text: str, cuts: list[int], thinking: bool | None, 
 def test_calls_and_faults_are_those_of_the_strict_parser(text: str, thinking: bool | None) -> None:
     events, strict = read([text], thinking), parse(text, TOOLS)
     assert called(events) == [(call.name, json.loads(arguments_of(call))) for call in strict.calls]
-    assert [event.reason for event in events if isinstance(event, Fault)] == [fault.reason for fault in strict.faults]
+    assert [event.reason for event in events if isinstance(event, CallFault)] == [
+        fault.reason for fault in strict.faults
+    ]
 
 
 @given(text=texts)
@@ -164,7 +166,7 @@ def test_values_by_the_schema_of_the_tool() -> None:
     events = read(list(f"<tool_call>get_weather{pairs}\n</tool_call>"))
     wanted = {"city": values["city"], "days": 3, "where": {"a": "<b>"}, "exact": None}
     assert called(events) == [("get_weather", wanted)]
-    assert not any(isinstance(event, Fault) for event in events)
+    assert not any(isinstance(event, CallFault) for event in events)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +180,7 @@ def test_values_by_the_schema_of_the_tool() -> None:
 )  # fmt: skip
 def test_a_broken_call_is_text_or_repaired(broken: str, reason: str) -> None:
     strict = read(list(broken))
-    assert strict[0] == Fault(strict[0].reason) and reason in strict[0].reason
+    assert strict[0] == CallFault(strict[0].reason) and reason in strict[0].reason
     assert strict[1:] == [Content(broken)]
     lenient = read(list(broken), lenient=True)
     assert called(lenient) == [("get_weather", {"city": "Bern"})]
@@ -223,7 +225,7 @@ def test_what_cannot_be_repaired_is_text_too() -> None:
 
 def test_an_unclosed_call_ends_where_the_next_begins() -> None:
     events = read([f"<tool_call>get_weather<tool_call>get_weather{CITY}</tool_call>"])
-    assert events[:2] == [Fault("A call is not closed."), Content("<tool_call>get_weather")]
+    assert events[:2] == [CallFault("A call is not closed."), Content("<tool_call>get_weather")]
     assert called(events) == [("get_weather", {"city": "Bern"})]
 
 

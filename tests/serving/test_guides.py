@@ -15,6 +15,7 @@ import pytest
 from served import PATIENCE_S, Served, start
 
 import glmexport.serving.guides
+from glmexport.bundle.genai_config import GenaiConfig
 from glmexport.engine.sampling import Sampling
 from glmexport.foundation.errors import InputError, MachineError
 from glmexport.serving.failure import Refused
@@ -184,7 +185,7 @@ def _sent(server: Served, body: dict[str, Any]) -> None:
 
 @pytest.fixture
 def guides(bundle: Path) -> Iterator[Guides]:
-    made = Guides(bundle)
+    made = Guides(bundle, GenaiConfig.read(bundle))
     yield made
     made.close()
 

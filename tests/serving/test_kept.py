@@ -10,7 +10,7 @@ from glmexport.engine.computed import Computed, Model
 from glmexport.engine.kept import Kept
 from glmexport.engine.sampling import Sampling
 from glmexport.serving.answer import Answer, End, FreeTurns, Order
-from glmexport.serving.text import AnswerText, Decoder, Part, Token
+from glmexport.serving.text import AnswerText, Decoder, TextPart, Token
 from glmexport.tokenizer.tokenizer import Tokenizer
 
 RANDOM = np.random.default_rng(0)
@@ -22,12 +22,12 @@ def answered(
 ) -> tuple[list[Token], Computed]:
     """Tokens with the likelihoods of all, and the sequence behind them."""
     order = Order(tuple(prompt), 12, Sampling(0), top=512)
-    text, told = AnswerText(Decoder(Tokenizer.open(directory)), ()), list[Part | End]()
+    text, told = AnswerText(Decoder(Tokenizer.open(directory)), ()), list[TextPart | End]()
     answer = Answer(order, text, told.append, lambda _: None)  # type: ignore[arg-type]
     turns = FreeTurns(answer, sequence or model.begin(len(prompt) + 12), model.chunk)
     while turns.turn() is None:
         pass
-    return [token for part in told if isinstance(part, Part) for token in part.tokens], turns.sequence
+    return [token for part in told if isinstance(part, TextPart) for token in part.tokens], turns.sequence
 
 
 def test_an_answer_is_the_same_to_the_bit(model: Model, directory: Path) -> None:

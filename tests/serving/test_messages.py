@@ -8,17 +8,17 @@ from typing import Any
 import pytest
 
 from glmexport.serving.failure import Refused
-from glmexport.serving.fields import ChatAsked
-from glmexport.serving.limits import Limits
+from glmexport.serving.fields import ChatRequest
+from glmexport.serving.limits import ServingLimits
 from glmexport.serving.messages import template_messages
-from glmexport.serving.orders import Reader
+from glmexport.serving.orders import RequestReader
 from glmexport.tokenizer.tokenizer import Tokenizer
 
 USER = {"role": "user", "content": "Hi!"}
 
 
 def read(message: dict[str, Any]) -> dict[str, Any]:
-    return template_messages([message], Limits())[0]
+    return template_messages([message], ServingLimits())[0]
 
 
 def call(**function: Any) -> dict[str, Any]:
@@ -79,24 +79,24 @@ def test_content_that_is_null() -> None:
 
 
 @pytest.fixture
-def reader(tmp_path: Path, bundle: Path) -> Reader:
+def reader(tmp_path: Path, bundle: Path) -> RequestReader:
     for path in Tokenizer.open(bundle).files:
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "chat_template.jinja").write_text(
         "{% for m in messages %}{{ m.content }}{{ m.reasoning_content if not clear_thinking }}{% endfor %}"
     )
-    return Reader(Tokenizer.open(tmp_path), frozenset(), 4096, Limits(), guides=True, lenient=False)
+    return RequestReader(Tokenizer.open(tmp_path), frozenset(), 4096, ServingLimits(), guides=True, lenient=False)
 
 
 @pytest.mark.parametrize(
     "given", [{"clear_thinking": True}, {"chat_template_kwargs": {"clear_thinking": True}}], ids=str
 )
 @pytest.mark.parametrize("name", ["reasoning", "reasoning_content"])
-def test_templates_read_whether_to_clear_reasoning(reader: Reader, given: dict[str, Any], name: str) -> None:
+def test_templates_read_whether_to_clear_reasoning(reader: RequestReader, given: dict[str, Any], name: str) -> None:
     messages = [{"role": "assistant", "content": "a", name: "Hm."}, USER]
 
     def prompt(**settings: Any) -> str:
-        order, _ = reader.chat(ChatAsked.model_validate({"messages": messages, **settings}))
+        order, _ = reader.chat(ChatRequest.model_validate({"messages": messages, **settings}))
         return reader.tokenizer.decode(order.prompt)
 
     kept = {key: False if value is True else {"clear_thinking": False} for key, value in given.items()}
@@ -110,7 +110,7 @@ def test_no_field_of_a_request_writes_a_control_token(bundle: Path, name: str) -
     """They are as many, and the same, whatever is said."""
     tokenizer = Tokenizer.open(bundle)
     known = {*tokenizer.control_tokens.values()}
-    reader = Reader(tokenizer, frozenset(), 4096, Limits(), guides=True, lenient=False)
+    reader = RequestReader(tokenizer, frozenset(), 4096, ServingLimits(), guides=True, lenient=False)
 
     def control(said: str) -> list[int]:
         # A name that a call cannot carry is refused before.
@@ -127,7 +127,7 @@ def test_no_field_of_a_request_writes_a_control_token(bundle: Path, name: str) -
         ]
         choice = {"type": "function", "function": {"name": "f"}}
         asked = {"messages": messages, "tools": [tool], "tool_choice": choice, "max_tokens": 1}
-        order, _ = reader.chat(ChatAsked.model_validate(asked))
+        order, _ = reader.chat(ChatRequest.model_validate(asked))
         return [token for token in order.prompt if token in known]
 
     assert control(name) == control("harmless")

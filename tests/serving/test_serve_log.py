@@ -17,7 +17,7 @@ import pytest
 from served import PATIENCE_S, start
 from test_engine import Waiting, client_of, surface
 
-from glmexport.serving.limits import Limits
+from glmexport.serving.limits import ServingLimits
 from glmexport.serving.log import described, logged_to, on_loop_failure
 
 MARK = "Geheimnis-4711"
@@ -68,7 +68,7 @@ def test_an_error_is_logged_by_kind_place_and_request(
     bundle: Path, log: io.StringIO, monkeypatch: pytest.MonkeyPatch, place: str, stream: bool
 ) -> None:
     waiting = Waiting(bundle)
-    guard, _ = surface(waiting, bundle, Limits())
+    guard, _ = surface(waiting, bundle, ServingLimits())
     waiting.engine.start()
     assert waiting.loaded.wait(PATIENCE_S)
     monkeypatch.setattr(place, fails)

@@ -11,7 +11,7 @@ from glmexport.engine.computed import Model
 from glmexport.engine.generation import GenerationSession
 from glmexport.engine.sampling import Sampling
 from glmexport.serving.answer import Answer, End, Event, FreeTurns, Order
-from glmexport.serving.text import AnswerText, Decoder, Part, Token
+from glmexport.serving.text import AnswerText, Decoder, TextPart, Token
 from glmexport.tokenizer.tokenizer import Tokenizer
 
 
@@ -37,7 +37,7 @@ def all_of(model: Model, tokenizer: Tokenizer, order: Order, guesses: int = 0) -
         pass
     turns.answer.end(reason)
     assert isinstance(told[-1], End) and told[-1].tokens == len(turns.answer.tokens)
-    return [token for part in told if isinstance(part, Part) for token in part.tokens], turns
+    return [token for part in told if isinstance(part, TextPart) for token in part.tokens], turns
 
 
 @pytest.mark.parametrize("text", ["Hi!", "Hello", "Endless~", "x" * 700])

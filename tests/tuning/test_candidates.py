@@ -10,13 +10,14 @@ import pytest
 from models import FAMILY, write_checkpoint
 
 from glmexport.architecture.description import Architecture
-from glmexport.foundation.evidence import Settings
+from glmexport.foundation.evidence import CandidateSettings
 from glmexport.foundation.progress import Silent
 from glmexport.foundation.recipe import open_recipe
 from glmexport.foundation.target import Provider, Target, open_target
 from glmexport.tuning.candidates import (
     SPINNING,
     Numerics,
+    WantedValues,
     axes_of,
     candidates,
     identity,
@@ -25,7 +26,7 @@ from glmexport.tuning.candidates import (
     start_settings,
     with_settings,
 )
-from glmexport.workflows.job import Original
+from glmexport.workflows.original import Original
 
 RECIPES = {name: open_recipe(name) for name in ("w4g32", "w4g128")}
 #: A setting that is not tried by default.
@@ -49,7 +50,7 @@ def described(directory: Path, family: str = "glm4", **changes: Any) -> Architec
 
 def test_every_combination_once_and_the_start_first(target: Target, architecture: Architecture) -> None:
     start = start_settings(target, "w4g32", 4)
-    assert start == Settings(recipe="w4g32", accuracy_level=4, packed_qkv=True, threads=4)
+    assert start == CandidateSettings(recipe="w4g32", accuracy_level=4, packed_qkv=True, threads=4)
     axes = axes_of(target, architecture, RECIPES, start, 4)
     every = candidates(start, axes)
     assert every[0] == start
@@ -65,7 +66,7 @@ def test_every_combination_once_and_the_start_first(target: Target, architecture
 def test_caches_are_quantized_where_they_can_be(target: Target, architecture: Architecture, tmp_path: Path) -> None:
     def caches(target: Target, architecture: Architecture, recipe: str = "w4g32", **given: Any) -> tuple[str, ...]:
         start = start_settings(target, recipe, 1)
-        return axes_of(target, architecture, {recipe: open_recipe(recipe)}, start, 1, **given).kv_caches
+        return axes_of(target, architecture, {recipe: open_recipe(recipe)}, start, 1, WantedValues(**given)).kv_caches
 
     assert caches(target, architecture) == ("activations", "int8")
     assert caches(target, architecture, kv_caches=("int4",)) == ("activations", "int4")
@@ -85,9 +86,7 @@ def test_what_is_given_is_tried(target: Target, architecture: Architecture) -> N
         {"w4g32": RECIPES["w4g32"]},
         start,
         2,
-        threads=(7,),
-        session={ENTRY: ("4", "8")},
-        provider=options,
+        WantedValues(threads=(7,), session={ENTRY: ("4", "8")}, provider=options),
     )
     every = candidates(start, axes)
     assert {each.threads for each in every} == {2, 7}
@@ -116,7 +115,7 @@ def test_only_what_the_target_can(target: Target, architecture: Architecture) ->
 
 
 def test_a_target_takes_on_a_candidate(target: Target) -> None:
-    settings = Settings(
+    settings = CandidateSettings(
         recipe="w4g128", accuracy_level=0, packed_qkv=False, threads=3, session={SPINNING: "0"}, provider={"a": "b"}
     )
     tuned = with_settings(target, settings)
@@ -129,12 +128,12 @@ def test_a_target_takes_on_a_candidate(target: Target) -> None:
 
 
 def test_settings_are_equal_whatever_their_order() -> None:
-    base = Settings(recipe="w4g32", accuracy_level=4, packed_qkv=True, threads=1)
+    base = CandidateSettings(recipe="w4g32", accuracy_level=4, packed_qkv=True, threads=1)
     one, other = ({"a": "1", "b": "2"}, {"b": "2", "a": "1"})
     assert identity(base.model_copy(update={"session": one})) == identity(base.model_copy(update={"session": other}))
     assert identity(base) != identity(base.model_copy(update={"threads": 2}))
 
 
 def test_a_label() -> None:
-    settings = Settings(recipe="w4g32", accuracy_level=4, packed_qkv=True, threads=1, session={SPINNING: "0"})
+    settings = CandidateSettings(recipe="w4g32", accuracy_level=4, packed_qkv=True, threads=1, session={SPINNING: "0"})
     assert label(settings) == "w4g32, int8, fused QKV, 1 thread, allow_spinning=0"

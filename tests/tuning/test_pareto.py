@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glmexport.foundation.evidence import Deviation, Divergences, Gain, Gains, Settings
+from glmexport.foundation.evidence import CandidateSettings, Deviation, Divergences, Gain, Gains
 from glmexport.tuning.candidates import Numerics
 from glmexport.tuning.pareto import Timed, better_half, contenders, front, pick, too_divergent
 
@@ -24,7 +24,7 @@ def divergences(
 
 def timed(recipe: str, ratio: float, kl: float, *, spread: float = 0.01, threads: int = 1, level: int = 4) -> Timed:
     gain = Gain(ratio=ratio, lower=ratio - spread, upper=ratio + spread)
-    settings = Settings.model_validate(
+    settings = CandidateSettings.model_validate(
         {"recipe": recipe, "accuracy_level": level, "packed_qkv": True, "threads": threads}
     )
     gains = Gains(decode=gain, decode_long=gain, prefill=gain, preferred=gain, rounds=6)

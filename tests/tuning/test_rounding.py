@@ -14,7 +14,7 @@ from glmexport.formats.quantized_linear import QuantizedLinear
 from glmexport.foundation.progress import Silent
 from glmexport.foundation.recipe import STORED, open_recipe
 from glmexport.tuning.rounding import RoundedWeights
-from glmexport.workflows.job import Original
+from glmexport.workflows.original import Original
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
 

@@ -9,7 +9,7 @@ from typing import Any, Self
 import pytest
 
 from glmexport.foundation.errors import MachineError
-from glmexport.foundation.evidence import Deviation, Divergences, Settings
+from glmexport.foundation.evidence import CandidateSettings, Deviation, Divergences
 from glmexport.foundation.progress import Silent
 from glmexport.quantization.store import WorkDirectory
 from glmexport.tuning.candidates import Numerics, identity
@@ -19,8 +19,8 @@ from glmexport.tuning.search import Search
 KL = {"w4g32": 0.005, "w4g128": 0.007}
 
 
-def settings(recipe: str = "w4g32", threads: int = 2, level: int = 4) -> Settings:
-    return Settings.model_validate(
+def settings(recipe: str = "w4g32", threads: int = 2, level: int = 4) -> CandidateSettings:
+    return CandidateSettings.model_validate(
         {"recipe": recipe, "accuracy_level": level, "packed_qkv": True, "threads": threads}
     )
 
@@ -31,18 +31,18 @@ START = settings()
 class Model:
     """The machine: seconds a setting, and how often each was loaded."""
 
-    def __init__(self, seconds: Callable[[Settings, int], float]) -> None:
+    def __init__(self, seconds: Callable[[CandidateSettings, int], float]) -> None:
         self.seconds = seconds
-        self.loaded: list[Settings] = []
+        self.loaded: list[CandidateSettings] = []
         self.turns = 0
 
-    def load(self, wanted: Settings) -> Any:
+    def load(self, wanted: CandidateSettings) -> Any:
         self.loaded.append(wanted)
         return Loaded(self, wanted)
 
 
 class Loaded:
-    def __init__(self, model: Model, wanted: Settings) -> None:
+    def __init__(self, model: Model, wanted: CandidateSettings) -> None:
         self.model, self.wanted = model, wanted
 
     def __enter__(self) -> Self:
@@ -83,7 +83,7 @@ EVERY = [
 ]
 
 
-def plain(wanted: Settings, turn: int) -> float:
+def plain(wanted: CandidateSettings, turn: int) -> float:
     return (8 if wanted.accuracy_level == 0 else 1) * (0.8 if wanted.recipe == "w4g128" else 1) / wanted.threads
 
 
@@ -113,7 +113,7 @@ def test_nothing_is_faster(tmp_path: Path) -> None:
 def test_a_lucky_one_is_not_confirmed(tmp_path: Path) -> None:
     lucky = settings("w4g128", 4)
 
-    def seconds(wanted: Settings, turn: int) -> float:
+    def seconds(wanted: CandidateSettings, turn: int) -> float:
         return 0.9 if wanted == lucky and model.loaded.count(lucky) < 4 else 1.0
 
     model = Model(seconds)
@@ -132,7 +132,7 @@ def test_without_a_legal_start_a_slower_one_is_taken(tmp_path: Path) -> None:
 
 def test_what_does_not_run_here_ends_nothing(tmp_path: Path) -> None:
     class Partly(Model):
-        def load(self, wanted: Settings) -> Any:
+        def load(self, wanted: CandidateSettings) -> Any:
             if wanted.threads == 4:
                 raise MachineError("No such kernel.", next_step="None.")
             return super().load(wanted)
@@ -147,7 +147,7 @@ def test_what_does_not_run_here_ends_nothing(tmp_path: Path) -> None:
 
 def test_a_start_that_does_not_run_is_an_error(tmp_path: Path) -> None:
     class Broken(Model):
-        def load(self, wanted: Settings) -> Any:
+        def load(self, wanted: CandidateSettings) -> Any:
             raise MachineError("No such kernel.", next_step="None.")
 
     with pytest.raises(MachineError):
@@ -155,7 +155,7 @@ def test_a_start_that_does_not_run_is_an_error(tmp_path: Path) -> None:
 
 
 def test_finished_measurements_are_taken_again(tmp_path: Path) -> None:
-    def stopping(wanted: Settings, turn: int) -> float:
+    def stopping(wanted: CandidateSettings, turn: int) -> float:
         if turn > 60:
             raise KeyboardInterrupt
         return plain(wanted, turn)

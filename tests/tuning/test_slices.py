@@ -11,15 +11,15 @@ from models import MIXTURE, write_checkpoint
 from glmexport.bundle.manifest import Source
 from glmexport.bundle.names import GENAI_CONFIG
 from glmexport.engine.generation import GenerationSession
-from glmexport.foundation.evidence import Settings
+from glmexport.foundation.evidence import CandidateSettings
 from glmexport.foundation.progress import Silent
 from glmexport.foundation.recipe import open_recipe
 from glmexport.foundation.target import open_target
 from glmexport.reference.reference import Reference
 from glmexport.tuning.slices import SliceBundles, slices_of, weights_of
-from glmexport.workflows.job import Original
+from glmexport.workflows.original import Original
 
-SETTINGS = Settings(recipe="w4g32", accuracy_level=4, packed_qkv=True, threads=1)
+SETTINGS = CandidateSettings(recipe="w4g32", accuracy_level=4, packed_qkv=True, threads=1)
 
 
 @pytest.fixture(scope="module")

@@ -6,17 +6,26 @@ import math
 import tomllib
 from pathlib import Path
 
-from glmexport.foundation.evidence import Deviation, Divergences, Evidence, Gain, Gains, Settings, Tried
+from glmexport.foundation.evidence import (
+    CandidateSettings,
+    Deviation,
+    Divergences,
+    Evidence,
+    Gain,
+    Gains,
+    TriedCandidate,
+)
 from glmexport.foundation.target import open_target
-from glmexport.tuning.assemble import Measured, tried, tuned_target, verdict_of
+from glmexport.tuning.assemble import tried, tuned_target, verdict_of
 from glmexport.tuning.candidates import Numerics, identity
 from glmexport.tuning.pareto import Timed
+from glmexport.tuning.plan import Measured
 from glmexport.tuning.search import Fate
 from glmexport.tuning.write import target_toml, write_target
 
-START = Settings(recipe="w4g32", accuracy_level=4, packed_qkv=True, threads=2)
+START = CandidateSettings(recipe="w4g32", accuracy_level=4, packed_qkv=True, threads=2)
 ENTRIES = {"session.dynamic_block_base": "4"}
-CHOSEN = Settings(recipe="w4g128", accuracy_level=4, packed_qkv=False, threads=1, session=ENTRIES)
+CHOSEN = CandidateSettings(recipe="w4g128", accuracy_level=4, packed_qkv=False, threads=1, session=ENTRIES)
 GAIN = Gain(ratio=1.5, lower=1.25, upper=1.75)
 GAINS = Gains(decode=GAIN, decode_long=Gain(ratio=1.0), prefill=GAIN, preferred=GAIN, rounds=6)
 KNOWN = Deviation(mean=0.01, upper=0.02, worst=0.03, language="zh")
@@ -27,7 +36,7 @@ DIVERGENCES = {
 }
 
 
-def evidence(*candidates: Tried, verdict: str = "Faster.") -> Evidence:
+def evidence(*candidates: TriedCandidate, verdict: str = "Faster.") -> Evidence:
     return Evidence(
         verdict=verdict,
         confirmed=GAINS,
@@ -70,7 +79,7 @@ def test_there_and_back(tmp_path: Path) -> None:
 
 
 def test_no_number_is_no_json_either() -> None:
-    row = Tried(settings=START, outcome="start", reason="", divergence=DIVERGENCES[Numerics("w4g32", 4)])
+    row = TriedCandidate(settings=START, outcome="start", reason="", divergence=DIVERGENCES[Numerics("w4g32", 4)])
     text = evidence(row).model_dump_json()
     assert '"NaN"' in text and '"Infinity"' in text
     assert Evidence.model_validate_json(text).model_dump_json() == text

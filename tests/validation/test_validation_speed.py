@@ -64,7 +64,7 @@ def test_both_runtimes_take_turns(sample: Sample, monkeypatch: pytest.MonkeyPatc
 def test_rounds_go_on_for_the_time_that_is_given() -> None:
     def rounds(seconds: float, each: float) -> int:
         taken = 0
-        while speed._goes_on(taken, taken * each, seconds):
+        while speed.goes_on(taken, taken * each, seconds):
             taken += 1
         return taken
 

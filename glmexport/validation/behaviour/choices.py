@@ -14,7 +14,7 @@ from glmexport.validation.texts import EvaluationText
 
 
 def choice_texts(tasks: Sequence[Task], tokenizer: Tokenizer) -> list[EvaluationText]:
-    """Prompt and choice of every task with choices, in order; the choice is encoded by itself."""
+    """Return prompt and choice of every task with choices, in order; the choice is encoded by itself."""
     texts = []
     for task in tasks:
         if task.choices is not None:
@@ -28,7 +28,10 @@ def choice_texts(tasks: Sequence[Task], tokenizer: Tokenizer) -> list[Evaluation
 def choice_scores(
     tasks: Sequence[Task], texts: Sequence[EvaluationText], logits: Callable[[int], Tensor]
 ) -> Mapping[str, float]:
-    """Score of each of ``tasks`` by id; ``logits(index)`` [positions, vocabulary] predict the choice of a text."""
+    """Return the score of each of ``tasks`` by id.
+
+    ``logits(index)`` [positions, vocabulary] predict the choice of a text.
+    """
     likely = []
     for index, text in enumerate(texts):
         log_p = logits(index).double().log_softmax(-1)

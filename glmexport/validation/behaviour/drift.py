@@ -1,4 +1,4 @@
-"""Whether a bundle answers in another language than it was asked in, and than the original answered in.
+"""Detection of an answer in another language than it was asked in, and than the original answered in.
 
 The languages are py3langid's: a naive Bayes model over byte sequences, shipped with the library and read from the disk.
 A test asks it about the shipped evaluation text, in 21 languages.
@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from py3langid.langid import LanguageIdentifier
 
-#: With fewer bytes of letters in UTF-8 no language is told: about 60 letters of Latin script, 20 Chinese characters.
+#: Bytes of letters in UTF-8 below which no language is told: about 60 letters of Latin script, 20 Chinese characters.
 LEAST_BYTES = 60
-#: Nor below this share of probability.
+#: Share of probability below which no language is told.
 LEAST_SHARE = 0.5
 
 #: Languages of which texts are taken for each other too often, or that have several tags; they count as the first.
@@ -41,7 +41,7 @@ _LETTERLESS = re.compile(r"[\W\d_]+")
 
 
 @dataclass(frozen=True)
-class Guess:
+class LanguageGuess:
     """A language by its BCP-47 primary tag, and the share of probability that it has, 0.5 to 1."""
 
     tag: str
@@ -49,13 +49,13 @@ class Guess:
 
 
 def primary(tag: str) -> str:
-    """The language that a BCP-47 tag counts as: ``zh-Hant`` as ``zh``, ``nb`` as ``no``, ``ms`` as ``id``."""
+    """Return the language that a BCP-47 tag counts as: ``zh-Hant`` as ``zh``, ``nb`` as ``no``, ``ms`` as ``id``."""
     first = tag.replace("_", "-").partition("-")[0].lower()
     return _FIRST.get(first, first)
 
 
-def language(text: str) -> Guess | None:
-    """The language that most of ``text`` is in; None where there is too little of it to tell."""
+def language(text: str) -> LanguageGuess | None:
+    """Return the language that most of ``text`` is in; None where there is too little of it to tell."""
     prose = _CODE.sub(" ", text)
     if len(_LETTERLESS.sub("", prose).encode("utf-8", "surrogatepass")) < LEAST_BYTES:
         return None
@@ -65,16 +65,16 @@ def language(text: str) -> Guess | None:
     tag = max(shares, key=shares.__getitem__)
     if tag == _NO_LANGUAGE or shares[tag] < LEAST_SHARE:
         return None
-    return Guess(tag, min(shares[tag], 1.0))
+    return LanguageGuess(tag, min(shares[tag], 1.0))
 
 
 def knows(tag: str) -> bool:
-    """Whether texts in the language of a BCP-47 tag can be recognized."""
+    """Return whether texts in the language of a BCP-47 tag can be recognized."""
     return primary(tag) in {primary(label) for label in _identifier().labels if label != _NO_LANGUAGE}
 
 
-def drifted(prompt_language: str | None, original: Guess | None, bundle: Guess | None) -> bool | None:
-    """Whether the bundle wrote in another language than both what was asked for and what the original wrote.
+def drifted(prompt_language: str | None, original: LanguageGuess | None, bundle: LanguageGuess | None) -> bool | None:
+    """Return whether the bundle wrote in another language than both what was asked for and what the original wrote.
 
     Args:
         prompt_language: BCP-47 tag of what was asked for. Where it is None, or unknown to the library, the guesses for

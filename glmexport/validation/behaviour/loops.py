@@ -1,4 +1,4 @@
-"""Whether a generated text ends in a loop: one block of tokens, over and over."""
+"""Detection of a generated text that ends in a loop: one block of tokens, over and over."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import numpy as np
 
 #: The longest block that is looked for, in tokens.
 LONGEST_PERIOD = 64
-#: How often it must be there: three times is what a refrain or a list of alike lines has too.
+#: Least number of repeats: three times is what a refrain or a list of alike lines has too.
 LEAST_REPEATS = 4
-#: And how much of it, in tokens: a rule of dashes or a row of zeros is shorter.
+#: Least length of a loop in tokens: a rule of dashes or a row of zeros is shorter.
 LEAST_TOKENS = 24
 
 
 @dataclass(frozen=True)
 class Loop:
-    """The last tokens, from ``start`` on, repeat those ``period`` before them, ``repeats`` whole blocks of them."""
+    """A repetition of ``repeats`` whole blocks: the tokens from ``start`` on repeat those ``period`` before them."""
 
     period: int
     repeats: int
@@ -25,7 +25,9 @@ class Loop:
 
 
 def loop(tokens: Sequence[int]) -> Loop | None:
-    """The loop of the shortest period that the text ends in, wherever in its block it was cut; None if there is none.
+    """Return the loop of the shortest period that the text ends in, wherever in its block it was cut.
+
+    The result is None if there is none.
 
     Takes time in proportion to the number of tokens times ``LONGEST_PERIOD``.
     """

@@ -1,4 +1,4 @@
-"""From questions and the answers of both models to what is told of them."""
+"""Figures of behaviour, made of the questions and the answers of both models."""
 
 from __future__ import annotations
 
@@ -27,21 +27,22 @@ _PROMPT_TOKENS = 40
 
 
 @dataclass(frozen=True)
-class Judged:
+class JudgedAnswer:
     """One question with the answers of both, and what each is worth."""
 
     question: Question
     original: list[int]
     bundle: list[int]
     texts: tuple[str, str]
-    #: Of the answers; None where nothing is expected.
+    #: Scores of the answers; None where nothing is expected.
     scores: tuple[float, float] | None
-    #: None: it cannot be told, or the original's own is not in the language that was asked for.
+    #: Whether the language drifted. None: it cannot be told, or the original's own is not in the language that was
+    #: asked for.
     drifted: bool | None
 
     @property
     def prefix(self) -> int:
-        """Tokens up to the first difference."""
+        """The number of tokens up to the first difference."""
         pairs = zip(self.original, self.bundle, strict=False)
         shorter = min(len(self.original), len(self.bundle))
         return next((place for place, (a, b) in enumerate(pairs) if a != b), shorter)
@@ -54,24 +55,24 @@ class Answers:
     original: Sequence[list[int]]
     bundle: Sequence[list[int]]
     ends: Collection[int]
-    #: Passes through the original.
+    #: Number of passes through the original.
     passes: int
-    #: Of the bundle by question's id, ``batch`` at a time.
+    #: The bundle's answers by question's id, ``batch`` at a time.
     together: Mapping[str, list[int]] = field(default_factory=dict)
     batch: int = 0
 
     def ended(self, tokens: list[int]) -> bool:
-        """Whether an answer comes to an end."""
+        """Return whether an answer comes to an end."""
         return bool(tokens) and tokens[-1] in self.ends
 
     def text(self, question: Question, tokens: list[int], tokenizer: Tokenizer) -> str:
-        """Of an answer, without its end token; with the special tokens that tool calls may be written in."""
+        """Return the text of an answer without its end token, but with the special tokens of tool calls."""
         kept = tokens[:-1] if self.ended(tokens) else tokens
         return question.lead + tokenizer.decode(kept, skip_special=question.kind != "tools")
 
 
 def bundle_answers(session: GenerationSession, questions: Sequence[Question], progress: Progress) -> list[list[int]]:
-    """One at a time, with the end token, if it comes."""
+    """Yield the bundle's answers one at a time, with the end token, if it comes."""
     answers = []
     with progress.track("Bundle's answers", len(questions)) as track:
         for question in questions:
@@ -83,7 +84,10 @@ def bundle_answers(session: GenerationSession, questions: Sequence[Question], pr
 def answers_together(
     session: GenerationSession, questions: Sequence[Question], batch: int, progress: Progress
 ) -> dict[str, list[int]]:
-    """Answers by question's id with ``batch`` of them at a time, of one length each; the last ones beside copies."""
+    """Return answers by question's id with ``batch`` of them at a time, of one length each.
+
+    The last ones are computed beside copies.
+    """
 
     def shape(question: Question) -> tuple[int, int]:
         return len(question.ids), question.max_tokens
@@ -118,7 +122,7 @@ def judge(
         for question, theirs, ours in zip(questions, answers.original, answers.bundle, strict=True)
     ]
 
-    def compare(chosen: Sequence[Judged], before: Sequence[float], after: Sequence[float]) -> Paired:
+    def compare(chosen: Sequence[JudgedAnswer], before: Sequence[float], after: Sequence[float]) -> Paired:
         return paired(before, after, ids=[each.question.id for each in chosen])
 
     told = [each for each in judged if each.drifted is not None]
@@ -168,14 +172,14 @@ def judge(
 
 def _judged(
     question: Question, theirs: list[int], ours: list[int], answers: Answers, tokenizer: Tokenizer, task: Task | None
-) -> Judged:
+) -> JudgedAnswer:
     before, after = (answers.text(question, tokens, tokenizer) for tokens in (theirs, ours))
     scores = None
     if task:
         scores = score(task, before), score(task, after)
     elif question.expected is not None:
         scores = chrf(before, [question.expected]), chrf(after, [question.expected])
-    return Judged(question, theirs, ours, (before, after), scores, _moved(question, before, after))
+    return JudgedAnswer(question, theirs, ours, (before, after), scores, _moved(question, before, after))
 
 
 def _moved(question: Question, before: str, after: str) -> bool | None:
@@ -212,7 +216,7 @@ def _called(text: str) -> bool:
     return bool(parsed.calls) and not parsed.faults
 
 
-def _length_ratio(judged: Sequence[Judged]) -> tuple[float, float]:
+def _length_ratio(judged: Sequence[JudgedAnswer]) -> tuple[float, float]:
     """Ln of a ratio of sums, and its error by linearization (Cochran, Sampling Techniques, 1977, section 6)."""
     before = np.array([len(each.original) for each in judged], np.float64)
     after = np.array([len(each.bundle) for each in judged], np.float64)
@@ -224,7 +228,7 @@ def _length_ratio(judged: Sequence[Judged]) -> tuple[float, float]:
     return math.log(ratio), spread / float(after.sum())
 
 
-def _summary(name: str, judged: Sequence[Judged], answers: Answers) -> LanguageBehaviour:
+def _summary(name: str, judged: Sequence[JudgedAnswer], answers: Answers) -> LanguageBehaviour:
     return LanguageBehaviour(
         language=name,
         answers=len(judged),
@@ -246,12 +250,12 @@ def _translation(name: str, scores: Sequence[tuple[float, ...]]) -> Translation:
     return Translation(language=name, sentences=len(scores), chrf_original=float(before), chrf_bundle=float(after))
 
 
-def _concurrency(judged: Sequence[Judged], answers: Answers) -> Concurrency:
+def _concurrency(judged: Sequence[JudgedAnswer], answers: Answers) -> Concurrency:
     same = sum(each.bundle == answers.together.get(each.question.id) for each in judged)
     return Concurrency(batch=answers.batch, prompts=len(answers.together), identical=same)
 
 
-def _differences(judged: Sequence[Judged], tokenizer: Tokenizer) -> tuple[Answer, ...]:
+def _differences(judged: Sequence[JudgedAnswer], tokenizer: Tokenizer) -> tuple[Answer, ...]:
     """Tasks whose score fell, then the earliest differences, one a kind and language before a second of any."""
     seen: dict[tuple[str, str | None], int] = {}
     ranked = []

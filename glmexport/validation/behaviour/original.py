@@ -1,4 +1,4 @@
-"""The original's own answers, in as few passes through it as another model's answers differ from them.
+"""Answers of the original, in as few passes through it as another model's answers differ from them.
 
 A draft is what the bundle answers. One pass of the original over prompt and draft says at every position what it would
 have said itself; up to the first difference, the draft is its greedy answer. From there the bundle drafts again. That
@@ -18,13 +18,13 @@ from glmexport.reference.reference import Reference
 from glmexport.validation.reference import reference_states
 from glmexport.validation.texts import EvaluationText
 
-#: ``draft(index, answer so far)``: what the bundle would go on with, to the end.
+#: The function ``draft(index, answer so far)`` returns what the bundle would go on with, to the end.
 Draft = Callable[[int, list[int]], list[int]]
 
-#: ``finished(index, answer so far)``: whether what follows is of no interest.
+#: The function ``finished(index, answer so far)`` tells whether what follows is of no interest.
 Finished = Callable[[int, list[int]], bool]
 
-#: Answers that go through a block together.
+#: Number of answers that go through a block together.
 _BATCH = 8
 
 
@@ -39,10 +39,10 @@ def verified_answers(
     progress: Progress,
     finished: Finished = lambda *_: False,
 ) -> tuple[list[list[int]], int]:
-    """The original's greedy answer to each of ``prompts``, up to as many tokens as ``limits`` says, with the end
-    token, if it comes. One that is ``finished`` is gone on with no further, and may be some tokens longer.
+    """Return the original's greedy answer to each of ``prompts``, each cut at the number of tokens in ``limits``.
 
-    Returns the answers and the number of passes that it took.
+    The end token is included, if it comes. An answer that is ``finished`` is gone on with no further, and may be some
+    tokens longer. Returns the answers and the number of passes that it took.
     """
     answers: list[list[int]] = [[] for _ in prompts]
     unfinished, passes = list(range(len(prompts))), 0
@@ -66,7 +66,8 @@ def verified_answers(
         for place, index in enumerate(order):
             # The last row says what follows the whole draft.
             rows = states.load(place)[0, texts[place].prefix - 1 :]
-            _accept(answers[index], drafts[index], reference.logits(rows).argmax(-1).tolist(), ends, limits[index])
+            wanted = reference.logits(rows).argmax(-1).tolist()
+            answers[index] += accepted(drafts[index], wanted, ends, limits[index] - len(answers[index]))
         unfinished = [
             index
             for index in unfinished
@@ -77,11 +78,16 @@ def verified_answers(
     return answers, passes
 
 
-def _accept(answer: list[int], draft: Sequence[int], wanted: Sequence[int], ends: Collection[int], limit: int) -> None:
-    """Append the draft as far as it is what the original ``wanted``, and the token that it wanted next."""
+def accepted(draft: Sequence[int], wanted: Sequence[int], ends: Collection[int], room: int) -> list[int]:
+    """Return the draft as far as it is what the original ``wanted``, and the token that it wanted next.
+
+    At most ``room`` tokens, and nothing behind one of ``ends``.
+    """
+    tokens: list[int] = []
     for place, token in enumerate(wanted):
-        if len(answer) == limit:
-            return
-        answer.append(token)
+        if len(tokens) == room:
+            break
+        tokens.append(token)
         if token in ends or place == len(draft) or draft[place] != token:
-            return
+            break
+    return tokens

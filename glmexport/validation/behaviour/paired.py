@@ -1,4 +1,4 @@
-"""Original against bundle on the same tasks: how much the score changed, how sure that is, and which tasks flipped.
+"""Comparison of original and bundle on the same tasks: how much the score changed, how sure that is, and which flipped.
 
 Only tasks that are scored differently say anything about the difference, so the two are compared task by task. Of 0 and
 1 that is McNemar's exact test (Psychometrika 12, 1947; exact as the binomial test of the discordant pairs).
@@ -23,7 +23,7 @@ _Z = 1.645
 _INCREDIBLE, _INCREDIBLE_CHANCE = 0.001, 1e-5
 #: Differences of scores that are no nearer than this are equal but for rounding.
 _ROUNDING = 1e-12
-#: How many of them are tried, and how often the interval that the bound is in is halved.
+#: Number of shares that are tried, and how often the interval that the bound is in is halved.
 _SHARES, _HALVINGS = 64, 20
 
 
@@ -78,7 +78,7 @@ def _standard_error(differences: NDArray[np.float64]) -> float:
 
 
 def loss_chance(change: Paired, limit: float) -> float:
-    """Chance of a mean loss as large as that of ``change`` or larger if the true one were ``limit``, 0 to 1.
+    """Return the chance of a mean loss as large as that of ``change`` or larger if the true one were ``limit``, 0 to 1.
 
     By the same means as the bounds, so that it is below 1 - confidence only where they say so too.
     """
@@ -99,12 +99,12 @@ def _binary_chance(tasks: int, lost: int, gained: int, loss: float) -> float:
 
 
 def mcnemar(lost: int, gained: int) -> float:
-    """Two-sided exact p: of the binomial distribution of the smaller of the two, in all, with 1/2."""
+    """Return the two-sided exact p: of the binomial distribution of the smaller of the two, in all, with 1/2."""
     return min(1.0, 2 * float(bdtr(min(lost, gained), lost + gained, 0.5)))
 
 
 def difference_bound(tasks: int, lost: int, gained: int, confidence: float) -> float:
-    """Lower bound of P(gained) - P(lost), exact: the true difference is below it in at most 1 - ``confidence``.
+    """Return a lower bound of P(gained) - P(lost), which is above the true one in at most 1 - ``confidence``.
 
     The smallest difference under which results at least as good as this one are not too rare, for any share of changed
     tasks that the result does not itself make incredible (Buehler, J. Amer. Statist. Assoc. 52, 1957; Berger and Boos,

@@ -19,28 +19,24 @@ from glmexport.validation.behaviour.measure import Answers, answers_together, bu
 from glmexport.validation.behaviour.original import verified_answers
 from glmexport.validation.behaviour.questions import Question, questions, task_question
 from glmexport.validation.behaviour.tasks import Task
+from glmexport.validation.conditions import BehaviourPlan
 from glmexport.validation.reference import reference_states
 from glmexport.validation.texts import EvaluationText
 
 
 @dataclass(frozen=True)
-class BehaviourPlan:
-    """How much is asked."""
+class BundleSessions:
+    """The sessions of a bundle: one that answers, one that scores texts, and its own tokenizer, as a server has it."""
 
-    #: Texts a language to go on with.
-    each: int = 8
-    #: Sentences from English into every other language.
-    translations: int = 3
-    #: At which an answer is cut.
-    max_tokens: int = 64
-    #: Prompts at a time, once everything was asked alone; 0 leaves that out.
-    batch: int = 4
+    generation: GenerationSession
+    scoring: ScoringSession
+    tokenizer: Tokenizer
 
 
 def questions_for(
     documents: Sequence[Document], tokenizer: Tokenizer, plan: BehaviourPlan, context_length: int
 ) -> list[Question]:
-    """The shipped questions, with answers as long as the context allows."""
+    """Return the shipped questions, with answers as long as the context allows."""
     asked = questions(documents, tokenizer, each=plan.each, translations=plan.translations, max_tokens=plan.max_tokens)
     return [_fitted(question, context_length) for question in asked if len(question.ids) < context_length]
 
@@ -53,7 +49,7 @@ def _fitted(question: Question, context_length: int) -> Question:
 def task_questions(
     tasks: Sequence[Task], tokenizer: Tokenizer, plan: BehaviourPlan, context_length: int
 ) -> tuple[list[EvaluationText], list[Question]]:
-    """The ``tasks`` in tokens: a text for every choice of those that have some, and a question for each other.
+    """Return the ``tasks`` in tokens: a text for every choice of those that have some, and a question for each other.
 
     Raises:
         InputError: a task fills the context.
@@ -75,10 +71,8 @@ def task_questions(
 def ask(
     shipped: Sequence[Question],
     tasks: Sequence[Task],
-    session: GenerationSession,
-    scoring: ScoringSession,
+    sessions: BundleSessions,
     reference: Reference,
-    tokenizer: Tokenizer,
     *,
     plan: BehaviourPlan,
     scratch: Path,
@@ -89,6 +83,7 @@ def ask(
     Raises:
         InputError: a task fills the context.
     """
+    session, tokenizer = sessions.generation, sessions.tokenizer
     texts, own = task_questions(tasks, tokenizer, plan, session.context_length)
     asked = [*shipped, *(_fitted(question, session.context_length) for question in own)]
     bundle = bundle_answers(session, asked, progress)
@@ -98,7 +93,7 @@ def ask(
         states = reference_states(reference, texts, scratch, progress, label="Original's choices")
         before = choice_scores(tasks, texts, lambda index: reference.logits(states.states(index)))
         after = choice_scores(
-            tasks, texts, lambda index: scoring.logits(texts[index].ids)[texts[index].prefix - 1 : -1]
+            tasks, texts, lambda index: sessions.scoring.logits(texts[index].ids)[texts[index].prefix - 1 : -1]
         )
         choices = {id_: (score, after[id_]) for id_, score in before.items()}
     return judge(asked, _answers(session, asked, original, bundle, passes, plan, progress), tokenizer, tasks, choices)
@@ -107,7 +102,7 @@ def ask(
 def ask_original(
     asked: Sequence[Question], session: GenerationSession, reference: Reference, scratch: Path, progress: Progress
 ) -> list[list[int]]:
-    """What the original answers, with a bundle that drafts."""
+    """Ask the original, with a bundle that drafts, and return its answers."""
     answers, _ = _verified(asked, bundle_answers(session, asked, progress), session, reference, scratch, progress)
     return answers
 

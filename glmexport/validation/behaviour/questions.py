@@ -1,4 +1,4 @@
-"""What both models are asked to answer freely: texts to go on with, questions, tools, sentences to translate."""
+"""Questions that both models answer freely: texts to go on with, questions, tools, sentences to translate."""
 
 from __future__ import annotations
 
@@ -47,18 +47,18 @@ class Question(Definition):
     #: BCP-47 tag that the answer should be in; None if nobody says.
     language: str | None
     ids: list[int]
-    #: At which an answer is cut.
+    #: Number of tokens at which an answer is cut.
     max_tokens: int
     #: Text of the prompt that belongs to the answer.
     lead: str = ""
-    #: A translation by people.
+    #: A translation made by people.
     expected: str | None = None
 
 
 def questions(
     documents: Sequence[Document], tokenizer: Tokenizer, *, each: int, translations: int, max_tokens: int
 ) -> list[Question]:
-    """``each`` texts of every language to go on with, a question and a call, and ``translations`` from English.
+    """Return ``each`` texts of every language to go on with, a question and a call, and ``translations`` from English.
 
     From held-out documents. Questions need a chat template, and calls one that knows of tool calls; a template that
     refuses a conversation is not asked it.
@@ -80,7 +80,7 @@ def questions(
 
 
 def task_question(task: Task, tokenizer: Tokenizer, max_tokens: int) -> Question:
-    """A task of the user's that is answered by a text.
+    """Return a task of the user's that is answered by a text.
 
     Raises:
         CheckpointError: it is a conversation, and there is no chat template or it refuses.
@@ -95,7 +95,7 @@ def task_question(task: Task, tokenizer: Tokenizer, max_tokens: int) -> Question
 
 
 def task_prompt(task: Task, tokenizer: Tokenizer) -> list[int]:
-    """Token ids of what is asked; what looks like a control token in it is text."""
+    """Return the token ids of what is asked; what looks like a control token in it is text."""
     if task.messages is not None:
         return tokenizer.encode_chat([turn.model_dump() for turn in task.messages], add_generation_prompt=True)
     assert task.prompt is not None

@@ -1,4 +1,4 @@
-"""Tasks of the user's, one JSON object a line, and how an answer to one is scored: from 0 to 1, by pure functions."""
+"""Tasks of the user's, one JSON object a line, and pure functions that score an answer from 0 to 1."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from glmexport.foundation.untrusted import SMALL, parse_object, read_regular
 if TYPE_CHECKING:
     from sacrebleu.metrics.chrf import CHRF
 
-#: Within which a search has to end. What is not exponential takes milliseconds on the longest answers.
+#: Seconds within which a search has to end. What is not exponential takes milliseconds on the longest answers.
 SEARCH_SECONDS = 1.0
 #: Length of the texts on which a pattern is tried before anything is generated.
 _TRIAL_LENGTH = 2000
-#: Of a file of tasks, bytes.
+#: Bytes of a file of tasks.
 _FILE_LIMIT = 256 << 20
 _EXAMPLE = '{"prompt": "...", "metric": "exact", "target": "..."}'
 
@@ -39,11 +39,11 @@ class Message(Definition):
 
 
 class Task(Definition):
-    """What is asked, and what an answer is held against. Either ``prompt`` or ``messages`` is given."""
+    """A question, and what an answer to it is held against. Either ``prompt`` or ``messages`` is given."""
 
     model_config = ConfigDict(strict=True)
 
-    #: By default the file's name and the line.
+    #: The task's name, by default the file's name and the line.
     id: Text
     #: The group that the task is reported in; by default the file's name.
     name: Text
@@ -67,7 +67,7 @@ class Task(Definition):
 
     @property
     def answer(self) -> int:
-        """Index of the right one of ``choices``."""
+        """The index of the right one of ``choices``."""
         assert self.choices is not None
         return self.target if isinstance(self.target, int) else self.choices.index(self.targets[0])
 
@@ -115,7 +115,7 @@ def _try(pattern: str) -> None:
 
 
 def read_tasks(paths: Sequence[Path]) -> list[Task]:
-    """Tasks of ``.jsonl`` files, in order.
+    """Read the tasks of ``.jsonl`` files, in order.
 
     Raises:
         InputError: no such file, another file type, not UTF-8, a line that is no task, an id that is there twice, or
@@ -170,7 +170,7 @@ def _task(path: Path, number: int, line: str) -> Task:
 
 
 def score(task: Task, text: str) -> float:
-    """Of the generated ``text``, 0 to 1; for every metric but choice.
+    """Return the score of the generated ``text``, 0 to 1, for every metric but choice.
 
     Raises:
         InputError: the task's pattern does not come to an end on this text.
@@ -190,7 +190,9 @@ def score(task: Task, text: str) -> float:
 
 
 def score_choice(task: Task, log_probabilities: Sequence[float]) -> float:
-    """1 if the right choice is the likeliest, else 0; ``log_probabilities`` of each choice after the prompt, in nats.
+    """Return 1 if the right choice is the likeliest, else 0.
+
+    ``log_probabilities`` of each choice after the prompt, in nats.
 
     They are divided by the number of bytes of the choice in UTF-8, so that a long one is not unlikely for its length;
     bytes depend on no tokenizer. Of equals the first is taken; what is not a number is the unlikeliest.
@@ -205,7 +207,7 @@ def score_choice(task: Task, log_probabilities: Sequence[float]) -> float:
 
 
 def exact(text: str, target: str) -> bool:
-    """Whether both are the same text, in Unicode's NFC and with white space of any kind and length as one blank."""
+    """Return whether both are the same text, in Unicode's NFC and with any white space as one blank."""
     return _normalized(text) == _normalized(target)
 
 
@@ -214,7 +216,10 @@ def _normalized(text: str) -> str:
 
 
 def chrf(text: str, references: Sequence[str]) -> float:
-    """Character n-gram F-score against the nearest reference, 0 to 1 (chrF2, Popović 2015; sacrebleu's defaults)."""
+    """Return the character n-gram F-score against the nearest reference, 0 to 1.
+
+    This is chrF2 (Popović 2015) with sacrebleu's defaults.
+    """
     return float(_chrf().sentence_score(text, list(references)).score) / 100
 
 

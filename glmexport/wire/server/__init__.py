@@ -1,1 +1,1 @@
-"""What runs on a server that is deployed to: the standard library of Python 3.9, and the openssl program."""
+"""The program that runs on a server that is deployed to: it needs Python 3.9 and the openssl program alone."""

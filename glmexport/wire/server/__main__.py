@@ -37,11 +37,11 @@ from glmexport.wire.standalone import Failure, Tell
 
 _NO_SPACE = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
 _ORDER = re.compile(r"[0-9a-f]{32}")
-#: Before a command that goes on by itself.
+#: The argument before a command that goes on by itself.
 _DETACHED = "--detached"
-#: Of what goes on by itself.
+#: Names of the commands that go on by themselves.
 _LONG = ("activate", "rollback")
-#: Seconds without a sign of life after which who sends is gone.
+#: Seconds without a sign of life after which the sender counts as gone.
 _SILENCE_S = 120
 
 
@@ -82,7 +82,7 @@ def run(command: str, root: Root, arguments: list[str], tell: Tell) -> None:
 
 
 def hold(root: Root, tell: Tell) -> None:
-    """Let nobody else send until whoever asked is done, or is gone: then nothing more comes from there."""
+    """Hold the turn to send until whoever asked is done, or is gone: then nothing more comes from there."""
     with root.alone(PATIENCE_S, "sending"):
         tell({"event": "held"})
         while select.select([sys.stdin], [], [], _SILENCE_S)[0] and os.read(sys.stdin.fileno(), 1 << 12):
@@ -90,7 +90,7 @@ def hold(root: Root, tell: Tell) -> None:
 
 
 def read_order(root: Root, name: str) -> dict[str, Any]:
-    """The order of that name.
+    """Return the order of that name.
 
     Raises:
         Failure: there is none.
@@ -130,7 +130,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def preflight(root: Root, order: dict[str, Any]) -> dict[str, Any]:
-    """What decides whether a release can come here."""
+    """Return the facts that decide whether a release can come here."""
     ports = [port for port in (order["port"], order["smoke_port"]) if port]
     facts = server_facts(order["serve"], ports)
     ledger = Ledger(root.ledger)
@@ -144,7 +144,7 @@ def preflight(root: Root, order: dict[str, Any]) -> dict[str, Any]:
 
 
 def status(root: Root) -> dict[str, Any]:
-    """What is served, what could be, and how it came to that."""
+    """Return what is served, what could be, and how it came to that."""
     ledger = Ledger(root.ledger)
     unfinished = ledger.unfinished
     return {
@@ -241,7 +241,7 @@ def _failure(error: Exception, root: Root) -> Failure:
 
 
 def main(arguments: list[str]) -> int:
-    """Do what is asked; 0, or 1 after an ``error``."""
+    """Do what is asked; return 0, or 1 after an ``error``."""
     detached = arguments[:1] == [_DETACHED]
     command, place, *rest = arguments[detached:]
     root = Root(Path(place).expanduser().absolute())

@@ -1,4 +1,4 @@
-"""From one release to another and, where that one does not answer as it should, back.
+"""The switch from one release to another and, where that one does not answer as it should, back.
 
 At every moment ``current`` is a whole and verified release. What is killed in between is found in the ledger as a
 switch without an end, and taken back by whatever comes next.
@@ -19,7 +19,7 @@ from typing import Any
 from glmexport.wire.server.answering import Endpoint, golden, ready
 from glmexport.wire.server.layout import Root
 from glmexport.wire.server.ledger import BACK, CONFIRMED, REFUSED, SWITCHING, Ledger
-from glmexport.wire.server.verifying import Verified, verified
+from glmexport.wire.server.verifying import VerifiedRelease, verified
 from glmexport.wire.standalone import Failure, Tell
 
 _PR_SET_PDEATHSIG = 1
@@ -28,7 +28,7 @@ _RESTART_S, _END_S = 120, 30
 
 
 class Activation:
-    """What ``order`` asks for, below ``root``, which nobody else changes meanwhile."""
+    """The execution of ``order`` below ``root``, which nobody else changes meanwhile."""
 
     def __init__(self, root: Root, order: dict[str, Any], tell: Tell) -> None:
         self.root, self.order, self.tell = root, order, tell
@@ -81,7 +81,7 @@ class Activation:
             self.tell({"event": "recovering", "release": entry["release"]})
             self._back(entry["release"], entry["former"], "What switched to it was killed before it was confirmed.")
 
-    def _verified(self, name: str) -> Verified:
+    def _verified(self, name: str) -> VerifiedRelease:
         try:
             return verified(self.root.release(name), self.root.trust)
         except Failure as error:
@@ -92,7 +92,7 @@ class Activation:
         self.ledger.append(REFUSED, release=name, why=why)
         raise Failure("refused", why, next_step)
 
-    def _smoke(self, name: str, release: Verified) -> None:
+    def _smoke(self, name: str, release: VerifiedRelease) -> None:
         """Ask the release on another port, while the present one still serves."""
         port = self.order["smoke_port"]
         if not port:
@@ -103,7 +103,7 @@ class Activation:
         if wrong:
             self._refuse(name, f"On port {port}: {wrong}", "The former release still serves. Build and sign another.")
 
-    def _change(self, name: str, former: str | None, release: Verified, reason: str) -> None:
+    def _change(self, name: str, former: str | None, release: VerifiedRelease, reason: str) -> None:
         # On the disk before the link changes: whatever happens then, the next one knows of it.
         self.ledger.append(SWITCHING, release=name, former=former, counter=release.counter, reason=reason)
         self.root.switch(name)
@@ -129,10 +129,10 @@ class Activation:
         self.tell({"event": "rolled back", "release": name, "former": former, "why": why})
         return wrong
 
-    def _wrong(self, release: Verified) -> str | None:
+    def _wrong(self, release: VerifiedRelease) -> str | None:
         return self._answers(self.endpoint, release, _nothing)
 
-    def _answers(self, endpoint: Endpoint, release: Verified, alive: Callable[[], str | None]) -> str | None:
+    def _answers(self, endpoint: Endpoint, release: VerifiedRelease, alive: Callable[[], str | None]) -> str | None:
         def tell(index: int, of: int) -> None:
             self.tell({"event": "golden", "index": index, "of": of})
 
@@ -169,7 +169,7 @@ def _nothing() -> None:
 
 @contextlib.contextmanager
 def serving(command: list[str], release: Path, port: int) -> Iterator[Callable[[], str | None]]:
-    """A server of ``release`` on ``port`` of the loopback; gives a function that says why it is gone."""
+    """Run a server of ``release`` on ``port`` of the loopback; yields a function that says why it is gone."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("LISTEN_", "NOTIFY_"))}
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""Whether a server of ours answers, and as it should: readiness, and golden prompts."""
+"""Checks of a server of ours: readiness, and golden prompts."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from glmexport.foundation.untrusted import Limits, parse, read_regular
+from glmexport.foundation.untrusted import DocumentLimits, parse, read_regular
 from glmexport.release.golden_answers import difference
 
 #: Seconds between looks, for a connection, and for one answer.
 _LOOK_S, _CONNECT_S, _ANSWER_S = 0.1, 5, 600
-#: An answer's size, bytes, that is read at most.
+#: Most bytes that are read of an answer.
 _MOST = 1 << 24
-_LIMITS = Limits(size=_MOST, values=200_000)
+_LIMITS = DocumentLimits(size=_MOST, values=200_000)
 
 
 class Endpoint:
@@ -26,7 +26,7 @@ class Endpoint:
         self.host, self.port, self._key = host, port, key
 
     def ask(self, path: str, body: object = None) -> tuple[int, Any]:
-        """Status and JSON of an answer.
+        """Send a request, and return status and JSON of the answer.
 
         Raises:
             OSError: no connection, or none any more.
@@ -48,7 +48,7 @@ class Endpoint:
 
 
 def ready(endpoint: Endpoint, release: str, seconds: float, alive: Callable[[], str | None]) -> str | None:
-    """Wait until the server is ready with the folder of that name; None, or why it is not.
+    """Wait until the server is ready with the folder of that name; return None, or why it is not.
 
     ``alive`` says why the server is gone, and None while it is not.
     """
@@ -70,7 +70,7 @@ def ready(endpoint: Endpoint, release: str, seconds: float, alive: Callable[[], 
 
 
 def golden(endpoint: Endpoint, release: Path, tolerance: float, tell: Callable[[int, int], None]) -> str | None:
-    """Ask every golden prompt of a release; None, or what is wrong with an answer."""
+    """Ask every golden prompt of a release; return None, or what is wrong with an answer."""
     path = release / "golden.json"
     if not path.is_file():
         return None

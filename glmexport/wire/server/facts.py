@@ -1,4 +1,4 @@
-"""What a server is, before anything is sent to it."""
+"""Facts about a server, gathered before anything is sent to it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _TIMEOUT_S = 60
 
 
 def server_facts(command: list[str], ports: list[int]) -> dict[str, Any]:
-    """Python, C library, openssl, the glmexport of ``command`` and what it says of the host, and who has the ports."""
+    """Return Python, C library, openssl, the glmexport of ``command``, its view of the host, and who has the ports."""
     probed, why = _probe([command[0], "targets", "probe", "--json"])
     return {
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",

@@ -1,4 +1,4 @@
-"""Where a server keeps what it is given, below one root::
+"""The files of a server that is deployed to, all below one root::
 
     releases/NAME/    a release: whole, verified, and never changed again
     current           a link to the release that is served
@@ -30,11 +30,11 @@ from glmexport.wire.standalone import Failure, replace, sha256
 NAME = re.compile(r"[0-9a-f]{32}")
 #: Begins the first line of trust.pem where a certificate has to be of somebody in particular.
 SUBJECT = "glmexport-subject: "
-#: Of what is no release any more, until it is gone.
+#: Prefix of what is no release any more, until it is gone.
 _GONE = ".gone-"
-#: Of a release that is not whole yet.
+#: Prefix of a release that is not whole yet.
 _PARTIAL = ".partial-"
-#: Seconds for which somebody may ask what became of an order.
+#: Seconds for which somebody may ask for the outcome of an order.
 _ASKED_S = 30 * 24 * 3600
 #: Seconds for which one deployment waits for another.
 PATIENCE_S = 600.0
@@ -50,12 +50,12 @@ class Root:
         self.link, self.ledger, self.trust = path / "current", path / "ledger.jsonl", path / "trust.pem"
 
     def make(self) -> None:
-        """Its folders, where they are not there yet."""
+        """Create the folders that are not there yet."""
         for folder in (self.releases, self.incoming, self.orders, self.files):
             folder.mkdir(parents=True, exist_ok=True)
 
     def release(self, name: str) -> Path:
-        """The folder of a release.
+        """Return the folder of a release.
 
         Raises:
             Failure: ``name`` is none.
@@ -65,17 +65,17 @@ class Root:
         return self.releases / name
 
     def partial(self, name: str) -> Path:
-        """Where a release is put together."""
+        """Return the folder in which a release is put together."""
         return self.release(name).with_name(_PARTIAL + name)
 
     def names(self) -> list[str]:
-        """Every release that is whole."""
+        """Return the names of every release that is whole."""
         if not self.releases.is_dir():
             return []
         return sorted(path.name for path in self.releases.iterdir() if NAME.fullmatch(path.name) and path.is_dir())
 
     def current(self) -> str | None:
-        """The release that is served; None: none yet.
+        """Return the name of the release that is served; None: none yet.
 
         Raises:
             Failure: ``current`` is something else.
@@ -136,7 +136,7 @@ class Root:
                     path.unlink()
 
     def listed(self) -> dict[tuple[str, int], Path]:
-        """Where a file of some SHA-256 and size is in a release, as far as their lists say."""
+        """Yield where a file of some SHA-256 and size is in a release, as far as their lists say."""
         found = {}
         for name in self.names():
             path = self.files / f"{name}.json"
@@ -146,7 +146,7 @@ class Root:
         return found
 
     def held(self, entry: dict[str, Any], listed: dict[tuple[str, int], Path]) -> Path | None:
-        """A file with the content of ``entry``, byte for byte; None where there is none."""
+        """Return a file with the content of ``entry``, byte for byte; None where there is none."""
         candidates: list[Path | None] = [self.incoming / entry["sha256"], listed.get((entry["sha256"], entry["size"]))]
         for path in candidates:
             if path and path.is_file() and path.stat().st_size == entry["size"] and sha256(path) == entry["sha256"]:
@@ -155,7 +155,7 @@ class Root:
 
     @contextlib.contextmanager
     def alone(self, patience_s: float = 0, lock: str = "lock") -> Iterator[None]:
-        """Nobody else who holds ``lock`` does anything meanwhile; the lock of that name is for all that changes.
+        """Hold ``lock``, so that nobody else who holds it acts meanwhile; ``lock`` itself is for all that changes.
 
         Raises:
             Failure: somebody does, and ``patience_s`` later still.
@@ -189,7 +189,7 @@ def synchronize(path: Path) -> None:
 
 
 def contained(path: str) -> bool:
-    """Whether a name stays in the folder that it is relative to."""
+    """Return whether a name stays in the folder that it is relative to."""
     parts = path.split("/")
     return bool(path) and "\0" not in path and "\\" not in path and all(part not in ("", ".", "..") for part in parts)
 

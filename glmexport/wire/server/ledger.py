@@ -1,4 +1,4 @@
-"""The ledger: what was done on a server, a JSON document a line, each with the SHA-256 of the line before it.
+"""The ledger of what was done on a server: a JSON document a line, each with the SHA-256 of the line before it.
 
 A line that is changed, removed or put in between breaks the chain. Lines removed from the end do not: whoever wants to
 notice that keeps the last hash, which every deployment prints, elsewhere.
@@ -17,7 +17,7 @@ from glmexport.foundation.untrusted import SMALL, parse
 from glmexport.wire.server.layout import synchronize
 from glmexport.wire.standalone import Failure
 
-#: What the first line has for a hash.
+#: The hash that the first line has for the line before it.
 BEGINNING = "0" * 64
 CONFIRMED, SWITCHING, BACK, REFUSED = "confirmed", "switching", "rolled back", "refused"
 
@@ -80,11 +80,11 @@ class Ledger:
 
     @property
     def unfinished(self) -> dict[str, Any] | None:
-        """A switch of which it is not known how it ended: what did it was killed."""
+        """A switch with an unknown end: what did it was killed."""
         ends = [entry for entry in self.entries if entry["event"] in (SWITCHING, CONFIRMED, BACK)]
         return ends[-1] if ends and ends[-1]["event"] == SWITCHING else None
 
     def confirmed(self) -> list[str]:
-        """Releases in the order in which they were last confirmed."""
+        """Return the releases in the order in which they were last confirmed."""
         names = [entry["release"] for entry in self.entries if entry["event"] == CONFIRMED]
         return sorted(set(names), key=lambda name: len(names) - 1 - names[::-1].index(name))

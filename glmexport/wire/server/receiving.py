@@ -1,4 +1,4 @@
-"""A release from files that were sent and files that other releases have, verified before it has its name."""
+"""Assembly of a release from files that were sent and files of other releases, verified before it has its name."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def tell_missing(root: Root, order: dict[str, Any], tell: Tell) -> None:
 
 
 def checked(order: dict[str, Any]) -> list[dict[str, Any]]:
-    """The files of an order.
+    """Return the files of an order.
 
     Raises:
         Failure: one of them is not in its folder, comes twice, or has no size or SHA-256.
@@ -74,7 +74,7 @@ def assemble(root: Root, order: dict[str, Any], tell: Tell) -> None:
 
 
 def copy(source: Path, path: Path) -> None:
-    """A file of its own with the content of ``source``; on file systems that can, it takes no space.
+    """Write a file of its own with the content of ``source``; on file systems that can, it takes no space.
 
     No link: neither onnx nor ONNX Runtime reads weights through one.
     """
@@ -91,7 +91,7 @@ def copy(source: Path, path: Path) -> None:
 
 
 def space(root: Root) -> dict[str, Any]:
-    """Free bytes and inodes for whoever runs this."""
+    """Return the free bytes and inodes for whoever runs this."""
     found = os.statvfs(root.path)
     return {
         "free_bytes": found.f_bavail * found.f_frsize,
@@ -101,7 +101,7 @@ def space(root: Root) -> dict[str, Any]:
 
 
 def received(root: Root) -> int:
-    """Bytes that have been sent already, whole or in part."""
+    """Return the bytes that have been sent already, whole or in part."""
     total = 0
     with contextlib.suppress(FileNotFoundError):
         total = sum(path.stat().st_size for path in root.incoming.iterdir())

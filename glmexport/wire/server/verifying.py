@@ -5,20 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from glmexport.release.verifier import Refused, verify
+from glmexport.release.envelope import VerificationError
+from glmexport.release.verifier import verify
 from glmexport.wire.server.layout import SUBJECT
 from glmexport.wire.standalone import Failure
 
 
-class Verified(NamedTuple):
-    """A release, every file of which is what was signed."""
+class VerifiedRelease(NamedTuple):
+    """A release, every file of which is the one that was signed."""
 
     directory: Path
     digest: str
     counter: int
 
 
-def verified(directory: Path, trust: Path) -> Verified:
+def verified(directory: Path, trust: Path) -> VerifiedRelease:
     """Verify a release.
 
     Raises:
@@ -30,6 +31,6 @@ def verified(directory: Path, trust: Path) -> Verified:
     subject = first[len(SUBJECT) :] if first.startswith(SUBJECT) else None
     try:
         found = verify(directory, None if root else trust, trust if root else None, None, subject)
-    except Refused as error:
+    except VerificationError as error:
         raise Failure("signature", str(error), "Send it again, or sign it with the key that is trusted.") from error
-    return Verified(directory, found.digest, found.counter)
+    return VerifiedRelease(directory, found.digest, found.counter)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from glmexport.calibration.corpus import shipped_documents
-from glmexport.validation.behaviour.drift import Guess, drifted, knows, language, primary
+from glmexport.validation.behaviour.drift import LanguageGuess, drifted, knows, language, primary
 
 LANGUAGES = sorted({document.language for document in shipped_documents("evaluation")})
 
@@ -58,7 +58,7 @@ def test_what_is_known() -> None:
     assert knows("zh-Hans") and knows("nb") and not knows("tlh") and not knows("zxx") and not knows("")
 
 
-GERMAN, ENGLISH, FRENCH = Guess("de", 0.9), Guess("en", 0.9), Guess("fr", 0.9)
+GERMAN, ENGLISH, FRENCH = LanguageGuess("de", 0.9), LanguageGuess("en", 0.9), LanguageGuess("fr", 0.9)
 
 
 @pytest.mark.parametrize(
@@ -85,5 +85,7 @@ GERMAN, ENGLISH, FRENCH = Guess("de", 0.9), Guess("en", 0.9), Guess("fr", 0.9)
         ("tlh", None, GERMAN, None),
     ],
 )
-def test_drifted(asked: str | None, original: Guess | None, bundle: Guess | None, moved: bool | None) -> None:
+def test_drifted(
+    asked: str | None, original: LanguageGuess | None, bundle: LanguageGuess | None, moved: bool | None
+) -> None:
     assert drifted(asked, original, bundle) is moved

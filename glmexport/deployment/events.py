@@ -1,4 +1,4 @@
-"""What the program of a server tells, of the form that it has to have: it comes from another machine."""
+"""Events that the program of a server sends, checked for their form: they come from another machine."""
 
 from __future__ import annotations
 
@@ -9,53 +9,53 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from glmexport.foundation.errors import MachineError
 
 
-class Answer(BaseModel):
-    """One event."""
+class ServerEvent(BaseModel):
+    """An event that the program of a server sends."""
 
     # What later versions of the program add is not looked at.
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
 
 
-class Host(Answer):
-    """What kind of machine a server is, and what it lacks for each target."""
+class ServerHost(ServerEvent):
+    """The kind of machine that a server is, and what it lacks for each target."""
 
     host: str | None
     lacking: dict[str, list[str]]
 
 
-class Facts(Answer):
-    """What decides whether a release can come to a server."""
+class ServerFacts(ServerEvent):
+    """The facts that decide whether a release can come to a server."""
 
     free_bytes: int
     free_inodes: int | None
     received_bytes: int
     openssl: str | None
-    host: Host | None
+    host: ServerHost | None
     host_unknown_because: str | None
 
 
-class Entry(Answer):
+class LedgerEntry(ServerEvent):
     """A line of the ledger."""
 
     time: str
     event: str
 
 
-class Status(Answer):
-    """What a server serves."""
+class ServerStatus(ServerEvent):
+    """The releases that a server has and serves."""
 
     current: str | None
     releases: list[str]
     unconfirmed: str | None
     head: str
-    ledger: list[Entry]
+    ledger: list[LedgerEntry]
 
 
-Kind = TypeVar("Kind", bound=Answer)
+Kind = TypeVar("Kind", bound=ServerEvent)
 
 
 def checked(kind: type[Kind], event: dict[str, Any], who: str) -> Kind:
-    """Return ``event`` as what it has to be.
+    """Return ``event`` as the kind that it has to be.
 
     Raises:
         MachineError: it is something else; names the server.

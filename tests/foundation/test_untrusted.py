@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from glmexport.foundation import untrusted
 from glmexport.foundation.definition import Definition, parse_json
-from glmexport.foundation.untrusted import LARGE, Limits, parse, read_regular, visible
+from glmexport.foundation.untrusted import LARGE, DocumentLimits, parse, read_regular, visible
 
-FEW = Limits(size=1000, depth=3, values=20, items=5, keys=4, text=50, number=10)
+FEW = DocumentLimits(size=1000, depth=3, values=20, items=5, keys=4, text=50, number=10)
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
