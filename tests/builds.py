@@ -19,7 +19,8 @@ from models import write_checkpoint
 import glmexport.workflows.build
 import glmexport.workflows.validate
 from glmexport.assembly.read import BundleWeights
-from glmexport.bundle.manifest import EVIDENCE, read_manifest
+from glmexport.bundle.bundle import Bundle
+from glmexport.bundle.manifest import EVIDENCE
 from glmexport.bundle.names import LOGITS
 from glmexport.cli import main
 from glmexport.engine.placement import Node
@@ -181,7 +182,7 @@ def carried(graph: onnxruntime.InferenceSession) -> list[str]:
 
 def bundle_weights(bundle: Path, checkpoint: Path) -> BundleWeights:
     """What the bundle's graph holds."""
-    return BundleWeights.open(bundle, Original.open(str(checkpoint), Silent()).architecture, read_manifest(bundle))
+    return BundleWeights.open(Bundle.open(bundle), Original.open(str(checkpoint), Silent()).architecture)
 
 
 @dataclass(frozen=True)

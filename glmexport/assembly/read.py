@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from glmexport.architecture.description import Architecture
+from glmexport.assembly.graph_files import load_graph
 from glmexport.assembly.unnoted import stacked_keys, tensors_before_they_were_noted
-from glmexport.bundle.links import load_graph
-from glmexport.bundle.manifest import DraftGraph, Manifest
+from glmexport.bundle.bundle import Bundle
 from glmexport.bundle.names import FOLDS, SCORING
 from glmexport.bundle.records import StoredTensor
 from glmexport.checkpoint.fold import Fold, from_tensors
@@ -57,19 +57,20 @@ class BundleWeights:
         self._others = dict(self._stored_as_they_are())
 
     @classmethod
-    def open(cls, directory: Path, architecture: Architecture, manifest: Manifest) -> BundleWeights:
-        """Open the weights of the model in a bundle; raises as ``BundleWeights`` does."""
-        graph, shapes = load_graph(directory, SCORING), architecture.shapes()
-        tensors = manifest.tensors
+    def open(cls, bundle: Bundle, architecture: Architecture) -> BundleWeights:
+        """Open the weights of the model in ``bundle``; raises as ``BundleWeights`` does."""
+        graph, shapes = load_graph(bundle.directory, SCORING), architecture.shapes()
+        tensors = bundle.manifest.tensors
         if tensors is None:
             tensors = tensors_before_they_were_noted(graph, shapes, architecture.hidden_size)
         return cls(graph, tensors, shapes)
 
     @classmethod
-    def open_draft(cls, directory: Path, architecture: Architecture, draft: DraftGraph) -> BundleWeights:
+    def open_draft(cls, bundle: Bundle, architecture: Architecture) -> BundleWeights:
         """Open the weights of the graph that drafts, the model's among them; raises as ``BundleWeights`` does."""
-        assert architecture.token_prediction is not None
-        graph = load_graph(directory, draft.file)
+        draft = bundle.manifest.draft
+        assert draft is not None and architecture.token_prediction is not None
+        graph = load_graph(bundle.directory, draft.file)
         shapes = architecture.token_prediction.shapes() | architecture.shapes()
         tensors = draft.tensors
         if tensors is None:

@@ -31,7 +31,7 @@ from glmexport.bundle.manifest import (
     list_files,
 )
 from glmexport.bundle.names import DRAFT, FOLDS, MODEL, SCORING, STEP
-from glmexport.bundle.records import AllocatedGroup, QuantizedMatrix, StoredTensor
+from glmexport.bundle.records import AllocatedGroup, QuantizedMatrix
 from glmexport.checkpoint.fold import as_tensors
 from glmexport.formats.codecs import stored_bits
 from glmexport.foundation.files import write_atomically
@@ -79,7 +79,8 @@ def write_bundle(directory: Path, contents: BundleContents, progress: Progress) 
     The manifest is written last, so a directory without one is not a bundle.
     """
     directory.mkdir(parents=True)
-    written = _write_graphs(directory, contents, progress)
+    graphs = _lowered(contents)
+    cache = _write_graphs(graphs, directory, contents, progress)
     if contents.weights.checkpoint.folds:
         save_file(as_tensors(contents.weights.checkpoint.folds), directory / FOLDS)
     name, config = loop_config(contents.architecture, contents.target)
@@ -88,29 +89,28 @@ def write_bundle(directory: Path, contents: BundleContents, progress: Progress) 
     for path in sorted(directory.rglob("*")):
         if path.is_file():
             _flush(path)
-    manifest = _manifest(directory, contents, written)
+    manifest = _manifest(directory, contents, graphs, cache)
     write_atomically(directory / MANIFEST, (manifest.model_dump_json(indent=2) + "\n").encode())
     return manifest
 
 
-@dataclass(frozen=True)
-class _Written:
-    """What the manifest says of graphs: where their matrices are, and how caches are quantized, if they are."""
+def _lowered(contents: BundleContents) -> dict[str, ir.Model]:
+    """Return the graphs for the target, by their files."""
+    built = graphs_of(contents.architecture, contents.target.graph)
+    return {
+        name: lower(graph, contents.target, contents.weights, contents.rotary_tables) for name, graph in built.items()
+    }
 
-    tensors: Mapping[str, tuple[StoredTensor, ...]]
-    cache: CacheQuantization | None = None
 
-
-def _write_graphs(directory: Path, contents: BundleContents, progress: Progress) -> _Written:
-    """Write the graphs and their weights."""
+def _write_graphs(
+    graphs: Mapping[str, ir.Model], directory: Path, contents: BundleContents, progress: Progress
+) -> CacheQuantization | None:
+    """Write the graphs and their weights; return how the caches are quantized, if they are."""
     architecture, target, weights = contents.architecture, contents.target, contents.weights
     limits, largest_file = target.graph, target.memory.max_file_bytes
-    built = graphs_of(architecture, limits)
-    graphs = {name: lower(graph, target, weights, contents.rotary_tables) for name, graph in built.items()}
-    tensors = {name: stored_tensors(graph) for name, graph in graphs.items()}
     if limits.kv_cache == "activations":
         write_graphs(graphs, directory, progress, largest_file)
-        return _Written(tensors)
+        return None
     # The same graph with a cache of floats, over the same weights, tells what has to be quantized.
     floats = target.model_copy(update={"graph": limits.model_copy(update={"kv_cache": "activations"})})
     plain = build_graph(architecture, floats.graph, every_position=False)
@@ -121,13 +121,12 @@ def _write_graphs(directory: Path, contents: BundleContents, progress: Progress)
     for name, model in graphs.items():
         set_scales(model, scales)
         ir.save(model, directory / name)
-    cache = CacheQuantization(
+    return CacheQuantization(
         format=limits.kv_cache,
         scales=limits.kv_scales,
         sequences=len(contents.cache_text),
         tokens=sum(map(len, contents.cache_text)),
     )
-    return _Written(tensors, cache)
 
 
 def _copy_tokenizer(directory: Path, files: Sequence[Path]) -> None:
@@ -138,7 +137,9 @@ def _copy_tokenizer(directory: Path, files: Sequence[Path]) -> None:
         shutil.copyfile(file, copy)
 
 
-def _manifest(directory: Path, contents: BundleContents, written: _Written) -> Manifest:
+def _manifest(
+    directory: Path, contents: BundleContents, graphs: Mapping[str, ir.Model], cache: CacheQuantization | None
+) -> Manifest:
     """Return the manifest of everything that is in ``directory``."""
     architecture, weights = contents.architecture, contents.weights
     return Manifest(
@@ -150,12 +151,12 @@ def _manifest(directory: Path, contents: BundleContents, written: _Written) -> M
         target=contents.target,
         calibration=contents.calibration,
         precision=_precision(architecture, weights),
-        cache=written.cache,
+        cache=cache,
         matrices=tuple(contents.records),
-        tensors=written.tensors[SCORING],
+        tensors=stored_tensors(graphs[SCORING]),
         allocation=tuple(contents.allocation),
         experts=coverage(contents.records),
-        draft=_draft(architecture, weights, tuple(contents.draft_records), written.tensors.get(DRAFT)),
+        draft=_draft(architecture, weights, tuple(contents.draft_records), graphs),
         # Another type holds whatever the original's does.
         largest_activation=contents.largest if contents.target.graph.activations == "float16" else None,
         files=list_files(directory),
@@ -181,13 +182,13 @@ def _draft(
     architecture: Architecture,
     weights: Weights,
     records: tuple[QuantizedMatrix, ...],
-    tensors: tuple[StoredTensor, ...] | None,
+    graphs: Mapping[str, ir.Model],
 ) -> DraftGraph | None:
     draft = architecture.token_prediction
     if draft is None:
         return None
     bits = sum(stored_bits(shape, weights.form(key)) for key, shape in draft.own_shapes().items())
-    return DraftGraph(file=DRAFT, weight_bytes=bits // 8, matrices=records, tensors=tensors)
+    return DraftGraph(file=DRAFT, weight_bytes=bits // 8, matrices=records, tensors=stored_tensors(graphs[DRAFT]))
 
 
 def _precision(architecture: Architecture, weights: Weights) -> Precision:

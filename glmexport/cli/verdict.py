@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console, Group
 from rich.table import Table
@@ -17,7 +18,7 @@ from glmexport.report.allocation import summarize
 from glmexport.report.behaviour import answer_rows
 from glmexport.report.devices import device_table
 from glmexport.report.document import HTML_NAME, Report
-from glmexport.report.speed import bounded, reached, speed_rows, value
+from glmexport.report.speed import median_of, only_if_bounded, share_reached, speed_rows
 from glmexport.report.text import brief_divergence, brief_ratio, brief_share, brief_size
 from glmexport.results.behaviour import Behaviour
 from glmexport.results.fidelity import CaptureBound, LanguageFidelity
@@ -26,7 +27,9 @@ from glmexport.results.performance import Interval, Performance
 from glmexport.results.record import Verdict
 from glmexport.results.reference import ReferenceCheck
 from glmexport.results.weights import WeightCheck
-from glmexport.validation.unrun import Unrun
+
+if TYPE_CHECKING:
+    from glmexport.validation.unrun import Unrun
 
 _EXIT = {
     Verdict.PASS: EXIT_PASS,
@@ -191,9 +194,9 @@ def _times(value: float, base: float) -> str:
 
 
 def _cells(cell: Interval | float, scale: float, form: str, unit: str = "") -> tuple[str, str]:
-    sure = bounded(cell)
+    sure = only_if_bounded(cell)
     return (
-        f"{value(cell) * scale:{form}}{unit}",
+        f"{median_of(cell) * scale:{form}}{unit}",
         f"{sure.lower * scale:{form}} to {sure.upper * scale:{form}}" if sure else "",
     )
 
@@ -230,7 +233,7 @@ def _bound(speed: Performance) -> str:
         return "how fast memory is read is not known"
     return (
         f"memory bandwidth bounds decoding at {speed.roofline_decode_tokens_per_s:.0f} tokens/s, of which "
-        f"{reached(speed)} is reached"
+        f"{share_reached(speed)} is reached"
     )
 
 

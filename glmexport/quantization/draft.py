@@ -32,9 +32,8 @@ def round_draft(quantizer: Quantizer) -> None:
 
 
 def _rounded(quantizer: Quantizer, linear: Linear, layer: int) -> QuantizedPart:
-    """Return ``linear`` in its format; nothing where it stays in full precision."""
-    form = quantizer.form(linear.weight)
-    matrix = quantizer.stored(linear.weight) if quantizer.job.recipe.keeps_stored else None
+    """Return ``linear`` in its format, or as a checkpoint stores it quantized; nothing in full precision."""
+    form, matrix = quantizer.plan.form(linear.weight), quantizer.stored(linear.weight)
     if matrix is None and form is not None:
         matrix = quantizer.rounded(linear.weight, form)
     if matrix is None:

@@ -23,11 +23,7 @@ class Quantizer:
 
     def __init__(self, job: QuantizationJob, allocated: Mapping[str, Format]) -> None:
         self.job = job
-        self._plan = FormatPlan.of(job.architecture, job.recipe, stored_formats(job.checkpoint)).chosen(allocated)
-
-    def form(self, key: str) -> Format | None:
-        """Return the format of the matrix ``key``; None: it stays in full precision."""
-        return self._plan.form(key)
+        self.plan = FormatPlan.of(job.architecture, job.recipe, stored_formats(job.checkpoint)).chosen(allocated)
 
     def solve(
         self,
@@ -47,7 +43,7 @@ class Quantizer:
             tokens: how many positions the Hessian rests on; by default all that count.
         """
         job = self.job
-        form = self.form(linears[0].weight)
+        form = self.plan.form(linears[0].weight)
         assert form is not None and job.calibration is not None
         solver = solver or job.recipe.solver
         tokens = job.calibration.effective_tokens if tokens is None else tokens
@@ -67,7 +63,7 @@ class Quantizer:
         """Round ``linears`` to nearest, without any text."""
         part = QuantizedPart()
         for linear in linears:
-            form = self.form(linear.weight)
+            form = self.plan.form(linear.weight)
             assert form is not None
             matrix = self.rounded(linear.weight, form)
             part += QuantizedPart({linear.weight: matrix}, (unmeasured(linear.weight, layer, linear.part, matrix),))
@@ -85,7 +81,7 @@ class Quantizer:
     def embedding(self) -> QuantizedPart:
         """Round the embedding to nearest, if it has a format."""
         key = self.job.architecture.embedding
-        form = self.form(key)
+        form = self.plan.form(key)
         if form is None:
             return QuantizedPart()
         matrix = self.rounded(key, form)
@@ -94,11 +90,16 @@ class Quantizer:
     def rounded(self, key: str, form: Format) -> QuantizedLinear:
         """Return the matrix ``key`` rounded to nearest in the format ``form``."""
         searched = self.job.recipe.solver.scale_search
-        parts = [nearest_without_text(chunk, form, searched=searched) for chunk in self.job.chunks(key)]
-        return QuantizedLinear.concatenate(parts)
+        chunks = self.job.chunks(key)
+        return QuantizedLinear.concatenate([nearest_without_text(chunk, form, searched=searched) for chunk in chunks])
 
     def stored(self, key: str) -> QuantizedLinear | None:
-        """Return the matrix ``key`` as a quantized checkpoint stores it; None if it is in full precision."""
+        """Return the matrix ``key`` as the checkpoint stores it quantized.
+
+        None if it is not, or the recipe does not keep such codes.
+        """
+        if not self.job.recipe.keeps_stored:
+            return None
         return stored_linear(self.job.checkpoint, key, self.job.memory.chunk_weights)
 
     def expert_solver(self, key: str) -> Solver:

@@ -80,7 +80,7 @@ class BlockStep:
         if quantizer.job.recipe.keeps_stored:
             return quantizer.keep_stored(self.linears, layer.index)
         for tap, linears in layer.taps.items():
-            if quantizer.form(linears[0].weight) is None or linears[0] not in self.linears:
+            if quantizer.plan.form(linears[0].weight) is None or linears[0] not in self.linears:
                 continue
             if self.passage is None:
                 part += quantizer.round(linears, layer.index)
@@ -109,7 +109,7 @@ class HeadStep:
         head = job.architecture.lm_head
         if job.recipe.keeps_stored and head.weight in job.checkpoint.quantized:
             return quantizer.keep_stored([head], None)
-        form = quantizer.form(head.weight)
+        form = quantizer.plan.form(head.weight)
         if form is None or job.architecture.tied:
             return QuantizedPart()
         if self._streams is None:

@@ -8,7 +8,7 @@ from glmexport.architecture.registry import FAMILIES, MULTIMODAL, UNFINISHED
 from glmexport.architecture.rope import check_rope
 from glmexport.checkpoint.checkpoint import Checkpoint
 from glmexport.foundation.errors import CheckpointError
-from glmexport.reference.skeleton import completed, require_agreement, skeleton
+from glmexport.reference.skeleton import completed_checkpoint, require_agreement, skeleton
 
 
 def describe(checkpoint: Checkpoint) -> Architecture:
@@ -41,7 +41,7 @@ def describe(checkpoint: Checkpoint) -> Architecture:
     refuse_counts(checkpoint)
     check_rope(checkpoint.config)
     try:
-        read, config = completed(checkpoint)
+        read, config = completed_checkpoint(checkpoint)
     except CheckpointError:
         # What is wrong with a value that is there, the declaration says more plainly than transformers.
         family(checkpoint)

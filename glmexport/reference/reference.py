@@ -17,8 +17,8 @@ from glmexport.architecture.description import Architecture, DecoderLayer, Resid
 from glmexport.architecture.experts import MixtureOfExperts
 from glmexport.architecture.latent import LatentAttention
 from glmexport.checkpoint.checkpoint import Checkpoint
-from glmexport.reference.filling import EXPERTS, MATRICES, ROUTER, halves, stream_experts
-from glmexport.reference.skeleton import completed, skeleton
+from glmexport.reference.filling import EXPERTS, MATRICES, ROUTER, stacked_halves, stream_experts
+from glmexport.reference.skeleton import completed_checkpoint, skeleton
 
 #: A function that replaces a weight while a block is filled: (checkpoint key) -> tensor, or None to read the
 #: checkpoint.
@@ -42,7 +42,7 @@ class Reference:
         self.device = device
         self._substitute: Substitute | None = None
         self._embed: Callable[[Tensor], Tensor] | None = None
-        _, config = completed(checkpoint)
+        _, config = completed_checkpoint(checkpoint)
         model: Any = skeleton(config)
         self._decoder: Any = model.model
         # The rotary tables are computed, not stored, so this module cannot stay on the meta device.
@@ -91,7 +91,7 @@ class Reference:
 
             stream_experts(module, matrix)
         weights: dict[str, Tensor] = {}
-        apart, stacked = halves(layer), dict[str, Tensor]()
+        apart, stacked = stacked_halves(layer), dict[str, Tensor]()
         for name in module.state_dict():
             key, half = apart.get(name, (f"{layer.prefix}.{name}", None))
             if key in absent:
@@ -161,7 +161,7 @@ class Block:
         #: Names of the halves in which the module holds a stacked matrix, by its checkpoint key.
         self._apart: dict[str, list[str]] = {}
         names = dict(module.named_parameters())
-        for name, (key, _) in halves(layer).items():
+        for name, (key, _) in stacked_halves(layer).items():
             if name in names:
                 self._apart.setdefault(key, []).append(name)
 

@@ -124,12 +124,12 @@ LANGUAGE_HEADS = (
 )
 
 
-def kind(answer: Answer) -> str:
+def question_kind(answer: Answer) -> str:
     """Return what was asked, in words: "Question, Thai"."""
     return _KINDS[answer.kind] + (f", {language_name(answer.language)}" if answer.language else "")
 
 
-def parted(original: str, bundle: str) -> tuple[str, str, str]:
+def split_common_prefix(original: str, bundle: str) -> tuple[str, str, str]:
     """Return what both texts begin with, in whole characters with their marks, and how each goes on."""
     characters = zip(regex.findall(r"\X", original), regex.findall(r"\X", bundle), strict=False)
     shared = "".join(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], characters))

@@ -15,10 +15,10 @@ from glmexport.foundation.progress import Progress
 from glmexport.reference.reference import Reference
 from glmexport.results.fidelity import CaptureBound, Estimate, Fidelity, LanguageFidelity, PositionBand, WorstToken
 from glmexport.results.record import badness
-from glmexport.results.statistics import Kind, clustered_mean
 from glmexport.tokenizer.tokenizer import Tokenizer
 from glmexport.validation.divergence import Divergence, divergence
 from glmexport.validation.reference import ReferenceStates
+from glmexport.validation.statistics import Kind, clustered_mean
 from glmexport.validation.texts import EvaluationText, text_digest
 
 #: Positions whose logits are held at a time.

@@ -11,12 +11,12 @@ from glmexport.bundle.bundle import Bundle
 from glmexport.bundle.manifest import Manifest
 from glmexport.checkpoint.checkpoint import Checkpoint
 from glmexport.engine.placement import placement
-from glmexport.foundation.machine import memory_bandwidth
 from glmexport.results.performance import Figure, Interval, Performance, Speed, SpeedRatios
 from glmexport.validation import bootstrap
 from glmexport.validation.conditions import Conditions
 from glmexport.validation.runtimes import Round, RuntimeName, RuntimeRequest
 from glmexport.validation.speed import Turns, take_turns
+from glmexport.wire.device.facts import memory_bandwidth
 
 #: Of the free memory that models may take.
 _SHARE = 0.8
@@ -69,7 +69,7 @@ def measure_performance(
         placement=placement(ours.nodes, bundle.target.provider.name),
         memory_bandwidth_bytes_per_s=bandwidth,
         bytes_read_per_token=per_token,
-        roofline_decode_tokens_per_s=bandwidth / per_token,
+        roofline_decode_tokens_per_s=None if bandwidth is None else bandwidth / per_token,
     )
 
 

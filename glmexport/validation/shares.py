@@ -46,7 +46,7 @@ def shares_of(
     if recipe.linears is None or not texts_each:
         return ()
     reference, sample = original.reference, original.texts
-    weights = BundleWeights.open(bundle.directory, reference.architecture, bundle.manifest)
+    weights = BundleWeights.open(bundle, reference.architecture)
     folded = Reference(reference.checkpoint.folded(bundle_folds(bundle.directory)), reference.architecture)
 
     def mean(answers: Answers) -> float:

@@ -89,13 +89,13 @@ def check_weights(bundle: Bundle, reference: Reference, progress: Progress) -> W
     """
     architecture, manifest = reference.architecture, bundle.manifest
     activations = getattr(torch, manifest.target.graph.activations)
-    weights = BundleWeights.open(bundle.directory, architecture, manifest)
+    weights = BundleWeights.open(bundle, architecture)
     checkpoint = reference.checkpoint.folded(bundle_folds(bundle.directory))
     # Of every graph: what is in it, and the tensors that are in no graph before it.
     graphs = [(weights, manifest.matrices, [*weights.quantized_keys, *weights.other_keys])]
     draft = architecture.token_prediction
     if manifest.draft and draft:
-        drafts = BundleWeights.open_draft(bundle.directory, architecture, manifest.draft)
+        drafts = BundleWeights.open_draft(bundle, architecture)
         keys = [key for key in (*drafts.quantized_keys, *drafts.other_keys) if draft.has_own(key)]
         graphs.append((drafts, manifest.draft.matrices, keys))
     faults: list[WeightFault] = []

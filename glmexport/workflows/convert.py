@@ -55,7 +55,7 @@ def convert_to_gptq(
     refuse_other_model(bundle, original)
     # What the graph says decides whether the format can hold it, and how much space that takes.
     bundle.require_file(SCORING)
-    weights = BundleWeights.open(bundle.directory, original.architecture, bundle.manifest)
+    weights = BundleWeights.open(bundle, original.architecture)
     folded = original.checkpoint.folded(bundle_folds(bundle.directory))
     checkpoint = GptqCheckpoint(weights, folded, original.architecture, layout)
     require_free(output.parent, checkpoint.bytes, "The checkpoint")

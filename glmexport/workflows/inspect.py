@@ -160,7 +160,7 @@ def inspect_original(original: Original, recipe: str | None, max_memory: int | N
         unused=original.unused,
         token_prediction=_token_prediction(original),
         tokenizer=_tokenizer(original.tokenizer),
-        estimates=_estimates(original, recipe, max_memory),
+        estimates=estimate_targets(original, recipe, max_memory),
     )
 
 
@@ -249,7 +249,8 @@ def _tokenizer(tokenizer: Tokenizer) -> TokenizerFacts:
     )
 
 
-def _estimates(original: Original, recipe: str | None, max_memory: int | None) -> list[TargetEstimate]:
+def estimate_targets(original: Original, recipe: str | None, max_memory: int | None) -> list[TargetEstimate]:
+    """Return, for every shipped target, what a bundle would take there, and why it is refused if it is."""
     flops = measured_flops()
     rows = []
     for target in shipped_targets():

@@ -13,11 +13,11 @@ from builds import Sample, bundle_weights
 from models import TINY, write_checkpoint
 
 from glmexport.assembly.external import write_graphs
+from glmexport.assembly.graph_files import load_graph
 from glmexport.assembly.read import BundleWeights
 from glmexport.assembly.unnoted import tensors_before_they_were_noted
 from glmexport.assembly.write import graphs_of
 from glmexport.bundle.bundle import Bundle
-from glmexport.bundle.links import load_graph
 from glmexport.bundle.manifest import MANIFEST, read_manifest
 from glmexport.bundle.names import SCORING
 from glmexport.bundle.records import QuantizedMatrix, StoredTensor

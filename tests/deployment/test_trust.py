@@ -13,7 +13,7 @@ from glmexport.deployment.site import open_site
 from glmexport.foundation.errors import DefinitionError, InputError, UnverifiedError
 from glmexport.foundation.progress import Silent
 from glmexport.release.keys import KeyFiles, open_signatory
-from glmexport.wire.server.verifying import verified
+from glmexport.wire.server.verifying import verify_release
 from glmexport.wire.standalone import Failure
 from glmexport.workflows.sign import sign_bundle
 
@@ -33,12 +33,12 @@ def test_a_site_s_subject_is_who_signs(
     kept.write_text(site.trusted())
     if legal:
         assert SignedBundle.open(release, authority.root, Silent(), site.subject).counter == 8
-        assert verified(release, kept).counter == 8
+        assert verify_release(release, kept).counter == 8
         return
     with pytest.raises(UnverifiedError, match="CN=leaf"):
         SignedBundle.open(release, authority.root, Silent(), site.subject)
     with pytest.raises(Failure, match="CN=leaf"):
-        verified(release, kept)
+        verify_release(release, kept)
 
 
 def test_a_subject_needs_a_root_and_one_line(authority: Authority, keys: Pair, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from glmexport.tuning.rounding import RoundedWeights
 from glmexport.workflows.build import build
 from glmexport.workflows.checks import refuse_formats
 from glmexport.workflows.estimate import estimate
-from glmexport.workflows.inspect import inspect_original
+from glmexport.workflows.inspect import estimate_targets
 from glmexport.workflows.job import Job, jobs_of, recipe_for
 from glmexport.workflows.original import Original
 from glmexport.workflows.validate import BuildOptions
@@ -56,7 +56,7 @@ def refused(original: Original, recipe: Recipe, target: Target) -> str | None:
 @pytest.mark.parametrize("name", SHIPPED)
 def test_inspect_says_what_a_build_refuses(name: str, original: Original, tmp_path: Path) -> None:
     """Whatever inspect shows as possible is not refused, and the other way round, in the same words."""
-    for row in inspect_original(original, name, None).estimates:
+    for row in estimate_targets(original, name, None):
         target = TARGETS[row.target]
         output = tmp_path / row.target
         if row.refused is None:

@@ -12,16 +12,16 @@ from glmexport.foundation.target import TARGETS, open_target
 
 #: SHA-256 of a target as it is written into a manifest. Change one together with the target's values, only then.
 TARGET_DIGESTS = {
-    "arm64": "ea6c3ce9724e42727e75b368be046e4aaa59a94abe056f8ba702d4afb3454964",
+    "arm64": "2ba999bc6305047fbd7ee17e81739f8c93e47d164094e239daa9b3d178633ab2",
     "cuda": "a932ab54de8f153c8a738320d512d0ad937e4410b51f19bd753626b0c1309cb9",
     "directml": "4b2fd44c3397a98569c7e123017931a926a626f52fab1b41402dc7e333d6d37b",
     "openvino": "71849a24b6b1371fc5497154fa250ecdaef766808df3eca3affdcbb8c6db4e89",
     "qnn": "cbc6576d8633301f7d48c3223384ad4c97ae519a798d681159b638a5a22209f9",
     "trt-rtx": "ab353d00d05fa26745da2c03664e84950f3b13b4c80aa685bb7912653cb593c5",
-    "wasm": "70f4c78e0025939affafa154b195b9d3d89833ea33be36ffca07d877734a494e",
+    "wasm": "5fa7da7201143631a975e8c106123a80efbf6b98ea80b9004c6b7812181f922d",
     "webgpu": "92e2c2980f17dfee33d7b6a717d5d1115e4095583e28ca66f1634611723d11f1",
-    "x86-avx2": "0dab65aa8d640dcc6e28a298453f838f08c02423c93ade33f2b841cbd887e4fb",
-    "x86-avx512-vnni": "3527e86fe3fd2015372adcc712694f27d77a0cf44e49b07c43d4abce25cad6cd",
+    "x86-avx2": "461f5517efaf9f135a5988e2c66b199ae45d0491643f0afb8b094b6c07136cdf",
+    "x86-avx512-vnni": "0ff19b558db3e60cae695ee53a082e1297b94a2a1ef685d6187b7c452b61880b",
 }
 #: What ``Recipe.digest`` gives, which names the work that can be reused, without its prefix.
 RECIPE_DIGESTS = {

@@ -10,8 +10,8 @@ import numpy as np
 import onnxruntime
 
 from glmexport.assembly.external import write_graphs
+from glmexport.assembly.graph_files import load_graph
 from glmexport.assembly.read import BundleWeights
-from glmexport.bundle.links import load_graph
 from glmexport.checkpoint.checkpoint import Checkpoint
 from glmexport.engine.caches import CACHE_TYPES
 from glmexport.formats.nearest import round_to_nearest

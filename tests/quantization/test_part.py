@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from glmexport.quantization.nearest import round_to_nearest
 from tiny import W4G32
 
+from glmexport.formats.nearest import round_to_nearest
 from glmexport.quantization.largest import Seen
 from glmexport.quantization.part import QuantizedPart, largest_of
 from glmexport.quantization.record import unmeasured

@@ -408,7 +408,7 @@ def test_the_script_needs_python_alone() -> None:
     assert len(set(defined)) == len(defined)
     assert EVIDENCE | {MANIFEST} == verifier.BESIDE
     for name in ("attestations/x.json", "attestations/x.onnx", "attestations/a/x.json", "x.json", "a/report.json"):
-        assert verifier.beside(name) == is_evidence(name)
+        assert verifier.is_legal_beside(name) == is_evidence(name)
 
 
 @pytest.mark.parametrize(
@@ -428,7 +428,7 @@ def test_the_script_without_openssl(signed: Path, keys: Pair, tmp_path: Path) ->
 @given(st.text(max_size=40) | st.lists(st.sampled_from(["..", ".", "", "a", "b", "\0", "C:", "\\"])).map("/".join))
 def test_a_legal_name_stays_inside(name: str) -> None:
     inside = Path("/bundle")
-    if verifier.legal(name):
+    if verifier.is_legal_name(name):
         path = Path(os.path.normpath(inside / name))
         assert path != inside and path.is_relative_to(inside)
         assert path.relative_to(inside).as_posix() == name
