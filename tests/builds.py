@@ -31,7 +31,7 @@ from glmexport.foundation.recipe import open_recipe
 from glmexport.foundation.target import open_target
 from glmexport.validation.conditions import ValidationPlan
 from glmexport.validation.runtimes import Memory, Round, RuntimeRequest
-from glmexport.validation.speed import Turns
+from glmexport.validation.speed import MeasurementTurns
 from glmexport.workflows.job import Job
 from glmexport.workflows.original import Original
 from glmexport.workflows.validate import BuildOptions, Built
@@ -45,12 +45,13 @@ QUICK = ValidationPlan(
 DEFAULT = ValidationPlan().positions_per_language
 
 
-def no_turns(requests: Sequence[RuntimeRequest], seconds: float, progress: Progress) -> list[Turns]:
+def no_turns(requests: Sequence[RuntimeRequest], seconds: float, progress: Progress) -> list[MeasurementTurns]:
     """In place of measurements that take two processes."""
     rounds = (Round(ttft_s=1, steps_s=(1, 1, 1), decode_j=None),) * 2
     memory = Memory(bytes=1, source="none", energy_absent_because="Nothing was measured.")
     node = Node(name="none", operator="none", provider="CPUExecutionProvider", small=False)
-    return [Turns("none", THREADS, 1, rounds, memory, () if index else (node,)) for index in range(len(requests))]
+    return [MeasurementTurns("none", THREADS, 1, rounds, memory, () if index else (node,)) for index in
+    range(len(requests))]
 
 
 TURNS = "glmexport.validation.performance.take_turns"

@@ -15,7 +15,7 @@ from glmexport.cli.options import adapter_option, checkpoint_argument, json_opti
 from glmexport.report.text import brief_duration, brief_share, brief_size
 
 if TYPE_CHECKING:
-    from glmexport.workflows.inspect import DraftLayer, Inspection, Mixture, TargetEstimate, Unfinished
+    from glmexport.workflows.inspect import DraftLayer, Inspection, MixtureSummary, TargetEstimate, Unfinished
     from glmexport.workflows.original import Original
 
 
@@ -118,7 +118,7 @@ def _cache(inspection: Inspection) -> str:
     return f"{latents:,} bytes a token in fp32 as latents, {heads:,} as keys and values of every head"
 
 
-def _experts(experts: Mixture) -> str:
+def _experts(experts: MixtureSummary) -> str:
     groups = f", in {experts.groups} groups" if experts.groups > 1 else ""
     return f"{experts.chosen} of {experts.routed} a token in {experts.layers} layers{groups}"
 

@@ -1,1 +1,1 @@
-"""A bundle asked on other machines: one job, whatever carries it there, and its results judged here."""
+"""A bundle is asked on other machines: one job is carried there, and its results are judged here."""

@@ -1,4 +1,4 @@
-"""Results of a job, checked in every respect before they are believed: a device may be broken, or somebody else's."""
+"""The results of a job, checked in every respect before use: a device may be broken, or belong to somebody else."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from glmexport.devices.job import QUESTIONS, RESULT, Job, Result, answer_path, read_job, tokens_path
+from glmexport.devices.job import QUESTIONS, RESULT, DeviceJob, Result, answer_path, read_job, tokens_path
 from glmexport.foundation.definition import parse_json
 from glmexport.foundation.errors import MachineError
 from glmexport.foundation.files import sha256
@@ -19,9 +19,9 @@ from glmexport.foundation.untrusted import DocumentLimits, read_regular
 from glmexport.validation.divergence import Divergence
 from glmexport.validation.partition import Partition, cells_divergence
 
-#: More than the header of any of these files takes, bytes.
+#: Most bytes of the header of a tensor file, more than any of these takes.
 _HEADER = 1 << 12
-#: More than result.json takes, with a node for every operator of a large graph.
+#: Most bytes of result.json, more than it takes with a node for every operator of a large graph.
 RESULT_BYTES = 1 << 26
 RESULT_LIMITS = DocumentLimits(size=RESULT_BYTES)
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -29,10 +29,10 @@ _AGAIN = "Run the job again on that device, from nothing."
 
 
 def read_result(content: bytes, folder: Path, who: str) -> Result:
-    """What result.json says, if it answers the job in ``folder`` with the files of it and no others.
+    """Return the content of result.json, if it answers the job in ``folder`` with the job's files and no others.
 
     Raises:
-        MachineError: it does not.
+        MachineError: it does not answer the job so.
     """
     try:
         result = parse_json(Result, content, RESULT_LIMITS)
@@ -63,8 +63,8 @@ def read_result(content: bytes, folder: Path, who: str) -> Result:
     return result
 
 
-def _limits(job: Job, folder: Path) -> dict[str, int]:
-    """Every file that answers ``job``, and the most bytes that it can have."""
+def _limits(job: DeviceJob, folder: Path) -> dict[str, int]:
+    """Return every file that answers ``job``, and the most bytes that it can have."""
     limits = {tokens_path(index): _HEADER + 4 * most for index, most in enumerate(job.prompts)}
     with safe_open(folder / QUESTIONS, "pt") as file:
         names = set(file.keys())
@@ -78,10 +78,10 @@ def _limits(job: Job, folder: Path) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class DeviceAnswers:
-    """What a device answered. ``questions`` holds what was asked."""
+    """The answers of a device to ``questions``."""
 
     who: str
-    job: Job
+    job: DeviceJob
     directory: Path
     result: Result
     questions: Mapping[str, Tensor]
@@ -110,7 +110,7 @@ class DeviceAnswers:
                     f"{who}: {entry.path} is not the file that {RESULT} lists (its sha256 differs).", next_step=_AGAIN
                 )
             with file.open("rb") as stream:
-                # The library would read whatever length of a header is claimed.
+                # The library would read a header of any claimed length.
                 if int.from_bytes(stream.read(8), "little") > _HEADER:
                     raise MachineError(f"{who}: {entry.path} has a header of its own kind.", next_step=_AGAIN)
         with safe_open(folder / QUESTIONS, "pt") as file:
@@ -124,7 +124,7 @@ class DeviceAnswers:
         return answers
 
     def divergence(self, index: int, original: Partition) -> Divergence:
-        """As ``partition_divergence``, of text ``index``."""
+        """Return ``partition_divergence`` of the answer to text ``index``."""
         kept, others = self._answer(index, "logits"), self._answer(index, "log_others")
         cells = torch.cat([kept, others[:, None]], -1).double()
         whole = cells.logsumexp(-1, keepdim=True)
@@ -136,11 +136,11 @@ class DeviceAnswers:
         )
 
     def audit(self, index: int) -> Tensor:
-        """Whole logits [audited positions, vocabulary] fp32."""
+        """Return whole logits [audited positions, vocabulary] fp32."""
         return self._answer(index, "audit")
 
     def tokens(self, index: int) -> list[int]:
-        """The greedy answer to a prompt."""
+        """Return the greedy answer to a prompt, as token ids."""
         path, most = tokens_path(index), self.job.prompts[index]
         given = self._read(path, "tokens")
         if given.ndim != 1 or not 1 <= len(given) <= most:

@@ -1,12 +1,12 @@
 """A device in a browser: Debian's chromium, driven by Playwright, answers a job in onnxruntime-web.
 
 The page (``browser/``) reads the job from a server on the loopback address and posts each answer as it is found, so
-that a run that ended early is gone on with. Two pages one after the other, each in a process of its own: the first one
-measures speed and does nothing else, the second one answers.
+that a later run continues one that ended early. There are two pages one after the other, each in a process of its own:
+the first one measures speed and does nothing else, the second one answers.
 
 ``wasm`` is ONNX Runtime's own CPU code in WebAssembly with SIMD and threads. ``webgpu`` needs an adapter, and a browser
 without one is a failure. ``webgpu-software`` takes Chromium's adapter in software, SwiftShader, on purpose: it shows
-that the answers are right and nothing of the speed.
+that the answers are right and shows nothing about speed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Mode = Literal["wasm", "webgpu", "webgpu-software"]
 
 _PAGE = Path(__file__).with_suffix("")
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-#: Nothing but what is asked: no first-run pages, and no connection of the browser's own.
+#: Flags for all modes: no first-run pages, and no connection of the browser's own.
 _FLAGS = (
     "--headless=new", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
@@ -49,18 +49,18 @@ _OF_MODE: dict[Mode, tuple[str, ...]] = {
         "--use-webgpu-adapter=swiftshader",
     ),
 }  # fmt: skip
-#: The execution provider that each backend is.
+#: The execution provider of each backend.
 _PROVIDERS: dict[Backend, str] = {"wasm": "CPUExecutionProvider", "webgpu": "WebGpuExecutionProvider"}
-#: Between two looks at what the page did.
+#: Milliseconds between two looks at the page.
 _PAUSE_MS = 50
 
 
 def open_browser(address: str) -> BrowserRunner:
-    """The browser that ``browser``, ``browser:wasm``, ``browser:webgpu`` or ``browser:webgpu-software`` names.
+    """Return the browser that ``browser``, ``browser:wasm``, ``browser:webgpu`` or ``browser:webgpu-software`` names.
 
     Raises:
-        InputError: it names none.
-        MachineError: it, or what drives it, is not installed: told before the original is asked anything.
+        InputError: the address names no browser.
+        MachineError: the browser, or Playwright, is not installed: raised before the original is asked anything.
     """
     for mode in _OF_MODE:
         if address == f"browser:{mode}" or (address == "browser" and mode == "wasm"):
@@ -75,7 +75,7 @@ def open_browser(address: str) -> BrowserRunner:
 
 @dataclass(frozen=True)
 class BrowserRunner:
-    """The page in ``chromium`` (None: the first one on PATH), with onnxruntime-web out of ``runtime`` (None: npm)."""
+    """The page in ``chromium`` (None: the first one on PATH), with onnxruntime-web from ``runtime`` (None: npm)."""
 
     mode: Mode = "wasm"
     chromium: Path | None = None
@@ -83,11 +83,11 @@ class BrowserRunner:
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """The name for messages."""
         return f"browser:{self.mode}"
 
     def __call__(self, job: Path, results: Path, progress: Progress) -> None:
-        """See ``Runner``.
+        """Let the device answer the job; see ``Runner``.
 
         Raises:
             InputError: the bundle is for another provider, or more than a browser holds.
@@ -140,7 +140,7 @@ class BrowserRunner:
         return "wasm" if self.mode == "wasm" else "webgpu"
 
     def program(self) -> Path:
-        """The browser's program.
+        """Return the path of the browser's program.
 
         Raises:
             MachineError: there is none, or Playwright is missing.
@@ -162,7 +162,7 @@ class BrowserRunner:
 
     @contextmanager
     def _launched(self, progress: Progress) -> Iterator[Browser]:
-        """The browser with an empty profile of its own, which goes with it."""
+        """Yield the browser with an empty profile of its own, which is removed with it."""
         path = self.program()
         from playwright.sync_api import Error, sync_playwright
 
@@ -186,7 +186,7 @@ class BrowserRunner:
                 browser.close()
 
     def _visit(self, browser: Browser, url: str, events: SimpleQueue[dict[str, Any]], shown: _Shown) -> None:
-        """One page until it says that it is done.
+        """Show one page until it says that it is done.
 
         Raises:
             BundleError: a file is not the job's, or onnxruntime-web refuses a graph.
@@ -213,7 +213,7 @@ class BrowserRunner:
         except Error as error:
             ended.append(_first_line(error))
         finally:
-            # Of a browser that has ended there is nothing to close.
+            # A browser that has ended has nothing to close.
             with suppress(Error):
                 context.close()
         raise MachineError(
@@ -244,7 +244,7 @@ class BrowserRunner:
 
 
 class _Shown:
-    """Events as bars, one after the other."""
+    """Events shown as bars, one after the other."""
 
     _LABELS: ClassVar = {"round": "Speed", "tokens": "Free answers", "answers": "Texts"}
 
@@ -260,7 +260,7 @@ class _Shown:
         self._stack.close()
 
     def show(self, event: Mapping[str, Any]) -> None:
-        """One more of the event's kind."""
+        """Show one more of the event's kind."""
         kind = event["kind"]
         if kind not in self._LABELS:
             return
@@ -273,7 +273,7 @@ class _Shown:
         self._track.advance(int(self._done <= self._counts[kind]), f"round {self._done}" if kind == "round" else "")
 
     def look(self) -> None:
-        """Whether anybody still waits."""
+        """Raise if nobody waits for the answers any more."""
         if self._track is not None:
             self._track.advance(0)
 

@@ -1,4 +1,4 @@
-"""A device of another architecture under QEMU's user-mode emulation: what it computes, never how fast.
+"""A device of another architecture under QEMU's user-mode emulation: it shows the numbers, never the speed.
 
 The emulated side has files of its own in one directory: ``root``, unpacked from Debian's packages of Python for that
 architecture, and ``packages``, unpacked from the wheels of numpy and of the onnxruntime that is installed here. Nothing
@@ -24,9 +24,9 @@ QEMU_ARM64 = "qemu-arm64"
 EMULATED = "Emulated by QEMU: what is computed is what the architecture computes, but not how fast."
 
 _QEMU = ("qemu-aarch64-static", "qemu-aarch64")
-#: With dot products and half precision, which decide the kernels of quantized matrices.
+#: A processor with dot products and half precision, which decide the kernels of quantized matrices.
 _CPU = "neoverse-n1"
-#: Of that processor. QEMU would show this machine's own, from which ONNX Runtime concludes what is not there.
+#: /proc/cpuinfo of that processor. QEMU would show this machine's own, from which ONNX Runtime draws wrong conclusions.
 _CPUINFO = """processor\t: 0
 BogoMIPS\t: 50.00
 Features\t: fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm lrcpc dcpop asimddp ssbs
@@ -37,22 +37,22 @@ CPU part\t: 0xd0c
 CPU revision\t: 1
 """
 _PACKAGES = ("python3", "libstdc++6", "libgomp1")
-#: What wheels for aarch64 call the systems that Debian 12 and later are.
+#: The platforms in the names of wheels for aarch64 that run on Debian 12 and later.
 _PLATFORMS = ("manylinux_2_28_aarch64", "manylinux_2_27_aarch64", "manylinux_2_17_aarch64", "manylinux2014_aarch64")
 _RECORD = "emulated.json"
 
 
 def default_sysroot() -> Path:
-    """Where the emulated side's files are if nobody says otherwise."""
+    """Return the default directory of the emulated side's files."""
     cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(cache) / "glmexport" / QEMU_ARM64
 
 
 def open_emulated(directory: Path | None, name: str = QEMU_ARM64) -> LocalRunner:
-    """The emulated arm64 device whose files ``prepare`` has put into ``directory``.
+    """Return the emulated arm64 device whose files ``prepare`` has put into ``directory``.
 
     Raises:
-        InputError: there are none.
+        InputError: there are no such files.
         MachineError: QEMU is not installed.
     """
     place = directory or default_sysroot()
@@ -88,9 +88,9 @@ def _qemu() -> str:
 
 
 def prepare(directory: Path | None, progress: Progress) -> dict[str, str]:
-    """Fetch the emulated arm64 machine's files by apt and pip, from wherever these are set up to; the versions.
+    """Fetch the emulated arm64 machine's files by apt and pip, and return their versions.
 
-    Needs no root: apt keeps its state in the directory too.
+    The configured sources of apt and pip are used. No root is needed: apt keeps its state in the directory too.
 
     Raises:
         InputError: the directory is there already.
@@ -125,10 +125,10 @@ def prepare(directory: Path | None, progress: Progress) -> dict[str, str]:
 
 
 def _download_debian(folder: Path) -> list[Path]:
-    """Archives of Python for arm64 and of everything that it needs."""
+    """Download archives of Python for arm64 and of everything that it needs."""
     for name in ("state/lists/partial", "cache/archives/partial"):
         (folder / name).mkdir(parents=True)
-    # Nothing is installed there, so that nothing is left out.
+    # Nothing counts as installed, so that no package is left out.
     (folder / "status").touch()
     settings = {
         "APT::Architecture": "arm64",
@@ -147,7 +147,7 @@ def _download_debian(folder: Path) -> list[Path]:
 
 
 def _download_wheels(partial: Path, minor: str) -> dict[str, str]:
-    """Unpack numpy and onnxruntime into ``packages``; their versions."""
+    """Unpack numpy and onnxruntime into ``packages``, and return their versions."""
     import onnxruntime
 
     wheels = partial / "wheels"

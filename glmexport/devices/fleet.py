@@ -1,4 +1,4 @@
-"""Several devices: what they are called and how they are reached, and all of them at work side by side."""
+"""Several devices: their names, the ways to reach them, and all of them at work side by side."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from glmexport.foundation.progress import Progress, Track
 from glmexport.wire.runner import Runner
 from glmexport.wire.ssh import SCHEME
 
-#: Every form of DEVICE, for messages.
+#: Every form of the argument DEVICE, for messages.
 FORMS = f"local, {SCHEME}user@host, {QEMU_ARM64}, browser, {KIT}FILE.zip, {KIT_RESULT}FILE.zip"
 BROWSER = "browser"
 _OF_SSH = ("key", "known_hosts", "python", "work", "reconnects", "silence")
@@ -34,19 +34,20 @@ _OF_SSH = ("key", "known_hosts", "python", "work", "reconnects", "silence")
 class FleetDevice(Definition):
     """One device of a fleet file."""
 
-    #: As --device takes it.
+    #: The address, as --device takes it.
     at: str
-    #: Devices of one class share a column of the report; by default each is its own.
+    #: The class of the device, all devices of which share a column of the report; by default each is its own class.
     device_class: str | None = Field(default=None, alias="class", min_length=1)
-    #: What follows is of devices behind SSH. Files are relative to the fleet file.
+    #: This and the following are for devices behind SSH. Files are relative to the fleet file.
     key: Path | None = None
     known_hosts: Path | None = None
-    #: On the device, relative to the user's home: a Python with numpy and onnxruntime, and where files go.
+    #: A Python with numpy and onnxruntime on the device, relative to the user's home.
     python: str | None = None
+    #: The work directory on the device, relative to the user's home.
     work: str | None = None
-    #: How often a lost connection is taken up again.
+    #: Number of times that a lost connection is opened again.
     reconnects: int | None = Field(default=None, ge=0)
-    #: Seconds without a word after which the device is given up.
+    #: Seconds without a message after which the device is given up.
     silence: float | None = Field(default=None, gt=0)
 
 
@@ -66,22 +67,22 @@ class Member:
 
     @property
     def here(self) -> bool:
-        """Whether it takes this machine's processor."""
+        """Whether the device uses this machine's processor."""
         return not isinstance(self.runner, (SshRunner, KitResultRunner))
 
     @property
     def folder(self) -> str:
-        """A name for its files, of its own."""
+        """The name of the folder for its files alone."""
         digest = hashlib.sha256(self.name.encode()).hexdigest()[:8]
         return f"{re.sub(r'[^A-Za-z0-9-]+', '_', self.name)[:40]}-{digest}"
 
 
 def open_fleet(path: Path) -> list[Member]:
-    """The devices of a fleet file.
+    """Return the devices of a fleet file.
 
     Raises:
-        DefinitionError: no such file, an unknown key, or one that is not of that kind of device.
-        InputError: an address that is none.
+        DefinitionError: there is no such file, or it has a key that is unknown or of another kind of device.
+        InputError: an address is that of no device.
     """
     if not path.is_file():
         raise DefinitionError(f"There is no fleet file {path}.", next_step="Give a .toml file (README, 'Fleet').")
@@ -101,10 +102,10 @@ def open_fleet(path: Path) -> list[Member]:
 
 
 def open_device(address: str, name: str | None = None, **options: Any) -> Runner:
-    """The way to a device as --device names it; ``options`` are those of one behind SSH.
+    """Return the way to a device as --device names it; ``options`` are those of one behind SSH.
 
     Raises:
-        InputError: no such kind of device.
+        InputError: there is no such kind of device.
     """
     kind, _, rest = address.partition(":")
     if address == "local":
@@ -127,10 +128,10 @@ def _browser(address: str) -> Runner:
 
 
 def ask(members: Sequence[Member], job: Path, results: Path, progress: Progress) -> dict[str, GlmexportError]:
-    """Have every device answer the job into a folder of its own below ``results``; of those that did not, why.
+    """Let every device answer the job into its own folder below ``results``; return the errors of those that failed.
 
-    Side by side, each in a thread, but those on this machine one after the other: they would slow each other down. A
-    device that fails takes nobody with it; whatever else is raised ends all.
+    They work side by side, each in a thread, but those on this machine one after the other: they would slow each other
+    down. A device that fails stops no other; any other exception ends all.
     """
     for member in members:
         (results / member.folder).mkdir(parents=True, exist_ok=True)
@@ -157,7 +158,7 @@ def ask(members: Sequence[Member], job: Path, results: Path, progress: Progress)
                         failures[futures[future].name] = failure
                     shared.finished(futures[future].name, failure)
         except BaseException:
-            # Whoever is still at work ends the next time it tells its progress.
+            # A device that is still at work ends the next time it reports progress.
             shared.stopped.set()
             raise
     return failures
@@ -175,11 +176,11 @@ def _asked(
 
 
 class _Stopped(Exception):
-    """Nobody waits for a device any more."""
+    """Raised in a thread whose device nobody waits for any more."""
 
 
 class _Shared:
-    """One bar for all devices; what they tell comes from their threads."""
+    """One bar for all devices; their threads report to it."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
@@ -188,7 +189,7 @@ class _Shared:
         self.stopped = threading.Event()
 
     def tell(self, text: str) -> None:
-        """What one of them is at."""
+        """Show the present work of one device."""
         if self.stopped.is_set():
             raise _Stopped
         with self._lock:
@@ -196,12 +197,12 @@ class _Shared:
             self.bar.advance(0, text)
 
     def remark(self, text: str) -> None:
-        """A line of its own."""
+        """Show a line of its own."""
         with self._lock:
             self._progress.remark(text)
 
     def finished(self, name: str, failure: GlmexportError | None) -> None:
-        """One of them has."""
+        """Count a device that has finished or failed."""
         with self._lock:
             assert self.bar is not None
             self.bar.advance(1, name)
@@ -216,7 +217,7 @@ class _Watched:
         self._shared, self._name = shared, name
 
     def track(self, label: str, total: int) -> AbstractContextManager[Track]:
-        """Its steps, told beside the bar of all."""
+        """Return a track whose steps are shown beside the bar of all."""
         return self._track(label, total)
 
     @contextmanager
@@ -224,7 +225,7 @@ class _Watched:
         yield _Told(self._shared, f"{self._name}: {label}", total)
 
     def remark(self, text: str) -> None:
-        """A line of its own."""
+        """Show a line of its own."""
         self._shared.remark(text)
 
 

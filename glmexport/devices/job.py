@@ -1,12 +1,12 @@
-"""A job: everything that a device is asked about one bundle, in a folder, and the form of what it answers.
+"""A job: a folder with everything that a device is asked about one bundle, and the form of its answers.
 
-    job/job.json               what is asked of which files
-    job/questions.safetensors  token ids, and what is to be kept of the answers
+    job/job.json               the questions, and every file with its digest
+    job/questions.safetensors  token ids, and the parts of the answers to keep
     job/bundle/                the bundle's files
 
     results/result.json               the device, its speed, and the digest of every other file
-    results/answers/0.safetensors …   of each text
-    results/tokens/0.safetensors …    of each prompt
+    results/answers/0.safetensors …   the answer to each text
+    results/tokens/0.safetensors …    the answer to each prompt
 
 The digest of ``job.json`` stands for all of the job: it lists every file with its own.
 """
@@ -67,52 +67,54 @@ class Cache(Definition):
 
     input: str
     output: str
-    #: With the names of sizes that ``CacheSpec`` has.
+    #: The shape of the input, with the names of sizes that ``CacheSpec`` has.
     shape: tuple[int | str, ...]
     dtype: CacheType
 
 
 class FixedShapes(Definition):
-    """What more there is where every shape is fixed, and the batch 1."""
+    """The further facts of graphs whose shapes are all fixed, with a batch of 1."""
 
-    #: New positions of the graphs above; those behind the last token are filled up, and do not count.
+    #: Number of new positions of the graphs for a chunk; those after the last token are padding, and do not count.
     chunk: int
-    #: The graph for one token.
+    #: The file of the graph for one token.
     step: str
-    #: Positions [1, sequence] int64, and in the graph for generation the index [1] int64 whose logits it gives.
+    #: The input for positions [1, sequence] int64.
     position_ids: str
+    #: The input for the index [1] int64 whose logits the graph for generation gives.
     asked_position: str
 
 
 class Graphs(Definition):
     """The bundle's graphs, which differ in the positions whose logits they give, and where shapes are fixed in more."""
 
-    #: Logits [batch, sequence, vocabulary] of every position.
+    #: The graph that gives logits [batch, sequence, vocabulary] of every position.
     scoring: str
-    #: Logits [batch, 1, vocabulary] of the last one.
+    #: The graph that gives logits [batch, 1, vocabulary] of the last position.
     generation: str
-    #: Token ids [batch, sequence] int64; unless shapes are fixed, a mask of ones [batch, past and new tokens] int64.
+    #: The input for token ids [batch, sequence] int64.
     input_ids: str
+    #: The input for a mask of ones [batch, past and new tokens] int64; None where shapes are fixed.
     attention_mask: str | None
     logits: str
     caches: tuple[Cache, ...]
-    #: growing: the output is the input with the new positions behind it, from none. capacity: one buffer is both, and
-    #: new positions are written into it.
+    #: "growing": the output is the input, which begins empty, followed by the new positions. "capacity": one buffer is
+    #: both, and new positions are written into it.
     cache_kind: Literal["growing", "capacity"]
     fixed: FixedShapes | None = None
 
 
 class SpeedRequest(Definition):
-    """How speed is measured: the prompt is read and ``generated_tokens`` follow, end tokens or not."""
+    """A measurement of speed: the prompt is read and ``generated_tokens`` follow, end tokens or not."""
 
     prompt: tuple[int, ...] = Field(min_length=1)
     generated_tokens: int = Field(ge=2)
-    #: At least so many, after one that does not count; and until ``seconds`` have passed.
+    #: Fewest rounds, after one that does not count; further ones follow until ``seconds`` have passed.
     rounds: int = Field(ge=1)
     seconds: float = Field(ge=0)
 
 
-class Job(Definition):
+class DeviceJob(Definition):
     """The content of job.json."""
 
     format: Literal["glmexport-job"] = "glmexport-job"
@@ -122,28 +124,29 @@ class Job(Definition):
     files: tuple[FileEntry, ...]
     graphs: Graphs
     provider: Provider
-    #: Configuration entries of a session.
+    #: The configuration entries of a session.
     config: dict[str, str] = Field(default_factory=dict)
-    #: None: as many as the device has cores.
+    #: Number of threads; None: as many as the device has cores.
     threads: int | None
     end_tokens: tuple[int, ...]
     context_length: int
     vocabulary_size: int
-    #: Of each text, the tokens that are given. Position i is the prediction of token prefix + i.
+    #: Number of tokens of each text that are given, its prefix. Position i is the prediction of token prefix + i.
     texts: tuple[int, ...] = Field(min_length=1)
-    #: Of each prompt, the tokens at which its answer is cut.
+    #: Number of tokens at which the answer to each prompt is cut.
     prompts: tuple[int, ...]
     speed: SpeedRequest | None
 
     def digest(self, directory: Path) -> str:
-        """SHA-256 of job.json as it is in ``directory``."""
+        """Return the SHA-256 of job.json as it is in ``directory``."""
         return sha256(directory / JOB)
 
 
 @dataclass(frozen=True)
 class TextQuestion:
-    """One text. ``ids`` [length], ``tokens`` [positions, k] and ``targets`` [positions] int64; ``audit`` positions
-    whose whole logits are wanted.
+    """One text. ``ids`` [length], ``tokens`` [positions, k] and ``targets`` [positions] are int64.
+
+    ``audit`` are the positions whose whole logits are wanted.
     """
 
     ids: Tensor
@@ -154,7 +157,7 @@ class TextQuestion:
 
 @dataclass(frozen=True)
 class PromptQuestion:
-    """A prompt, and where its answer is cut."""
+    """A prompt, and the number of tokens at which its answer is cut."""
 
     ids: Sequence[int]
     max_tokens: int
@@ -169,7 +172,7 @@ def write_job(
     vocabulary_size: int,
     speed: SpeedRequest | None,
     threads: int | None,
-) -> Job:
+) -> DeviceJob:
     """Write the job into the new ``directory``; the same arguments give the same bytes.
 
     Raises:
@@ -192,7 +195,7 @@ def write_job(
         tensors[f"prompt.{index}.ids"] = torch.tensor(list(prompt.ids), dtype=torch.int32)
     save_file(tensors, directory / QUESTIONS)
     questions = directory / QUESTIONS
-    job = Job(
+    job = DeviceJob(
         bundle_digest=bundle.digest,
         files=(
             FileEntry(path=QUESTIONS, size=questions.stat().st_size, sha256=sha256(questions)),
@@ -221,14 +224,14 @@ def needed_files(manifest: Manifest) -> tuple[FileEntry, ...]:
     )
 
 
-def read_job(directory: Path) -> Job:
+def read_job(directory: Path) -> DeviceJob:
     """Read the job in ``directory``.
 
     Raises:
-        InputError: there is none that can be read.
+        InputError: there is no job that can be read.
     """
     try:
-        return read_json(Job, directory / JOB)
+        return read_json(DeviceJob, directory / JOB)
     except (OSError, ValueError) as error:
         raise InputError(f"{directory / JOB} is no job: {error}.", next_step="Write the job again.") from error
 
@@ -244,7 +247,7 @@ def _link(bundle: Bundle, place: Path) -> None:
 
 
 def _graphs(bundle: Bundle) -> Graphs:
-    # The weights stay where they are: only the graph itself is read.
+    # The weights are not read: only the graph itself is.
     inputs = ir.load(bundle.model).graph.inputs
     caches = []
     for value in inputs:
@@ -285,7 +288,7 @@ def _fixed_shapes(loop: LoopConfig | FixedLoopConfig | GenaiConfig) -> FixedShap
     )
 
 
-class Round(Definition):
+class JobRound(Definition):
     """One generation: seconds to the first token, and of each further one."""
 
     ttft_s: float = Field(gt=0)
@@ -293,15 +296,15 @@ class Round(Definition):
 
 
 class SpeedResult(Definition):
-    """What was timed in a process that did nothing before but check files."""
+    """The times of a process that did nothing before but check files."""
 
     threads: int | None = Field(ge=1)
     load_s: float = Field(ge=0)
-    rounds: tuple[Round, ...] = Field(min_length=1)
+    rounds: tuple[JobRound, ...] = Field(min_length=1)
     peak_memory_bytes: int | None = Field(ge=0)
-    #: What told it, or why nothing did.
+    #: The source of the peak memory, or why there is none.
     peak_memory_source: str
-    #: At which memory is read; None where it cannot be measured.
+    #: The bandwidth at which memory is read; None where it cannot be measured.
     memory_bandwidth_bytes_per_s: float | None = Field(gt=0)
 
 
@@ -310,13 +313,13 @@ class Result(Definition):
 
     format: Literal["glmexport-result"] = "glmexport-result"
     version: Literal[1] = 1
-    #: SHA-256 of job.json.
+    #: The SHA-256 of job.json.
     job_digest: str
     device: DeviceFacts
     speed: SpeedResult | None
-    #: Why speed is None; None if it is there.
+    #: The reason why ``speed`` is None; None if it is there.
     speed_absent_because: str | None
-    #: Which provider ran which node of the generation graph; None: this runtime does not tell.
+    #: The provider that ran each node of the generation graph; None: this runtime does not tell.
     nodes: tuple[Node, ...] | None
     files: tuple[FileEntry, ...]
     complete: bool

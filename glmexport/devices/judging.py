@@ -7,7 +7,7 @@ from pathlib import Path
 
 from glmexport.bundle.bundle import Bundle
 from glmexport.devices.answers import DeviceAnswers
-from glmexport.devices.job import Job, PromptQuestion, SpeedRequest, TextQuestion, write_job
+from glmexport.devices.job import DeviceJob, PromptQuestion, SpeedRequest, TextQuestion, write_job
 from glmexport.foundation.target import Gates
 from glmexport.results.behaviour import Behaviour
 from glmexport.results.device import DeviceResult
@@ -21,21 +21,21 @@ from glmexport.validation.performance import device_performance
 from glmexport.validation.prompts import prompt_parity
 from glmexport.validation.run import Measurements, Validation, arithmetic, judged
 from glmexport.validation.runtimes import Memory, Round
-from glmexport.validation.speed import LEAST_ROUNDS, Turns
+from glmexport.validation.speed import LEAST_ROUNDS, MeasurementTurns
 
 _NO_ENERGY = "Devices do not tell the energy they take."
 
 
 @dataclass(frozen=True)
 class DeviceJudge:
-    """A judge of what devices answer about ``bundle``, by what ``captured`` kept of its original."""
+    """A judge of the devices' answers about ``bundle``, by the answers of its original in ``captured``."""
 
     bundle: Bundle
     captured: CapturedReference
     plan: ValidationPlan
     policy: Gates
 
-    def write_job(self, folder: Path, threads: int | None) -> Job:
+    def write_job(self, folder: Path, threads: int | None) -> DeviceJob:
         """Write the job that asks everything that was captured, and for speed, into the new ``folder``."""
         texts = self.captured.texts
         asked = [
@@ -60,7 +60,7 @@ class DeviceJudge:
         )
 
     def validation(self, answers: DeviceAnswers) -> Validation:
-        """Return everything that can be told from a device's answers, and the verdict."""
+        """Return everything that a device's answers show, and the verdict."""
         capture, tokenizer = self.captured.capture, self.bundle.tokenizer
         divergences = [
             answers.divergence(index, self.captured.kept(index)) for index in range(len(self.captured.texts))
@@ -88,7 +88,7 @@ class DeviceJudge:
         captured = self.captured.capture.answers
         if not answers.job.prompts or not captured:
             return None
-        # Alone only: a job has no batches.
+        # Each prompt is asked alone: a job has no batches.
         given = Answers(
             [list(answer.tokens) for answer in captured],
             [answers.tokens(index) for index in range(len(captured))],
@@ -105,7 +105,7 @@ class DeviceJudge:
         speed = result.speed
         if result.device.emulated or speed is None or asked is None:
             return None, result.device.emulated or result.speed_absent_because or "Speed was not asked for."
-        turns = Turns(
+        turns = MeasurementTurns(
             runtime=result.device.runtime,
             threads=speed.threads,
             load_s=speed.load_s,

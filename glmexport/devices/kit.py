@@ -1,4 +1,4 @@
-"""A device that nothing reaches: an archive is carried there, one command is run, and an archive is brought back."""
+"""A device that no network reaches: an archive is carried there, one command is run, an archive is brought back."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ from glmexport.wire.runner import PROGRAM, program
 KIT, KIT_RESULT = "kit:", "kit-result:"
 _NAME = "glmexport-kit"
 _CHUNK = 1 << 20
-#: By what zipfile tells of a file that is none, is damaged or cut off, is encrypted, has names that are no text, or
-#: lacks a member.
+#: The exceptions of zipfile for a file that is no archive, is damaged or cut off, is encrypted, has names that are no
+#: text, or lacks a member.
 _UNREADABLE = (
     OSError, EOFError, zipfile.BadZipFile, zlib.error, struct.error, LookupError, ArithmeticError, RuntimeError,
     ValueError,
 )  # fmt: skip
-#: What archives of the program are packed by. Others let the archive say how much memory unpacking takes.
+#: The methods that archives of the program are packed by. With others the archive decides how much memory unpacking
+#: takes.
 _PACKED = frozenset({zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED})
-#: Of the list of an archive's members, bytes: more than that of any job takes.
+#: Most bytes of the list of an archive's members, more than that of any job takes.
 _LISTED = 4 << 20
 _README = f"""Unpack this archive on the device, then run in the folder {_NAME}
 
@@ -46,7 +47,7 @@ def write_kit(job: Path, archive: Path, progress: Progress) -> None:
     """Write the job and the program into ``archive``, which must not exist.
 
     Raises:
-        InputError: it exists.
+        InputError: the archive exists.
     """
     if archive.exists():
         raise InputError(f"{archive} exists.", next_step="Remove it, or name another file.")
@@ -68,28 +69,28 @@ def write_kit(job: Path, archive: Path, progress: Progress) -> None:
 
 
 class _InPieces(io.BufferedReader):
-    """A file of which zipfile gets no more at once than a list of members may take, which it reads in one piece."""
+    """A file that refuses to read more at once than a list of members may take, which zipfile reads in one piece."""
 
     def __init__(self, file: io.FileIO) -> None:
         super().__init__(file)
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """As that of a file."""
+        """Read as a file does, but no more than the limit."""
         if size is not None and size > _LISTED:
             raise zipfile.BadZipFile("it has too many members")
-        # Without a size it is asked for nothing but its last 64 KiB.
+        # zipfile gives no size only when it reads the last 64 KiB.
         return super().read(_LISTED if size is None or size < 0 else size)
 
 
 @dataclass(frozen=True)
 class KitResultRunner:
-    """What a device wrote into ``archive``. Only the files that answer the job are taken, and only as announced."""
+    """The results of a device in ``archive``; only files that answer the job are taken, in the announced size."""
 
     name: str
     archive: Path
 
     def __call__(self, job: Path, results: Path, progress: Progress) -> None:
-        """See ``Runner``."""
+        """Take the device's answers from the archive; see ``Runner``."""
         with ExitStack() as stack:
             with self._reading():
                 if not self.archive.is_file():
@@ -106,7 +107,7 @@ class KitResultRunner:
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
-        """Whatever cannot be read of the archive is told of it; what cannot be written here is none of its faults."""
+        """Turn errors of reading the archive into one about it; an error of writing here is no fault of the archive."""
         try:
             yield
         except _UNREADABLE as error:
@@ -130,7 +131,7 @@ class KitResultRunner:
         return archive.open(name)
 
     def _unpack(self, archive: zipfile.ZipFile, name: str, size: int, path: Path) -> None:
-        """No more than ``size`` bytes; whether they are the right ones is looked at later, as of any device."""
+        """Unpack no more than ``size`` bytes; they are checked later, as those of any device."""
         path.parent.mkdir(parents=True, exist_ok=True)
         with self._reading():
             source = self._member(archive, name)

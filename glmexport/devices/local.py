@@ -1,4 +1,4 @@
-"""This machine as a device: the carried program in a process of its own."""
+"""This machine as a device: the device program runs in a process of its own."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class LocalRunner:
     silence: float = SILENCE_S
 
     def __call__(self, job: Path, results: Path, progress: Progress) -> None:
-        """See ``Runner``."""
+        """Let the program answer the job; see ``Runner``."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / PROGRAM
             path.write_bytes(program())
@@ -66,7 +66,7 @@ class LocalRunner:
 
 
 async def _ended(process: asyncio.subprocess.Process, patience: float = 0) -> int:
-    """Its exit code, after it was killed if it had none.
+    """Return the exit code of a process, which is killed if it has not ended.
 
     ``patience``: seconds for one that is about to end by itself, with a code that says why.
     """
@@ -75,6 +75,6 @@ async def _ended(process: asyncio.subprocess.Process, patience: float = 0) -> in
             return await asyncio.wait_for(process.wait(), patience)
     if process.returncode is None:
         process.kill()
-    # What it said and nobody reads any more would keep the wait from its end.
+    # Output that nobody reads any more would keep the wait from ending.
     await process.communicate()
     return await process.wait()

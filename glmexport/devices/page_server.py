@@ -1,7 +1,7 @@
-"""What a browser reads of a job, and where it posts what it found: a server on this machine's loopback address only.
+"""The server from which a browser reads a job and to which it posts answers, on the loopback address only.
 
-Every path begins with a token of the run, which nobody but the browser that was started is told. What can be read is a
-list of names, each of which stands for one file: no path is put together from a request.
+Every path begins with a token of the run, which only the browser that was started knows. Only a list of names can be
+read, each of which stands for one file: no path is put together from a request.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _TYPES = {
     ".wasm": "application/wasm",
 }
 _HEADERS = {
-    # Both are what a page needs for shared memory, and so for threads.
+    # A page needs both for shared memory, and so for threads.
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Embedder-Policy": "require-corp",
     "Cross-Origin-Resource-Policy": "same-origin",
@@ -36,16 +36,16 @@ _HEADERS = {
     "Cache-Control": "no-store",
 }
 
-#: What is served under a name: a file, or bytes.
+#: The resource under each name: a file, or bytes.
 Resources = Mapping[str, Path | bytes]
-#: Most bytes that are accepted under a name.
+#: Most bytes that are accepted under each name.
 Accepted = Mapping[str, int]
-#: Takes the name and the bytes of what was posted and gives the answer; ValueError tells the browser why not.
+#: A function from the name and the bytes of a post to the answer; its ValueError tells the browser what is wrong.
 Receive = Callable[[str, bytes], bytes]
 
 
 class PageServer(ThreadingHTTPServer):
-    """Serves ``resources`` and hands on what is posted to the ``accepted`` names."""
+    """A server that serves ``resources`` and hands on what is posted to the ``accepted`` names."""
 
     daemon_threads = True
 
@@ -56,13 +56,13 @@ class PageServer(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        """What every name is put behind."""
+        """The URL that every name is appended to."""
         return f"http://{LOOPBACK}:{self.server_port}/{self.token}/"
 
 
 @contextmanager
 def serving(resources: Resources, accepted: Accepted, receive: Receive) -> Iterator[PageServer]:
-    """A server in a thread of its own, as long as the context lasts."""
+    """Run a server in a thread of its own, as long as the context lasts."""
     with PageServer(resources, accepted, receive) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True)
         thread.start()
@@ -76,11 +76,11 @@ def serving(resources: Resources, accepted: Accepted, receive: Receive) -> Itera
 class _Request(BaseHTTPRequestHandler):
     server: PageServer
     protocol_version = "HTTP/1.1"
-    #: Of silence, seconds, after which a connection is closed.
+    #: Seconds of silence after which a connection is closed.
     timeout = 600
 
     def do_GET(self) -> None:
-        """A resource."""
+        """Send a resource."""
         name = self._name()
         if name is None:
             return
@@ -96,7 +96,7 @@ class _Request(BaseHTTPRequestHandler):
                 shutil.copyfileobj(file, self.wfile, 1 << 20)
 
     def do_POST(self) -> None:
-        """Something that was found out."""
+        """Receive an event or an answer."""
         name = self._name()
         if name is None:
             return
@@ -117,9 +117,9 @@ class _Request(BaseHTTPRequestHandler):
                 self.wfile.write(reply)
 
     def _name(self) -> str | None:
-        """What is asked for; None, and the request is refused, without the token.
+        """Return the name that is asked for; None, and the request is refused, without the token.
 
-        The host is checked too: a page elsewhere that has its own name point here does not know this one's.
+        The host is checked too: it refuses a page elsewhere whose own name resolves to this address.
         """
         token, _, name = unquote(self.path).removeprefix("/").partition("/")
         known = secrets.compare_digest(token.encode(), self.server.token.encode())
@@ -129,7 +129,7 @@ class _Request(BaseHTTPRequestHandler):
         return None
 
     def _refuse(self, status: HTTPStatus, reason: str) -> None:
-        # What was posted is not read, so nothing can follow it.
+        # The body is not read, so that no request can follow it.
         self.close_connection = True
         body = reason.encode()
         self._begin(status, "text/plain; charset=utf-8", len(body))
@@ -144,4 +144,4 @@ class _Request(BaseHTTPRequestHandler):
         self.end_headers()
 
     def log_message(self, format: str, *args: object) -> None:
-        """Nothing is logged: standard error is for people."""
+        """Log nothing: standard error is for people."""

@@ -1,4 +1,4 @@
-"""What a page posts of a job, checked and kept: the device's facts, its speed, and every answer when it comes."""
+"""The posts of a page about a job, checked and kept: the device's facts, its speed, and every answer as it comes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from safetensors.numpy import load
 
 from glmexport.bundle.manifest import FileEntry
 from glmexport.devices.answers import RESULT_LIMITS
-from glmexport.devices.job import QUESTIONS, RESULT, Job, Result, Round, SpeedResult, answer_path, tokens_path
+from glmexport.devices.job import QUESTIONS, RESULT, DeviceJob, JobRound, Result, SpeedResult, answer_path, tokens_path
 from glmexport.devices.web_placement import placed_nodes
 from glmexport.devices.web_runtime import VERSION
 from glmexport.foundation.definition import read_json
@@ -27,10 +27,10 @@ from glmexport.results.device import DeviceFacts
 #: Most bytes of an event, and of a tensor file's header.
 _EVENT, _HEADER = 1 << 22, 1 << 12
 _EVENT_LIMITS = DocumentLimits(size=_EVENT, depth=16, values=200_000)
-#: What adapters that compute in software have in their names: Chromium's, Mesa's, and that of Windows.
+#: Parts of the names of adapters that compute in software: Chromium's, Mesa's, and that of Windows.
 _SOFTWARE = ("swiftshader", "llvmpipe", "lavapipe", "basic render")
 
-#: Type and shape of a tensor.
+#: The type and the shape of a tensor.
 _Form = tuple[str, tuple[int, ...]]
 
 
@@ -40,7 +40,7 @@ class Posted:
     ``receive`` is called by the server's threads, one call at a time: the page waits for each answer.
     """
 
-    def __init__(self, directory: Path, job: Job, results: Path, mode: str) -> None:
+    def __init__(self, directory: Path, job: DeviceJob, results: Path, mode: str) -> None:
         self._directory, self._job, self._results, self._mode = directory, job, results, mode
         self.job_digest = job.digest(directory)
         self._forms = dict(_forms(directory / QUESTIONS, job))
@@ -51,7 +51,7 @@ class Posted:
             f"result/{name}": _HEADER + sum(4 * math.prod(shape) for _, shape in forms.values())
             for name, forms in self._forms.items()
         }
-        #: Name and version of the browser, and the page's part: speed, or answers.
+        #: The name and version of the browser, and the page's part: speed, or answers.
         self.browser = self.part = ""
 
     @property
@@ -62,20 +62,20 @@ class Posted:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """What pages are needed for; speed is not measured again."""
+        """The parts of the job that still need a page; speed is not measured again."""
         measured = self._former is not None and self._former.speed is not None
         return ("speed", "answers") if self._job.speed and not measured else ("answers",)
 
     def left(self, folder: str) -> list[int]:
-        """Of the texts (``answers``) or prompts (``tokens``), those without an answer."""
+        """Return the indices of the texts (``answers``) or prompts (``tokens``) without an answer."""
         count = len(self._job.texts if folder == "answers" else self._job.prompts)
         return [index for index in range(count) if not (self._results / folder / f"{index}.safetensors").is_file()]
 
     def receive(self, name: str, body: bytes) -> tuple[dict[str, Any], bytes]:
-        """Keep what was posted under ``name``; the event that it is, and the reply.
+        """Keep what was posted under ``name``, and return the event that it is, and the reply.
 
         Raises:
-            ValueError: it is not what was expected.
+            ValueError: the post is not what was expected.
         """
         if name != "event":
             path = name.removeprefix("result/")
@@ -90,14 +90,14 @@ class Posted:
             raise ValueError(f"The event lacks what its kind has: {type(error).__name__}: {error}.") from error
 
     def _told(self, event: dict[str, Any]) -> dict[str, Any]:
-        """The reply to an event, which is kept."""
+        """Keep an event, and return the reply to it."""
         reply: dict[str, Any] = {}
         match event["kind"]:
             case "facts":
                 reply = self._begin(event)
             case "speed":
                 used, source = renderer_peak_memory()
-                rounds = tuple(Round.model_validate(each) for each in event["rounds"])
+                rounds = tuple(JobRound.model_validate(each) for each in event["rounds"])
                 speed = SpeedResult(
                     threads=event["threads"],
                     load_s=event["load_s"],
@@ -112,7 +112,7 @@ class Posted:
         return reply
 
     def finish(self) -> None:
-        """Everything was answered."""
+        """Record that everything was answered."""
         files = tuple(
             FileEntry(path=name, size=path.stat().st_size, sha256=sha256(path))
             for name in sorted(self._forms)
@@ -121,7 +121,7 @@ class Posted:
         self._update(files=files, complete=True)
 
     def _begin(self, facts: dict[str, Any]) -> dict[str, Any]:
-        """What is left to do for this device; what another one answered is removed.
+        """Return what is left to do for this device; the answers of another one are removed.
 
         Raises:
             ValueError: an adapter was asked for, and this one is software.
@@ -185,7 +185,7 @@ class Posted:
             raise ValueError(f"{path} is no safetensors file: {error}.") from error
         expected = self._forms[path]
         if path.startswith("tokens/"):
-            # As long as the answer is.
+            # The length of the answer is free.
             ((kind, (most,)),) = expected.values()
             given, shape = found.get("tokens", ("", ()))
             fits = found.keys() == expected.keys() and given == kind and len(shape) == 1 and 0 < shape[0] <= most
@@ -195,7 +195,7 @@ class Posted:
             raise ValueError(f"{path} has {found}, and {expected} were asked for.")
 
     def _read(self) -> Result | None:
-        """What was answered before, if it was of this job."""
+        """Return the earlier result, if it is of this job."""
         try:
             former = read_json(Result, self._results / RESULT, RESULT_LIMITS)
         except (OSError, ValueError):
@@ -209,7 +209,7 @@ class Posted:
 
 
 def renderer_peak_memory() -> tuple[int | None, str]:
-    """Peak resident memory of the page's process, bytes, and what told it, or why nothing did."""
+    """Return the peak resident memory of the page's process in bytes, and its source, or why there is none."""
     peaks = []
     for child in psutil.Process().children(recursive=True):
         try:
@@ -228,8 +228,8 @@ def _runtime(mode: str) -> str:
     return f"onnxruntime-web {VERSION} ({mode})"
 
 
-def _forms(questions: Path, job: Job) -> Iterator[tuple[str, dict[str, _Form]]]:
-    """Every file of the results and the tensors in it."""
+def _forms(questions: Path, job: DeviceJob) -> Iterator[tuple[str, dict[str, _Form]]]:
+    """Return every file of the results and the tensors in it."""
     with safe_open(questions, "numpy") as file:
         asked = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     for index in range(len(job.texts)):

@@ -1,11 +1,11 @@
-"""A device that is reached by SSH: the job goes there by SFTP, a Python of the device answers it, results come back.
+"""A device that is reached by SSH: the job goes there by SFTP, the device's Python answers it, results come back.
 
 Nothing is installed on the device and nothing keeps running there. Below its work directory
 
     bundles/DIGEST/   a bundle's files, shared by all jobs that ask it
     jobs/DIGEST/      a job, the program, and results
 
-are named by digests, so that whatever was interrupted is gone on with. A host key that known_hosts does not have for
+are named by digests, so that an interrupted run is continued. A host key that known_hosts does not have for
 the device is refused; none is ever added.
 """
 
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from glmexport.bundle.manifest import FileEntry
 from glmexport.devices.answers import RESULT_BYTES, read_result
-from glmexport.devices.job import BUNDLE, JOB, QUESTIONS, RESULT, Job, read_job
+from glmexport.devices.job import BUNDLE, JOB, QUESTIONS, RESULT, DeviceJob, read_job
 from glmexport.foundation.errors import MachineError
 from glmexport.foundation.files import write_atomically
 from glmexport.foundation.progress import Progress
@@ -31,9 +31,9 @@ from glmexport.wire.ssh import SshAddress, parse_address, persist, require_async
 if TYPE_CHECKING:
     import asyncssh
 
-#: Below the home directory that sshd begins in.
+#: The work directory, relative to the home directory that sshd begins in.
 WORK = ".cache/glmexport-device"
-#: Left free on the device for results beyond what their shapes take.
+#: Bytes that are left free on the device for results beyond the size of their tensors.
 _SPARE = 1 << 24
 
 
@@ -41,7 +41,7 @@ _SPARE = 1 << 24
 class SshRunner:
     """A device behind SSH.
 
-    ``python`` has numpy and onnxruntime. ``reconnects`` is how often a lost connection is taken up again.
+    ``python`` has numpy and onnxruntime. A lost connection is opened again ``reconnects`` times.
     """
 
     address: SshAddress
@@ -52,11 +52,11 @@ class SshRunner:
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """The name for messages."""
         return self.address.name
 
     def __call__(self, job: Path, results: Path, progress: Progress) -> None:
-        """See ``Runner``."""
+        """Let the device answer the job; see ``Runner``."""
         require_asyncssh("devices")
 
         async def visit(connection: asyncssh.SSHClientConnection) -> None:
@@ -66,11 +66,11 @@ class SshRunner:
 
 
 def open_ssh(address: str, name: str | None = None, **options: Any) -> SshRunner:
-    """The device of ``ssh://user@host:port``; ``options`` are those of its address and of its runner.
+    """Return the device of ``ssh://user@host:port``; ``options`` are those of its address and of its runner.
 
     Raises:
-        InputError: it is none.
-        MachineError: what speaks SSH is not installed: told before the original is asked anything.
+        InputError: the address is not of that form.
+        MachineError: the SSH library is not installed: raised before the original is asked anything.
     """
     require_asyncssh("devices")
     where = {key: options.pop(key) for key in ("key", "known_hosts") if key in options}
@@ -78,7 +78,7 @@ def open_ssh(address: str, name: str | None = None, **options: Any) -> SshRunner
 
 
 class _Visit:
-    """What is done in one connection: everything that is still to be done."""
+    """One connection, in which everything is done that is still to do."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class _Visit:
     ) -> None:
         self.runner, self.connection, self.progress = runner, connection, progress
         self.folder, self.results = folder, results
-        self.job: Job = read_job(folder)
+        self.job: DeviceJob = read_job(folder)
         self.digest = self.job.digest(folder)
         work = PurePosixPath(runner.work.removeprefix("~/"))
         self.place = work / "jobs" / self.digest[:24]
@@ -124,7 +124,7 @@ class _Visit:
         missing = await self._missing()
         if not missing:
             return
-        # Answers have the shapes of the questions.
+        # The shapes of the answers follow from the questions.
         answers = (self.folder / QUESTIONS).stat().st_size
         await self._require_free(sum(entry.size for entry in missing) + answers + _SPARE)
         chunks = sum(-(-entry.size // transfer.CHUNK) for entry in missing)
@@ -153,12 +153,12 @@ class _Visit:
             )
 
     async def _missing(self) -> list[FileEntry]:
-        """Files of the job that the device does not have, byte for byte."""
+        """Return the files of the job that the device does not have, byte for byte."""
         names = [event["path"] async for event in self._run("--missing") if event.get("event") == "missing"]
         return [entry for entry in self.job.files if entry.path in names]
 
     async def _run(self, *arguments: str) -> AsyncIterator[dict[str, Any]]:
-        """What the program on the device tells."""
+        """Run the program on the device, and show the events that it reports."""
         import asyncssh
 
         command = (self.runner.python.removeprefix("~/"), str(self.place / PROGRAM), str(self.place), *arguments)

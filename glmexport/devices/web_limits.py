@@ -1,4 +1,4 @@
-"""What a browser can hold: refused before it is started, with the figures."""
+"""The limits of a browser: a job beyond them is refused, with the figures, before the browser is started."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from pathlib import Path
 import onnx_ir as ir
 from safetensors import safe_open
 
-from glmexport.devices.job import QUESTIONS, Job
+from glmexport.devices.job import QUESTIONS, DeviceJob
 from glmexport.foundation.errors import InputError
 
-#: A WebAssembly memory with 32-bit addresses, which is what onnxruntime-web is compiled for.
+#: Bytes of a WebAssembly memory with 32-bit addresses, for which onnxruntime-web is compiled.
 MEMORY = 1 << 32
 _GIB = 1 << 30
 
 
-def check_limits(directory: Path, job: Job) -> None:
-    """Whether one of the job's graphs can be run, and fits into the memory of WebAssembly.
+def check_limits(directory: Path, job: DeviceJob) -> None:
+    """Require that the job's graphs can be run, and fit into the memory of WebAssembly.
 
-    In it are at once: the weights; one file of them again, at most, while ONNX Runtime packs it for its kernels; and
-    the logits of the longest text.
+    The memory has at once: the weights; one file of them again, at most, while ONNX Runtime packs it for its kernels;
+    and the logits of the longest text.
 
     Raises:
-        InputError: it cannot or does not.
+        InputError: they cannot, or do not.
     """
     if job.graphs.fixed:
         raise InputError(
@@ -44,7 +44,7 @@ def check_limits(directory: Path, job: Job) -> None:
         )
 
 
-def largest_tensor(directory: Path, job: Job) -> int:
-    """Bytes of the largest tensor of the scoring graph; it must fit into one buffer of a WebGPU adapter."""
+def largest_tensor(directory: Path, job: DeviceJob) -> int:
+    """Return the bytes of the largest tensor of the scoring graph; it must fit into one buffer of a WebGPU adapter."""
     initializers = ir.load(directory / job.graphs.scoring).graph.initializers.values()
     return max((value.const_value.nbytes for value in initializers if value.const_value is not None), default=0)

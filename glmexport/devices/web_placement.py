@@ -1,4 +1,4 @@
-"""Where onnxruntime-web put the nodes of a graph, from what it prints when a session is opened: it has no profile."""
+"""The placement of nodes by onnxruntime-web, from what it prints when a session is opened: it has no profile."""
 
 from __future__ import annotations
 
@@ -11,23 +11,27 @@ import onnx
 
 from glmexport.engine.placement import Node
 
-#: Of VerifyEachNodeIsAssignedToAnEp in core/framework/session_state.cc.
+#: The messages of VerifyEachNodeIsAssignedToAnEp in core/framework/session_state.cc.
 _ALL = re.compile(r"All nodes placed on \[(\w+)\]")
 _SOME = re.compile(r"Node\(s\) placed on \[(\w+)\]")
 _NODE = re.compile(r"\]   (\S+) \((.*)\)$")
 _INTEGERS = frozenset(onnx.TensorProto.DataType.Value(name) for name in ("INT64", "INT32", "UINT64", "UINT32", "BOOL"))
-#: As in ``placement``: what is small, elements, and the tokens of the prompt for which it is looked at.
+#: The same limits as in ``placement``: elements of a small tensor, and tokens of the prompt for which sizes are
+#: inferred.
 _SMALL, _PROMPT = 100, 8
 
 
 def placed_nodes(lines: Iterable[str], graph: Path) -> tuple[Node, ...] | None:
-    """Every node that is named in ``lines``; None: nothing was said. ``graph``: what the session was opened on."""
+    """Return every node that is named in ``lines``; None: no placement is.
+
+    ``graph`` is the file that the session was opened on.
+    """
     model = onnx.load(graph, load_external_data=False)
     small = _small_nodes(model)
     provider, found = "", []
     for line in lines:
         if everywhere := _ALL.search(line):
-            # Then the nodes are not named.
+            # The nodes are not named in this case.
             found = [(node.name, node.op_type, everywhere[1]) for node in model.graph.node]
         elif some := _SOME.search(line):
             provider = some[1]
@@ -38,7 +42,7 @@ def placed_nodes(lines: Iterable[str], graph: Path) -> tuple[Node, ...] | None:
 
 
 def _small_nodes(model: onnx.ModelProto) -> frozenset[str]:
-    """Names of the nodes that read and write nothing but a few integers, as far as shapes can be inferred."""
+    """Return the names of nodes that read and write only a few integers, as far as shapes can be inferred."""
     graph = onnx.shape_inference.infer_shapes(model).graph
     sizes = {}
     for value in (*graph.input, *graph.value_info, *graph.output):
@@ -50,7 +54,7 @@ def _small_nodes(model: onnx.ModelProto) -> frozenset[str]:
     return frozenset(
         node.name
         for node in graph.node
-        # Shape and Size read nothing of their input but its shape.
+        # Shape and Size read only the shape of their input.
         if all(
             sizes.get(name, math.inf) <= _SMALL
             for name in (*(() if node.op_type in ("Shape", "Size") else filter(None, node.input)), *node.output)

@@ -1,4 +1,4 @@
-"""onnxruntime-web as npm has it: one release, checked by its digest, from npm or from a folder of the user's."""
+"""The npm package onnxruntime-web: one release, checked by its digest, from npm or from a folder of the user's."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from glmexport.foundation.errors import InputError, MachineError
 
 Backend = Literal["wasm", "webgpu"]
 
-#: The last release; there is none of ONNX Runtime 1.31 and 1.32 yet.
+#: The latest release; there is none of ONNX Runtime 1.31 and 1.32 yet.
 VERSION = "1.30.0"
 ARCHIVE = f"onnxruntime-web-{VERSION}.tgz"
-#: As npm writes it into a package-lock.json (Subresource Integrity).
+#: The digest of the archive, as npm writes it into a package-lock.json (Subresource Integrity).
 INTEGRITY = "sha512-q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
-#: The script of each backend, with everything that it needs in it, and its WebAssembly. Both have SIMD and threads.
+#: The script of each backend, with everything that it needs but its WebAssembly. Both have SIMD and threads.
 SCRIPTS: dict[Backend, str] = {"wasm": "ort.wasm.bundle.min.mjs", "webgpu": "ort.webgpu.bundle.min.mjs"}
 _BINARIES: dict[Backend, str] = {
     "wasm": "ort-wasm-simd-threaded.wasm",
@@ -31,21 +31,21 @@ _BY_HAND = f"Run 'npm pack onnxruntime-web@{VERSION}' where there is a network a
 
 
 def cache_folder() -> Path:
-    """Where the release is kept: ``$XDG_CACHE_HOME/glmexport``, or ``~/.cache/glmexport``."""
+    """Return the folder that keeps the release: ``$XDG_CACHE_HOME/glmexport``, or ``~/.cache/glmexport``."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "glmexport"
 
 
 def web_runtime(backend: Backend, folder: Path | None = None) -> dict[str, bytes]:
-    """The files that ``backend`` needs, by name.
+    """Return the files that ``backend`` needs, by name.
 
     Args:
-        backend: where the graph is to run.
-        folder: that has the archive, for machines without npm; otherwise it is got from npm once.
+        backend: the part of onnxruntime-web that is to run the graph.
+        folder: the folder that has the archive, for machines without npm; None: it is fetched from npm once.
 
     Raises:
-        InputError: ``folder`` does not have it.
-        MachineError: npm is missing or gets nothing; or the archive is not the one that was tried.
+        InputError: ``folder`` does not have the archive.
+        MachineError: npm is missing or fetches nothing; or the archive is not the one with that digest.
     """
     path = (folder or cache_folder()) / ARCHIVE
     if not path.is_file():
@@ -80,7 +80,7 @@ def _download(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         command = [npm, "pack", "--silent", f"onnxruntime-web@{VERSION}", "--pack-destination", folder]
-        # In an empty directory: the project that somebody stands in has no say.
+        # npm runs in an empty directory, so that no project's settings apply.
         run = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)  # noqa: S603
         packed = Path(folder) / ARCHIVE
         if run.returncode or not packed.is_file():

@@ -1,1 +1,1 @@
-"""Which of a target's legal settings are fastest on this machine, and what they cost in divergence."""
+"""The search for the fastest of a target's legal settings on this machine, and their cost in divergence."""

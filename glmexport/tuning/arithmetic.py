@@ -12,14 +12,14 @@ from glmexport.tuning.candidates import EXACT_LEVEL
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """An accuracy level of the products, and what caches hold."""
+    """An accuracy level of the products, and the type of the caches."""
 
     level: int
     kv_cache: KvCache = FLOATS
 
     @property
     def name(self) -> str:
-        """Return what it is called in the work directory."""
+        """Its name in the work directory."""
         return f"level-{self.level}" if self.kv_cache == FLOATS else f"level-{self.level}-{self.kv_cache}"
 
     def in_target(self, target: Target) -> Target:
@@ -36,15 +36,15 @@ class Arithmetic:
 class Variants:
     """A graph lowered in several ways."""
 
-    #: The target that it is lowered for, by what the variant is called.
+    #: The target that each variant is lowered for, by the variant's name.
     targets: Mapping[str, Target]
-    #: The variant in fp32 arithmetic, that the others are compared with.
+    #: The variant in fp32 arithmetic, with which the others are compared.
     exact: str
     #: For each variant with a quantized cache, the one that caches floats and is like it otherwise.
     floats: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, target: Target, arithmetics: Sequence[Arithmetic]) -> Variants:
+    def for_arithmetics(cls, target: Target, arithmetics: Sequence[Arithmetic]) -> Variants:
         """Return a variant for each of ``arithmetics``, with the exact one among them."""
         return cls(
             {each.name: each.in_target(target) for each in arithmetics},

@@ -1,4 +1,4 @@
-"""What was measured, as the evidence of a tuned target."""
+"""The evidence of a tuned target, put together from what was measured."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from glmexport.foundation.recipe import STORED
 from glmexport.foundation.target import Target
 from glmexport.tuning.candidates import identity, label, numerics, with_settings
 from glmexport.tuning.pareto import Timed
-from glmexport.tuning.plan import Measured, TuningPlan
+from glmexport.tuning.plan import MeasuredCandidates, TuningPlan
 from glmexport.tuning.search import Fate
 from glmexport.validation.texts import text_digest
 
@@ -31,19 +31,19 @@ class TunedModel:
 def evidence_of(
     plan: TuningPlan,
     model: TunedModel,
-    measured: Measured,
+    measured: MeasuredCandidates,
     fates: Mapping[str, Fate],
     chosen: Timed | None,
     confirmed: Gains | None,
 ) -> Evidence:
-    """Return everything that was found out, for the target's file.
+    """Return everything that was measured, for the target's file.
 
     Args:
         plan: what was compared.
-        model: what with.
+        model: the model that it was compared with.
         measured: the divergences.
-        fates: what became of every candidate that was timed, by identity.
-        chosen: what is taken; None: the start stays.
+        fates: the fate of every candidate that was timed, by identity.
+        chosen: the candidate that is taken; None: the start stays.
         confirmed: its speed in rounds that took no part in choosing.
     """
     return Evidence(
@@ -69,9 +69,9 @@ def evidence_of(
 
 
 def tried(
-    settings: CandidateSettings, start: CandidateSettings, measured: Measured, fates: Mapping[str, Fate]
+    settings: CandidateSettings, start: CandidateSettings, measured: MeasuredCandidates, fates: Mapping[str, Fate]
 ) -> TriedCandidate:
-    """Return what one candidate is, what was measured of it, and what became of it."""
+    """Return one candidate with its measurements and its fate."""
     kind = numerics(settings)
     reason = measured.illegal.get(kind, "")
     if settings == start:
@@ -103,7 +103,7 @@ def verdict_of(chosen: Timed | None, confirmed: Gains | None, illegal_start: str
 
 
 def tuned_target(target: Target, chosen: CandidateSettings | None, evidence: Evidence, name: str) -> Target:
-    """Return ``target`` with what was chosen, called ``name``; unchanged but for its evidence where the start stays."""
+    """Return ``target`` with the chosen settings, called ``name``; only the evidence changes where the start stays."""
     tuned = with_settings(target, chosen) if chosen else target
     if tuned.weights.default_recipe == STORED:
         # The checkpoint's making; the target's own is for others.

@@ -1,4 +1,4 @@
-"""What a target leaves open: every legal combination of formats, arithmetic, projections and session settings."""
+"""The settings that a target leaves open: every legal mix of formats, arithmetic, projections and session settings."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _LEVELS = {"CPUExecutionProvider": (0, 4), "WebGpuExecutionProvider": (0, 4)}
 #: Providers that have kernels for quantized caches, and the kinds that are tried if none are named.
 _CACHES: dict[str, tuple[KvCache, ...]] = {"CPUExecutionProvider": (FLOATS, "int8", "int4")}
 _TRIED_CACHES: tuple[KvCache, ...] = (FLOATS, "int8")
-#: fp32 activations: the arithmetic that the others are compared with.
+#: The level with fp32 activations, with which the others are compared.
 EXACT_LEVEL = 0
 #: Whether idle threads of the CPU's pool wait in a loop, which saves waking them and takes the processor from others.
 SPINNING = "session.intra_op.allow_spinning"
 _SESSION: dict[str, dict[str, tuple[str, ...]]] = {"CPUExecutionProvider": {SPINNING: ("1", "0")}}
-#: Of the cores, for the candidates of threads.
+#: Shares of the cores that are candidates for the number of threads.
 _SHARES = (1.0, 0.75, 0.5, 0.25)
 
 T = TypeVar("T")
@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, order=True)
 class Numerics:
-    """What of the settings decides the numbers that come out; all else decides only how fast."""
+    """The settings that decide the numbers that come out; all others decide only the speed."""
 
     recipe: str
     accuracy_level: int
@@ -45,27 +45,28 @@ class Numerics:
 
     @property
     def label(self) -> str:
-        """Return what people call it."""
+        """Its name for people."""
         cache = "" if self.kv_cache == FLOATS else f" with a cache in {self.kv_cache}"
         return f"{self.recipe} at accuracy_level {self.accuracy_level}{cache}"
 
 
 def numerics(settings: CandidateSettings) -> Numerics:
-    """Return what of ``settings`` decides the numbers."""
+    """Return the part of ``settings`` that decides the numbers."""
     return Numerics(settings.recipe, settings.accuracy_level, settings.kv_cache)
 
 
 @dataclass(frozen=True)
 class Axes:
-    """WantedValues of every setting; a candidate is one of each."""
+    """The values of every setting; a candidate has one of each."""
 
     recipes: tuple[str, ...]
     accuracy_levels: tuple[int, ...]
     packed_qkv: tuple[bool, ...]
     kv_caches: tuple[KvCache, ...]
     threads: tuple[int, ...]
-    #: By name of a session entry and of a provider option.
+    #: Values by the name of a session entry.
     session: Mapping[str, tuple[str, ...]]
+    #: Values by the name of a provider option.
     provider: Mapping[str, tuple[str, ...]]
 
 
@@ -73,21 +74,22 @@ class Axes:
 class WantedValues:
     """Values to try in place of the usual ones; empty: the usual ones."""
 
-    #: In place of floats and 8 bits, where the provider and every recipe have them.
+    #: Caches to try in place of floats and 8 bits, where the provider and every recipe have them.
     kv_caches: tuple[KvCache, ...] = ()
-    #: In place of shares of the cores.
+    #: Numbers of threads to try in place of shares of the cores.
     threads: tuple[int, ...] = ()
-    #: Further entries of the session's configuration, and options of the provider, each with values.
+    #: Further entries of the session's configuration, each with values.
     session: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    #: Further options of the provider, each with values.
     provider: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
-#: Nothing in place of the usual values.
+#: The usual values alone.
 USUAL = WantedValues()
 
 
 def start_settings(target: Target, recipe: str, cores: int) -> CandidateSettings:
-    """Return what ``target`` says now; what it leaves to the runtime is the runtime's default."""
+    """Return the present settings of ``target``; those that it leaves to the runtime have the runtime's default."""
     return CandidateSettings(
         recipe=recipe,
         accuracy_level=target.weights.accuracy_level,
@@ -110,11 +112,11 @@ def axes_of(
     """Return the alternatives that are legal for ``target`` and make a difference for ``architecture``.
 
     Args:
-        target: what the hardware can do; what it cannot is no candidate.
-        architecture: whose graph is lowered.
-        recipes: whose formats the target has kernels for, by the name or file that a target calls them by.
-        start: always among the candidates.
-        cores: that the threads go up to, if none are given.
+        target: the abilities of the hardware; nothing beyond them is a candidate.
+        architecture: the architecture whose graph is lowered.
+        recipes: recipes whose formats the target has kernels for, by the name or file that a target calls them by.
+        start: the present settings, which are always among the candidates.
+        cores: the most threads, if none are given.
         wanted: values to try in place of the usual ones.
     """
     quantizes = any(recipe.quantizes_linears for recipe in recipes.values())
@@ -133,7 +135,7 @@ def axes_of(
     return Axes(
         recipes=_unique(start.recipe, *recipes),
         accuracy_levels=_unique(start.accuracy_level, *levels),
-        # A target that cannot multiply with packed projections says so.
+        # A target says if it cannot multiply with packed projections.
         packed_qkv=_unique(start.packed_qkv, *([False] if packs and target.graph.packed_qkv else [])),
         kv_caches=_unique(start.kv_cache, *caches),
         threads=_unique(start.threads, *counts),
@@ -143,7 +145,7 @@ def axes_of(
 
 
 def candidates(start: CandidateSettings, axes: Axes) -> list[CandidateSettings]:
-    """Return every combination, the start first; none twice."""
+    """Return every combination once, the start first."""
     found = {identity(start): start}
     product = itertools.product(
         axes.recipes,

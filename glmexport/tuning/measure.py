@@ -1,4 +1,4 @@
-"""How fast candidates are beside the start: the same prompts in turns, each side in processes of its own."""
+"""The speed of candidates beside the start: the same prompts in turns, each side in processes of its own."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _PAUSE = 0.05
 
 @dataclass(frozen=True)
 class Workload:
-    """What is timed: a token behind the first ``short`` tokens of ``prompt``, one behind all of it, and the prompt."""
+    """The work that is timed: the prompt, a token after all of it, and one after its first ``short`` tokens."""
 
     prompt: tuple[int, ...]
     short: int
@@ -40,17 +40,17 @@ class Times:
     prefill: float
 
     def cost(self, prefer: Preference) -> float:
-        """What is to become small: a geometric mean of the seconds that ``prefer`` names."""
+        """Return what a tuning makes small: a geometric mean of the seconds that ``prefer`` names."""
         decode = math.sqrt(self.decode * self.decode_long)
         return {"decode": decode, "prefill": self.prefill, "balanced": math.sqrt(decode * self.prefill)}[prefer]
 
 
-#: Start and candidate in the same round.
+#: The times of start and candidate in the same round.
 Pair = tuple[Times, Times]
 
 
 class Side:
-    """One setting, loaded: a process for each slice."""
+    """One setting that is loaded in a process for each slice."""
 
     def __init__(self, bundles: Sequence[Path], threads: int, slices: Slices, workload: Workload) -> None:
         self._slices = slices
@@ -81,7 +81,7 @@ class Side:
         self._stack.close()
 
     def take(self) -> Times:
-        """One turn: every slice generates behind the short prompt and behind the long one."""
+        """Take one turn: every slice generates after the short prompt and after the long one."""
         short, long = [], []
         for worker in self._workers:
             time.sleep(_PAUSE)
@@ -95,7 +95,7 @@ class Side:
 
 
 def take_pairs(start: Side, candidate: Side, rounds: int, seconds: float = 0) -> list[Pair]:
-    """Rounds in the order ABBA: ``rounds``, an even number, and further ones until ``seconds`` have passed."""
+    """Take ``rounds`` rounds, an even number, in the order ABBA, and further ones until ``seconds`` have passed."""
     pairs: list[Pair] = []
     begun = time.monotonic()
     while len(pairs) < rounds or len(pairs) % 2 or time.monotonic() - begun < seconds:
@@ -109,10 +109,10 @@ def take_pairs(start: Side, candidate: Side, rounds: int, seconds: float = 0) ->
 
 
 def gains_of(pairs: Sequence[Pair], prefer: Preference, confidence: float) -> Gains:
-    """Speed of the candidate over that of the start."""
+    """Return the speed of the candidate over that of the start."""
 
     def gain(seconds: Callable[[Times], float]) -> Gain:
-        # Seconds of the start over those of the candidate: what the candidate is faster by.
+        # The candidate is faster by the seconds of the start over its own.
         return _gain(bootstrap.ratio([seconds(a) for a, _ in pairs], [seconds(b) for _, b in pairs], confidence))
 
     return Gains(
@@ -125,12 +125,12 @@ def gains_of(pairs: Sequence[Pair], prefer: Preference, confidence: float) -> Ga
 
 
 def as_numbers(pairs: Sequence[Pair]) -> list[list[list[float]]]:
-    """For a work directory: [rounds][start, candidate][decode, decode_long, prefill]."""
+    """Return pairs as numbers for a work directory: [rounds][start, candidate][decode, decode_long, prefill]."""
     return [[list(astuple(times)) for times in pair] for pair in pairs]
 
 
 def from_numbers(numbers: Sequence[Sequence[Sequence[float]]]) -> list[Pair]:
-    """The inverse."""
+    """Return the pairs of which ``as_numbers`` made ``numbers``."""
     return [(Times(*first), Times(*second)) for first, second in numbers]
 
 

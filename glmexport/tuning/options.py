@@ -1,4 +1,4 @@
-"""The choices of a tuning that are not the target's."""
+"""The choices of a tuning that do not belong to the target."""
 
 from __future__ import annotations
 
@@ -11,32 +11,33 @@ from glmexport.tuning.candidates import WantedValues
 
 @dataclass(frozen=True)
 class TuneOptions:
-    """What a tuning is free to choose."""
+    """The choices of the caller of a tuning."""
 
-    #: Cores of the machine: for everything but the candidates, and the most threads that those take.
+    #: Number of cores: the threads of everything but the candidates, and the most that those take.
     cores: int
     prefer: Preference = "balanced"
     #: Share of the target's gate on the mean divergence that a candidate may use up.
     allowance: float = 0.25
-    #: To try in place of the shipped recipes of the start's bits.
+    #: Recipes to try in place of the shipped ones of the start's bits.
     recipes: tuple[str, ...] = ()
-    #: To try in place of floats and 8 bits.
+    #: Caches to try in place of floats and 8 bits.
     kv_caches: tuple[KvCache, ...] = ()
     threads: tuple[int, ...] = ()
     session: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     provider: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     #: Seconds of the rounds of a finalist.
     seconds: float = 25
-    #: Tokens a language for the divergence.
+    #: Number of tokens a language for the divergence.
     positions: int = 128
-    #: Tokens of the long prompt, and behind either.
+    #: Number of tokens of the long prompt.
     prompt_tokens: int = 512
+    #: Number of tokens that follow either prompt.
     generated_tokens: int = 16
-    #: Measure the divergence of weights that GPTQ made, a whole build's work for each recipe.
+    #: Whether the weights whose divergence is measured are made by GPTQ, a whole build's work for each recipe.
     calibrated: bool = False
     force: bool = False
 
     @property
     def wanted(self) -> WantedValues:
-        """Return the values to try in place of the usual ones."""
+        """The values to try in place of the usual ones."""
         return WantedValues(self.kv_caches, self.threads, self.session, self.provider)

@@ -1,4 +1,4 @@
-"""Which candidates are worth more time, which none beats in both speed and divergence, and which one is taken."""
+"""The choice among timed candidates: those worth more time, those that none beats in both measures, the best one."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from glmexport.foundation.evidence import CandidateSettings, Deviation, Divergences, Gains
 from glmexport.tuning.candidates import Numerics, numerics
 
-#: Of the speed of the fastest in its class, what a candidate must have after the few rounds of the first turns.
+#: Share of the speed of the fastest in its class that a candidate must have after the first few rounds.
 _HOPEFUL = 0.5
 
 
 @dataclass(frozen=True)
 class Timed:
-    """A candidate with what was measured of it."""
+    """A candidate with its measurements."""
 
     settings: CandidateSettings
     gains: Gains
@@ -22,14 +22,14 @@ class Timed:
 
     @property
     def speed(self) -> float:
-        """Over that of the start, in what is preferred."""
+        """The preferred speed, over that of the start."""
         return self.gains.preferred.ratio
 
 
 def too_divergent(
     given: Divergences, start: Divergences, allowance: float, *, calibrated_limit: float | None = None
 ) -> str | None:
-    """Why a candidate may not be taken, whatever its speed; None if it may.
+    """Return why a candidate may not be taken, whatever its speed; None if it may.
 
     1. Its arithmetic may move its own weights by ``allowance`` at most: in the worst language as measured, over all
        of them with the upper bound.
@@ -37,8 +37,8 @@ def too_divergent(
     3. Where the weights are those that would be shipped, its divergence must be within the gate.
 
     Args:
-        given: of the candidate.
-        start: of the start's weights in fp32 arithmetic.
+        given: the divergences of the candidate.
+        start: those of the start's weights in fp32 arithmetic.
         allowance: nats per token.
         calibrated_limit: the gate on the mean divergence, where the weights are calibrated.
     """
@@ -61,16 +61,16 @@ def too_divergent(
 
 
 def _above(deviation: Deviation, limit: float) -> bool:
-    """What is not a number is above every limit."""
+    """Return whether ``deviation`` is above ``limit``; one that is not a number is above every limit."""
     over_all = deviation.mean if deviation.upper is None else deviation.upper
     return not (deviation.worst <= limit and over_all <= limit)
 
 
 def better_half(speeds: Mapping[str, tuple[Numerics, float]]) -> list[str]:
-    """Of each class of equal numerics the faster half, rounded up, in the order given.
+    """Return the faster half of each class of equal numerics, rounded up, in the order given.
 
-    Within a class only speed counts, so that a few rounds can tell what is hopeless. A candidate of less than half the
-    speed of the fastest in its class goes in any case.
+    Within a class only speed counts, so that a few rounds can tell which candidates are hopeless. A candidate of less
+    than half the speed of the fastest in its class goes in any case.
     """
     kept: set[str] = set()
     classes: dict[Numerics, list[str]] = {}
@@ -85,9 +85,10 @@ def better_half(speeds: Mapping[str, tuple[Numerics, float]]) -> list[str]:
 
 
 def contenders(timed: Sequence[Timed]) -> list[Timed]:
-    """The fastest of each class of equal numerics, without those that another one surely beats.
+    """Return the fastest of each class of equal numerics, without those that another one surely beats.
 
-    Surely: it diverges no more, and its lower bound of speed is above the upper bound of the beaten one.
+    One surely beats another if it diverges no more, and its lower bound of speed is above the upper bound of the beaten
+    one.
     """
     best: dict[Numerics, Timed] = {}
     for each in timed:
@@ -105,7 +106,7 @@ def _surely_beats(one: Timed, other: Timed) -> bool:
 
 
 def front(timed: Sequence[Timed]) -> list[Timed]:
-    """Those that no other is both faster than and at most as divergent as, the fastest first."""
+    """Return those for which no other is both faster and at most as divergent, the fastest first."""
     ranked = sorted(timed, key=lambda each: (-each.speed, each.divergence.original.mean))
     kept: list[Timed] = []
     for each in ranked:
@@ -115,7 +116,7 @@ def front(timed: Sequence[Timed]) -> list[Timed]:
 
 
 def pick(timed: Sequence[Timed], *, start_is_legal: bool) -> Timed | None:
-    """The fastest; of those that cannot be told from it the least divergent. None: the start stays.
+    """Return the least divergent of those that cannot be told from the fastest. None: the start stays.
 
     The start stays where it is legal and even the fastest does not surely gain.
     """

@@ -1,4 +1,4 @@
-"""What a tuning compares, on what, and how much of that: decided before anything is measured."""
+"""The plan of a tuning: its candidates, its text and its model, decided before anything is measured."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from glmexport.tuning.slices import Slices, slices_of
 from glmexport.validation.conditions import ValidationPlan
 from glmexport.validation.texts import EvaluationSet, EvaluationText
 
-#: Tokens of the short prompt.
+#: Number of tokens of the short prompt.
 _SHORT = 32
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Divergences by numerics, and why some are not legal."""
+class MeasuredCandidates:
+    """The divergences by numerics, and the reasons why some are not legal."""
 
     divergences: Mapping[Numerics, Divergences]
     illegal: Mapping[Numerics, str]
@@ -46,7 +46,7 @@ class TuningPlan:
     options: TuneOptions
     #: Recipes to try, by the name or file that a target calls them by; the start's first.
     recipes: Mapping[str, Recipe]
-    #: What the target says now.
+    #: The present settings of the target.
     start: CandidateSettings
     axes: Axes
     candidates: tuple[CandidateSettings, ...]
@@ -55,7 +55,7 @@ class TuningPlan:
     workload: Workload
 
     @classmethod
-    def of(
+    def make(
         cls,
         architecture: Architecture,
         tokenizer: Tokenizer,
@@ -64,7 +64,7 @@ class TuningPlan:
         documents: Sequence[Document],
         options: TuneOptions,
     ) -> TuningPlan:
-        """Plan the tuning of ``target`` for a model; ``documents`` are what its divergence is measured on."""
+        """Plan the tuning of ``target`` for a model, whose divergence is measured on ``documents``."""
         start = start_settings(target, next(iter(recipes)), options.cores)
         axes = axes_of(target, architecture, recipes, start, options.cores, options.wanted)
         validation = ValidationPlan(positions_per_language=options.positions)
@@ -86,21 +86,21 @@ class TuningPlan:
 
     @property
     def allowance_nats(self) -> float:
-        """Return the nats per token that a candidate may use up."""
+        """The nats per token that a candidate may use up."""
         return self.options.allowance * self.target.gates.kl_mean_nats
 
     @property
     def arithmetics(self) -> tuple[Arithmetic, ...]:
-        """Return every kind of arithmetic that is measured, the exact one first.
+        """Every kind of arithmetic that is measured, the exact one first.
 
-        Those with floats are what the scales of the others rest on.
+        The scales of quantized caches rest on those with floats.
         """
         floats = [Arithmetic(level, FLOATS) for level in (EXACT_LEVEL, *self.axes.accuracy_levels)]
         wanted = [Arithmetic(level, kind) for level in self.axes.accuracy_levels for kind in self.axes.kv_caches]
         return tuple(dict.fromkeys([*floats, *wanted]))
 
-    def judged(self, found: Mapping[Numerics, Divergences]) -> Measured:
-        """Return what was measured, and why some of it is not legal."""
+    def judged(self, found: Mapping[Numerics, Divergences]) -> MeasuredCandidates:
+        """Return the divergences, and the reasons why some are not legal."""
         limit = self.target.gates.kl_mean_nats if self.options.calibrated else None
         base = found[numerics(self.start).exact]
         reasons = {
@@ -108,4 +108,4 @@ class TuningPlan:
             for kind in found
             if kind.accuracy_level in self.axes.accuracy_levels and kind.kv_cache in self.axes.kv_caches
         }
-        return Measured(found, {kind: reason for kind, reason in reasons.items() if reason})
+        return MeasuredCandidates(found, {kind: reason for kind, reason in reasons.items() if reason})

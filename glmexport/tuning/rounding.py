@@ -1,4 +1,4 @@
-"""Weights as a recipe stores them, rounded to nearest when they are asked for: nothing is kept, nothing on disk."""
+"""Weights in the formats of a recipe, rounded to nearest whenever they are read: none is kept or written."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from glmexport.foundation.recipe import Format, Recipe
 from glmexport.quantization.stored import stored_linear
 from glmexport.quantization.weights import Weights
 
-#: Weights that are rounded together.
+#: Number of weights that are rounded together.
 _CHUNK = 1 << 24
 
 
 class RoundedWeights(Weights):
-    """Every matrix in its format of ``recipe``, on a ``searched`` grid or on the one that just covers its range.
+    """All matrices in the formats of ``recipe``, on a ``searched`` grid or on the one that just covers the range.
 
     The search costs several times the rounding, and changes no speed. Matrices of a quantized checkpoint keep their
     codes.
@@ -31,7 +31,7 @@ class RoundedWeights(Weights):
         self._searched = searched
         self._plan = FormatPlan.of(architecture, recipe, stored_formats(checkpoint))
         self._kept = frozenset(checkpoint.quantized) if recipe.keeps_stored else frozenset()
-        #: The last matrices that were asked for: codes, scales and zero points come one after the other.
+        #: The matrices that were read last: their codes, scales and zero points are read one after the other.
         self._last: tuple[tuple[str, ...], QuantizedLinear] | None = None
 
     def form(self, key: str) -> Format | None:
@@ -39,7 +39,7 @@ class RoundedWeights(Weights):
         return self._plan.form(key)
 
     def quantized(self, key: str) -> QuantizedLinear:
-        """A matrix, rounded now."""
+        """Return a matrix, which is rounded now."""
         form = self.form(key)
         assert form is not None
         if key in self._kept:
@@ -50,7 +50,7 @@ class RoundedWeights(Weights):
         return QuantizedLinear.concatenate(parts)
 
     def packed(self, keys: list[str], what: str) -> Tensor:
-        """``codes``, ``scales`` or ``zero_points``, packed and stacked along their rows."""
+        """Return ``codes``, ``scales`` or ``zero_points``, packed and stacked along their rows."""
         wanted = tuple(keys)
         if self._last is None or self._last[0] != wanted:
             self._last = None

@@ -1,9 +1,9 @@
 """Successive halving over the legal candidates: little time for many of them, more for those that are left.
 
-1. Two rounds each: of every class of equal numerics the faster half goes on.
-2. As many rounds as bounds take: the fastest of each class goes on, unless another class surely beats it.
-3. Rounds for the time given: the front, and the choice.
-4. The choice again, in rounds that took no part in choosing: the best of many is in part the luckiest.
+1. Each has two rounds: the faster half of every class of equal numerics goes on.
+2. Each has as many rounds as bounds take: the fastest of each class goes on, unless another class surely beats it.
+3. Each has rounds for the time given: they decide the front and the choice.
+4. The choice has further rounds that took no part in choosing: the best of many is in part the luckiest.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from glmexport.validation.speed import LEAST_ROUNDS
 
 _FEW_ROUNDS = 2
 
-#: Loads a candidate.
+#: A function that loads a candidate.
 Load = Callable[[CandidateSettings], Side]
 
 
 @dataclass(frozen=True)
 class Fate:
-    """What became of a candidate."""
+    """The fate of a candidate: its measurements, and the reason why it was dropped."""
 
     outcome: Outcome
     reason: str
@@ -39,7 +39,7 @@ class Fate:
 
 @dataclass
 class Search:
-    """Measurements are committed to ``work`` one by one, and taken from there if they are there."""
+    """A search whose measurements are committed to ``work`` one by one, and read from there by a later run."""
 
     start: CandidateSettings
     load: Load
@@ -47,14 +47,17 @@ class Search:
     work: WorkDirectory
     prefer: Preference
     confidence: float
-    #: Of the rounds of a finalist.
+    #: Seconds of the rounds of a finalist.
     seconds: float
     progress: Progress
-    #: By identity.
+    #: The fate of each candidate that was timed, by identity.
     fates: dict[str, Fate] = field(default_factory=dict)
 
     def choose(self, legal: Sequence[CandidateSettings], *, start_is_legal: bool) -> tuple[Timed | None, Gains | None]:
-        """The choice among ``legal``, without the start, and its speed in rounds of its own; None: the start stays."""
+        """Return the choice among ``legal`` and its speed in further rounds; None: the start stays.
+
+        ``legal`` is without the start.
+        """
         first = self._timed("first", legal, _FEW_ROUNDS, 0)
         speeds = {identity(each.settings): (numerics(each.settings), each.speed) for each in first}
         hopeful = set(better_half(speeds))
@@ -78,7 +81,7 @@ class Search:
         return chosen, confirmed.gains
 
     def _timed(self, stage: str, settings: Sequence[CandidateSettings], rounds: int, seconds: float) -> list[Timed]:
-        """Those of ``settings`` that run here, each beside the start, which is loaded once for all."""
+        """Return times of those ``settings`` that run here, each beside the start, which is loaded once for all."""
         timed = []
         with ExitStack() as stack, self.progress.track(f"Speed: {stage} turns", len(settings)) as track:
             start: Side | None = None
@@ -99,7 +102,7 @@ class Search:
         return timed
 
     def _pairs(self, start: Side, settings: CandidateSettings, rounds: int, seconds: float) -> list[Pair]:
-        """Nothing where the candidate does not run, which does not end the search."""
+        """Return the rounds; None where the candidate does not run, which does not end the search."""
         try:
             candidate = self.load(settings)
         except MachineError as error:

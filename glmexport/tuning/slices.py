@@ -1,4 +1,4 @@
-"""What is timed: the whole model if it is small, otherwise two slices that tell a block's cost from the rest's.
+"""The models that are timed: the whole one if it is small, otherwise two slices that tell a block's cost from the rest.
 
 A slice is a model of some of the decoder blocks, with the embedding and the lm_head, and passes through graph, lowering
 and bundle writer like a whole one. Time is taken as linear in the number of blocks: the slice with fewer blocks, plus
@@ -29,15 +29,15 @@ from glmexport.foundation.target import Target
 from glmexport.tuning.candidates import with_settings
 from glmexport.tuning.rounding import RoundedWeights
 
-#: Tokens that scales of a quantized cache are calibrated on here: their values change no speed.
+#: Number of tokens that scales of a quantized cache are calibrated on here: their values change no speed.
 _CACHED_TOKENS = range(16)
-#: Weights of a model that is timed whole, and at least those of the blocks that one slice has more than the other:
-#: in 4 bits several times the caches of a processor.
+#: Most weights of a model that is timed whole, and fewest weights of the blocks that one slice has more than the
+#: other: in 4 bits several times the caches of a processor.
 WHOLE_WEIGHTS, ADDED_WEIGHTS = 1 << 30, 1 << 29
 
 
 def units(architecture: Architecture) -> list[tuple[DecoderLayer, ...]]:
-    """The blocks, those together that share what a token attends to."""
+    """Return the blocks in units: those that share what a token attends to are together."""
     found: list[tuple[DecoderLayer, ...]] = []
     for layer in architecture.layers:
         if layer.attention.shared_selection and found:
@@ -52,11 +52,11 @@ class Slices:
     """The models that are timed: one, or one with fewer blocks and one with more."""
 
     architectures: tuple[Architecture, ...]
-    #: Of the whole model.
+    #: The blocks of the whole model.
     layers: int
 
     def whole(self, seconds: Sequence[float]) -> float:
-        """Of the whole model, from those of ``architectures``."""
+        """Return the seconds of the whole model, from those of ``architectures``."""
         if len(seconds) == 1:
             return seconds[0]
         fewer, more = seconds
@@ -66,7 +66,7 @@ class Slices:
 
     @property
     def description(self) -> str:
-        """For people."""
+        """A description for people."""
         counts = [len(architecture.layers) for architecture in self.architectures]
         if len(counts) == 1:
             return f"all {self.layers} blocks"
@@ -74,12 +74,12 @@ class Slices:
 
 
 def slices_of(architecture: Architecture, whole: int = WHOLE_WEIGHTS, added: int = ADDED_WEIGHTS) -> Slices:
-    """Slices of ``architecture``; all of it below ``whole`` weights.
+    """Return slices of ``architecture``; all of it below ``whole`` weights.
 
-    One unit of each kind, and in the larger slice so many more of the most frequent kind that they have ``added``
-    weights, and at least two.
+    A slice has one unit of each kind. The larger one has so many more of the most frequent kind that they have
+    ``added`` weights, and at least two.
     """
-    # A layer that drafts is timed with nobody to take up its drafts.
+    # A layer that drafts would be timed although nothing uses its drafts.
     architecture = replace(architecture, token_prediction=None)
     parts = units(architecture)
     total = sum(weights_of(unit) for unit in parts)
@@ -100,7 +100,7 @@ def slices_of(architecture: Architecture, whole: int = WHOLE_WEIGHTS, added: int
 
 
 def weights_of(layers: Sequence[DecoderLayer]) -> int:
-    """Of all linears of some blocks."""
+    """Return the number of weights of all linears of some blocks."""
     return sum(linear.out_features * linear.in_features for layer in layers for linear in layer.linears)
 
 
@@ -109,15 +109,15 @@ def _kind(unit: tuple[DecoderLayer, ...]) -> object:
 
 
 def _slice(architecture: Architecture, parts: Sequence[tuple[DecoderLayer, ...]]) -> Architecture:
-    """Blocks are counted anew, since loops count the caches; their keys stay the checkpoint's."""
+    """Return a slice whose blocks are counted anew, since loops count the caches; their keys stay the checkpoint's."""
     layers = [layer for part in parts for layer in part]
     return replace(architecture, layers=tuple(replace(layer, index=at) for at, layer in enumerate(layers)))
 
 
 class SliceBundles:
-    """Bundles of the slices in every setting that is asked for, below ``directory``, as a build would write them.
+    """The bundles of the slices in every setting that is timed, below ``directory``, as a build would write them.
 
-    Weights are rounded to nearest: how fast they are does not depend on their values. Files that two bundles have in
+    Weights are rounded to nearest: the speed does not depend on their values. Files that two bundles have in
     common are stored once where the file system can.
     """
 
@@ -140,8 +140,8 @@ class SliceBundles:
         self._source = source
         self._files: dict[tuple[str, int], Path] = {}
 
-    def of(self, settings: CandidateSettings) -> list[Path]:
-        """A bundle of each slice."""
+    def for_settings(self, settings: CandidateSettings) -> list[Path]:
+        """Return a bundle of each slice with these settings."""
         target = with_settings(self._target, settings)
         graph = [settings.recipe.replace("/", "--"), f"level-{settings.accuracy_level}"]
         graph += ["fused" if settings.packed_qkv else "split", settings.kv_cache]
@@ -164,7 +164,7 @@ class SliceBundles:
             source=self._source,
             cache_text=[list(_CACHED_TOKENS)],
         )
-        # Somebody else's progress is under way.
+        # The progress of another step is shown.
         manifest = write_bundle(directory, contents, Silent())
         for entry in manifest.files:
             path, key = directory / entry.path, (entry.sha256, entry.size)

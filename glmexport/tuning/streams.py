@@ -1,7 +1,7 @@
-"""How far each arithmetic and format moves the whole model: its graph in ONNX Runtime, one decoder block at a time.
+"""The divergence of each arithmetic and format over the whole model, run in ONNX Runtime one block at a time.
 
 Each block is lowered as a bundle's would be and run in a session of its own, on the residual stream that the blocks
-before it gave. What comes out behind the last one is what the whole graph gives, with one block in memory. The
+before it gave. The stream after the last one is that of the whole graph, with one block in memory. The
 activations of every candidate are committed after each block, so that a measurement that is killed goes on there.
 """
 
@@ -45,8 +45,8 @@ from glmexport.validation.texts import EvaluationText
 
 
 @dataclass(frozen=True)
-class Document:
-    """Of one text: sums over its positions of the divergence, nats."""
+class DocumentDivergence:
+    """The divergences of one text, in nats, summed over its positions."""
 
     language: str
     positions: int
@@ -54,17 +54,17 @@ class Document:
     arithmetic: float
 
 
-class Streams:
+class ArithmeticStreams:
     """One quantized model in several kinds of arithmetic over ``texts``, with caches in floats or in codes.
 
     Args:
-        name: of its steps in ``work``.
-        weights: as its recipe leaves them; the numbers are read block by block.
-        reference: of the same model, for what is not computed by the graph: embedding and rotary tables.
+        name: the name of its steps in ``work``.
+        weights: the weights of its recipe, which are read block by block.
+        reference: the same model's, for what the graph does not compute: embedding and rotary tables.
         variants: the kinds of arithmetic that the graph is lowered for.
-        texts: what is asked.
-        work: where finished blocks are kept.
-        threads: of the sessions.
+        texts: the texts that it is asked about.
+        work: the directory that keeps finished blocks.
+        threads: the number for the sessions.
         cache_text: token ids that the scales of quantized caches are calibrated on.
     """
 
@@ -88,13 +88,13 @@ class Streams:
         self._threads = threads
         self._units = units(weights.architecture)
         self._steps = [f"{name}.{index:03d}" for index in range(len(self._units) + 1)]
-        #: Texts, and behind them what caches are calibrated on, which passes through every variant too.
+        #: The texts, and after them the text that caches are calibrated on, which passes through every variant too.
         self._sequences = [*(text.ids for text in texts), *(torch.tensor(list(ids)) for ids in cache_text)]
         self._spans = list(pairwise(accumulate((len(ids) for ids in self._sequences), initial=0)))
         self._tables = reference.rotary_tables(max(len(ids) for ids in self._sequences))
 
-    def divergences(self, original: Streamed, progress: Progress) -> dict[str, list[Document]]:
-        """Of every variant, from the original's answers and from the exact variant's, text by text."""
+    def divergences(self, original: Streamed, progress: Progress) -> dict[str, list[DocumentDivergence]]:
+        """Return every variant's divergences from the original's answers and from the exact variant's, text by text."""
         found = self._work.record(self._name)
         if found is None:
             self._run(progress)
@@ -104,10 +104,10 @@ class Streams:
             for step in self._steps:
                 self._work.forget(step)
             found = {"note": note}
-        return {key: [Document(**values) for values in rows] for key, rows in found["note"].items()}
+        return {key: [DocumentDivergence(**values) for values in rows] for key, rows in found["note"].items()}
 
     def _run(self, progress: Progress) -> None:
-        """Commit the streams behind every unit that is not committed yet."""
+        """Commit the streams after every unit that is not committed yet."""
         done = next((index for index in range(len(self._steps), 0, -1) if self._is_there(self._steps[index - 1])), 0)
         if not done:
             embedded = self._embedded(torch.cat(self._sequences))[:, None]
@@ -132,14 +132,14 @@ class Streams:
         )
 
     def _embedded(self, ids: Tensor) -> Tensor:
-        """[rows, D] fp32: looking up is the same in every arithmetic."""
+        """Return the embedded ``ids``, [rows, D] fp32: looking up is the same in every arithmetic."""
         key = self._weights.architecture.embedding
         if self._weights.form(key) is None:
             return self._reference.embed(ids)
         return self._weights.quantized(key).lookup(ids)
 
     def _write(self, layers: Sequence[DecoderLayer], folder: Path) -> None:
-        """A graph a variant; weights that they have in common are made and stored once."""
+        """Write a graph for each variant; weights that they have in common are made and stored once."""
         graphs = {
             f"{key}.onnx": lower(
                 build_part(self._weights.architecture, layers, target.graph), target, self._weights, self._tables
@@ -149,7 +149,7 @@ class Streams:
         write_graphs(graphs, folder, Silent())
 
     def _through(self, key: str, folder: Path, before: str) -> Iterator[Tensor]:
-        """Rows [length, 1, D] of every text behind the graph in ``folder``."""
+        """Return the rows [length, 1, D] of every text after the graph in ``folder``."""
         part = GraphPart(folder / f"{key}.onnx", self._variants.targets[key], self._threads)
         for ids, span in zip(self._sequences, self._spans, strict=True):
             yield part.run(STREAM_OUT, ids, self._rows(before, key, span)).transpose(0, 1)
@@ -169,12 +169,12 @@ class Streams:
         ir.save(model, path)
 
     def _rows(self, step: str, key: str, span: tuple[int, int]) -> Tensor:
-        """The stream of one text, [1, length, D]."""
+        """Return the stream of one text, [1, length, D]."""
         shape = (self._spans[-1][1], 1, self._weights.architecture.hidden_size)
         return self._work.activations(step, key, shape).read(*span).transpose(0, 1)
 
-    def _compare(self, original: Streamed, progress: Progress) -> dict[str, list[Document]]:
-        measured: dict[str, list[Document]] = {key: [] for key in self._variants.targets}
+    def _compare(self, original: Streamed, progress: Progress) -> dict[str, list[DocumentDivergence]]:
+        measured: dict[str, list[DocumentDivergence]] = {key: [] for key in self._variants.targets}
         last = self._steps[-1]
         with tempfile.TemporaryDirectory(dir=self._work.path) as folder:
             self._write((), Path(folder))
@@ -183,7 +183,7 @@ class Streams:
                 for key, target in self._variants.targets.items()
             }
             with progress.track(f"Divergence: {self._name}, head", len(self._texts)) as track:
-                # Without what caches were calibrated on.
+                # The text that caches were calibrated on is left out.
                 for index, (text, span) in enumerate(zip(self._texts, self._spans, strict=False)):
 
                     def logits(key: str, text: EvaluationText = text, span: tuple[int, int] = span) -> Tensor:
@@ -193,7 +193,7 @@ class Streams:
                     for key in self._variants.targets:
                         given = exact if key == self._variants.exact else logits(key)
                         measured[key].append(
-                            Document(
+                            DocumentDivergence(
                                 language=text.language,
                                 positions=text.positions,
                                 original=float(original.divergence(index, given).kl.double().sum()),
@@ -231,7 +231,7 @@ class GraphPart:
 
 
 def _sum_of_kl(exact: Tensor, given: Tensor) -> float:
-    """Over the positions of logits [positions, V]: KL(exact || given), nats."""
+    """Return the sum of KL(exact || given) over the positions of logits [positions, V], in nats."""
     if exact is given:
         return 0.0
     slices = position_slices(len(exact))
@@ -241,8 +241,8 @@ def _sum_of_kl(exact: Tensor, given: Tensor) -> float:
     )
 
 
-def summarized(documents: Sequence[Document], confidence: float) -> Divergences:
-    """Over all languages, with documents as the sample."""
+def summarized(documents: Sequence[DocumentDivergence], confidence: float) -> Divergences:
+    """Return the divergences over all languages, with documents as the sample."""
     return Divergences(
         original=_deviation([(each.language, each.positions, each.original) for each in documents], confidence),
         arithmetic=_deviation([(each.language, each.positions, each.arithmetic) for each in documents], confidence),

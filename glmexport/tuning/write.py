@@ -1,4 +1,4 @@
-"""A tuned target as a file that ``--target`` takes."""
+"""The file of a tuned target, which ``--target`` takes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from glmexport.foundation.target import Target
 
 
 def target_toml(target: Target) -> str:
-    """``target`` as TOML: every key, but what is absent; the file's name is the target's."""
+    """Return ``target`` as TOML: every key that is not None; the file's name is the target's."""
     return tomli_w.dumps(target.model_dump(exclude={"name"}, exclude_none=True), multiline_strings=False)
 
 

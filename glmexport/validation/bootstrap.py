@@ -1,8 +1,8 @@
-"""How sure a median of repeated measurements is, and which percentiles as many of them can tell.
+"""Bounds of a median of repeated measurements, and the percentiles that as many of them can tell.
 
-Bounds by the percentile bootstrap (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section 13.3), with
-rounds as the sample and both sides of a round drawn together. Percentiles as in MLPerf Inference's early stopping:
-an order statistic that the true one is below with 99 % confidence, or none.
+The bounds are those of the percentile bootstrap (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section
+13.3), with rounds as the sample and both sides of a round drawn together. Percentiles are found as in MLPerf
+Inference's early stopping: an order statistic that the true one is below with 99 % confidence, or none.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from scipy.stats import bootstrap
 from glmexport.results.performance import Figure, Interval
 
 _RESAMPLES = 4999
-#: Resamples that are in memory at a time.
+#: Number of resamples that are in memory at a time.
 _BATCH = 500
-#: The same measurements give the same bounds.
+#: A fixed seed, so that the same measurements give the same bounds.
 _SEED = 20261123
-#: Of a percentile.
+#: Confidence that a true percentile is below the one that is returned.
 CERTAINTY = 0.99
 
 
 def rounds_for_bounds(confidence: float) -> int:
-    """Rounds below which not even the smallest and the largest bound the median with ``confidence`` each.
+    """Return the fewest rounds whose smallest and largest value bound the median with ``confidence`` each.
 
     All n are on one side of the true median in one case of 2^n.
     """
@@ -35,9 +35,10 @@ def rounds_for_bounds(confidence: float) -> int:
 
 
 def rounds_for_percentile(q: float) -> int:
-    """Rounds from which the second largest is above the ``q``-quantile (0 to 1) with 99 % confidence.
+    """Return the fewest rounds whose second largest is above the ``q``-quantile (0 to 1) with 99 % confidence.
 
-    The second largest, so that no single outlier is the percentile: the smallest n with P(B(n, 1 - q) <= 1) <= 1 %.
+    It is the second largest, so that no single outlier is the percentile: the smallest n with P(B(n, 1 - q) <= 1)
+    <= 1 %.
     """
     n = 2
     while bdtr(1, n, 1 - q) > 1 - CERTAINTY:
@@ -46,10 +47,10 @@ def rounds_for_percentile(q: float) -> int:
 
 
 def percentile(sample: Sequence[float], q: float) -> float | None:
-    """The smallest of ``sample`` that the true ``q``-quantile is below with 99 % confidence.
+    """Return the smallest of ``sample`` that the true ``q``-quantile is below with 99 % confidence.
 
-    None below ``rounds_for_percentile(q)``. At least k of n are above the quantile with the chance
-    P(B(n, 1 - q) >= k) = I_{1-q}(k, n - k + 1); the k-th largest of the largest such k is returned.
+    The result is None for fewer than ``rounds_for_percentile(q)``. At least k of n are above the quantile with the
+    chance P(B(n, 1 - q) >= k) = I_{1-q}(k, n - k + 1); the k-th largest of the largest such k is returned.
     """
     n = len(sample)
     if n < rounds_for_percentile(q):
@@ -60,7 +61,7 @@ def percentile(sample: Sequence[float], q: float) -> float | None:
 
 
 def figure(sample: Sequence[float], confidence: float, *, more_is_better: bool = False) -> Figure:
-    """Median of ``sample``, its bounds, and the percentiles on its bad side: high for times, low for rates."""
+    """Return the median of ``sample``, its bounds, and percentiles on its bad side: high for times, low for rates."""
     lower, upper = _bounds((np.asarray(sample, np.float64),), confidence)
     sign = -1.0 if more_is_better else 1.0
     bad = [sign * value for value in sample]
@@ -72,12 +73,12 @@ def figure(sample: Sequence[float], confidence: float, *, more_is_better: bool =
 
 
 def ratio(numerators: Sequence[float], denominators: Sequence[float], confidence: float) -> Interval:
-    """Ratio of the medians of paired rounds, and its bounds.
+    """Return the ratio of the medians of paired rounds, and its bounds.
 
     Args:
         numerators: [n], one a round.
         denominators: [n], of the same rounds.
-        confidence: of each bound by itself, 0.5 to 1.
+        confidence: the confidence of each bound by itself, 0.5 to 1.
     """
     pairs = np.asarray(numerators, np.float64), np.asarray(denominators, np.float64)
     lower, upper = _bounds(pairs, confidence)
@@ -86,7 +87,7 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float], confidence
 
 
 def _bounds(data: tuple[np.ndarray, ...], confidence: float) -> tuple[float, float]:
-    """Of the median, or of the ratio of two: of positive quantities, of which too few rounds say nothing."""
+    """Return the bounds of a median, or of the ratio of two, of positive quantities; too few rounds have none."""
     if len(data[0]) < rounds_for_bounds(confidence):
         return 0.0, math.inf
 

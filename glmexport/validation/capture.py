@@ -1,7 +1,8 @@
 """The original's answers, captured once and carried to wherever bundles of it run.
 
-``reference.json`` says what was asked and of whom, and lists every file with its SHA-256. The files below ``answers``
-hold the token ids of each text and the partition of each judged position, ``audit.safetensors`` whole logits of some.
+``reference.json`` records the texts and the model that was asked, and lists every file with its SHA-256. The files
+below ``answers`` hold the token ids of each text and the partition of each judged position, ``audit.safetensors`` whole
+logits of some.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ TOP_K = 1024
 
 _AGAIN = "Copy the reference again, or capture it again."
 _AUDIT = "audit.safetensors"
-#: Of each language, evenly over its first text.
+#: Number of positions a language, evenly over its first text, at which whole logits are kept.
 _AUDIT_POSITIONS = 8
 
 
@@ -50,7 +51,7 @@ class CapturedText(Definition):
     document: str
     language: str
     prefix: int = Field(ge=1)
-    #: Judged positions.
+    #: Number of judged positions.
     positions: int = Field(ge=1)
 
 
@@ -73,19 +74,22 @@ class Capture(Definition):
     #: Mean probability of all other tokens.
     tail_mass: float
     texts: tuple[CapturedText, ...]
-    #: The original against itself, with another batch and number of threads.
+    #: Divergence of the original from itself, with another batch and number of threads.
     noise: LanguageFidelity
     #: Whether the original that was asked is the model that transformers loads.
     reference_check: ReferenceCheck | None = None
-    #: Why transformers cannot open the tokenizer, or None without a chat template.
+    #: A string says why transformers cannot open the tokenizer; None without a chat template.
     prompts: tuple[GoldenPrompt, ...] | str | None
-    #: None: no bundle was at hand to draft them.
+    #: None where no bundle was at hand to draft them.
     answers: tuple[CapturedAnswer, ...] | None = None
     versions: dict[str, str]
     files: tuple[FileEntry, ...]
 
     def digest(self) -> str:
-        """SHA-256 over its values, and so over every file it lists; not over the check, which memory decides on."""
+        """Return the SHA-256 over its values, and so over every file it lists.
+
+        The check is left out, as free memory decides whether it is made.
+        """
         import hashlib
 
         content = self.model_dump_json(exclude={"reference_check"})
@@ -94,7 +98,10 @@ class Capture(Definition):
 
 @dataclass(frozen=True)
 class OriginalFacts:
-    """The part of a capture that is kept beside the answers to its texts; the fields are those of ``Capture``."""
+    """The part of a capture that is kept beside the answers to its texts.
+
+    The fields are those of ``Capture``.
+    """
 
     source: Source
     noise: LanguageFidelity
@@ -175,10 +182,10 @@ class CapturedReference:
 
     @classmethod
     def open(cls, directory: Path) -> CapturedReference:
-        """Read and check every file.
+        """Open the capture in ``directory``; every file is read and checked.
 
         Raises:
-            BundleError: not a captured reference, of another version, or a file is missing or changed.
+            BundleError: it is no captured reference, or one of another version, or a file is missing or changed.
         """
         path = directory / REFERENCE
         if not path.is_file():
@@ -210,7 +217,7 @@ class CapturedReference:
 
     @cached_property
     def texts(self) -> Sequence[EvaluationText]:
-        """The texts that the original was asked about."""
+        """The texts that were asked about."""
         return [
             EvaluationText(text.document, text.language, self._tensor(index, "ids").long(), text.prefix)
             for index, text in enumerate(self.capture.texts)
@@ -224,11 +231,11 @@ class CapturedReference:
         )
 
     def audited(self, index: int) -> Tensor | None:
-        """Return the judged positions of text ``index`` at which everything was kept, [n] int64; None if at none."""
+        """Return the judged positions of text ``index`` at which whole logits were kept, [n] int64; None if at none."""
         return self._audit_tensor(index, "positions").long() if index in self._audited else None
 
     def divergence(self, index: int, given: Tensor) -> Divergence:
-        """Return how far logits ``given`` [positions, vocabulary] fp32 are apart from the original's.
+        """Return how far logits ``given`` [positions, vocabulary] fp32 are from the original's.
 
         ``kl`` is a lower bound.
         """
@@ -240,11 +247,11 @@ class CapturedReference:
         return Divergence.concatenate(parts)
 
     def audit(self, answers: Answers) -> CaptureBound:
-        """Return what the partition hides of the divergence of ``answers``, where the whole distribution was kept."""
+        """Return how much of the divergence of ``answers`` the partition hides, where whole logits were kept."""
         return self.audit_at(lambda index, chosen: answers(index)[chosen])
 
     def audit_at(self, logits: Callable[[int, Tensor], Tensor]) -> CaptureBound:
-        """Return the same as ``audit``, from logits [n, vocabulary] fp32 of a text at judged positions [n] only."""
+        """Return the same as ``audit`` from logits [n, vocabulary] fp32 of a text at judged positions [n] only."""
         whole, bound = [], []
         for index in self._audited:
             chosen = self._audit_tensor(index, "positions").long()
@@ -273,7 +280,7 @@ class CapturedReference:
         return _read(self.directory / _AUDIT, f"{index}.{name}")
 
     def _check(self) -> None:
-        """Every tensor is there in its shape and type, so that no later step can fail on one."""
+        """Check that every tensor is there in its shape and type, so that no later step can fail on one."""
         vocabulary, k = self.capture.vocabulary_size, min(self.capture.top_k, self.capture.vocabulary_size)
         for answer in self.capture.answers or ():
             ids = (*answer.question.ids, *answer.tokens)

@@ -1,4 +1,4 @@
-"""How a bundle is validated: how much is measured, what the bundle has to keep, and in how many threads."""
+"""The conditions of a validation: how much is measured, what the bundle has to keep, and in how many threads."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class BehaviourPlan:
 
 @dataclass(frozen=True)
 class ValidationPlan:
-    """How much is measured."""
+    """The amount of text and time that a validation measures."""
 
     positions_per_language: int = 2048
     longest_text: int = 512
@@ -36,7 +36,7 @@ class ValidationPlan:
     speed_seconds: float = 25
     #: What computing the original whole may take, beside the rest of this process; None: most of the free memory.
     max_memory_bytes: int | None = None
-    #: None asks for no answers.
+    #: The questions that the models answer; None asks for no answers.
     behaviour: BehaviourPlan | None = field(default_factory=BehaviourPlan)
 
 
@@ -45,9 +45,9 @@ class Conditions:
     """The conditions under which a bundle is validated on this machine."""
 
     plan: ValidationPlan
-    #: What the bundle has to keep.
+    #: The limits that the bundle has to keep.
     policy: Gates
-    #: Of the original, and of everything else but the bundle.
+    #: Number of threads of the original, and of everything else but the bundle.
     threads: int
     bundle_threads: int
     progress: Progress

@@ -1,4 +1,4 @@
-"""How far two next-token distributions are apart: pure functions on logits."""
+"""The divergence of two next-token distributions: pure functions on logits."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Divergence:
-    """Per judged position [positions]: fp32 unless noted.
+    """The divergence at each judged position; every field is [positions], fp32 unless noted.
 
     ``kl``: KL(original || bundle), nats. ``nll_original``, ``nll_bundle``: negative log probability of the text's own
     next token, nats. ``top_original``, ``top_bundle``: most likely token, int64. ``p_original``, ``p_bundle``:
-    what each gives to the original's most likely token.
+    the probability that each gives to the original's most likely token.
     """
 
     kl: Tensor
@@ -36,14 +36,14 @@ class Divergence:
 
     @staticmethod
     def concatenate(parts: list[Divergence]) -> Divergence:
-        """Positions of several texts, one after the other."""
+        """Return the positions of several texts, one after the other."""
         return Divergence(*(torch.cat([vars(part)[name] for part in parts]) for name in vars(parts[0])))
 
 
 def divergence(original: Tensor, bundle: Tensor, targets: Tensor) -> Divergence:
     """Compare logits [positions, vocabulary] fp32 of the same positions; ``targets`` [positions] int64.
 
-    Over the whole vocabulary, in fp64.
+    Sums are over the whole vocabulary, in fp64.
     """
     log_p = original.double().log_softmax(-1)
     log_q = bundle.double().log_softmax(-1)

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 POWERCAP = Path("/sys/class/powercap")
-#: AMD's counters have the same name. intel-rapl-mmio is another view of the same packages.
+#: Directories of the counters. AMD's have the same name. intel-rapl-mmio is another view of the same packages.
 _ZONES = "intel-rapl:*"
 
 
 @dataclass(frozen=True)
 class _Zone:
     counter: Path
-    #: µJ after which the counter starts from 0.
+    #: Value in µJ after which the counter starts from 0 again.
     range_uj: int
 
 
@@ -25,11 +25,11 @@ class Rapl:
     zones: tuple[_Zone, ...]
 
     def read(self) -> tuple[int, ...]:
-        """Every counter now, in µJ."""
+        """Return the present value of every counter, in µJ."""
         return tuple(int(zone.counter.read_text(encoding="ascii")) for zone in self.zones)
 
     def joules(self, before: Sequence[int], after: Sequence[int]) -> float:
-        """Between two readings, less than one wrap of a counter apart (minutes, at full load)."""
+        """Return the J between two readings, less than one wrap of a counter apart (minutes, at full load)."""
         return sum(
             (end - start if end >= start else end - start + zone.range_uj)
             for zone, start, end in zip(self.zones, before, after, strict=True)
@@ -37,7 +37,7 @@ class Rapl:
 
 
 def open_rapl(root: Path = POWERCAP) -> Rapl | str:
-    """The counters below ``root``, or why there are none to read."""
+    """Return the counters below ``root``, or a sentence that says why there are none to read."""
     zones = []
     for folder in sorted(root.glob(_ZONES)):
         try:

@@ -1,4 +1,4 @@
-"""Original against bundle on evaluation text: per language, over all, and the tokens where they differ most."""
+"""The original compared with a bundle on text: a language at a time, over all, and where they differ most."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _CONTEXT_TOKENS = 24
 #: Edges of the histogram of KL, nats: half decades.
 _EDGES = (0.0, *(10 ** (exponent / 2) for exponent in range(-10, 4)))
 
-#: Bands of positions begin here.
+#: Positions at which the bands of positions begin.
 _BANDS = (0, 16, 64, 256, 1024, 4096, 16384, 1 << 40)
 
 #: Logits [positions, vocabulary] of one text's judged positions.
@@ -36,7 +36,7 @@ Answers = Callable[[int], Tensor]
 
 
 class OriginalAnswers(Protocol):
-    """The original's answers to ``texts``, however they are at hand."""
+    """The original's answers to ``texts``, computed now or captured earlier."""
 
     @property
     def texts(self) -> Sequence[EvaluationText]:
@@ -47,7 +47,7 @@ class OriginalAnswers(Protocol):
 
 
 class Streamed:
-    """The original's answers from its hidden states, over the whole vocabulary."""
+    """The original's answers over the whole vocabulary, computed from its hidden states."""
 
     def __init__(self, states: ReferenceStates, reference: Reference) -> None:
         self.states = states
@@ -68,7 +68,7 @@ class Streamed:
 
 
 def position_slices(positions: int) -> list[slice]:
-    """Return slices of so many positions that the logits of each can be held."""
+    """Return slices of positions that are short enough for the logits of each to be in memory."""
     return [slice(start, min(start + _POSITIONS, positions)) for start in range(0, positions, _POSITIONS)]
 
 

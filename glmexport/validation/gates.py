@@ -25,10 +25,11 @@ from glmexport.results.weights import WeightCheck, WeightFault
 from glmexport.validation.losses import Loss, losses
 from glmexport.validation.statistics import bounds, documents_needed, p_value
 
-#: A captured original may hide so much of the divergence before somebody has to know.
+#: Largest share of the divergence that a captured original may hide without a warning.
 HIDDEN_SHARE = 0.25
 
-#: With about as many tokens as columns GPTQ follows chance, and can end behind rounding to nearest.
+#: Fewest effective tokens a column without a warning. With about as many tokens as columns GPTQ follows chance, and
+#: can become worse than rounding to nearest.
 EFFECTIVE_TOKENS = 2.0
 
 
@@ -38,20 +39,20 @@ FLOAT16_ROOM = FLOAT16_LARGEST / 2
 
 
 @dataclass(frozen=True)
-class Judged:
-    """One limit in one language; ``estimate`` and ``limit`` of a quantity that has to be small."""
+class JudgedLimit:
+    """One limit in one language; ``estimate`` and ``limit`` are of a quantity that has to be small."""
 
     name: str
     unit: str
     row: LanguageFidelity
     estimate: Estimate
     limit: float
-    #: What is reported is 1 less the estimate, and has to be large.
+    #: Whether 1 less the estimate is reported, which has to be large.
     complement: bool = False
 
 
 def apply_gates(fidelity: Fidelity, policy: Gates, behaviour: Behaviour | None = None) -> tuple[Gate, ...]:
-    """Every gate in each language that does not pass it, or else in the one that comes nearest to the limit.
+    """Return every gate for each language that does not pass it, or else for the one that is nearest to the limit.
 
     A language below ``minimum_positions`` is INCONCLUSIVE, never PASS. The gates of ``behaviour`` are over all of them.
     """
@@ -87,7 +88,7 @@ def apply_gates(fidelity: Fidelity, policy: Gates, behaviour: Behaviour | None =
 
 
 def build_gates(fallbacks: int, effective_tokens: float | None, matrices: int) -> tuple[Gate, ...]:
-    """What the build itself has to answer for; nobody may overlook it, so each is a WARN.
+    """Return the gates of the build itself; nobody may overlook one that fails, so each is a WARN.
 
     No matrix may have been quantized in a weaker way than the recipe asks for, and no Hessian may rest on so little
     text that it describes chance: ``effective_tokens`` is the fewest a column of any matrix, None if unmeasured.
@@ -111,14 +112,14 @@ def build_gates(fallbacks: int, effective_tokens: float | None, matrices: int) -
 
 
 def coverage_gate(experts: Sequence[ExpertCoverage]) -> Gate:
-    """No routed expert may rest on other experts' text instead of its own; a WARN where one does."""
+    """Return the gate that warns where a routed expert rests on other experts' text instead of its own."""
     sample = f"{sum(len(layer.tokens) for layer in experts)} experts of {len(experts)} layers"
     cold = sum(len(layer.cold) for layer in experts)
     return counted("Cold experts", None, cold, 0, "experts", sample, otherwise=Verdict.WARN)
 
 
 def range_gate(largest: LargestActivation) -> Gate:
-    """No number may come near the end of float16: a WARN beyond half of it, a BLOCK where it becomes infinite."""
+    """Return the gate on the largest number: a WARN beyond half of float16's range, a BLOCK where it is infinite."""
     beyond = not largest.magnitude <= FLOAT16_LARGEST
     return counted(
         "Largest activation in float16",
@@ -132,7 +133,7 @@ def range_gate(largest: LargestActivation) -> Gate:
 
 
 def manifest_gates(manifest: Manifest) -> tuple[Gate, ...]:
-    """``range_gate``, ``build_gates`` and ``coverage_gate`` of what the build wrote down, as far as it did anything."""
+    """Return ``range_gate``, ``build_gates`` and ``coverage_gate`` of what the build recorded in the manifest."""
     ranges = (range_gate(manifest.largest_activation),) if manifest.largest_activation else ()
     if not manifest.matrices:
         return ranges
@@ -145,7 +146,7 @@ def manifest_gates(manifest: Manifest) -> tuple[Gate, ...]:
 
 
 def prompt_gate(parity: PromptParity) -> Gate:
-    """Not a single conversation may become other tokens; a WARN where that cannot be told."""
+    """Return the gate that blocks where a conversation becomes other tokens; a WARN where that cannot be told."""
     if not parity.compared:
         why = parity.unopened or f"both templates refuse all {parity.refused} conversations"
         return counted("Prompts compared", None, 0, 1, "prompts", why, at_least=True, otherwise=Verdict.WARN)
@@ -156,8 +157,10 @@ def prompt_gate(parity: PromptParity) -> Gate:
 
 
 def weight_gates(check: WeightCheck) -> tuple[Gate, ...]:
-    """No number of the graph may be another than was decided on; a row that has lost the original's is a WARN, since
-    where inputs hang together the weights of one row can make up for each other.
+    """Return the gates on the numbers of the graph, none of which may differ from what was decided.
+
+    A row that has lost the original's is a WARN, since where inputs are correlated the weights of one row can make up
+    for each other.
     """
     other = [fault for fault in check.faults if fault.kind == "other"]
     far = [fault for fault in check.faults if fault.kind == "far"]
@@ -173,7 +176,7 @@ def weight_gates(check: WeightCheck) -> tuple[Gate, ...]:
 
 
 def reference_gate(check: ReferenceCheck | None) -> tuple[Gate, ...]:
-    """The original that everything is compared with has to be the model that transformers loads; nothing if unknown."""
+    """Return the gate that blocks where the original is not the model that transformers loads; none if unknown."""
     if check is None or check.max_difference is None or check.limit is None:
         return ()
     sample = f"{check.positions} positions; transformers' whole model in fp32"
@@ -191,8 +194,8 @@ def reference_gate(check: ReferenceCheck | None) -> tuple[Gate, ...]:
 
 
 def capture_gate(bound: CaptureBound) -> Gate:
-    """What is passed on lower bounds has to be near the bound: a WARN where much of the divergence is not seen."""
-    # No divergence hides nothing.
+    """Return the gate on lower bounds of the divergence: a WARN where they hide much of it."""
+    # Where there is no divergence, none is hidden.
     seen = bound.kl_mean_partition_nats / bound.kl_mean_nats if bound.kl_mean_nats else 1.0
     return counted(
         "Divergence hidden by the capture",
@@ -206,22 +209,22 @@ def capture_gate(bound: CaptureBound) -> Gate:
 
 
 def verdict_of(gates: Iterable[Gate]) -> Verdict:
-    """The gravest verdict of all gates."""
+    """Return the gravest verdict of all gates."""
     return worst(gate.verdict for gate in gates)
 
 
-def judged_estimates(row: LanguageFidelity, policy: Gates) -> tuple[Judged, ...]:
-    """Every estimate of one language that has a limit."""
+def judged_estimates(row: LanguageFidelity, policy: Gates) -> tuple[JudgedLimit, ...]:
+    """Return every estimate of one language that has a limit."""
     limits = policy.limits(row.language)
     assert limits.kl_mean_nats and limits.ln_perplexity_ratio and limits.top1_agreement
     return (
-        Judged("Mean KL divergence", "nats/token", row, row.kl, limits.kl_mean_nats),
-        Judged("ln perplexity ratio", "nats/token", row, row.ln_perplexity_ratio, limits.ln_perplexity_ratio),
-        Judged("Top-1 agreement", "share", row, row.top1_disagreement, 1 - limits.top1_agreement, complement=True),
+        JudgedLimit("Mean KL divergence", "nats/token", row, row.kl, limits.kl_mean_nats),
+        JudgedLimit("ln perplexity ratio", "nats/token", row, row.ln_perplexity_ratio, limits.ln_perplexity_ratio),
+        JudgedLimit("Top-1 agreement", "share", row, row.top1_disagreement, 1 - limits.top1_agreement, complement=True),
     )
 
 
-def _estimated(test: Judged, broken: bool, policy: Gates, tests: int) -> Gate:
+def _estimated(test: JudgedLimit, broken: bool, policy: Gates, tests: int) -> Gate:
     value = test.estimate.value
     lower, upper = bounds(test.estimate, policy.confidence)
     if broken:
@@ -233,7 +236,7 @@ def _estimated(test: Judged, broken: bool, policy: Gates, tests: int) -> Gate:
     limit, needed = test.limit, None
     if verdict is Verdict.INCONCLUSIVE:
         needed = documents_needed(test.estimate, test.limit, policy.confidence, tests)
-        # As many as there are did not decide, whatever is to be expected of them.
+        # The documents that there are did not decide, whatever the estimate expects of them.
         needed = needed and max(needed, test.estimate.documents + 1)
     if test.complement:
         value, limit, lower, upper = 1 - value, 1 - limit, 1 - upper, 1 - lower
@@ -278,7 +281,7 @@ def _lost(loss: Loss, broken: bool, policy: Gates) -> Gate:
 
 
 def _room(gate: Gate) -> float:
-    """What the unfavourable bound leaves of the limit; smallest where it is nearest to breaking."""
+    """Return what the unfavourable bound leaves of the limit; it is smallest where the limit is nearest to breaking."""
     assert gate.lower is not None and gate.upper is not None
     if gate.direction == "at least":
         return -badness((1 - gate.lower) / (1 - gate.limit))
@@ -300,7 +303,7 @@ def counted(
     at_least: bool = False,
     otherwise: Verdict,
 ) -> Gate:
-    """A gate of what is counted: PASS on the right side of the limit, else ``otherwise``; NaN is on no side."""
+    """Return a gate on a count: PASS on the right side of the limit, else ``otherwise``; NaN is on no side."""
     held = value >= limit if at_least else value <= limit
     return Gate(
         name=name,

@@ -1,4 +1,4 @@
-"""What a bundle lost in its answers against the original's, as quantities that have to be small."""
+"""The losses of a bundle's answers against the original's, as quantities that have to be small."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ from glmexport.validation.statistics import documents_needed
 
 @dataclass(frozen=True)
 class Loss:
-    """One limit: the value found, bounds that the true one is beyond in one case of 1 / (1 - confidence) each, and the
-    chance of a value this large or larger if the true one were the limit.
+    """One limit: the value found, its bounds, and a chance.
+
+    The true value is beyond each bound in one case of 1 / (1 - confidence). The chance is that of a value this large or
+    larger if the true one were the limit.
     """
 
     name: str
@@ -30,14 +32,14 @@ class Loss:
     upper: float
     p_value: float
     sample: str
-    #: What the sample is counted in.
+    #: The noun by which the sample is counted.
     noun: str
-    #: About how many would decide in four of five cases, if the value is the true one; None if that cannot be said.
+    #: About how large a sample would decide in four of five cases, if the value is the true one; None if unknown.
     needed: int | None
 
 
 def losses(behaviour: Behaviour, limits: BehaviourLimits, confidence: float) -> Iterator[Loss]:
-    """Every loss that the plane of behaviour judges, over all languages: single ones have too few answers."""
+    """Return every loss that the plane of behaviour judges, over all languages: single ones have too few answers."""
     yield _length(behaviour, limits.length_ratio, confidence)
     shares = {
         "More answers that end in a loop": behaviour.loops,
@@ -56,7 +58,7 @@ def losses(behaviour: Behaviour, limits: BehaviourLimits, confidence: float) -> 
 
 
 def _length(behaviour: Behaviour, most: float, confidence: float) -> Loss:
-    """The logarithm of the ratio of lengths, which has to be small in either direction."""
+    """Return the loss of the logarithm of the ratio of lengths, which has to be small in either direction."""
     ratio, error = behaviour.ln_length_ratio, behaviour.ln_length_ratio_error
     freedom = behaviour.overall.answers - 1
     reach = float(stdtrit(freedom, confidence)) * error if math.isfinite(error) else math.inf
@@ -92,14 +94,17 @@ def _loss(name: str, change: Paired, limit: float, unit: str, noun: str) -> Loss
 
 
 def _needed(loss: float, error: float, count: int, limit: float, confidence: float) -> int | None:
-    """By Student's distribution; and no fewer than show, if none of them changes, that few do."""
+    """Return the sample that would decide, by Student's distribution.
+
+    It is no smaller than one that shows, if nothing in it changes, that little does.
+    """
     found = Estimate(value=loss, standard_error=error, documents=count, positions=count, kind="signed")
     needed = documents_needed(found, limit, confidence)
     return needed and max(needed, math.ceil(math.log(1 - confidence) / math.log1p(-limit)), count + 1)
 
 
 def _beyond(distance: float, error: float, freedom: int) -> float:
-    """Half or less of Student's distribution: that of a single answer says nothing, one without error all."""
+    """Return the chance of ``distance`` by Student's distribution; one half where a single answer says nothing."""
     if not math.isfinite(error):
         return 0.5
     if error == 0:

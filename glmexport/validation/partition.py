@@ -1,4 +1,4 @@
-"""A distribution kept by its most likely tokens and the mass of all others, and what a divergence on it is worth.
+"""A distribution kept by its most likely tokens and the mass of all others, and the divergence that this shows.
 
 Two distributions summed over the cells of a partition are never farther apart than they were (data processing
 inequality: Cover and Thomas, Elements of Information Theory, 2nd edition, section 2.8, log sum inequality). KL on
@@ -21,8 +21,8 @@ class Partition:
     """The original's next-token distribution at the judged positions of a text.
 
     ``tokens`` [positions, k] int64, most likely first; ``log_probabilities`` [positions, k] and ``log_tail``
-    [positions], the logarithm of what all other tokens have together (-inf where k is the vocabulary), in nats;
-    ``nll`` [positions], of the text's own next token. All fp32, rounded from fp64.
+    [positions], the logarithm of the probability of all other tokens together (-inf where k is the vocabulary), in
+    nats; ``nll`` [positions], of the text's own next token. All fp32, rounded from fp64.
     """
 
     tokens: Tensor
@@ -32,12 +32,12 @@ class Partition:
 
     @staticmethod
     def concatenate(parts: list[Partition]) -> Partition:
-        """Positions one after the other."""
+        """Return the positions of several texts, one after the other."""
         return Partition(*(torch.cat([vars(part)[name] for part in parts]) for name in vars(parts[0])))
 
 
 def partition(logits: Tensor, targets: Tensor, k: int) -> Partition:
-    """The ``k`` most likely tokens of logits [positions, vocabulary] fp32 and the exact mass of the others."""
+    """Return the ``k`` most likely tokens of logits [positions, vocabulary] fp32 and the exact mass of the others."""
     log_p = logits.double().log_softmax(-1)
     values, tokens = log_p.topk(min(k, logits.shape[-1]))
     return Partition(
@@ -49,7 +49,7 @@ def partition(logits: Tensor, targets: Tensor, k: int) -> Partition:
 
 
 def partition_divergence(original: Partition, bundle: Tensor, targets: Tensor) -> Divergence:
-    """As ``divergence``, with the original known by its partition; ``kl`` is a lower bound.
+    """Return the divergence from an original that is known by its partition; ``kl`` is a lower bound.
 
     ``bundle``: logits [positions, vocabulary] fp32; ``targets`` [positions] int64.
     """
@@ -65,13 +65,13 @@ def partition_divergence(original: Partition, bundle: Tensor, targets: Tensor) -
 
 
 def cells_divergence(original: Partition, log_cells: Tensor, *, nll: Tensor, top: Tensor) -> Divergence:
-    """The same where the bundle is known by the same cells.
+    """Return the same divergence where the bundle is known by the same cells.
 
     ``log_cells`` [positions, k + 1] fp64, normalized: the original's tokens, and all others; ``nll`` [positions] fp32
     of the text's own next token; ``top`` [positions] int64, the most likely one.
     """
     log_p = torch.cat([original.log_probabilities, original.log_tail[:, None]], -1).double()
-    # fp32 left the cells with a sum of 1 + 1e-7, which would be that much divergence.
+    # In fp32 the cells have a sum of 1 + 1e-7, which would be that much divergence.
     log_p = log_p - log_p.logsumexp(-1, keepdim=True)
     # An empty cell adds nothing, where -inf less -inf would be no number.
     empty = log_p == -torch.inf

@@ -15,7 +15,7 @@ from glmexport.results.performance import Figure, Interval, Performance, Speed, 
 from glmexport.validation import bootstrap
 from glmexport.validation.conditions import Conditions
 from glmexport.validation.runtimes import Round, RuntimeName, RuntimeRequest
-from glmexport.validation.speed import Turns, take_turns
+from glmexport.validation.speed import MeasurementTurns, take_turns
 from glmexport.wire.device.facts import memory_bandwidth
 
 #: Of the free memory that models may take.
@@ -74,7 +74,7 @@ def measure_performance(
 
 
 def device_performance(
-    turns: Turns,
+    turns: MeasurementTurns,
     manifest: Manifest,
     prompt_tokens: int,
     generated_tokens: int,
@@ -125,7 +125,7 @@ def _energy(taken: Round) -> float:
     return taken.decode_j / len(taken.steps_s)
 
 
-def _speed(turns: Turns, prompt: int, confidence: float) -> Speed:
+def _speed(turns: MeasurementTurns, prompt: int, confidence: float) -> Speed:
     def figure(of: Callable[[Round], float], *, more_is_better: bool = False) -> Figure:
         return bootstrap.figure([of(taken) for taken in turns.rounds], confidence, more_is_better=more_is_better)
 
@@ -144,7 +144,7 @@ def _speed(turns: Turns, prompt: int, confidence: float) -> Speed:
     )
 
 
-def _ratios(bundle: Turns, original: Turns, prompt: int, confidence: float) -> SpeedRatios:
+def _ratios(bundle: MeasurementTurns, original: MeasurementTurns, prompt: int, confidence: float) -> SpeedRatios:
     def ratio(of: Callable[[Round], float]) -> Interval:
         ours, theirs = ([of(taken) for taken in turns.rounds] for turns in (bundle, original))
         return bootstrap.ratio(ours, theirs, confidence)

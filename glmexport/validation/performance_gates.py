@@ -1,4 +1,4 @@
-"""What the bundle has to reach on this machine, and that its nodes ran where the target says."""
+"""The gates on a bundle's speed on this machine, and on the execution provider of its nodes."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ from glmexport.results.record import Verdict
 
 
 def performance_gates(performance: Performance | None, policy: Gates, absent: str | None = None) -> tuple[Gate, ...]:
-    """The placement, and each limit that the policy sets; ``absent``: why nothing was measured where nothing was."""
+    """Return the gates on the placement and on each limit of the policy.
+
+    ``absent`` says why nothing was measured, where nothing was.
+    """
     if performance is None:
         return tuple(_unmeasured(*limit, absent) for limit in _set_limits(policy.performance))
     return placement_gate(performance.placement), *_limits(performance, policy)
 
 
 def _set_limits(limits: PerformanceLimits) -> Iterator[tuple[str, float, str, Literal["at most", "at least"]]]:
-    """Name, limit, unit and direction of each limit that is set."""
+    """Return name, limit, unit and direction of each limit that is set."""
     if limits.max_ttft_s:
         yield "Time to first token", limits.max_ttft_s, "s", "at most"
     if limits.min_prefill_tokens_per_s:
@@ -36,7 +39,10 @@ def _set_limits(limits: PerformanceLimits) -> Iterator[tuple[str, float, str, Li
 
 
 def placement_gate(placement: Placement) -> Gate:
-    """Not a node may run on another provider than the target's: a single one on the CPU can take most of the time."""
+    """Return the gate that allows no node on another provider than the target's.
+
+    A single node on the CPU can take most of the time.
+    """
     found = placement.unexpected
     told = f"{placement.nodes} nodes that ran"
     if placement.on_purpose:
@@ -81,14 +87,14 @@ def _limits(performance: Performance, policy: Gates) -> Iterator[Gate]:
 def _estimated(
     name: str, measured: Interval, limit: float, unit: str, direction: Literal["at most", "at least"]
 ) -> Gate:
-    """PASS where even the unfavourable bound keeps the limit, BLOCK where not even the favourable one does."""
+    """Return PASS where even the unfavourable bound keeps the limit, BLOCK where not even the favourable one does."""
     best, worst = (measured.lower, measured.upper) if direction == "at most" else (measured.upper, measured.lower)
 
     def keeps(value: float) -> bool:
         return value <= limit if direction == "at most" else value >= limit
 
     verdict = Verdict.INCONCLUSIVE
-    # What is not a number keeps no limit and yet proves nothing.
+    # A value that is not a number keeps no limit and yet proves nothing.
     if isfinite(measured.value) and keeps(worst):
         verdict = Verdict.PASS
     elif isfinite(measured.value) and not keeps(best):
@@ -109,7 +115,7 @@ def _estimated(
 
 
 def _unmeasured(name: str, limit: float, unit: str, direction: Literal["at most", "at least"], why: str | None) -> Gate:
-    """A limit on what could not be measured is not kept."""
+    """Return the gate of a limit on what could not be measured, which is not kept."""
     return Gate(
         name=name,
         language=None,

@@ -1,7 +1,7 @@
-"""How much text a verdict needs, and how long this machine takes for it.
+"""The text that a verdict needs, and the time that this machine takes for it.
 
-What is needed follows from how far documents differ, which an earlier validation of the bundle has measured, and from
-the limits of a policy; how long it takes, from a few documents through the bundle and one block of the original.
+The text follows from how far documents differ, which an earlier validation of the bundle has measured, and from
+the limits of a policy; the time follows from a few documents through the bundle and one block of the original.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from glmexport.validation.gates import judged_estimates
 from glmexport.validation.statistics import POWER, documents_needed, showable_limit
 from glmexport.validation.texts import EvaluationText
 
-#: Documents that are timed.
+#: Number of documents that are timed.
 _TIMED = 3
 
 
 class Need(Record):
-    """One gate in one language."""
+    """The documents that one gate needs in one language."""
 
     gate: str
     language: str
@@ -46,7 +46,7 @@ class Need(Record):
 
 
 class Rates(Record):
-    """Seconds on this machine."""
+    """The speed of this machine, in seconds."""
 
     threads: Count
     per_position: Number
@@ -58,7 +58,7 @@ class Rates(Record):
 
 
 class Plan(Record):
-    """What a validation has, and what it would need."""
+    """The documents that a validation has, and those that it would need."""
 
     power: Number
     """Chance to decide, if the values are the true ones."""
@@ -77,13 +77,13 @@ class Plan(Record):
     rates: Rates
 
     def needed(self, language: str) -> int:
-        """Documents for every gate of ``language``, at least those there are."""
+        """Return the number of documents for every gate of ``language``, at least those there are."""
         rows = [need for need in self.needs if need.language == language]
         return max(max(need.needed or 0, need.documents) for need in rows)
 
 
 def plan_validation(languages: Sequence[LanguageFidelity], policy: Gates, rates: Rates) -> Plan:
-    """What the gates of ``policy`` need beyond what ``languages`` rest on."""
+    """Return what the gates of ``policy`` need beyond what ``languages`` rest on."""
     needs = tuple(need for row in languages for need in _needs(row, policy))
     documents = {row.language: row.documents for row in languages}
     length = {row.language: row.positions / row.documents for row in languages}
@@ -159,7 +159,7 @@ def measure_rates(
 
 
 def _original_seconds(reference: Reference, texts: Sequence[EvaluationText]) -> tuple[float, float]:
-    """To read all blocks, and to run ``texts`` through all of them."""
+    """Return the seconds to read all blocks, and to run ``texts`` through all of them."""
     read = run = 0.0
     kinds = {len(layer.linears): layer for layer in reference.architecture.layers}
     for linears, layer in kinds.items():

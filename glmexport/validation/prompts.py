@@ -2,8 +2,8 @@
 
 A template that was swapped, or a tokenizer that lost a special token, leaves every weight as it was and makes another
 model of them. transformers is the reference: its tokenizer, opened from the checkpoint. It takes the names of control
-tokens in a message for the tokens, which nothing here does: of such conversations the reference is what is made of them
-with the checkpoint's own files.
+tokens in a message for the tokens, which nothing here does: the reference of such conversations is made with the
+checkpoint's own files.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from glmexport.tokenizer.tokenizer import Tokenizer
 from glmexport.validation.texts import EvaluationSet
 
 _LONGEST = 160
-#: Tokens shown before and behind the first difference.
+#: Number of tokens shown before and after the first difference.
 _CONTEXT = 6
 _TOOL = {
     "type": "function",
@@ -40,7 +40,7 @@ _TOOL = {
 
 
 class Conversation(Definition):
-    """Messages, and what else the template is given."""
+    """Messages, and the other variables of the template."""
 
     name: str
     language: str
@@ -50,7 +50,7 @@ class Conversation(Definition):
 
 
 class GoldenPrompt(Definition):
-    """A conversation, and what is made of it with the original's tokenizer."""
+    """A conversation, and the tokens that the original's tokenizer makes of it."""
 
     conversation: Conversation
     #: None if the template refuses.
@@ -59,7 +59,10 @@ class GoldenPrompt(Definition):
 
 
 def golden_conversations(documents: Sequence[Document]) -> Iterator[Conversation]:
-    """Of every language, with words from its first document: single and several turns, tools, thinking on and off."""
+    """Return conversations with words from each language's first document.
+
+    They have one or several turns, tools, and thinking on and off.
+    """
     for language in dict.fromkeys(document.language for document in documents):
         text = next(document.text for document in documents if document.language == language)[:_LONGEST]
         half = len(text) // 2
@@ -139,7 +142,7 @@ def prompt_parity(golden: Sequence[GoldenPrompt] | str | None, bundle: Tokenizer
         theirs = prompt.refusal if prompt.ids is None else prompt.ids
         ours = _ids(partial(_given, bundle), conversation)
         if isinstance(theirs, str) and isinstance(ours, str):
-            # A kind of conversation that the template does not admit.
+            # The template does not admit this kind of conversation.
             refused += 1
             continue
         compared += 1
@@ -160,7 +163,7 @@ def _given(tokenizer: Tokenizer, conversation: Conversation) -> list[int]:
 
 
 def _ids(encode: Callable[[Conversation], list[int]], conversation: Conversation) -> list[int] | str:
-    """Token ids, or the template's reason to refuse."""
+    """Return token ids, or the template's reason to refuse."""
     try:
         return encode(conversation)
     except CheckpointError as error:
@@ -173,7 +176,7 @@ def _ids(encode: Callable[[Conversation], list[int]], conversation: Conversation
 
 
 def _around(tokenizer: Tokenizer, theirs: list[int] | str, ours: list[int] | str) -> tuple[str, str]:
-    """The two where they first differ."""
+    """Return the two where they first differ."""
     if isinstance(theirs, str) or isinstance(ours, str):
         return theirs if isinstance(theirs, str) else "accepted", ours if isinstance(ours, str) else "accepted"
     pairs = zip(theirs, ours, strict=False)

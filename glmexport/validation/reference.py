@@ -20,7 +20,7 @@ from glmexport.validation.routing import Routes
 from glmexport.validation.texts import EvaluationText
 
 _STATES = "states"
-#: Positions that routed experts see together: enough that computing takes longer than reading the experts.
+#: Number of positions that routed experts see together: enough that computing takes longer than reading the experts.
 _TOGETHER = 1 << 13
 
 
@@ -33,14 +33,14 @@ class ReferenceStates:
     def __init__(self, texts: Sequence[EvaluationText], hidden_size: int, directory: Path) -> None:
         self.texts = texts
         self.hidden_size = hidden_size
-        #: Keeps the file open for those that were chosen from it.
+        #: The states that these were chosen from, whose file stays open as long as these live.
         self._whole: ReferenceStates | None = None
         self._file = TemporaryFile(dir=directory)  # noqa: SIM115 - lives as long as this object
         weakref.finalize(self, self._file.close)
         self._offsets = np.cumsum([0, *(len(text.ids) * hidden_size * 4 for text in texts)])[:-1].tolist()
 
     def only(self, indices: Sequence[int]) -> ReferenceStates:
-        """Those of some of the texts, in the same file."""
+        """Return the states of some of the texts, in the same file."""
         chosen = copy.copy(self)
         chosen.texts = [self.texts[index] for index in indices]
         chosen._offsets = [self._offsets[index] for index in indices]
@@ -48,7 +48,7 @@ class ReferenceStates:
         return chosen
 
     def load(self, index: int) -> Tensor:
-        """Whole sequence of text ``index``, [1, length, hidden]."""
+        """Return the whole sequence of text ``index``, [1, length, hidden]."""
         self._file.seek(self._offsets[index])
         buffer = bytearray(self._file.read(len(self.texts[index].ids) * self.hidden_size * 4))
         return torch.frombuffer(buffer, dtype=torch.float32).reshape(1, -1, self.hidden_size)
@@ -59,7 +59,7 @@ class ReferenceStates:
         self._file.write(states.contiguous().numpy().data.cast("B"))
 
     def states(self, index: int) -> Tensor:
-        """Rows that predict the judged tokens of text ``index``."""
+        """Return the rows that predict the judged tokens of text ``index``."""
         text = self.texts[index]
         return self.load(index)[0, text.prefix - 1 : -1]
 
@@ -67,7 +67,7 @@ class ReferenceStates:
 class _Selections:
     """The positions that the tokens of each batch attend to, kept in a file for the layers that share a selection.
 
-    Of batches no longer than ``attended`` nothing is kept: there a token attends to all.
+    Nothing is kept for batches no longer than ``attended``: there a token attends to all.
     """
 
     def __init__(self, directory: Path, attended: int | None) -> None:
@@ -78,7 +78,7 @@ class _Selections:
         self._end = 0
 
     def load(self, batch: int) -> Tensor | None:
-        """[sequences, length, chosen] int32, or None."""
+        """Return the selection of a batch, [sequences, length, chosen] int32, or None."""
         if batch not in self._places:
             return None
         offset, shape = self._places[batch]
@@ -86,7 +86,7 @@ class _Selections:
         return torch.frombuffer(bytearray(self._file.read(4 * shape.numel())), dtype=torch.int32).reshape(shape)
 
     def save(self, batch: int, selection: Tensor | None) -> None:
-        """Replace that of the batch, whose shape stays the same."""
+        """Replace the selection of the batch, whose shape stays the same."""
         if selection is None or self._attended is None or selection.shape[1] <= self._attended:
             return
         offset, _ = self._places.setdefault(batch, (self._end, selection.shape))
@@ -106,11 +106,11 @@ def reference_states(
     kept: WorkDirectory | None = None,
     routes: Routes | None = None,
 ) -> ReferenceStates:
-    """Run the original over ``texts``, one block in memory at a time, and return its states behind the final norm.
+    """Run the original over ``texts``, one block in memory at a time, and return its states after the final norm.
 
-    ``batch`` texts at a time, the shorter ones padded behind their end, where a causal model does not look. Each
-    finished block is committed to ``kept``, where the next call with the same texts goes on. What experts every
-    position is sent to is added to ``routes``.
+    ``batch`` texts at a time, the shorter ones padded after their end, where a causal model does not look. Each
+    finished block is committed to ``kept``, where the next call with the same texts goes on. The experts that
+    every position is sent to are added to ``routes``.
     """
     states = ReferenceStates(texts, reference.architecture.hidden_size, directory)
     layers = reference.architecture.layers
@@ -140,7 +140,7 @@ def reference_states(
                     states.save(text, output[: len(texts[text].ids)])
             if routed:
                 _through_experts(block, states, routes)
-            # What is behind a block that goes on with the selection of this one is not enough to resume from.
+            # The states alone are not enough to resume from where the next block uses the selection of this one.
             if kept and not (index < len(layers) and layers[index].attention.shared_selection):
                 kept.commit(_step(layer.index), {}, {}, {_STATES: (states.load(i) for i in range(len(texts)))})
                 kept.forget(_step(committed - 1))
@@ -152,7 +152,7 @@ def reference_states(
 
 
 def _through_experts(block: Block, states: ReferenceStates, routes: Routes | None) -> None:
-    """Take texts that are behind a block's attention through its experts, many of them at a time."""
+    """Take texts that have passed a block's attention through its experts, many of them at a time."""
     waiting: list[int] = []
     lengths = [len(text.ids) for text in states.texts]
     for index in range(len(lengths)):
@@ -175,7 +175,7 @@ def _step(layer: int) -> str:
 
 
 def _resume(states: ReferenceStates, kept: WorkDirectory, layers: int) -> int:
-    """Read the states behind the last block that was committed; the number of finished blocks."""
+    """Read the states after the last block that was committed, and return the number of finished blocks."""
     for finished in range(layers, 0, -1):
         step = _step(finished - 1)
         if kept.record(step) is not None and kept.has_activations(step, _STATES):

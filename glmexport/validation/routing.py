@@ -15,17 +15,17 @@ class Routes:
         self._layers: dict[int, list[Tensor]] = {}
 
     def add(self, layer: int, experts: Tensor) -> None:
-        """Those of the next positions, ``experts`` [positions, chosen], in any order."""
+        """Add the experts of the next positions, ``experts`` [positions, chosen], in any order."""
         self._layers.setdefault(layer, []).append(experts.sort(-1).values.short())
 
     @property
     def layers(self) -> dict[int, Tensor]:
-        """[positions, chosen] int16, increasing along each row."""
+        """The experts of each layer, [positions, chosen] int16, increasing along each row."""
         return {layer: torch.cat(parts) for layer, parts in self._layers.items()}
 
 
 def routing_agreement(original: Routes, bundle: Routes) -> tuple[LayerRouting, ...]:
-    """How often both send a position to the same experts."""
+    """Return how often both send a position to the same experts."""
     found = []
     after = bundle.layers
     for layer, before in original.layers.items():

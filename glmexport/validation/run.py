@@ -1,4 +1,4 @@
-"""A bundle against its original, on this machine: fidelity, where the divergence comes from, speed, and the gates."""
+"""A bundle compared with its original on this machine: fidelity, shares of the divergence, speed, and the gates."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ from glmexport.validation.texts import EvaluationSet, EvaluationText
 from glmexport.validation.weights import check_weights
 from glmexport.validation.whole_model import check_reference
 
-#: Texts that the original is asked about at a time when it is compared with itself; one, otherwise.
+#: Number of texts at a time when the original is compared with itself; one, otherwise.
 _OTHER_BATCH = 4
 _IN_ONNX_RUNTIME = "Bundle in ONNX Runtime"
 
@@ -60,7 +60,7 @@ _IN_ONNX_RUNTIME = "Bundle in ONNX Runtime"
 
 @dataclass(frozen=True, kw_only=True)
 class Measurements:
-    """Everything that a validation measures; None where it was not, or says nothing."""
+    """Everything that a validation measures; None where something was not measured, or says nothing."""
 
     fidelity: Fidelity
     #: None where the original is not at hand.
@@ -70,7 +70,7 @@ class Measurements:
     #: None where nothing was asked.
     behaviour: Behaviour | None = None
     shares: tuple[Share, ...] = ()
-    #: Of mixtures of experts, on the texts of the shares.
+    #: The routing of a mixture of experts, on the texts of the shares.
     routing: tuple[LayerRouting, ...] = ()
     #: None where it would say nothing, as on an emulated device.
     performance: Performance | None = None
@@ -96,8 +96,8 @@ def validate(
         bundle: the bundle.
         reference: its original.
         evaluation: what both are asked.
-        conditions: how much is measured, what the bundle has to keep, and in how many threads.
-        scratch: where the original's hidden states are kept meanwhile.
+        conditions: the amounts that are measured, the limits that the bundle has to keep, and the threads.
+        scratch: the directory where the original's hidden states are kept meanwhile.
 
     Raises:
         InputError: nothing would be judged, or a task fills the context.
@@ -137,7 +137,7 @@ def validate(
 def validate_captured(bundle: Bundle, captured: CapturedReference, conditions: Conditions) -> Validation:
     """Run the exported graph over the texts that the original was asked about when it was captured.
 
-    Where the divergence comes from and the original's speed are not measured, for which it would have to be at hand.
+    The shares of the divergence and the original's speed are not measured: they need the original itself.
 
     Raises:
         MachineError: the bundle's execution provider is not here, or memory does not suffice.
@@ -187,7 +187,7 @@ def judged(measured: Measurements, manifest: Manifest, policy: Gates, also: tupl
 
 
 def arithmetic(manifest: Manifest) -> str:
-    """Return what the bundle computes with, in words."""
+    """Return the arithmetic that the bundle computes with, in words."""
     recipe = manifest.recipe
     if recipe.linears is None:
         return "fp32 weights and activations"
@@ -203,7 +203,7 @@ def arithmetic(manifest: Manifest) -> str:
 def noise_floor(
     original: Streamed, threads: int, scratch: Path, progress: Progress, routes: Routes | None = None
 ) -> LanguageFidelity:
-    """Compare the original with itself, in other batches and threads, which is no difference at all.
+    """Compare the original with itself, in other batches and threads; the two are the same model.
 
     The experts that it sends every position to are added to ``routes``.
     """
@@ -248,12 +248,12 @@ def _behaviour(
     plan = conditions.plan.behaviour
     if plan is None:
         return None
-    # The bundle's own tokenizer: what a server tokenizes with. Whether it is the original's is for the prompts to say.
+    # The bundle's own tokenizer, which a server uses. The gate on prompts says whether it is the original's.
     session = GenerationSession.open(bundle, conditions.bundle_threads)
     sessions = BundleSessions(session, scoring, bundle.tokenizer)
     asked = questions_for(evaluation.documents, bundle.tokenizer, plan, session.context_length)
     if not asked and all(task.choices for task in evaluation.tasks):
-        # Nothing that is answered by a text, so that nothing could be told of answers.
+        # No task is answered by a text, so that nothing could be told of answers.
         return None
     return ask(
         asked, evaluation.tasks, sessions, reference, plan=plan, scratch=scratch, progress=conditions.progress

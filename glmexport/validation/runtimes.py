@@ -1,6 +1,6 @@
 """One runtime in a process of its own: it loads, warms up, and then generates each time it is told to.
 
-A process of its own, because peak memory is a property of a process and because two runtimes in one would share
+It has a process of its own, because peak memory is a property of a process and because two runtimes in one would share
 thread pools and caches. ``python -m glmexport.validation.runtimes REQUEST`` answers each line of its standard input
 (``generate``, ``generate N``, ``memory``, ``place``) by one line of JSON, and ends with its input.
 """
@@ -27,7 +27,7 @@ RuntimeName = Literal["onnxruntime-genai", "transformers"]
 
 
 class RuntimeRequest(Definition):
-    """What to load and to run. ``prompt`` are fixed token ids, the same for every runtime."""
+    """A runtime to load, and what it generates; ``prompt`` are fixed token ids, the same for every runtime."""
 
     runtime: RuntimeName
     directory: str
@@ -44,18 +44,18 @@ class Loaded(Definition):
 
 
 class Round(Definition):
-    """One generation."""
+    """The measurements of one generation."""
 
-    #: From the prompt's token ids to the first token.
+    #: Seconds from the prompt's token ids to the first token.
     ttft_s: float
     #: Seconds of each further token.
     steps_s: tuple[float, ...]
-    #: Of the further tokens; None where the machine does not tell.
+    #: Energy in J of the further tokens; None where the machine does not tell.
     decode_j: float | None
 
 
 class Memory(Definition):
-    """Peak memory so far, or None; what told it, or why nothing does; and why energy is not told if it is not."""
+    """Peak memory so far, or None; where the figure comes from, or why there is none; and why energy is unknown."""
 
     bytes: int | None
     source: str
@@ -63,7 +63,7 @@ class Memory(Definition):
 
 
 class Nodes(Definition):
-    """Where the nodes of the graph ran."""
+    """The execution providers that the nodes of the graph ran on."""
 
     nodes: tuple[Node, ...]
 
@@ -72,7 +72,7 @@ class _Runtime(Protocol):
     name: str
 
     def generate(self, prompt_tokens: int | None = None) -> Iterator[None]:
-        """Yields after each token; the first step is the prefill, of the first ``prompt_tokens`` if they are given."""
+        """Yield after each token; the first step is the prefill, of the first ``prompt_tokens`` if they are given."""
         ...
 
 
@@ -147,7 +147,7 @@ def serve(request: RuntimeRequest, commands: TextIO, replies: TextIO) -> None:
                 used, source = peak_memory_and_source()
                 reply(Memory(bytes=used, source=source, energy_absent_because=None if counters else str(energy)))
             case ["place"]:
-                # Not two models in memory at a time; nothing can be generated after this.
+                # Two models are never in memory at a time; nothing can be generated after this.
                 del model
                 gc.collect()
                 reply(Nodes(nodes=profile(Bundle.open(Path(request.directory)), request.prompt, request.threads)))
@@ -172,7 +172,7 @@ def _time(runtime: _Runtime, energy: Rapl | None, prompt_tokens: int | None = No
 
 
 if __name__ == "__main__":
-    # What libraries print must not come between the answers.
+    # Output that libraries print must not come between the answers.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     serve(RuntimeRequest.model_validate_json(sys.argv[1]), sys.stdin, answers)

@@ -1,4 +1,4 @@
-"""Where the divergence of a bundle comes from: its linears, its head and embedding, the runtime's arithmetic."""
+"""The shares of a bundle's divergence: its linears, its head and embedding, the runtime's arithmetic."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Runtimes that take turns: one process each, one of them at work at a time.
 
-What slows the machine for a while so falls on both sides, and who goes first changes from round to round (ABBA), so
+Whatever slows the machine for a while so falls on both sides, and the first one changes from round to round (ABBA), so
 that a steady drift cancels between two rounds.
 """
 
@@ -25,7 +25,7 @@ from glmexport.foundation.errors import MachineError
 from glmexport.foundation.progress import Progress
 from glmexport.validation.runtimes import Loaded, Memory, Nodes, Round, RuntimeRequest
 
-#: As many as bounds of 95 % take, and a whole number of ABBA.
+#: Fewest rounds: as many as bounds of 95 % take, and a whole number of ABBA.
 LEAST_ROUNDS = 6
 #: Seconds between turns: threads of the one before spin a little before they sleep.
 _PAUSE = 0.05
@@ -34,8 +34,8 @@ Answer = TypeVar("Answer", bound=Definition)
 
 
 @dataclass(frozen=True)
-class Turns:
-    """What one runtime showed. ``nodes`` only of a bundle, for which they were asked."""
+class MeasurementTurns:
+    """The measurements of one runtime; only a bundle has ``nodes``."""
 
     runtime: str
     threads: int | None
@@ -45,15 +45,15 @@ class Turns:
     nodes: tuple[Node, ...] = ()
 
 
-def take_turns(requests: Sequence[RuntimeRequest], seconds: float, progress: Progress) -> list[Turns]:
+def take_turns(requests: Sequence[RuntimeRequest], seconds: float, progress: Progress) -> list[MeasurementTurns]:
     """Let each of ``requests`` generate once a round, in the opposite order every other round.
 
-    Loading and a generation to warm up come before; where the nodes of the first one's graph ran, in the end.
+    Loading and a generation to warm up come before; in the end the first one tells where the nodes of its graph ran.
 
     Args:
         requests: the bundle, and the original if it is measured.
-        seconds: rounds go on for so long, and for ``LEAST_ROUNDS``; 0: one ABBA, which are two.
-        progress: who watches.
+        seconds: the time for which rounds go on, but for ``LEAST_ROUNDS`` at least; 0: one ABBA, which is two rounds.
+        progress: the observer of the rounds.
 
     Raises:
         MachineError: a process failed, for example for lack of memory.
@@ -77,7 +77,7 @@ def take_turns(requests: Sequence[RuntimeRequest], seconds: float, progress: Pro
             worker.close()
         nodes = workers[0].ask("place", Nodes).nodes
         return [
-            Turns(
+            MeasurementTurns(
                 runtime=worker.loaded.runtime,
                 threads=worker.request.threads,
                 load_s=worker.loaded.load_s,
@@ -100,7 +100,7 @@ class Worker:
     """A process that has loaded one runtime and waits.
 
     Raises:
-        MachineError: it ended before it was told to.
+        MachineError: the process ended before it was told to.
     """
 
     def __init__(self, request: RuntimeRequest) -> None:
@@ -133,7 +133,7 @@ class Worker:
         self.close()
 
     def ask(self, command: str, kind: type[Answer]) -> Answer:
-        """Its answer to ``command``."""
+        """Return the answer of the process to ``command``."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(command + "\n")
@@ -143,7 +143,7 @@ class Worker:
         return self._answer(kind)
 
     def close(self) -> None:
-        """End it; more than once does no harm."""
+        """End the process; calling this more than once does no harm."""
         if self._stderr.closed:
             return
         if self._process.poll() is None:

@@ -31,7 +31,7 @@ class EvaluationText:
 
     @property
     def positions(self) -> int:
-        """Predictions that are judged."""
+        """The number of predictions that are judged."""
         return len(self.ids) - self.prefix
 
     @property
@@ -45,12 +45,12 @@ class EvaluationSet:
     """Everything that a bundle and its original are asked: documents that no calibration saw, and the user's tasks."""
 
     documents: Sequence[Document]
-    #: The original's.
+    #: The original's tokenizer.
     tokenizer: Tokenizer
     tasks: Sequence[Task] = ()
 
     def texts(self, context_length: int, plan: ValidationPlan) -> list[EvaluationText]:
-        """Return as much of the documents as ``plan`` has judged, in tokens, each no longer than the context.
+        """Return as much of the documents, as token ids, as ``plan`` judges, each no longer than the context.
 
         Raises:
             InputError: nothing would be judged.

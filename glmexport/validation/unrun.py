@@ -18,17 +18,17 @@ from glmexport.validation.texts import EvaluationSet, evaluation_texts
 from glmexport.validation.weights import check_weights
 from glmexport.validation.whole_model import check_reference
 
-#: Tokens of the text that the original is checked on.
+#: Number of tokens of the text that the original is checked on.
 _LONGEST = 128
 
 
 @dataclass(frozen=True)
 class Unrun:
-    """Gates that need no run, and the one that says that there was none, so that the verdict is never PASS."""
+    """The gates that need no run, and one that says that there was none, so that the verdict is never PASS."""
 
     gates: tuple[Gate, ...]
     verdict: Verdict
-    #: What the machine lacks, a sentence each.
+    #: The things that the machine lacks, a sentence each.
     lacking: tuple[str, ...]
     reference: ReferenceCheck
 
@@ -40,13 +40,13 @@ def validate_unrun(
     progress: Progress,
     max_memory_bytes: int | None = None,
 ) -> Unrun:
-    """Read every number of the graph back and compare it, and every prompt's tokens; run nothing but the original.
+    """Read every number of the graph back and compare it, and the tokens of every prompt; run nothing but the original.
 
     Args:
         bundle: the bundle.
         reference: its original.
         evaluation: text, a little of which the original is checked on.
-        progress: who watches.
+        progress: the observer of the steps.
         max_memory_bytes: what this process may take at most; None: most of the memory that is free.
     """
     tokenizer, longest = bundle.tokenizer, min(_LONGEST, reference.architecture.context_length)

@@ -20,14 +20,14 @@ from glmexport.foundation.progress import Progress
 from glmexport.reference.reference import Reference
 from glmexport.results.weights import WeightCheck, WeightFault
 
-#: A row this far from the original's, relative to its length, has lost it: a row of zeros is 1.
+#: Distance from the original's row, relative to its length, at which a row has lost it: a row of zeros is 1.
 FAR = 0.9
-#: Mean difference of a matrix in steps of its grids. Rows are shifted by GPTQ, but not all to one side; zero points
-#: that are off by one leave 1.
+#: Largest mean difference of a matrix in steps of its grids. Rows are shifted by GPTQ, but not all to one side;
+#: zero points that are off by one leave 1.
 OFFSET = 0.5
-#: Rows shorter than this share of the usual length are those of tokens that nobody trained.
+#: Share of the usual length below which a row is that of a token that nobody trained.
 _NEGLIGIBLE = 1e-3
-#: Rotary tables are computed once more, by the same library but perhaps another version of its kernels.
+#: Tolerance of rotary tables, which are computed once more by perhaps another version of the library's kernels.
 _ROTARY_TOLERANCE = 1e-5
 _SLAB_WEIGHTS = 1 << 24
 
@@ -36,7 +36,7 @@ _SLAB_WEIGHTS = 1 << 24
 class RowDistances:
     """Rows [N] of a matrix against the original's.
 
-    ``distance``: ||q - w|| / ||w||, a row of next to nothing taken for longer than it is. ``offset``: mean of
+    ``distance``: ||q - w|| / ||w||, where a row of next to nothing counts as longer than it is. ``offset``: mean of
     (q - w) / step. ``gain``: sum of q w over sum of w w, over the whole matrix.
     """
 
@@ -46,7 +46,7 @@ class RowDistances:
 
     @property
     def lost(self) -> Tensor:
-        """Indices of rows that have lost the original's; what is not a number has."""
+        """The indices of rows that have lost the original's; a row that is not a number has."""
         return (~(self.distance < FAR)).nonzero()[:, 0]
 
     @property
@@ -56,7 +56,7 @@ class RowDistances:
 
 
 def row_distances(linear: QuantizedLinear, original: Iterator[Tensor]) -> RowDistances:
-    """``original``: the same matrix in fp32, a few rows at a time."""
+    """Return how far the rows of ``linear`` are from ``original``: the same matrix in fp32, a few rows at a time."""
     errors, lengths, offsets = [], [], []
     products, start = 0.0, 0
     for rows in original:
@@ -91,7 +91,7 @@ def check_weights(bundle: Bundle, reference: Reference, progress: Progress) -> W
     activations = getattr(torch, manifest.target.graph.activations)
     weights = BundleWeights.open(bundle, architecture)
     checkpoint = reference.checkpoint.folded(bundle_folds(bundle.directory))
-    # Of every graph: what is in it, and the tensors that are in no graph before it.
+    # For every graph: its content, and the tensors that are in no graph before it.
     graphs = [(weights, manifest.matrices, [*weights.quantized_keys, *weights.other_keys])]
     draft = architecture.token_prediction
     if manifest.draft and draft:
@@ -139,7 +139,7 @@ def _is(linear: QuantizedLinear, decided: str) -> bool:
     points = linear.zero_points
     if points is None or not bool((points == 2 ** (linear.form.bits - 1)).all()):
         return False
-    # GatherBlockQuantized has zero points always.
+    # GatherBlockQuantized always has zero points.
     form = linear.form.model_copy(update={"symmetric": True})
     return replace(linear, form=form, zero_points=None).digest() == decided
 
@@ -168,7 +168,7 @@ def _rows(checkpoint: Checkpoint, key: str, shape: torch.Size) -> Iterator[Tenso
 
 def _told(rows: RowDistances) -> str:
     lost = rows.lost
-    # Not -0.00.
+    # Avoids -0.00.
     offset = round(float(rows.offset.mean()), 2) + 0.0
     told = f"gain {rows.gain:.4f} and offset {offset:+.2f} steps against the original"
     if not len(lost):

@@ -1,1 +1,1 @@
-"""What people call: each verb's stages in order, one file a verb."""
+"""The commands that people call: each verb's stages in order, one file a verb."""

@@ -37,7 +37,7 @@ class BuildCost:
     seconds: float
     peak_memory_bytes: int
     device: str = "cpu"
-    #: Of a device with memory of its own, else 0.
+    #: Peak memory of a device that has memory of its own, else 0.
     peak_device_bytes: int = 0
 
 
@@ -46,7 +46,7 @@ def assemble(
 ) -> Report:
     """Return the report of everything known about ``bundle`` on this machine.
 
-    ``name`` is what it is called in its place, and ``build`` None where it was built some other time.
+    ``name`` is its name in its final place; ``build`` is None where it was built some other time.
     """
     return _report(bundle, validation, policy, _this_machine(), name=name, command=command, build=build)
 
@@ -56,7 +56,7 @@ def assemble_devices(
 ) -> Report:
     """Return the report of everything that ``devices`` measured of ``bundle``.
 
-    ``validation``: of the ``detailed`` one.
+    ``validation`` is that of the ``detailed`` one.
     """
     there = _device(detailed(devices))
     return _report(
@@ -65,7 +65,7 @@ def assemble_devices(
 
 
 def detailed(devices: Sequence[DeviceResult]) -> DeviceResult:
-    """Return, of the devices that answered, the first with the worst verdict."""
+    """Return the first device with the worst verdict among those that answered."""
     return max((device for device in devices if device.fidelity), key=lambda device: device.verdict.severity)
 
 

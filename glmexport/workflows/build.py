@@ -1,4 +1,4 @@
-"""The stages in order: a checkpoint becomes a validated bundle for each target. Resumable at every block."""
+"""The stages of a build in order: a checkpoint becomes a validated bundle for each target, resumable at every block."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from glmexport.workflows.validate import BuildOptions, Built, measure_and_report
 
 @dataclass(frozen=True)
 class BuiltUnrun(Bundle):
-    """A bundle in its place that this machine cannot run, and what could be said of it all the same."""
+    """A bundle in its place that this machine cannot run, and the gates that need no run."""
 
     unrun: Unrun
 
@@ -55,10 +55,10 @@ def build(
 
     Raises:
         InputError: an output exists and ``force`` is off, or the calibration text is too small.
-        MachineError: disk or memory do not suffice; nothing is started then.
+        MachineError: disk or memory do not suffice; nothing was started then.
     """
     torch.set_num_threads(options.threads)
-    # Nothing that can refuse comes after this, where a checkpoint is read for minutes, but what reading it finds.
+    # Every other check comes before this, which reads a checkpoint for minutes.
     plans = _plan(original, jobs, options)
     if any(original.drafts(job.target) for job in jobs):
         original = original.sharing_tables()
@@ -93,7 +93,7 @@ def quantize(original: Original, recipe: Recipe, options: BuildOptions, parent: 
 
     Raises:
         InputError: the calibration text is too small.
-        MachineError: memory does not suffice, or somebody else is at work on the same.
+        MachineError: memory does not suffice, or another process works on the same.
     """
     plan = _plan_quantization(original, recipe, options, parent)
     quantization = _quantization_job(original, plan, options, progress)
@@ -108,7 +108,7 @@ class _Plan:
     recipe: Recipe
     memory: MemoryPlan
     text: CalibrationText
-    #: Where its work directory goes.
+    #: The directory that its work directory is in.
     parent: Path
     jobs: tuple[Job, ...] = ()
     #: Text that the bundles are judged on.
@@ -116,7 +116,7 @@ class _Plan:
 
 
 def _plan(original: Original, jobs: Sequence[Job], options: BuildOptions) -> list[_Plan]:
-    """Plan a quantization for each recipe, and refuse everything that can be without reading the checkpoint."""
+    """Plan a quantization for each recipe, and refuse whatever can be refused without reading the checkpoint."""
     for job in jobs:
         refuse_formats(original, job)
         refuse_existing(job.directory, options.force)

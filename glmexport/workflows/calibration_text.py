@@ -1,4 +1,4 @@
-"""Calibration text of a build: which documents, how long a sequence, and what is kept for caches."""
+"""The calibration text of a build: its documents, the length of its sequences, and the part for caches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from glmexport.foundation.errors import InputError
 from glmexport.foundation.recipe import CalibrationPlan, Recipe
 from glmexport.workflows.original import Original
 
-#: Tokens that the scales of a quantized cache rest on, at most; a magnitude needs less text than a Hessian.
+#: Most tokens that the scales of a quantized cache rest on; a magnitude needs less text than a Hessian.
 _CACHE_TOKENS = 16384
 
 
@@ -41,7 +41,7 @@ def read_calibration_text(original: Original, recipe: Recipe, paths: Sequence[Pa
 def packed(original: Original, documents: Sequence[Document], plan: CalibrationPlan) -> CalibrationSet:
     """Pack ``documents`` into sequences on which every block can be computed by itself.
 
-    None is longer than what a token attends to without selecting, as others select for several blocks.
+    No sequence is longer than what a token attends to without selecting, as longer ones select for several blocks.
 
     Raises:
         InputError: the text is too small.

@@ -1,4 +1,4 @@
-"""The original asked once: its answers in a directory that every bundle of it can be validated against."""
+"""The original is asked once: every bundle of it can be validated against the directory of its answers."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class CaptureOptions:
     force: bool = False
     #: A bundle of the same checkpoint that drafts the free answers; without one none are kept.
     draft: Bundle | None = None
-    #: Text of the user's to ask about as well.
+    #: Text files of the user's to ask about as well.
     evaluation: tuple[Path, ...] = ()
 
 
@@ -57,7 +57,7 @@ def capture_reference(original: Original, output: Path, options: CaptureOptions,
     Raises:
         InputError: ``output`` exists and may not be replaced.
         BundleError: the draft is a bundle of another checkpoint.
-        MachineError: the disk has too little space, or somebody else captures the same.
+        MachineError: the disk has too little space, or another process captures the same.
     """
     refuse_existing(output, options.force, REFERENCE, _KIND)
     if draft := options.draft:
@@ -70,7 +70,7 @@ def capture_reference(original: Original, output: Path, options: CaptureOptions,
     kept = min(options.top_k, original.architecture.vocabulary_size)
     # The states, those of the last block and of the one before; the answers.
     require_free(output.parent, rows * (3 * size * 4 + kept * 8), "The capture")
-    # Nothing that can refuse comes after this, where files are read for minutes, but what reading them finds.
+    # Every other check comes before this, which reads files for minutes.
     if draft:
         check_original(draft, original, progress)
     progress.remark(f"{original.checkpoint.name} is {original.checkpoint.digest(progress)}.")
@@ -112,7 +112,7 @@ def capture_reference(original: Original, output: Path, options: CaptureOptions,
 def _answers(
     evaluation: EvaluationSet, reference: Reference, options: CaptureOptions, scratch: Path, progress: Progress
 ) -> tuple[CapturedAnswer, ...] | None:
-    """Return the original's own answers; of the bundle that drafts them only the number of passes depends."""
+    """Return the original's own answers; only the number of passes depends on the bundle that drafts them."""
     plan = options.plan.behaviour
     if options.draft is None or plan is None:
         return None

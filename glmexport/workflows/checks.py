@@ -1,4 +1,4 @@
-"""What can refuse a build, and is checked before anything takes long."""
+"""The checks that can refuse a build, made before anything takes long."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def refuse_formats(original: Original, job: Job) -> None:
     """Check that every format of the recipe is one of the target's, and that an embedding's rows are whole groups.
 
     Raises:
-        InputError: one is not, they are not, or the target cannot run the family or hold its caches.
+        InputError: a format is not, the rows are not, or the target cannot run the family or hold its caches.
     """
     recipe, offered = job.recipe, job.target.weights
     _refuse_graph(original, job)
     candidates = recipe.budget.candidates if recipe.budget else ()
     plan = original.planned(recipe, job.target).plan
-    # Formats once each, and whether anything is multiplied by a matrix that has one.
+    # Each format once, with whether anything is multiplied by a matrix that has it.
     used: dict[Format, bool] = {}
     for key, form in plan.quantized().items():
         used[form] = used.get(form, False) or key in plan.multiplied
@@ -39,7 +39,7 @@ def refuse_formats(original: Original, job: Job) -> None:
                 next_step=f"Take a recipe of {_alternatives(offered.bits)} bits in groups of "
                 f"{_alternatives(offered.group_sizes)}.",
             )
-        # Rows of the embedding are made numbers by arithmetic on every such target, zero points or not.
+        # Every such target decodes rows of the embedding by arithmetic, with zero points or without.
         if offered.symmetric_only and product and not form.symmetric:
             raise InputError(
                 f"The recipe {recipe.name} uses {form.label} with zero points, which the target {job.target.name} has "
@@ -76,7 +76,7 @@ def refuse_formats(original: Original, job: Job) -> None:
 
 
 def _refuse_graph(original: Original, job: Job) -> None:
-    """What the target's capabilities rule out, whatever the formats are."""
+    """Refuse what the target's capabilities rule out, whatever the formats are."""
     architecture, target, limits = original.architecture, job.target, job.target.graph
     if limits.static_shapes:
         _refuse_fixed(original, job)
@@ -119,7 +119,7 @@ def _refuse_graph(original: Original, job: Job) -> None:
 
 
 def _refuse_fixed(original: Original, job: Job) -> None:
-    """What graphs of fixed shapes cannot hold."""
+    """Refuse what graphs of fixed shapes cannot hold."""
     architecture, target = original.architecture, job.target
     reason = ""
     if architecture.routed:
@@ -136,7 +136,7 @@ def _refuse_fixed(original: Original, job: Job) -> None:
 
 
 def _refuse_sizes(original: Original, job: Job) -> None:
-    """What the target's memory rules out: known from shapes and formats before anything is computed."""
+    """Refuse what the target's memory rules out: known from shapes and formats before anything is computed."""
     planned, memory = original.planned(job.recipe, job.target), job.target.memory
     expected = estimate(planned, 1.0, None).bundle_bytes
     if memory.max_weight_bytes is not None and expected > memory.max_weight_bytes:
@@ -163,7 +163,7 @@ def _alternatives(values: Sequence[int]) -> str:
 
 
 def refuse_existing(directory: Path, force: bool, mark: str = "bundle.json", kind: str = "a bundle") -> None:
-    """Nothing is overwritten unless asked for, and then only what has the file ``mark``, or an empty directory."""
+    """Refuse to overwrite an output without ``force``; with it, all but an empty directory or one with ``mark``."""
     if directory.exists() and not force:
         raise InputError(
             f"{directory} exists.", next_step="Choose another directory with -o, or replace it with --force."
@@ -187,8 +187,8 @@ def require_space(original: Original, jobs: Sequence[Job]) -> None:
     """
     architecture, recipe = original.architecture, jobs[0].recipe
     tokens = recipe.calibration.tokens if recipe.calibration else 0
-    # Both streams, before a block, between its branches and behind it, and what experts add to them; and what one of
-    # its linears reads.
+    # Both streams: before a block, between its branches and after it, and what experts add to them; and the input of
+    # one of its linears.
     widest = max(linear.in_features for _, linear in architecture.linears)
     kept = 9 if architecture.routed else 7
     streams = tokens * (kept * architecture.hidden_size + widest) * 4

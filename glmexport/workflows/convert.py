@@ -37,10 +37,10 @@ def convert_to_gptq(
         bundle: a bundle that was built from ``original``.
         original: its checkpoint.
         output: the directory that the checkpoint ends in; it is complete when it appears there.
-        layout: whose names and shapes to write.
+        layout: the library whose names and shapes to write.
         force: replace a GPTQ checkpoint that exists there.
-        trust: whose signature the bundle has to have.
-        progress: who watches.
+        trust: the signers of whom one must have signed the bundle.
+        progress: the observer of the steps.
 
     Raises:
         BundleError: the bundle was made from another checkpoint, or its files are not those of its manifest.
@@ -50,7 +50,7 @@ def convert_to_gptq(
     """
     refuse_existing(output, force, QUANTIZE_CONFIG, _KIND)
     refuse_other_model(bundle, original)
-    # What the graph says decides whether the format can hold it, and how much space that takes.
+    # The graph decides whether the format can hold it, and how much space that takes.
     bundle.require_file(SCORING)
     weights = BundleWeights.open(bundle, original.architecture)
     folded = original.checkpoint.folded(bundle_folds(bundle.directory))

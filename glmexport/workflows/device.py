@@ -1,6 +1,6 @@
-"""Where a build quantizes: the processor, or a CUDA device that weights and activations are brought to block by block.
+"""The device that a build quantizes on: the processor, or a CUDA device that gets one block at a time.
 
-Only quantization runs there. A bundle is validated where it will serve, on what its target names.
+Only quantization runs there. A bundle is validated where it will serve, on the provider that its target names.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from glmexport.foundation.recipe import Recipe
 from glmexport.quantization.memory import MemoryPlan, plan_memory
 from glmexport.reference.reference import CPU
 
-#: Of a device's free memory, what a plan may fill: its allocator cannot use every gap between blocks.
+#: Share of a device's free memory that a plan may fill: its allocator cannot use every gap between blocks.
 _USABLE = 0.9
 
 
 def open_device(name: str) -> torch.device:
-    """The device ``cpu``, ``cuda`` or ``cuda:N``.
+    """Return the device ``cpu``, ``cuda`` or ``cuda:N``.
 
     Raises:
         InputError: another name, or a number that no device of this machine has.
@@ -45,12 +45,12 @@ def open_device(name: str) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """For people: ``cpu``, or the product's name and the number."""
+    """Return a name for people: ``cpu``, or the product's name and the number."""
     return "cpu" if device == CPU else f"{torch.cuda.get_device_name(device)} ({device})"
 
 
 def plan_on(device: torch.device, architecture: Architecture, recipe: Recipe, limit_bytes: int | None) -> MemoryPlan:
-    """A plan that keeps the walk within ``limit_bytes``, and within what is free on ``device``.
+    """Return a plan that keeps the walk within ``limit_bytes``, and within what is free on ``device``.
 
     Raises:
         MachineError: even the smallest batches do not fit.
@@ -71,10 +71,10 @@ def plan_on(device: torch.device, architecture: Architecture, recipe: Recipe, li
 
 @contextmanager
 def running_on(device: torch.device) -> Iterator[None]:
-    """Computes in full fp32, and says what to do when the memory of ``device`` runs out.
+    """Compute in full fp32 within this context, and say what to do when the memory of ``device`` runs out.
 
     Raises:
-        MachineError: it did.
+        MachineError: the memory ran out.
     """
     torch.set_float32_matmul_precision("highest")
     try:
@@ -87,5 +87,5 @@ def running_on(device: torch.device) -> Iterator[None]:
 
 
 def peak_device_memory(device: torch.device) -> int:
-    """Bytes of tensors on ``device`` at most so far; 0 for the processor, whose memory is that of the process."""
+    """Return the most bytes of tensors on ``device`` so far; 0 for the processor, whose memory is the process's."""
     return 0 if device == CPU else torch.cuda.max_memory_allocated(device)

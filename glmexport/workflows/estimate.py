@@ -1,4 +1,4 @@
-"""What a build will take, from the description alone: bundle bytes, peak memory, time. No weight is read."""
+"""The cost of a build from the description alone: bundle bytes, peak memory, time. No weight is read."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from glmexport.quantization.allocation import tie_groups, total_bits
 from glmexport.quantization.memory import plan_memory
 from glmexport.reference.reference import CPU
 
-#: Tokens of evaluation text that a default validation runs, times the passes it makes over them.
+#: Number of tokens that a default validation runs, times the passes it makes over them.
 _VALIDATION_TOKEN_PASSES = 21 * (2 * 2048 + 4 * 512)
 
 
 @dataclass(frozen=True)
 class Planned:
-    """What a bundle will consist of: known before any weight is read."""
+    """The parts of a bundle that is to be built, known before any weight is read."""
 
     architecture: Architecture
     recipe: Recipe
@@ -33,7 +33,7 @@ class Planned:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class BuildEstimate:
     """Expected figures of one build."""
 
     bundle_bytes: int
@@ -44,17 +44,17 @@ class Estimate:
 
 def estimate(
     planned: Planned, flops_per_s: float, limit_bytes: int | None, device_flops_per_s: float | None = None
-) -> Estimate:
-    """Return the figures for building what is ``planned`` on a machine of that speed under that memory limit.
+) -> BuildEstimate:
+    """Return the figures for building a ``planned`` bundle on a machine of that speed under that memory limit.
 
-    ``device_flops_per_s`` is the speed of what quantizes, if that is not what validates.
+    ``device_flops_per_s`` is the speed of the device that quantizes, if it is not the one that validates.
     """
     architecture, recipe, target = planned.architecture, planned.recipe, planned.target
     shapes = architecture.shapes()
     bits = planned.plan.bits(shapes)
     if recipe.budget:
         bits = total_bits(architecture, recipe.budget)
-    return Estimate(
+    return BuildEstimate(
         bundle_bytes=(bits + _draft_bits(planned) + _repeated_bits(planned) - _halved_bits(planned)) // 8
         + architecture.rotary_bytes * _width(target) // 32,
         bits_per_weight=bits / sum(math.prod(shape) for shape in shapes.values()),
@@ -114,7 +114,7 @@ def _width(target: Target) -> int:
 
 
 def measured_flops(device: torch.device = CPU) -> float:
-    """fp32 operations per second of a matrix product on ``device``, with torch's present number of threads."""
+    """Measure the fp32 operations per second of a matrix product on ``device``, with torch's present threads."""
     size = 1024
     matrix = torch.ones(size, size, device=device)
     float((matrix @ matrix).sum())
@@ -122,18 +122,18 @@ def measured_flops(device: torch.device = CPU) -> float:
     product = matrix
     for _ in range(3):
         product = matrix @ matrix
-    # A device computes on its own: only reading a result waits for it.
+    # A device computes asynchronously: only reading a result waits for it.
     float(product[0, 0])
     return 3 * 2 * size**3 / (time.perf_counter() - started)
 
 
 def _tokens_share(architecture: Architecture) -> dict[str, float]:
-    """Share of the tokens that pass each routed matrix, by weight key."""
+    """Return the share of the tokens that pass each routed matrix, by weight key."""
     return {key: layer.mlp.routed_share for layer in architecture.layers for key in layer.mlp.routed}
 
 
 def _forward_flops(architecture: Architecture) -> float:
-    """Of one token."""
+    """Return the operations of a forward pass of one token."""
     share = _tokens_share(architecture)
     return 2.0 * sum(
         linear.out_features * linear.in_features * share.get(linear.weight, 1.0) for _, linear in architecture.linears
@@ -141,7 +141,10 @@ def _forward_flops(architecture: Architecture) -> float:
 
 
 def _flops(architecture: Architecture, recipe: Recipe) -> float:
-    """Of quantization; multiply-adds count twice. Forward passes, Hessians, factorisations, sweeps, rounds."""
+    """Return the operations of quantization; multiply-adds count twice.
+
+    They are forward passes, Hessians, factorisations, sweeps and rounds.
+    """
     forward, total = _forward_flops(architecture), 0.0
     if recipe.budget:
         # Every trial goes through half of the model on average, and through the lm_head.

@@ -1,4 +1,4 @@
-"""A bundle validated on devices: the original asked once, the same job on each, and one report of all."""
+"""A bundle is validated on devices: the original is asked once, each runs the same job, one report has all."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from glmexport.workflows.validate import BuildOptions, Built
 class Asking:
     """The job that devices are given, and the judge of what they answer about a bundle.
 
-    ``place`` holds what a later run goes on with.
+    ``place`` is the directory from which a later run goes on.
     """
 
     judge: DeviceJudge
@@ -47,10 +47,10 @@ class Asking:
 
 @contextmanager
 def locked(bundle: Bundle) -> Iterator[None]:
-    """Hold a lock, so that nobody else asks devices about ``bundle`` meanwhile.
+    """Hold a lock, so that no other process asks devices about ``bundle`` meanwhile.
 
     Raises:
-        MachineError: somebody does.
+        MachineError: another process does.
     """
     place = _place(bundle)
     place.mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,7 @@ def prepare_job(
 ) -> Asking:
     """Write the job about ``bundle``; an original that is no capture yet is captured for it.
 
-    ``threads``: of each device; None: as many as it has cores.
+    ``threads`` is the number for each device; None: as many as it has cores.
 
     Raises:
         BundleError: the bundle was made from another checkpoint, or its files are not those of its manifest.
@@ -107,7 +107,7 @@ def prepare_job(
 
 
 def validate_on_devices(asking: Asking, members: Sequence[Member], progress: Progress) -> Built:
-    """Have every device answer, judge each, and write one report into the bundle.
+    """Let every device answer, judge each, and write one report into the bundle.
 
     Answers are kept until all devices have answered: the same call goes on with what is there.
 
@@ -150,7 +150,7 @@ def validate_on_devices(asking: Asking, members: Sequence[Member], progress: Pro
 
 
 def write_kits(asking: Asking, archives: Sequence[Path], progress: Progress) -> None:
-    """Pack the job for devices that nothing reaches.
+    """Pack the job for devices that no network reaches.
 
     Raises:
         InputError: an archive exists.
@@ -160,7 +160,7 @@ def write_kits(asking: Asking, archives: Sequence[Path], progress: Progress) -> 
 
 
 def discard(asking: Asking) -> None:
-    """Forget the job, where nobody is going to answer it here."""
+    """Remove the job, where no device is going to answer it here."""
     shutil.rmtree(asking.place, ignore_errors=True)
 
 
@@ -190,7 +190,7 @@ def _captured(
     except MachineError as error:
         if draft is None or bundle.target.provider.name == "CPUExecutionProvider":
             raise
-        # The bundle cannot run here, which is why it is asked elsewhere.
+        # The bundle cannot run here, so that devices are asked.
         progress.remark(f"Free answers are not compared: {error.message} Nothing here can draft the original's.")
         settings = CaptureOptions(options.threads, options.validation, evaluation=options.evaluation)
         capture_reference(original, output, settings, progress)

@@ -21,7 +21,7 @@ from glmexport.workflows.estimate import estimate, measured_flops
 from glmexport.workflows.job import Job, recipe_for
 from glmexport.workflows.original import NO_DRAFTS, Original
 
-#: What becomes, in a bundle, of the layer that predicts further ahead, if it is not left out.
+#: The use of the layer that predicts further ahead in a bundle that does not leave it out.
 DRAFTS = "drafts"
 
 
@@ -45,8 +45,8 @@ class MergedAdapter:
 
 
 @dataclass(frozen=True)
-class Mixture:
-    """The layers that are mixtures of experts: how many, and the experts of one."""
+class MixtureSummary:
+    """The layers that are mixtures of experts: their number, and the experts of one."""
 
     layers: int
     routed: int
@@ -64,7 +64,7 @@ class StoredFormats:
 
 @dataclass(frozen=True)
 class DraftLayer:
-    """The layer that predicts further ahead; by target, ``DRAFTS`` or why a bundle leaves it out."""
+    """The layer that predicts further ahead, with ``DRAFTS`` or the reason to leave it out for each target."""
 
     layer: int
     tensors: int
@@ -107,16 +107,17 @@ class Inspection:
     family: str
     layers: int
     context_length: int
-    experts: Mixture | None
-    #: By part, and ``all``.
+    experts: MixtureSummary | None
+    #: The number of parameters by part, and ``all``.
     parameters: dict[str, int]
     bytes: int
     quantization: StoredFormats | None
     dtypes: list[str]
-    #: In fp32: keys and values of every head, and latents where attention caches those.
+    #: Bytes in fp32 of the keys and values of every head.
     kv_bytes_per_token: int
+    #: Bytes in fp32 of the latents, where attention caches those.
     latent_kv_bytes_per_token: int | None
-    #: Tensors that no bundle has, and why.
+    #: The tensors that no bundle has, and why.
     unused: dict[str, str]
     token_prediction: DraftLayer | None
     tokenizer: TokenizerFacts
@@ -139,7 +140,7 @@ class Unfinished:
 def inspect_original(original: Original, recipe: str | None, max_memory: int | None) -> Inspection:
     """Describe ``original`` and estimate its builds: by ``recipe``, or by the default recipe of each target.
 
-    ``max_memory`` is a limit in bytes. Measures the speed of this machine's products, which takes a moment.
+    ``max_memory`` is a limit in bytes. The speed of this machine's matrix products is measured, which takes a moment.
     """
     checkpoint, architecture = original.checkpoint, original.architecture
     latents = architecture.latent_values_per_token
@@ -207,12 +208,12 @@ def _token_prediction(original: Original) -> DraftLayer | None:
     return DraftLayer(draft.layer.index, len(draft.own_shapes()), fates)
 
 
-def _experts(architecture: Architecture) -> Mixture | None:
+def _experts(architecture: Architecture) -> MixtureSummary | None:
     mixtures = [layer.mlp for layer in architecture.layers if isinstance(layer.mlp, MixtureOfExperts)]
     if not mixtures:
         return None
     router = mixtures[0].router
-    return Mixture(len(mixtures), router.experts, router.chosen, router.groups)
+    return MixtureSummary(len(mixtures), router.experts, router.chosen, router.groups)
 
 
 def _formats(checkpoint: Checkpoint) -> StoredFormats | None:

@@ -25,7 +25,7 @@ class Job:
 
 
 def budget_of(bundle_bytes: int | None, bits_per_weight: float | None) -> Budget | None:
-    """The limit that a user gives, if any.
+    """Return the limit that a user gives, if any.
 
     Raises:
         InputError: both are given.
@@ -38,7 +38,7 @@ def budget_of(bundle_bytes: int | None, bits_per_weight: float | None) -> Budget
 
 
 def _within(recipe: Recipe, budget: Budget, target: Target) -> Recipe:
-    """``recipe`` with the limit of ``budget``, and the recipe's own candidates or those the target has kernels for."""
+    """Return ``recipe`` with the limit of ``budget``, and its own candidates or those the target has kernels for."""
     if not recipe.needs_calibration or recipe.linears is None:
         raise InputError(
             f"The recipe {recipe.name} does not calibrate, so no formats can be chosen for --size or --bpw.",
@@ -61,7 +61,7 @@ def jobs_of(
     output: Path | None,
     budget: Budget | None = None,
 ) -> list[Job]:
-    """One job a target: its recipe (the target's default, if none is named) and the directory it ends in."""
+    """Return a job for each target: its recipe (by default the target's) and the directory the bundle ends in."""
     jobs = []
     adapter = original.checkpoint.adapter
     name = "-".join([original.checkpoint.name, *([adapter.name] if adapter else [])]).replace("/", "--")
@@ -85,8 +85,9 @@ def jobs_of(
 
 
 def recipe_for(original: Original, name: str | None, target: Target) -> Recipe:
-    """The recipe of that name, or by default the target's, with one format for one table; for a quantized checkpoint
-    ``stored``.
+    """Return the recipe of that name, with one format for one table.
+
+    The default is that of the target, and ``stored`` for a quantized checkpoint.
 
     The linears of a recipe that keeps stored codes have the checkpoint's formats; ``linears`` names the one that
     most weights have.

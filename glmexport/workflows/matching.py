@@ -1,4 +1,4 @@
-"""A bundle and the original that it was built from: what is cheap to compare first, then every byte."""
+"""A bundle compared with the original that it was built from: cheap checks first, then every byte."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from glmexport.workflows.provenance import source_of
 
 
 def refuse_other_model(bundle: Bundle, original: Original) -> None:
-    """Refuse a bundle whose manifest tells of an original of another size or family; no file is hashed.
+    """Refuse a bundle whose manifest describes an original of another size or family; no file is hashed.
 
-    What can refuse without hashing belongs between this and ``check_original``.
+    Other checks that hash nothing belong between this and ``check_original``.
 
     Raises:
         BundleError: the bundle was surely made from another checkpoint.
@@ -35,7 +35,7 @@ def refuse_other_model(bundle: Bundle, original: Original) -> None:
 def check_original(bundle: Bundle, original: Original, progress: Progress, trust: Trust = NOBODY) -> None:
     """Compare the files of ``bundle`` and its original with the manifest: both are read in whole.
 
-    The bundle's report may be another one than was signed, as it is what validation writes.
+    The bundle's report may be another one than was signed, as validation writes it.
 
     Raises:
         UnverifiedError: the bundle is not what was signed, or nobody of ``trust`` signed it.
@@ -47,7 +47,7 @@ def check_original(bundle: Bundle, original: Original, progress: Progress, trust
 
 
 def check_captured(bundle: Bundle, captured: CapturedReference, progress: Progress, trust: Trust = NOBODY) -> None:
-    """Compare the files of ``bundle`` with its manifest, and the captured original with what it says.
+    """Compare the files of ``bundle`` with its manifest, and the captured original with the one it names.
 
     Raises:
         UnverifiedError: it is not what was signed, or nobody of ``trust`` signed it.

@@ -1,4 +1,4 @@
-"""An opened checkpoint with what it describes, and what a bundle for a target takes of it."""
+"""An opened checkpoint with its description, and the parts of it that a bundle for a target takes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from glmexport.reference.describe import describe
 from glmexport.tokenizer.tokenizer import Tokenizer
 from glmexport.workflows.estimate import Planned
 
-#: Why a bundle that onnxruntime-genai decodes has no draft graph.
+#: The reason why a bundle that onnxruntime-genai decodes has no draft graph.
 NO_DRAFTS = (
     "predicts a token further ahead, for speculative decoding, and no answer depends on it; only glmexport's own loop "
     "drafts with it, and onnxruntime-genai runs this bundle"
@@ -32,7 +32,7 @@ NO_DRAFTS = (
 
 @dataclass(frozen=True)
 class Original:
-    """An opened checkpoint, what it describes, its tokenizer, and the tensors that are left out and why."""
+    """An opened checkpoint, its description, its tokenizer, and the tensors that are left out and why."""
 
     checkpoint: Checkpoint
     architecture: Architecture
@@ -41,7 +41,7 @@ class Original:
 
     @classmethod
     def open(cls, source: str, progress: Progress, adapter: str | None = None) -> Original:
-        """Open and check, with the adapter that is merged into it, if any; no weight is read."""
+        """Open and check a checkpoint, with the adapter that is merged into it, if any; no weight is read."""
         checkpoint = Checkpoint.open(source, progress, adapter)
         architecture = describe(checkpoint)
         checkpoint = architecture.presented(checkpoint)
@@ -60,16 +60,19 @@ class Original:
         return cls(checkpoint, architecture, tokenizer, unused)
 
     def sharing_tables(self) -> Original:
-        """With one embedding and one lm_head where the layer that predicts further ahead stores copies: reads them."""
+        """Return it with one embedding and one lm_head, where the layer that predicts further ahead stores copies.
+
+        The tables are read to compare them.
+        """
         architecture = share_tables(self.architecture, self.checkpoint)
         return replace(self, architecture=architecture, unused=dict(architecture.account(self.checkpoint)))
 
     def drafts(self, target: Target) -> bool:
-        """Whether a bundle for ``target`` can draft tokens by the layer that predicts further ahead."""
+        """Return whether a bundle for ``target`` can draft tokens by the layer that predicts further ahead."""
         return self.architecture.token_prediction is not None and own_loop(self.architecture, target.graph)
 
     def architecture_for(self, target: Target) -> Architecture:
-        """What a bundle for ``target`` consists of, with the context that it has."""
+        """Return the architecture of a bundle for ``target``, with the context that it has."""
         built = self.architecture if self.drafts(target) else replace(self.architecture, token_prediction=None)
         if not target.graph.static_shapes:
             return built
@@ -82,7 +85,7 @@ class Original:
         return Planned(architecture, recipe, target, plan)
 
     def unused_for(self, target: Target) -> dict[str, str]:
-        """Tensors that a bundle for ``target`` leaves out, and why."""
+        """Return the tensors that a bundle for ``target`` leaves out, and why."""
         draft = self.architecture.token_prediction
         if draft is None or self.drafts(target):
             return self.unused
@@ -90,13 +93,13 @@ class Original:
 
 
 def formats_of(original: Original) -> str:
-    """The stored formats of a quantized checkpoint and how many matrices have each, for people."""
+    """Return the stored formats of a quantized checkpoint and how many matrices have each, for people."""
     counts = Counter(form.label for form in original.checkpoint.quantized.values())
     return ", ".join(f"{count} x {label}" for label, count in counts.most_common())
 
 
 def listed_unused(unused: Mapping[str, str]) -> dict[str, str]:
-    """The same for people: tensors of one layer that are left out for one reason are one entry."""
+    """Return unused tensors for people: those of one layer that are left out for one reason are one entry."""
     groups: dict[tuple[str, str], list[str]] = {}
     for key, reason in unused.items():
         layer = re.match(r"model\.layers\.\d+\.", key)

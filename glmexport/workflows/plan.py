@@ -1,4 +1,4 @@
-"""How much text a validation of a bundle would need, and how long it would take, before it is started."""
+"""The text that a validation of a bundle would need, and the time that it would take, before it is started."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def plan_bundle(
 
 
 def _own_report(bundle: Bundle) -> Report:
-    """Return the bundle's report, if it is of this bundle and there is what runs it."""
+    """Return the bundle's report, if it is of this bundle and this machine can run it."""
     require_provider(bundle.target.provider.name, bundle.target.provider.package)
     path = bundle.path(JSON_NAME)
     report = read_report(path)

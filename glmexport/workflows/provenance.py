@@ -1,4 +1,4 @@
-"""What a manifest says of where a bundle comes from."""
+"""The parts of a manifest that say where a bundle comes from."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from glmexport.workflows.original import Original
 
 
 def source_of(original: Original, progress: Progress, target: Target | None = None) -> Source:
-    """What the manifest of a bundle for ``target`` says of the original."""
+    """Return what the manifest of a bundle for ``target`` says of the original."""
     checkpoint = original.checkpoint
     adapter = checkpoint.adapter
     return Source(
@@ -28,7 +28,7 @@ def source_of(original: Original, progress: Progress, target: Target | None = No
 
 
 def calibration_source(calibration: CalibrationSet | None, documents: Sequence[Document]) -> CalibrationSource | None:
-    """What the manifest says of the calibration, with its overlap with the evaluation text, measured."""
+    """Return what the manifest says of the calibration, with its measured overlap with the evaluation text."""
     if calibration is None:
         return None
     evaluation = shipped_documents("evaluation")
@@ -47,5 +47,5 @@ def calibration_source(calibration: CalibrationSet | None, documents: Sequence[D
 
 
 def own_fingerprints(documents: Sequence[Document]) -> tuple[str, ...]:
-    """Of the user's among calibration ``documents``: no bundle is judged on them."""
+    """Return the fingerprints of the user's calibration ``documents``: no bundle is judged on them."""
     return tuple(fingerprint(document) for document in documents if document.language == USER)

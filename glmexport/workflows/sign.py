@@ -11,7 +11,7 @@ from glmexport.release.golden import GoldenText
 from glmexport.release.keys import Signatory
 from glmexport.release.signing import SignedRelease, sign
 
-#: Golden answers at least; one of each language of the evaluation text.
+#: Fewest golden answers; each language of the evaluation text has one.
 _ANSWERS = 12
 
 
@@ -29,12 +29,12 @@ def sign_bundle(
 
     Args:
         bundle: the bundle.
-        signatory: who signs.
-        counter: greater than that of the release that is there; None: seconds since 1970.
-        force: take a counter that is not.
+        signatory: the signer.
+        counter: a number greater than that of the present release; None: seconds since 1970.
+        force: take a counter that is not greater.
         golden: record what the bundle answers to the evaluation text, if it runs on this machine.
-        threads: of the bundle while it answers.
-        progress: who watches.
+        threads: the number for the bundle while it answers.
+        progress: the observer of the steps.
 
     Raises: what ``sign`` raises.
     """

@@ -1,4 +1,4 @@
-"""A target's settings chosen by measurement on this machine: what may be taken, what is fastest, and the evidence."""
+"""A target's settings, chosen by measurement on this machine: the legal ones, the fastest one, and the evidence."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from glmexport.tuning.assemble import TunedModel, evidence_of, tuned_target
 from glmexport.tuning.candidates import Numerics, identity
 from glmexport.tuning.measure import Side
 from glmexport.tuning.options import TuneOptions
-from glmexport.tuning.plan import Measured, TuningPlan
+from glmexport.tuning.plan import MeasuredCandidates, TuningPlan
 from glmexport.tuning.rounding import RoundedWeights
 from glmexport.tuning.search import Search
 from glmexport.tuning.slices import SliceBundles
-from glmexport.tuning.streams import Streams, summarized
+from glmexport.tuning.streams import ArithmeticStreams, summarized
 from glmexport.tuning.write import write_target
 from glmexport.validation.fidelity import Streamed
 from glmexport.validation.reference import reference_states
@@ -44,7 +44,7 @@ from glmexport.workflows.provenance import source_of
 from glmexport.workflows.tuned_recipes import recipes_to_try
 from glmexport.workflows.validate import BuildOptions
 
-#: Calibration text for the scales of quantized caches, less than a build takes: every candidate passes over it.
+#: Tokens of text for the scales of quantized caches, fewer than a build takes: every candidate passes over it.
 _CACHE_TOKENS, _CACHE_SEQUENCE = 2048, 256
 
 
@@ -59,14 +59,14 @@ class Tuned:
 
 
 def tune(original: Original, target: Target, output: Path, options: TuneOptions, progress: Progress) -> Tuned:
-    """Measure every legal candidate beside what ``target`` says now, and write the best as a target to ``output``.
+    """Measure every legal candidate beside the present ``target``, and write the best as a target to ``output``.
 
     Finished measurements are kept until the tuning is done; the same call goes on after the last one.
 
     Raises:
         InputError: ``output`` exists and may not be replaced, no candidate keeps the allowance, or the target's graphs
             have fixed shapes.
-        MachineError: the disk has too little space, the start does not run here, or somebody else tunes the same.
+        MachineError: the disk has too little space, the start does not run here, or another process tunes the same.
     """
     _refuse_output(output, options.force)
     _refuse_settings(target, options)
@@ -127,14 +127,14 @@ def _refuse_settings(target: Target, options: TuneOptions) -> None:
 def _plan(original: Original, target: Target, options: TuneOptions, progress: Progress) -> TuningPlan:
     recipes = recipes_to_try(original, target, options.recipes, progress)
     documents = evaluation_documents((), original.tokenizer)
-    return TuningPlan.of(original.architecture, original.tokenizer, target, recipes, documents, options)
+    return TuningPlan.make(original.architecture, original.tokenizer, target, recipes, documents, options)
 
 
 def _require_space(original: Original, plan: TuningPlan, parent: Path) -> None:
-    """Require space for what is on disk at once.
+    """Require disk space for everything that is there at once.
 
-    That is slices in every recipe, fused and split; the streams of one recipe before and behind a block; the
-    original's.
+    That is slices in every recipe, fused and split; the streams of one recipe before and after a block; those of the
+    original.
 
     Raises:
         MachineError: there is too little.
@@ -168,15 +168,15 @@ def _work_directory(original: Original, plan: TuningPlan, parent: Path, progress
     return WorkDirectory.for_job(parent, job)
 
 
-def _measured(original: Original, plan: TuningPlan, work: WorkDirectory, progress: Progress) -> Measured:
+def _measured(original: Original, plan: TuningPlan, work: WorkDirectory, progress: Progress) -> MeasuredCandidates:
     """Measure the divergence of every recipe in every arithmetic, over the whole model."""
     reference = Reference(original.checkpoint, original.architecture)
     answers = Streamed(reference_states(reference, plan.texts, work.path, progress, kept=work), reference)
-    variants = Variants.of(plan.target, plan.arithmetics)
+    variants = Variants.for_arithmetics(plan.target, plan.arithmetics)
     found: dict[Numerics, Divergences] = {}
     for index, (name, recipe) in enumerate(plan.recipes.items()):
         weights = _weights(original, recipe, plan.options, work, progress)
-        streams = Streams(
+        streams = ArithmeticStreams(
             f"numerics-{index}",
             weights,
             # Scales may have been folded out of the embedding's neighbours.
@@ -213,9 +213,9 @@ def _cache_text(original: Original, recipe: Recipe, plan: TuningPlan) -> list[li
 
 
 def _search(
-    original: Original, plan: TuningPlan, measured: Measured, work: WorkDirectory, progress: Progress
+    original: Original, plan: TuningPlan, measured: MeasuredCandidates, work: WorkDirectory, progress: Progress
 ) -> Search:
-    """Return a search for the fastest, in slices that are built when they are asked for."""
+    """Return a search for the fastest candidate, in slices that are built when they are asked for."""
     architecture = original.architecture
     bundles = SliceBundles(
         work.path / "slices",
@@ -228,7 +228,7 @@ def _search(
     )
     return Search(
         start=plan.start,
-        load=lambda settings: Side(bundles.of(settings), settings.threads, plan.slices, plan.workload),
+        load=lambda settings: Side(bundles.for_settings(settings), settings.threads, plan.slices, plan.workload),
         divergences=measured.divergences,
         work=work,
         prefer=plan.options.prefer,

@@ -18,7 +18,7 @@ from glmexport.workflows.original import Original
 def recipes_to_try(
     original: Original, target: Target, given: Sequence[str], progress: Progress
 ) -> dict[str, Recipe]:
-    """Return the recipes to try, by what a target calls them by; the start's first.
+    """Return the recipes to try, by the name or file that a target calls them by; the start's first.
 
     Raises:
         DefinitionError: there is none of that name.
@@ -48,7 +48,7 @@ def recipes_to_try(
         try:
             refuse_formats(original, Job(target, recipe, Path()))
         except InputError:
-            # Not a format of the target's, or not one for a model of this size.
+            # The format is none of the target's, or none for a model of this size.
             continue
         recipes.setdefault(name, recipe)
     return recipes

@@ -1,4 +1,4 @@
-"""A bundle against its original: what can refuse first, then every measurement, then the report."""
+"""A bundle compared with its original: first the checks that can refuse, then every measurement, then the report."""
 
 from __future__ import annotations
 
@@ -37,20 +37,20 @@ class BuildOptions:
     threads: int
     max_memory_bytes: int | None = None
     calibration: tuple[Path, ...] = ()
-    #: Text of the user's to judge on as well.
+    #: Text files of the user's to judge on as well.
     evaluation: tuple[Path, ...] = ()
-    #: Where to quantize.
+    #: The device to quantize on.
     device: torch.device = CPU
     force: bool = False
     command: str = ""
     validation: ValidationPlan = field(default_factory=ValidationPlan)
-    #: What a bundle has to keep; None: the gates of its target.
+    #: The gates that a bundle has to keep; None: those of its target.
     policy: Policy | None = None
-    #: Of the user's, asked with the other free answers.
+    #: Tasks of the user's, asked with the other free answers.
     tasks: tuple[Task, ...] = ()
-    #: Of the bundle's sessions; None: those of its target, or else ``threads``.
+    #: Threads of the bundle's sessions; None: those of its target, or else ``threads``.
     bundle_threads: int | None = None
-    #: Whose signature a bundle that is validated has to have.
+    #: The signers of whom one must have signed a bundle that is validated.
     trust: Trust = NOBODY
 
     def threads_for(self, target: Target) -> int:
@@ -58,7 +58,7 @@ class BuildOptions:
         return self.bundle_threads or target.session.threads or self.threads
 
     def policy_for(self, target: Target) -> Policy:
-        """Return what a bundle for ``target`` has to keep."""
+        """Return the gates that a bundle for ``target`` has to keep."""
         return self.policy or Policy(f"target {target.name}", target.gates)
 
 
@@ -88,7 +88,7 @@ def validate_bundle(bundle: Bundle, original: Original, options: BuildOptions, p
 def validate_captured_bundle(
     bundle: Bundle, captured: CapturedReference, options: BuildOptions, progress: Progress
 ) -> Built:
-    """Validate a bundle against what its original answered when it was captured, and write the report into it.
+    """Validate a bundle against the captured answers of its original, and write the report into it.
 
     Raises:
         BundleError: the reference is of another checkpoint, or the bundle's files are not those of its manifest.
@@ -98,7 +98,7 @@ def validate_captured_bundle(
     check_captured(bundle, captured, progress, options.trust)
     policy, threads = options.policy_for(bundle.target), options.threads_for(bundle.target)
     torch.set_num_threads(options.threads)
-    # Nothing is run but the bundle.
+    # Only the bundle is run.
     conditions = Conditions(options.validation, policy.gates, threads, threads, progress)
     validation = validate_captured(bundle, captured, conditions)
     report = assemble(bundle, validation, policy, name=bundle.name, command=options.command, build=None)
@@ -119,12 +119,12 @@ def measure_and_report(
 
     Args:
         bundle: the bundle, which a build has not put in its place yet.
-        name: what it is called there.
+        name: its name in that place.
         original: its original.
-        documents: what both are asked.
-        options: what the caller is free to choose.
-        progress: who watches.
-        cost: of the build; None where it was some other time.
+        documents: the text that both are asked about.
+        options: the choices of the caller.
+        progress: the observer of the steps.
+        cost: the cost of the build; None where that was some other time.
     """
     policy = options.policy_for(bundle.target)
     threads = options.threads_for(bundle.target)

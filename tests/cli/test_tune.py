@@ -22,7 +22,7 @@ from glmexport.foundation.errors import EXIT_INPUT, EXIT_INTERRUPTED
 from glmexport.foundation.evidence import Evidence
 from glmexport.foundation.target import open_target
 from glmexport.tuning.measure import Times
-from glmexport.tuning.streams import Streams
+from glmexport.tuning.streams import ArithmeticStreams
 
 SPINNING = "session.intra_op.allow_spinning"
 FEW = (
@@ -266,7 +266,7 @@ def test_goes_on_after_an_interruption(
     (left,) = tmp_path.iterdir()
     assert left.name.startswith(".glmexport-work-") and len(list(left.glob("first-*.json"))) == 4
     # Neither the divergence nor what was timed is measured again.
-    monkeypatch.setattr(Streams, "_run", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr(ArithmeticStreams, "_run", lambda *_: pytest.fail("computed again"))
     loaded = []
 
     def counted(name: str, options: dict[str, Any]) -> float:

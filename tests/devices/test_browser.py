@@ -22,7 +22,7 @@ from safetensors.numpy import load_file, save_file
 from glmexport.bundle.bundle import Bundle
 from glmexport.devices.answers import DeviceAnswers
 from glmexport.devices.browser import BrowserRunner, open_browser
-from glmexport.devices.job import Job, PromptQuestion, TextQuestion, read_job, write_job
+from glmexport.devices.job import DeviceJob, PromptQuestion, TextQuestion, read_job, write_job
 from glmexport.devices.local import LocalRunner
 from glmexport.engine.placement import placement
 from glmexport.foundation.errors import BundleError, InputError, MachineError
@@ -41,7 +41,9 @@ def runner() -> BrowserRunner:
     return BrowserRunner()
 
 
-def logits_job(folder: Path, table: NDArray[np.float32], kept: int, provider: str = "CPUExecutionProvider") -> Job:
+def logits_job(
+    folder: Path, table: NDArray[np.float32], kept: int, provider: str = "CPUExecutionProvider"
+) -> DeviceJob:
     """A job whose graph looks up the logits behind each token in ``table`` [vocabulary, vocabulary]."""
     inputs = [
         helper.make_tensor_value_info(name, TensorProto.INT64, ["batch", size])
@@ -77,7 +79,7 @@ def logits_job(folder: Path, table: NDArray[np.float32], kept: int, provider: st
         "provider": {"name": provider}, "threads": 1, "end_tokens": [], "context_length": 64,
         "vocabulary_size": len(table), "texts": [2], "prompts": [5], "speed": None,
     }  # fmt: skip
-    (folder / "job.json").write_text(Job.model_validate(job).model_dump_json(), encoding="utf-8")
+    (folder / "job.json").write_text(DeviceJob.model_validate(job).model_dump_json(), encoding="utf-8")
     return read_job(folder)
 
 
@@ -274,7 +276,7 @@ def test_webgpu_in_software_shows_right_answers_and_no_speed(
     assert any(each.operator == "GroupQueryAttention" and each.provider == WEBGPU for each in placed.operators)
 
 
-def sized(job: Job, sizes: Sequence[int]) -> Job:
+def sized(job: DeviceJob, sizes: Sequence[int]) -> DeviceJob:
     files = [entry.model_copy(update={"size": size}) for entry, size in zip(job.files, sizes, strict=True)]
     return job.model_copy(update={"files": tuple(files)})
 

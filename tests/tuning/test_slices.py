@@ -74,7 +74,7 @@ def test_bundles_of_slices_generate(deep: Original, tmp_path: Path) -> None:
         {"w4g32": open_recipe("w4g32")},
         Source(name="x", digest="x", model_type="glm4", parameters=1, bytes=1, unused={}),
     )
-    places = bundles.of(SETTINGS)
+    places = bundles.for_settings(SETTINGS)
     for place, layers in zip(places, (1, 3), strict=True):
         config = json.loads((place / GENAI_CONFIG).read_text(encoding="utf-8"))
         decoder = config["model"]["decoder"]
@@ -83,14 +83,14 @@ def test_bundles_of_slices_generate(deep: Original, tmp_path: Path) -> None:
         assert len(GenerationSession.open(Bundle.open(place), 1).tokens([1, 2, 3], 4)) == 4
     # Another session setting is another configuration of the same files.
     quiet = SETTINGS.model_copy(update={"session": {"session.intra_op.allow_spinning": "0"}})
-    others = bundles.of(quiet)
-    assert not set(others) & set(places) and bundles.of(SETTINGS) == places
+    others = bundles.for_settings(quiet)
+    assert not set(others) & set(places) and bundles.for_settings(SETTINGS) == places
     options = json.loads((others[0] / GENAI_CONFIG).read_text(encoding="utf-8"))["model"]["decoder"]["session_options"]
     assert options["session.intra_op.allow_spinning"] == "0"
     assert (others[0] / "model.onnx").samefile(places[0] / "model.onnx")
     assert len(GenerationSession.open(Bundle.open(others[1]), 1).tokens([1, 2, 3], 4)) == 4
     # Another arithmetic is another graph over the same weights.
-    exact = bundles.of(SETTINGS.model_copy(update={"accuracy_level": 0}))
+    exact = bundles.for_settings(SETTINGS.model_copy(update={"accuracy_level": 0}))
     assert (exact[0] / "model.onnx").read_bytes() != (places[0] / "model.onnx").read_bytes()
     assert (exact[0] / "weights/head.data").samefile(places[0] / "weights/head.data")
 
@@ -107,9 +107,9 @@ def test_a_bundle_that_was_not_finished_is_written_again(deep: Original, tmp_pat
             Source(name="x", digest="x", model_type="glm4", parameters=1, bytes=1, unused={}),
         )
 
-    (place,) = bundles().of(SETTINGS)
+    (place,) = bundles().for_settings(SETTINGS)
     written = tmp_path / place.name.partition(".")[0]
     before = (written / "bundle.json").stat().st_mtime_ns
-    assert bundles().of(SETTINGS) == [place] and (written / "bundle.json").stat().st_mtime_ns == before
+    assert bundles().for_settings(SETTINGS) == [place] and (written / "bundle.json").stat().st_mtime_ns == before
     (written / "bundle.json").unlink()
-    assert bundles().of(SETTINGS) == [place] and (written / "bundle.json").is_file()
+    assert bundles().for_settings(SETTINGS) == [place] and (written / "bundle.json").is_file()

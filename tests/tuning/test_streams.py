@@ -24,7 +24,7 @@ from glmexport.reference.reference import Reference
 from glmexport.tuning.arithmetic import Variants
 from glmexport.tuning.rounding import RoundedWeights
 from glmexport.tuning.slices import units
-from glmexport.tuning.streams import Document, GraphPart, Streams, summarized
+from glmexport.tuning.streams import ArithmeticStreams, DocumentDivergence, GraphPart, summarized
 from glmexport.validation.fidelity import Streamed
 from glmexport.validation.reference import reference_states
 from glmexport.validation.texts import EvaluationText
@@ -59,9 +59,9 @@ def source(original: Original) -> Source:
     return Source(name="x", digest="x", model_type=original.checkpoint.model_type, parameters=1, bytes=1, unused={})
 
 
-def streams(original: Original, work: WorkDirectory, levels: tuple[int, ...] = (0, 4)) -> Streams:
+def streams(original: Original, work: WorkDirectory, levels: tuple[int, ...] = (0, 4)) -> ArithmeticStreams:
     weights = RoundedWeights(original.checkpoint, original.architecture, open_recipe("w4g32"), searched=False)
-    return Streams(
+    return ArithmeticStreams(
         "numerics-0",
         weights,
         Reference(original.checkpoint, original.architecture),
@@ -115,7 +115,8 @@ def test_a_quantized_cache_block_by_block_is_the_bundles(kind: str, tmp_path: Pa
     session = ScoringSession(Bundle(tmp_path / "bundle", manifest), 1)
     variants = {"exact": exact, "codes": target}
     work = WorkDirectory(tmp_path / "work", {})
-    parts = Streams("n", weights, reference, Variants(variants, "exact", {"codes": "exact"}), TEXTS, work, 1, text)
+    arithmetics = Variants(variants, "exact", {"codes": "exact"})
+    parts = ArithmeticStreams("n", weights, reference, arithmetics, TEXTS, work, 1, text)
     parts._run(Silent())
     folder = tmp_path / "head"
     folder.mkdir()
@@ -221,9 +222,9 @@ def test_goes_on_after_the_last_block(small: Original, tmp_path: Path, monkeypat
 
 def test_means_over_languages() -> None:
     documents = [
-        Document("en", 10, original=1.0, arithmetic=0.1),
-        Document("en", 30, original=1.0, arithmetic=0.1),
-        Document("zh", 10, original=2.0, arithmetic=0.0),
+        DocumentDivergence("en", 10, original=1.0, arithmetic=0.1),
+        DocumentDivergence("en", 30, original=1.0, arithmetic=0.1),
+        DocumentDivergence("zh", 10, original=2.0, arithmetic=0.0),
     ]
     found = summarized(documents, 0.95)
     assert found.positions == 50
@@ -235,5 +236,5 @@ def test_means_over_languages() -> None:
 
 
 def test_what_is_no_number_is_the_worst() -> None:
-    found = summarized([Document("en", 1, 1.0, 1.0), Document("zh", 1, math.nan, math.nan)], 0.95)
+    found = summarized([DocumentDivergence("en", 1, 1.0, 1.0), DocumentDivergence("zh", 1, math.nan, math.nan)], 0.95)
     assert found.original.language == "zh" and math.isnan(found.original.worst)

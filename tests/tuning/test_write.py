@@ -19,7 +19,7 @@ from glmexport.foundation.target import open_target
 from glmexport.tuning.assemble import tried, tuned_target, verdict_of
 from glmexport.tuning.candidates import Numerics, identity
 from glmexport.tuning.pareto import Timed
-from glmexport.tuning.plan import Measured
+from glmexport.tuning.plan import MeasuredCandidates
 from glmexport.tuning.search import Fate
 from glmexport.tuning.write import target_toml, write_target
 
@@ -60,7 +60,7 @@ def evidence(*candidates: TriedCandidate, verdict: str = "Faster.") -> Evidence:
 
 
 def test_there_and_back(tmp_path: Path) -> None:
-    measured = Measured(DIVERGENCES, {Numerics("w4g32", 4): "it moves too far"})
+    measured = MeasuredCandidates(DIVERGENCES, {Numerics("w4g32", 4): "it moves too far"})
     fates = {identity(CHOSEN): Fate("chosen", "the fastest", GAINS)}
     rows = [tried(each, START, measured, fates) for each in (START, CHOSEN)]
     tuned = tuned_target(open_target("x86-avx2"), CHOSEN, evidence(*rows), "edge")

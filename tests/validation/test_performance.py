@@ -26,7 +26,7 @@ from glmexport.validation.energy import Rapl, open_rapl
 from glmexport.validation.performance import measure_performance
 from glmexport.validation.performance_gates import performance_gates, placement_gate
 from glmexport.validation.runtimes import Memory, Round, RuntimeRequest
-from glmexport.validation.speed import Turns
+from glmexport.validation.speed import MeasurementTurns
 from glmexport.workflows.original import Original
 
 CUDA = "CUDAExecutionProvider"
@@ -281,7 +281,7 @@ def test_an_original_that_does_not_fit_beside_the_bundle(
 def test_what_the_rounds_come_to(sample: Sample) -> None:
     """By hand: the bundle takes 0.5 s and 0.1 s a token, the original twice that, and both become slower."""
 
-    def turns(requests: list[RuntimeRequest], *_: object) -> list[Turns]:
+    def turns(requests: list[RuntimeRequest], *_: object) -> list[MeasurementTurns]:
         assert [request.runtime for request in requests] == ["onnxruntime-genai", "transformers"]
         assert all(request.prompt == tuple(range(8)) for request in requests)
         drift = [1.0, 1.1, 1.2, 1.3, 1.4, 1.5]
@@ -293,7 +293,7 @@ def test_what_the_rounds_come_to(sample: Sample) -> None:
             for factor in (1, 2)
         ]
         memory = Memory(bytes=5, source="VmHWM", energy_absent_because=None)
-        return [Turns("x", 1, 2.0, each, memory) for each in rounds]
+        return [MeasurementTurns("x", 1, 2.0, each, memory) for each in rounds]
 
     with patch(TURNS, turns):
         found = measure(sample, sample.checkpoint)
