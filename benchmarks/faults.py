@@ -19,6 +19,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from glmexport.bundle.bundle import Bundle
 from glmexport.bundle.manifest import MANIFEST, list_files, read_manifest
 from glmexport.bundle.names import SCORING
 from glmexport.calibration.corpus import shipped_documents
@@ -27,8 +28,8 @@ from glmexport.report.document import Report
 from glmexport.results.gate import Gate
 from glmexport.results.record import Verdict
 from glmexport.tokenizer.tokenizer import Tokenizer
-from glmexport.validation.run import ValidationPlan
-from glmexport.workflows.job import Original
+from glmexport.validation.conditions import ValidationPlan
+from glmexport.workflows.original import Original
 from glmexport.workflows.validate import BuildOptions, validate_bundle
 
 LANGUAGE = "zh"
@@ -167,7 +168,8 @@ def main() -> None:
         for index, (name, fault) in enumerate(FAULTS.items()):
             if not arguments.only or any(part in name for part in arguments.only):
                 copy = plant(arguments.bundle, Path(work) / str(index), fault)
-                out.write(row(name, validate_bundle(copy, original, options, terminal).report) + "\n")
+                report = validate_bundle(Bundle.open(copy), original, options, terminal).report
+                out.write(row(name, report) + "\n")
                 out.flush()
                 shutil.rmtree(copy)
 

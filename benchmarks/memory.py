@@ -91,18 +91,18 @@ def child(checkpoint: Path, tokens: int, threads: int, limit: int) -> None:
     """Quantize and write ``checkpoint``; print peak memory and seconds."""
     import torch
 
-    from glmexport.assembly.write import write_bundle
+    from glmexport.assembly.write import BundleContents, write_bundle
     from glmexport.calibration.corpus import shipped_documents
     from glmexport.calibration.sequences import pack
     from glmexport.cli.console import Terminal
     from glmexport.foundation.recipe import open_recipe
     from glmexport.foundation.target import HOST, open_target
+    from glmexport.quantization.job import QuantizationJob
     from glmexport.quantization.memory import plan_memory
     from glmexport.quantization.store import WorkDirectory
-    from glmexport.quantization.walk import Walk
-    from glmexport.quantization.weights import Weights
+    from glmexport.quantization.walk import walk
     from glmexport.reference.reference import Reference
-    from glmexport.workflows.job import Original
+    from glmexport.workflows.original import Original
     from glmexport.workflows.provenance import calibration_source, source_of
 
     torch.set_num_threads(threads)
@@ -116,24 +116,24 @@ def child(checkpoint: Path, tokens: int, threads: int, limit: int) -> None:
     memory = plan_memory(original.architecture, recipe, limit)
     started, processed = time.monotonic(), time.process_time()
     work = WorkDirectory.for_job(checkpoint.parent, {"checkpoint": checkpoint.name})
-    walk = Walk(original.checkpoint, original.architecture, recipe, calibration, work, memory, terminal)
-    walk.run()
+    model = walk(
+        QuantizationJob(original.checkpoint, original.architecture, recipe, calibration, work, memory, terminal)
+    )
     walked = machine.peak_memory()
     seconds, processor = time.monotonic() - started, time.process_time() - processed
     reference = Reference(original.checkpoint, original.architecture)
-    write_bundle(
-        checkpoint.parent / f"{checkpoint.name}-bundle",
-        original.architecture,
-        Weights(walk.checkpoint, original.architecture, work, walk.parts),
-        reference.rotary_tables(original.architecture.context_length),
+    contents = BundleContents(
+        architecture=original.architecture,
+        weights=model.weights(),
+        rotary_tables=reference.rotary_tables(original.architecture.context_length),
         recipe=recipe,
         target=open_target(HOST),
         source=source_of(original, terminal),
         calibration=calibration_source(calibration, documents),
-        records=walk.records()[0],
+        records=model.records,
         tokenizer_files=original.tokenizer.files,
-        progress=terminal,
     )
+    write_bundle(checkpoint.parent / f"{checkpoint.name}-bundle", contents, terminal)
     figures = {
         "quantize_seconds": seconds,
         "quantize_processor_seconds": processor,
@@ -141,7 +141,7 @@ def child(checkpoint: Path, tokens: int, threads: int, limit: int) -> None:
         "peak_bytes_after_writing": machine.peak_memory(),
         "planned_bytes": memory.peak_bytes,
         "calibration_tokens": calibration.tokens,
-        "fallbacks": sum(record.fallback is not None for record in walk.records()[0]),
+        "fallbacks": sum(record.fallback is not None for record in model.records),
     }
     print(json.dumps(figures))
 

@@ -37,7 +37,7 @@ from glmexport.validation.divergence import Divergence
 from glmexport.validation.fidelity import Streamed, compare, summarize
 from glmexport.validation.reference import ReferenceStates, reference_states
 from glmexport.validation.texts import EvaluationText, evaluation_texts
-from glmexport.workflows.job import Original
+from glmexport.workflows.original import Original
 
 FORMATS = ("w4g32", "w4g64", "w4g128", "w4g32-sym", "w4g64-sym", "w4g128-sym")
 MIXED = (3.2, 4.25, 4.6, 5.0)
@@ -91,9 +91,8 @@ class Judge:
 
     def judge(self, weights: dict[str, torch.Tensor]) -> dict[str, Any]:
         """Fidelity of the model with ``weights`` in the original's place."""
-        states = reference_states(
-            self.reference, self.texts, self.work, self.terminal, label="Judging", substitute=weights.get
-        )
+        given = self.reference.exchanged(weights.get)
+        states = reference_states(given, self.texts, self.work, self.terminal, label="Judging")
         original = Streamed(self.original, self.reference)
         parts = compare(original, lambda i: self.reference.logits(states.states(i)), self.terminal, "Comparing")
         found = summarize(self.texts, parts, self.tokenizer, "fp32")

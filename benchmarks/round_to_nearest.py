@@ -23,9 +23,10 @@ from glmexport.foundation import machine
 from glmexport.foundation.recipe import Recipe
 from glmexport.foundation.target import HOST, Target, open_target
 from glmexport.report.document import Report
-from glmexport.validation.run import ValidationPlan
+from glmexport.validation.conditions import ValidationPlan
 from glmexport.workflows.build import build
-from glmexport.workflows.job import Original, jobs_of
+from glmexport.workflows.job import jobs_of
+from glmexport.workflows.original import Original
 from glmexport.workflows.validate import BuildOptions
 
 

@@ -1,6 +1,6 @@
 """Speed of one checkpoint of real width in several runtimes, in turns: what else the machine does falls on all alike.
 
-    python -m benchmarks.speed --work FOLDER [--only NAME[:FORMAT] ...] [--output FILE] [--markdown]
+    python -m benchmarks.speed --work FOLDER [--only NAME[:FORMAT] ...] [--rounds N] [--output FILE]
     python -m benchmarks.speed --print [FILE]
 
 The checkpoint is random: 4 layers of GLM-4-9B's shape (hidden 4096, ffn 13696, 32 heads / 2 KV heads), a vocabulary of
@@ -25,6 +25,7 @@ from benchmarks.synthetic import write_synthetic
 from glmexport.foundation import machine
 from glmexport.foundation.target import HOST, open_target
 from glmexport.validation.energy import Rapl, open_rapl
+from glmexport.wire.device.facts import memory_bandwidth
 
 RESULTS = Path(__file__).with_name("results")
 WIDE = {
@@ -91,13 +92,13 @@ class Contest:
         """Everything that is timed."""
         short, long = PROMPTS
         for _ in range(rounds):
-            self.bandwidths.append(machine.memory_bandwidth(threads))
+            self.bandwidths.append(memory_bandwidth(threads) or 0.0)
             self.round("start", short, f"prefill_{short}")
         few, many = CONTEXTS
         self.round("start", few, None)
         for _ in range(2 * rounds):
             self.round("steps", steps, f"decode_{few}")
-        self.bandwidths.append(machine.memory_bandwidth(threads))
+        self.bandwidths.append(memory_bandwidth(threads) or 0.0)
         for name in self.workers:
             if median(self.seconds[name][f"prefill_{short}"]) > _SLOW_S:
                 self._slow.add(name)
@@ -106,7 +107,7 @@ class Contest:
         self.round("extend", many - long, None)
         for _ in range(2 * rounds):
             self.round("steps", steps, f"decode_{many}")
-        self.bandwidths.append(machine.memory_bandwidth(threads))
+        self.bandwidths.append(memory_bandwidth(threads) or 0.0)
 
 
 def row_of(runnable: Runnable, worker: Worker, taken: dict[str, list[float]], at: Preparation, bandwidth: float) -> Row:

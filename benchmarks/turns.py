@@ -19,7 +19,7 @@ from benchmarks.peers import PEERS, run_peer
 from benchmarks.quality import prepare, uniform
 from glmexport.cli.console import Terminal
 from glmexport.foundation import machine
-from glmexport.workflows.job import Original
+from glmexport.workflows.original import Original
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""From a full-precision GLM checkpoint to a validated ONNX bundle, and a bundle on the machines that run it.
+"""The way from a full-precision GLM checkpoint to a validated ONNX bundle, and to the machines that run it.
 
 The folders are rooms, in an order: each imports only those above it. The run wing stands on a server or a device
 and needs no training framework. The build wing is below it, as a bundle is measured by the very engine that serves it.

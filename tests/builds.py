@@ -28,10 +28,11 @@ from glmexport.foundation.host import CPU_PROVIDER
 from glmexport.foundation.progress import Progress, Silent
 from glmexport.foundation.recipe import open_recipe
 from glmexport.foundation.target import open_target
-from glmexport.validation.run import ValidationPlan
+from glmexport.validation.conditions import ValidationPlan
 from glmexport.validation.runtimes import Memory, Round, RuntimeRequest
 from glmexport.validation.speed import Turns
-from glmexport.workflows.job import Job, Original
+from glmexport.workflows.job import Job
+from glmexport.workflows.original import Original
 from glmexport.workflows.validate import BuildOptions, Built
 
 TARGET = "x86-avx2"
@@ -229,7 +230,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     def call(*arguments: str | Path) -> Outcome:
         monkeypatch.setattr("sys.argv", ["glmexport", *map(str, arguments)])
         capsys.readouterr()
-        code = main._run()
+        code = main.run_command()
         captured = capsys.readouterr()
         return Outcome(code, captured.out, captured.err)
 

@@ -10,7 +10,7 @@ from models import MIXTURE, write_predicting
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from glmexport.assembly.write import write_bundle
+from glmexport.assembly.write import BundleContents, write_bundle
 from glmexport.checkpoint.checkpoint import Checkpoint
 from glmexport.foundation.progress import Silent
 from glmexport.foundation.recipe import open_recipe
@@ -18,7 +18,7 @@ from glmexport.foundation.target import open_target
 from glmexport.quantization.weights import Weights
 from glmexport.reference.describe import describe
 from glmexport.reference.reference import Block, Reference
-from glmexport.workflows.job import Original
+from glmexport.workflows.original import Original
 from glmexport.workflows.provenance import source_of
 
 INDEXED: dict[str, Any] = {
@@ -84,17 +84,14 @@ def write_unvalidated(checkpoint: Path, directory: Path, target_name: str = "x86
     original = Original.open(str(checkpoint), Silent()).sharing_tables()
     target = open_target(target_name)
     architecture = original.architecture_for(target)
-    write_bundle(
-        directory,
-        architecture,
-        Weights(original.checkpoint, architecture, None, []),
-        Reference(original.checkpoint, architecture).rotary_tables(architecture.context_length),
+    contents = BundleContents(
+        architecture=architecture,
+        weights=Weights(original.checkpoint, architecture, None, []),
+        rotary_tables=Reference(original.checkpoint, architecture).rotary_tables(architecture.context_length),
         recipe=open_recipe("fp32"),
         target=target,
         source=source_of(original, Silent(), target),
-        calibration=None,
-        records=(),
         tokenizer_files=original.tokenizer.files,
-        progress=Silent(),
     )
+    write_bundle(directory, contents, Silent())
     return directory

@@ -16,12 +16,13 @@ from pathlib import Path
 import pytest
 from builds import THREADS, Sample
 
+from glmexport.bundle.bundle import Bundle
 from glmexport.foundation.errors import GlmexportError
 from glmexport.foundation.progress import Silent
 from glmexport.release.keys import KeyFiles, open_signatory
 from glmexport.release.script import verifier_script
-from glmexport.release.signing import sign
 from glmexport.release.verification import verify
+from glmexport.workflows.sign import sign_bundle
 
 #: The verifier as it is shipped.
 SCRIPT = Path(tempfile.mkdtemp(prefix="verifier-")) / "verify.py"
@@ -102,7 +103,10 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 def sign_with(bundle: Path, key: Path, counter: int = COUNTER, **options: bool) -> None:
     """Sign without golden answers, unless they are asked for."""
     settings = {"golden": False, **options}
-    sign(bundle, open_signatory(KeyFiles(key)), counter=counter, threads=THREADS, progress=Silent(), **settings)
+    signatory = open_signatory(KeyFiles(key))
+    sign_bundle(
+        Bundle.open(bundle), signatory, counter=counter, threads=THREADS, progress=Silent(), **settings
+    )
 
 
 @pytest.fixture(scope="session")

@@ -15,8 +15,10 @@ from glmexport.foundation.errors import InputError
 from glmexport.foundation.progress import Silent
 from glmexport.foundation.recipe import open_recipe
 from glmexport.foundation.target import Target, shipped_targets
+from glmexport.workflows.checks import refuse_formats
 from glmexport.workflows.estimate import estimate
-from glmexport.workflows.job import Job, Original, budget_of, jobs_of, recipe_for, refuse_formats
+from glmexport.workflows.job import Job, budget_of, jobs_of, recipe_for
+from glmexport.workflows.original import Original
 
 #: What a target cannot run at all, whatever the formats are.
 CANNOT_RUN = ("selects what it attends to", "mixture of experts", "latent attention, which is lowered")

@@ -20,9 +20,10 @@ from glmexport.foundation.progress import Silent
 from glmexport.foundation.target import HOST, open_target
 from glmexport.report.document import read_report
 from glmexport.results.record import Verdict
-from glmexport.validation.run import ValidationPlan
+from glmexport.validation.conditions import ValidationPlan
 from glmexport.workflows.build import build
-from glmexport.workflows.job import Original, jobs_of
+from glmexport.workflows.job import jobs_of
+from glmexport.workflows.original import Original
 from glmexport.workflows.validate import BuildOptions, Built
 
 __all__ = ["run"]

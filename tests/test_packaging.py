@@ -1,4 +1,4 @@
-"""The wheel has everything that a build needs and nothing else, and runs from where it is installed."""
+"""The wheels have everything that a build needs, once, and run from where they are installed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 import zipfile
+from collections import Counter
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -19,12 +21,20 @@ PACKAGE = Path(glmexport.__file__).parent
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("wheel")
-    call([sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(REPOSITORY)], out)
+def built(source: Path, out: Path) -> Path:
+    call([sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(source)], out)
     (path,) = out.glob("*.whl")
     return path
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return built(REPOSITORY, tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def demo_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return built(PACKAGE / "demo", tmp_path_factory.mktemp("demo_wheel"))
 
 
 def call(command: list[str], where: Path, **environment: str) -> str:
@@ -47,7 +57,7 @@ def test_contents(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     expected = shipped("targets", "*.toml") | shipped("calibration/recipes", "*.toml")
     expected |= shipped("calibration/corpora", "*")
-    for kind in ("*.py", "demo/checkpoint/*", "report/templates/*", "report/*.json", "devices/browser/*.*"):
+    for kind in ("*.py", "report/templates/*", "report/*.json", "devices/browser/*.*", "serving/*.onnx"):
         found = {f"glmexport/{path.relative_to(PACKAGE).as_posix()}" for path in PACKAGE.rglob(kind)}
         assert found, kind
         expected |= found
@@ -56,10 +66,26 @@ def test_contents(wheel: Path) -> None:
     assert not {name for name in names if name.startswith(("tests/", "benchmarks/"))}
 
 
-def test_the_installed_copy_runs(wheel: Path, tmp_path: Path) -> None:
+def test_the_checkpoint_has_a_wheel_of_its_own(demo_wheel: Path) -> None:
+    with zipfile.ZipFile(demo_wheel) as archive:
+        files = {name: archive.read(name) for name in archive.namelist() if ".dist-info/" not in name}
+    checkpoint = PACKAGE / "demo" / "checkpoint"
+    assert files == {f"glmexport_demo/checkpoint/{path.name}": path.read_bytes() for path in checkpoint.iterdir()}
+
+
+def test_the_wheel_has_nothing_twice_and_little_of_it(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        contents = {name: archive.read(name) for name in archive.namelist()}
+    digests = Counter(sha256(data).hexdigest() for data in contents.values() if data)
+    twice = [name for name, data in contents.items() if digests[sha256(data).hexdigest()] > 1 and data]
+    assert not twice
+    assert sum(map(len, contents.values())) < 4 << 20
+
+
+def test_the_installed_copy_runs(wheel: Path, demo_wheel: Path, tmp_path: Path) -> None:
     installed = tmp_path / "installed"
     options = ["--no-deps", "--no-index", "--no-compile", "--disable-pip-version-check", "--target", str(installed)]
-    call([sys.executable, "-m", "pip", "install", *options, str(wheel)], tmp_path)
+    call([sys.executable, "-m", "pip", "install", *options, str(wheel), str(demo_wheel)], tmp_path)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
 

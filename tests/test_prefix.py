@@ -11,7 +11,7 @@ from models import write_tokenizer
 from glmexport.calibration.corpus import Document
 from glmexport.calibration.sequences import pack
 from glmexport.foundation.recipe import CalibrationPlan
-from glmexport.release.golden import _prompt
+from glmexport.release.golden import golden_prompt
 from glmexport.serving.fields import TextRequest
 from glmexport.serving.limits import ServingLimits
 from glmexport.serving.orders import RequestReader
@@ -69,7 +69,7 @@ def chosen(tokenizer: Tokenizer, text: str) -> Sequence[int]:
 
 
 def golden(tokenizer: Tokenizer, text: str) -> Sequence[int]:
-    return _prompt(tokenizer, text, 99)
+    return golden_prompt(tokenizer, text, 99)
 
 
 CALLERS = (completed, evaluated, calibrated, asked, tasked, chosen, golden)

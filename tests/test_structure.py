@@ -84,3 +84,25 @@ def test_help_waits_for_no_library_of_numbers() -> None:
     program = f"import sys, glmexport.cli.main; print(*{heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+REPOSITORY = PACKAGE.parent
+PROGRAMS = [*FILES, *(path for top in ("tests", "benchmarks") for path in sorted((REPOSITORY / top).rglob("*.py")))]
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.relative_to(REPOSITORY).as_posix())
+def test_no_private_name_is_imported(path: Path) -> None:
+    """A leading underscore says that a name is its own file's."""
+    names = [name for name in imports(path) if name.startswith("glmexport.")]
+    private = [name for name in names if any(part.startswith("_") and part[:2] != "__" for part in name.split("."))]
+    assert private == []
+
+
+def test_the_tests_are_in_folders_of_the_rooms() -> None:
+    """Beside them are what attacks all readers, what runs other projects' tools, and a name that would hide lm_eval."""
+    tests = REPOSITORY / "tests"
+    folders = {path.parent.relative_to(tests).parts[0] for path in tests.rglob("*.py") if path.parent != tests}
+    assert folders <= {*ROOMS, "fuzz", "hostile", "interop", "lm_eval_model"}
+    # Files are imported by their own name, whichever folder they are in.
+    names = [path.name for path in tests.rglob("*.py") if path.name != "conftest.py"]
+    assert len(names) == len(set(names))

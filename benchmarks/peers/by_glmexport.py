@@ -22,10 +22,10 @@ from glmexport.checkpoint.fold import Fold
 from glmexport.formats.quantized_linear import stored_bits
 from glmexport.foundation.progress import Silent
 from glmexport.foundation.recipe import Budget, CalibrationPlan, Format, Recipe
+from glmexport.quantization.job import QuantizationJob
 from glmexport.quantization.memory import plan_memory
 from glmexport.quantization.store import WorkDirectory
-from glmexport.quantization.walk import Walk
-from glmexport.quantization.weights import Weights
+from glmexport.quantization.walk import walk
 from glmexport.reference.describe import describe
 
 NEAREST: dict[str, Any] = {"method": "round-to-nearest"}
@@ -91,22 +91,21 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, asked.clock("quantizing"):
         text = calibration if chosen.needs_calibration else None
         memory = plan_memory(architecture, chosen)
-        walk = Walk(checkpoint, architecture, chosen, text, WorkDirectory(Path(folder), {}), memory, Silent())
-        walk.run()
-        records, _ = walk.records()
-        folds = walk.checkpoint.folds
-        stored = Weights(walk.checkpoint, architecture, walk.work, walk.parts)
-        quantized = {record.key: stored.quantized(record.key) for record in records}
+        work = WorkDirectory(Path(folder), {})
+        model = walk(QuantizationJob(checkpoint, architecture, chosen, text, work, memory, Silent()))
+        folds = model.job.checkpoint.folds
+        stored = model.weights()
+        quantized = {record.key: stored.quantized(record.key) for record in model.records}
     asked.write(
         # In the original's place, next to norms that nothing was folded into.
         {key: folds.get(key, Fold()).undo(linear.dequantize()) for key, linear in quantized.items()},
         sum(linear.stored_bits for linear in quantized.values()),
         chosen.solver.model_dump(),
         [],
-        fallbacks=[f"{record.key}: {record.fallback}" for record in records if record.fallback],
-        formats={record.key: f"w{record.bits}g{record.group_size}" for record in records} if mixed else {},
-        shrinkage=[record.shrinkage for record in records],
-        effective_tokens_per_column=min((r.effective_tokens_per_column or 0 for r in records), default=0),
+        fallbacks=[f"{record.key}: {record.fallback}" for record in model.records if record.fallback],
+        formats={record.key: f"w{record.bits}g{record.group_size}" for record in model.records} if mixed else {},
+        shrinkage=[record.shrinkage for record in model.records],
+        effective_tokens_per_column=min((r.effective_tokens_per_column or 0 for r in model.records), default=0),
     )
 
 

@@ -100,7 +100,7 @@ def dense_architecture(checkpoint: Checkpoint, family: str, *, sandwich_norms: b
     """Describe a dense GLM; with ``sandwich_norms``, attention and MLP outputs are normalised before they are added."""
     sizes = DenseSizes.read(checkpoint.config)
     special = SpecialTokens.read(checkpoint, sizes.vocabulary)
-    tables = Tables.of(checkpoint)
+    tables = Tables.find(checkpoint)
     return Architecture(
         family=family,
         hidden_size=sizes.hidden,

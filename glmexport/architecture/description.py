@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from glmexport.architecture.surplus import harmless
+from glmexport.architecture.surplus import harmless_keys
 from glmexport.checkpoint.checkpoint import Checkpoint
 from glmexport.foundation.errors import CheckpointError
 
@@ -331,7 +331,7 @@ class Architecture:
             else:
                 unknown.append(key)
         stacked = [half for halves in self.stacks().values() for half in halves]
-        reasons |= dict(harmless(checkpoint, unknown, self.layers, wanted, stacked))
+        reasons |= dict(harmless_keys(checkpoint, unknown, self.layers, wanted, stacked))
         unknown = [key for key in unknown if key not in reasons]
         if unknown:
             raise CheckpointError(

@@ -1,4 +1,4 @@
-"""``glm4_moe_lite``: GLM-4.7-Flash."""
+"""The family ``glm4_moe_lite``: GLM-4.7-Flash."""
 
 from __future__ import annotations
 

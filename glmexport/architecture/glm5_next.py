@@ -8,7 +8,7 @@ from glmexport.checkpoint.config import ConfigReader
 MODEL_TYPE = "glm5_next"
 
 
-def missing(checkpoint: Checkpoint) -> tuple[str, ...]:
+def missing_parts(checkpoint: Checkpoint) -> tuple[str, ...]:
     """Return what the model has, by its config.json, and no declaration, graph or reference does here.
 
     Keys that are absent have transformers' defaults.

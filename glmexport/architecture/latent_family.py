@@ -139,7 +139,7 @@ def latent_architecture(
     if indexers is not None:
         own = replace(indexers, full=(*indexers.full, True))
     special = SpecialTokens.read(checkpoint, sizes.vocabulary)
-    tables = Tables.of(checkpoint)
+    tables = Tables.find(checkpoint)
     model = Architecture(
         family=family,
         hidden_size=sizes.hidden,

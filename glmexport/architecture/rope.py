@@ -69,11 +69,11 @@ def check_rope(config: ConfigReader) -> None:
 
 def context_remark(config: ConfigReader, context: int) -> str | None:
     """Return what to know of the ``context`` of a model whose frequencies are stretched; None: there is nothing."""
-    found = scaled(config, context)
+    found = rope_scaling(config, context)
     return None if found is None else found.remark
 
 
-def scaled(config: ConfigReader, context: int) -> RopeScaling | None:
+def rope_scaling(config: ConfigReader, context: int) -> RopeScaling | None:
     """Return the scaling that ``config`` declares of a model that has ``context`` tokens; None: there is none.
 
     Raises:

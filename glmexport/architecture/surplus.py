@@ -21,7 +21,7 @@ _ELSEWHERE = re.compile(
 )
 
 
-def harmless(
+def harmless_keys(
     checkpoint: Checkpoint,
     keys: Iterable[str],
     layers: Iterable[DecoderLayer],

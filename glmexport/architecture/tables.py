@@ -32,8 +32,8 @@ class Tables:
         return self.embedding == self.lm_head
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint) -> Tables:
-        """Read both tables if that is what it takes to decide, a slab at a time, as they are without an adapter.
+    def find(cls, checkpoint: Checkpoint) -> Tables:
+        """Find both tables as they are without an adapter; they are read, a slab at a time, where only that decides.
 
         Raises:
             CheckpointError: the flag is neither true nor false, or a table cannot be read.
@@ -48,7 +48,7 @@ class Tables:
             return cls(EMBEDDING, EMBEDDING)
         if embedding not in base.tensors:
             return cls(LM_HEAD, LM_HEAD)
-        if not equal(base, embedding, lm_head):
+        if not same_numbers(base, embedding, lm_head):
             return apart
         return cls(EMBEDDING, EMBEDDING, (UnusedTensors(r"lm_head\.weight", "tied to the embedding"),))
 
@@ -67,7 +67,7 @@ def remark_on(architecture: Architecture, checkpoint: Checkpoint) -> str | None:
     )
 
 
-def equal(checkpoint: Checkpoint, key: str, other: str) -> bool:
+def same_numbers(checkpoint: Checkpoint, key: str, other: str) -> bool:
     """Return whether two tensors of the checkpoint are the same numbers; both are read, a slab at a time.
 
     Raises:

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from glmexport.architecture.description import Architecture, DecoderLayer, Linear, Norm, UnusedTensors
-from glmexport.architecture.tables import equal
+from glmexport.architecture.tables import same_numbers
 from glmexport.checkpoint.checkpoint import Checkpoint
 
 _LAYER = re.compile(r"model\.layers\.(\d{1,9})\.(.+)")
@@ -137,7 +137,7 @@ def share_tables(architecture: Architecture, checkpoint: Checkpoint) -> Architec
     if draft is None:
         return architecture
     for key, ours in ((draft.embedding, architecture.embedding), (draft.lm_head.weight, architecture.lm_head.weight)):
-        if draft.has_own(key) and equal(checkpoint, key, ours):
+        if draft.has_own(key) and same_numbers(checkpoint, key, ours):
             unused.append(UnusedTensors(re.escape(key), f"the same as {ours}"))
             if key == draft.embedding:
                 draft = replace(draft, embedding=ours)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from glmexport.architecture.description import Architecture, DecoderLayer, Rotary
 from glmexport.bundle.names import ATTENTION_MASK, BLOCK_NAME, INPUT_IDS, PRESENT
+from glmexport.engine.core.cache import UnkeptCaches, run_graph, unkept_specs
 from glmexport.foundation.progress import Progress
 from glmexport.foundation.target import GraphLimits
 from glmexport.lowering.attention import CACHE_BITS, CACHE_SCALE
@@ -119,13 +120,11 @@ def set_scales(model: ir.Model, scales: dict[str, Array]) -> None:
 
 
 def _cached(session: onnxruntime.InferenceSession, ids: Sequence[int], names: list[str]) -> Iterator[Array]:
-    """Keys or values [heads, length, size] of every name, after ``ids`` from an empty cache."""
-    feeds = {INPUT_IDS: np.array([ids], np.int64), ATTENTION_MASK: np.ones((1, len(ids)), np.int64)}
-    for value in session.get_inputs():
-        if value.name not in feeds:
-            kind = np.float16 if value.type == "tensor(float16)" else np.float32
-            feeds[value.name] = np.zeros((1, value.shape[1], 0, value.shape[3]), kind)
-    for cached in session.run(names, feeds):
+    """Yield the keys or values [heads, length, size] of every name, after ``ids`` from an empty cache."""
+    given = {INPUT_IDS: np.array([ids], np.int64), ATTENTION_MASK: np.ones((1, len(ids)), np.int64)}
+    caches = UnkeptCaches(unkept_specs(session, given), 1)
+    caches.reserve(len(ids))
+    for cached in run_graph(session, given, names, caches):
         yield cached[0].astype(np.float32)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from glmexport.architecture.description import Architecture, DecoderLayer
 from glmexport.architecture.latent import LatentAttention
 from glmexport.architecture.token_prediction import TokenPrediction
+from glmexport.bundle.genai_config import session_options
 from glmexport.bundle.loop import (
     LOOP_CONFIG,
     DraftConfig,
@@ -35,7 +36,7 @@ from glmexport.bundle.names import (
     STEP,
 )
 from glmexport.foundation.target import GraphLimits, Target
-from glmexport.graph.build import own_loop
+from glmexport.graph.caches import own_loop
 from glmexport.graph.fixed import fixed_sizes
 
 #: What the caches of a program that asks for no length may take. onnxruntime-genai makes them for ``max_length`` tokens
@@ -172,18 +173,4 @@ def genai_config(architecture: Architecture, target: Target) -> dict[str, Any]:
             "top_k": 1,
             "top_p": 1.0,
         },
-    }
-
-
-def session_options(target: Target) -> dict[str, Any]:
-    """Return what onnxruntime-genai is to give the session of a bundle for ``target``."""
-    provider, session = target.provider, target.session
-    return {
-        "log_id": "glmexport",
-        **({"intra_op_num_threads": session.threads} if session.threads else {}),
-        # What onnxruntime-genai does not know by name it hands on as a configuration entry.
-        **session.config,
-        "provider_options": (
-            [] if provider.name == "CPUExecutionProvider" else [{provider.name: dict(provider.options)}]
-        ),
     }

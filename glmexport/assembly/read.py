@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from glmexport.architecture.description import Architecture
-from glmexport.bundle.links import load_graph
+from glmexport.assembly.graph_files import load_graph
 from glmexport.bundle.names import FOLDS, SCORING
 from glmexport.checkpoint.fold import Fold, from_tensors
 from glmexport.formats.packing import unpack
@@ -86,9 +86,7 @@ class BundleWeights:
     def _embedding_form(self, architecture: Architecture, codes: str) -> tuple[int, int]:
         """Bits and group size of the embedding whose packed rows are ``codes``."""
         size = architecture.hidden_size
-        packed, groups = (
-            self._initializers[name].shape for name in (codes, f"{codes.removesuffix('.codes')}.scales")
-        )
+        packed, groups = (self._initializers[name].shape for name in (codes, f"{codes.removesuffix('.codes')}.scales"))
         assert packed is not None and groups is not None
         return int(packed.numpy()[1]) * 8 // size, size // int(groups.numpy()[1])
 

@@ -6,7 +6,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
@@ -43,95 +44,114 @@ from glmexport.lowering.pipeline import lower
 from glmexport.quantization.record import coverage
 from glmexport.quantization.weights import Weights
 
-#: Of a bundle that is being written.
+#: The graph that scales of caches are calibrated with; it is gone before the manifest is written.
 _CALIBRATION = "calibration.onnx"
 
 
-def write_bundle(
-    directory: Path,
-    architecture: Architecture,
-    weights: Weights,
-    rotary_tables: tuple[torch.Tensor, torch.Tensor],
-    *,
-    recipe: Recipe,
-    target: Target,
-    source: Source,
-    calibration: CalibrationSource | None,
-    records: Iterable[QuantizedMatrix],
-    allocation: Iterable[AllocatedGroup] = (),
-    draft_records: Iterable[QuantizedMatrix] = (),
-    largest: LargestActivation | None = None,
-    tokenizer_files: Iterable[Path],
-    cache_text: Sequence[Sequence[int]] = (),
-    progress: Progress,
-) -> Manifest:
-    """Write the bundle into ``directory``, which must not exist; the same arguments give the same bytes.
+@dataclass(frozen=True)
+class BundleContents:
+    """Everything that a bundle is written from; the same contents give the same bytes."""
 
-    The manifest is written last, so a directory without one is not a bundle. Returns it. ``cache_text``: token ids that
-    the scales of a quantized cache are calibrated on.
+    architecture: Architecture
+    weights: Weights
+    #: Cosines and sines [context, dimensions / 2] fp32.
+    rotary_tables: tuple[torch.Tensor, torch.Tensor]
+    recipe: Recipe
+    target: Target
+    source: Source
+    #: None where the recipe needs no text.
+    calibration: CalibrationSource | None = None
+    records: Sequence[QuantizedMatrix] = ()
+    allocation: Sequence[AllocatedGroup] = ()
+    draft_records: Sequence[QuantizedMatrix] = ()
+    #: The largest number of the calibration text; None: no text was run.
+    largest: LargestActivation | None = None
+    #: tokenizer.json first; further chat templates are in a folder beside it.
+    tokenizer_files: Sequence[Path] = ()
+    #: Token ids that the scales of a quantized cache are calibrated on.
+    cache_text: Sequence[Sequence[int]] = ()
+
+
+def write_bundle(directory: Path, contents: BundleContents, progress: Progress) -> Manifest:
+    """Write the bundle into ``directory``, which must not exist, and return its manifest.
+
+    The manifest is written last, so a directory without one is not a bundle.
     """
     directory.mkdir(parents=True)
-    limits = target.graph
-    built = graphs_of(architecture, limits)
-    graphs = {name: lower(graph, target, weights, rotary_tables) for name, graph in built.items()}
-    cache = None
-    if limits.kv_cache == "activations":
-        write_graphs(graphs, directory, progress, target.memory.max_file_bytes)
-    else:
-        # The same graph with a cache of floats, over the same weights, tells what has to be quantized.
-        floats = target.model_copy(update={"graph": limits.model_copy(update={"kv_cache": "activations"})})
-        plain = lower(build_graph(architecture, floats.graph, every_position=False), floats, weights, rotary_tables)
-        write_graphs({**graphs, _CALIBRATION: plain}, directory, progress, target.memory.max_file_bytes)
-        scales = calibrate_caches(directory / _CALIBRATION, architecture, limits, cache_text, progress)
-        (directory / _CALIBRATION).unlink()
-        for name, model in graphs.items():
-            set_scales(model, scales)
-            ir.save(model, directory / name)
-        cache = CacheQuantization(
-            format=limits.kv_cache,
-            scales=limits.kv_scales,
-            sequences=len(cache_text),
-            tokens=sum(map(len, cache_text)),
-        )
-    if weights.checkpoint.folds:
-        save_file(as_tensors(weights.checkpoint.folds), directory / FOLDS)
-    name, config = loop_config(architecture, target)
+    cache = _write_graphs(directory, contents, progress)
+    if contents.weights.checkpoint.folds:
+        save_file(as_tensors(contents.weights.checkpoint.folds), directory / FOLDS)
+    name, config = loop_config(contents.architecture, contents.target)
     (directory / name).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    files = list(tokenizer_files)
-    for file in files:
-        # Copied, not linked: runtimes refuse links that leave the directory. The first is tokenizer.json;
-        # further chat templates are in a folder beside it.
-        copy = directory / file.relative_to(files[0].parent)
-        copy.parent.mkdir(exist_ok=True)
-        shutil.copyfile(file, copy)
+    _copy_tokenizer(directory, contents.tokenizer_files)
     for path in sorted(directory.rglob("*")):
         if path.is_file():
             _flush(path)
-    matrices = tuple(records)
-    manifest = Manifest(
-        glmexport=__version__,
-        family=architecture.family,
-        context_length=architecture.context_length,
-        source=source,
-        recipe=recipe,
-        target=target,
-        calibration=calibration,
-        precision=_precision(architecture, weights),
-        cache=cache,
-        matrices=matrices,
-        allocation=tuple(allocation),
-        experts=coverage(matrices),
-        draft=_draft(architecture, weights, tuple(draft_records)),
-        # Another type holds whatever the original's does.
-        largest_activation=largest if limits.activations == "float16" else None,
-        files=list_files(directory),
-    )
+    manifest = _manifest(directory, contents, cache)
     write_atomically(directory / MANIFEST, (manifest.model_dump_json(indent=2) + "\n").encode())
     return manifest
 
 
+def _write_graphs(directory: Path, contents: BundleContents, progress: Progress) -> CacheQuantization | None:
+    """Write the graphs and their weights; return how the caches are quantized, if they are."""
+    architecture, target, weights = contents.architecture, contents.target, contents.weights
+    limits, largest_file = target.graph, target.memory.max_file_bytes
+    built = graphs_of(architecture, limits)
+    graphs = {name: lower(graph, target, weights, contents.rotary_tables) for name, graph in built.items()}
+    if limits.kv_cache == "activations":
+        write_graphs(graphs, directory, progress, largest_file)
+        return None
+    # The same graph with a cache of floats, over the same weights, tells what has to be quantized.
+    floats = target.model_copy(update={"graph": limits.model_copy(update={"kv_cache": "activations"})})
+    plain = build_graph(architecture, floats.graph, every_position=False)
+    calibrating = lower(plain, floats, weights, contents.rotary_tables)
+    write_graphs({**graphs, _CALIBRATION: calibrating}, directory, progress, largest_file)
+    scales = calibrate_caches(directory / _CALIBRATION, architecture, limits, contents.cache_text, progress)
+    (directory / _CALIBRATION).unlink()
+    for name, model in graphs.items():
+        set_scales(model, scales)
+        ir.save(model, directory / name)
+    return CacheQuantization(
+        format=limits.kv_cache,
+        scales=limits.kv_scales,
+        sequences=len(contents.cache_text),
+        tokens=sum(map(len, contents.cache_text)),
+    )
+
+
+def _copy_tokenizer(directory: Path, files: Sequence[Path]) -> None:
+    """Copy, not link: runtimes refuse links that leave the directory."""
+    for file in files:
+        copy = directory / file.relative_to(files[0].parent)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copy)
+
+
+def _manifest(directory: Path, contents: BundleContents, cache: CacheQuantization | None) -> Manifest:
+    """Return the manifest of everything that is in ``directory``."""
+    architecture, weights = contents.architecture, contents.weights
+    return Manifest(
+        glmexport=__version__,
+        family=architecture.family,
+        context_length=architecture.context_length,
+        source=contents.source,
+        recipe=contents.recipe,
+        target=contents.target,
+        calibration=contents.calibration,
+        precision=_precision(architecture, weights),
+        cache=cache,
+        matrices=tuple(contents.records),
+        allocation=tuple(contents.allocation),
+        experts=coverage(contents.records),
+        draft=_draft(architecture, weights, tuple(contents.draft_records)),
+        # Another type holds whatever the original's does.
+        largest_activation=contents.largest if contents.target.graph.activations == "float16" else None,
+        files=list_files(directory),
+    )
+
+
 def graphs_of(architecture: Architecture, limits: GraphLimits) -> dict[str, ir.Model]:
-    """The graphs of a bundle by their files, before they are lowered."""
+    """Return the graphs of a bundle by their files, before they are lowered."""
     if limits.static_shapes:
         chunk = fixed_sizes(architecture, limits).chunk
         positions = {MODEL: chunk, STEP: 1, SCORING: chunk}
@@ -156,7 +176,7 @@ def _draft(
 
 
 def _precision(architecture: Architecture, weights: Weights) -> Precision:
-    """Bits of every weight, whatever it is stored as; the rotary tables are computed and do not count."""
+    """Count the bits of every weight, whatever it is stored as; the rotary tables are computed and do not count."""
     shapes = architecture.shapes()
     bits = {key: stored_bits(shape, weights.form(key)) for key, shape in shapes.items()}
     linears = {linear.weight for _, linear in architecture.linears} - {architecture.lm_head.weight}

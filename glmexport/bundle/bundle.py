@@ -7,16 +7,23 @@ from functools import cached_property
 from pathlib import Path
 
 from glmexport.bundle.genai_config import GenaiConfig
+from glmexport.bundle.links import loadable
 from glmexport.bundle.loop import FixedLoopConfig, LoopConfig, read_loop
-from glmexport.bundle.manifest import Manifest, read_manifest, verify_files
+from glmexport.bundle.manifest import MANIFEST, Manifest, read_manifest, verify_files
+from glmexport.bundle.names import MODEL, SCORING
 from glmexport.foundation.errors import BundleError
 from glmexport.foundation.files import sha256
+from glmexport.foundation.host import Host
+from glmexport.foundation.target import Target
 from glmexport.tokenizer.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle, of which the manifest has been read and no other file has been hashed."""
+    """A bundle whose manifest has been read. No other file is read, and none is hashed, before it is asked for.
+
+    Everything is read once: what was checked when the bundle was opened is what runs.
+    """
 
     directory: Path
     manifest: Manifest
@@ -35,6 +42,44 @@ class Bundle:
         """The name of the directory."""
         return self.directory.name
 
+    @property
+    def target(self) -> Target:
+        """The target that the bundle was built for."""
+        return self.manifest.target
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over the manifest's values, and so over every file that it lists."""
+        return self.manifest.digest()
+
+    @property
+    def bytes(self) -> int:
+        """The size of all files that the bundle consists of, its manifest included."""
+        return sum(entry.size for entry in self.manifest.files) + self.path(MANIFEST).stat().st_size
+
+    def path(self, name: str) -> Path:
+        """Return where the file with that relative ``name`` is."""
+        return self.directory / name
+
+    @property
+    def model(self) -> Path:
+        """The graph that decodes."""
+        return self.path(MODEL)
+
+    @property
+    def scoring(self) -> Path:
+        """The graph that gives the logits of every position of a text."""
+        return self.path(SCORING)
+
+    @cached_property
+    def loadable(self) -> Path:
+        """The folder from which ONNX Runtime loads the bundle: its directory, unless the files there are links.
+
+        Raises:
+            MachineError: the files are links, and the cache that they lead to cannot be written to.
+        """
+        return loadable(self.directory)
+
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer and the chat template of the bundle.
@@ -46,12 +91,35 @@ class Bundle:
 
     @cached_property
     def loop(self) -> LoopConfig | FixedLoopConfig | GenaiConfig:
-        """What the loop that runs the bundle reads.
+        """The settings of the loop that runs the bundle: one of ours, or onnxruntime-genai's.
 
         Raises:
             BundleError: the file cannot be read, or is not what a build writes.
         """
         return read_loop(self.directory) or GenaiConfig.read(self.directory)
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """The tokens that end an answer.
+
+        Raises:
+            BundleError: the loop's file cannot be read, or is not what a build writes.
+        """
+        return self.loop.ends
+
+    @property
+    def context_length(self) -> int:
+        """The number of tokens that the loop has room for, prompt and answer together.
+
+        Raises:
+            BundleError: the loop's file cannot be read, or is not what a build writes.
+        """
+        return self.loop.context_length
+
+    @property
+    def runs_here(self) -> bool:
+        """Whether this machine has the execution provider of the bundle's target."""
+        return self.target.provider.name in Host.this().providers
 
     def verify(self) -> None:
         """Compare every file of the bundle with the manifest.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import psutil
 
-from glmexport.bundle.manifest import Manifest
+from glmexport.bundle.bundle import Bundle
 from glmexport.foundation.host import Host
 
 
@@ -19,28 +19,23 @@ class Check:
     detail: str
 
 
-def fit(manifest: Manifest, host: Host) -> list[Check]:
-    """Every condition that ``host`` has to meet for the bundle of ``manifest``."""
-    target = manifest.target
+def fit(bundle: Bundle, host: Host) -> list[Check]:
+    """Return every condition that ``host`` has to meet for ``bundle``."""
+    target = bundle.target
     checks = [Check("hardware of the target's class", False, reason) for reason in target.lacking(host)]
     if not checks:
         checks.append(Check("hardware of the target's class", True, f"{target.name}: {target.summary}"))
-    checks.append(_memory(manifest, host))
+    checks.append(_memory(bundle, host))
     return checks
 
 
-def _memory(manifest: Manifest, host: Host) -> Check:
-    """Weights have to fit into the memory of what computes with them; caches come on top."""
-    needed = manifest.precision.weight_bytes
-    on_gpu = manifest.target.probe.compute_capability is not None
+def _memory(bundle: Bundle, host: Host) -> Check:
+    """Compare the weights with the memory of what computes with them; caches come on top."""
+    needed = bundle.manifest.precision.weight_bytes
+    on_gpu = bundle.target.probe.compute_capability is not None
     if on_gpu:
         free, where = max((gpu.memory_bytes for gpu in host.gpus), default=0), "of the GPU"
     else:
         free, where = int(psutil.virtual_memory().available), "free here"
     detail = f"{needed / 2**20:,.0f} MiB of weights, {free / 2**20:,.0f} MiB {where}"
     return Check("memory", needed < free, detail)
-
-
-def can_run(manifest: Manifest) -> bool:
-    """Whether this machine has the execution provider of the bundle's target."""
-    return manifest.target.provider.name in Host.this().providers

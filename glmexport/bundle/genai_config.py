@@ -19,6 +19,7 @@ from glmexport.bundle.names import GENAI_CONFIG, INPUTS, OUTPUTS
 from glmexport.foundation.definition import Definition, Size, TokenId, first_problem
 from glmexport.foundation.errors import BundleError
 from glmexport.foundation.session_settings import check_provider, check_session_entries
+from glmexport.foundation.target import Target
 from glmexport.foundation.untrusted import SMALL, parse_object, read_regular
 
 #: Tokens of a prompt whose activations are in memory together, so that they do not grow with its length.
@@ -78,6 +79,7 @@ class GenaiConfig:
 
     ends: frozenset[int]
     context_length: int
+    vocabulary_size: int
     #: Execution providers that it asks for; none: the CPU's.
     providers: tuple[str, ...]
     #: What onnxruntime-genai gives the session, as it stands in the file.
@@ -105,7 +107,13 @@ class GenaiConfig:
                 f"{path} cannot be used: {_reason(error)}.",
                 next_step="Build the bundle again, or copy it again from where it was built.",
             ) from error
-        return cls(frozenset(model.eos_token_id), model.context_length, providers, options)
+        return cls(
+            ends=frozenset(model.eos_token_id),
+            context_length=model.context_length,
+            vocabulary_size=model.vocab_size,
+            providers=providers,
+            session_options=options,
+        )
 
     def search_options(self, batch: int) -> dict[str, int]:
         """What onnxruntime-genai is told beside lengths: a prompt alone is read in pieces on a CPU.
@@ -132,6 +140,20 @@ def genai_settings(bundle: Path, threads: int, profile: Path | None = None) -> A
         options["enable_profiling"] = str(profile)
     settings.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
     return settings
+
+
+def session_options(target: Target) -> dict[str, Any]:
+    """Return what onnxruntime-genai is to give the session of a bundle for ``target``."""
+    provider, session = target.provider, target.session
+    return {
+        "log_id": "glmexport",
+        **({"intra_op_num_threads": session.threads} if session.threads else {}),
+        # What onnxruntime-genai does not know by name it hands on as a configuration entry.
+        **session.config,
+        "provider_options": (
+            [] if provider.name == "CPUExecutionProvider" else [{provider.name: dict(provider.options)}]
+        ),
+    }
 
 
 def _checked(options: Mapping[str, Any]) -> Iterator[str]:

@@ -9,34 +9,12 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-import onnx_ir as ir
 import psutil
 
 from glmexport.foundation.errors import MachineError
 from glmexport.foundation.files import cache_repository
 
 _PREFIX = ".glmexport-"
-
-
-def load_graph(bundle: Path, name: str) -> ir.Graph:
-    """Return a graph of a bundle, the tensors of which are read where the links to their files lead."""
-    graph = ir.load(bundle / name).graph
-    root = _cache_of(bundle.resolve())
-    if root is None:
-        return graph
-    for value in graph.initializers.values():
-        tensor = value.const_value
-        if isinstance(tensor, ir.ExternalTensor):
-            value.const_value = ir.ExternalTensor(
-                (bundle / tensor.location).resolve().relative_to(root),
-                tensor.offset,
-                tensor.length,
-                tensor.dtype,
-                shape=tensor.shape,
-                name=str(tensor.name),
-                base_dir=root,
-            )
-    return graph
 
 
 def loadable(bundle: Path) -> Path:
@@ -54,7 +32,7 @@ def loadable(bundle: Path) -> Path:
 
 @cache
 def _loadable(bundle: Path) -> Path:
-    root = _cache_of(bundle)
+    root = cache_of(bundle)
     if root is None:
         return bundle
     _remove_left(root)
@@ -77,7 +55,7 @@ def _loadable(bundle: Path) -> Path:
     return folder
 
 
-def _cache_of(bundle: Path) -> Path | None:
+def cache_of(bundle: Path) -> Path | None:
     """Return the hub's cache that a bundle with links is in."""
     repository = cache_repository(bundle)
     return repository.parent if repository and any(path.is_symlink() for path in bundle.rglob("*")) else None

@@ -150,8 +150,13 @@ class Manifest(Definition):
     largest_activation: LargestActivation | None = Field(default=None, exclude_if=lambda value: value is None)
     files: tuple[FileEntry, ...]
 
+    @property
+    def own_text(self) -> tuple[str, ...]:
+        """Fingerprints of the user's own documents that the bundle was calibrated on: no evaluation text."""
+        return self.calibration.own if self.calibration else ()
+
     def digest(self) -> str:
-        """SHA-256 over the manifest's values, and so over every file it lists."""
+        """Return the SHA-256 over the manifest's values, and so over every file it lists."""
         import hashlib
 
         return "sha256:" + hashlib.sha256(self.model_dump_json().encode()).hexdigest()

@@ -24,7 +24,8 @@ from glmexport.chat.schema import Parameters
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 _KEY, _KEY_END = "<arg_key>", "</arg_key>"
 _VALUE, _VALUE_END = "<arg_value>", "</arg_value>"
-_TAG = re.compile("|".join((_OPEN, _CLOSE, _KEY, _KEY_END, _VALUE, _VALUE_END)))
+#: Every tag of the grammar.
+TAG = re.compile("|".join((_OPEN, _CLOSE, _KEY, _KEY_END, _VALUE, _VALUE_END)))
 
 
 class _Tag(NamedTuple):
@@ -84,7 +85,7 @@ def parse(text: str, tools: Sequence[Mapping[str, Any]] | None = None) -> Parsed
         tools: the tools' declarations in OpenAI's form (``{"type": "function", "function": {...}}``, or what is in
             it). With them names, missing and unknown arguments and the types of values are checked too.
     """
-    tags = [_Tag(match.group(), match.start(), match.end()) for match in _TAG.finditer(text)]
+    tags = [_Tag(match.group(), match.start(), match.end()) for match in TAG.finditer(text)]
     schemas = None if tools is None else _schemas(tools)
     calls: list[Call] = []
     outside: list[str] = []

@@ -69,7 +69,7 @@ class GptqSettings:
     #: Name of the file, for messages.
     where: str
 
-    def of(self, module: str) -> GptqFormat | None:
+    def format_of(self, module: str) -> GptqFormat | None:
         """Return the format of ``module``; None if it is left out. The first override that matches decides."""
         for override in self.overrides:
             if override.pattern.match(module):

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from glmexport.checkpoint.gptq import QUANTIZE_CONFIG, VERSIONS, GptqFormat, GptqSettings
 from glmexport.checkpoint.header import TensorEntry
-from glmexport.checkpoint.reading import reading
+from glmexport.checkpoint.reading import reading_errors
 from glmexport.foundation.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ def read_entry(entry: TensorEntry, columns: slice | None = None) -> Tensor:
     """Return a stored tensor, or some of its columns, in its own dtype and in memory of its own."""
     from safetensors import safe_open
 
-    with reading(entry), safe_open(entry.path, framework="pt", device="cpu") as shard:
+    with reading_errors(entry), safe_open(entry.path, framework="pt", device="cpu") as shard:
         stored = shard.get_tensor(entry.name) if columns is None else shard.get_slice(entry.name)[:, columns]
         tensor: Tensor = stored.clone()
         return tensor
@@ -219,7 +219,7 @@ def find_matrices(
 
 
 def _matrix(module: str, tensors: Mapping[str, TensorEntry], settings: GptqSettings, offset: int) -> PackedMatrix:
-    form = settings.of(module)
+    form = settings.format_of(module)
     if form is None:
         raise CheckpointError(
             f"{settings.where}: dynamic leaves out {module}, and the checkpoint has {module}{QWEIGHT}.",

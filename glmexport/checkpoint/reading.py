@@ -12,7 +12,7 @@ from glmexport.foundation.files import unreadable
 
 
 @contextmanager
-def reading(entry: TensorEntry) -> Iterator[None]:
+def reading_errors(entry: TensorEntry) -> Iterator[None]:
     """Raise what the library, the system and torch raise while ``entry`` is read as errors of ours.
 
     Raises:

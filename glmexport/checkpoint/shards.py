@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from glmexport.checkpoint.header import WEIGHT_DTYPES, TensorEntry
-from glmexport.checkpoint.reading import reading
+from glmexport.checkpoint.reading import reading_errors
 from glmexport.foundation.errors import CheckpointError
 from glmexport.foundation.files import version
 
@@ -62,7 +62,7 @@ class Shards:
         self.refuse_changed(entry)
         part = None if rows is None and columns is None else (rows or _ALL, *([] if columns is None else [columns]))
         # Closed after every read: pages of a file that stays mapped count as memory of this process.
-        with reading(entry), safe_open(entry.path, framework="pt", device="cpu") as shard:
+        with reading_errors(entry), safe_open(entry.path, framework="pt", device="cpu") as shard:
             stored = shard.get_tensor(entry.name) if part is None else shard.get_slice(entry.name)[part]
             tensor: torch.Tensor = stored.to(dtype or torch.float32, copy=True, memory_format=torch.contiguous_format)
             if not is_finite(tensor):

@@ -32,7 +32,7 @@ _CONFIGS = ("config.json", "tokenizer_config.json", "generation_config.json")
 def resolve(source: str) -> Path:
     """Return the directory of ``source``, downloaded first if it names a repository of the hub.
 
-    ``demo`` is the checkpoint inside this package (a directory of that name is ``./demo``); anything else is
+    ``demo`` is the checkpoint that comes with the project (a directory of that name is ``./demo``); anything else is
     an existing directory or, where there is none, a hub id ``owner/name`` or ``owner/name@revision``. The hub
     is reached only in that last case, through its own cache, and its HF_HOME and HF_HUB_OFFLINE are honoured.
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from glmexport.cli.console import Terminal, duration, emit, gibibytes
+from glmexport.cli.console import Terminal, emit
 from glmexport.cli.options import (
     adapter_option,
     budget_options,
@@ -23,6 +23,7 @@ from glmexport.cli.options import (
     tasks_option,
     threads_option,
 )
+from glmexport.report.text import brief_duration, brief_size
 
 if TYPE_CHECKING:
     from glmexport.foundation.recipe import Recipe
@@ -79,13 +80,14 @@ def build(
     from glmexport.cli.verdict import exit_code, show, show_unrun
     from glmexport.foundation.target import open_policy, open_target
     from glmexport.validation.behaviour.tasks import read_tasks
-    from glmexport.validation.run import ValidationPlan
+    from glmexport.validation.conditions import ValidationPlan
     from glmexport.workflows.build import BuiltUnrun
     from glmexport.workflows.build import build as compile_bundles
     from glmexport.workflows.device import device_name as name_of
     from glmexport.workflows.device import open_device
     from glmexport.workflows.estimate import estimate, measured_flops
-    from glmexport.workflows.job import Original, budget_of, formats_of, jobs_of, listed_unused
+    from glmexport.workflows.job import budget_of, jobs_of
+    from glmexport.workflows.original import Original, formats_of, listed_unused
     from glmexport.workflows.validate import BuildOptions, command_line
 
     terminal = Terminal()
@@ -107,7 +109,7 @@ def build(
                 "checkpoint": f"{original.checkpoint.name} ({original.checkpoint.path})",
                 **({"adapter": f"{merged.name} ({merged.path}): {merged.summary}"} if merged else {}),
                 "family": f"{original.architecture.family}, {original.checkpoint.parameters / 1e6:,.1f} M parameters, "
-                f"{gibibytes(original.checkpoint.bytes)}",
+                f"{brief_size(original.checkpoint.bytes)}",
                 **({"quantized": f"gptq, {formats_of(original)}"} if original.checkpoint.quantized else {}),
                 "target": f"{job.target.name}: {job.target.summary}",
                 "recipe": f"{job.recipe.name}: {job.recipe.summary}",
@@ -115,10 +117,10 @@ def build(
                 "output": str(job.directory),
                 **({"device": name_of(device)} if device_name != "cpu" else {}),
                 "threads": str(threads),
-                "memory": f"about {gibibytes(expected.peak_memory_bytes)} at the peak"
-                + (f", limit {gibibytes(max_memory)}" if max_memory else ""),
-                "bundle": f"about {gibibytes(expected.bundle_bytes)}, {expected.bits_per_weight:.2f} bits per weight",
-                "time": f"about {duration(expected.seconds)} of arithmetic",
+                "memory": f"about {brief_size(expected.peak_memory_bytes)} at the peak"
+                + (f", limit {brief_size(max_memory)}" if max_memory else ""),
+                "bundle": f"about {brief_size(expected.bundle_bytes)}, {expected.bits_per_weight:.2f} bits per weight",
+                "time": f"about {brief_duration(expected.seconds)} of arithmetic",
             },
         )
         for name, reason in listed_unused(original.unused_for(job.target)).items():
@@ -137,10 +139,10 @@ def build(
         bundle_threads=bundle_threads(threads),
     )
     built = compile_bundles(original, jobs, options, terminal)
-    documents: list[dict[str, Any]] = []
+    documents: list[dict[str, object]] = []
     verdicts = []
     for bundle in built:
-        document: dict[str, Any] = {"bundle": str(bundle.directory), "digest": bundle.manifest.digest()}
+        document: dict[str, object] = {"bundle": str(bundle.directory), "digest": bundle.manifest.digest()}
         if isinstance(bundle, BuiltUnrun):
             show_unrun(terminal.console, bundle.unrun, bundle.manifest.target, bundle.directory, checkpoint)
             unrun = bundle.unrun

@@ -10,10 +10,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from glmexport.cli.console import Terminal, emit, gibibytes
+from glmexport.cli.console import Terminal, emit
 from glmexport.cli.options import json_option
 from glmexport.foundation.errors import EXIT_BLOCK, EXIT_INCONCLUSIVE, EXIT_PASS
 from glmexport.foundation.untrusted import visible
+from glmexport.report.text import brief_size
 
 if TYPE_CHECKING:
     from glmexport.report.comparison import Change, Comparison
@@ -111,7 +112,7 @@ def _cells(change: Change) -> tuple[Text | str, ...]:
 
 def _value(value: float, unit: str) -> str:
     if unit == "bytes":
-        return gibibytes(value)
+        return brief_size(value)
     if unit == "share":
         return f"{value:.2%}"
     return f"{value:.4g} {unit}" if unit in ("s", "tokens/s") else f"{value:.4g}"

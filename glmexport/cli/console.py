@@ -111,23 +111,6 @@ def titled_table(title: str, *columns: str) -> Table:
     return table
 
 
-def gibibytes(count: float) -> str:
-    """Return a number of bytes for people."""
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count:.0f} B"
-
-
-def duration(seconds: float) -> str:
-    """Return a span of time for people, rounded to what matters."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
-
-
 def emit(document: str) -> None:
     """Print the one document that stdout carries; in JSON, what a terminal would obey is written as JSON's escapes."""
     is_json = document.startswith(("{", "["))

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, get_args
 
 import click
 
-from glmexport.cli.console import Terminal, emit, gibibytes
+from glmexport.cli.console import Terminal, emit
 from glmexport.cli.options import adapter_option, json_option, trust_options
+from glmexport.report.text import brief_size
 
 if TYPE_CHECKING:
     from glmexport.release.opening import Trust
@@ -45,27 +46,27 @@ def convert(
     Embedding, lm_head, norms and biases are those of the original, in its own precision.
     """
     from glmexport.assembly.gptq import Layout
-    from glmexport.bundle.manifest import read_manifest
+    from glmexport.bundle.bundle import Bundle
     from glmexport.workflows.convert import convert_to_gptq
-    from glmexport.workflows.job import Original
+    from glmexport.workflows.original import Original
 
     terminal = Terminal()
-    manifest = read_manifest(bundle)
+    opened = Bundle.open(bundle)
     original = Original.open(checkpoint, terminal, adapter)
     terminal.facts(
         "Convert",
         {
             "bundle": str(bundle),
-            "digest": manifest.digest(),
+            "digest": opened.digest,
             "against": f"{original.checkpoint.name} ({original.checkpoint.path})",
-            "recipe": manifest.recipe.name,
+            "recipe": opened.manifest.recipe.name,
             "to": f"{to}, as {layout} reads it",
             "output": str(output),
         },
     )
     chosen: Layout = next(known for known in get_args(Layout) if known == layout)
     written = convert_to_gptq(
-        bundle, original, output, layout=chosen, force=force, trust=trust, progress=terminal
+        opened, original, output, layout=chosen, force=force, trust=trust, progress=terminal
     )
     settings = written.settings
     terminal.facts(
@@ -74,7 +75,7 @@ def convert(
             "checkpoint": str(output),
             "format": f"{settings['checkpoint_format']}, {settings['bits']} bits, group_size "
             f"{settings['group_size']}, {'symmetric' if settings['sym'] else 'asymmetric'}",
-            "size": gibibytes(written.bytes),
+            "size": brief_size(written.bytes),
         },
     )
     if as_json:

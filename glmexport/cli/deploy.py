@@ -12,9 +12,10 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from glmexport.cli.console import Terminal, emit, gibibytes, say
+from glmexport.cli.console import Terminal, emit, say
 from glmexport.cli.options import json_option
 from glmexport.foundation.errors import EXIT_BLOCK, EXIT_MACHINE, EXIT_PASS
+from glmexport.report.text import brief_size
 
 if TYPE_CHECKING:
     from glmexport.deployment.rollout import Outcome
@@ -52,7 +53,7 @@ def deploy(bundle: Path, site: Path, unproven: bool, allow_older: bool, replace_
             "bundle": f"{bundle} ({release.target})",
             "name": release.name,
             "counter": str(release.counter),
-            "size": f"{gibibytes(release.bytes)} in {len(release.files)} files",
+            "size": f"{brief_size(release.bytes)} in {len(release.files)} files",
             "verdict": release.verdict.value if release.verdict else "no report",
             "servers": ", ".join(place.servers),
         },
@@ -142,7 +143,7 @@ def _told(terminal: Terminal, outcomes: Sequence[Outcome], as_json: bool) -> int
         table.add_column(column)
     for outcome in outcomes:
         state = Text(outcome.state, _COLOURS.get(outcome.state, "red"))
-        sent = gibibytes(outcome.sent_bytes) if outcome.sent_bytes else ""
+        sent = brief_size(outcome.sent_bytes) if outcome.sent_bytes else ""
         table.add_row(outcome.server, state, outcome.release or "none", sent)
     terminal.console.print(table)
     for outcome in outcomes:

@@ -35,7 +35,7 @@ from glmexport.cli.tune import tune
 from glmexport.cli.validate import validate
 from glmexport.cli.verify import verify
 from glmexport.foundation.errors import EXIT_BUG, EXIT_INPUT, EXIT_INTERRUPTED, EXIT_MACHINE, GlmexportError
-from glmexport.foundation.extras import lacking
+from glmexport.foundation.extras import missing_package
 from glmexport.foundation.untrusted import visible
 
 
@@ -58,10 +58,11 @@ for command in (
 
 def main() -> None:
     """Run the command line and exit."""
-    sys.exit(_run())
+    sys.exit(run_command())
 
 
-def _run() -> int:
+def run_command() -> int:
+    """Run the command that the arguments name, tell what went wrong, and return the exit code."""
     try:
         code = cli.main(standalone_mode=False)
         return code if isinstance(code, int) else 0
@@ -75,7 +76,7 @@ def _run() -> int:
     except (click.exceptions.Abort, KeyboardInterrupt, MemoryError, OSError) as error:
         return _say(*_from_outside(error))
     except Exception as error:
-        absent = lacking(error) if isinstance(error, ImportError) else None
+        absent = missing_package(error) if isinstance(error, ImportError) else None
         if absent:
             return tell(absent)
         click.echo(visible(traceback.format_exc(), lines=True), err=True, nl=False)

@@ -12,14 +12,15 @@ from glmexport.cli.console import Terminal, emit
 from glmexport.foundation.errors import EXIT_PASS
 
 if TYPE_CHECKING:
+    from glmexport.bundle.bundle import Bundle
     from glmexport.devices.fleet import Member
     from glmexport.validation.capture import CapturedReference
-    from glmexport.workflows.job import Original
+    from glmexport.workflows.original import Original
     from glmexport.workflows.validate import BuildOptions
 
 
 def on_devices(
-    bundle: Path,
+    bundle: Bundle,
     original: Original | CapturedReference,
     addresses: tuple[str, ...],
     fleet: Path | None,
@@ -32,7 +33,7 @@ def on_devices(
     from glmexport.cli.verdict import exit_code, show
     from glmexport.devices.kit import KIT, KIT_RESULT
     from glmexport.workflows.fleet import discard, locked, prepare_job, validate_on_devices, write_kits
-    from glmexport.workflows.job import Original
+    from glmexport.workflows.original import Original
 
     kits = [Path(address.removeprefix(KIT)) for address in addresses if address.startswith(KIT)]
     carried = [address for address in addresses if address.startswith((KIT, KIT_RESULT))]
@@ -60,7 +61,7 @@ def on_devices(
                 emit(json.dumps({"kits": [str(kit) for kit in kits]}, indent=2))
             return EXIT_PASS
         built = validate_on_devices(asking, members, terminal)
-    show(terminal.console, built.report, bundle)
+    show(terminal.console, built.report, bundle.directory)
     if as_json:
         emit(built.report.model_dump_json(indent=2))
     return exit_code([built.report.verdict])

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Any
 
 import click
 from click.core import ParameterSource
@@ -13,7 +12,7 @@ from click.core import ParameterSource
 from glmexport.cli.console import Bytes
 from glmexport.foundation.machine import cores
 
-Command = Callable[..., Any]
+Command = Callable[..., object]
 
 
 def checkpoint_argument(command: Command) -> Command:
@@ -126,7 +125,9 @@ def trust_options(command: Command) -> Command:
     """Add --key, --root and --subject: whose signature a bundle has to have, given to the command as ``trust``."""
 
     @wraps(command)
-    def trusting(*arguments: Any, key: Path | None, root: Path | None, subject: str | None, **others: Any) -> Any:
+    def trusting(
+        *arguments: object, key: Path | None, root: Path | None, subject: str | None, **others: object
+    ) -> object:
         from glmexport.release.opening import Trust
 
         return command(*arguments, trust=Trust(key, root, subject), **others)

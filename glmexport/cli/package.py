@@ -27,6 +27,7 @@ from glmexport.cli.options import arrival_options, json_option
 @json_option
 def package(bundle: Path, oci: Path | None, tag: str, kit: Path | None, volume_size: int, as_json: bool) -> None:
     """Package a signed BUNDLE for a registry or for media; every file is compared with its signature on the way."""
+    from glmexport.bundle.bundle import Bundle
     from glmexport.release.kit import write_kit
     from glmexport.release.layout import write_layout
     from glmexport.release.release import read_release
@@ -34,15 +35,15 @@ def package(bundle: Path, oci: Path | None, tag: str, kit: Path | None, volume_s
     if (oci is None) == (kit is None):
         raise click.UsageError("Give either --oci or --kit.")
     terminal = Terminal()
-    release = read_release(bundle)
+    release, opened = read_release(bundle), Bundle.open(bundle)
     facts = {"bundle": str(bundle), "digest": release.bundle, "counter": str(release.counter)}
     document: dict[str, object] = dict(facts) | {"counter": release.counter}
     if oci:
-        digest = write_layout(bundle, oci, terminal, tag)
+        digest = write_layout(opened, oci, terminal, tag)
         facts |= {"layout": str(oci), "image": digest}
         document |= {"layout": str(oci), "image": digest}
     if kit:
-        volumes = write_kit(bundle, kit, terminal, volume_size)
+        volumes = write_kit(opened, kit, terminal, volume_size)
         facts |= {"kit": str(kit), "volumes": str(len(volumes))}
         document |= {"kit": str(kit), "volumes": volumes}
     terminal.facts("Packaged", facts)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from glmexport.cli.console import duration, titled_table
+from glmexport.cli.console import titled_table
+from glmexport.report.text import brief_duration
 from glmexport.validation.planning import Need, Plan
 
 
@@ -35,8 +36,8 @@ def show_plan(console: Console, plan: Plan) -> None:
     console.print()
     bundle = plan.rates.bundle_per_position / plan.rates.per_position if plan.rates.per_position else 1.0
     console.print(
-        f"now      {plan.documents} documents, {plan.positions} positions: {duration(plan.seconds)} on this machine "
-        f"with {plan.rates.threads} threads ({bundle:.0%} of that the bundle's), speed and free answers apart",
+        f"now      {plan.documents} documents, {plan.positions} positions: {brief_duration(plan.seconds)} on this "
+        f"machine with {plan.rates.threads} threads ({bundle:.0%} of that the bundle's), speed and free answers apart",
         soft_wrap=True,
     )
     if plan.needed_documents == plan.documents:
@@ -44,7 +45,7 @@ def show_plan(console: Console, plan: Plan) -> None:
     else:
         console.print(
             f"needed   {plan.needed_documents} documents, about {plan.needed_positions} positions: "
-            f"{duration(plan.needed_seconds)}; give more with --evaluation FILE.jsonl and --positions",
+            f"{brief_duration(plan.needed_seconds)}; give more with --evaluation FILE.jsonl and --positions",
             soft_wrap=True,
         )
     if plan.undecidable:

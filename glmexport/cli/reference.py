@@ -7,8 +7,9 @@ from pathlib import Path
 
 import click
 
-from glmexport.cli.console import Terminal, emit, gibibytes
+from glmexport.cli.console import Terminal, emit
 from glmexport.cli.options import adapter_option, checkpoint_argument, evaluation_options, json_option, threads_option
+from glmexport.report.text import brief_size
 
 
 @click.command()
@@ -44,10 +45,11 @@ def reference(
     One block is in memory at a time. Finished blocks are kept until the end: after an interruption the same command
     goes on where it stopped.
     """
+    from glmexport.bundle.bundle import Bundle
     from glmexport.cli.verdict import told_check
-    from glmexport.validation.run import ValidationPlan
+    from glmexport.validation.conditions import ValidationPlan
     from glmexport.workflows.capture import CaptureOptions, capture_reference
-    from glmexport.workflows.job import Original
+    from glmexport.workflows.original import Original
 
     terminal = Terminal()
     original = Original.open(checkpoint, terminal, adapter)
@@ -62,7 +64,8 @@ def reference(
         },
     )
     plan = ValidationPlan(positions_per_language=positions)
-    options = CaptureOptions(threads, plan, top_k, force, draft, evaluation)
+    drafting = Bundle.open(draft) if draft else None
+    options = CaptureOptions(threads, plan, top_k, force, drafting, evaluation)
     captured = capture_reference(original, output, options, terminal)
     positions = sum(text.positions for text in captured.texts)
     size = sum(entry.size for entry in captured.files)
@@ -78,7 +81,7 @@ def reference(
             "free answers": "none; --draft BUNDLE has them captured too"
             if captured.answers is None
             else f"{len(captured.answers)} prompts",
-            "size": gibibytes(size),
+            "size": brief_size(size),
         },
     )
     if captured.reference_check:

@@ -8,8 +8,9 @@ from pathlib import Path
 import click
 
 from glmexport.cli.arrival import check_of
-from glmexport.cli.console import Bytes, Terminal, emit, gibibytes
+from glmexport.cli.console import Bytes, Terminal, emit
 from glmexport.cli.options import arrival_options, json_option, registry_options
+from glmexport.report.text import brief_size
 
 
 @click.command()
@@ -38,7 +39,7 @@ def push(
         "Pushed",
         {
             "image": f"{reference.host}/{reference.name}@{pushed.digest}",
-            "sent": f"{len(pushed.sent)} blobs, {gibibytes(pushed.sent_bytes)}",
+            "sent": f"{len(pushed.sent)} blobs, {brief_size(pushed.sent_bytes)}",
             "already there": f"{len(pushed.present)} blobs",
         },
     )

@@ -53,17 +53,15 @@ def run(
     as_json: bool,
 ) -> None:
     """Generate from BUNDLE as it is deployed, greedily, and print the text as it comes."""
-    from glmexport.bundle.bundle import Bundle
     from glmexport.engine.speculation import open_speculation
     from glmexport.engine.text import generate
     from glmexport.release.opening import open_signed
 
     terminal = Terminal()
     speculation = open_speculation(speculate, draft_tokens)
-    manifest = open_signed(bundle, trust, terminal)
-    threads = bundle_threads(threads) or manifest.target.session.threads or threads
-    opened = Bundle(bundle, manifest)
-    tokenizer = opened.tokenizer
+    opened = open_signed(bundle, trust, terminal)
+    manifest, tokenizer = opened.manifest, opened.tokenizer
+    threads = bundle_threads(threads) or opened.target.session.threads or threads
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})
     if raw or not tokenizer.has_chat_template:
@@ -76,7 +74,7 @@ def run(
         "Run",
         {
             "bundle": f"{bundle} ({manifest.family}, {manifest.recipe.name}, {manifest.target.name})",
-            "digest": manifest.digest(),
+            "digest": opened.digest,
             "prompt": f"{len(ids)} tokens",
             "threads": str(threads),
             **({"speculation": f"{speculate}, {speculation.tokens} tokens at a time"} if speculation else {}),

@@ -53,21 +53,21 @@ def sign(
     """Sign BUNDLE: its files, its report, its provenance and what it answers, so that no byte can change unnoticed."""
     import os
 
-    from glmexport.bundle.manifest import read_manifest
+    from glmexport.bundle.bundle import Bundle
     from glmexport.release.keys import KeyFiles, open_signatory
-    from glmexport.release.signing import sign as sign_bundle
+    from glmexport.workflows.sign import sign_bundle
 
     _require_one_signer(key, certificate, chain, pkcs11)
     terminal = Terminal()
-    manifest = read_manifest(bundle)
+    opened = Bundle.open(bundle)
     signatory = open_signatory(KeyFiles(key, certificate, chain, pkcs11, os.environ.get("GLMEXPORT_KEY_PASSWORD")))
     signed = sign_bundle(
-        bundle,
+        opened,
         signatory,
         counter=counter,
         force=force,
         golden=golden,
-        threads=bundle_threads(threads) or manifest.target.session.threads or threads,
+        threads=bundle_threads(threads) or opened.target.session.threads or threads,
         progress=terminal,
     )
     release = signed.release

@@ -54,13 +54,20 @@ def list_targets(as_json: bool) -> None:
 @json_option
 def show_target(name: str, as_json: bool) -> None:
     """Show what the graphs of a target are made of and why. NAME is a shipped target, a .toml file, or host."""
-    from glmexport.foundation.target import open_target
+    from glmexport.foundation.provenance import inherited_claims
+    from glmexport.foundation.target import HOST, open_target, target_source
     from glmexport.lowering.explain import lowerings
 
     target = open_target(name)
+    source = target_source(target.name if name == HOST else name)
     decisions = lowerings(target)
     if as_json:
-        document = {**target.model_dump(mode="json"), "lowerings": [_plain(lowering) for lowering in decisions]}
+        extends = {"target": source.base, "values": source.inherited, "claims": inherited_claims(source)}
+        document = {
+            **target.model_dump(mode="json"),
+            "lowerings": [_plain(lowering) for lowering in decisions],
+            "extends": extends if source.base else None,
+        }
         emit(json.dumps(document, indent=2, ensure_ascii=False))
         return
     terminal = Terminal()
@@ -69,6 +76,11 @@ def show_target(name: str, as_json: bool) -> None:
     for section in ("provider", "probe", "session", "gates"):
         values = getattr(target, section).model_dump(exclude_defaults=True)
         facts |= {f"{section}.{key}": _shown(value) for key, value in values.items()}
+    if source.base:
+        facts |= {
+            f"values from {source.base}": _shown(source.inherited),
+            f"reasons from {source.base}": _shown(inherited_claims(source)) or "none",
+        }
     facts |= {"known from": f"{provenance.measured_on} ({provenance.date})", "notes": provenance.notes or "-"}
     if target.evidence:
         tuned = target.evidence.model_dump(exclude={"candidates"}, exclude_none=True)
@@ -135,11 +147,11 @@ def check(bundle: Path, trust: Trust, as_json: bool) -> int:
     from glmexport.foundation.host import Host
     from glmexport.release.opening import open_signed
 
-    manifest = open_signed(bundle, trust, Terminal())
-    checks = fit(manifest, Host.this())
+    opened = open_signed(bundle, trust, Terminal())
+    checks = fit(opened, Host.this())
     runs = all(each.holds for each in checks)
     if as_json:
-        document = {"target": manifest.target.name, "runs": runs, "checks": [asdict(each) for each in checks]}
+        document = {"target": opened.target.name, "runs": runs, "checks": [asdict(each) for each in checks]}
         emit(json.dumps(document, indent=2, ensure_ascii=False))
     else:
         table = _table("condition", "", "")
@@ -147,7 +159,7 @@ def check(bundle: Path, trust: Trust, as_json: bool) -> int:
             table.add_row(each.name, Text("yes", "green") if each.holds else Text("no", "red"), Text(each.detail))
         console = Terminal().console
         console.print(table)
-        console.print(f"{bundle} was built for {manifest.target.name} and {'can' if runs else 'cannot'} run here.")
+        console.print(f"{bundle} was built for {opened.target.name} and {'can' if runs else 'cannot'} run here.")
     return EXIT_PASS if runs else EXIT_BLOCK
 
 

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from glmexport.cli.console import Terminal, emit, titled_table
 from glmexport.cli.options import adapter_option, checkpoint_argument, json_option
+from glmexport.report.text import brief_ratio
 
 if TYPE_CHECKING:
     from glmexport.foundation.evidence import Evidence, Gain, KvCache, Outcome, Preference, TriedCandidate
@@ -115,8 +116,8 @@ def tune(
     """
     from glmexport.foundation.machine import cores
     from glmexport.foundation.target import open_target
-    from glmexport.workflows.job import Original
-    from glmexport.workflows.tune import TuneOptions
+    from glmexport.tuning.options import TuneOptions
+    from glmexport.workflows.original import Original
     from glmexport.workflows.tune import tune as tune_target
 
     terminal = Terminal()
@@ -194,7 +195,7 @@ def _speed(tried: TriedCandidate) -> float:
 
 def _cell(gain: Gain) -> str:
     known = gain.lower is not None and gain.upper is not None
-    return f"{gain.ratio:.2f}x" + (f" ({gain.lower:.2f} to {gain.upper:.2f})" if known else "")
+    return brief_ratio(gain.ratio) + (f" ({gain.lower:.2f} to {gain.upper:.2f})" if known else "")
 
 
 def _conditions(evidence: Evidence) -> str:

@@ -22,7 +22,7 @@ from glmexport.cli.options import (
 
 if TYPE_CHECKING:
     from glmexport.release.opening import Trust
-    from glmexport.workflows.job import Original
+    from glmexport.workflows.original import Original
 
 
 @click.command()
@@ -75,7 +75,7 @@ def validate(
     The original is a checkpoint (--against) or what it answered elsewhere (--reference). With --device or --fleet the
     same job runs on each device, and the worst verdict is the whole's.
     """
-    from glmexport.bundle.manifest import read_manifest
+    from glmexport.bundle.bundle import Bundle
     from glmexport.cli.plan import show_plan
     from glmexport.cli.signature import telling_of_signature
     from glmexport.cli.verdict import exit_code, show
@@ -83,13 +83,12 @@ def validate(
     from glmexport.foundation.target import open_policy
     from glmexport.validation.behaviour.tasks import read_tasks
     from glmexport.validation.capture import CapturedReference
-    from glmexport.validation.run import ValidationPlan
-    from glmexport.workflows.job import Original
+    from glmexport.validation.conditions import ValidationPlan
+    from glmexport.workflows.original import Original
     from glmexport.workflows.plan import plan_bundle
     from glmexport.workflows.validate import (
         BuildOptions,
         command_line,
-        threads_of,
         validate_bundle,
         validate_captured_bundle,
     )
@@ -110,7 +109,8 @@ def validate(
         bundle_threads=bundle_threads(threads),
         trust=trust,
     )
-    manifest = read_manifest(bundle)
+    opened = Bundle.open(bundle)
+    manifest = opened.manifest
     original: Original | CapturedReference
     if reference is not None:
         original = CapturedReference.open(reference)
@@ -124,16 +124,16 @@ def validate(
         "Plan" if only_plan else "Validate",
         {
             "bundle": str(bundle),
-            "digest": manifest.digest(),
+            "digest": opened.digest,
             **against,
             "target": manifest.target.name,
             "recipe": manifest.recipe.name,
-            "threads": f"{threads_of(manifest, options)} of the bundle, {threads} of all else",
+            "threads": f"{options.threads_for(opened.target)} of the bundle, {threads} of all else",
             **({"devices": ", ".join([*devices, *([str(fleet)] if fleet else [])])} if devices or fleet else {}),
         },
     )
     if only_plan:
-        plan = plan_bundle(bundle, original, options, terminal)
+        plan = plan_bundle(opened, original, options, terminal)
         show_plan(terminal.console, plan)
         if as_json:
             emit(plan.model_dump_json(indent=2))
@@ -144,12 +144,12 @@ def validate(
         chosen = context.get_parameter_source("threads") is not ParameterSource.DEFAULT
         of_device = threads if chosen else None
         with telling_of_signature(terminal, bundle):
-            return on_devices(bundle, original, devices, fleet, of_device, options, terminal, as_json)
+            return on_devices(opened, original, devices, fleet, of_device, options, terminal, as_json)
     with telling_of_signature(terminal, bundle):
         if isinstance(original, Original):
-            built = validate_bundle(bundle, original, options, terminal)
+            built = validate_bundle(opened, original, options, terminal)
         else:
-            built = validate_captured_bundle(bundle, original, options, terminal)
+            built = validate_captured_bundle(opened, original, options, terminal)
     show(terminal.console, built.report, bundle)
     if as_json:
         emit(built.report.model_dump_json(indent=2))

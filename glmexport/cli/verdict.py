@@ -5,19 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from glmexport.cli.console import gibibytes, titled_table
+from glmexport.cli.console import titled_table
 from glmexport.foundation.errors import EXIT_BLOCK, EXIT_INCONCLUSIVE, EXIT_PASS
 from glmexport.foundation.target import Target
 from glmexport.report.allocation import summarize
 from glmexport.report.behaviour import answer_rows
 from glmexport.report.devices import device_table
 from glmexport.report.document import HTML_NAME, Report
-from glmexport.report.speed import bounded, reached, speed_rows, value
+from glmexport.report.speed import median_of, only_if_bounded, share_reached, speed_rows
+from glmexport.report.text import brief_divergence, brief_ratio, brief_share, brief_size
 from glmexport.results.behaviour import Behaviour
 from glmexport.results.fidelity import CaptureBound, LanguageFidelity
 from glmexport.results.gate import Gate
@@ -25,7 +27,9 @@ from glmexport.results.performance import Interval, Performance
 from glmexport.results.record import Verdict
 from glmexport.results.reference import ReferenceCheck
 from glmexport.results.weights import WeightCheck
-from glmexport.validation.unrun import Unrun
+
+if TYPE_CHECKING:
+    from glmexport.validation.unrun import Unrun
 
 _EXIT = {
     Verdict.PASS: EXIT_PASS,
@@ -117,8 +121,8 @@ def _fidelity(report: Report) -> Table:
 def _capture(bound: CaptureBound) -> str:
     return (
         f"lower bounds: of the original, its {bound.top_k} most likely tokens were captured; at "
-        f"{bound.audit_positions} positions {_divergence(bound.kl_mean_partition_nats, '.5f')} nats so and "
-        f"{_divergence(bound.kl_mean_nats, '.5f')} over the whole vocabulary"
+        f"{bound.audit_positions} positions {brief_divergence(bound.kl_mean_partition_nats, 5)} nats so and "
+        f"{brief_divergence(bound.kl_mean_nats, 5)} over the whole vocabulary"
     )
 
 
@@ -127,16 +131,10 @@ def _figures(row: LanguageFidelity) -> tuple[str, ...]:
         str(row.positions),
         f"{row.perplexity_original:.2f}",
         f"{row.perplexity_bundle:.2f}",
-        _divergence(row.kl_mean_nats, ".4f"),
-        _divergence(row.kl_p99_nats, ".3f"),
-        f"{row.top1_agreement:.1%}",
+        brief_divergence(row.kl_mean_nats),
+        brief_divergence(row.kl_p99_nats, 3),
+        brief_share(row.top1_agreement),
     )
-
-
-def _divergence(nats: float, form: str) -> str:
-    """What would be rounded to nothing is shown by its power."""
-    shown = f"{nats:{form}}"
-    return f"{nats:.0e}" if nats and not float(shown) else shown
 
 
 def _shares(report: Report) -> Table | str:
@@ -164,7 +162,7 @@ def _spending(report: Report) -> Table | str:
     )
     for row in spending.formats:
         share = row.stored_bits / spending.stored_bits
-        table.add_row(row.format, str(row.groups), f"{share:.1%}", f"{row.loss_nats:.4f}")
+        table.add_row(row.format, str(row.groups), brief_share(share), f"{row.loss_nats:.4f}")
     return table
 
 
@@ -173,7 +171,7 @@ def _cost(report: Report) -> Table:
     size = report.size
     before = size.original_bytes * 8 / size.parameters if size.parameters else math.nan
     table.add_row(
-        "size", gibibytes(size.original_bytes), "", gibibytes(size.bundle_bytes), "",
+        "size", brief_size(size.original_bytes), "", brief_size(size.bundle_bytes), "",
         _times(size.bundle_bytes, size.original_bytes),
     )  # fmt: skip
     table.add_row(
@@ -192,13 +190,13 @@ def _cost(report: Report) -> Table:
 
 
 def _times(value: float, base: float) -> str:
-    return f"{value / base:.2f}x" if base else "-"
+    return brief_ratio(value / base) if base else "-"
 
 
 def _cells(cell: Interval | float, scale: float, form: str, unit: str = "") -> tuple[str, str]:
-    sure = bounded(cell)
+    sure = only_if_bounded(cell)
     return (
-        f"{value(cell) * scale:{form}}{unit}",
+        f"{median_of(cell) * scale:{form}}{unit}",
         f"{sure.lower * scale:{form}} to {sure.upper * scale:{form}}" if sure else "",
     )
 
@@ -235,7 +233,7 @@ def _bound(speed: Performance) -> str:
         return "how fast memory is read is not known"
     return (
         f"memory bandwidth bounds decoding at {speed.roofline_decode_tokens_per_s:.0f} tokens/s, of which "
-        f"{reached(speed)} is reached"
+        f"{share_reached(speed)} is reached"
     )
 
 
@@ -271,10 +269,10 @@ def _gates(source: str, gates: Iterable[Gate]) -> Table:
         table.add_row(
             gate.name,
             gate.language or "-",
-            gibibytes(gate.value) if gate.unit == "bytes" else f"{gate.value:.4g}",
+            brief_size(gate.value) if gate.unit == "bytes" else f"{gate.value:.4g}",
             "-" if gate.lower is None or gate.upper is None else f"{gate.lower:.4g} to {gate.upper:.4g}",
             gate.direction,
-            gibibytes(gate.limit) if gate.unit == "bytes" else f"{gate.limit:g}",
+            brief_size(gate.limit) if gate.unit == "bytes" else f"{gate.limit:g}",
             Text.assemble(
                 _verdict(gate.verdict),
                 f" (about {gate.documents_needed} {gate.needed_unit} would decide)" if gate.documents_needed else "",

@@ -54,7 +54,7 @@ class ServerStatus(ServerEvent):
 Kind = TypeVar("Kind", bound=ServerEvent)
 
 
-def checked(kind: type[Kind], event: dict[str, Any], who: str) -> Kind:
+def check_event(kind: type[Kind], event: dict[str, Any], who: str) -> Kind:
     """Return ``event`` as the kind that it has to be.
 
     Raises:

@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from glmexport.deployment.events import ServerFacts, checked
+from glmexport.deployment.events import ServerFacts, check_event
 from glmexport.deployment.signed import SignedBundle
 from glmexport.deployment.site import Server, Site
 from glmexport.foundation.errors import InputError, MachineError
@@ -65,7 +65,7 @@ class Remote:
 
     async def order(self, release: SignedBundle | None, name: str, **options: Any) -> None:
         """Write the order to the server, with the program that does it."""
-        await self._put({f"orders/{name}.json": order(self._site, self.server, release, **options)})
+        await self._put({f"orders/{name}.json": order_document(self._site, self.server, release, **options)})
 
     async def install(self) -> None:
         """Write the program to the server."""
@@ -211,7 +211,7 @@ async def _beat(process: asyncssh.SSHClientProcess[bytes]) -> None:
         await asyncio.sleep(_BEAT_S)
 
 
-def order(site: Site, server: Server, release: SignedBundle | None, **options: Any) -> bytes:
+def order_document(site: Site, server: Server, release: SignedBundle | None, **options: Any) -> bytes:
     """Return the content of orders/ID.json."""
     import json
 
@@ -248,7 +248,7 @@ def require_fit(who: str, release: SignedBundle, told: dict[str, Any]) -> None:
     Raises:
         MachineError: no space, no openssl, no glmexport, or another kind of machine.
     """
-    facts = checked(ServerFacts, told, who)
+    facts = check_event(ServerFacts, told, who)
     needed = release.bytes - min(facts.received_bytes, release.bytes) + _SPARE
     if facts.free_bytes < needed:
         raise MachineError(

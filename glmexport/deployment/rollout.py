@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glmexport.deployment.events import ServerStatus, checked
+from glmexport.deployment.events import ServerStatus, check_event
 from glmexport.deployment.remote import Remote, order_name, require_fit
 from glmexport.deployment.signed import SignedBundle
 from glmexport.deployment.site import Site
@@ -59,7 +59,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class DeployOptions:
-    """What a deployment asks for beside the release."""
+    """The options of a deployment beside the release."""
 
     allow_older: bool = False
     replace_trust: bool = False
@@ -123,7 +123,7 @@ def status(site: Site, progress: Progress) -> list[Outcome]:
     async def asked(remote: Remote, outcome: Outcome) -> None:
         await remote.install()
         outcome.facts = await remote.result("status", "status")
-        found = checked(ServerStatus, outcome.facts, remote.name)
+        found = check_event(ServerStatus, outcome.facts, remote.name)
         outcome.release, outcome.head = found.current, found.head
         outcome.state = "done"
 

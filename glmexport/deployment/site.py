@@ -20,7 +20,7 @@ _PATH = re.compile(r"[A-Za-z0-9/._~][^\\]*")
 
 
 class Server(Definition):
-    """One server."""
+    """One server of a site, as its file describes it."""
 
     #: ``ssh://user@host`` or ``ssh://user@host:port``.
     at: str

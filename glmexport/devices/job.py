@@ -26,8 +26,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from glmexport.bundle.bundle import Bundle
-from glmexport.bundle.links import loadable
-from glmexport.bundle.loop import FixedLoopConfig, LoopConfig, read_loop
+from glmexport.bundle.genai_config import GenaiConfig
+from glmexport.bundle.loop import FixedLoopConfig, LoopConfig
 from glmexport.bundle.manifest import FileEntry, Manifest
 from glmexport.bundle.names import (
     ASKED,
@@ -162,8 +162,7 @@ class PromptQuestion:
 
 def write_job(
     directory: Path,
-    bundle: Path,
-    manifest: Manifest,
+    bundle: Bundle,
     texts: Sequence[TextQuestion],
     prompts: Sequence[PromptQuestion],
     *,
@@ -177,12 +176,11 @@ def write_job(
         InputError: caches of a fixed capacity do not hold a text.
         BundleError: the bundle's loop cannot be read.
     """
-    loop = Bundle(bundle, manifest).loop
-    graphs = _graphs(bundle)
+    graphs, needed = _graphs(bundle), needed_files(bundle.manifest)
     if graphs.fixed:
-        require_room(max(len(text.ids) for text in texts), loop.context_length)
+        require_room(max(len(text.ids) for text in texts), bundle.context_length)
     directory.mkdir(parents=True)
-    _link(bundle, directory / BUNDLE, manifest)
+    _link(bundle, directory / BUNDLE)
     tensors: dict[str, Tensor] = {}
     for index, text in enumerate(texts):
         tensors[f"text.{index}.ids"] = text.ids.int()
@@ -195,17 +193,17 @@ def write_job(
     save_file(tensors, directory / QUESTIONS)
     questions = directory / QUESTIONS
     job = Job(
-        bundle_digest=manifest.digest(),
+        bundle_digest=bundle.digest,
         files=(
             FileEntry(path=QUESTIONS, size=questions.stat().st_size, sha256=sha256(questions)),
-            *(entry.model_copy(update={"path": f"{BUNDLE}/{entry.path}"}) for entry in needed_files(manifest)),
+            *(entry.model_copy(update={"path": f"{BUNDLE}/{entry.path}"}) for entry in needed),
         ),
         graphs=graphs,
-        provider=manifest.target.provider,
-        config=manifest.target.session.config,
+        provider=bundle.target.provider,
+        config=bundle.target.session.config,
         threads=threads,
-        end_tokens=tuple(sorted(loop.ends)),
-        context_length=loop.context_length,
+        end_tokens=tuple(sorted(bundle.ends)),
+        context_length=bundle.context_length,
         vocabulary_size=vocabulary_size,
         texts=tuple(text.prefix for text in texts),
         prompts=tuple(prompt.max_tokens for prompt in prompts),
@@ -216,7 +214,7 @@ def write_job(
 
 
 def needed_files(manifest: Manifest) -> tuple[FileEntry, ...]:
-    """Those of the bundle that a device reads: the graphs and their weights."""
+    """Return the files of a bundle that a device reads: the graphs and their weights."""
     graphs = (MODEL, STEP, SCORING)
     return tuple(
         entry for entry in manifest.files if entry.path in graphs or entry.path.startswith(f"{WEIGHTS}/")
@@ -224,7 +222,7 @@ def needed_files(manifest: Manifest) -> tuple[FileEntry, ...]:
 
 
 def read_job(directory: Path) -> Job:
-    """The job in ``directory``.
+    """Read the job in ``directory``.
 
     Raises:
         InputError: there is none that can be read.
@@ -235,19 +233,19 @@ def read_job(directory: Path) -> Job:
         raise InputError(f"{directory / JOB} is no job: {error}.", next_step="Write the job again.") from error
 
 
-def _link(bundle: Path, place: Path, manifest: Manifest) -> None:
-    """The bundle under the job's folder: one link to the directory, in which files are real; a copy without links."""
+def _link(bundle: Bundle, place: Path) -> None:
+    """Put the bundle at ``place``: one link to where its files are real, or copies where there are no links."""
     try:
-        place.symlink_to(loadable(bundle), target_is_directory=True)
+        place.symlink_to(bundle.loadable, target_is_directory=True)
     except OSError:
-        for entry in needed_files(manifest):
+        for entry in needed_files(bundle.manifest):
             (place / entry.path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(bundle / entry.path, place / entry.path)
+            shutil.copyfile(bundle.path(entry.path), place / entry.path)
 
 
-def _graphs(bundle: Path) -> Graphs:
+def _graphs(bundle: Bundle) -> Graphs:
     # The weights stay where they are: only the graph itself is read.
-    inputs = ir.load(bundle / MODEL).graph.inputs
+    inputs = ir.load(bundle.model).graph.inputs
     caches = []
     for value in inputs:
         if value.name in (INPUT_IDS, ATTENTION_MASK, POSITION_IDS, ASKED):
@@ -263,7 +261,7 @@ def _graphs(bundle: Path) -> Graphs:
             )
         )
     sizes = {size for cache in caches for size in cache.shape}
-    fixed = _fixed_shapes(read_loop(bundle))
+    fixed = _fixed_shapes(bundle.loop)
     return Graphs(
         scoring=f"{BUNDLE}/{SCORING}",
         generation=f"{BUNDLE}/{MODEL}",
@@ -276,7 +274,7 @@ def _graphs(bundle: Path) -> Graphs:
     )
 
 
-def _fixed_shapes(loop: LoopConfig | FixedLoopConfig | None) -> FixedShapes | None:
+def _fixed_shapes(loop: LoopConfig | FixedLoopConfig | GenaiConfig) -> FixedShapes | None:
     if not isinstance(loop, FixedLoopConfig):
         return None
     return FixedShapes(

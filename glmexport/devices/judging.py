@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from glmexport.bundle.manifest import Manifest
+from glmexport.bundle.bundle import Bundle
 from glmexport.devices.answers import DeviceAnswers
 from glmexport.devices.job import Job, PromptQuestion, SpeedRequest, TextQuestion, write_job
 from glmexport.foundation.target import Gates
@@ -13,13 +13,13 @@ from glmexport.results.behaviour import Behaviour
 from glmexport.results.device import DeviceResult
 from glmexport.results.performance import Performance
 from glmexport.results.record import Verdict
-from glmexport.tokenizer.tokenizer import Tokenizer
 from glmexport.validation.behaviour.measure import Answers, judge
 from glmexport.validation.capture import CapturedReference
+from glmexport.validation.conditions import ValidationPlan
 from glmexport.validation.fidelity import summarize
 from glmexport.validation.performance import device_performance
 from glmexport.validation.prompts import prompt_parity
-from glmexport.validation.run import Validation, ValidationPlan, arithmetic, judged
+from glmexport.validation.run import Measurements, Validation, arithmetic, judged
 from glmexport.validation.runtimes import Memory, Round
 from glmexport.validation.speed import LEAST_ROUNDS, Turns
 
@@ -28,10 +28,9 @@ _NO_ENERGY = "Devices do not tell the energy they take."
 
 @dataclass(frozen=True)
 class DeviceJudge:
-    """Judges answers about the bundle in ``directory`` by what ``captured`` kept of its original."""
+    """A judge of what devices answer about ``bundle``, by what ``captured`` kept of its original."""
 
-    directory: Path
-    manifest: Manifest
+    bundle: Bundle
     captured: CapturedReference
     plan: ValidationPlan
     policy: Gates
@@ -47,8 +46,7 @@ class DeviceJudge:
         ids = [token for text in texts for token in text.ids.tolist()]
         return write_job(
             folder,
-            self.directory,
-            self.manifest,
+            self.bundle,
             asked,
             [PromptQuestion(answer.question.ids, answer.question.max_tokens) for answer in answers],
             vocabulary_size=self.captured.capture.vocabulary_size,
@@ -62,8 +60,8 @@ class DeviceJudge:
         )
 
     def validation(self, answers: DeviceAnswers) -> Validation:
-        """Everything that can be told from a device's answers, and the verdict."""
-        capture, tokenizer = self.captured.capture, Tokenizer.open(self.directory)
+        """Return everything that can be told from a device's answers, and the verdict."""
+        capture, tokenizer = self.captured.capture, self.bundle.tokenizer
         divergences = [
             answers.divergence(index, self.captured.kept(index)) for index in range(len(self.captured.texts))
         ]
@@ -71,19 +69,22 @@ class DeviceJudge:
             self.captured.texts,
             divergences,
             tokenizer,
-            arithmetic(self.manifest),
+            arithmetic(self.bundle.manifest),
             capture.noise,
             self.captured.audit_at(lambda index, _: answers.audit(index)),
         )
         performance, absent = self._performance(answers)
-        behaviour = self._behaviour(answers, tokenizer)
-        parity = prompt_parity(capture.prompts, tokenizer)
-        checked = capture.reference_check
-        return judged(
-            fidelity, None, parity, behaviour, (), (), performance, self.manifest, self.policy, absent, checked=checked
+        measured = Measurements(
+            fidelity=fidelity,
+            prompts=prompt_parity(capture.prompts, tokenizer),
+            behaviour=self._behaviour(answers),
+            performance=performance,
+            performance_absent_because=absent,
+            reference=capture.reference_check,
         )
+        return judged(measured, self.bundle.manifest, self.policy)
 
-    def _behaviour(self, answers: DeviceAnswers, tokenizer: Tokenizer) -> Behaviour | None:
+    def _behaviour(self, answers: DeviceAnswers) -> Behaviour | None:
         captured = self.captured.capture.answers
         if not answers.job.prompts or not captured:
             return None
@@ -96,7 +97,7 @@ class DeviceJudge:
             {},
             0,
         )
-        return judge([answer.question for answer in captured], given, tokenizer)
+        return judge([answer.question for answer in captured], given, self.bundle.tokenizer)
 
     def _performance(self, answers: DeviceAnswers) -> tuple[Performance | None, str | None]:
         """What the device timed, or why that says nothing."""
@@ -116,7 +117,7 @@ class DeviceJudge:
         )
         performance = device_performance(
             turns,
-            self.manifest,
+            self.bundle.manifest,
             len(asked.prompt),
             asked.generated_tokens,
             speed.memory_bandwidth_bytes_per_s,
@@ -126,7 +127,7 @@ class DeviceJudge:
 
 
 def measured(name: str, device_class: str, answers: DeviceAnswers, validation: Validation) -> DeviceResult:
-    """The section of a device that answered."""
+    """Return the section of a device that answered."""
     return DeviceResult(
         name=name,
         device_class=device_class,
@@ -142,7 +143,7 @@ def measured(name: str, device_class: str, answers: DeviceAnswers, validation: V
 
 
 def failed(name: str, device_class: str, why: str) -> DeviceResult:
-    """The section of a device that did not: nobody can tell, which is never a pass."""
+    """Return the section of a device that did not answer: nobody can tell, which is never a pass."""
     return DeviceResult(
         name=name,
         device_class=device_class,

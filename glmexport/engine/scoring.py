@@ -13,7 +13,7 @@ from glmexport.bundle.bundle import Bundle
 from glmexport.bundle.genai_config import GenaiConfig
 from glmexport.bundle.loop import FixedLoopConfig, LoopConfig
 from glmexport.bundle.names import ATTENTION_MASK, INPUT_IDS, LOGITS, SCORING
-from glmexport.engine.core.cache import cache_specs
+from glmexport.engine.core.cache import unkept_specs
 from glmexport.engine.core.graphs import FixedGraph, GraphNames, MaskedGraph
 from glmexport.engine.graph_opening import fixed_names
 from glmexport.engine.session import open_session
@@ -63,9 +63,7 @@ def require_room(tokens: int, context_length: int) -> None:
 
 
 def _any_length(session: onnxruntime.InferenceSession, config: object) -> tuple[Scorer, int | None]:
-    # The outputs of the caches are not read, so that they need no names.
-    inputs = {value.name for value in session.get_inputs()} - {INPUT_IDS, ATTENTION_MASK}
-    caches = cache_specs(session, dict.fromkeys(inputs, ""))
+    caches = unkept_specs(session, (INPUT_IDS, ATTENTION_MASK))
     return MaskedGraph(session, GraphNames(INPUT_IDS, ATTENTION_MASK, LOGITS, caches, LOGITS)), None
 
 

@@ -132,22 +132,38 @@ def locate(kind: str, folder: str, name_or_path: str) -> Path:
     return path
 
 
+def load_toml(path: Path) -> dict[str, Any]:
+    """Return the table that the file ``path`` is.
+
+    Raises:
+        DefinitionError: not TOML, or larger than a definition is; names the file.
+    """
+    try:
+        return tomllib.loads(read_regular(path, TOML_LIMIT_BYTES).decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        reason = "it nests too deeply" if isinstance(error, RecursionError) else error
+        raise DefinitionError(f"{path} is not TOML: {reason}.", next_step="Correct the file.") from error
+
+
+def checked(source: object, table: dict[str, Any], model: type[T]) -> T:
+    """Return ``table`` as a ``model``; ``source`` names its file in messages.
+
+    Raises:
+        DefinitionError: an unknown key, or a value of the wrong type; names file and key.
+    """
+    try:
+        return model.model_validate(table)
+    except ValidationError as error:
+        raise DefinitionError(
+            f"{source}: {first_problem(error)}.",
+            next_step=f"Correct the key{'s' if error.error_count() > 1 else ''} ({error.error_count()} in all).",
+        ) from error
+
+
 def read_toml(path: Path, model: type[T], extra: dict[str, Any] | None = None) -> T:
     """Parse ``path`` into ``model``; ``extra`` adds keys that the file does not carry, such as its name.
 
     Raises:
-        DefinitionError: not TOML, larger than a definition is, an unknown key, or a value of the wrong type; names
-            file and key.
+        DefinitionError: as ``load_toml`` and ``checked``.
     """
-    try:
-        table = tomllib.loads(read_regular(path, TOML_LIMIT_BYTES).decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        reason = "it nests too deeply" if isinstance(error, RecursionError) else error
-        raise DefinitionError(f"{path} is not TOML: {reason}.", next_step="Correct the file.") from error
-    try:
-        return model.model_validate({**table, **(extra or {})})
-    except ValidationError as error:
-        raise DefinitionError(
-            f"{path}: {first_problem(error)}.",
-            next_step=f"Correct the key{'s' if error.error_count() > 1 else ''} ({error.error_count()} in all).",
-        ) from error
+    return checked(path, {**load_toml(path), **(extra or {})}, model)

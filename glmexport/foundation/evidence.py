@@ -84,7 +84,7 @@ class Deviation(_Measured):
 
 
 class Divergences(_Measured):
-    """How far a candidate's numbers move the next-token distribution, over the whole model."""
+    """The distance by which a candidate's numbers move the next-token distribution, over the whole model."""
 
     #: Divergence from the original.
     original: Deviation

@@ -1,10 +1,9 @@
-"""Facts about the machine at hand: what it is, what memory it has, and how fast it reads it."""
+"""Facts about the machine at hand: what it is, and what memory it has."""
 
 from __future__ import annotations
 
 import platform
 import sys
-import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -93,25 +92,3 @@ def peak_memory_and_source() -> tuple[int, str]:
     if hasattr(process, "peak_wset"):
         return int(process.peak_wset), "peak working set"
     return int(process.rss), "resident memory at the end"
-
-
-def memory_bandwidth(threads: int) -> float:
-    """Return the bytes per second that ``threads`` threads read of memory: the best of several sums over 256 MiB.
-
-    256 MiB is several times any cache; a sum reads every byte once and writes nothing.
-    """
-    # Here, so that a process that asks for its peak memory does not first load torch.
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        data = torch.ones(1 << 26, dtype=torch.float32)
-        best = 0.0
-        for _ in range(5):
-            started = time.perf_counter()
-            data.sum()
-            best = max(best, data.numel() * 4 / (time.perf_counter() - started))
-        return best
-    finally:
-        torch.set_num_threads(before)

@@ -7,7 +7,8 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from glmexport.foundation.definition import Definition, locate, read_toml
+from glmexport.foundation.definition import Definition, checked
+from glmexport.foundation.inheritance import open_source
 
 RECIPES = "calibration/recipes"
 #: The recipe of a checkpoint that is quantized already.
@@ -160,10 +161,10 @@ class Recipe(Definition):
 
 
 def open_recipe(name_or_path: str) -> Recipe:
-    """Return the shipped recipe of that name, or the one in that ``.toml`` file.
+    """Return the shipped recipe of that name, or the one in that ``.toml`` file, with what it inherits.
 
     Raises:
-        DefinitionError: unknown name, unknown key, or a value out of range.
+        DefinitionError: unknown name, unknown key, a value out of range, or a recipe that cannot be extended.
     """
-    path = locate("recipe", RECIPES, name_or_path)
-    return read_toml(path, Recipe, {"name": path.stem})
+    source = open_source("recipe", RECIPES, name_or_path)
+    return checked(source, {**source.resolved, "name": source.path.stem}, Recipe)

@@ -8,10 +8,12 @@ from typing import Literal, Self
 
 from pydantic import ByteSize, Field, model_validator
 
-from glmexport.foundation.definition import Definition, locate, names, read_toml
+from glmexport.foundation.definition import Definition, checked, names, read_toml
 from glmexport.foundation.errors import DefinitionError
 from glmexport.foundation.evidence import FLOATS, Evidence, KvCache
 from glmexport.foundation.host import Host
+from glmexport.foundation.inheritance import Source, open_source
+from glmexport.foundation.provenance import Provenance, with_inherited_claims
 from glmexport.foundation.session_settings import check_provider, check_session_entries
 
 TARGETS = "targets"
@@ -209,30 +211,6 @@ def open_policy(path: Path) -> Policy:
     return Policy(path.name, read_toml(path, Gates))
 
 
-class Claim(Definition):
-    """The reason why one key of a target has its value, and how that is known."""
-
-    #: Measured: timed or compared in numbers. Executed: it ran and gave the right numbers. Read: documentation or
-    #: source says so, nothing was run. Chosen: a preference, not a fact.
-    how: Literal["measured", "executed", "read", "chosen"]
-    why: str
-
-
-class Provenance(Definition):
-    """The sources of a target's figures."""
-
-    #: Whether bundles for this target have run on hardware of its class.
-    executed: bool = False
-    #: The machine and the runtime of what was measured or executed; of a target that was not, what was read instead.
-    measured_on: str
-    date: str
-    notes: str = ""
-    #: Claims by the key that each is about, as ``graph.packed_qkv``.
-    claims: dict[str, Claim] = Field(default_factory=dict)
-    #: Limitations: what cannot be done for this target yet, a sentence each.
-    not_yet: tuple[str, ...] = ()
-
-
 class Target(Definition):
     """A class of hardware: provider, probes, legal graphs, fast formats, gates, and the evidence for them."""
 
@@ -301,12 +279,21 @@ def open_target(name_or_path: str) -> Target:
     """Return the shipped target of that name, the one in that ``.toml`` file, or for ``host`` this machine's.
 
     Raises:
-        DefinitionError: unknown name, unknown key, or no shipped target matches this host.
+        DefinitionError: unknown name, unknown key, what cannot be inherited, or no shipped target matches this host.
     """
     if name_or_path == HOST:
         return host_target(Host.this())
-    path = locate("target", TARGETS, name_or_path)
-    return read_toml(path, Target, {"name": path.stem})
+    source = target_source(name_or_path)
+    return checked(source, {**with_inherited_claims(source), "name": source.path.stem}, Target)
+
+
+def target_source(name_or_path: str) -> Source:
+    """Return the file of a target, and the one that it extends; ``host`` is no file's name.
+
+    Raises:
+        DefinitionError: unknown name, not TOML, or a target that cannot be extended.
+    """
+    return open_source("target", TARGETS, name_or_path)
 
 
 def shipped_targets() -> list[Target]:

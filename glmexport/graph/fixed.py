@@ -9,7 +9,7 @@ import onnx_ir as ir
 from glmexport.architecture.description import Architecture
 from glmexport.bundle.names import ASKED, INPUT_IDS, LOGITS, PAST, POSITION_IDS, PRESENT
 from glmexport.foundation.target import GraphLimits
-from glmexport.graph.build import _Builder, _value
+from glmexport.graph.builder import GraphBuilder, tensor_value
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,14 @@ def build_fixed(architecture: Architecture, limits: GraphLimits, positions: int,
     return builder.finished(builder.scores(architecture) if every_position else builder.generates(architecture))
 
 
-class _FixedBuilder(_Builder):
+class _FixedBuilder(GraphBuilder):
     def __init__(self, architecture: Architecture, limits: GraphLimits, positions: int) -> None:
         super().__init__(architecture, limits)
         self.batch = 1
         self.capacity = fixed_sizes(architecture, limits).capacity
         self.positions = positions
         self.input_ids, self.mask = (
-            _value(name, ir.DataType.INT64, [1, positions]) for name in (INPUT_IDS, POSITION_IDS)
+            tensor_value(name, ir.DataType.INT64, [1, positions]) for name in (INPUT_IDS, POSITION_IDS)
         )
         self.inputs = [self.input_ids, self.mask]
 
@@ -65,7 +65,7 @@ class _FixedBuilder(_Builder):
     def generates(self, architecture: Architecture) -> list[ir.Value]:
         if self.positions == 1:
             return self.scores(architecture)
-        asked = _value(ASKED, ir.DataType.INT64, [1])
+        asked = tensor_value(ASKED, ir.DataType.INT64, [1])
         self.inputs.append(asked)
 
         def of_asked(x: ir.Value) -> ir.Value:

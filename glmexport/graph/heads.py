@@ -5,7 +5,7 @@ from __future__ import annotations
 from glmexport.architecture.description import Architecture, DecoderLayer
 from glmexport.architecture.latent import LatentAttention
 from glmexport.foundation.target import GraphLimits, Target
-from glmexport.graph.build import own_loop
+from glmexport.graph.caches import own_loop
 
 ROTARY = "com.microsoft::RotaryEmbedding"
 #: GroupQueryAttention takes heads of a multiple of this size, and of twice the size where it rotates them, which it

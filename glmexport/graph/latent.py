@@ -10,7 +10,7 @@ from glmexport.architecture.latent import Indexer, LatentAttention
 from glmexport.bundle.names import INDEX, LATENT, PAST, PRESENT
 
 if TYPE_CHECKING:
-    from glmexport.graph.build import _Builder
+    from glmexport.graph.builder import GraphBuilder
 
 
 class LatentLayers:
@@ -19,7 +19,7 @@ class LatentLayers:
     ``latent_cache``: whether latents are cached; selections need it, since their keys are one more cache.
     """
 
-    def __init__(self, builder: _Builder, latent_cache: bool) -> None:
+    def __init__(self, builder: GraphBuilder, latent_cache: bool) -> None:
         self.builder = builder
         self.latent_cache = latent_cache
         self.selection: ir.Value | None = None

@@ -12,7 +12,7 @@ import sys
 
 from glmexport.cli.main import tell
 from glmexport.foundation.errors import GlmexportError
-from glmexport.foundation.extras import lacking
+from glmexport.foundation.extras import missing_package
 
 
 def main() -> None:
@@ -28,7 +28,7 @@ def main() -> None:
     except GlmexportError as error:
         sys.exit(tell(error))
     except ImportError as error:
-        absent = lacking(error)
+        absent = missing_package(error)
         if absent is None:
             raise
         sys.exit(tell(absent))

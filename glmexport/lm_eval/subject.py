@@ -12,7 +12,6 @@ from typing import Any, Protocol
 
 import torch
 
-from glmexport.bundle.bundle import Bundle
 from glmexport.engine.generation import GenerationSession
 from glmexport.engine.scoring import ScoringSession
 from glmexport.foundation.errors import InputError
@@ -23,7 +22,7 @@ from glmexport.lm_eval.likelihood import Likelihood, Request, bundle_likelihoods
 from glmexport.reference.reference import Reference
 from glmexport.release.opening import NOBODY, Trust, open_signed
 from glmexport.tokenizer.tokenizer import Tokenizer
-from glmexport.workflows.job import Original
+from glmexport.workflows.original import Original
 
 
 class Subject(Protocol):
@@ -49,19 +48,18 @@ class BundleSubject:
     """
 
     def __init__(self, directory: Path, threads: int, progress: Progress, trust: Trust = NOBODY) -> None:
-        self._directory, self._threads, self._progress = directory, threads, progress
-        self._manifest = open_signed(directory, trust, progress)
-        self.tokenizer = Tokenizer.open(directory)
-        self.context_length = self._manifest.context_length
-        self.digest = self._manifest.digest()
+        self._bundle, self._threads, self._progress = open_signed(directory, trust, progress), threads, progress
+        self.tokenizer = self._bundle.tokenizer
+        self.context_length = self._bundle.manifest.context_length
+        self.digest = self._bundle.digest
 
     @cached_property
     def _scoring(self) -> ScoringSession:
-        return ScoringSession(Bundle(self._directory, self._manifest), self._threads)
+        return ScoringSession(self._bundle, self._threads)
 
     @cached_property
     def _generation(self) -> GenerationSession:
-        return GenerationSession.open(Bundle(self._directory, self._manifest), self._threads)
+        return GenerationSession.open(self._bundle, self._threads)
 
     def likelihoods(self, requests: Sequence[Request]) -> list[Likelihood]:
         """By scoring.onnx."""

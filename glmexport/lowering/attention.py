@@ -132,7 +132,7 @@ def rotary_caches(model: ir.Model, tables: tuple[torch.Tensor, torch.Tensor]) ->
 def shared_lengths(model: ir.Model) -> tuple[ir.Value, ir.Value]:
     """Return (sequence_lengths [B] int32, total_length [] int32) of the attention mask, computed once a graph."""
     graph = model.graph
-    found = shared(model)
+    found = shared_values(model)
     if SEQUENCE_LENGTHS in found:
         return found[SEQUENCE_LENGTHS], found[TOTAL_LENGTH]
     mask = next(value for value in graph.inputs if value.name == ATTENTION_MASK)
@@ -157,11 +157,11 @@ def shared_position_ids(model: ir.Model) -> ir.Value:
     The first new token of a sequence comes behind what the attention mask has ones for, less the new tokens. Padding
     is to the right, and in the first call only: there the sequences begin at 0, however few ones they have.
     """
-    found = shared(model)
+    found = shared_values(model)
     if POSITIONS in found:
         return found[POSITIONS]
     lengths, total = shared_lengths(model)
-    ids, before_all = input_ids(model), computing(total)
+    ids, before_all = input_ids(model), computing_node(total)
     rewrite = Rewrite(model, before_all)
     one, zero = rewrite.constant("one", np.array(1, np.int64)), rewrite.constant("zero", np.array(0, np.int64))
     (shape,) = rewrite.op("Shape", [ids])
@@ -183,13 +183,13 @@ def input_ids(model: ir.Model) -> ir.Value:
     return next(value for value in model.graph.inputs if value.name == INPUT_IDS)
 
 
-def computing(value: ir.Value) -> ir.Node:
+def computing_node(value: ir.Value) -> ir.Node:
     """Return the node that ``value`` comes of; behind that of a shared value, nodes that follow are inserted."""
     producer = value.producer()
     assert producer is not None, value.name
     return producer
 
 
-def shared(model: ir.Model) -> dict[str | None, ir.Value]:
+def shared_values(model: ir.Model) -> dict[str | None, ir.Value]:
     """Return the values of the outermost graph, by name."""
     return {value.name: value for node in model.graph for value in node.outputs}

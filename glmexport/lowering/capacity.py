@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from glmexport.lowering.attention import computing, input_ids, shared, shared_position_ids
+from glmexport.lowering.attention import computing_node, input_ids, shared_position_ids, shared_values
 from glmexport.lowering.rewrite import MICROSOFT, Rewrite
 
 _PLACES, _CAUSAL = "cache_places", "causal_bias"
@@ -27,11 +27,11 @@ class Positions:
 
 def shared_positions(model: ir.Model, node: ir.Node) -> Positions:
     """Return the positions of the graph's input; ``node`` is one that reads a cache."""
-    found = shared(model)
+    found = shared_values(model)
     positions = shared_position_ids(model)
     if _CAUSAL in found:
         return Positions(positions, found[_PLACES], found[_CAUSAL])
-    ids, before_all = input_ids(model), computing(positions)
+    ids, before_all = input_ids(model), computing_node(positions)
     cache = node.inputs[3]
     rewrite = Rewrite(model, before_all)
     one, zero = rewrite.constant("one", np.array(1, np.int64)), rewrite.constant("zero", np.array(0, np.int64))
@@ -57,12 +57,12 @@ def shared_positions(model: ir.Model, node: ir.Node) -> Positions:
 SEEN = {"seen": 0.0, "unseen": -np.inf}
 
 
-def written(rewrite: Rewrite, cache: ir.Value | None, positions: Positions, new: ir.Value) -> ir.Value:
+def write_to_cache(rewrite: Rewrite, cache: ir.Value | None, positions: Positions, new: ir.Value) -> ir.Value:
     """Return ``cache`` [B, C, width] with ``new`` [B, S, width] in its places; in place where both are one buffer."""
     return rewrite.op("ScatterND", [cache, positions.places, new])[0]
 
 
-def rotated(
+def rotate(
     rewrite: Rewrite, x: ir.Value | None, positions: Positions, tables: list[ir.Value], interleaved: int
 ) -> ir.Value:
     """Return ``x`` [B, S, size] or [B, heads, S, size], rotated as its positions tell."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from glmexport.foundation.target import Claim, GraphLimits, Target
+from glmexport.foundation.provenance import Claim
+from glmexport.foundation.target import GraphLimits, Target
 from glmexport.lowering.embedding import FUSED as FUSED_ROWS
 from glmexport.lowering.norm import FUSED
 

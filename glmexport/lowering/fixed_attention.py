@@ -9,7 +9,7 @@ import onnx_ir as ir
 import torch
 
 from glmexport.graph.operators import integer, nodes_of, number
-from glmexport.lowering.attention import rotary_caches, shared
+from glmexport.lowering.attention import rotary_caches, shared_values
 from glmexport.lowering.rewrite import Rewrite
 
 _PLACES, _BIAS, _COSINES, _SINES = "cache_places", "causal_bias", "cosines", "sines"
@@ -105,7 +105,7 @@ class LowerFixedAttentionPass(ir.passes.InPlacePass):
         cache, position_ids = node.inputs[-2], node.inputs[-1]
         assert cache is not None and cache.shape is not None and position_ids is not None
         capacity = int(cache.shape.numpy()[1])
-        found = shared(model)
+        found = shared_values(model)
         if _BIAS in found:
             return _Positions(capacity, *(found[name] for name in (_PLACES, _BIAS, _COSINES, _SINES)))
         assert position_ids.shape is not None

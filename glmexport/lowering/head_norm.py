@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from glmexport.foundation.target import Target
 from glmexport.graph.operators import integer, nodes_of, text
-from glmexport.lowering.norm import normalized
+from glmexport.lowering.norm import normalize
 from glmexport.lowering.rewrite import Rewrite
 from glmexport.quantization.weights import Weights
 
@@ -38,7 +38,7 @@ class LowerHeadNormPass(ir.passes.InPlacePass):
             apart = rewrite.constant(f"heads_of_{size}", np.array([0, 0, -1, size], np.int64))
             together = rewrite.constant("heads_together", np.array([0, 0, -1], np.int64))
             (heads,) = rewrite.op("Reshape", [node.inputs[0], apart])
-            normed = normalized(rewrite, heads, gain, self.form)
+            normed = normalize(rewrite, heads, gain, self.form)
             (output,) = rewrite.op("Reshape", [normed, together])
             output.type = normed.type
             rewrite.finish(output)

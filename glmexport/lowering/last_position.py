@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from glmexport.graph.operators import integer, nodes_of
-from glmexport.lowering.attention import computing, input_ids, shared, shared_lengths
+from glmexport.lowering.attention import computing_node, input_ids, shared_lengths, shared_values
 from glmexport.lowering.rewrite import Rewrite
 
 _RECENT = "recent_positions"
@@ -52,7 +52,7 @@ class LowerRecentPositionsPass(ir.passes.InPlacePass):
 
 def _shared_indices(model: ir.Model, node: ir.Node) -> ir.Value:
     """Recent positions [B, R, 1] int64 of the graph's input, computed once a graph, when its first ``node`` asks."""
-    found = shared(model)
+    found = shared_values(model)
     if _RECENT in found:
         return found[_RECENT]
     _, total = shared_lengths(model)
@@ -72,7 +72,7 @@ def _shared_indices(model: ir.Model, node: ir.Node) -> ir.Value:
     (chosen,) = rewrite.op("Add", [first, steps])
     (indices,) = rewrite.op("Unsqueeze", [chosen, rewrite.integers(2)])
     indices.name = _RECENT
-    model.graph.insert_after(computing(total), rewrite.nodes)
+    model.graph.insert_after(computing_node(total), rewrite.nodes)
     return indices
 
 

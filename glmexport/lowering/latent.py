@@ -8,7 +8,7 @@ import torch
 
 from glmexport.graph.operators import DOMAIN, integer, nodes_of, number, text
 from glmexport.lowering.attention import rotary_caches
-from glmexport.lowering.capacity import rotated, scores_of, shared_positions, written
+from glmexport.lowering.capacity import rotate, scores_of, shared_positions, write_to_cache
 from glmexport.lowering.constant import constant_matrix
 from glmexport.lowering.rewrite import Rewrite
 from glmexport.quantization.weights import Weights
@@ -144,13 +144,13 @@ class LowerLatentAttentionPass(ir.passes.InPlacePass):
         (query,) = rewrite.op("Transpose", [query], {"perm": [0, 2, 1, 3]})
         query_pass, query_rotary = rewrite.split(query, nope, rope)
         (absorbed,) = rewrite.op("MatMul", [query_pass, keys])
-        turned = rotated(rewrite, query_rotary, positions, tables, interleaved)
+        turned = rotate(rewrite, query_rotary, positions, tables, interleaved)
         (query,) = rewrite.op("Concat", [absorbed, turned], {"axis": -1})
         (query,) = rewrite.op("Mul", [query, rewrite.constant(f"{node.name}/scale", _scalar(number(node, "scale")))])
 
-        key = rotated(rewrite, rotary_key, positions, tables, interleaved)
+        key = rotate(rewrite, rotary_key, positions, tables, interleaved)
         (new,) = rewrite.op("Concat", [latent, key], {"axis": -1})
-        cache = written(rewrite, past, positions, new)
+        cache = write_to_cache(rewrite, past, positions, new)
         scores, row = scores_of(rewrite, query, cache, rank + rope)
         visible = selection[0] if selection else positions.causal
         (bias,) = rewrite.op("Unsqueeze", [visible, rewrite.integers(1)])

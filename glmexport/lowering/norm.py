@@ -47,7 +47,7 @@ class LowerNormPass(ir.passes.InPlacePass):
             if fuse and producer is not None:
                 self._fused(rewrite, producer, gain)
             else:
-                rewrite.finish(normalized(rewrite, source, gain, self.form))
+                rewrite.finish(normalize(rewrite, source, gain, self.form))
         return ir.passes.PassResult(model, modified)
 
     def _gain(self, key: str) -> NDArray[Any]:
@@ -68,7 +68,7 @@ class LowerNormPass(ir.passes.InPlacePass):
         rewrite.finish(normed, also=[addition])
 
 
-def normalized(rewrite: Rewrite, x: ir.Value | None, gain: ir.Value, form: str) -> ir.Value:
+def normalize(rewrite: Rewrite, x: ir.Value | None, gain: ir.Value, form: str) -> ir.Value:
     """Return the RMSNorm of ``x`` over its last axis, with the node's epsilon; sums are in fp32 in either form."""
     epsilon = number(rewrite.node, "epsilon")
     if form == "operator":

@@ -63,12 +63,12 @@ def lower(
     model.graph.opset_imports.pop(DOMAIN)
     if any(node.domain == MICROSOFT for node in model.graph.all_nodes()):
         model.graph.opset_imports[MICROSOFT] = 1
-    foreign = unsupported(model, target)
+    foreign = unsupported_operators(model, target)
     assert not foreign, foreign
     return model
 
 
-def unsupported(model: ir.Model, target: Target) -> list[str]:
+def unsupported_operators(model: ir.Model, target: Target) -> list[str]:
     """Return the operators of ``model`` that neither the standard opset nor the target's list contains."""
     used = {(node.domain, node.op_type) for node in model.graph.all_nodes()}
     return sorted(f"{domain}::{name}" for domain, name in used if domain and not target.can(f"{domain}::{name}"))

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from glmexport.graph.operators import integer, nodes_of, number, text
 from glmexport.lowering.attention import rotary_caches
-from glmexport.lowering.capacity import SEEN, Positions, rotated, scores_of, shared_positions, written
+from glmexport.lowering.capacity import SEEN, Positions, rotate, scores_of, shared_positions, write_to_cache
 from glmexport.lowering.rewrite import Rewrite
 from glmexport.quantization.weights import Weights
 
@@ -48,7 +48,7 @@ class LowerIndexSelectionPass(ir.passes.InPlacePass):
         query = self._turned(rewrite, query, positions)
         norm = [self._vector(rewrite, f"{text(node, 'key_norm')}.{kind}") for kind in ("weight", "bias")]
         (key,) = rewrite.op("LayerNormalization", [key, *norm], {"axis": -1, "epsilon": number(node, "epsilon")})
-        cache = written(rewrite, past, positions, self._turned(rewrite, key, positions))
+        cache = write_to_cache(rewrite, past, positions, self._turned(rewrite, key, positions))
 
         def scaled(x: ir.Value | None, factor: float) -> ir.Value:
             return rewrite.op("Mul", [x, rewrite.constant(f"factor_{factor!r}", np.array(factor, np.float32))])[0]
@@ -77,9 +77,9 @@ class LowerIndexSelectionPass(ir.passes.InPlacePass):
         rope, size = integer(rewrite.node, "rope"), integer(rewrite.node, "head_dim")
         tables = rotary_caches(rewrite.model, self.rotary_tables)
         if rope == size:
-            return rotated(rewrite, x, positions, tables, 1)
+            return rotate(rewrite, x, positions, tables, 1)
         first, rest = rewrite.split(x, rope, size - rope)
-        return rewrite.op("Concat", [rotated(rewrite, first, positions, tables, 1), rest], {"axis": -1})[0]
+        return rewrite.op("Concat", [rotate(rewrite, first, positions, tables, 1), rest], {"axis": -1})[0]
 
     def _vector(self, rewrite: Rewrite, key: str) -> ir.Value:
         return rewrite.weight(key, ir.DataType.FLOAT, self.weights.shape(key), partial(self._read, key))

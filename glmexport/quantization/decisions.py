@@ -1,58 +1,67 @@
-"""What is decided before the walk for all of its steps, and committed: scales to fold, and the formats of a budget."""
+"""Decisions that hold for all steps of a walk, and are committed before it: scales to fold, formats under a budget."""
 
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 from glmexport.architecture.description import Architecture
 from glmexport.bundle.records import AllocatedGroup
-from glmexport.checkpoint.fold import Fold, as_tensors, from_tensors
-from glmexport.foundation.progress import Progress
+from glmexport.checkpoint.fold import as_tensors, from_tensors
 from glmexport.foundation.recipe import Format, Recipe
 from glmexport.quantization.allocation import allocate, available_bits, tie_groups
 from glmexport.quantization.folding import choose_folds
-from glmexport.quantization.memory import MemoryPlan
+from glmexport.quantization.job import QuantizationJob
 from glmexport.quantization.problem import LEAST_TOKENS
 from glmexport.quantization.sensitivity import Probe, probe_ids
 from glmexport.quantization.store import WorkDirectory
-from glmexport.quantization.streams import Streams
 
 FOLDS, ALLOCATION = "folds", "allocation"
 #: Held-out tokens on which the channels of every tap are measured before scales are folded.
 _FOLD_TOKENS = 4096
 
 
-def decide_folds(streams: Streams, form: Format, memory: MemoryPlan, progress: Progress) -> dict[str, Fold]:
-    """Scales to move between tensors of linears that are stored as ``form``: chosen once, then read back.
+def decide_folds(job: QuantizationJob) -> QuantizationJob:
+    """Return ``job`` with scales moved between tensors of its checkpoint: chosen once, then read back.
 
-    None on text that is too poor for anything to be fitted to it.
+    Nothing is moved where the recipe does not ask for it, or on text that is too poor for anything to be fitted to it.
     """
-    work, calibration, architecture = streams.work, streams.calibration, streams.reference.architecture
+    work, calibration, architecture, recipe = job.work, job.calibration, job.architecture, job.recipe
+    if calibration is None or recipe.linears is None or not recipe.solver.fold_scales:
+        return job
     widest = max(linear.in_features for _, linear in architecture.linears)
     if calibration.effective_tokens < LEAST_TOKENS * widest:
-        return {}
+        return job
     if work.record(FOLDS) is None:
+        form = recipe.linear(mixture=bool(architecture.routed), routed=False)
+        assert form is not None
         started = time.monotonic()
         ids = probe_ids(calibration, _FOLD_TOKENS)
-        folds = choose_folds(streams.reference, ids, calibration.prefix, form, memory.batch_tokens, progress)
-        work.commit(FOLDS, {}, {"seconds": time.monotonic() - started}, tensors=as_tensors(folds))
+        chosen = choose_folds(
+            job.reference(), ids, calibration.prefix, form, job.memory.batch_tokens, job.progress
+        )
+        work.commit(FOLDS, {}, {"seconds": time.monotonic() - started}, tensors=as_tensors(chosen))
     folds = from_tensors(work.tensors(FOLDS))
     columns = {key for key, fold in folds.items() if fold.columns is not None}
     if columns:
-        progress.remark(f"Scales are folded into the input channels of {len(columns)} linears.")
-    return folds
+        job.progress.remark(f"Scales are folded into the input channels of {len(columns)} linears.")
+    return replace(job, checkpoint=job.checkpoint.folded(folds))
 
 
-def decide_formats(streams: Streams, recipe: Recipe, memory: MemoryPlan, progress: Progress) -> dict[str, Format]:
-    """Format of every matrix under the recipe's budget, by weight key: measured and chosen once, then read back."""
-    assert recipe.budget is not None
-    work, calibration, architecture = streams.work, streams.calibration, streams.reference.architecture
+def decide_formats(job: QuantizationJob) -> dict[str, Format]:
+    """Return the format of every matrix under the recipe's budget, by weight key; nothing without a budget.
+
+    The formats are measured and chosen once, then read back.
+    """
+    work, calibration, architecture, recipe = job.work, job.calibration, job.architecture, job.recipe
+    if calibration is None or recipe.budget is None:
+        return {}
     groups = list(tie_groups(architecture, recipe))
     if work.record(ALLOCATION) is None:
         started = time.monotonic()
         ids = probe_ids(calibration, recipe.budget.probe_tokens)
-        probe = Probe(streams.reference, ids, calibration.prefix, groups, work, memory)
-        losses = probe.losses(progress)
+        probe = Probe(job.reference(), ids, calibration.prefix, groups, work, job.memory)
+        losses = probe.losses(job.progress)
         bits = [[group.bits(form) for form in group.candidates] for group in groups]
         chosen = allocate(losses, bits, available_bits(architecture, recipe))
         note = {"chosen": chosen, "losses": losses, "seconds": time.monotonic() - started}
@@ -62,7 +71,7 @@ def decide_formats(streams: Streams, recipe: Recipe, memory: MemoryPlan, progres
 
 
 def allocated_groups(work: WorkDirectory, architecture: Architecture, recipe: Recipe) -> tuple[AllocatedGroup, ...]:
-    """What the budget's bits were given to, in the order of the model; nothing if that was not decided."""
+    """Return what the budget's bits were given to, in the order of the model; nothing if that was not decided."""
     record = work.record(ALLOCATION)
     if record is None:
         return ()

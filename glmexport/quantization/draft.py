@@ -6,54 +6,42 @@ It decides how often a guess is right, and never what is answered.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 from glmexport.architecture.description import Linear
-from glmexport.architecture.token_prediction import TokenPrediction
-from glmexport.bundle.records import QuantizedMatrix
-from glmexport.formats.quantized_linear import QuantizedLinear
-from glmexport.foundation.progress import Progress
-from glmexport.foundation.recipe import Format, Recipe
+from glmexport.quantization.names import draft_steps
+from glmexport.quantization.part import QuantizedPart
+from glmexport.quantization.quantizer import Quantizer
 from glmexport.quantization.record import unmeasured
-from glmexport.quantization.steps import draft_steps
-from glmexport.quantization.store import WorkDirectory
 
 
-def round_draft(
-    draft: TokenPrediction,
-    recipe: Recipe,
-    work: WorkDirectory,
-    progress: Progress,
-    nearest: Callable[[Linear, Format], QuantizedLinear],
-    stored: Callable[[Linear], QuantizedLinear | None],
-) -> None:
-    """Commit every part of ``draft`` that is not committed yet.
-
-    Args:
-        draft: the layer.
-        recipe: its linears get the format of what every token passes, tables of its own that of the model's.
-        work: where it is committed.
-        progress: one step a part.
-        nearest: rounds a matrix.
-        stored: a matrix as a quantized checkpoint stores it; None if it is in full precision.
-    """
-    steps = {step: linears for step, linears in draft_steps(draft).items() if work.record(step) is None}
-    if not steps:
+def round_draft(quantizer: Quantizer) -> None:
+    """Commit every part of the layer that is not committed yet, if the model has one."""
+    job = quantizer.job
+    draft = job.architecture.token_prediction
+    steps = {step: linears for step, linears in draft_steps(draft).items() if job.work.record(step) is None}
+    if draft is None or not steps:
         return
-    inside = None if recipe.keeps_stored else recipe.linear(mixture=True, routed=False)
-    with progress.track("Rounding the MTP layer", len(steps)) as track:
+    with job.progress.track("Rounding the MTP layer", len(steps)) as track:
         for step, linears in steps.items():
             started = time.monotonic()
-            solved: dict[str, QuantizedLinear] = {}
-            records: list[QuantizedMatrix] = []
+            part = QuantizedPart()
             for linear in linears:
-                form = {"lm_head": recipe.lm_head, "embedding": recipe.embedding}.get(linear.part, inside)
-                matrix = stored(linear) if recipe.keeps_stored else None
-                if matrix is None and form is not None:
-                    matrix = nearest(linear, form)
-                if matrix is not None:
-                    solved[linear.weight] = matrix
-                    records.append(unmeasured(linear.weight, draft.layer.index, linear.part, matrix))
-            note = {"linears": [record.model_dump() for record in records], "seconds": time.monotonic() - started}
-            work.commit(step, solved, note)
+                part += _rounded(quantizer, linear, draft.layer.index)
+            job.work.commit(step, part.matrices, part.note(time.monotonic() - started))
             track.advance(1, step)
+
+
+def _rounded(quantizer: Quantizer, linear: Linear, layer: int) -> QuantizedPart:
+    """Return ``linear`` in its format; nothing where it stays in full precision.
+
+    Its linears have the format of what every token passes, tables of its own that of the model's.
+    """
+    recipe = quantizer.job.recipe
+    inside = None if recipe.keeps_stored else recipe.linear(mixture=True, routed=False)
+    form = {"lm_head": recipe.lm_head, "embedding": recipe.embedding}.get(linear.part, inside)
+    matrix = quantizer.stored(linear.weight) if recipe.keeps_stored else None
+    if matrix is None and form is not None:
+        matrix = quantizer.rounded(linear.weight, form)
+    if matrix is None:
+        return QuantizedPart()
+    return QuantizedPart({linear.weight: matrix}, (unmeasured(linear.weight, layer, linear.part, matrix),))

@@ -104,7 +104,7 @@ def _fold_tap(
         extent = torch.linalg.vector_norm(block.weight(writer.source.weight), math.inf, dim=1).cpu()[index]
         largest = (extent / 2 ** (form.bits - 1) / _SMALLEST_SCALE).clamp(min=1).log2().floor()
     best = None
-    changing = [candidate for candidate in _candidates(importance, size, index, largest) if bool(candidate.any())]
+    changing = [candidate for candidate in fold_candidates(importance, size, index, largest) if bool(candidate.any())]
     if changing:
         least = (1 - _LEAST_GAIN) * _rounding_error(sampled, importance, torch.zeros(len(size)), form)
     for candidate in changing:
@@ -123,8 +123,8 @@ def _fold_tap(
         exponents.setdefault(writer.source.bias_key, {})["rows"] = rows.clone()
 
 
-def _candidates(importance: Tensor, size: Tensor, rows: Tensor, largest: Tensor | None) -> Iterator[Tensor]:
-    """Exponents [K] fp32 with integral values, the same for all channels that one row writes."""
+def fold_candidates(importance: Tensor, size: Tensor, rows: Tensor, largest: Tensor | None) -> Iterator[Tensor]:
+    """Yield exponents [K] fp32 with integral values, the same for all channels that one row writes."""
     weights = size.clamp(min=1e-3 * float(size.mean()))
     for power in _POWERS:
         exponents = (importance.log2() - power * weights.log2()) / (power + 2)

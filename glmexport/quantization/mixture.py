@@ -25,9 +25,10 @@ from glmexport.calibration.hessian import Hessian
 from glmexport.calibration.sequences import effective_count
 from glmexport.formats.quantized_linear import QuantizedLinear
 from glmexport.quantization.goal import Sample
+from glmexport.quantization.largest import Largest, Seen
 from glmexport.quantization.moments import SAMPLE_POSITIONS, Measured
 from glmexport.quantization.store import Activations
-from glmexport.quantization.streams import ORIGINAL, QUANTIZED, Passage
+from glmexport.quantization.streams import ORIGINAL, QUANTIZED, Hidden, Passage
 from glmexport.reference.reference import Block
 
 #: What the pool is worth in a Hessian, in positions a column.
@@ -47,8 +48,17 @@ class Share:
 
 
 @dataclass(frozen=True)
+class _Routes:
+    """``experts`` and ``weights`` [positions, chosen] of every position of a stream."""
+
+    experts: Tensor
+    weights: Tensor
+    largest: Seen | None
+
+
+@dataclass(frozen=True)
 class MeasuredExpert:
-    """What one matrix of an expert is solved from, and how many positions that rests on."""
+    """The moments that one matrix of an expert is solved from, and how many positions they rest on."""
 
     measured: Measured
     #: Calibration positions that chose the expert; None if all do.
@@ -83,23 +93,23 @@ class Mixture:
         self._pool: Tensor | None = None
 
     def measure(self, mlp: GatedMlp, linear: Linear, gate_up: QuantizedLinear | None) -> MeasuredExpert:
-        """What ``linear`` of ``mlp`` reads; ``gate_up``, as it was quantized, if that lies before it."""
+        """Measure what ``linear`` of ``mlp`` reads; ``gate_up``, as it was quantized, if that lies before it."""
         inside = self._inside(gate_up)
         share = self._share(QUANTIZED, mlp)
         weights = self._weights[share.positions] * share.weights.square()
         fitted = (weights > 0) & ~self._held[share.positions]
         tokens = effective_count(self._contexts[share.positions[fitted]], weights[fitted])
         if mlp is self.mixture.shared:
-            return MeasuredExpert(self._measure_shared(mlp, linear, inside), None, tokens, tokens)
+            return MeasuredExpert(self.measure_shared(mlp, linear, inside), None, tokens, tokens)
         prior = min(PRIOR * linear.in_features, self.streams.calibration.effective_tokens)
         pool = self.pool if gate_up is None else self._pooled(inside, linear)
-        own = self._hessian(share, fitted, weights, inside, linear)
+        own = self._accumulate(share, fitted, weights, inside, linear.in_features)
         hessian = own.mul_(tokens).add_(pool, alpha=prior).div_(tokens + prior)
         sample = self._sample(share, weights, inside)
         return MeasuredExpert(Measured(hessian, sample, {}), int(fitted.sum()), tokens, tokens + prior)
 
-    def _measure_shared(self, mlp: GatedMlp, linear: Linear, inside: Callable[[Tensor], Tensor]) -> Measured:
-        """On all positions; with the original's stream also what the matrix ought to read, or the last one to give."""
+    def measure_shared(self, mlp: GatedMlp, linear: Linear, inside: Callable[[Tensor], Tensor]) -> Measured:
+        """Measure all positions; with the original's stream also what the matrix should read, or the last one give."""
         streams, branch, block = self.streams, self._branch, self._block
         assert branch.output_norm is None
         ends = linear is mlp.down
@@ -118,9 +128,12 @@ class Mixture:
             into.add(start, inside(block.normed(branch, stream)), wanted)
         return into.result()
 
-    def add(self, mlp: GatedMlp, solved: dict[str, QuantizedLinear]) -> None:
-        """Let the outputs of ``mlp`` join the streams: as ``solved`` in the quantized one, as it was in the other."""
-        reference = self.streams.reference
+    def add(self, mlp: GatedMlp, solved: dict[str, QuantizedLinear]) -> Seen | None:
+        """Let the outputs of ``mlp`` join the streams: as ``solved`` in the quantized one, as it was in the other.
+
+        Returns the largest number that its last matrix read; None if no position chose it.
+        """
+        reference, largest = self.streams.reference, Largest()
         for name in self.streams.names:
             share = self._share(name, mlp)
             if not len(share.positions):
@@ -134,11 +147,12 @@ class Mixture:
             for chosen, weights in self._chunks(share.positions, share.weights):
                 inner = self._block.gated(self._read(name, chosen) @ gate_up.T)
                 if name == QUANTIZED:
-                    self.streams.largest.see(inner, mlp.down.key)
+                    largest.see(inner, mlp.down.key)
                 self._added[name].add(chosen, (inner @ down.T).mul_(weights[:, None].to(inner.device)))
+        return largest.take()
 
-    def outputs(self) -> dict[str, Iterator[Tensor] | Activations]:
-        """What the next layer reads."""
+    def outputs(self) -> Hidden:
+        """Return what the next layer reads."""
 
         def joined(name: str) -> Iterator[Tensor]:
             for start, stop in self.streams.batches():
@@ -148,8 +162,13 @@ class Mixture:
         return {name: joined(name) for name in self.streams.names}
 
     @property
+    def largest(self) -> Seen | None:
+        """Return the largest number that the router and its norm read in the quantized model."""
+        return self._routes[QUANTIZED].largest
+
+    @property
     def pool(self) -> Tensor:
-        """Mean of x x^T over all positions that count, [hidden, hidden] fp32."""
+        """Return the mean of x x^T over all positions that count, [hidden, hidden] fp32."""
         if self._pool is None:
             everywhere = Share(torch.arange(len(self._weights)), torch.ones(len(self._weights)))
             fitted = (self._weights > 0) & ~self._held
@@ -158,21 +177,16 @@ class Mixture:
         return self._pool
 
     def _pooled(self, inside: Callable[[Tensor], Tensor], linear: Linear) -> Tensor:
-        """Of what the last matrix of an expert would read where others were chosen, too; on some of the positions."""
+        """Return the moment of what the last matrix of an expert would read at some positions, whoever chose it."""
         fitted = ((self._weights > 0) & ~self._held).nonzero()[:, 0]
         some = fitted[:: max(1, len(fitted) // _POOL_POSITIONS)]
         share, weights = Share(some, torch.ones(len(some))), self._weights[some]
         return self._accumulate(share, torch.ones(len(some), dtype=torch.bool), weights, inside, linear.in_features)
 
-    def _hessian(
-        self, share: Share, fitted: Tensor, weights: Tensor, inside: Callable[[Tensor], Tensor], linear: Linear
-    ) -> Tensor:
-        return self._accumulate(share, fitted, weights, inside, linear.in_features)
-
     def _accumulate(
         self, share: Share, fitted: Tensor, weights: Tensor, inside: Callable[[Tensor], Tensor], size: int
     ) -> Tensor:
-        """Weighted mean of x x^T over the ``fitted`` positions, [size, size] fp32; zero if there are none."""
+        """Return the weighted mean of x x^T over the ``fitted`` positions, [size, size] fp32; zero without any."""
         hessian = Hessian(size, self.streams.reference.device)
         total = float(weights[fitted].double().sum())
         for chosen, weight in self._chunks(share.positions[fitted], weights[fitted]):
@@ -181,7 +195,7 @@ class Mixture:
         return hessian.matrix()
 
     def _sample(self, share: Share, weights: Tensor, inside: Callable[[Tensor], Tensor]) -> Sample | None:
-        """Held-out positions that chose the expert, if they are enough to tell anything."""
+        """Return held-out positions that chose the expert, if they are enough to tell anything."""
         held = ((weights > 0) & self._held[share.positions]).nonzero()[:, 0]
         held = held[:: -(-len(held) // SAMPLE_POSITIONS) or 1]
         if len(held) < _LEAST_HELD:
@@ -191,30 +205,31 @@ class Mixture:
         return Sample(torch.cat(inputs), chosen / chosen.sum())
 
     def _inside(self, gate_up: QuantizedLinear | None) -> Callable[[Tensor], Tensor]:
-        """What a matrix reads, of what the expert reads."""
+        """Return a function from what an expert reads to what a matrix of it reads."""
         if gate_up is None:
             return lambda inputs: inputs
         matrix = gate_up.dequantize().to(self.streams.reference.device)
         return lambda inputs: self._block.gated(inputs @ matrix.T)
 
     def _share(self, name: str, mlp: GatedMlp) -> Share:
-        experts, weights = self._routes[name]
+        experts, weights = self._routes[name].experts, self._routes[name].weights
         if mlp is self.mixture.shared:
             return Share(torch.arange(len(experts)), torch.ones(len(experts)))
         positions, slots = (experts == self.mixture.experts.index(mlp)).nonzero(as_tuple=True)
         return Share(positions, weights[positions, slots])
 
-    def _route(self, name: str) -> tuple[Tensor, Tensor]:
-        """Experts and weights [positions, chosen] of every position of a stream."""
-        parts = []
+    def _route(self, name: str) -> _Routes:
+        """Return the experts of every position of a stream."""
+        parts, largest = [], Largest()
         for start, stop in self.streams.batches():
             stream = self.residual[name].read(start, stop).flatten(0, 1)
             normed = self._block.normed(self._branch, stream)
             if name == QUANTIZED:
-                self.streams.largest.see(stream, self._branch.input_norm.key)
-                self.streams.largest.see(normed, self.mixture.module)
+                largest.see(stream, self._branch.input_norm.key)
+                largest.see(normed, self.mixture.module)
             parts.append([part.cpu() for part in self._block.route(normed)])
-        return torch.cat([experts for experts, _ in parts]), torch.cat([weights for _, weights in parts])
+        experts, weights = (torch.cat([part[index] for part in parts]) for index in (0, 1))
+        return _Routes(experts, weights, largest.take())
 
     def _read(self, name: str, positions: Tensor) -> Tensor:
         return self._block.normed(self._branch, self.residual[name].gather(positions))

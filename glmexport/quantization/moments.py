@@ -11,6 +11,7 @@ from glmexport.architecture.description import Linear
 from glmexport.calibration.hessian import Hessian, SecondMoment
 from glmexport.calibration.sequences import CalibrationSet
 from glmexport.quantization.goal import Goal, Sample
+from glmexport.quantization.largest import Seen
 
 #: Held-out positions that solutions are judged on; every further one would cost a product a matrix.
 SAMPLE_POSITIONS = 2048
@@ -18,16 +19,21 @@ SAMPLE_POSITIONS = 2048
 
 @dataclass(frozen=True)
 class Measured:
-    """What the linears of a tap are solved from: ``goals`` by weight key, without an asymmetric target empty."""
+    """The moments that the linears of a tap are solved from.
+
+    ``goals`` are by weight key; there are none without an asymmetric target.
+    """
 
     #: [K, K] fp32, mean of x x^T.
     hessian: Tensor
     sample: Sample | None
     goals: dict[str, Goal]
+    #: The largest number of the quantized model's activations on the way there, where it was looked for.
+    largest: Seen | None = None
 
 
 class Moments:
-    """Accumulates them over the calibration text.
+    """Accumulates what the linears of a tap are solved from, over the calibration text.
 
     With an asymmetric target it also takes what is wanted: the input of ``linears`` in the original; or, where
     ``weight`` [M, K] is given, the output that the only one of them ought to have. What W makes of the inputs is then
@@ -79,17 +85,17 @@ class Moments:
     def _chosen(self, values: Tensor, held: Tensor) -> Tensor:
         return values[held, self.calibration.prefix :: self._stride]
 
-    def result(self) -> Measured:
-        """What was measured."""
+    def result(self, largest: Seen | None = None) -> Measured:
+        """Return what was measured; ``largest`` is the largest number that was seen meanwhile."""
         hessian, sample = self._hessian.matrix(), None
         if bool(self.calibration.selection.any()):
             sample = Sample(torch.cat(self._held_inputs), torch.cat(self._held_weights))
         if self._cross is None or sample is None:
-            return Measured(hessian, sample, {})
+            return Measured(hessian, sample, {}, largest)
         cross, held = self._cross.matrix, torch.cat(self._held_wanted)
         if self._weight is None:
             goal = Goal(cross, held, of_inputs=True)
         else:
             cross.addmm_(self._weight, hessian, alpha=-1)
             goal = Goal(cross, held.addmm_(sample.inputs, self._weight.T, alpha=-1), of_inputs=False)
-        return Measured(hessian, sample, {linear.weight: goal for linear in self.linears})
+        return Measured(hessian, sample, {linear.weight: goal for linear in self.linears}, largest)

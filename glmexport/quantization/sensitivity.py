@@ -49,8 +49,16 @@ class _Trial:
     form: Format
 
 
+@dataclass(frozen=True)
+class _Rounded:
+    """A rounded matrix [N, K] fp32, if it was kept, and the energy of the error at its output, as a share of it."""
+
+    error: float
+    weight: Tensor | None
+
+
 class Probe:
-    """The probe's text on its way through the original, and through every trial.
+    """Probe text on its way through the original, and through every trial.
 
     Both are committed to ``work`` after every block, so that a pass that is killed goes on from there.
     """
@@ -169,20 +177,19 @@ class Probe:
         for candidate, form in enumerate(group.candidates):
             weights = {}
             for linear in linears:
-                whole = None
-                if candidate in group.tried:
-                    whole = inputs.new_empty(linear.out_features, linear.in_features)
-                errors[candidate] += self._output_error(linear, form, importance, inputs, whole)
-                if whole is not None:
-                    weights[linear.weight] = whole
+                rounded = self._round(linear, form, importance, inputs, keep=candidate in group.tried)
+                errors[candidate] += rounded.error
+                if rounded.weight is not None:
+                    weights[linear.weight] = rounded.weight
             if weights:
                 yield from self._through(block, hidden, weights)
 
-    def _output_error(
-        self, linear: Linear, form: Format, importance: Tensor, inputs: Tensor, whole: Tensor | None = None
-    ) -> float:
-        """Energy of the error at the output for ``inputs``, as a share of it; ``whole`` receives the rounded matrix."""
+    def _round(
+        self, linear: Linear, form: Format, importance: Tensor, inputs: Tensor, *, keep: bool = False
+    ) -> _Rounded:
+        """Round ``linear`` and measure its error for ``inputs`` [n, K]; ``keep`` the rounded matrix or drop it."""
         error = norm = 0.0
+        whole = inputs.new_empty(linear.out_features, linear.in_features) if keep else None
         count = max(64, self.memory.chunk_weights // linear.in_features)
         for start in range(0, linear.out_features, count):
             stop = min(start + count, linear.out_features)
@@ -192,7 +199,7 @@ class Probe:
                 whole[start:stop] = rounded
             norm += float((inputs @ rows.T).square().sum())
             error += float((inputs @ rounded.sub_(rows).T).square().sum())
-        return error / max(norm, 1e-30)
+        return _Rounded(error / max(norm, 1e-30), whole)
 
     def _compare(self) -> list[dict[int, float]]:
         """Losses of the candidates that were tried."""
@@ -221,7 +228,7 @@ class Probe:
                 found = outputs.divergences([of_head(outputs, _rounding(form, importance)) for form in forms])
                 losses[number] = dict(zip(group.tried, found, strict=True))
                 self._errors[number] = [
-                    self._output_error(architecture.lm_head, form, importance, _sampled(normed))
+                    self._round(architecture.lm_head, form, importance, _sampled(normed)).error
                     for form in group.candidates
                 ]
         return losses

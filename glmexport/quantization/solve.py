@@ -90,12 +90,12 @@ def gptq(
     start = unpolished = replaced = 0
     stride = _stride(len(order.columns))
     for chunk in chunks:
-        sweep = _start(chunk, order)
+        sweep = start_sweep(chunk, order)
         missed: Tensor | None = None
         if goal is not None and sample is not None:
             factors, missed = _aim(sweep, factor, order, sample, *goal.rows(chunk, start))
             kept += float(factors.sum())
-        swept = _sweep(sweep, factor, order, form, solver)
+        swept = round_columns(sweep, factor, order, form, solver)
         cost = problem.cost(sweep.error, swept, missed)
         if solver.polish_rounds:
             taken_back, cost = _polish(sweep, problem, factor, form, solver.polish_rounds, cost, missed)
@@ -127,7 +127,8 @@ def gptq(
     )
 
 
-def _start(weight: Tensor, order: ColumnOrder) -> Sweep:
+def start_sweep(weight: Tensor, order: ColumnOrder) -> Sweep:
+    """Return a matrix [N, K] in sweep order, of which nothing is rounded yet."""
     weights = weight.T[order.columns].contiguous()
     size, rows = weights.shape
     groups = len(order.bounds)
@@ -200,12 +201,12 @@ def _cheaper(
     """The rows [N] bool that ``error`` [K, N] costs less than ``other``, which costs ``than`` [N]."""
     if problem.sample is None:
         # The two are added up differently: where they are the same but for rounding, nothing changes.
-        return ~_reaches(factor, error, than * (1 - _ROUNDING))
+        return ~reaches(factor, error, than * (1 - _ROUNDING))
     return problem.surely_less(problem.cost(error, None, missed), than, error, other, missed)
 
 
-def _reaches(factor: Factor, columns: Tensor, limit: Tensor) -> Tensor:
-    """Which of the ``columns`` c [K, N] have c^T H c >= ``limit`` [N], H damped.
+def reaches(factor: Factor, columns: Tensor, limit: Tensor) -> Tensor:
+    """Return which of the ``columns`` c [K, N] have c^T H c >= ``limit`` [N], H damped.
 
     The sum over the steps of the sweep only grows, and the first steps are the shortest and weigh most: most columns
     are decided long before the last one, and are left out of the steps behind it.
@@ -226,7 +227,7 @@ def _reaches(factor: Factor, columns: Tensor, limit: Tensor) -> Tensor:
     return reached
 
 
-def _sweep(sweep: Sweep, factor: Factor, order: ColumnOrder, form: Format, solver: Solver) -> Tensor:
+def round_columns(sweep: Sweep, factor: Factor, order: ColumnOrder, form: Format, solver: Solver) -> Tensor:
     """Round column after column; each sees the error of those before it. Fills codes, grids and error.
 
     Returns e^T H e [N] of every row's error, H damped: the sum of what each column's rounding still costs.

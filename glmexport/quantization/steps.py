@@ -1,33 +1,124 @@
-"""Names under which a walk commits what it has done."""
+"""The steps of a walk: each quantizes a part of the model, and takes the calibration text behind it."""
 
 from __future__ import annotations
 
-from glmexport.architecture.description import DecoderLayer, GatedMlp, Linear
-from glmexport.architecture.experts import MixtureOfExperts
-from glmexport.architecture.token_prediction import TokenPrediction
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
 
-EMBEDDING, HEAD = "embedding", "head"
-
-
-def block_step(index: int) -> str:
-    """Name under which decoder layer ``index`` is committed."""
-    return f"block_{index:03d}"
-
-
-def expert_steps(layer: DecoderLayer) -> dict[str, GatedMlp]:
-    """Names under which the experts of ``layer`` are committed, before the layer itself; none of an ordinary layer."""
-    if not isinstance(layer.mlp, MixtureOfExperts):
-        return {}
-    mixture, step = layer.mlp, block_step(layer.index)
-    steps = {} if mixture.shared is None else {f"{step}.shared": mixture.shared}
-    return steps | {f"{step}.expert_{index:03d}": expert for index, expert in enumerate(mixture.experts)}
+from glmexport.architecture.description import DecoderLayer, Linear
+from glmexport.quantization.largest import Seen
+from glmexport.quantization.names import EMBEDDING, HEAD, block_step
+from glmexport.quantization.part import QuantizedPart
+from glmexport.quantization.quantizer import Quantizer
+from glmexport.quantization.streams import Hidden, Passage, Streams
 
 
-def draft_steps(draft: TokenPrediction | None) -> dict[str, tuple[Linear, ...]]:
-    """Names under which the layer that predicts further ahead is committed, and the linears of each."""
-    if draft is None:
-        return {}
-    apart = expert_steps(draft.layer)
-    inside = {linear for mlp in apart.values() for linear in mlp.linears}
-    rest = tuple(linear for linear in draft.matrices if linear not in inside)
-    return {block_step(draft.layer.index): rest} | {step: mlp.linears for step, mlp in apart.items()}
+@dataclass(frozen=True)
+class Advanced:
+    """The hidden states that the next step reads, and the largest number on the way there."""
+
+    hidden: Hidden = field(default_factory=dict)
+    largest: Seen | None = None
+
+
+class Step(Protocol):
+    """A part of the model that is quantized and committed before the next one is looked at."""
+
+    @property
+    def name(self) -> str:
+        """Return the name under which it is committed."""
+        ...
+
+    def quantize(self) -> QuantizedPart:
+        """Capture what each matrix reads, where there is text, and quantize one after the other."""
+        ...
+
+    def advance(self, part: QuantizedPart) -> Advanced:
+        """Take the text through ``part``, which ``quantize`` gave; nothing without text."""
+        ...
+
+
+class EmbeddingStep:
+    """The embedding, whose codes are fixed before there are any activations."""
+
+    name = EMBEDDING
+
+    def __init__(self, quantizer: Quantizer, streams: Streams | None) -> None:
+        self._quantizer = quantizer
+        self._streams = streams
+
+    def quantize(self) -> QuantizedPart:
+        """Round the table to nearest."""
+        return self._quantizer.embedding()
+
+    def advance(self, part: QuantizedPart) -> Advanced:
+        """Look up the tokens of the text."""
+        if self._streams is None:
+            return Advanced()
+        return Advanced(self._streams.embedded(part.matrices.get(self._quantizer.job.architecture.embedding)))
+
+
+class BlockStep:
+    """A decoder layer, tap after tap in the order in which data passes them; ``before`` names the step before it."""
+
+    def __init__(self, quantizer: Quantizer, streams: Streams | None, before: str, layer: DecoderLayer) -> None:
+        self.name = block_step(layer.index)
+        self._quantizer = quantizer
+        self._layer = layer
+        #: The text inside this layer; None without text.
+        self.passage: Passage | None = streams.enter(before, layer) if streams else None
+
+    @property
+    def linears(self) -> Sequence[Linear]:
+        """The matrices that ``quantize`` quantizes."""
+        return self._layer.linears
+
+    def quantize(self) -> QuantizedPart:
+        """Quantize tap after tap: each reads what those before it give as they were quantized."""
+        quantizer, layer, part = self._quantizer, self._layer, QuantizedPart()
+        if quantizer.job.recipe.keeps_stored:
+            return quantizer.keep_stored(self.linears, layer.index)
+        for tap, linears in layer.taps.items():
+            if quantizer.form(linears[0].weight) is None or linears[0] not in self.linears:
+                continue
+            if self.passage is None:
+                part += quantizer.round(linears, layer.index)
+            else:
+                part += quantizer.solve(linears, layer.index, self.passage.measure(tap, part.weight))
+        return part
+
+    def advance(self, part: QuantizedPart) -> Advanced:
+        """Compute what the next layer reads."""
+        return Advanced(self.passage.outputs(part.weight) if self.passage else {})
+
+
+class HeadStep:
+    """The lm_head; ``before`` names the step before it."""
+
+    name = HEAD
+
+    def __init__(self, quantizer: Quantizer, streams: Streams | None, before: str) -> None:
+        self._quantizer = quantizer
+        self._streams = streams
+        self._before = before
+
+    def quantize(self) -> QuantizedPart:
+        """Quantize the lm_head, unless it is the embedding, whose codes are fixed."""
+        quantizer, job = self._quantizer, self._quantizer.job
+        head = job.architecture.lm_head
+        if job.recipe.keeps_stored and head.weight in job.checkpoint.quantized:
+            return quantizer.keep_stored([head], None)
+        form = quantizer.form(head.weight)
+        if form is None or job.architecture.tied:
+            return QuantizedPart()
+        if self._streams is None:
+            return quantizer.round([head], None)
+        # At 8 bits the sweep already leaves next to nothing, and the head has the most rows of all.
+        rounds = 0 if form.bits == 8 else job.recipe.solver.polish_rounds
+        solver = job.recipe.solver.model_copy(update={"polish_rounds": rounds})
+        return quantizer.solve((head,), None, self._streams.measure_head(self._before, head), solver)
+
+    def advance(self, part: QuantizedPart) -> Advanced:
+        """Return nothing: nobody reads logits."""
+        return Advanced()

@@ -11,44 +11,39 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from glmexport.architecture.description import DecoderLayer, Linear, ResidualBranch
-from glmexport.calibration.sequences import CalibrationSet
 from glmexport.formats.quantized_linear import QuantizedLinear
 from glmexport.quantization.goal import stream_difference
+from glmexport.quantization.job import QuantizationJob
 from glmexport.quantization.largest import Largest
 from glmexport.quantization.moments import Measured, Moments
-from glmexport.quantization.store import Activations, WorkDirectory
-from glmexport.reference.reference import Block, Reference, Substitute
+from glmexport.quantization.store import Activations
+from glmexport.reference.reference import Block, Substitute
 
 QUANTIZED, ORIGINAL = "quantized", "original"
+#: Hidden states behind a step by the name of their stream: computed as they are read, or in a file already.
+Hidden = dict[str, Iterator[Tensor] | Activations]
 
 
 class Streams:
-    """The streams of one walk, committed to ``work`` with each of its steps."""
+    """The streams of one walk, committed to its work directory with each of its steps."""
 
-    def __init__(
-        self,
-        reference: Reference,
-        calibration: CalibrationSet,
-        work: WorkDirectory,
-        *,
-        asymmetric: bool,
-        batch_tokens: int,
-    ) -> None:
-        self.reference = reference
+    def __init__(self, job: QuantizationJob) -> None:
+        calibration, asymmetric = job.calibration, job.recipe.solver.asymmetric
+        assert calibration is not None
+        self.reference = job.reference()
         self.calibration = calibration
-        self.work = work
+        self.work = job.work
         self.names = (QUANTIZED, ORIGINAL) if asymmetric and bool(calibration.selection.any()) else (QUANTIZED,)
-        self.positions = reference.position_embeddings(calibration.ids.shape[1])
-        self.largest = Largest()
-        self._batch = max(1, batch_tokens // calibration.ids.shape[1])
+        self.positions = self.reference.position_embeddings(calibration.ids.shape[1])
+        self._batch = max(1, job.memory.batch_tokens // calibration.ids.shape[1])
 
     @property
     def asymmetric(self) -> bool:
         """Whether the original's stream is kept too."""
         return ORIGINAL in self.names
 
-    def embedded(self, table: QuantizedLinear | None) -> dict[str, Iterator[Tensor] | Activations]:
-        """What the first block reads."""
+    def embedded(self, table: QuantizedLinear | None) -> Hidden:
+        """Return what the first block reads."""
 
         def rows(lookup: QuantizedLinear | None) -> Iterator[Tensor]:
             for start, stop in self.batches():
@@ -63,41 +58,41 @@ class Streams:
 
     def measure_head(self, before: str, head: Linear) -> Measured:
         """Measure the input of the lm_head, behind the final norm."""
-        into = self.moments((head,), None)
+        into, largest = self.moments((head,), None), Largest()
         streams = {name: self.committed(before, name) for name in self.names}
         for start, stop in self.batches():
             stream = streams[QUANTIZED].read(start, stop)
             ours = self.reference.final_norm(stream)
-            self.largest.see(stream, self.reference.architecture.final_norm.key)
-            self.largest.see(ours, head.key)
+            largest.see(stream, self.reference.architecture.final_norm.key)
+            largest.see(ours, head.key)
             theirs = None
             if self.asymmetric:
                 theirs = self.reference.final_norm(streams[ORIGINAL].read(start, stop))
             into.add(start, ours, theirs)
-        return into.result()
+        return into.result(largest.take())
 
     def moments(self, linears: tuple[Linear, ...], weight: Tensor | None) -> Moments:
-        """Nothing yet of what ``linears`` read; ``weight`` as for ``Moments``."""
+        """Return empty moments of what ``linears`` read; ``weight`` as for ``Moments``."""
         device = self.reference.device
         return Moments(self.calibration, linears, asymmetric=self.asymmetric, weight=weight, device=device)
 
     def batches(self) -> Iterator[tuple[int, int]]:
-        """First and last sequence of every batch."""
+        """Yield the first and last sequence of every batch."""
         count = len(self.calibration.languages)
         for start in range(0, count, self._batch):
             yield start, min(start + self._batch, count)
 
     def committed(self, step: str, name: str) -> Activations:
-        """The stream ``name`` behind ``step``."""
+        """Return the stream ``name`` as it was committed with ``step``."""
         shape = self.shape(self.reference.architecture.hidden_size)
         return self.work.activations(step, name, shape, self.reference.device)
 
     def scratch(self, name: str, features: int) -> Activations:
-        """Activations of this walk that belong to no step."""
+        """Return activations of this walk that belong to no step."""
         return self.work.scratch(name, self.shape(features), self.reference.device)
 
     def shape(self, features: int) -> tuple[int, int, int]:
-        """Of activations with so many features."""
+        """Return the shape of activations with so many features."""
         sequences, length = self.calibration.ids.shape
         return sequences, length, features
 
@@ -123,21 +118,21 @@ class Passage:
         asymmetric = self.streams.asymmetric
         inner = self._inner_file(linears[0]) if branch.output in linears else None
         block = self.block(tap, substitute)
-        wish = _Wish(self, tap) if asymmetric else None
-        into = self.streams.moments(linears, wish.weight if wish else None)
+        goal = _OriginalOutput(self, tap) if asymmetric else None
+        into, largest = self.streams.moments(linears, goal.weight if goal else None), Largest()
         for start, stop in self.streams.batches():
             stream = self.residual[QUANTIZED].read(start, stop)
             ours = block.branch_tap(tap, stream, self.streams.positions)
-            self.streams.largest.see(stream, branch.input_norm.key)
-            self.streams.largest.see(ours, linears[0].key)
-            into.add(start, ours, wish(start, stop, stream) if wish else None)
+            largest.see(stream, branch.input_norm.key)
+            largest.see(ours, linears[0].key)
+            into.add(start, ours, goal(start, stop, stream) if goal else None)
             if inner is not None:
                 inner.write(start, ours)
         if inner is not None:
             self._inner = branch, inner
-            if wish:
-                self.residual[ORIGINAL] = wish.moved
-        return into.result()
+            if goal:
+                self.residual[ORIGINAL] = goal.moved
+        return into.result(largest.take())
 
     def move_on(self, substitute: Substitute) -> None:
         """Take the quantized stream behind the branch that waits."""
@@ -147,11 +142,11 @@ class Passage:
             moved.write(start, states)
         self.residual[QUANTIZED], self._inner = moved, None
 
-    def outputs(self, substitute: Substitute) -> dict[str, Iterator[Tensor] | Activations]:
-        """What the next block reads. A block of which nothing was measured is computed whole."""
+    def outputs(self, substitute: Substitute) -> Hidden:
+        """Return what the next block reads. A block of which nothing was measured is computed whole."""
         if self._inner is None:
             return {name: self._whole(name) for name in self.streams.names}
-        joined: dict[str, Iterator[Tensor] | Activations] = {QUANTIZED: self._joined(substitute)}
+        joined: Hidden = {QUANTIZED: self._joined(substitute)}
         return {**joined, ORIGINAL: self.residual[ORIGINAL]} if self.streams.asymmetric else joined
 
     def _whole(self, name: str) -> Iterator[Tensor]:
@@ -171,7 +166,7 @@ class Passage:
             yield block.add(branch, self.residual[QUANTIZED].read(start, stop), output)
 
     def block(self, tap: str, substitute: Substitute | None, *, with_tap: bool = False) -> Block:
-        """With the linears between the residual stream and ``tap``, and if asked for those of the tap itself."""
+        """Return the block with the linears between the stream and ``tap``, and if asked with those of the tap."""
         inside = [name for name in self.layer.taps if self.layer.branch(name) == self.layer.branch(tap)]
         stop = inside.index(tap) + with_tap
         return self.streams.reference.block(self.layer, substitute, only=inside[:stop])
@@ -181,13 +176,13 @@ class Passage:
         return self.streams.scratch("inner", output.in_features)
 
     def stream_file(self, name: str, branch: ResidualBranch) -> Activations:
-        """Where the stream ``name`` is kept behind ``branch``; the same file in every block, written anew."""
+        """Return the file of the stream ``name`` behind ``branch``; the same file in every block, written anew."""
         hidden = self.streams.reference.architecture.hidden_size
         return self.streams.scratch(f"{self.layer.branches.index(branch)}.{name}", hidden)
 
 
-class _Wish:
-    """What the linears of a tap ought to read, or the last one of a branch to give, for the original's stream."""
+class _OriginalOutput:
+    """Computes what the linears of a tap should read, or the last one of a branch give, for the original's stream."""
 
     def __init__(self, passage: Passage, tap: str) -> None:
         self._streams = passage.streams
@@ -207,7 +202,7 @@ class _Wish:
         self.moved = passage.stream_file(ORIGINAL, self._branch)
 
     def __call__(self, start: int, stop: int, stream: Tensor) -> Tensor:
-        """For sequences ``start`` to ``stop``, given the quantized model's ``stream`` that the branch adds to."""
+        """Return it for sequences ``start`` to ``stop``; the branch adds to the quantized model's ``stream``."""
         original = self._residual.read(start, stop)
         theirs = self._block.branch_tap(self._tap, original, self._streams.positions)
         if self.weight is None:

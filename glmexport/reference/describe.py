@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from glmexport.architecture.counts import refuse_counts
 from glmexport.architecture.description import Architecture
-from glmexport.architecture.registry import _MULTIMODAL, FAMILIES, UNFINISHED
+from glmexport.architecture.registry import FAMILIES, MULTIMODAL, UNFINISHED
 from glmexport.architecture.rope import check_rope
 from glmexport.checkpoint.checkpoint import Checkpoint
 from glmexport.foundation.errors import CheckpointError
-from glmexport.reference.skeleton import completed, require_agreement, skeleton
+from glmexport.reference.skeleton import completed_checkpoint, require_agreement, skeleton
 
 
 def describe(checkpoint: Checkpoint) -> Architecture:
@@ -25,7 +25,7 @@ def describe(checkpoint: Checkpoint) -> Architecture:
             next_step=f"Supported: {', '.join(sorted(FAMILIES))}.",
         )
     family = FAMILIES.get(checkpoint.model_type)
-    if family is None and (_MULTIMODAL.fullmatch(checkpoint.model_type) or checkpoint.config.has("text_config")):
+    if family is None and (MULTIMODAL.fullmatch(checkpoint.model_type) or checkpoint.config.has("text_config")):
         config = checkpoint.config
         text = config.section("text_config").values.get("model_type") if config.has("text_config") else None
         raise CheckpointError(
@@ -41,7 +41,7 @@ def describe(checkpoint: Checkpoint) -> Architecture:
     refuse_counts(checkpoint)
     check_rope(checkpoint.config)
     try:
-        read, config = completed(checkpoint)
+        read, config = completed_checkpoint(checkpoint)
     except CheckpointError:
         # What is wrong with a value that is there, the declaration says more plainly than transformers.
         family(checkpoint)

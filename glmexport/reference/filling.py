@@ -17,7 +17,7 @@ EXPERTS, ROUTER = "mlp.experts", "mlp.gate"
 MATRICES = ("gate_up_proj", "down_proj")
 
 
-def halves(layer: DecoderLayer) -> dict[str, tuple[str, int]]:
+def stacked_halves(layer: DecoderLayer) -> dict[str, tuple[str, int]]:
     """Return the key of a matrix, and which half of it, by the name of the tensor in transformers' module."""
     found = {}
     for key, parts in layer.mlp.stacks.items():

@@ -17,8 +17,8 @@ from glmexport.architecture.description import Architecture, DecoderLayer, Resid
 from glmexport.architecture.experts import MixtureOfExperts
 from glmexport.architecture.latent import LatentAttention
 from glmexport.checkpoint.checkpoint import Checkpoint
-from glmexport.reference.filling import EXPERTS, MATRICES, ROUTER, halves, stream_experts
-from glmexport.reference.skeleton import completed, skeleton
+from glmexport.reference.filling import EXPERTS, MATRICES, ROUTER, stacked_halves, stream_experts
+from glmexport.reference.skeleton import completed_checkpoint, skeleton
 
 #: A function that replaces a weight while a block is filled: (checkpoint key) -> tensor, or None to read the
 #: checkpoint.
@@ -40,12 +40,23 @@ class Reference:
         self.checkpoint = checkpoint
         self.architecture = architecture
         self.device = device
-        _, config = completed(checkpoint)
+        self._substitute: Substitute | None = None
+        self._embed: Callable[[Tensor], Tensor] | None = None
+        _, config = completed_checkpoint(checkpoint)
         model: Any = skeleton(config)
         self._decoder: Any = model.model
         # The rotary tables are computed, not stored, so this module cannot stay on the meta device.
         rotary: Any = type(self._decoder.rotary_emb)
         self._rotary: nn.Module = rotary(config)
+
+    def exchanged(self, substitute: Substitute, embed: Callable[[Tensor], Tensor] | None = None) -> Reference:
+        """Return this model with the weights that ``substitute`` has in place of the checkpoint's.
+
+        ``embed``, if given, looks up embeddings [..., hidden] fp32 of token ids in a table of its own.
+        """
+        other = copy.copy(self)
+        other._substitute, other._embed = substitute, embed
+        return other
 
     def read(self, key: str) -> Tensor:
         """Return the checkpoint's tensor, fp32 on the device."""
@@ -58,10 +69,11 @@ class Reference:
     def block(
         self, layer: DecoderLayer, substitute: Substitute | None = None, *, only: Collection[str] | None = None
     ) -> Block:
-        """Return decoder layer ``layer`` with its weights in fp32; of the linears those of the taps ``only``, if given.
+        """Return decoder layer ``layer`` with weights in fp32; of its linears those of the taps ``only``, if given.
 
         Routed experts are read when tokens choose them.
         """
+        substitute = substitute or self._substitute
         module = copy.deepcopy(self._decoder.layers[layer.index])
         left_out = [linear for linear in layer.linears if only is not None and linear.tap not in only]
         absent = {key for linear in left_out for key in (linear.weight, linear.bias_key)}
@@ -79,7 +91,7 @@ class Reference:
 
             stream_experts(module, matrix)
         weights: dict[str, Tensor] = {}
-        apart, stacked = halves(layer), dict[str, Tensor]()
+        apart, stacked = stacked_halves(layer), dict[str, Tensor]()
         for name in module.state_dict():
             key, half = apart.get(name, (f"{layer.prefix}.{name}", None))
             if key in absent:
@@ -95,6 +107,8 @@ class Reference:
 
     def embed(self, ids: Tensor) -> Tensor:
         """Return the embeddings [..., hidden] fp32 of token ``ids``; reads the table in slabs."""
+        if self._embed:
+            return self._embed(ids)
         wanted, position = torch.unique(ids, return_inverse=True)
         key = self.architecture.embedding
         rows = torch.empty(len(wanted), self.architecture.hidden_size)
@@ -147,7 +161,7 @@ class Block:
         #: Names of the halves in which the module holds a stacked matrix, by its checkpoint key.
         self._apart: dict[str, list[str]] = {}
         names = dict(module.named_parameters())
-        for name, (key, _) in halves(layer).items():
+        for name, (key, _) in stacked_halves(layer).items():
             if name in names:
                 self._apart.setdefault(key, []).append(name)
 

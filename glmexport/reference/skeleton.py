@@ -21,14 +21,14 @@ from glmexport.architecture.tables import EMBEDDING, LM_HEAD
 from glmexport.checkpoint.checkpoint import Checkpoint
 from glmexport.checkpoint.config import ConfigReader
 from glmexport.foundation.errors import CheckpointError
-from glmexport.reference.filling import halves
+from glmexport.reference.filling import stacked_halves
 
 #: Keys that end, begin and fill a text. The files alone say them: a class's default is of another vocabulary.
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _NEXT_STEP = "Use the config.json that belongs to these weights."
 
 
-def completed(checkpoint: Checkpoint) -> tuple[Checkpoint, Any]:
+def completed_checkpoint(checkpoint: Checkpoint) -> tuple[Checkpoint, Any]:
     """Return ``checkpoint`` with its configuration as transformers completes it, and transformers' configuration.
 
     Raises:
@@ -116,7 +116,7 @@ def _named_as_in(architecture: Architecture, theirs: dict[str, tuple[int, ...]])
         pages = layer.mlp.pages
         for key, (stack, index) in pages.items():
             found[stack] = (index + 1, *shapes.pop(key))
-        for half, (key, _) in halves(layer).items():
+        for half, (key, _) in stacked_halves(layer).items():
             name = f"{layer.prefix}.{half}"
             if key in shapes and name in theirs:
                 found[name] = (shapes[key][0] // 2, *shapes[key][1:])

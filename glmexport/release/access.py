@@ -33,7 +33,7 @@ class ImageReference:
 
     @classmethod
     def parse(cls, text: str) -> ImageReference:
-        """Parse ``HOST[:PORT]/NAME[:TAG][@sha256:DIGEST]``.
+        """Parse a reference ``HOST[:PORT]/NAME[:TAG][@sha256:DIGEST]``.
 
         Raises:
             InputError: it is not so, or has neither tag nor digest.

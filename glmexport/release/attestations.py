@@ -6,9 +6,9 @@ machine that signs its own work cannot vouch for itself.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
+from glmexport.bundle.bundle import Bundle
 from glmexport.bundle.manifest import MANIFEST, Manifest
 from glmexport.foundation.errors import BundleError
 from glmexport.foundation.files import sha256
@@ -28,13 +28,13 @@ _RESULTS = {
 }
 
 
-def subject(bundle: Path) -> dict[str, str]:
+def subject(bundle: Bundle) -> dict[str, str]:
     """Return the SHA-256 of the manifest, which lists every other file that a bundle consists of."""
-    return {MANIFEST: sha256(bundle / MANIFEST)}
+    return {MANIFEST: sha256(bundle.path(MANIFEST))}
 
 
 def provenance(manifest: Manifest, report: Report | None) -> dict[str, Any]:
-    """Return the predicate of SLSA provenance v1: the checkpoint, text and recipe that the bundle was made from."""
+    """Return the predicate of SLSA provenance v1: from which checkpoint, text and recipe the bundle was made."""
     source, calibration = manifest.source, manifest.calibration
     materials = [{"name": source.name, "digest": _digest(source.digest), "annotations": {"is": "checkpoint"}}]
     if source.adapter:
@@ -69,33 +69,34 @@ def provenance(manifest: Manifest, report: Report | None) -> dict[str, Any]:
     }
 
 
-def test_result(bundle: Path, report: Report) -> dict[str, Any]:
+def test_result(bundle: Bundle, report: Report) -> dict[str, Any]:
     """Return the predicate of in-toto's test-result v0.1: the verdict of report.json, and the gates by theirs."""
     by_result: dict[str, list[str]] = {"PASSED": [], "WARNED": [], "FAILED": []}
     for gate in report.gates:
         name = f"{gate.name} ({gate.language})" if gate.language else gate.name
         by_result[_RESULTS[gate.verdict]].append(name)
     gates = {"policy": report.policy.source, "verdict": str(report.verdict), "glmexport": report.glmexport_version}
+    digest = {"sha256": sha256(bundle.path(JSON_NAME))}
     return {
         "result": _RESULTS[report.verdict],
-        "configuration": [{"name": JSON_NAME, "digest": {"sha256": sha256(bundle / JSON_NAME)}, "annotations": gates}],
+        "configuration": [{"name": JSON_NAME, "digest": digest, "annotations": gates}],
         "passedTests": by_result["PASSED"],
         "warnedTests": by_result["WARNED"],
         "failedTests": by_result["FAILED"],
     }
 
 
-def report_of(bundle: Path, manifest: Manifest) -> Report | None:
-    """Return the report that is in the bundle; None: there is none.
+def report_of(bundle: Bundle) -> Report | None:
+    """Return the report that is in the bundle; None if there is none.
 
     Raises:
         BundleError: it cannot be read, or is of another bundle.
     """
-    path = bundle / JSON_NAME
+    path = bundle.path(JSON_NAME)
     if not path.is_file():
         return None
     report = read_report(path)
-    if report.subject.bundle_digest != manifest.digest():
+    if report.subject.bundle_digest != bundle.digest:
         raise BundleError(
             f"{path} is of another bundle ({report.subject.bundle_digest}).",
             next_step="Validate this bundle, or remove the report.",
@@ -104,6 +105,6 @@ def report_of(bundle: Path, manifest: Manifest) -> Report | None:
 
 
 def _digest(digest: str) -> dict[str, str]:
-    """A digest of this package in in-toto's form."""
+    """Return a digest of this package in in-toto's form."""
     kind, _, value = digest.partition(":")
     return {kind: value}

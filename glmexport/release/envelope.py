@@ -73,7 +73,7 @@ def parse(content: bytes, name: str) -> Any:
         raise VerificationError(f"{name} cannot be read: {why}.") from error
 
 
-def legal(name: str) -> bool:
+def is_legal_name(name: str) -> bool:
     """Return whether a bundle may have a file of that name: inside it, in the plainest form, on every file system."""
     strange = any(each in "\\:" or category(each) in ("Cc", "Cs") for each in name)
     return not strange and len(name) <= 1024 and not {"", ".", ".."} & set(name.split("/"))
@@ -83,7 +83,7 @@ def check_names(names: list[str], where: str) -> None:
     """Check that names are legal, and no two are one name, or one a folder of the other, without regard to case."""
     seen: dict[str, str] = {}
     for name in names:
-        if not legal(name):
+        if not is_legal_name(name):
             raise VerificationError(f"{where} names {name!r}, which may leave the bundle.")
         # Names that are one on some file system are equal so.
         key = normalize("NFC", normalize("NFC", name).casefold())
@@ -146,7 +146,7 @@ def signed_files(payload: bytes) -> dict[str, str]:
 
 def _check_overlooked(paths: list[Any], files: dict[str, str]) -> None:
     """What a signature says to overlook is itself, and nothing that it lists: by model-signing it could not hold."""
-    if SIGNATURE not in paths or not all(isinstance(path, str) and legal(path) for path in paths):
+    if SIGNATURE not in paths or not all(isinstance(path, str) and is_legal_name(path) for path in paths):
         raise VerificationError(f"{SIGNATURE} does not say that it overlooks itself, and names of files alone.")
     for name in files:
         above = {name, *(name[:end] for end, character in enumerate(name) if character == "/")}

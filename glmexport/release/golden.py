@@ -7,8 +7,8 @@ and only as long as both have read the same tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -16,9 +16,6 @@ from numpy.typing import NDArray
 
 from glmexport import __version__
 from glmexport.bundle.bundle import Bundle
-from glmexport.bundle.fit import can_run
-from glmexport.bundle.manifest import Manifest
-from glmexport.calibration.corpus import Document, shipped_documents
 from glmexport.engine.generation import GenerationSession
 from glmexport.foundation.definition import Definition
 from glmexport.foundation.host import Host
@@ -32,9 +29,17 @@ TOP = 5
 #: Tolerance in nats. Kernels that quantize activations differ by a few hundredths from those that do not; a wrong
 #: weight, template or rotation by several.
 TOLERANCE = 0.5
-#: The least number of prompts; there is one of each language of the evaluation text.
-_PROMPTS = 12
+#: The length of the beginning of each text that becomes a prompt.
 _CHARACTERS = 160
+
+
+@dataclass(frozen=True)
+class GoldenText:
+    """A text whose beginning becomes a prompt."""
+
+    #: BCP-47 tag.
+    language: str
+    text: str
 
 
 class GoldenStep(Definition):
@@ -67,32 +72,31 @@ class Golden(Definition):
     answers: tuple[GoldenAnswer, ...]
 
 
-def absent_because(manifest: Manifest) -> str | None:
-    """Return why nothing can be recorded on this machine; None: it can be."""
-    if can_run(manifest):
+def absent_because(bundle: Bundle) -> str | None:
+    """Return why nothing can be recorded of ``bundle`` on this machine; None if it can."""
+    if bundle.runs_here:
         return None
-    return f"The bundle does not run where it was signed. {' '.join(manifest.target.lacking(Host.this()))}"
+    return f"The bundle does not run where it was signed. {' '.join(bundle.target.lacking(Host.this()))}"
 
 
-def record(bundle: Path, manifest: Manifest, threads: int, progress: Progress) -> Golden:
-    """Record what the bundle answers, greedily, to a prompt of each language.
+def record(bundle: Bundle, texts: Sequence[GoldenText], threads: int, progress: Progress) -> Golden:
+    """Return what the bundle answers, greedily, to the beginning of each of ``texts``.
 
     Raises:
         MachineError: this ONNX Runtime has no execution provider of the bundle's.
         BundleError: its loop cannot load it.
     """
-    session, tokenizer = GenerationSession.open(Bundle(bundle, manifest), threads), Tokenizer.open(bundle)
-    documents = list(_documents(shipped_documents("evaluation")))
+    session = GenerationSession.open(bundle, threads)
     answers = []
-    with progress.track("golden answers", len(documents)) as track:
-        for document in documents:
-            prompt = _prompt(tokenizer, document.text[:_CHARACTERS], session.context_length - TOKENS)
+    with progress.track("golden answers", len(texts)) as track:
+        for each in texts:
+            prompt = golden_prompt(bundle.tokenizer, each.text[:_CHARACTERS], session.context_length - TOKENS)
             steps = tuple(_step(logits) for logits in session.distributions(prompt, TOKENS))
-            answers.append(GoldenAnswer(language=document.language, prompt=tuple(prompt), steps=steps))
-            track.advance(detail=document.language)
+            answers.append(GoldenAnswer(language=each.language, prompt=tuple(prompt), steps=steps))
+            track.advance(detail=each.language)
     return Golden(
         glmexport=__version__,
-        provider=manifest.target.provider.name,
+        provider=bundle.target.provider.name,
         machine=Host.this().machine,
         answers=tuple(answers),
     )
@@ -112,22 +116,13 @@ def compare(
     return difference(golden_answer.model_dump(), got_tokens, got_logprobs, tolerance)
 
 
-def _documents(documents: Sequence[Document]) -> Iterator[Document]:
-    """The first of every language; of few languages, the second and so on, too."""
-    languages = list(dict.fromkeys(document.language for document in documents))
-    of = {language: [each for each in documents if each.language == language] for language in languages}
-    rounds = -(-_PROMPTS // len(languages))
-    for index in range(rounds):
-        yield from (of[language][index] for language in languages if index < len(of[language]))
-
-
-def _prompt(tokenizer: Tokenizer, text: str, longest: int) -> list[int]:
-    """What the model is given for ``text``: by its chat template, if it has one."""
+def golden_prompt(tokenizer: Tokenizer, text: str, longest: int) -> list[int]:
+    """Return the token ids of ``text`` as a prompt, by the chat template if there is one, ``longest`` at the most."""
     if tokenizer.has_chat_template:
         ids = tokenizer.encode_chat([{"role": "user", "content": text}], add_generation_prompt=True)
     else:
         ids = tokenizer.sequence(text)
-    return ids if len(ids) <= longest or len(text) < 2 else _prompt(tokenizer, text[: len(text) // 2], longest)
+    return ids if len(ids) <= longest or len(text) < 2 else golden_prompt(tokenizer, text[: len(text) // 2], longest)
 
 
 def _step(logits: NDArray[np.float32]) -> GoldenStep:

@@ -164,12 +164,12 @@ def _config() -> Any:
     try:
         from model_signing.signing import Config
     except ImportError as error:
-        raise missing(error) from error
+        raise missing_library(error) from error
     config: Any = Config
     return config()
 
 
-def missing(error: ImportError) -> MachineError:
+def missing_library(error: ImportError) -> MachineError:
     """Return the error for model-signing, or something that it imports, not being installed."""
     return MachineError(f"Signatures need {error.name}.", next_step="pip install 'glmexport[sign]'")
 

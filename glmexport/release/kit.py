@@ -13,6 +13,7 @@ import tarfile
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from glmexport.bundle.bundle import Bundle
 from glmexport.foundation.errors import InputError
 from glmexport.foundation.progress import Progress
 from glmexport.release import unpacker, verifier
@@ -42,7 +43,7 @@ the kit can change them. Where that matters, take unpack.py and verify.py from a
 """
 
 
-def write_kit(bundle: Path, directory: Path, progress: Progress, volume_bytes: int = DEFAULT_VOLUME) -> list[str]:
+def write_kit(bundle: Bundle, directory: Path, progress: Progress, volume_bytes: int = DEFAULT_VOLUME) -> list[str]:
     """Write a signed bundle as a kit into ``directory``, which must not exist; return the names of its volumes.
 
     Raises:
@@ -54,13 +55,13 @@ def write_kit(bundle: Path, directory: Path, progress: Progress, volume_bytes: i
         raise InputError(
             f"A volume of {volume_bytes} bytes is too small.", next_step="Give --volume-size 1MiB or more."
         )
-    bundle = bundle.resolve()
-    signed, release = signed_digests(bundle), read_release(bundle)
-    require_room(directory.parent, sum((bundle / name).stat().st_size for name in signed), str(bundle))
+    source = bundle.directory.resolve()
+    signed, release = signed_digests(source), read_release(source)
+    require_room(directory.parent, sum((source / name).stat().st_size for name in signed), str(source))
     with arriving(directory) as partial:
         with _Cut(partial, volume_bytes) as volumes:
-            _archive(bundle, signed, volumes, progress)
-        shutil.copyfile(bundle / SIGNATURE, partial / SIGNATURE)
+            _archive(source, signed, volumes, progress)
+        shutil.copyfile(source / SIGNATURE, partial / SIGNATURE)
         (partial / VERIFIER).write_text(verifier_script(), encoding="utf-8")
         shutil.copyfile(unpacker.__file__, partial / UNPACKER)
         (partial / README).write_text(_readme(release), encoding="utf-8")
@@ -73,8 +74,8 @@ def write_kit(bundle: Path, directory: Path, progress: Progress, volume_bytes: i
     return list(volumes.sums)
 
 
-def _archive(bundle: Path, signed: dict[str, str], volumes: _Cut, progress: Progress) -> None:
-    """The signed files as a tar archive, each verified while it is read; the signature is beside it."""
+def _archive(directory: Path, signed: dict[str, str], volumes: _Cut, progress: Progress) -> None:
+    """Write the signed files as a tar archive, each verified while it is read; the signature is beside it."""
     names = [name for name in signed if name != SIGNATURE]
     with (
         progress.track("files", len(names)) as track,
@@ -82,13 +83,13 @@ def _archive(bundle: Path, signed: dict[str, str], volumes: _Cut, progress: Prog
     ):
         for name in names:
             member = tarfile.TarInfo(name)
-            member.size = (bundle / name).stat().st_size
+            member.size = (directory / name).stat().st_size
             member.mode = 0o644
-            with (bundle / name).open("rb") as file:
+            with (directory / name).open("rb") as file:
                 hashed = _Hashed(file)
                 archive.addfile(member, hashed)
             if hashed.digest.hexdigest() != signed[name]:
-                raise damaged(name, str(bundle))
+                raise damaged(name, str(directory))
             track.advance(detail=name)
 
 

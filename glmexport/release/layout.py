@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from glmexport.bundle.manifest import Manifest, read_manifest
+from glmexport.bundle.bundle import Bundle
 from glmexport.foundation.definition import FailFast, parse_json, read_json
 from glmexport.foundation.errors import InputError, UnverifiedError
 from glmexport.foundation.files import sha256, write_atomically
@@ -88,7 +88,7 @@ class _Index(_Part):
     manifests: Annotated[tuple[Descriptor, ...], Field(min_length=1, max_length=1)]
 
 
-def write_layout(bundle: Path, directory: Path, progress: Progress, tag: str = "latest") -> str:
+def write_layout(bundle: Bundle, directory: Path, progress: Progress, tag: str = "latest") -> str:
     """Write a signed bundle as an image layout into ``directory``, which must not exist; return the image's digest.
 
     Raises:
@@ -98,23 +98,23 @@ def write_layout(bundle: Path, directory: Path, progress: Progress, tag: str = "
     """
     if not TAG.fullmatch(tag):
         raise InputError(f"{tag!r} is no tag.", next_step="Give letters, digits, '.', '_' and '-', 128 at the most.")
-    bundle = bundle.resolve()
-    signed, manifest = signed_digests(bundle), read_manifest(bundle)
-    require_room(directory.parent, sum((bundle / name).stat().st_size for name in signed), str(bundle))
+    source = bundle.directory.resolve()
+    signed = signed_digests(source)
+    require_room(directory.parent, sum((source / name).stat().st_size for name in signed), str(source))
     with arriving(directory) as partial:
         layers = []
         with progress.track("blobs", len(signed)) as track:
             for name, digest in signed.items():
                 blob = _blob(partial, digest)
-                size = (bundle / name).stat().st_size
+                size = (source / name).stat().st_size
                 if not blob.exists():
-                    with (bundle / name).open("rb") as file:
-                        size = copy_verified(file, blob, digest, name, str(bundle))
-                elif sha256(bundle / name) != digest:
-                    raise damaged(name, str(bundle))
+                    with (source / name).open("rb") as file:
+                        size = copy_verified(file, blob, digest, name, str(source))
+                elif sha256(source / name) != digest:
+                    raise damaged(name, str(source))
                 layers.append(_descriptor(_media_type(name), digest, size, {FILE_PATH: name}))
                 track.advance(detail=name)
-        config = _put(partial, CONFIG_TYPE, _config(manifest, layers))
+        config = _put(partial, CONFIG_TYPE, _config(bundle, layers))
         image = {
             "schemaVersion": 2,
             "mediaType": MANIFEST_TYPE,
@@ -122,8 +122,8 @@ def write_layout(bundle: Path, directory: Path, progress: Progress, tag: str = "
             "config": config,
             "layers": layers,
             "annotations": {
-                "org.opencontainers.image.title": _line(manifest.source.title),
-                "org.opencontainers.image.version": manifest.digest(),
+                "org.opencontainers.image.title": _line(bundle.manifest.source.title),
+                "org.opencontainers.image.version": bundle.digest,
             },
         }
         described = _put(partial, MANIFEST_TYPE, image)
@@ -238,8 +238,9 @@ def _media_type(name: str) -> str:
     return f"application/vnd.cncf.model.{_KINDS[kind]}.v1.raw"
 
 
-def _config(manifest: Manifest, layers: list[dict[str, Any]]) -> dict[str, Any]:
-    """What ModelPack wants to know of a model; no date, which would be another one each time."""
+def _config(bundle: Bundle, layers: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what ModelPack wants to know of a model; no date, which would be another one each time."""
+    manifest = bundle.manifest
     parameters = manifest.source.parameters
     scale, letter = next(
         each for each in ((1e9, "b"), (1e6, "m"), (1e3, "k")) if parameters >= each[0] or each[0] == 1e3
@@ -247,9 +248,9 @@ def _config(manifest: Manifest, layers: list[dict[str, Any]]) -> dict[str, Any]:
     precision = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[manifest.target.graph.activations]
     return {
         "descriptor": {
-            "name": _line(manifest.source.title),
+            "name": _line(bundle.manifest.source.title),
             "family": manifest.family,
-            "version": manifest.digest(),
+            "version": bundle.digest,
             "title": _line(f"{manifest.source.title}, {manifest.recipe.name} for {manifest.target.name}"),
         },
         "config": {

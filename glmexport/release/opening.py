@@ -11,10 +11,10 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from glmexport.assembly.genai import session_options
-from glmexport.bundle.genai_config import GenaiConfig
-from glmexport.bundle.loop import LOOP_CONFIG, read_loop
-from glmexport.bundle.manifest import MANIFEST, Manifest, read_manifest, verify_files
+from glmexport.bundle.bundle import Bundle
+from glmexport.bundle.genai_config import GenaiConfig, session_options
+from glmexport.bundle.loop import LOOP_CONFIG
+from glmexport.bundle.manifest import MANIFEST
 from glmexport.bundle.names import GENAI_CONFIG
 from glmexport.foundation.errors import BundleError, MachineError, UnverifiedError
 from glmexport.foundation.progress import Progress
@@ -41,8 +41,10 @@ class Trust:
 NOBODY = Trust()
 
 
-def open_signed(directory: Path, trust: Trust, progress: Progress, *, rewritten: Collection[str] = ()) -> Manifest:
-    """Return the manifest of a bundle, every file of which was compared with it and with a signature that is there.
+def open_signed(
+    directory: Path, trust: Trust, progress: Progress, *, rewritten: Collection[str] = ()
+) -> Bundle:
+    """Return the bundle in ``directory``, every file of which was compared with its manifest and with its signature.
 
     ``rewritten``: names of files that may be others than those that were signed, since the caller writes them again.
 
@@ -52,59 +54,59 @@ def open_signed(directory: Path, trust: Trust, progress: Progress, *, rewritten:
         InputError: the key or the certificate cannot be used.
         MachineError: there is no openssl, or a file cannot be read.
     """
-    manifest = read_manifest(directory)
-    check_bundle(directory, manifest, trust, progress, rewritten=rewritten)
-    return manifest
+    bundle = Bundle.open(directory)
+    check_bundle(bundle, trust, progress, rewritten=rewritten)
+    return bundle
 
 
 def check_bundle(
-    directory: Path, manifest: Manifest, trust: Trust, progress: Progress, *, rewritten: Collection[str] = ()
+    bundle: Bundle, trust: Trust, progress: Progress, *, rewritten: Collection[str] = ()
 ) -> None:
-    """Compare every file of a bundle with its ``manifest`` and with a signature that is there, as ``open_signed``."""
-    verify_files(directory, manifest)
-    check_settings(directory, manifest)
-    check_signature(directory, manifest, trust, progress, rewritten=rewritten.__contains__)
+    """Compare every file of ``bundle`` with its manifest and with a signature that is there, as ``open_signed``."""
+    bundle.verify()
+    check_settings(bundle)
+    check_signature(bundle, trust, progress, rewritten=rewritten.__contains__)
 
 
-def check_settings(directory: Path, manifest: Manifest) -> None:
-    """Compare the settings that a loop's file gives a session with the manifest's: the signed ones are what runs.
+def check_settings(bundle: Bundle) -> None:
+    """Compare what a loop's file gives a session with what the manifest says: what is shown and signed is what runs.
 
     Raises:
         BundleError: they differ, or a loop's file is not one.
     """
-    target, loop = manifest.target, read_loop(directory)
-    if loop:
-        same = (loop.provider, loop.session) == (target.provider, target.session)
+    target, loop = bundle.target, bundle.loop
+    if isinstance(loop, GenaiConfig):
+        name, same = GENAI_CONFIG, loop.session_options == session_options(target)
     else:
-        same = GenaiConfig.read(directory).session_options == session_options(target)
+        name, same = LOOP_CONFIG, (loop.provider, loop.session) == (target.provider, target.session)
     if not same:
         raise BundleError(
-            f"{directory / (LOOP_CONFIG if loop else GENAI_CONFIG)} gives the session other settings than {MANIFEST}.",
+            f"{bundle.path(name)} gives the session other settings than {MANIFEST}.",
             next_step="Do not use this bundle unless you know who changed it; build it again.",
         )
 
 
 def check_signature(
-    directory: Path,
-    manifest: Manifest,
+    bundle: Bundle,
     trust: Trust,
     progress: Progress,
     *,
     rewritten: Callable[[str], bool] = lambda _: False,
 ) -> None:
-    """Compare a bundle, whose files are those of its ``manifest``, with its signature.
+    """Compare ``bundle``, whose files are those of its manifest, with its signature.
 
     A bundle without one is as good as before, unless ``trust`` is given.
 
     Raises: what ``open_signed`` raises.
     """
+    directory = bundle.directory
     if not trust.given and not os.path.lexists(directory / SIGNATURE):
         return
     try:
         envelope = verifier.read_envelope(directory)
         if trust.given:
             verifier.check_signature(envelope, trust.key, trust.root, trust.subject)
-        _compare(directory, manifest, verifier.signed_files(envelope.payload), rewritten)
+        _compare(bundle, verifier.signed_files(envelope.payload), rewritten)
     except verifier.VerificationError as error:
         raise refusal(directory, error) from error
     except OSError as error:
@@ -116,10 +118,11 @@ def check_signature(
         progress.remark(f"{directory} is what its {SIGNATURE} lists. Who signed it is checked with --key or --root.")
 
 
-def _compare(directory: Path, manifest: Manifest, signed: dict[str, str], rewritten: Callable[[str], bool]) -> None:
+def _compare(bundle: Bundle, signed: dict[str, str], rewritten: Callable[[str], bool]) -> None:
+    directory = bundle.directory
     verifier.check_manifest(directory, signed)
     # Files of the manifest have just been hashed, and check_manifest has compared what it states of them.
-    known = {*(entry.path for entry in manifest.files), MANIFEST, SIGNATURE}
+    known = {*(entry.path for entry in bundle.manifest.files), MANIFEST, SIGNATURE}
     for name in sorted({*signed, *verifier.files_in(directory)} - known):
         if not rewritten(name):
             _check_file(directory, name, signed)

@@ -7,23 +7,15 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from glmexport import __version__
-from glmexport.bundle.manifest import (
-    ATTESTATIONS,
-    MANIFEST,
-    RELEASE_FILES,
-    REPORTS,
-    Manifest,
-    is_evidence,
-    read_manifest,
-    verify_files,
-)
+from glmexport.bundle.bundle import Bundle
+from glmexport.bundle.manifest import ATTESTATIONS, MANIFEST, RELEASE_FILES, REPORTS, is_evidence
 from glmexport.foundation.errors import BundleError, MachineError, UnverifiedError
 from glmexport.foundation.files import sha256
 from glmexport.foundation.progress import Progress, Silent
@@ -37,7 +29,7 @@ from glmexport.release.attestations import (
     test_result,
 )
 from glmexport.release.bom import BOM_TYPE, bill_of_materials
-from glmexport.release.golden import GOLDEN, absent_because, record
+from glmexport.release.golden import GOLDEN, GoldenText, absent_because, record
 from glmexport.release.incoming import flush_directory
 from glmexport.release.keys import Signatory
 from glmexport.release.opening import NOBODY, check_settings, check_signature
@@ -64,18 +56,19 @@ class SignedRelease:
 
 
 def sign(
-    bundle: Path,
+    bundle: Bundle,
     signatory: Signatory,
+    golden: Sequence[GoldenText] | None,
     *,
     counter: int | None = None,
     force: bool = False,
-    golden: bool = True,
     threads: int = 1,
     progress: Progress,
 ) -> SignedRelease:
-    """Sign a bundle whose files are those of its manifest; one that fails leaves it as it was.
+    """Sign a bundle whose files are those of its manifest; a signing that fails leaves it as it was.
 
-    If the machine dies while the last files are put in place, the signature does not hold, and signing again mends it.
+    What the bundle answers to the texts ``golden`` is recorded, if they are given and it runs on this machine. If the
+    machine dies while the last files are put in place, the signature does not hold, and signing again mends it.
 
     Raises:
         BundleError: its files are not those of the manifest, or its report is of another bundle.
@@ -83,32 +76,33 @@ def sign(
         InputError: the counter is not above that of the release that is there, and ``force`` is off.
         MachineError: the key does not sign, or the disk refuses.
     """
-    bundle = bundle.resolve()
-    manifest = read_manifest(bundle)
-    counter = next_counter(bundle, counter, force=force)
-    verify_files(bundle, manifest)
-    check_settings(bundle, manifest)
+    # Resolved once: the folder may be a link that is switched meanwhile.
+    bundle = Bundle(bundle.directory.resolve(), bundle.manifest)
+    directory, manifest = bundle.directory, bundle.manifest
+    counter = next_counter(directory, counter, force=force)
+    bundle.verify()
+    check_settings(bundle)
     # What is replaced may be others' by now; what stays has to be what was signed before.
     try:
-        check_signature(bundle, manifest, NOBODY, Silent(), rewritten=is_evidence)
+        check_signature(bundle, NOBODY, Silent(), rewritten=is_evidence)
     except UnverifiedError as error:
         raise UnverifiedError(
             error.message, next_step=f"If it is you who changed the bundle, remove {SIGNATURE} and sign it."
         ) from error
     try:
-        verifier.files_in(bundle)
+        verifier.files_in(directory)
         verifier.check_names([entry.path for entry in manifest.files], MANIFEST)
     except verifier.VerificationError as error:
-        raise BundleError(f"{bundle} cannot be signed: {error}", next_step="Build it again.") from error
-    with _staging(bundle) as staging:
-        absent = absent_because(manifest) if golden else "It was not asked for (--no-golden)."
-        if absent is None:
-            answers = record(bundle, manifest, threads, progress)
+        raise BundleError(f"{directory} cannot be signed: {error}", next_step="Build it again.") from error
+    with _staging(directory) as staging:
+        absent = "It was not asked for (--no-golden)." if golden is None else absent_because(bundle)
+        if golden is not None and absent is None:
+            answers = record(bundle, golden, threads, progress)
             (staging / GOLDEN).write_text(answers.model_dump_json() + "\n", encoding="utf-8")
-        elif golden:
+        elif golden is not None:
             progress.remark(f"No golden answers are recorded. {absent}")
         release = Release(
-            bundle=manifest.digest(),
+            bundle=bundle.digest,
             target=manifest.target.name,
             counter=counter,
             glmexport=__version__,
@@ -117,17 +111,17 @@ def sign(
         )
         (staging / RELEASE).write_text(release.model_dump_json(indent=2) + "\n", encoding="utf-8")
         (staging / VERIFIER).write_text(verifier_script(), encoding="utf-8")
-        _attest(bundle, manifest, signatory, staging)
-        digests = _digests(bundle, manifest, staging)
+        _attest(bundle, signatory, staging)
+        digests = _digests(bundle, staging)
         (staging / SIGNATURE).write_bytes(signatory.model_signature(bundle.name, digests))
         signatory.require_chain(staging / SIGNATURE)
-        _put_in_place(staging, bundle)
+        _put_in_place(staging, directory)
     return SignedRelease(release, tuple(digests))
 
 
-def _attest(bundle: Path, manifest: Manifest, signatory: Signatory, staging: Path) -> None:
+def _attest(bundle: Bundle, signatory: Signatory, staging: Path) -> None:
     """Write the attestations, each signed by itself, so that it can be handed on without the bundle."""
-    report = report_of(bundle, manifest)
+    manifest, report = bundle.manifest, report_of(bundle)
     statements = {
         PROVENANCE: (PROVENANCE_TYPE, provenance(manifest, report)),
         BOM: (BOM_TYPE, bill_of_materials(manifest, report)),
@@ -140,27 +134,27 @@ def _attest(bundle: Path, manifest: Manifest, signatory: Signatory, staging: Pat
         (staging / name).write_bytes(signatory.envelope(kind, predicate, about))
 
 
-def _digests(bundle: Path, manifest: Manifest, staging: Path) -> dict[str, str]:
-    """SHA-256 by name of every file that will be in the bundle; those of the manifest have just been verified."""
-    digests = {entry.path: entry.sha256 for entry in manifest.files}
+def _digests(bundle: Bundle, staging: Path) -> dict[str, str]:
+    """Return the SHA-256 by name of every file that will be in the bundle, whose own have just been verified."""
+    digests = {entry.path: entry.sha256 for entry in bundle.manifest.files}
     for name in (MANIFEST, *REPORTS):
-        if (bundle / name).is_file():
-            digests[name] = sha256(bundle / name)
+        if bundle.path(name).is_file():
+            digests[name] = sha256(bundle.path(name))
     for name in verifier.files_in(staging):
         digests[name] = sha256(staging / name)
     return dict(sorted(digests.items()))
 
 
 @contextlib.contextmanager
-def _staging(bundle: Path) -> Iterator[Path]:
-    """A folder beside the bundle, of which nothing remains; what killed ones have left goes, too."""
-    prefix = f".{bundle.name}.signing-"
-    _remove_left(bundle.parent, prefix)
+def _staging(directory: Path) -> Iterator[Path]:
+    """Yield a folder beside the bundle in ``directory``, of which nothing remains; what killed ones left goes, too."""
+    prefix = f".{directory.name}.signing-"
+    _remove_left(directory.parent, prefix)
     try:
-        place = Path(tempfile.mkdtemp(prefix=prefix, dir=bundle.parent))
+        place = Path(tempfile.mkdtemp(prefix=prefix, dir=directory.parent))
     except OSError as error:
         raise MachineError(
-            f"{bundle.parent} does not let us write beside the bundle: {error.strerror}.",
+            f"{directory.parent} does not let us write beside the bundle: {error.strerror}.",
             next_step="Sign the bundle where its folder can be written to.",
         ) from error
     try:
@@ -181,8 +175,8 @@ def _remove_left(folder: Path, prefix: str) -> None:
                 shutil.rmtree(left, ignore_errors=True)
 
 
-def _put_in_place(staging: Path, bundle: Path) -> None:
-    """Exchange what a signature replaces; what was there comes back if anything fails."""
+def _put_in_place(staging: Path, directory: Path) -> None:
+    """Exchange what a signature replaces in the bundle's ``directory``; what was there comes back if anything fails."""
     for name in verifier.files_in(staging):
         path = staging / name
         path.chmod(0o644)
@@ -193,12 +187,12 @@ def _put_in_place(staging: Path, bundle: Path) -> None:
     moved: list[tuple[Path, Path]] = []
     try:
         for name in _REPLACED:
-            for here, there in ((bundle / name, before / name), (staging / name, bundle / name)):
+            for here, there in ((directory / name, before / name), (staging / name, directory / name)):
                 if here.exists():
                     here.rename(there)
                     moved.append((here, there))
-        flush_directory(bundle / ATTESTATIONS)
-        flush_directory(bundle)
+        flush_directory(directory / ATTESTATIONS)
+        flush_directory(directory)
     except BaseException:
         for here, there in reversed(moved):
             there.rename(here)

@@ -13,7 +13,7 @@ from typing import Any
 from glmexport.foundation.errors import BundleError, InputError, MachineError, UnverifiedError
 from glmexport.release import verifier
 from glmexport.release.envelope import Envelope
-from glmexport.release.keys import missing
+from glmexport.release.keys import missing_library
 from glmexport.release.verifier import SIGNATURE, VerifiedBundle
 
 _AGAIN = "Copy the bundle again from where it was signed; if that is no better, do not use it."
@@ -100,7 +100,7 @@ def _model_verifier(envelope: Envelope, key: Path | None, root: Path | None) -> 
         from model_signing._signing.sign_ec_key import get_ec_key_hash
         from model_signing._signing.sign_sigstore_pb import pae
     except ImportError as error:
-        raise missing(error) from error
+        raise missing_library(error) from error
 
     config: Any = verifying.Config
     try:

@@ -41,7 +41,7 @@ from glmexport.release.envelope import (
     Envelope,
     VerificationError,
     check_names,
-    legal,
+    is_legal_name,
     linked_in_cache,
     parse,
     read_envelope,
@@ -58,7 +58,7 @@ __all__ = [
     "VerificationError",
     "VerifiedBundle",
     "check_names",
-    "legal",
+    "is_legal_name",
     "parse",
     "read_envelope",
     "signed_files",
@@ -180,7 +180,7 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def beside(name: str) -> bool:
+def is_legal_beside(name: str) -> bool:
     """Return whether a file of that name is legal beside those that a manifest lists."""
     folder, _, rest = name.partition("/")
     return name in BESIDE or (folder == ATTESTATIONS and "/" not in rest and rest.endswith(".json"))
@@ -200,7 +200,7 @@ def check_manifest(directory: Path, signed: dict[str, str]) -> None:
         if (entry.get("sha256"), entry.get("size")) != facts:
             raise VerificationError(f"{name} is not the file that {MANIFEST} lists.")
     check_names(listed, MANIFEST)
-    for name in sorted(name for name in set(signed) - set(listed) if not beside(name)):
+    for name in sorted(name for name in set(signed) - set(listed) if not is_legal_beside(name)):
         raise VerificationError(f"{name} is signed, and {MANIFEST} does not list it.")
 
 

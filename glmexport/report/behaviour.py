@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
+import unicodedata
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import TYPE_CHECKING
-
-import regex
 
 from glmexport.foundation.languages import language_name
 from glmexport.report import text
@@ -112,6 +111,10 @@ def language_row(row: LanguageBehaviour) -> tuple[str, ...]:
     )
 
 
+#: What joins two signs, what changes the one before it (tones of skin are among them), and the letters of flags.
+_JOINER = "\u200d"
+_JOINING = {_JOINER, "\u200c", *map(chr, range(0x1F3FB, 0x1F400))}
+_FLAGS = {*map(chr, range(0x1F1E6, 0x1F200))}
 #: Heads of the columns that ``language_row`` returns.
 LANGUAGE_HEADS = (
     "Answers",
@@ -124,16 +127,33 @@ LANGUAGE_HEADS = (
 )
 
 
-def kind(answer: Answer) -> str:
+def question_kind(answer: Answer) -> str:
     """Return what was asked, in words: "Question, Thai"."""
     return _KINDS[answer.kind] + (f", {language_name(answer.language)}" if answer.language else "")
 
 
-def parted(original: str, bundle: str) -> tuple[str, str, str]:
+def split_common_prefix(original: str, bundle: str) -> tuple[str, str, str]:
     """Return what both texts begin with, in whole characters with their marks, and how each goes on."""
-    characters = zip(regex.findall(r"\X", original), regex.findall(r"\X", bundle), strict=False)
-    shared = "".join(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], characters))
-    return shared, original[len(shared) :], bundle[len(shared) :]
+    end = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(original, bundle, strict=False)))
+    while end and any(_one_character(text[end - 1 : end + 1]) for text in (original, bundle)):
+        end -= 1
+    return original[:end], original[end:], bundle[end:]
+
+
+def _one_character(pair: str) -> bool:
+    """Return whether a reader sees one character in two that follow each other."""
+    if len(pair) < 2:
+        return False
+    before, after = pair[0], pair[1]
+    return (
+        unicodedata.category(after).startswith("M")
+        or after in _JOINING
+        or before == _JOINER
+        or (before in _FLAGS and after in _FLAGS)
+        or pair == "\r\n"
+        # Parts of a syllable of Hangul, and whatever else has a sign of its own together.
+        or len(unicodedata.normalize("NFC", pair)) < len(unicodedata.normalize("NFC", before)) + 1
+    )
 
 
 def _kept(name: str, change: Paired) -> AnswerRow:

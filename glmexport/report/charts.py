@@ -14,11 +14,10 @@ from typing import Literal
 from markupsafe import Markup
 
 from glmexport.report.svg import element, figure, line, text
-from glmexport.report.text import headroom, number
+from glmexport.report.text import headroom, number, power_of_ten
 
 ROW = 24
 """Height of one row of bars, px."""
-_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 @dataclass(frozen=True)
@@ -158,7 +157,7 @@ def histogram(
                 class_="axis",
             )
         )
-        plot.append(text(at(decade), bottom + 20, f"10{str(decade).translate(_SUPERSCRIPT)}", "tick", "middle"))
+        plot.append(text(at(decade), bottom + 20, power_of_ten(decade), "tick", "middle"))
     plot += _marker_marks([marker for marker in markers if 0 < marker.value < math.inf], top, bottom, at)
     inner = element("svg", *plot, x="12%", y=0, width="85%", height=bottom + 26, overflow="visible")
     caption = text(54.5, bottom + 42, f"{axis}, logarithmic", "axis-label", "middle")

@@ -15,7 +15,7 @@ from glmexport.foundation.languages import language_name
 from glmexport.foundation.untrusted import visible
 from glmexport.report import charts, speed, text
 from glmexport.report.allocation import summarize
-from glmexport.report.behaviour import LANGUAGE_HEADS, answer_rows, kind, language_row, parted
+from glmexport.report.behaviour import LANGUAGE_HEADS, answer_rows, language_row, question_kind, split_common_prefix
 from glmexport.report.coverage import COVERAGE_HEADS, coverage_rows
 from glmexport.report.devices import device_table
 from glmexport.results.fidelity import LanguageFidelity
@@ -81,10 +81,10 @@ def _environment() -> Environment:
     )
     environment.globals.update(
         answer_heads=LANGUAGE_HEADS,
-        kind=kind,
+        kind=question_kind,
         language_row=language_row,
         margin=_margin,
-        parted=parted,
+        parted=split_common_prefix,
         sample=text.sample,
         part_of=_part_of,
         quotient=_quotient,

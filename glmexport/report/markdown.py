@@ -181,9 +181,9 @@ def _costs(report: Report) -> list[tuple[str, ...]]:
         *(
             (
                 row.name,
-                speed.shown(row.original, row.unit),
+                speed.shown_value(row.original, row.unit),
                 speed.bounds(row.original, row.unit),
-                speed.shown(row.bundle, row.unit),
+                speed.shown_value(row.bundle, row.unit),
                 speed.bounds(row.bundle, row.unit),
                 speed.comparison(row),
             )
@@ -203,7 +203,7 @@ def _speed_notes(report: Report) -> str:
             f"in turns, with bounds of {text.percent(performance.bundle.ttft_s.confidence)} each. "
             f"{speed.bounded_by(performance)}",
             *([f"The original was not measured: {_foreign(absent)}"] if absent else []),
-            _foreign(speed.sources(performance)),
-            _foreign(speed.placed(performance)),
+            _foreign(speed.figure_sources(performance)),
+            _foreign(speed.node_placement(performance)),
         )
     )

@@ -38,7 +38,7 @@ def speed_rows(performance: Performance | None) -> tuple[SpeedRow, ...]:
         paired = getattr(ratios, field, None)
         if paired is None and before is not None and after is not None:
             # Loaded once, and memory: nothing to pair.
-            paired = value(after) / value(before) if value(before) else None
+            paired = median_of(after) / median_of(before) if median_of(before) else None
         return SpeedRow(name, unit, more_is_better, before, after, paired)
 
     return (
@@ -51,40 +51,40 @@ def speed_rows(performance: Performance | None) -> tuple[SpeedRow, ...]:
     )
 
 
-def value(cell: Interval | float) -> float:
+def median_of(cell: Interval | float) -> float:
     """Return the number itself."""
     return cell.value if isinstance(cell, Interval) else float(cell)
 
 
-def bounded(cell: Interval | float | None) -> Interval | None:
+def only_if_bounded(cell: Interval | float | None) -> Interval | None:
     """Return ``cell`` if it has bounds that say something."""
     return cell if isinstance(cell, Interval) and math.isfinite(cell.upper) else None
 
 
-def shown(cell: Interval | float | None, unit: str) -> str:
+def shown_value(cell: Interval | float | None, unit: str) -> str:
     """Return the number with its unit, without bounds."""
-    return NOT_MEASURED if cell is None else text.quantity(value(cell), unit)
+    return NOT_MEASURED if cell is None else text.quantity(median_of(cell), unit)
 
 
 def bounds(cell: Interval | float | None, unit: str) -> str:
     """Return the range from the lower to the upper bound; empty where there are none."""
-    sure = bounded(cell)
+    sure = only_if_bounded(cell)
     return f"{text.quantity(sure.lower, unit)} to {text.quantity(sure.upper, unit)}" if sure else ""
 
 
 def comparison(row: SpeedRow) -> str:
     """Return in words how the bundle compares: a difference is called one only if the bounds agree on it."""
-    if row.ratio is None or not (math.isfinite(value(row.ratio)) and value(row.ratio) > 0):
+    if row.ratio is None or not (math.isfinite(median_of(row.ratio)) and median_of(row.ratio) > 0):
         return "–"
     better, worse = ("less", "more") if row.unit in ("bytes", "J") else ("faster", "slower")
-    sure = bounded(row.ratio)
+    sure = only_if_bounded(row.ratio)
     if sure and sure.lower <= 1 <= sure.upper:
         return f"no sure difference ({text.ratio(sure.lower)} to {text.ratio(sure.upper)})"
 
-    gains = value(row.ratio) >= 1 if row.more_is_better else value(row.ratio) <= 1
+    gains = median_of(row.ratio) >= 1 if row.more_is_better else median_of(row.ratio) <= 1
     # As a factor of at least 1, whichever way round that is.
-    upright = value(row.ratio) >= 1
-    told = f"{text.ratio(_turned(value(row.ratio), upright))} {better if gains else worse}"
+    upright = median_of(row.ratio) >= 1
+    told = f"{text.ratio(_turned(median_of(row.ratio), upright))} {better if gains else worse}"
     if sure:
         low, high = sorted(_turned(end, upright) for end in (sure.lower, sure.upper))
         told += f" ({text.ratio(low)} to {text.ratio(high)})"
@@ -102,18 +102,18 @@ def bounded_by(performance: Performance) -> str:
     bound = performance.roofline_decode_tokens_per_s
     if bound is None:
         return "How fast memory is read could not be measured, so that nothing is known to bound decoding."
-    share = reached(performance)
+    share = share_reached(performance)
     return f"Memory bandwidth bounds decoding at {text.number(bound)} tokens/s, of which {share} is reached."
 
 
-def reached(performance: Performance) -> str:
+def share_reached(performance: Performance) -> str:
     """Return the share of the memory's bound of decoding that is reached."""
     bound = performance.roofline_decode_tokens_per_s
     share = performance.bundle.decode_tokens_per_s.value / bound if bound else math.nan
     return text.percent(share) if math.isfinite(share) else "–"
 
 
-def tail(figure: Figure, unit: str) -> tuple[str, str]:
+def tail_percentiles(figure: Figure, unit: str) -> tuple[str, str]:
     """Return the 90th and 99th percentile on the bad side, or how many rounds it takes."""
 
     def told(percentile: float | None, least: int) -> str:
@@ -124,7 +124,7 @@ def tail(figure: Figure, unit: str) -> tuple[str, str]:
     return told(figure.p90, 64), told(figure.p99, 662)
 
 
-def sources(performance: Performance) -> str:
+def figure_sources(performance: Performance) -> str:
     """Return the source of the peak memory, and why there is no energy if there is none."""
     bundle: Speed = performance.bundle
     told = f"Peak memory of each process: {bundle.peak_memory_source}, loading included."
@@ -133,7 +133,7 @@ def sources(performance: Performance) -> str:
     return told
 
 
-def placed(performance: Performance) -> str:
+def node_placement(performance: Performance) -> str:
     """Return where the nodes of the graph ran."""
     placement = performance.placement
     nodes: dict[str, int] = {}

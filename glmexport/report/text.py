@@ -1,4 +1,8 @@
-"""Numbers and foreign text in a form that a reader can trust: units, few digits, and nothing invisible."""
+"""Numbers and foreign text in a form that a reader can trust: units, few digits, and nothing invisible.
+
+Reports have typeset numbers, to significant digits. What is ``brief`` is for a terminal: plain spaces, and so many
+decimals that columns line up.
+"""
 
 from __future__ import annotations
 
@@ -38,10 +42,15 @@ def number(value: float, digits: int = 3) -> str:
     exponent = math.floor(math.log10(abs(value)))
     if exponent < -4 or exponent >= 15:
         mantissa, _, power = f"{value:.{digits - 1}e}".partition("e")
-        return f"{mantissa}{THIN}×{THIN}10{str(int(power)).translate(_SUPERSCRIPT)}".replace("-", "−")
+        return f"{mantissa}{THIN}×{THIN}{power_of_ten(int(power))}".replace("-", "−")
     # Rounding can carry into the next decade: 0.9999 is 1.00, not 1.000.
     exponent = int(f"{value:.{digits - 1}e}".partition("e")[2])
     return f"{value:,.{max(0, digits - 1 - exponent)}f}".replace(",", THIN).replace("-", "−")
+
+
+def power_of_ten(exponent: int) -> str:
+    """Return 10 with ``exponent`` raised above the line."""
+    return f"10{str(exponent).translate(_SUPERSCRIPT)}"
 
 
 def ratio(value: float, digits: int = 3) -> str:
@@ -131,15 +140,51 @@ def headroom(value: float, limit: float, direction: Literal["at most", "at least
     return distance / abs(limit)
 
 
+def brief_size(count: float) -> str:
+    """Return a number of bytes in B, KiB, MiB or GiB, to one decimal."""
+    value, power = _in_multiples(count, 1024, 3)
+    return f"{value:.{1 if power else 0}f} {('B', 'KiB', 'MiB', 'GiB')[power]}"
+
+
+def brief_duration(seconds: float) -> str:
+    """Return a span of time in s, min or h, rounded to what matters."""
+    for bound, factor, unit in ((90, 1, "s"), (5400, 60, "min")):
+        if seconds < bound:
+            return f"{seconds / factor:.0f} {unit}"
+    return f"{seconds / 3600:.1f} h"
+
+
+def brief_share(fraction: float) -> str:
+    """Return ``fraction`` (0 to 1) in percent, to one decimal."""
+    return f"{fraction:.1%}"
+
+
+def brief_ratio(ratio: float) -> str:
+    """Return a factor to two decimals, as "1.25x"."""
+    return f"{ratio:.2f}x"
+
+
+def brief_divergence(nats: float, decimals: int = 4) -> str:
+    """Return nats to ``decimals``; what that would round to nothing is shown by its power."""
+    fixed = f"{nats:.{decimals}f}"
+    return f"{nats:.0e}" if nats and not float(fixed) else fixed
+
+
 def _scaled(value: float, step: int, units: tuple[str, ...], digits: int) -> str:
     if not math.isfinite(value):
         return number(value)
-    power = 0
-    while abs(value) >= step and power < len(units) - 1:
-        value /= step
-        power += 1
+    value, power = _in_multiples(value, step, len(units) - 1)
     text = number(value) if power == 0 else _measured(value, digits)
     return f"{text}{FIXED}{units[power]}".rstrip(FIXED)
+
+
+def _in_multiples(value: float, step: int, most: int) -> tuple[float, int]:
+    """Return ``value`` divided by the largest power of ``step``, at most ``most``, that leaves at least 1."""
+    power = 0
+    while abs(value) >= step and power < most:
+        value /= step
+        power += 1
+    return value, power
 
 
 def _measured(value: float, digits: int) -> str:

@@ -26,11 +26,14 @@ from weakref import WeakSet
 import numpy as np
 from numpy.typing import NDArray
 
-from glmexport.bundle.names import GENAI_CONFIG
+from glmexport.bundle.genai_config import GenaiConfig
 from glmexport.engine.sampling import Sampling
 from glmexport.foundation.errors import InputError, MachineError
 
 _PROGRAM = Path(__file__).with_name("guide_program.py")
+_GRAPH = Path(__file__).with_name("guide.onnx")
+#: Stands in the graph for the size of the vocabulary, once.
+PLACEHOLDER = b"VOCABULA"
 #: First byte of what is sent to it.
 _GRAMMAR, _LOGITS = b"g", b"l"
 #: Memory that a grammar may take, and seconds: until its process is there, to be compiled, for a token, for all tokens.
@@ -233,12 +236,14 @@ class Held:
 
 
 class Guides:
-    """Processes for the grammars of requests to the bundle in ``directory``, which onnxruntime-genai runs."""
+    """Processes for the grammars of requests to the bundle in ``directory``, which onnxruntime-genai runs.
 
-    def __init__(self, directory: Path) -> None:
-        model = json.loads((directory / GENAI_CONFIG).read_text(encoding="utf-8"))["model"]
+    ``config``: the settings that it runs the bundle by.
+    """
+
+    def __init__(self, directory: Path, config: GenaiConfig) -> None:
         self._directory = directory
-        self._graph = _graph(model["vocab_size"])
+        self._graph = guide_graph(config.vocabulary_size)
         self._known: OrderedDict[bytes, None] = OrderedDict()
         self._lock = threading.Lock()
         self._spare: list[GuideProcess] = []
@@ -314,23 +319,9 @@ class Guides:
         process.close()
 
 
-def _graph(vocabulary: int) -> bytes:
-    """A model without weights: logits [batch, length, vocabulary] of nought."""
-    from onnx import TensorProto, helper
+def guide_graph(vocabulary: int) -> bytes:
+    """Return a model without weights that computes logits [batch, length, ``vocabulary``] of nought.
 
-    nodes = [
-        helper.make_node("Shape", ["input_ids"], ["size"]),
-        helper.make_node("Concat", ["size", "vocabulary"], ["shape"], axis=0),
-        helper.make_node(
-            "ConstantOfShape", ["shape"], ["logits"], value=helper.make_tensor("zero", TensorProto.FLOAT, [1], [0.0])
-        ),
-    ]
-    graph = helper.make_graph(
-        nodes,
-        "guide",
-        [helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "length"])],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "length", vocabulary])],
-        [helper.make_tensor("vocabulary", TensorProto.INT64, [1], [vocabulary])],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
-    return bytes(model.SerializeToString())
+    It is kept as a file in which the size of the vocabulary, 8 bytes of an initializer, is left to be filled in.
+    """
+    return _GRAPH.read_bytes().replace(PLACEHOLDER, vocabulary.to_bytes(8, "little"))

@@ -48,7 +48,7 @@ class Metrics:
             self.ttft.observe(answer.timing.ttft_s)
 
     def guessed(self, drafted: int, accepted: int) -> None:
-        """Count guesses."""
+        """Count guessed tokens, and those of them that were right."""
         self.drafted.inc(drafted)
         self.accepted.inc(accepted)
 

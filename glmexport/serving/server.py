@@ -13,7 +13,7 @@ from pathlib import Path
 
 from glmexport.bundle.bundle import Bundle
 from glmexport.bundle.genai_config import GenaiConfig
-from glmexport.bundle.manifest import MANIFEST, Manifest
+from glmexport.bundle.manifest import MANIFEST
 from glmexport.foundation.errors import GlmexportError, InputError, MachineError
 from glmexport.foundation.progress import Progress, Silent
 from glmexport.release.opening import NOBODY, Trust, open_signed
@@ -101,8 +101,8 @@ def serve(
                 f"{url_of(listener)} can be reached from other machines, and there is no key.",
                 next_step="Give --api-key-file, or listen on 127.0.0.1.",
             )
-        manifest = open_signed(directory, options.trust, progress or Silent())
-        return _Served(directory, manifest, options, keys, listener, inherited is not None).run(told)
+        opened = open_signed(directory, options.trust, progress or Silent())
+        return _Served(opened, options, keys, listener, inherited is not None).run(told)
 
 
 class _Served:
@@ -110,23 +110,21 @@ class _Served:
 
     def __init__(
         self,
-        directory: Path,
-        manifest: Manifest,
+        bundle: Bundle,
         options: ServeOptions,
         keys: tuple[bytes, ...],
         listener: socket.socket,
         inherited: bool,
     ) -> None:
+        manifest = bundle.manifest
         self._threads = options.threads or manifest.target.session.threads or options.cores
         self._serving = Serving(
-            url_of(listener), options.name or manifest.source.name, manifest.digest(), self._threads, inherited
+            url_of(listener), options.name or manifest.source.name, bundle.digest, self._threads, inherited
         )
-        bundle = Bundle(directory, manifest)
-        context_length = bundle.loop.context_length
-        can_guide = isinstance(bundle.loop, GenaiConfig) and not options.batch
-        self._guides = Guides(directory) if can_guide else None
+        config = None if options.batch or not isinstance(bundle.loop, GenaiConfig) else bundle.loop
+        self._guides = Guides(bundle.directory, config) if config else None
         reader = RequestReader(
-            bundle.tokenizer, bundle.loop.ends, context_length, options.limits, can_guide, options.lenient
+            bundle.tokenizer, bundle.ends, bundle.context_length, options.limits, config is not None, options.lenient
         )
         metrics = Metrics()
         at_work = options.parallel + options.waiting
@@ -139,12 +137,12 @@ class _Served:
         self._scheduler = Scheduler(bundle, settings, metrics, self._loaded, self._broken, self._guides)
         facts = ServedBundle(
             name=self._serving.name,
-            directory=directory.name,
+            directory=bundle.name,
             digest=self._serving.digest,
             family=manifest.family,
             target=manifest.target.name,
-            context_length=context_length,
-            created=int((directory / MANIFEST).stat().st_mtime),
+            context_length=bundle.context_length,
+            created=int(bundle.path(MANIFEST).stat().st_mtime),
         )
         self._service = Service(facts, reader, self._scheduler, metrics, self._guides)
         hosts = {host.lower() for host in options.hosts}

@@ -15,7 +15,7 @@ from glmexport.serving.failure import FAILED, ClientGone, Refused
 _DONE = b"data: [DONE]\n\n"
 
 
-def event(document: dict[str, Any]) -> bytes:
+def encode_event(document: dict[str, Any]) -> bytes:
     """Return one event as bytes; JSON has no line break of its own."""
     return b"data: " + json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
@@ -42,12 +42,12 @@ class EventStream(Response):
             with suppress(ClientGone):
                 try:
                     async for document in self._documents:
-                        await pass_on(event(document))
+                        await pass_on(encode_event(document))
                 except Refused as refused:
-                    await pass_on(event(refused.document))
+                    await pass_on(encode_event(refused.document))
                 except Exception:
                     # Whatever it is, the client is told that the answer is not whole; who called logs it.
-                    await pass_on(event(FAILED.document))
+                    await pass_on(encode_event(FAILED.document))
                     await pass_on(_DONE, more=False)
                     raise
                 await pass_on(_DONE, more=False)

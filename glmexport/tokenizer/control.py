@@ -88,7 +88,7 @@ class ControlTokens:
         self._any = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._incomplete = frozenset(text[:size] for text in self.ids for size in range(1, len(text)))
         self._longest = max(map(len, self.ids), default=1) - 1
-        self._marked: _Marked | None = None
+        self._marked: MarkedTokenizer | None = None
 
     def written(self, text: str) -> Rendered:
         """Return a text all of whose control tokens hold, such as one that a template writes."""
@@ -113,7 +113,7 @@ class ControlTokens:
             if self._control(ids) == expected:
                 return ids
         if self._marked is None:
-            self._marked = _Marked(self._tokenizer, self.ids)
+            self._marked = MarkedTokenizer(self._tokenizer, self.ids)
         ids = self._marked.encode(text, held)
         if self._control(ids) != expected:
             raise InputError(
@@ -194,8 +194,8 @@ class ControlTokens:
         return [id_ for id_ in ids if id_ in self._known]
 
 
-class _Marked:
-    """The same tokenizer, but control tokens have a mark on either side, without which they are text.
+class MarkedTokenizer:
+    """A tokenizer whose control tokens have a mark on either side, without which they are text.
 
     The mark is secret, so that nobody writes it.
     """

@@ -9,20 +9,22 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from glmexport.foundation.errors import CheckpointError, MachineError
-from glmexport.tokenizer.template_process import CPU_S
-from glmexport.tokenizer.template_process import __file__ as _PROGRAM
 
+_PROGRAM = Path(__file__).with_name("template_process.py")
+#: CPU seconds and bytes of memory for one conversation.
+CPU_S, MEMORY_BYTES = 3, 1 << 29
 #: Bytes of the file of a template; those of GLM models are of 10 KB.
 TEMPLATE_LIMIT_BYTES = 1 << 20
 #: Seconds after which a process that does not answer is ended, on a machine however busy.
 _PATIENCE_S = 120
 _ENVIRONMENT = frozenset(
     {
-        "APPDATA", "HF_HOME", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PATH", "PYTHONHOME", "PYTHONPATH",
-        "SYSTEMROOT", "TEMP", "TMP", "TMPDIR", "TZ", "USERPROFILE", "VIRTUAL_ENV", "XDG_CACHE_HOME",
+        "APPDATA", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PATH", "PYTHONHOME", "PYTHONPATH",
+        "SYSTEMROOT", "TEMP", "TMP", "TMPDIR", "TZ", "USERPROFILE", "VIRTUAL_ENV",
     }
 )  # fmt: skip
 
@@ -73,7 +75,7 @@ class _Process:
             self._end()
             self._running = subprocess.Popen(  # noqa: S603 - this program's own
                 # -P: the folder of the program is not searched for modules.
-                [sys.executable, "-P", _PROGRAM],
+                [sys.executable, "-P", str(_PROGRAM), str(CPU_S), str(MEMORY_BYTES)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from glmexport.architecture.description import Architecture
@@ -12,7 +12,7 @@ from glmexport.architecture.grouped import GroupedQueryAttention
 from glmexport.foundation.evidence import FLOATS, CandidateSettings, KvCache
 from glmexport.foundation.recipe import Recipe
 from glmexport.foundation.target import Target
-from glmexport.graph.build import own_loop
+from glmexport.graph.caches import own_loop
 
 #: Providers that have kernels for more than one accuracy_level; others ignore it.
 _LEVELS = {"CPUExecutionProvider": (0, 4), "WebGpuExecutionProvider": (0, 4)}
@@ -43,15 +43,21 @@ class Numerics:
         """The same weights in fp32 arithmetic."""
         return Numerics(self.recipe, EXACT_LEVEL)
 
+    @property
+    def label(self) -> str:
+        """Return what people call it."""
+        cache = "" if self.kv_cache == FLOATS else f" with a cache in {self.kv_cache}"
+        return f"{self.recipe} at accuracy_level {self.accuracy_level}{cache}"
+
 
 def numerics(settings: CandidateSettings) -> Numerics:
-    """Those of ``settings``."""
+    """Return what of ``settings`` decides the numbers."""
     return Numerics(settings.recipe, settings.accuracy_level, settings.kv_cache)
 
 
 @dataclass(frozen=True)
 class Axes:
-    """Alternatives of every setting; a candidate is one of each."""
+    """WantedValues of every setting; a candidate is one of each."""
 
     recipes: tuple[str, ...]
     accuracy_levels: tuple[int, ...]
@@ -63,8 +69,25 @@ class Axes:
     provider: Mapping[str, tuple[str, ...]]
 
 
+@dataclass(frozen=True)
+class WantedValues:
+    """Values to try in place of the usual ones; empty: the usual ones."""
+
+    #: In place of floats and 8 bits, where the provider and every recipe have them.
+    kv_caches: tuple[KvCache, ...] = ()
+    #: In place of shares of the cores.
+    threads: tuple[int, ...] = ()
+    #: Further entries of the session's configuration, and options of the provider, each with values.
+    session: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    provider: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+#: Nothing in place of the usual values.
+USUAL = WantedValues()
+
+
 def start_settings(target: Target, recipe: str, cores: int) -> CandidateSettings:
-    """What ``target`` says now; what it leaves to the runtime is the runtime's default."""
+    """Return what ``target`` says now; what it leaves to the runtime is the runtime's default."""
     return CandidateSettings(
         recipe=recipe,
         accuracy_level=target.weights.accuracy_level,
@@ -82,13 +105,9 @@ def axes_of(
     recipes: Mapping[str, Recipe],
     start: CandidateSettings,
     cores: int,
-    *,
-    kv_caches: Sequence[KvCache] = (),
-    threads: Sequence[int] = (),
-    session: Mapping[str, tuple[str, ...]] | None = None,
-    provider: Mapping[str, tuple[str, ...]] | None = None,
+    wanted: WantedValues = USUAL,
 ) -> Axes:
-    """The alternatives that are legal for ``target`` and make a difference for ``architecture``.
+    """Return the alternatives that are legal for ``target`` and make a difference for ``architecture``.
 
     Args:
         target: what the hardware can do; what it cannot is no candidate.
@@ -96,10 +115,7 @@ def axes_of(
         recipes: whose formats the target has kernels for, by the name or file that a target calls them by.
         start: always among the candidates.
         cores: that the threads go up to, if none are given.
-        kv_caches: to try in place of floats and 8 bits, where the provider and every recipe have them.
-        threads: numbers to try in place of shares of the cores.
-        session: further entries of the session's configuration, each with values to try.
-        provider: options of the provider, each with values to try.
+        wanted: values to try in place of the usual ones.
     """
     quantizes = any(recipe.quantizes_linears for recipe in recipes.values())
     levels = _LEVELS.get(target.provider.name, ()) if quantizes else ()
@@ -111,9 +127,9 @@ def axes_of(
     calibrates = all(recipe.calibration for recipe in recipes.values())
     quantizable = calibrates and not own_loop(architecture, target.graph)
     offered = _CACHES.get(target.provider.name, ()) if quantizable else ()
-    caches = [kind for kind in kv_caches or _TRIED_CACHES if kind in offered]
-    counts = tuple(threads) or tuple(max(1, round(cores * share)) for share in _SHARES)
-    entries = {**_SESSION.get(target.provider.name, {}), **(session or {})}
+    caches = [kind for kind in wanted.kv_caches or _TRIED_CACHES if kind in offered]
+    counts = wanted.threads or tuple(max(1, round(cores * share)) for share in _SHARES)
+    entries = {**_SESSION.get(target.provider.name, {}), **wanted.session}
     return Axes(
         recipes=_unique(start.recipe, *recipes),
         accuracy_levels=_unique(start.accuracy_level, *levels),
@@ -122,12 +138,12 @@ def axes_of(
         kv_caches=_unique(start.kv_cache, *caches),
         threads=_unique(start.threads, *counts),
         session=entries,
-        provider=provider or {},
+        provider=wanted.provider,
     )
 
 
 def candidates(start: CandidateSettings, axes: Axes) -> list[CandidateSettings]:
-    """Every combination, the start first; none twice."""
+    """Return every combination, the start first; none twice."""
     found = {identity(start): start}
     product = itertools.product(
         axes.recipes,
@@ -155,13 +171,13 @@ def candidates(start: CandidateSettings, axes: Axes) -> list[CandidateSettings]:
 
 
 def _with_defaults(start: Mapping[str, str], changes: Mapping[str, str]) -> dict[str, str]:
-    """An entry that has the runtime's default is left out, so that two spellings are one candidate."""
+    """Leave out an entry that has the runtime's default, so that two spellings are one candidate."""
     merged = {**start, **changes}
     return {name: value for name, value in merged.items() if name in start or (name, value) != (SPINNING, "1")}
 
 
 def identity(settings: CandidateSettings) -> str:
-    """Equal for equal settings, whatever the order of their entries."""
+    """Return a text that is equal for equal settings, whatever the order of their entries."""
     ordered = settings.model_copy(
         update={"session": dict(sorted(settings.session.items())), "provider": dict(sorted(settings.provider.items()))}
     )
@@ -169,7 +185,7 @@ def identity(settings: CandidateSettings) -> str:
 
 
 def with_settings(target: Target, settings: CandidateSettings) -> Target:
-    """``target`` with every setting of a candidate."""
+    """Return ``target`` with every setting of a candidate."""
     return target.model_copy(
         update={
             "provider": target.provider.model_copy(update={"options": settings.provider}),
@@ -183,7 +199,7 @@ def with_settings(target: Target, settings: CandidateSettings) -> Target:
 
 
 def label(settings: CandidateSettings) -> str:
-    """Short, for people."""
+    """Return a short name for people."""
     activations = {0: "fp32", 1: "fp32", 2: "fp16", 3: "bf16", 4: "int8"}[settings.accuracy_level]
     parts = [
         settings.recipe,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import torch
 
 from glmexport.architecture.description import Architecture, DecoderLayer
 from glmexport.assembly.genai import loop_config
-from glmexport.assembly.write import write_bundle
+from glmexport.assembly.write import BundleContents, write_bundle
 from glmexport.bundle.manifest import MANIFEST, FileEntry, Source, read_manifest
 from glmexport.checkpoint.checkpoint import Checkpoint
 from glmexport.foundation.evidence import CandidateSettings
@@ -29,10 +29,10 @@ from glmexport.foundation.target import Target
 from glmexport.tuning.candidates import with_settings
 from glmexport.tuning.rounding import RoundedWeights
 
+#: Tokens that scales of a quantized cache are calibrated on here: their values change no speed.
+_CACHED_TOKENS = range(16)
 #: Weights of a model that is timed whole, and at least those of the blocks that one slice has more than the other:
 #: in 4 bits several times the caches of a processor.
-#: That scales of a quantized cache are calibrated on here: their values change no speed.
-_CACHED_TOKENS = range(16)
 WHOLE_WEIGHTS, ADDED_WEIGHTS = 1 << 30, 1 << 29
 
 
@@ -128,7 +128,7 @@ class SliceBundles:
         checkpoint: Checkpoint,
         rotary_tables: tuple[torch.Tensor, torch.Tensor],
         target: Target,
-        recipes: dict[str, Recipe],
+        recipes: Mapping[str, Recipe],
         source: Source,
     ) -> None:
         self._directory = directory
@@ -155,21 +155,17 @@ class SliceBundles:
         return directories
 
     def _write(self, directory: Path, architecture: Architecture, target: Target, recipe: Recipe) -> None:
-        manifest = write_bundle(
-            directory,
-            architecture,
-            RoundedWeights(self._checkpoint, architecture, recipe, searched=False),
-            self._tables,
+        contents = BundleContents(
+            architecture=architecture,
+            weights=RoundedWeights(self._checkpoint, architecture, recipe, searched=False),
+            rotary_tables=self._tables,
             recipe=recipe,
             target=target,
             source=self._source,
-            calibration=None,
-            records=(),
-            tokenizer_files=(),
             cache_text=[list(_CACHED_TOKENS)],
-            # Somebody else's progress is under way.
-            progress=Silent(),
         )
+        # Somebody else's progress is under way.
+        manifest = write_bundle(directory, contents, Silent())
         for entry in manifest.files:
             path, key = directory / entry.path, (entry.sha256, entry.size)
             same = self._files.setdefault(key, path)

@@ -8,7 +8,7 @@ activations of every candidate are committed after each block, so that a measure
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -25,7 +25,7 @@ from glmexport.architecture.description import DecoderLayer
 from glmexport.assembly.cache_scales import CacheGauges, set_scales
 from glmexport.assembly.external import write_graphs
 from glmexport.bundle.names import ATTENTION_MASK, INPUT_IDS, LOGITS, STREAM_IN, STREAM_OUT
-from glmexport.engine.core.cache import UnkeptCaches, cache_specs, run_graph
+from glmexport.engine.core.cache import UnkeptCaches, run_graph, unkept_specs
 from glmexport.engine.session import open_session
 from glmexport.foundation.evidence import Deviation, Divergences
 from glmexport.foundation.progress import Progress, Silent
@@ -37,9 +37,10 @@ from glmexport.quantization.weights import Weights
 from glmexport.reference.divergence import kl_divergence
 from glmexport.reference.reference import Reference
 from glmexport.results.record import badness
-from glmexport.results.statistics import bounds, clustered_mean
+from glmexport.tuning.arithmetic import Variants
 from glmexport.tuning.slices import units
 from glmexport.validation.fidelity import Streamed, position_slices
+from glmexport.validation.statistics import bounds, clustered_mean
 from glmexport.validation.texts import EvaluationText
 
 
@@ -60,12 +61,10 @@ class Streams:
         name: of its steps in ``work``.
         weights: as its recipe leaves them; the numbers are read block by block.
         reference: of the same model, for what is not computed by the graph: embedding and rotary tables.
-        targets: that the graph is lowered for, by what the variants are called; one of them is ``exact``.
-        exact: the variant in fp32 arithmetic.
+        variants: the kinds of arithmetic that the graph is lowered for.
         texts: what is asked.
         work: where finished blocks are kept.
         threads: of the sessions.
-        floats: of each variant with a quantized cache, the one that caches floats and is like it otherwise.
         cache_text: token ids that the scales of quantized caches are calibrated on.
     """
 
@@ -74,25 +73,21 @@ class Streams:
         name: str,
         weights: Weights,
         reference: Reference,
-        targets: Mapping[str, Target],
-        exact: str,
+        variants: Variants,
         texts: Sequence[EvaluationText],
         work: WorkDirectory,
         threads: int,
-        floats: Mapping[str, str] | None = None,
         cache_text: Sequence[Sequence[int]] = (),
     ) -> None:
         self._name = name
         self._weights = weights
         self._reference = reference
-        self._targets = targets
-        self._exact = exact
+        self._variants = variants
         self._texts = texts
         self._work = work
         self._threads = threads
         self._units = units(weights.architecture)
         self._steps = [f"{name}.{index:03d}" for index in range(len(self._units) + 1)]
-        self._floats = floats or {}
         #: Texts, and behind them what caches are calibrated on, which passes through every variant too.
         self._sequences = [*(text.ids for text in texts), *(torch.tensor(list(ids)) for ids in cache_text)]
         self._spans = list(pairwise(accumulate((len(ids) for ids in self._sequences), initial=0)))
@@ -116,7 +111,7 @@ class Streams:
         done = next((index for index in range(len(self._steps), 0, -1) if self._is_there(self._steps[index - 1])), 0)
         if not done:
             embedded = self._embedded(torch.cat(self._sequences))[:, None]
-            self._work.commit(self._steps[0], {}, {}, {key: iter([embedded]) for key in self._targets})
+            self._work.commit(self._steps[0], {}, {}, {key: iter([embedded]) for key in self._variants.targets})
             done = 1
         with progress.track(f"Divergence: {self._name}", len(self._units)) as track:
             track.advance(done - 1)
@@ -124,16 +119,16 @@ class Streams:
                 before = self._steps[index - 1]
                 with tempfile.TemporaryDirectory(dir=self._work.path) as folder:
                     self._write(self._units[index - 1], Path(folder))
-                    for key in self._floats:
+                    for key in self._variants.floats:
                         self._calibrate(key, self._units[index - 1], Path(folder), before)
-                    streams = {key: self._through(key, Path(folder), before) for key in self._targets}
+                    streams = {key: self._through(key, Path(folder), before) for key in self._variants.targets}
                     self._work.commit(self._steps[index], {}, {}, streams)
                 self._work.drop_activations(before)
                 track.advance(1, f"block {self._units[index - 1][-1].index}")
 
     def _is_there(self, step: str) -> bool:
         return self._work.record(step) is not None and all(
-            self._work.has_activations(step, key) for key in self._targets
+            self._work.has_activations(step, key) for key in self._variants.targets
         )
 
     def _embedded(self, ids: Tensor) -> Tensor:
@@ -149,21 +144,21 @@ class Streams:
             f"{key}.onnx": lower(
                 build_part(self._weights.architecture, layers, target.graph), target, self._weights, self._tables
             )
-            for key, target in self._targets.items()
+            for key, target in self._variants.targets.items()
         }
         write_graphs(graphs, folder, Silent())
 
     def _through(self, key: str, folder: Path, before: str) -> Iterator[Tensor]:
         """Rows [length, 1, D] of every text behind the graph in ``folder``."""
-        part = _Part(folder / f"{key}.onnx", self._targets[key], self._threads)
+        part = GraphPart(folder / f"{key}.onnx", self._variants.targets[key], self._threads)
         for ids, span in zip(self._sequences, self._spans, strict=True):
             yield part.run(STREAM_OUT, ids, self._rows(before, key, span)).transpose(0, 1)
 
     def _calibrate(self, key: str, layers: Sequence[DecoderLayer], folder: Path, before: str) -> None:
         """Put scales into the graph of a variant with a quantized cache."""
-        floats, path = self._floats[key], folder / f"{key}.onnx"
-        part = _Part(folder / f"{floats}.onnx", self._targets[floats], self._threads)
-        gauges = CacheGauges(layers, self._targets[key].graph)
+        floats, path = self._variants.floats[key], folder / f"{key}.onnx"
+        part = GraphPart(folder / f"{floats}.onnx", self._variants.targets[floats], self._threads)
+        gauges = CacheGauges(layers, self._variants.targets[key].graph)
         first = len(self._texts)
         for turn in range(gauges.passes):
             for ids, span in zip(self._sequences[first:], self._spans[first:], strict=True):
@@ -179,12 +174,13 @@ class Streams:
         return self._work.activations(step, key, shape).read(*span).transpose(0, 1)
 
     def _compare(self, original: Streamed, progress: Progress) -> dict[str, list[Document]]:
-        measured: dict[str, list[Document]] = {key: [] for key in self._targets}
+        measured: dict[str, list[Document]] = {key: [] for key in self._variants.targets}
         last = self._steps[-1]
         with tempfile.TemporaryDirectory(dir=self._work.path) as folder:
             self._write((), Path(folder))
             heads = {
-                key: _Part(Path(folder) / f"{key}.onnx", target, self._threads) for key, target in self._targets.items()
+                key: GraphPart(Path(folder) / f"{key}.onnx", target, self._threads)
+                for key, target in self._variants.targets.items()
             }
             with progress.track(f"Divergence: {self._name}, head", len(self._texts)) as track:
                 # Without what caches were calibrated on.
@@ -193,9 +189,9 @@ class Streams:
                     def logits(key: str, text: EvaluationText = text, span: tuple[int, int] = span) -> Tensor:
                         return heads[key].run(LOGITS, text.ids, self._rows(last, key, span))[0, text.prefix - 1 : -1]
 
-                    exact = logits(self._exact)
-                    for key in self._targets:
-                        given = exact if key == self._exact else logits(key)
+                    exact = logits(self._variants.exact)
+                    for key in self._variants.targets:
+                        given = exact if key == self._variants.exact else logits(key)
                         measured[key].append(
                             Document(
                                 language=text.language,
@@ -208,15 +204,14 @@ class Streams:
         return measured
 
 
-class _Part:
+class GraphPart:
     """A graph of some blocks, or of the head, with empty caches before every text."""
 
     def __init__(self, graph: Path, target: Target, threads: int) -> None:
         self._session: onnxruntime.InferenceSession = open_session(graph, target.provider, threads)
         inputs = {value.name for value in self._session.get_inputs()}
         self._given = inputs & {INPUT_IDS, ATTENTION_MASK, STREAM_IN}
-        # What the graph gives for its caches is asked for by name, if at all.
-        self._caches = cache_specs(self._session, dict.fromkeys(inputs - self._given, ""))
+        self._caches = unkept_specs(self._session, self._given)
 
     def run(self, output: str, ids: Tensor, stream: Tensor) -> Tensor:
         """Return an ``output`` for the ``stream`` [1, length, D] of token ``ids`` [length]."""

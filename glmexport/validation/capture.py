@@ -24,6 +24,7 @@ from glmexport.bundle.manifest import FileEntry, Source
 from glmexport.foundation.definition import Definition, read_json
 from glmexport.foundation.errors import BundleError
 from glmexport.foundation.files import sha256
+from glmexport.foundation.machine import library_versions
 from glmexport.foundation.progress import Progress
 from glmexport.results.fidelity import CaptureBound, LanguageFidelity
 from glmexport.results.reference import ReferenceCheck
@@ -91,20 +92,26 @@ class Capture(Definition):
         return "sha256:" + hashlib.sha256(content.encode()).hexdigest()
 
 
+@dataclass(frozen=True)
+class OriginalFacts:
+    """The part of a capture that is kept beside the answers to its texts; the fields are those of ``Capture``."""
+
+    source: Source
+    noise: LanguageFidelity
+    reference_check: ReferenceCheck | None
+    prompts: Sequence[GoldenPrompt] | str | None
+    answers: tuple[CapturedAnswer, ...] | None
+
+
 def write_capture(
     directory: Path,
     original: Streamed,
-    source: Source,
-    noise: LanguageFidelity,
-    prompts: Sequence[GoldenPrompt] | str | None,
-    answers: tuple[CapturedAnswer, ...] | None,
-    versions: dict[str, str],
+    facts: OriginalFacts,
     progress: Progress,
     *,
     top_k: int = TOP_K,
-    check: ReferenceCheck | None = None,
 ) -> Capture:
-    """Write the answers of ``original`` into the new ``directory``."""
+    """Write the answers of ``original``, ``top_k`` tokens a position, and ``facts`` into the new ``directory``."""
     (directory / "answers").mkdir(parents=True)
     audit: dict[str, Tensor] = {}
     tail, positions = 0.0, 0
@@ -130,9 +137,10 @@ def write_capture(
                 track.advance(1, language)
             save_file(tensors, directory / _answers(language))
     save_file(audit, directory / _AUDIT)
+    prompts = facts.prompts
     capture = Capture(
         glmexport=__version__,
-        source=source,
+        source=facts.source,
         vocabulary_size=original.reference.architecture.vocabulary_size,
         top_k=top_k,
         tail_mass=tail / positions,
@@ -140,11 +148,11 @@ def write_capture(
             CapturedText(document=text.document, language=text.language, prefix=text.prefix, positions=text.positions)
             for text in original.texts
         ),
-        noise=noise,
-        reference_check=check,
+        noise=facts.noise,
+        reference_check=facts.reference_check,
         prompts=prompts if prompts is None or isinstance(prompts, str) else tuple(prompts),
-        answers=answers,
-        versions=versions,
+        answers=facts.answers,
+        versions=library_versions(),
         files=tuple(
             FileEntry(path=path.relative_to(directory).as_posix(), size=path.stat().st_size, sha256=sha256(path))
             for path in sorted(directory.rglob("*.safetensors"))

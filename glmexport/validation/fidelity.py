@@ -15,10 +15,10 @@ from glmexport.foundation.progress import Progress
 from glmexport.reference.reference import Reference
 from glmexport.results.fidelity import CaptureBound, Estimate, Fidelity, LanguageFidelity, PositionBand, WorstToken
 from glmexport.results.record import badness
-from glmexport.results.statistics import Kind, clustered_mean
 from glmexport.tokenizer.tokenizer import Tokenizer
 from glmexport.validation.divergence import Divergence, divergence
 from glmexport.validation.reference import ReferenceStates
+from glmexport.validation.statistics import Kind, clustered_mean
 from glmexport.validation.texts import EvaluationText, text_digest
 
 #: Positions whose logits are held at a time.
@@ -35,15 +35,15 @@ _BANDS = (0, 16, 64, 256, 1024, 4096, 16384, 1 << 40)
 Answers = Callable[[int], Tensor]
 
 
-class Original(Protocol):
+class OriginalAnswers(Protocol):
     """The original's answers to ``texts``, however they are at hand."""
 
     @property
     def texts(self) -> Sequence[EvaluationText]:
-        """What was asked."""
+        """The texts that were asked about."""
 
     def divergence(self, index: int, given: Tensor) -> Divergence:
-        """How far logits ``given`` [positions, vocabulary] fp32 of text ``index`` are from the original's."""
+        """Return how far logits ``given`` [positions, vocabulary] fp32 of text ``index`` are from the original's."""
 
 
 class Streamed:
@@ -55,11 +55,11 @@ class Streamed:
 
     @property
     def texts(self) -> Sequence[EvaluationText]:
-        """What was asked."""
+        """The texts that were asked about."""
         return self.states.texts
 
     def divergence(self, index: int, given: Tensor) -> Divergence:
-        """How far logits ``given`` [positions, vocabulary] fp32 of text ``index`` are from the original's."""
+        """Return how far logits ``given`` [positions, vocabulary] fp32 of text ``index`` are from the original's."""
         original, targets = self.states.states(index), self.texts[index].targets
         slices = position_slices(len(targets))
         return Divergence.concatenate(
@@ -68,12 +68,12 @@ class Streamed:
 
 
 def position_slices(positions: int) -> list[slice]:
-    """So many positions that the logits of each slice can be held."""
+    """Return slices of so many positions that the logits of each can be held."""
     return [slice(start, min(start + _POSITIONS, positions)) for start in range(0, positions, _POSITIONS)]
 
 
-def compare(original: Original, answers: Answers, progress: Progress, label: str) -> list[Divergence]:
-    """The divergence of every text; ``answers(index)`` gives the bundle's logits of text ``index``."""
+def compare(original: OriginalAnswers, answers: Answers, progress: Progress, label: str) -> list[Divergence]:
+    """Return the divergence of every text; ``answers(index)`` gives the bundle's logits of text ``index``."""
     divergences = []
     with progress.track(label, len(original.texts)) as track:
         for index, text in enumerate(original.texts):
@@ -90,7 +90,7 @@ def summarize(
     noise: LanguageFidelity | None = None,
     capture: CaptureBound | None = None,
 ) -> Fidelity:
-    """Statistics per language and over all positions; ``noise``: of the original against itself."""
+    """Return statistics per language and over all positions; ``noise``: of the original against itself."""
     languages = list(dict.fromkeys(text.language for text in texts))
     rows = tuple(
         statistics_of(
@@ -116,7 +116,7 @@ def summarize(
 
 
 def statistics_of(language: str, documents: Sequence[Divergence]) -> LanguageFidelity:
-    """Of all positions of ``documents``, one after the other."""
+    """Return the statistics of all positions of ``documents``, one after the other."""
     of = Divergence.concatenate(list(documents))
     kl = of.kl.double()
 
@@ -173,7 +173,7 @@ def _perplexity(nll: Tensor) -> float:
 def _worst_tokens(
     texts: Sequence[EvaluationText], divergences: Sequence[Divergence], tokenizer: Tokenizer
 ) -> tuple[WorstToken, ...]:
-    """The positions of highest KL where the most likely token changed, at most one a document."""
+    """Return the positions of highest KL where the most likely token changed, at most one a document."""
     worst = []
     for text, of in zip(texts, divergences, strict=True):
         changed = torch.where(of.top_original != of.top_bundle, of.kl, -1.0)

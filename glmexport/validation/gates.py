@@ -20,9 +20,10 @@ from glmexport.results.gate import Gate
 from glmexport.results.prompts import PromptParity
 from glmexport.results.record import Verdict, badness, worst
 from glmexport.results.reference import ReferenceCheck
-from glmexport.results.statistics import bounds, documents_needed, holm, p_value
+from glmexport.results.statistics import holm
 from glmexport.results.weights import WeightCheck, WeightFault
 from glmexport.validation.losses import Loss, losses
+from glmexport.validation.statistics import bounds, documents_needed, p_value
 
 #: A captured original may hide so much of the divergence before somebody has to know.
 HIDDEN_SHARE = 0.25

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from glmexport.bundle.manifest import Manifest
+from glmexport.bundle.bundle import Bundle
 from glmexport.foundation.host import Host
 from glmexport.results.gate import Gate
 from glmexport.results.record import Verdict
 from glmexport.validation.gates import counted
 
 
-def provider_gate(manifest: Manifest) -> Gate:
-    """A bundle that nobody ran on its target's provider is neither right nor wrong."""
-    provider = manifest.target.provider.name
+def provider_gate(bundle: Bundle) -> Gate:
+    """Return the gate of a bundle that nobody ran on its target's provider, and that is neither right nor wrong."""
+    provider = bundle.target.provider.name
     return counted(
         "Runs on the target's provider",
         None,
@@ -24,14 +24,16 @@ def provider_gate(manifest: Manifest) -> Gate:
     )
 
 
-def host_gate(manifest: Manifest) -> tuple[Gate, ...]:
-    """A WARN where the provider is here, but the machine is of another class than the target: correctness carries over
-    between processors, speed and the last digits do not. Nothing where it is of that class.
+def host_gate(bundle: Bundle) -> tuple[Gate, ...]:
+    """Return a WARN where the target's provider is here, but the machine is of another class than the target.
+
+    Correctness carries over between processors, speed and the last digits do not. There is no gate where the machine
+    is of that class.
     """
-    lacking = manifest.target.lacking(Host.this())
-    if not lacking or manifest.target.provider.name not in Host.this().providers:
+    lacking = bundle.target.lacking(Host.this())
+    if not lacking or not bundle.runs_here:
         return ()
-    sample = f"another class of hardware than {manifest.target.name}: {' '.join(lacking)}"
+    sample = f"another class of hardware than {bundle.target.name}: {' '.join(lacking)}"
     return (
         counted(
             "Runs on the target's hardware", None, 0, 1, "runs", sample, at_least=True, otherwise=Verdict.WARN

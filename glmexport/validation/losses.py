@@ -12,8 +12,8 @@ from glmexport.foundation.target import BehaviourLimits
 from glmexport.results.behaviour import Behaviour
 from glmexport.results.fidelity import Estimate
 from glmexport.results.paired import Paired
-from glmexport.results.statistics import documents_needed
 from glmexport.validation.behaviour.paired import loss_chance
+from glmexport.validation.statistics import documents_needed
 
 
 @dataclass(frozen=True)

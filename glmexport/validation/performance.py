@@ -7,82 +7,69 @@ from pathlib import Path
 
 import psutil
 
+from glmexport.bundle.bundle import Bundle
 from glmexport.bundle.manifest import Manifest
 from glmexport.checkpoint.checkpoint import Checkpoint
 from glmexport.engine.placement import placement
-from glmexport.foundation.machine import memory_bandwidth
-from glmexport.foundation.progress import Progress
 from glmexport.results.performance import Figure, Interval, Performance, Speed, SpeedRatios
 from glmexport.validation import bootstrap
+from glmexport.validation.conditions import Conditions
 from glmexport.validation.runtimes import Round, RuntimeName, RuntimeRequest
 from glmexport.validation.speed import Turns, take_turns
+from glmexport.wire.device.facts import memory_bandwidth
 
 #: Of the free memory that models may take.
 _SHARE = 0.8
 
 
 def measure_performance(
-    directory: Path,
-    manifest: Manifest,
-    checkpoint: Checkpoint | None,
-    prompt: Sequence[int],
-    *,
-    generated_tokens: int,
-    seconds: float,
-    confidence: float,
-    threads: int,
-    progress: Progress,
-    bundle_threads: int | None = None,
+    bundle: Bundle, checkpoint: Checkpoint | None, prompt: Sequence[int], conditions: Conditions
 ) -> Performance:
-    """Measure the bundle in ``directory``, and the original if it is at hand and this machine holds both.
+    """Measure ``bundle``, and the original if it is at hand and this machine holds both.
 
     Args:
-        directory: the bundle.
-        manifest: its manifest.
+        bundle: the bundle.
         checkpoint: the original; None where it was captured elsewhere.
         prompt: token ids.
-        generated_tokens: after it, at least 2.
-        seconds: of rounds; see ``take_turns``.
-        confidence: of each bound by itself.
-        threads: of the original, and to read memory with.
-        progress: who watches.
-        bundle_threads: of the bundle, if it has others.
+        conditions: how many tokens are generated and for how long, at least 2; threads, also to read memory with; and
+            the confidence of each bound by itself.
 
     Raises:
         MachineError: a process failed, for example for lack of memory.
     """
+    plan, confidence, threads = conditions.plan, conditions.policy.confidence, conditions.threads
     bandwidth = memory_bandwidth(threads)
-    absent = _absent(manifest, checkpoint)
+    absent = _absent(bundle.manifest, checkpoint)
 
     def request(runtime: RuntimeName, where: Path, threads: int) -> RuntimeRequest:
         return RuntimeRequest(
             runtime=runtime,
             directory=str(where),
             prompt=tuple(prompt),
-            generated_tokens=generated_tokens,
+            generated_tokens=plan.generated_tokens,
             threads=threads,
         )
 
-    requests = [request("onnxruntime-genai", directory, bundle_threads or threads)]
+    requests = [request("onnxruntime-genai", bundle.directory, conditions.bundle_threads)]
     if not absent and checkpoint is not None:
         # The directory is that of the base: transformers would need the whole model to merge an adapter, and a merged
         # matrix has the same shape and so the same speed.
         requests.append(request("transformers", checkpoint.path, threads))
-    bundle, *others = take_turns(requests, seconds, progress)
+    ours, *others = take_turns(requests, plan.speed_seconds, conditions.progress)
     original = others[0] if others else None
-    per_token = manifest.precision.bytes_per_decoded_token
+    per_token = bundle.manifest.precision.bytes_per_decoded_token
     return Performance(
         prompt_tokens=len(prompt),
-        generated_tokens=generated_tokens,
-        rounds=len(bundle.rounds),
+        generated_tokens=plan.generated_tokens,
+        rounds=len(ours.rounds),
         original=_speed(original, len(prompt), confidence) if original else None,
         original_absent_because=absent,
-        bundle=_speed(bundle, len(prompt), confidence),
-        ratios=_ratios(bundle, original, len(prompt), confidence) if original else None,
-        placement=placement(bundle.nodes, manifest.target.provider.name),
+        bundle=_speed(ours, len(prompt), confidence),
+        ratios=_ratios(ours, original, len(prompt), confidence) if original else None,
+        placement=placement(ours.nodes, bundle.target.provider.name),
         memory_bandwidth_bytes_per_s=bandwidth,
         bytes_read_per_token=per_token,
-        roofline_decode_tokens_per_s=bandwidth / per_token,
+        roofline_decode_tokens_per_s=None if bandwidth is None else bandwidth / per_token,
     )
 
 
@@ -94,7 +81,7 @@ def device_performance(
     bandwidth: float | None,
     confidence: float,
 ) -> Performance:
-    """The same of what a device timed, which has no original beside it."""
+    """Return the performance that a device timed, which has no original beside it."""
     per_token = manifest.precision.bytes_per_decoded_token
     return Performance(
         prompt_tokens=prompt_tokens,
@@ -112,7 +99,7 @@ def device_performance(
 
 
 def _absent(manifest: Manifest, checkpoint: Checkpoint | None) -> str | None:
-    """Why the original cannot be measured; None if it can."""
+    """Return why the original cannot be measured; None if it can."""
     if checkpoint is None:
         return "The original was captured elsewhere; it is not on this machine."
     if checkpoint.quantized:

@@ -18,9 +18,9 @@ from glmexport.foundation.target import Gates
 from glmexport.reference.reference import Reference
 from glmexport.results.fidelity import LanguageFidelity
 from glmexport.results.record import Count, Number, Record
-from glmexport.results.statistics import POWER, documents_needed, showable_limit
 from glmexport.validation.divergence import divergence
 from glmexport.validation.gates import judged_estimates
+from glmexport.validation.statistics import POWER, documents_needed, showable_limit
 from glmexport.validation.texts import EvaluationText
 
 #: Documents that are timed.

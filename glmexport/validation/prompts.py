@@ -20,6 +20,7 @@ from glmexport.foundation.definition import Definition
 from glmexport.foundation.errors import CheckpointError
 from glmexport.results.prompts import PromptDifference, PromptParity
 from glmexport.tokenizer.tokenizer import Tokenizer
+from glmexport.validation.texts import EvaluationSet
 
 _LONGEST = 160
 #: Tokens shown before and behind the first difference.
@@ -88,8 +89,8 @@ def golden_conversations(documents: Sequence[Document]) -> Iterator[Conversation
         )
 
 
-def golden_prompts(checkpoint: Checkpoint, documents: Sequence[Document]) -> list[GoldenPrompt] | str | None:
-    """The golden conversations as the original's tokens; None without a chat template.
+def golden_prompts(checkpoint: Checkpoint, evaluation: EvaluationSet) -> list[GoldenPrompt] | str | None:
+    """Return the golden conversations as the original's tokens; None without a chat template.
 
     A string says why transformers cannot open the tokenizer: whatever it is, hours of work must not be lost to it.
     """
@@ -113,8 +114,8 @@ def golden_prompts(checkpoint: Checkpoint, documents: Sequence[Document]) -> lis
         )
         return ids
 
-    own, prompts = Tokenizer.open(checkpoint.path), []
-    for conversation in golden_conversations(documents):
+    own, prompts = evaluation.tokenizer, []
+    for conversation in golden_conversations(evaluation.documents):
         ids = _ids(partial(_given, own) if own.names_control(conversation.messages) else expected, conversation)
         refused = isinstance(ids, str)
         prompts.append(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 
 from glmexport.foundation.progress import Progress
 from glmexport.quantization.store import WorkDirectory
-from glmexport.reference.reference import Block, Reference, Substitute
+from glmexport.reference.reference import Block, Reference
 from glmexport.validation.routing import Routes
 from glmexport.validation.texts import EvaluationText
 
@@ -102,13 +102,11 @@ def reference_states(
     progress: Progress,
     *,
     label: str = "Original, block by block",
-    substitute: Substitute | None = None,
-    embed: Callable[[Tensor], Tensor] | None = None,
     batch: int = 1,
     kept: WorkDirectory | None = None,
     routes: Routes | None = None,
 ) -> ReferenceStates:
-    """Run the original over ``texts``; with ``substitute`` and ``embed``, with weights of theirs in its place.
+    """Run the original over ``texts``, one block in memory at a time, and return its states behind the final norm.
 
     ``batch`` texts at a time, the shorter ones padded behind their end, where a causal model does not look. Each
     finished block is committed to ``kept``, where the next call with the same texts goes on. What experts every
@@ -118,7 +116,7 @@ def reference_states(
     layers = reference.architecture.layers
     finished = _resume(states, kept, len(layers)) if kept else 0
     if not finished:
-        embedded = (embed or reference.embed)(torch.cat([text.ids for text in texts]))
+        embedded = reference.embed(torch.cat([text.ids for text in texts]))
         for index, rows in enumerate(torch.split(embedded, [len(text.ids) for text in texts])):
             states.save(index, rows[None])
         del embedded
@@ -129,7 +127,7 @@ def reference_states(
     with progress.track(label, len(layers)) as track:
         track.advance(finished)
         for index, layer in enumerate(layers[finished:], finished + 1):
-            block = reference.block(layer, substitute)
+            block = reference.block(layer)
             routed = bool(layer.mlp.routed)
             for start in range(0, len(texts), batch):
                 group = range(start, min(start + batch, len(texts)))

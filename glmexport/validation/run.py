@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from glmexport.architecture.description import Architecture
 from glmexport.bundle.bundle import Bundle
 from glmexport.bundle.manifest import Manifest
-from glmexport.calibration.corpus import Document
 from glmexport.checkpoint.checkpoint import Checkpoint
 from glmexport.engine.generation import GenerationSession
 from glmexport.engine.scoring import ScoringSession
-from glmexport.foundation.errors import InputError
 from glmexport.foundation.progress import Progress
 from glmexport.foundation.target import Gates
 from glmexport.reference.reference import Reference
@@ -31,10 +28,9 @@ from glmexport.results.record import Verdict
 from glmexport.results.reference import ReferenceCheck
 from glmexport.results.routing import LayerRouting
 from glmexport.results.weights import WeightCheck
-from glmexport.tokenizer.tokenizer import Tokenizer
-from glmexport.validation.behaviour.plane import BehaviourPlan, ask, ask_bundle, questions_for
-from glmexport.validation.behaviour.tasks import Task
+from glmexport.validation.behaviour.plane import BundleSessions, ask, ask_bundle, questions_for
 from glmexport.validation.capture import CapturedReference
+from glmexport.validation.conditions import Conditions
 from glmexport.validation.fidelity import Streamed, compare, statistics_of, summarize
 from glmexport.validation.gates import (
     apply_gates,
@@ -52,7 +48,7 @@ from glmexport.validation.prompts import golden_prompts, prompt_parity
 from glmexport.validation.reference import reference_states
 from glmexport.validation.routing import Routes, routing_agreement
 from glmexport.validation.shares import bundle_answer, shares_of
-from glmexport.validation.texts import EvaluationText, evaluation_texts
+from glmexport.validation.texts import EvaluationSet, EvaluationText
 from glmexport.validation.weights import check_weights
 from glmexport.validation.whole_model import check_reference
 
@@ -61,223 +57,137 @@ _OTHER_BATCH = 4
 _IN_ONNX_RUNTIME = "Bundle in ONNX Runtime"
 
 
-@dataclass(frozen=True)
-class ValidationPlan:
-    """How much is measured."""
 
-    positions_per_language: int = 2048
-    longest_text: int = 512
-    #: Texts a language for the shares of the divergence, each of which costs another pass of the original.
-    share_texts: int = 1
-    prompt_tokens: int = 128
-    generated_tokens: int = 64
-    #: Rounds of speed go on for so long; 0: two, which give no bounds.
-    speed_seconds: float = 25
-    #: What computing the original whole may take, beside the rest of this process; None: most of the free memory.
-    max_memory_bytes: int | None = None
-    #: None asks for no answers.
-    behaviour: BehaviourPlan | None = field(default_factory=BehaviourPlan)
-
-
-@dataclass(frozen=True)
-class Validation:
-    """Everything that was measured, and the verdict."""
+@dataclass(frozen=True, kw_only=True)
+class Measurements:
+    """Everything that a validation measures; None where it was not, or says nothing."""
 
     fidelity: Fidelity
     #: None where the original is not at hand.
-    weights: WeightCheck | None
+    weights: WeightCheck | None = None
     #: None where the original has no chat template.
-    prompts: PromptParity | None
+    prompts: PromptParity | None = None
     #: None where nothing was asked.
-    behaviour: Behaviour | None
-    shares: tuple[Share, ...]
+    behaviour: Behaviour | None = None
+    shares: tuple[Share, ...] = ()
     #: Of mixtures of experts, on the texts of the shares.
-    routing: tuple[LayerRouting, ...]
+    routing: tuple[LayerRouting, ...] = ()
     #: None where it would say nothing, as on an emulated device.
-    performance: Performance | None
-    gates: tuple[Gate, ...]
-    verdict: Verdict
+    performance: Performance | None = None
     performance_absent_because: str | None = None
     #: None where the original is not at hand and nobody checked it when it was captured.
     reference: ReferenceCheck | None = None
 
 
-def texts_for(
-    documents: Sequence[Document], tokenizer: Tokenizer, architecture: Architecture, plan: ValidationPlan
-) -> list[EvaluationText]:
-    """What is asked.
+@dataclass(frozen=True, kw_only=True)
+class Validation(Measurements):
+    """Everything that was measured, the gates, and the verdict."""
 
-    Raises:
-        InputError: nothing.
-    """
-    texts = evaluation_texts(
-        documents,
-        tokenizer,
-        positions_per_language=plan.positions_per_language,
-        longest=min(plan.longest_text, architecture.context_length),
-    )
-    if not texts:
-        raise InputError("There is no evaluation text.", next_step="Give languages that the corpora have.")
-    return texts
+    gates: tuple[Gate, ...]
+    verdict: Verdict
 
 
 def validate(
-    directory: Path,
-    manifest: Manifest,
-    checkpoint: Checkpoint,
-    architecture: Architecture,
-    tokenizer: Tokenizer,
-    documents: Sequence[Document],
-    *,
-    plan: ValidationPlan,
-    policy: Gates,
-    threads: int,
-    bundle_threads: int,
-    scratch: Path,
-    progress: Progress,
-    tasks: Sequence[Task] = (),
+    bundle: Bundle, reference: Reference, evaluation: EvaluationSet, conditions: Conditions, scratch: Path
 ) -> Validation:
-    """Run the exported graph and the original over ``documents`` and compare them.
+    """Run the exported graph and the original over the texts of ``evaluation`` and compare them.
 
     Args:
-        directory: the bundle.
-        manifest: its manifest.
-        checkpoint: the original.
-        architecture: of both.
-        tokenizer: of both.
-        documents: evaluation text, disjoint from what the bundle was calibrated on.
-        plan: how much to measure.
-        policy: what the bundle has to keep.
-        threads: of the original.
-        bundle_threads: of the bundle.
+        bundle: the bundle.
+        reference: its original.
+        evaluation: what both are asked.
+        conditions: how much is measured, what the bundle has to keep, and in how many threads.
         scratch: where the original's hidden states are kept meanwhile.
-        progress: who watches.
-        tasks: of the user's, to be asked as well.
+
+    Raises:
+        InputError: nothing would be judged, or a task fills the context.
+        MachineError: the bundle's execution provider is not here, or memory does not suffice.
     """
-    texts = texts_for(documents, tokenizer, architecture, plan)
-    torch.set_num_threads(threads)
-    reference = Reference(checkpoint, architecture)
+    plan, progress = conditions.plan, conditions.progress
+    texts = evaluation.texts(reference.architecture.context_length, plan)
+    torch.set_num_threads(conditions.threads)
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
-        session = ScoringSession(Bundle(directory, manifest), bundle_threads)
-        check = check_reference(reference, texts, Path(folder), plan.max_memory_bytes, progress)
-        states = reference_states(reference, texts, Path(folder), progress)
+        place = Path(folder)
+        session = ScoringSession(bundle, conditions.bundle_threads)
+        check = check_reference(reference, texts, place, plan.max_memory_bytes, progress)
+        states = reference_states(reference, texts, place, progress)
         divergences = compare(
             Streamed(states, reference), partial(bundle_answer, session, texts), progress, _IN_ONNX_RUNTIME
         )
         sample = Streamed(states.only(first_texts(texts, max(1, plan.share_texts))), reference)
         before, after = Routes(), Routes()
-        noise = noise_floor(sample, threads, Path(folder), progress, before)
-        fidelity = summarize(texts, divergences, tokenizer, arithmetic(manifest), noise)
-        shares = shares_of(directory, manifest, sample, plan.share_texts, session, Path(folder), progress, after)
+        noise = noise_floor(sample, conditions.threads, place, progress, before)
+        fidelity = summarize(texts, divergences, evaluation.tokenizer, arithmetic(bundle.manifest), noise)
+        shares = shares_of(bundle, sample, plan.share_texts, session, place, progress, after)
         routing = routing_agreement(before, after) if shares else ()
-        bundle = Bundle(directory, manifest)
-        behaviour = _behaviour(
-            bundle, documents, tasks, session, reference, plan, bundle_threads, Path(folder), progress
-        )
-    weights = check_weights(directory, manifest, reference, progress)
-    performance = _performance(directory, manifest, checkpoint, texts, plan, policy, threads, bundle_threads, progress)
-    prompts = prompt_parity(golden_prompts(checkpoint, documents), Tokenizer.open(directory))
-    here = host_gate(manifest)
-    return judged(
-        fidelity, weights, prompts, behaviour, shares, routing, performance, manifest, policy, also=here, checked=check
+        behaviour = _behaviour(bundle, session, reference, evaluation, conditions, place)
+    measured = Measurements(
+        fidelity=fidelity,
+        weights=check_weights(bundle, reference, progress),
+        performance=_performance(bundle, reference.checkpoint, texts, conditions),
+        prompts=prompt_parity(golden_prompts(reference.checkpoint, evaluation), bundle.tokenizer),
+        behaviour=behaviour,
+        shares=shares,
+        routing=routing,
+        reference=check,
     )
+    return judged(measured, bundle.manifest, conditions.policy, host_gate(bundle))
 
 
-def validate_captured(
-    directory: Path,
-    manifest: Manifest,
-    captured: CapturedReference,
-    *,
-    plan: ValidationPlan,
-    policy: Gates,
-    threads: int,
-    progress: Progress,
-) -> Validation:
+def validate_captured(bundle: Bundle, captured: CapturedReference, conditions: Conditions) -> Validation:
     """Run the exported graph over the texts that the original was asked about when it was captured.
 
     Where the divergence comes from and the original's speed are not measured, for which it would have to be at hand.
+
+    Raises:
+        MachineError: the bundle's execution provider is not here, or memory does not suffice.
     """
-    bundle, texts = Bundle(directory, manifest), captured.texts
-    session, tokenizer = ScoringSession(bundle, threads), bundle.tokenizer
+    plan, progress, capture = conditions.plan, conditions.progress, captured.capture
+    session = ScoringSession(bundle, conditions.bundle_threads)
+    texts, tokenizer = captured.texts, bundle.tokenizer
     answers = partial(bundle_answer, session, texts)
     divergences = compare(captured, answers, progress, _IN_ONNX_RUNTIME)
-    capture = captured.capture
-    fidelity = summarize(texts, divergences, tokenizer, arithmetic(manifest), capture.noise, captured.audit(answers))
-    performance = _performance(directory, manifest, None, texts, plan, policy, threads, threads, progress)
+    fidelity = summarize(
+        texts, divergences, tokenizer, arithmetic(bundle.manifest), capture.noise, captured.audit(answers)
+    )
+    performance = _performance(bundle, None, texts, conditions)
     parity = prompt_parity(capture.prompts, tokenizer)
     behaviour = None
     if plan.behaviour and capture.answers:
         behaviour = ask_bundle(
             [answer.question for answer in capture.answers],
             [list(answer.tokens) for answer in capture.answers],
-            GenerationSession.open(bundle, threads),
+            GenerationSession.open(bundle, conditions.bundle_threads),
             tokenizer,
             plan=plan.behaviour,
             progress=progress,
         )
-    here = host_gate(manifest)
-    check = capture.reference_check
-    return judged(
-        fidelity, None, parity, behaviour, (), (), performance, manifest, policy, also=here, checked=check
+    measured = Measurements(
+        fidelity=fidelity,
+        prompts=parity,
+        behaviour=behaviour,
+        performance=performance,
+        reference=capture.reference_check,
     )
+    return judged(measured, bundle.manifest, conditions.policy, host_gate(bundle))
 
 
-def _behaviour(
-    bundle: Bundle,
-    documents: Sequence[Document],
-    tasks: Sequence[Task],
-    scoring: ScoringSession,
-    reference: Reference,
-    plan: ValidationPlan,
-    threads: int,
-    scratch: Path,
-    progress: Progress,
-) -> Behaviour | None:
-    if plan.behaviour is None:
-        return None
-    # The bundle's own: what a server tokenizes with. Whether it is the original's is for the prompts to say.
-    tokenizer, session = bundle.tokenizer, GenerationSession.open(bundle, threads)
-    asked = questions_for(documents, tokenizer, plan.behaviour, session.context_length)
-    if not asked and all(task.choices for task in tasks):
-        # Nothing that is answered by a text, so that nothing could be told of answers.
-        return None
-    return ask(
-        asked, tasks, session, scoring, reference, tokenizer, plan=plan.behaviour, scratch=scratch, progress=progress
-    )
-
-
-def judged(
-    fidelity: Fidelity,
-    weights: WeightCheck | None,
-    prompts: PromptParity | None,
-    behaviour: Behaviour | None,
-    shares: tuple[Share, ...],
-    routing: tuple[LayerRouting, ...],
-    performance: Performance | None,
-    manifest: Manifest,
-    policy: Gates,
-    absent: str | None = None,
-    also: tuple[Gate, ...] = (),
-    checked: ReferenceCheck | None = None,
-) -> Validation:
-    """Every gate of what was measured and ``also``, and the verdict; ``absent``: why there is no performance."""
-    gates = apply_gates(fidelity, policy, behaviour) + reference_gate(checked)
-    if weights:
-        gates += weight_gates(weights)
-    if fidelity.capture:
-        gates += (capture_gate(fidelity.capture),)
-    if prompts:
-        gates += (prompt_gate(prompts),)
-    gates += performance_gates(performance, policy, absent)
+def judged(measured: Measurements, manifest: Manifest, policy: Gates, also: tuple[Gate, ...] = ()) -> Validation:
+    """Return ``measured`` with the gates of ``policy``, those that the manifest decides, ``also``, and the verdict."""
+    gates = apply_gates(measured.fidelity, policy, measured.behaviour) + reference_gate(measured.reference)
+    if measured.weights:
+        gates += weight_gates(measured.weights)
+    if measured.fidelity.capture:
+        gates += (capture_gate(measured.fidelity.capture),)
+    if measured.prompts:
+        gates += (prompt_gate(measured.prompts),)
+    gates += performance_gates(measured.performance, policy, measured.performance_absent_because)
     gates += manifest_gates(manifest) + also
-    verdict = verdict_of(gates)
-    return Validation(
-        fidelity, weights, prompts, behaviour, shares, routing, performance, gates, verdict, absent, checked
-    )
+    return Validation(**vars(measured), gates=gates, verdict=verdict_of(gates))
 
 
 def arithmetic(manifest: Manifest) -> str:
-    """What the bundle computes with, in words."""
+    """Return what the bundle computes with, in words."""
     recipe = manifest.recipe
     if recipe.linears is None:
         return "fp32 weights and activations"
@@ -293,7 +203,7 @@ def arithmetic(manifest: Manifest) -> str:
 def noise_floor(
     original: Streamed, threads: int, scratch: Path, progress: Progress, routes: Routes | None = None
 ) -> LanguageFidelity:
-    """The original against itself with another batch and another number of threads: what is no difference at all.
+    """Compare the original with itself, in other batches and threads, which is no difference at all.
 
     The experts that it sends every position to are added to ``routes``.
     """
@@ -319,7 +229,7 @@ def noise_floor(
 
 
 def first_texts(texts: Sequence[EvaluationText], each: int) -> list[int]:
-    """Indices of the first texts of every language."""
+    """Return the indices of the first ``each`` texts of every language."""
     chosen: dict[str, list[int]] = {}
     for index, text in enumerate(texts):
         if len(chosen.setdefault(text.language, [])) < each:
@@ -327,26 +237,31 @@ def first_texts(texts: Sequence[EvaluationText], each: int) -> list[int]:
     return [index for group in chosen.values() for index in group]
 
 
-def _performance(
-    directory: Path,
-    manifest: Manifest,
-    checkpoint: Checkpoint | None,
-    texts: Sequence[EvaluationText],
-    plan: ValidationPlan,
-    policy: Gates,
-    threads: int,
-    bundle_threads: int,
-    progress: Progress,
-) -> Performance:
-    return measure_performance(
-        directory,
-        manifest,
-        checkpoint,
-        torch.cat([text.ids for text in texts])[: plan.prompt_tokens].tolist(),
-        generated_tokens=plan.generated_tokens,
-        seconds=plan.speed_seconds,
-        confidence=policy.confidence,
-        threads=threads,
-        bundle_threads=bundle_threads,
-        progress=progress,
+def _behaviour(
+    bundle: Bundle,
+    scoring: ScoringSession,
+    reference: Reference,
+    evaluation: EvaluationSet,
+    conditions: Conditions,
+    scratch: Path,
+) -> Behaviour | None:
+    plan = conditions.plan.behaviour
+    if plan is None:
+        return None
+    # The bundle's own tokenizer: what a server tokenizes with. Whether it is the original's is for the prompts to say.
+    session = GenerationSession.open(bundle, conditions.bundle_threads)
+    sessions = BundleSessions(session, scoring, bundle.tokenizer)
+    asked = questions_for(evaluation.documents, bundle.tokenizer, plan, session.context_length)
+    if not asked and all(task.choices for task in evaluation.tasks):
+        # Nothing that is answered by a text, so that nothing could be told of answers.
+        return None
+    return ask(
+        asked, evaluation.tasks, sessions, reference, plan=plan, scratch=scratch, progress=conditions.progress
     )
+
+
+def _performance(
+    bundle: Bundle, checkpoint: Checkpoint | None, texts: Sequence[EvaluationText], conditions: Conditions
+) -> Performance:
+    prompt = torch.cat([text.ids for text in texts])[: conditions.plan.prompt_tokens].tolist()
+    return measure_performance(bundle, checkpoint, prompt, conditions)

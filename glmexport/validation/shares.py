@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from glmexport.assembly.read import BundleWeights, bundle_folds
-from glmexport.bundle.manifest import Manifest
+from glmexport.bundle.bundle import Bundle
 from glmexport.engine.scoring import ScoringSession
 from glmexport.foundation.progress import Progress
 from glmexport.reference.reference import Reference
@@ -22,14 +22,13 @@ from glmexport.validation.texts import EvaluationText
 
 
 def bundle_answer(session: ScoringSession, texts: Sequence[EvaluationText], index: int) -> Tensor:
-    """Logits [positions, vocabulary] fp32 that the bundle gives at the judged positions of text ``index``."""
+    """Return the bundle's logits [positions, vocabulary] fp32 at the judged positions of text ``index``."""
     text = texts[index]
     return torch.from_numpy(session.logits(text.ids.numpy())[text.prefix - 1 : -1])
 
 
 def shares_of(
-    directory: Path,
-    manifest: Manifest,
+    bundle: Bundle,
     original: Streamed,
     texts_each: int,
     session: ScoringSession,
@@ -37,39 +36,30 @@ def shares_of(
     progress: Progress,
     routes: Routes,
 ) -> tuple[Share, ...]:
-    """What the linears, the head and embedding, and the runtime's arithmetic each add to the mean KL.
+    """Return what the linears, the head and embedding, and the runtime's arithmetic each add to the mean KL.
 
     The bundle's own weights are run in the reference's fp32 arithmetic: first only the linears of the blocks in the
     original's place, then the embedding and lm_head too; the exported graph itself is the last step. The experts that
     all the bundle's weights together choose are added to ``routes``.
     """
-    recipe = manifest.recipe
+    recipe = bundle.manifest.recipe
     if recipe.linears is None or not texts_each:
         return ()
     reference, sample = original.reference, original.texts
-    weights = BundleWeights(directory, reference.architecture)
-    folded = Reference(reference.checkpoint.folded(bundle_folds(directory)), reference.architecture)
+    weights = BundleWeights(bundle.directory, reference.architecture)
+    folded = Reference(reference.checkpoint.folded(bundle_folds(bundle.directory)), reference.architecture)
 
     def mean(answers: Answers) -> float:
         parts = compare(original, answers, progress, "Shares: comparing")
         return float(torch.cat([part.kl for part in parts]).double().mean())
 
-    linears = reference_states(
-        folded, sample, scratch, progress, label="Shares: linears", substitute=weights.dequantized
-    )
+    given = folded.exchanged(weights.dequantized)
+    linears = reference_states(given, sample, scratch, progress, label="Shares: linears")
     only_linears = mean(lambda index: reference.logits(linears.states(index)))
     architecture = reference.architecture
     table, head = weights.quantized(architecture.embedding), weights.quantized(architecture.lm_head.weight)
-    whole = reference_states(
-        folded,
-        sample,
-        scratch,
-        progress,
-        label="Shares: all weights",
-        substitute=weights.dequantized,
-        embed=table.lookup if table else None,
-        routes=routes,
-    )
+    given = folded.exchanged(weights.dequantized, table.lookup if table else None)
+    whole = reference_states(given, sample, scratch, progress, label="Shares: all weights", routes=routes)
     project = head.apply if head else reference.logits
     all_weights = mean(lambda index: project(whole.states(index)))
     shipped = mean(partial(bundle_answer, session, sample))
@@ -88,6 +78,6 @@ def shares_of(
         Share(
             name="Runtime arithmetic",
             kl_mean_nats=shipped - all_weights,
-            note=f"the exported graph at accuracy_level {manifest.target.weights.accuracy_level}",
+            note=f"the exported graph at accuracy_level {bundle.target.weights.accuracy_level}",
         ),
     )

@@ -62,7 +62,7 @@ def take_turns(requests: Sequence[RuntimeRequest], seconds: float, progress: Pro
         workers = [stack.enter_context(Worker(request)) for request in requests]
         rounds: list[list[Round]] = []
         begun, told = time.monotonic(), 0
-        while _goes_on(len(rounds), time.monotonic() - begun, seconds):
+        while goes_on(len(rounds), time.monotonic() - begun, seconds):
             order = workers if len(rounds) % 2 == 0 else workers[::-1]
             taken = {}
             for worker in order:
@@ -89,7 +89,8 @@ def take_turns(requests: Sequence[RuntimeRequest], seconds: float, progress: Pro
         ]
 
 
-def _goes_on(rounds: int, passed: float, seconds: float) -> bool:
+def goes_on(rounds: int, passed: float, seconds: float) -> bool:
+    """Return whether another round is due: in pairs, until ``seconds`` have passed and the rounds suffice."""
     if rounds < 2 or rounds % 2:
         return True
     return seconds > 0 and (rounds < LEAST_ROUNDS or passed < seconds)

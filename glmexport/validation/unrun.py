@@ -1,25 +1,20 @@
-"""What can be said of a bundle whose execution provider this machine does not have: everything but how it answers."""
+"""The part of a validation that needs no run of the bundle, for one whose execution provider this machine lacks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from glmexport.bundle.manifest import Manifest
-from glmexport.calibration.corpus import Document
-from glmexport.checkpoint.checkpoint import Checkpoint
+from glmexport.bundle.bundle import Bundle
 from glmexport.foundation.host import Host
 from glmexport.foundation.progress import Progress
 from glmexport.reference.reference import Reference
 from glmexport.results.gate import Gate
 from glmexport.results.record import Verdict
 from glmexport.results.reference import ReferenceCheck
-from glmexport.tokenizer.tokenizer import Tokenizer
 from glmexport.validation.gates import manifest_gates, prompt_gate, reference_gate, verdict_of, weight_gates
 from glmexport.validation.host_gates import provider_gate
 from glmexport.validation.prompts import golden_prompts, prompt_parity
-from glmexport.validation.texts import evaluation_texts
+from glmexport.validation.texts import EvaluationSet, evaluation_texts
 from glmexport.validation.weights import check_weights
 from glmexport.validation.whole_model import check_reference
 
@@ -38,26 +33,29 @@ class Unrun:
     reference: ReferenceCheck
 
 
-
-
 def validate_unrun(
-    directory: Path,
-    manifest: Manifest,
-    checkpoint: Checkpoint,
+    bundle: Bundle,
     reference: Reference,
-    documents: Sequence[Document],
+    evaluation: EvaluationSet,
     progress: Progress,
     max_memory_bytes: int | None = None,
 ) -> Unrun:
-    """Read every number of the graph back and compare it, and every prompt's tokens; run nothing but the original."""
-    tokenizer = Tokenizer.open(directory)
-    longest = min(_LONGEST, reference.architecture.context_length)
-    texts = evaluation_texts(documents, tokenizer, positions_per_language=_LONGEST, longest=longest)
-    check = check_reference(reference, texts, directory, max_memory_bytes, progress)
-    weights = check_weights(directory, manifest, reference, progress)
-    prompts = prompt_parity(golden_prompts(checkpoint, documents), tokenizer)
-    gates: tuple[Gate, ...] = (provider_gate(manifest), *reference_gate(check), *weight_gates(weights))
+    """Read every number of the graph back and compare it, and every prompt's tokens; run nothing but the original.
+
+    Args:
+        bundle: the bundle.
+        reference: its original.
+        evaluation: text, a little of which the original is checked on.
+        progress: who watches.
+        max_memory_bytes: what this process may take at most; None: most of the memory that is free.
+    """
+    tokenizer, longest = bundle.tokenizer, min(_LONGEST, reference.architecture.context_length)
+    texts = evaluation_texts(evaluation.documents, tokenizer, positions_per_language=_LONGEST, longest=longest)
+    check = check_reference(reference, texts, bundle.directory, max_memory_bytes, progress)
+    weights = check_weights(bundle, reference, progress)
+    prompts = prompt_parity(golden_prompts(reference.checkpoint, evaluation), tokenizer)
+    gates: tuple[Gate, ...] = (provider_gate(bundle), *reference_gate(check), *weight_gates(weights))
     if prompts:
         gates += (prompt_gate(prompts),)
-    gates += manifest_gates(manifest)
-    return Unrun(gates, verdict_of(gates), tuple(manifest.target.lacking(Host.this())), check)
+    gates += manifest_gates(bundle.manifest)
+    return Unrun(gates, verdict_of(gates), tuple(bundle.target.lacking(Host.this())), check)

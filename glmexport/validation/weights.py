@@ -1,4 +1,4 @@
-"""What the exported graph holds, matrix by matrix, against what the quantizer decided and against the original.
+"""The content of the exported graph, matrix by matrix, against what the quantizer decided and against the original.
 
 Text that happens not to touch a row of the lm_head, or a layer that is off by one percent, hardly moves a divergence.
 Here every number of the graph is read back, so that a fault of the export cannot hide behind the text.
@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from glmexport.assembly.read import BundleWeights, bundle_folds
-from glmexport.bundle.manifest import Manifest
+from glmexport.bundle.bundle import Bundle
 from glmexport.checkpoint.checkpoint import Checkpoint
 from glmexport.formats.quantized_linear import QuantizedLinear
 from glmexport.foundation.progress import Progress
@@ -81,22 +80,23 @@ def row_distances(linear: QuantizedLinear, original: Iterator[Tensor]) -> RowDis
     )
 
 
-def check_weights(directory: Path, manifest: Manifest, reference: Reference, progress: Progress) -> WeightCheck:
-    """Every matrix, other tensor and rotary table of the bundle in ``directory``.
+def check_weights(bundle: Bundle, reference: Reference, progress: Progress) -> WeightCheck:
+    """Compare every matrix, other tensor and rotary table of ``bundle`` with the original's.
 
     Quantized matrices must be those that the quantizer decided on, number by number, and their rows near the
     original's; all other tensors must equal the original's, with what was folded into it, rounded to the type of the
     target's activations.
     """
-    architecture = reference.architecture
+    architecture, manifest = reference.architecture, bundle.manifest
     activations = getattr(torch, manifest.target.graph.activations)
-    weights = BundleWeights(directory, architecture)
-    checkpoint = reference.checkpoint.folded(bundle_folds(directory))
+    weights = BundleWeights(bundle.directory, architecture)
+    checkpoint = reference.checkpoint.folded(bundle_folds(bundle.directory))
     # Of every graph: what is in it, and the tensors that are in no graph before it.
     graphs = [(weights, manifest.matrices, [*weights.quantized_keys, *weights.other_keys])]
     draft = architecture.token_prediction
     if manifest.draft and draft:
-        drafts = BundleWeights(directory, architecture, manifest.draft.file, draft.shapes() | architecture.shapes())
+        shapes = draft.shapes() | architecture.shapes()
+        drafts = BundleWeights(bundle.directory, architecture, manifest.draft.file, shapes)
         keys = [key for key in (*drafts.quantized_keys, *drafts.other_keys) if draft.has_own(key)]
         graphs.append((drafts, manifest.draft.matrices, keys))
     faults: list[WeightFault] = []

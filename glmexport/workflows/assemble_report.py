@@ -1,14 +1,14 @@
-"""A Report from the manifest of a bundle and what its validation measured."""
+"""The report of a bundle, from its manifest and what its validation measured."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from glmexport import __version__
-from glmexport.bundle.manifest import MANIFEST, Manifest
+from glmexport.bundle.bundle import Bundle
+from glmexport.bundle.manifest import Manifest
 from glmexport.bundle.records import AllocatedGroup, QuantizedMatrix
 from glmexport.foundation import machine
 from glmexport.foundation.target import Policy
@@ -42,72 +42,30 @@ class BuildCost:
 
 
 def assemble(
-    manifest: Manifest,
-    validation: Validation,
-    policy: Policy,
-    *,
-    name: str,
-    directory: Path,
-    command: str,
-    build: BuildCost | None,
+    bundle: Bundle, validation: Validation, policy: Policy, *, name: str, command: str, build: BuildCost | None
 ) -> Report:
-    """Everything known about the bundle in ``directory`` on this machine.
+    """Return the report of everything known about ``bundle`` on this machine.
 
-    ``build`` is None where the bundle was built some other time.
+    ``name`` is what it is called in its place, and ``build`` None where it was built some other time.
     """
-    return _report(
-        manifest,
-        validation,
-        policy,
-        name=name,
-        directory=directory,
-        command=command,
-        build=build,
-        of_machine=_this_machine(),
-        versions=machine.library_versions(),
-    )
+    return _report(bundle, validation, policy, _this_machine(), name=name, command=command, build=build)
 
 
 def assemble_devices(
-    manifest: Manifest,
-    devices: Sequence[DeviceResult],
-    validation: Validation,
-    policy: Policy,
-    *,
-    name: str,
-    directory: Path,
-    command: str,
+    bundle: Bundle, devices: Sequence[DeviceResult], validation: Validation, policy: Policy, *, command: str
 ) -> Report:
-    """Everything that ``devices`` measured of the bundle in ``directory``.
+    """Return the report of everything that ``devices`` measured of ``bundle``.
 
     ``validation``: of the ``detailed`` one.
     """
-    chosen = detailed(devices)
-    facts = chosen.facts
-    assert facts is not None
+    there = _device(detailed(devices))
     return _report(
-        manifest,
-        validation,
-        policy,
-        name=name,
-        directory=directory,
-        command=command,
-        build=None,
-        of_machine=Machine(
-            system=facts.system,
-            processor=facts.processor,
-            cores=facts.cores,
-            memory_bytes=facts.memory_bytes,
-            instruction_sets=facts.instruction_sets,
-        ),
-        versions=machine.library_versions() | {f"{key} of the device": value for key, value in facts.versions.items()},
-        devices=tuple(devices),
-        chosen=chosen.name,
+        bundle, validation, policy, there, name=bundle.name, command=command, devices=tuple(devices)
     )
 
 
 def detailed(devices: Sequence[DeviceResult]) -> DeviceResult:
-    """Of the devices that answered, the first with the worst verdict."""
+    """Return, of the devices that answered, the first with the worst verdict."""
     return max((device for device in devices if device.fidelity), key=lambda device: device.verdict.severity)
 
 
@@ -122,20 +80,26 @@ def _not_run(devices: Sequence[DeviceResult]) -> Iterator[str]:
             )
 
 
+@dataclass(frozen=True)
+class _Measured:
+    """The machine that a report's details were measured on, and the libraries there and here."""
+
+    machine: Machine
+    versions: dict[str, str]
+
+
 def _report(
-    manifest: Manifest,
+    bundle: Bundle,
     validation: Validation,
     policy: Policy,
+    measured_on: _Measured,
     *,
     name: str,
-    directory: Path,
     command: str,
-    build: BuildCost | None,
-    of_machine: Machine,
-    versions: dict[str, str],
+    build: BuildCost | None = None,
     devices: tuple[DeviceResult, ...] = (),
-    chosen: str | None = None,
 ) -> Report:
+    manifest = bundle.manifest
     return Report(
         schema_version=1,
         glmexport_version=__version__,
@@ -144,7 +108,7 @@ def _report(
         policy=PolicySummary(source=policy.source, gates=policy.gates),
         subject=Subject(
             bundle=name,
-            bundle_digest=manifest.digest(),
+            bundle_digest=bundle.digest,
             target=manifest.target.name,
             recipe=manifest.recipe.name,
             family=manifest.family,
@@ -157,7 +121,7 @@ def _report(
         size=Size(
             parameters=manifest.source.parameters,
             original_bytes=manifest.source.bytes,
-            bundle_bytes=sum(entry.size for entry in manifest.files) + (directory / MANIFEST).stat().st_size,
+            bundle_bytes=bundle.bytes,
             weight_bytes=manifest.precision.weight_bytes,
             bits_per_weight=manifest.precision.bits_per_weight,
             bits_per_weight_linears=manifest.precision.bits_per_weight_linears,
@@ -172,24 +136,39 @@ def _report(
         performance=validation.performance,
         performance_absent_because=validation.performance_absent_because,
         devices=devices,
-        detailed=chosen,
+        detailed=detailed(devices).name if devices else None,
         quantization=_quantization(manifest, build),
         calibration=_calibration(manifest),
-        machine=of_machine,
-        versions=versions,
+        machine=measured_on.machine,
+        versions=measured_on.versions,
         command=command,
         limits=(*_limits(validation), *_drafts(manifest), *_left_out(manifest), *_not_run(devices)),
     )
 
 
-def _this_machine() -> Machine:
-    return Machine(
+def _this_machine() -> _Measured:
+    here = Machine(
         system=machine.system_name(),
         processor=machine.processor_name(),
         cores=machine.cores(),
         memory_bytes=machine.memory_bytes(),
         instruction_sets=machine.instruction_sets(),
     )
+    return _Measured(here, machine.library_versions())
+
+
+def _device(device: DeviceResult) -> _Measured:
+    facts = device.facts
+    assert facts is not None
+    there = Machine(
+        system=facts.system,
+        processor=facts.processor,
+        cores=facts.cores,
+        memory_bytes=facts.memory_bytes,
+        instruction_sets=facts.instruction_sets,
+    )
+    versions = {f"{key} of the device": value for key, value in facts.versions.items()}
+    return _Measured(there, machine.library_versions() | versions)
 
 
 def _quantization(manifest: Manifest, build: BuildCost | None) -> QuantizationSummary | None:
@@ -291,7 +270,7 @@ def _drafts(manifest: Manifest) -> tuple[str, ...]:
 
 
 def _left_out(manifest: Manifest) -> tuple[str, ...]:
-    """What the bundle has not of its original, one sentence a reason."""
+    """Return what the bundle lacks of its original, one sentence a reason."""
     keys: dict[str, list[str]] = {}
     for key, reason in manifest.source.unused.items():
         keys.setdefault(reason, []).append(key)

@@ -5,43 +5,44 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from glmexport import __version__
 from glmexport.architecture.description import Architecture
-from glmexport.assembly.write import write_bundle
-from glmexport.bundle.fit import can_run
-from glmexport.bundle.manifest import LargestActivation, Manifest
-from glmexport.bundle.records import QuantizedMatrix
+from glmexport.assembly.write import BundleContents, write_bundle
+from glmexport.bundle.bundle import Bundle
+from glmexport.bundle.manifest import LargestActivation
 from glmexport.calibration.corpus import Document, evaluation_documents
-from glmexport.calibration.sequences import CalibrationSet, pack
 from glmexport.foundation.machine import peak_memory
 from glmexport.foundation.progress import Progress
 from glmexport.foundation.recipe import Recipe
+from glmexport.quantization.job import QuantizationJob
 from glmexport.quantization.memory import MemoryPlan
+from glmexport.quantization.quantized_model import QuantizedModel
 from glmexport.quantization.store import WorkDirectory
-from glmexport.quantization.walk import Walk
+from glmexport.quantization.walk import walk
 from glmexport.quantization.weights import Weights
 from glmexport.reference.reference import Reference
+from glmexport.validation.texts import EvaluationSet
 from glmexport.validation.unrun import Unrun, validate_unrun
 from glmexport.workflows.assemble_report import BuildCost
-from glmexport.workflows.calibration_text import cache_text, calibration_context, calibration_documents
+from glmexport.workflows.calibration_text import CalibrationText, cache_text, read_calibration_text
+from glmexport.workflows.checks import refuse_existing, refuse_formats, require_space
 from glmexport.workflows.device import device_name, peak_device_memory, plan_on, running_on
-from glmexport.workflows.job import Job, Original, refuse_existing, refuse_formats, require_space
+from glmexport.workflows.job import Job
+from glmexport.workflows.original import Original
 from glmexport.workflows.output import partial_of, put_in_place
 from glmexport.workflows.provenance import calibration_source, own_fingerprints, source_of
-from glmexport.workflows.validate import BuildOptions, Built, refuse_tasks, validated
+from glmexport.workflows.validate import BuildOptions, Built, measure_and_report, refuse_tasks
 
 
 @dataclass(frozen=True)
-class BuiltUnrun:
+class BuiltUnrun(Bundle):
     """A bundle in its place that this machine cannot run, and what could be said of it all the same."""
 
-    directory: Path
-    manifest: Manifest
     unrun: Unrun
 
 
@@ -58,24 +59,22 @@ def build(
     """
     torch.set_num_threads(options.threads)
     # Nothing that can refuse comes after this, where a checkpoint is read for minutes, but what reading it finds.
-    prepared = _prepared_all(original, jobs, options)
+    plans = _plan(original, jobs, options)
     if any(original.drafts(job.target) for job in jobs):
         original = original.sharing_tables()
     progress.remark(f"{original.checkpoint.name} is {original.checkpoint.digest(progress)}.")
     with ExitStack() as locks:
-        works = []
-        for part in prepared:
-            parent = part.jobs[0].directory.parent
-            works.append(_work_directory(original, part.recipe, part.text, part.memory, options, parent, progress))
-            locks.enter_context(works[-1].locked())
+        quantizations = []
+        for plan in plans:
+            quantizations.append(_quantization_job(original, plan, options, progress))
+            locks.enter_context(quantizations[-1].work.locked())
         built: list[Built | BuiltUnrun] = []
         try:
-            for part, work in zip(prepared, works, strict=True):
-                drafting = next((job.target for job in part.jobs if original.drafts(job.target)), part.jobs[0].target)
-                architecture = original.architecture_for(drafting)
-                walk = _walked(original, architecture, part.recipe, part.text, work, part.memory, options, progress)
-                for job in part.jobs:
-                    built.append(_finish(original, job, walk, part, options, progress))
+            for plan, quantization in zip(plans, quantizations, strict=True):
+                model = _quantized(quantization)
+                for job in plan.jobs:
+                    written = _write(original, job, model, plan.text, progress)
+                    built.append(_validate(original, job, written, model, plan, options, progress))
             original.checkpoint.refuse_changes()
             for bundle in built:
                 refuse_existing(bundle.directory, options.force)
@@ -84,176 +83,141 @@ def build(
             for job in jobs:
                 shutil.rmtree(partial_of(job.directory), ignore_errors=True)
             raise
-        for work in works:
-            shutil.rmtree(work.path)
+        for quantization in quantizations:
+            shutil.rmtree(quantization.work.path)
     return built
 
 
-@dataclass(frozen=True)
-class _Prepared:
-    """The jobs of one recipe, and what their walk and their validation need beside the checkpoint."""
-
-    recipe: Recipe
-    jobs: list[Job]
-    memory: MemoryPlan
-    documents: list[Document]
-    #: None where the recipe calibrates on nothing.
-    text: CalibrationSet | None
-    evaluation: list[Document]
-
-
-def _prepared_all(original: Original, jobs: Sequence[Job], options: BuildOptions) -> list[_Prepared]:
-    """By recipe, after everything that can be refused without reading the checkpoint."""
-    for job in jobs:
-        refuse_formats(original, job)
-        refuse_existing(job.directory, options.force)
-    prepared = []
-    for recipe in {job.recipe.digest(): job.recipe for job in jobs}.values():
-        same = [job for job in jobs if job.recipe.digest() == recipe.digest()]
-        memory, documents, text = _prepared(original, recipe, options)
-        # Read once: a file that is changed or gone at the end is no reason to lose a build.
-        evaluation = evaluation_documents(options.evaluation, original.tokenizer, own_fingerprints(documents))
-        prepared.append(_Prepared(recipe, same, memory, documents, text, evaluation))
-    for job in jobs:
-        refuse_tasks(original, job.target, options)
-    for part in prepared:
-        require_space(original, part.recipe, part.jobs[0].directory.parent)
-    return prepared
-
-
-
-
-def _prepared(
-    original: Original, recipe: Recipe, options: BuildOptions
-) -> tuple[MemoryPlan, list[Document], CalibrationSet | None]:
-    """What a walk needs beside the checkpoint."""
-    memory = plan_on(options.device, original.architecture, recipe, options.max_memory_bytes)
-    documents = calibration_documents(original, recipe, options.calibration)
-    if recipe.calibration is None:
-        return memory, documents, None
-    context = calibration_context(original)
-    return memory, documents, pack(documents, original.tokenizer, recipe.calibration, context)
-
-
 def quantize(original: Original, recipe: Recipe, options: BuildOptions, parent: Path, progress: Progress) -> Weights:
-    """The weights that a bundle of ``recipe`` would have, in a work directory below ``parent`` that stays.
+    """Return the weights that a bundle of ``recipe`` would have, from a work directory below ``parent`` that stays.
 
     Raises:
         InputError: the calibration text is too small.
         MachineError: memory does not suffice, or somebody else is at work on the same.
     """
-    memory, _, calibration = _prepared(original, recipe, options)
-    work = _work_directory(original, recipe, calibration, memory, options, parent, progress)
-    with work.locked():
-        walk = _walked(original, original.architecture, recipe, calibration, work, memory, options, progress)
-    return Weights(walk.checkpoint, original.architecture, work, walk.parts)
+    plan = _plan_quantization(original, recipe, options, parent)
+    quantization = _quantization_job(original, plan, options, progress)
+    with quantization.work.locked():
+        return _quantized(quantization).weights()
 
 
-def _walked(
-    original: Original,
-    architecture: Architecture,
-    recipe: Recipe,
-    calibration: CalibrationSet | None,
-    work: WorkDirectory,
-    memory: MemoryPlan,
-    options: BuildOptions,
-    progress: Progress,
-) -> Walk:
-    """Quantized to the end."""
-    device = options.device
-    walk = Walk(original.checkpoint, architecture, recipe, calibration, work, memory, progress, device)
-    with running_on(device):
-        walk.run()
-    return walk
+@dataclass(frozen=True)
+class _Plan:
+    """One quantization, and the jobs that share it."""
+
+    recipe: Recipe
+    memory: MemoryPlan
+    text: CalibrationText
+    #: Where its work directory goes.
+    parent: Path
+    jobs: tuple[Job, ...] = ()
+    #: Text that the bundles are judged on.
+    evaluation: tuple[Document, ...] = ()
 
 
+def _plan(original: Original, jobs: Sequence[Job], options: BuildOptions) -> list[_Plan]:
+    """Plan a quantization for each recipe, and refuse everything that can be without reading the checkpoint."""
+    for job in jobs:
+        refuse_formats(original, job)
+        refuse_existing(job.directory, options.force)
+    plans = []
+    for recipe in {job.recipe.digest(): job.recipe for job in jobs}.values():
+        same = tuple(job for job in jobs if job.recipe.digest() == recipe.digest())
+        plan = _plan_quantization(original, recipe, options, same[0].directory.parent)
+        # Read once: a file that is changed or gone at the end is no reason to lose a build.
+        calibrated = own_fingerprints(plan.text.documents)
+        evaluation = evaluation_documents(options.evaluation, original.tokenizer, calibrated)
+        plans.append(replace(plan, jobs=same, evaluation=tuple(evaluation)))
+    for job in jobs:
+        refuse_tasks(original, job.target, options)
+    for plan in plans:
+        require_space(original, plan.recipe, plan.parent)
+    return plans
 
 
+def _plan_quantization(original: Original, recipe: Recipe, options: BuildOptions, parent: Path) -> _Plan:
+    """Return what a quantization needs beside the checkpoint."""
+    memory = plan_on(options.device, original.architecture, recipe, options.max_memory_bytes)
+    text = read_calibration_text(original, recipe, options.calibration)
+    return _Plan(recipe, memory, text, parent)
 
 
-
-
-
-
-
-
-def _finish(
-    original: Original, job: Job, walk: Walk, prepared: _Prepared, options: BuildOptions, progress: Progress
-) -> Built | BuiltUnrun:
-    """Write the bundle beside its place and validate it there, as far as this machine can."""
-    partial = partial_of(job.directory)
-    if partial.exists():
-        shutil.rmtree(partial)
-    # Read once: every committed file is hashed for it.
-    records, seconds = walk.records()
-    manifest = _write(partial, original, job, walk, records, prepared.text, prepared.documents, progress)
-    if not can_run(manifest):
-        reference = Reference(original.checkpoint, original.architecture)
-        text = evaluation_documents((), original.tokenizer, ())
-        limit = options.max_memory_bytes
-        unrun = validate_unrun(partial, manifest, original.checkpoint, reference, text, progress, limit)
-        return BuiltUnrun(job.directory, manifest, unrun)
-    cost = BuildCost(seconds, peak_memory(), device_name(options.device), peak_device_memory(options.device))
-    report = validated(
-        partial, job.directory, manifest, original, prepared.evaluation, options, progress, cost
-    )
-    return Built(job.directory, manifest, report)
-
-
-def _write(
-    directory: Path,
-    original: Original,
-    job: Job,
-    walk: Walk,
-    records: Sequence[QuantizedMatrix],
-    calibration: CalibrationSet | None,
-    documents: Sequence[Document],
-    progress: Progress,
-) -> Manifest:
-    architecture, largest = original.architecture_for(job.target), walk.largest_activation()
-    return write_bundle(
-        directory,
-        architecture,
-        Weights(walk.checkpoint, architecture, walk.work, [*walk.parts, *walk.draft_parts]),
-        Reference(original.checkpoint, architecture).rotary_tables(architecture.context_length),
-        recipe=job.recipe,
-        target=job.target,
-        source=source_of(original, progress, job.target),
-        calibration=calibration_source(calibration, documents),
-        records=records,
-        allocation=walk.allocation(),
-        draft_records=walk.draft_records() if original.drafts(job.target) else (),
-        largest=LargestActivation(**largest._asdict()) if largest else None,
-        tokenizer_files=original.tokenizer.files,
-        cache_text=cache_text(calibration),
-        progress=progress,
-    )
-
-
-
-
-
-
-def _work_directory(
-    original: Original,
-    recipe: Recipe,
-    calibration: CalibrationSet | None,
-    memory: MemoryPlan,
-    options: BuildOptions,
-    parent: Path,
-    progress: Progress,
-) -> WorkDirectory:
-    """The directory of this very job: everything that its bytes depend on is part of its name and its record."""
+def _quantization_job(original: Original, plan: _Plan, options: BuildOptions, progress: Progress) -> QuantizationJob:
+    """Open the work directory of ``plan``: everything that its bytes depend on is part of its name and its record."""
+    sequences = plan.text.sequences
     job = {
         "glmexport": __version__,
         "checkpoint": original.checkpoint.digest(progress),
-        "recipe": recipe.digest(),
-        "calibration": calibration.digest() if calibration else None,
+        "recipe": plan.recipe.digest(),
+        "calibration": sequences.digest() if sequences else None,
         # These decide the order in which numbers are added up.
         "threads": options.threads,
         "device": device_name(options.device),
-        "batch": [memory.batch_tokens, memory.chunk_weights],
+        "batch": [plan.memory.batch_tokens, plan.memory.chunk_weights],
     }
-    return WorkDirectory.for_job(parent, job)
+    return QuantizationJob(
+        checkpoint=original.checkpoint,
+        architecture=_quantized_architecture(original, plan.jobs),
+        recipe=plan.recipe,
+        calibration=sequences,
+        work=WorkDirectory.for_job(plan.parent, job),
+        memory=plan.memory,
+        progress=progress,
+        device=options.device,
+    )
 
 
+def _quantized_architecture(original: Original, jobs: Sequence[Job]) -> Architecture:
+    """Return what all ``jobs`` together need quantized: with the layer that drafts, if any of them drafts."""
+    if not jobs:
+        return original.architecture
+    return original.architecture_for(next((job.target for job in jobs if original.drafts(job.target)), jobs[0].target))
+
+
+def _quantized(job: QuantizationJob) -> QuantizedModel:
+    with running_on(job.device):
+        return walk(job)
+
+
+def _write(original: Original, job: Job, model: QuantizedModel, text: CalibrationText, progress: Progress) -> Bundle:
+    """Write the bundle beside its place."""
+    partial = partial_of(job.directory)
+    if partial.exists():
+        shutil.rmtree(partial)
+    architecture = original.architecture_for(job.target)
+    contents = BundleContents(
+        architecture=architecture,
+        weights=model.weights(architecture),
+        rotary_tables=Reference(original.checkpoint, architecture).rotary_tables(architecture.context_length),
+        recipe=job.recipe,
+        target=job.target,
+        source=source_of(original, progress, job.target),
+        calibration=calibration_source(text.sequences, text.documents),
+        records=model.records,
+        allocation=model.allocation,
+        draft_records=model.draft_records if original.drafts(job.target) else (),
+        largest=LargestActivation(**model.largest._asdict()) if model.largest else None,
+        tokenizer_files=original.tokenizer.files,
+        cache_text=cache_text(text.sequences),
+    )
+    return Bundle(partial, write_bundle(partial, contents, progress))
+
+
+def _validate(
+    original: Original,
+    job: Job,
+    bundle: Bundle,
+    model: QuantizedModel,
+    plan: _Plan,
+    options: BuildOptions,
+    progress: Progress,
+) -> Built | BuiltUnrun:
+    """Measure the bundle that was written beside its place, as far as this machine can run it."""
+    if not bundle.runs_here:
+        reference = Reference(original.checkpoint, original.architecture)
+        evaluation = EvaluationSet(evaluation_documents((), original.tokenizer, ()), original.tokenizer)
+        unrun = validate_unrun(bundle, reference, evaluation, progress, options.max_memory_bytes)
+        return BuiltUnrun(job.directory, bundle.manifest, unrun)
+    cost = BuildCost(model.seconds, peak_memory(), device_name(options.device), peak_device_memory(options.device))
+    report = measure_and_report(bundle, job.directory.name, original, plan.evaluation, options, progress, cost)
+    return Built(job.directory, bundle.manifest, report)

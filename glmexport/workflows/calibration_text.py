@@ -1,29 +1,58 @@
-"""The text that a build calibrates on: which documents, how long a sequence, and what is kept for caches."""
+"""Calibration text of a build: which documents, how long a sequence, and what is kept for caches."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from glmexport.calibration.corpus import USER, Document, shipped_documents, user_documents
-from glmexport.calibration.sequences import CalibrationSet
+from glmexport.calibration.sequences import CalibrationSet, pack
 from glmexport.foundation.errors import InputError
-from glmexport.foundation.recipe import Recipe
-from glmexport.workflows.job import Original
+from glmexport.foundation.recipe import CalibrationPlan, Recipe
+from glmexport.workflows.original import Original
 
-#: What the scales of a quantized cache rest on, at most; a magnitude needs less text than a Hessian.
+#: Tokens that the scales of a quantized cache rest on, at most; a magnitude needs less text than a Hessian.
 _CACHE_TOKENS = 16384
 
 
-def calibration_context(original: Original) -> int:
-    """Longest sequence on which every block can be computed by itself, without what others select."""
+@dataclass(frozen=True)
+class CalibrationText:
+    """The documents that a build calibrates on, and the sequences that they are packed into."""
+
+    documents: list[Document]
+    #: None where the recipe calibrates on nothing.
+    sequences: CalibrationSet | None
+
+
+def read_calibration_text(original: Original, recipe: Recipe, paths: Sequence[Path]) -> CalibrationText:
+    """Read and pack the documents of the recipe's quota, and those of the user's in ``paths``.
+
+    Raises:
+        InputError: the recipe has no place for text of the user's, or the text is too small.
+    """
+    documents = calibration_documents(original, recipe, paths)
+    if recipe.calibration is None:
+        return CalibrationText(documents, None)
+    return CalibrationText(documents, packed(original, documents, recipe.calibration))
+
+
+def packed(original: Original, documents: Sequence[Document], plan: CalibrationPlan) -> CalibrationSet:
+    """Pack ``documents`` into sequences on which every block can be computed by itself.
+
+    None is longer than what a token attends to without selecting, as others select for several blocks.
+
+    Raises:
+        InputError: the text is too small.
+    """
     architecture = original.architecture
-    return min(architecture.context_length, architecture.attended_tokens or architecture.context_length)
+    longest = min(architecture.context_length, architecture.attended_tokens or architecture.context_length)
+    return pack(documents, original.tokenizer, plan, longest)
 
 
 def calibration_documents(original: Original, recipe: Recipe, paths: Sequence[Path]) -> list[Document]:
-    """The documents of the recipe's quota, and those of the user's in ``paths``.
+    """Return the documents of the recipe's quota, and those of the user's in ``paths``.
 
     Raises:
         InputError: the recipe has no place for text of the user's.
@@ -45,7 +74,7 @@ def calibration_documents(original: Original, recipe: Recipe, paths: Sequence[Pa
 
 
 def cache_text(calibration: CalibrationSet | None) -> list[list[int]]:
-    """Sequences of calibration text from all over it, for the scales of a quantized cache."""
+    """Return sequences from all over the calibration text, for the scales of a quantized cache."""
     if calibration is None:
         return []
     count, length = calibration.ids.shape

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,24 +10,25 @@ import torch
 
 from glmexport import __version__
 from glmexport.bundle.bundle import Bundle
-from glmexport.calibration.corpus import Document, evaluation_documents
+from glmexport.calibration.corpus import evaluation_documents
 from glmexport.engine.generation import GenerationSession
 from glmexport.engine.session import require_provider
-from glmexport.foundation import machine
 from glmexport.foundation.disk import require_free
 from glmexport.foundation.progress import Progress
 from glmexport.quantization.store import WorkDirectory
 from glmexport.reference.reference import Reference
 from glmexport.validation.behaviour.plane import ask_original, questions_for
-from glmexport.validation.capture import REFERENCE, TOP_K, Capture, CapturedAnswer, write_capture
+from glmexport.validation.capture import REFERENCE, TOP_K, Capture, CapturedAnswer, OriginalFacts, write_capture
+from glmexport.validation.conditions import ValidationPlan
 from glmexport.validation.fidelity import Streamed
 from glmexport.validation.prompts import golden_prompts
 from glmexport.validation.reference import reference_states
-from glmexport.validation.run import ValidationPlan, first_texts, noise_floor, texts_for
-from glmexport.validation.texts import text_digest
+from glmexport.validation.run import first_texts, noise_floor
+from glmexport.validation.texts import EvaluationSet, text_digest
 from glmexport.validation.whole_model import check_reference
-from glmexport.workflows.job import Original, refuse_existing
-from glmexport.workflows.matching import announced_bundle, require_bundle
+from glmexport.workflows.checks import refuse_existing
+from glmexport.workflows.matching import check_original, refuse_other_model
+from glmexport.workflows.original import Original
 from glmexport.workflows.output import partial_of, put_in_place
 from glmexport.workflows.provenance import source_of
 
@@ -37,14 +37,14 @@ _KIND = "a captured reference"
 
 @dataclass(frozen=True)
 class CaptureOptions:
-    """What a capture is free to choose."""
+    """The choices that a capture leaves to its caller."""
 
     threads: int
     plan: ValidationPlan
     top_k: int = TOP_K
     force: bool = False
     #: A bundle of the same checkpoint that drafts the free answers; without one none are kept.
-    draft: Path | None = None
+    draft: Bundle | None = None
     #: Text of the user's to ask about as well.
     evaluation: tuple[Path, ...] = ()
 
@@ -60,19 +60,19 @@ def capture_reference(original: Original, output: Path, options: CaptureOptions,
         MachineError: the disk has too little space, or somebody else captures the same.
     """
     refuse_existing(output, options.force, REFERENCE, _KIND)
-    draft = options.draft and announced_bundle(options.draft, original)
-    if draft:
+    if draft := options.draft:
+        refuse_other_model(draft, original)
         require_provider(draft.target.provider.name, draft.target.provider.package)
     torch.set_num_threads(options.threads)
-    documents = evaluation_documents(options.evaluation, original.tokenizer)
-    texts = texts_for(documents, original.tokenizer, original.architecture, options.plan)
+    evaluation = EvaluationSet(evaluation_documents(options.evaluation, original.tokenizer), original.tokenizer)
+    texts = evaluation.texts(original.architecture.context_length, options.plan)
     rows, size = sum(len(text.ids) for text in texts), original.architecture.hidden_size
     kept = min(options.top_k, original.architecture.vocabulary_size)
     # The states, those of the last block and of the one before; the answers.
     require_free(output.parent, rows * (3 * size * 4 + kept * 8), "The capture")
     # Nothing that can refuse comes after this, where files are read for minutes, but what reading them finds.
-    if options.draft and draft:
-        require_bundle(options.draft, draft, original, progress)
+    if draft:
+        check_original(draft, original, progress)
     progress.remark(f"{original.checkpoint.name} is {original.checkpoint.digest(progress)}.")
     job = {
         "glmexport": __version__,
@@ -88,22 +88,17 @@ def capture_reference(original: Original, output: Path, options: CaptureOptions,
         states = reference_states(reference, texts, work.path, progress, kept=work)
         sample = Streamed(states.only(first_texts(texts, 1)), reference)
         noise = noise_floor(sample, options.threads, work.path, progress)
-        answers = _answers(original, documents, reference, options, work.path, progress)
+        facts = OriginalFacts(
+            source=source_of(original, progress),
+            noise=noise,
+            reference_check=check,
+            answers=_answers(evaluation, reference, options, work.path, progress),
+            prompts=golden_prompts(original.checkpoint, evaluation),
+        )
         if partial.exists():
             shutil.rmtree(partial)
         try:
-            captured = write_capture(
-                partial,
-                Streamed(states, reference),
-                source_of(original, progress),
-                noise,
-                golden_prompts(original.checkpoint, documents),
-                answers,
-                machine.library_versions(),
-                progress,
-                top_k=options.top_k,
-                check=check,
-            )
+            captured = write_capture(partial, Streamed(states, reference), facts, progress, top_k=options.top_k)
             original.checkpoint.refuse_changes()
             refuse_existing(output, options.force, REFERENCE, _KIND)
             put_in_place(partial, output)
@@ -115,19 +110,14 @@ def capture_reference(original: Original, output: Path, options: CaptureOptions,
 
 
 def _answers(
-    original: Original,
-    documents: Sequence[Document],
-    reference: Reference,
-    options: CaptureOptions,
-    scratch: Path,
-    progress: Progress,
+    evaluation: EvaluationSet, reference: Reference, options: CaptureOptions, scratch: Path, progress: Progress
 ) -> tuple[CapturedAnswer, ...] | None:
-    """The original's own, which do not depend on the bundle that drafts them; only the number of passes does."""
+    """Return the original's own answers; of the bundle that drafts them only the number of passes depends."""
     plan = options.plan.behaviour
     if options.draft is None or plan is None:
         return None
-    session = GenerationSession.open(Bundle.open(options.draft), options.threads)
-    asked = questions_for(documents, original.tokenizer, plan, session.context_length)
+    session = GenerationSession.open(options.draft, options.threads)
+    asked = questions_for(evaluation.documents, evaluation.tokenizer, plan, session.context_length)
     answers = ask_original(asked, session, reference, scratch, progress)
     return tuple(
         CapturedAnswer(question=question, tokens=tuple(tokens))

@@ -7,20 +7,25 @@ from pathlib import Path
 
 from glmexport.assembly.gptq import QUANTIZE_CONFIG, GptqCheckpoint, Layout
 from glmexport.assembly.read import BundleWeights, bundle_folds
+from glmexport.bundle.bundle import Bundle
 from glmexport.bundle.names import SCORING
 from glmexport.checkpoint.checkpoint import GENERATION_CONFIG
 from glmexport.foundation.disk import require_free
 from glmexport.foundation.progress import Progress
 from glmexport.release.opening import NOBODY, Trust
-from glmexport.workflows.job import Original, refuse_existing
-from glmexport.workflows.matching import announced_bundle, require_bundle, require_file
+from glmexport.workflows.checks import refuse_existing
+from glmexport.workflows.matching import (
+    check_original,
+    refuse_other_model,
+)
+from glmexport.workflows.original import Original
 from glmexport.workflows.output import partial_of, put_in_place
 
 _KIND = "a GPTQ checkpoint"
 
 
 def convert_to_gptq(
-    bundle: Path,
+    bundle: Bundle,
     original: Original,
     output: Path,
     *,
@@ -47,14 +52,14 @@ def convert_to_gptq(
         MachineError: the disk has too little space, or a file cannot be read or written.
     """
     refuse_existing(output, force, QUANTIZE_CONFIG, _KIND)
-    manifest = announced_bundle(bundle, original)
+    refuse_other_model(bundle, original)
     # What the graph says decides whether the format can hold it, and how much space that takes.
-    require_file(bundle, manifest, SCORING)
-    weights = BundleWeights(bundle, original.architecture)
-    folded = original.checkpoint.folded(bundle_folds(bundle))
+    bundle.require_file(SCORING)
+    weights = BundleWeights(bundle.directory, original.architecture)
+    folded = original.checkpoint.folded(bundle_folds(bundle.directory))
     checkpoint = GptqCheckpoint(weights, folded, original.architecture, layout)
     require_free(output.parent, checkpoint.bytes, "The checkpoint")
-    require_bundle(bundle, manifest, original, progress, trust)
+    check_original(bundle, original, progress, trust)
     files = list(original.tokenizer.files)
     if original.checkpoint.generation_config is not None:
         files.append(original.checkpoint.path / GENERATION_CONFIG)

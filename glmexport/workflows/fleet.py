@@ -13,7 +13,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from glmexport import __version__
-from glmexport.bundle.manifest import Manifest
+from glmexport.bundle.bundle import Bundle
 from glmexport.calibration.corpus import evaluation_documents
 from glmexport.devices.answers import DeviceAnswers
 from glmexport.devices.fleet import Member, ask
@@ -27,17 +27,22 @@ from glmexport.validation.capture import CapturedReference
 from glmexport.validation.run import Validation
 from glmexport.workflows.assemble_report import assemble_devices, detailed
 from glmexport.workflows.capture import CaptureOptions, capture_reference
-from glmexport.workflows.job import Original
-from glmexport.workflows.matching import announced_bundle, open_captured_bundle, require_bundle
-from glmexport.workflows.validate import BuildOptions, Built, policy_of
+from glmexport.workflows.matching import (
+    check_captured,
+    check_original,
+    refuse_other_model,
+)
+from glmexport.workflows.original import Original
+from glmexport.workflows.validate import BuildOptions, Built
 
 
 @dataclass(frozen=True)
 class Asking:
-    """A bundle, its original, and the job that devices are given. ``place`` holds what a later run goes on with."""
+    """The job that devices are given, and the judge of what they answer about a bundle.
 
-    directory: Path
-    manifest: Manifest
+    ``place`` holds what a later run goes on with.
+    """
+
     judge: DeviceJudge
     options: BuildOptions
     place: Path
@@ -45,20 +50,20 @@ class Asking:
 
 
 @contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    """Nobody else asks devices about the bundle in ``directory`` meanwhile.
+def locked(bundle: Bundle) -> Iterator[None]:
+    """Hold a lock, so that nobody else asks devices about ``bundle`` meanwhile.
 
     Raises:
         MachineError: somebody does.
     """
-    place = _place(directory)
+    place = _place(bundle)
     place.mkdir(parents=True, exist_ok=True)
     lock = FileLock(place / "lock", timeout=0)
     try:
         lock.acquire()
     except Timeout as error:
         raise MachineError(
-            f"Another process validates {directory} on devices.",
+            f"Another process validates {bundle.directory} on devices.",
             next_step=f"Wait for it. If there is none, remove {place / 'lock'}.",
         ) from error
     try:
@@ -69,38 +74,40 @@ def locked(directory: Path) -> Iterator[None]:
             shutil.rmtree(place)
 
 
-def _place(directory: Path) -> Path:
-    return directory.absolute().with_name(f".{directory.absolute().name}.devices")
+def _place(bundle: Bundle) -> Path:
+    directory = bundle.directory.absolute()
+    return directory.with_name(f".{directory.name}.devices")
 
 
 def prepare_job(
-    directory: Path,
+    bundle: Bundle,
     original: Original | CapturedReference,
     options: BuildOptions,
     threads: int | None,
     progress: Progress,
 ) -> Asking:
-    """The job about the bundle in ``directory``; an original that is no capture yet is captured for it.
+    """Write the job about ``bundle``; an original that is no capture yet is captured for it.
 
     ``threads``: of each device; None: as many as it has cores.
 
     Raises:
         BundleError: the bundle was made from another checkpoint, or its files are not those of its manifest.
     """
-    place = _place(directory)
+    place = _place(bundle)
     if isinstance(original, Original):
-        manifest = announced_bundle(directory, original)
+        refuse_other_model(bundle, original)
         evaluation_documents(options.evaluation, original.tokenizer)
-        require_bundle(directory, manifest, original, progress, options.trust)
-        captured = _captured(directory, manifest, original, options, place, progress)
+        check_original(bundle, original, progress, options.trust)
+        captured = _captured(bundle, original, options, place, progress)
     else:
-        captured, manifest = original, open_captured_bundle(directory, original, progress, options.trust)
-    judge = DeviceJudge(directory, manifest, captured, options.validation, policy_of(manifest, options).gates)
+        check_captured(bundle, original, progress, options.trust)
+        captured = original
+    judge = DeviceJudge(bundle, captured, options.validation, options.policy_for(bundle.target).gates)
     folder = place / "job"
     if folder.exists():
         shutil.rmtree(folder)
     judge.write_job(folder, threads)
-    return Asking(directory, manifest, judge, options, place, folder)
+    return Asking(judge, options, place, folder)
 
 
 def validate_on_devices(asking: Asking, members: Sequence[Member], progress: Progress) -> Built:
@@ -112,7 +119,7 @@ def validate_on_devices(asking: Asking, members: Sequence[Member], progress: Pro
         MachineError: not one device answered.
     """
     failures = ask(members, asking.job, asking.place / "results", progress)
-    policy = policy_of(asking.manifest, asking.options)
+    bundle = asking.judge.bundle
     sections: list[DeviceResult] = []
     validations: dict[str, Validation] = {}
     for member in members:
@@ -134,18 +141,16 @@ def validate_on_devices(asking: Asking, members: Sequence[Member], progress: Pro
             f"No device answered. {first.message} ({len(others)} more devices failed.)", next_step=first.next_step
         )
     report = assemble_devices(
-        asking.manifest,
+        bundle,
         sections,
         validations[detailed(sections).name],
-        policy,
-        name=asking.directory.name,
-        directory=asking.directory,
+        asking.options.policy_for(bundle.target),
         command=asking.options.command,
     )
-    write_report(report, asking.directory)
+    write_report(report, bundle.directory)
     if not failures:
         shutil.rmtree(asking.place)
-    return Built(asking.directory, asking.manifest, report)
+    return Built(bundle.directory, bundle.manifest, report)
 
 
 def write_kits(asking: Asking, archives: Sequence[Path], progress: Progress) -> None:
@@ -164,17 +169,12 @@ def discard(asking: Asking) -> None:
 
 
 def _captured(
-    directory: Path,
-    manifest: Manifest,
-    original: Original,
-    options: BuildOptions,
-    place: Path,
-    progress: Progress,
+    bundle: Bundle, original: Original, options: BuildOptions, place: Path, progress: Progress
 ) -> CapturedReference:
-    """The original's answers, kept beside the job so that an interrupted run does not ask again."""
+    """Return the original's answers, kept beside the job so that an interrupted run does not ask again."""
     facts = {
         "glmexport": __version__,
-        "bundle": manifest.digest(),
+        "bundle": bundle.digest,
         "plan": repr(options.validation),
         "threads": options.threads,
         "evaluation": [hashlib.sha256(path.read_bytes()).hexdigest() for path in options.evaluation],
@@ -187,12 +187,12 @@ def _captured(
         except BundleError:
             shutil.rmtree(output)
     place.mkdir(parents=True, exist_ok=True)
-    draft = directory if options.validation.behaviour else None
+    draft = bundle if options.validation.behaviour else None
     settings = CaptureOptions(options.threads, options.validation, draft=draft, evaluation=options.evaluation)
     try:
         capture_reference(original, output, settings, progress)
     except MachineError as error:
-        if draft is None or manifest.target.provider.name == "CPUExecutionProvider":
+        if draft is None or bundle.target.provider.name == "CPUExecutionProvider":
             raise
         # The bundle cannot run here, which is why it is asked elsewhere.
         progress.remark(f"Free answers are not compared: {error.message} Nothing here can draft the original's.")

@@ -9,7 +9,7 @@ from glmexport.calibration.corpus import USER, Document, fingerprint, overlap, s
 from glmexport.calibration.sequences import CalibrationSet
 from glmexport.foundation.progress import Progress
 from glmexport.foundation.target import Target
-from glmexport.workflows.job import Original
+from glmexport.workflows.original import Original
 
 
 def source_of(original: Original, progress: Progress, target: Target | None = None) -> Source:

@@ -2,83 +2,50 @@
 
 from __future__ import annotations
 
-import datetime
-import itertools
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from glmexport import __version__
 from glmexport.calibration.corpus import evaluation_documents
-from glmexport.calibration.sequences import pack
 from glmexport.engine.session import require_provider
 from glmexport.foundation import machine
-from glmexport.foundation.definition import names
 from glmexport.foundation.disk import require_free
 from glmexport.foundation.errors import InputError
-from glmexport.foundation.evidence import FLOATS, CandidateSettings, Divergences, Evidence, Gains, KvCache, Preference
+from glmexport.foundation.evidence import FLOATS, CandidateSettings, Divergences, Evidence
 from glmexport.foundation.progress import Progress
-from glmexport.foundation.recipe import RECIPES, STORED, Recipe, open_recipe
+from glmexport.foundation.recipe import Recipe
 from glmexport.foundation.session_settings import check_provider, check_session_entries
 from glmexport.foundation.target import Target
 from glmexport.quantization.store import WorkDirectory
 from glmexport.quantization.weights import Weights
 from glmexport.reference.reference import Reference
-from glmexport.tuning.assemble import Measured, tried, tuned_target, verdict_of
-from glmexport.tuning.candidates import EXACT_LEVEL, Numerics, axes_of, candidates, identity, numerics, start_settings
-from glmexport.tuning.measure import Side, Workload
-from glmexport.tuning.pareto import Timed, too_divergent
+from glmexport.tuning.arithmetic import Variants
+from glmexport.tuning.assemble import TunedModel, evidence_of, tuned_target
+from glmexport.tuning.candidates import Numerics, identity
+from glmexport.tuning.measure import Side
+from glmexport.tuning.options import TuneOptions
+from glmexport.tuning.plan import Measured, TuningPlan
 from glmexport.tuning.rounding import RoundedWeights
 from glmexport.tuning.search import Search
-from glmexport.tuning.slices import SliceBundles, slices_of
+from glmexport.tuning.slices import SliceBundles
 from glmexport.tuning.streams import Streams, summarized
 from glmexport.tuning.write import write_target
 from glmexport.validation.fidelity import Streamed
 from glmexport.validation.reference import reference_states
-from glmexport.validation.run import ValidationPlan, texts_for
 from glmexport.validation.texts import text_digest
 from glmexport.workflows.build import quantize
-from glmexport.workflows.calibration_text import cache_text, calibration_context, calibration_documents
+from glmexport.workflows.calibration_text import cache_text, calibration_documents, packed
 from glmexport.workflows.estimate import estimate
-from glmexport.workflows.job import Job, Original, recipe_for, refuse_formats
+from glmexport.workflows.original import Original
 from glmexport.workflows.provenance import source_of
+from glmexport.workflows.tuned_recipes import recipes_to_try
 from glmexport.workflows.validate import BuildOptions
 
 #: Calibration text for the scales of quantized caches, less than a build takes: every candidate passes over it.
 _CACHE_TOKENS, _CACHE_SEQUENCE = 2048, 256
-#: Tokens of the short prompt.
-_SHORT = 32
-
-
-@dataclass(frozen=True)
-class TuneOptions:
-    """What a tuning is free to choose."""
-
-    #: Of the machine: for everything but the candidates, and the most that those take.
-    cores: int
-    prefer: Preference = "balanced"
-    #: Share of the target's gate on the mean divergence that a candidate may use up.
-    allowance: float = 0.25
-    #: To try in place of the shipped recipes of the start's bits.
-    recipes: tuple[str, ...] = ()
-    #: To try in place of floats and 8 bits.
-    kv_caches: tuple[KvCache, ...] = ()
-    threads: tuple[int, ...] = ()
-    session: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    provider: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    #: Of the rounds of a finalist.
-    seconds: float = 25
-    #: Tokens a language for the divergence.
-    positions: int = 128
-    #: Of the long prompt, and behind either.
-    prompt_tokens: int = 512
-    generated_tokens: int = 16
-    #: Measure the divergence of weights that GPTQ made, a whole build's work for each recipe.
-    calibrated: bool = False
-    force: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,7 +68,7 @@ def tune(original: Original, target: Target, output: Path, options: TuneOptions,
             have fixed shapes.
         MachineError: the disk has too little space, the start does not run here, or somebody else tunes the same.
     """
-    _refuse(output, options.force)
+    _refuse_output(output, options.force)
     _refuse_settings(target, options)
     if target.graph.static_shapes:
         raise InputError(
@@ -110,30 +77,38 @@ def tune(original: Original, target: Target, output: Path, options: TuneOptions,
         )
     require_provider(target.provider.name, target.provider.package)
     torch.set_num_threads(options.cores)
-    tuning = _Tuning(original, target, options, progress)
-    tuning.require_space(output.parent)
-    work = tuning.work_directory(output.parent)
+    plan = _plan(original, target, options, progress)
+    _require_space(original, plan, output.parent)
+    work = _work_directory(original, plan, output.parent, progress)
     with work.locked():
-        measured = tuning.measured(work)
+        measured = _measured(original, plan, work, progress)
         for kind, reason in measured.illegal.items():
-            progress.remark(f"{_told(kind)} is left out: {reason}.")
-        legal = [each for each in tuning.every if measured.is_legal(each)]
+            progress.remark(f"{kind.label} is left out: {reason}.")
+        legal = [each for each in plan.candidates if measured.is_legal(each)]
         if not legal:
             raise InputError(
                 f"No candidate for {original.checkpoint.name} keeps the allowance.",
                 next_step="Give a larger --allowance, or start from a target with a more accurate default_recipe.",
             )
-        search = tuning.search(measured, work)
-        others = [each for each in legal if each != tuning.start]
-        chosen, confirmed = search.choose(others, start_is_legal=tuning.start in legal)
-        evidence = tuning.evidence(measured, search, chosen, confirmed)
+        search = _search(original, plan, measured, work, progress)
+        others = [each for each in legal if each != plan.start]
+        chosen, confirmed = search.choose(others, start_is_legal=plan.start in legal)
+        model = TunedModel(original.checkpoint.name, original.checkpoint.digest(progress))
+        evidence = evidence_of(plan, model, measured, search.fates, chosen, confirmed)
         settings = chosen.settings if chosen else None
         tuned = tuned_target(target, settings, evidence, output.stem)
         original.checkpoint.refuse_changes()
-        _refuse(output, options.force)
+        _refuse_output(output, options.force)
         write_target(tuned, output)
     shutil.rmtree(work.path)
     return Tuned(output, tuned, evidence, settings)
+
+
+def _refuse_output(output: Path, force: bool) -> None:
+    if output.suffix != ".toml":
+        raise InputError(f"{output} is no .toml file, and a target is.", next_step="Name it FILE.toml with -o.")
+    if output.exists() and not (force and output.is_file()):
+        raise InputError(f"{output} exists.", next_step="Choose another file with -o, or replace it with --force.")
 
 
 def _refuse_settings(target: Target, options: TuneOptions) -> None:
@@ -149,243 +124,114 @@ def _refuse_settings(target: Target, options: TuneOptions) -> None:
         raise InputError(f"This cannot be tried: {error}.", next_step="Leave it out, or give another value.") from error
 
 
-class _Tuning:
-    """What is compared, on what, and how."""
-
-    def __init__(self, original: Original, target: Target, options: TuneOptions, progress: Progress) -> None:
-        self.original = original
-        self.target = target
-        self.options = options
-        self.progress = progress
-        architecture = original.architecture
-        self.recipes = _recipes(original, target, options.recipes, progress)
-        self.start = start_settings(target, next(iter(self.recipes)), options.cores)
-        self.axes = axes_of(
-            target,
-            architecture,
-            self.recipes,
-            self.start,
-            options.cores,
-            kv_caches=options.kv_caches,
-            threads=options.threads,
-            session=options.session,
-            provider=options.provider,
-        )
-        self.every = candidates(self.start, self.axes)
-        plan = ValidationPlan(positions_per_language=options.positions)
-        documents = evaluation_documents((), original.tokenizer)
-        self.texts = texts_for(documents, original.tokenizer, architecture, plan)
-        self.slices = slices_of(architecture)
-        # Fixed token ids, with room in the context for what is generated.
-        length = max(1, min(options.prompt_tokens, architecture.context_length - options.generated_tokens))
-        prompt = torch.cat([text.ids for text in self.texts])[:length].tolist()
-        self.workload = Workload(tuple(prompt), min(_SHORT, max(1, len(prompt) // 2)), options.generated_tokens)
-
-    def require_space(self, parent: Path) -> None:
-        """Slices in every recipe, fused and split; the streams of one recipe before and behind a block; the original's.
-
-        Raises:
-            MachineError: there is too little.
-        """
-        bundles = sum(
-            estimate(architecture, recipe, 1.0, None).bundle_bytes
-            for recipe in self.recipes.values()
-            for architecture in self.slices.architectures
-        )
-        rows = sum(len(text.ids) for text in self.texts) + _CACHE_TOKENS * (len(self.axes.kv_caches) > 1)
-        streams = 2 * (len(self.axes.accuracy_levels) * len(self.axes.kv_caches) + 1) + 3
-        states = streams * rows * self.original.architecture.hidden_size * 4
-        # Weights are stored once for all caches.
-        require_free(parent, bundles * len(self.axes.packed_qkv) + states, "Tuning")
-
-    def work_directory(self, parent: Path) -> WorkDirectory:
-        """The directory of this very tuning: everything that a measurement depends on is part of its name."""
-        job = {
-            "glmexport": __version__,
-            "tuning of": self.target.model_dump(mode="json", exclude={"evidence", "provenance"}),
-            "checkpoint": self.original.checkpoint.digest(self.progress),
-            "recipes": {name: recipe.digest() for name, recipe in self.recipes.items()},
-            "candidates": [identity(each) for each in self.every],
-            "texts": text_digest(self.texts),
-            "options": asdict(self.options) | {"force": None},
-            "machine": [machine.processor_name(), machine.cores(), machine.system_name(), machine.library_versions()],
-        }
-        return WorkDirectory.for_job(parent, job)
-
-    def measured(self, work: WorkDirectory) -> Measured:
-        """The divergence of every recipe in every arithmetic, over the whole model."""
-        original, options = self.original, self.options
-        reference = Reference(original.checkpoint, original.architecture)
-        states = reference_states(reference, self.texts, work.path, self.progress, kept=work)
-        wanted = itertools.product(self.axes.accuracy_levels, self.axes.kv_caches)
-        # Those with floats are what the scales of the others rest on.
-        floats = [(level, FLOATS) for level in (EXACT_LEVEL, *self.axes.accuracy_levels)]
-        kinds = {_key(*kind): kind for kind in (*floats, *wanted)}
-        targets = {key: _arithmetic(self.target, *kind) for key, kind in kinds.items()}
-        found: dict[Numerics, Divergences] = {}
-        for index, (name, recipe) in enumerate(self.recipes.items()):
-            weights = self._weights(recipe, work)
-            streams = Streams(
-                f"numerics-{index}",
-                weights,
-                # Scales may have been folded out of the embedding's neighbours.
-                Reference(weights.checkpoint, original.architecture),
-                targets,
-                _key(EXACT_LEVEL, FLOATS),
-                self.texts,
-                work,
-                options.cores,
-                {key: _key(level, FLOATS) for key, (level, cached) in kinds.items() if cached != FLOATS},
-                self.cache_text(recipe),
-            )
-            for key, documents in streams.divergences(Streamed(states, reference), self.progress).items():
-                found[Numerics(name, *kinds[key])] = summarized(documents, self.target.gates.confidence)
-        limit = self.target.gates.kl_mean_nats if options.calibrated else None
-        base = found[numerics(self.start).exact]
-        reasons = {
-            kind: too_divergent(found[kind], base, self._allowance, calibrated_limit=limit)
-            for kind in found
-            if kind.accuracy_level in self.axes.accuracy_levels and kind.kv_cache in self.axes.kv_caches
-        }
-        return Measured(found, {kind: reason for kind, reason in reasons.items() if reason})
-
-    def search(self, measured: Measured, work: WorkDirectory) -> Search:
-        """Of the fastest, in slices that are built when they are asked for."""
-        original, slices, workload = self.original, self.slices, self.workload
-        architecture = original.architecture
-        bundles = SliceBundles(
-            work.path / "slices",
-            slices,
-            original.checkpoint,
-            Reference(original.checkpoint, architecture).rotary_tables(architecture.context_length),
-            self.target,
-            self.recipes,
-            source_of(original, self.progress),
-        )
-        return Search(
-            start=self.start,
-            load=lambda settings: Side(bundles.of(settings), settings.threads, slices, workload),
-            divergences=measured.divergences,
-            work=work,
-            prefer=self.options.prefer,
-            confidence=self.target.gates.confidence,
-            seconds=self.options.seconds,
-            progress=self.progress,
-        )
-
-    def evidence(self, measured: Measured, search: Search, chosen: Timed | None, confirmed: Gains | None) -> Evidence:
-        """Everything that was found out, for the target's file."""
-        checkpoint, options, start = self.original.checkpoint, self.options, self.start
-        illegal_start = measured.illegal.get(numerics(start), "")
-        return Evidence(
-            verdict=verdict_of(chosen, confirmed, illegal_start, options.prefer),
-            confirmed=confirmed,
-            start=self.target.name,
-            checkpoint=checkpoint.name,
-            checkpoint_digest=checkpoint.digest(self.progress),
-            prefer=options.prefer,
-            allowance_nats=self._allowance,
-            weights="gptq" if options.calibrated else "round-to-nearest",
-            text_digest=text_digest(self.texts),
-            timed=self.slices.description,
-            prompt_tokens=(self.workload.short, len(self.workload.prompt)),
-            generated_tokens=self.workload.generated,
-            processor=machine.processor_name(),
-            cores=options.cores,
-            system=machine.system_name(),
-            libraries=machine.library_versions(),
-            date=datetime.datetime.now(datetime.UTC).date().isoformat(),
-            candidates=tuple(tried(each, start, measured, search.fates) for each in self.every),
-        )
-
-    def cache_text(self, recipe: Recipe) -> list[list[int]]:
-        """Token ids of calibration text for the scales of quantized caches; nothing where there are none to try."""
-        if recipe.calibration is None or self.axes.kv_caches == (FLOATS,):
-            return []
-        sizes = {"tokens": _CACHE_TOKENS, "sequence_length": _CACHE_SEQUENCE}
-        plan = recipe.calibration.model_copy(update=sizes)
-        documents = calibration_documents(self.original, recipe, ())
-        return cache_text(pack(documents, self.original.tokenizer, plan, calibration_context(self.original)))
-
-    @property
-    def _allowance(self) -> float:
-        """Nats per token."""
-        return self.options.allowance * self.target.gates.kl_mean_nats
-
-    def _weights(self, recipe: Recipe, work: WorkDirectory) -> Weights:
-        original, options = self.original, self.options
-        if options.calibrated and recipe.needs_calibration:
-            return quantize(original, recipe, BuildOptions(options.cores), work.path, self.progress)
-        return RoundedWeights(original.checkpoint, original.architecture, recipe, searched=True)
+def _plan(original: Original, target: Target, options: TuneOptions, progress: Progress) -> TuningPlan:
+    recipes = recipes_to_try(original, target, options.recipes, progress)
+    documents = evaluation_documents((), original.tokenizer)
+    return TuningPlan.of(original.architecture, original.tokenizer, target, recipes, documents, options)
 
 
-def _key(level: int, cached: KvCache) -> str:
-    """What a kind of arithmetic is called in the work directory."""
-    return f"level-{level}" if cached == FLOATS else f"level-{level}-{cached}"
+def _require_space(original: Original, plan: TuningPlan, parent: Path) -> None:
+    """Require space for what is on disk at once.
 
-
-def _arithmetic(target: Target, level: int, cached: KvCache) -> Target:
-    return target.model_copy(
-        update={
-            "weights": target.weights.model_copy(update={"accuracy_level": level}),
-            "graph": target.graph.model_copy(update={"kv_cache": cached}),
-        }
-    )
-
-
-def _told(kind: Numerics) -> str:
-    cache = "" if kind.kv_cache == FLOATS else f" with a cache in {kind.kv_cache}"
-    return f"{kind.recipe} at accuracy_level {kind.accuracy_level}{cache}"
-
-
-def _refuse(output: Path, force: bool) -> None:
-    if output.suffix != ".toml":
-        raise InputError(f"{output} is no .toml file, and a target is.", next_step="Name it FILE.toml with -o.")
-    if output.exists() and not (force and output.is_file()):
-        raise InputError(f"{output} exists.", next_step="Choose another file with -o, or replace it with --force.")
-
-
-def _recipes(original: Original, target: Target, given: Sequence[str], progress: Progress) -> dict[str, Recipe]:
-    """Recipes to try, by what a target calls them by; the start's first.
+    That is slices in every recipe, fused and split; the streams of one recipe before and behind a block; the
+    original's.
 
     Raises:
-        DefinitionError: there is none of that name.
-        InputError: the target has no kernels for one that was named.
+        MachineError: there is too little.
     """
-    start = recipe_for(original, None, target)
-    default = STORED if start.keeps_stored else _called(target.weights.default_recipe)
-    recipes = {default: start}
-    refuse_formats(original, Job(target, start, Path()))
-    if start.budget:
-        progress.remark(f"The recipe {start.name} chooses formats by a budget; {_formats(start)} is measured instead.")
-    if start.keeps_stored:
-        if given:
-            recipe_for(original, given[0], target)
-        return recipes
-    for name in given:
-        recipe = recipe_for(original, name, target)
-        refuse_formats(original, Job(target, recipe, Path()))
-        recipes.setdefault(_called(name), recipe)
-    if given or start.linears is None or start.budget:
-        return recipes
-    for name in names(RECIPES):
-        recipe = open_recipe(name)
-        alike = recipe.solver.method == start.solver.method and recipe.budget is None
-        if not alike or recipe.linears is None or recipe.linears.bits != start.linears.bits:
-            continue
-        try:
-            refuse_formats(original, Job(target, recipe, Path()))
-        except InputError:
-            # Not a format of the target's, or not one for a model of this size.
-            continue
-        recipes.setdefault(name, recipe)
-    return recipes
+    axes = plan.axes
+    bundles = sum(
+        estimate(architecture, recipe, 1.0, None).bundle_bytes
+        for recipe in plan.recipes.values()
+        for architecture in plan.slices.architectures
+    )
+    rows = sum(len(text.ids) for text in plan.texts) + _CACHE_TOKENS * (len(axes.kv_caches) > 1)
+    streams = 2 * (len(axes.accuracy_levels) * len(axes.kv_caches) + 1) + 3
+    states = streams * rows * original.architecture.hidden_size * 4
+    # Weights are stored once for all caches.
+    require_free(parent, bundles * len(axes.packed_qkv) + states, "Tuning")
 
 
-def _called(recipe: str) -> str:
-    """A file is found again from wherever the tuned target is used."""
-    return str(Path(recipe).absolute()) if recipe.endswith(".toml") else recipe
+def _work_directory(original: Original, plan: TuningPlan, parent: Path, progress: Progress) -> WorkDirectory:
+    """Open the directory of this very tuning: everything that a measurement depends on is part of its name."""
+    job = {
+        "glmexport": __version__,
+        "tuning of": plan.target.model_dump(mode="json", exclude={"evidence", "provenance"}),
+        "checkpoint": original.checkpoint.digest(progress),
+        "recipes": {name: recipe.digest() for name, recipe in plan.recipes.items()},
+        "candidates": [identity(each) for each in plan.candidates],
+        "texts": text_digest(plan.texts),
+        "options": asdict(plan.options) | {"force": None},
+        "machine": [machine.processor_name(), machine.cores(), machine.system_name(), machine.library_versions()],
+    }
+    return WorkDirectory.for_job(parent, job)
 
 
-def _formats(recipe: Recipe) -> str:
-    return recipe.linears.label if recipe.linears else "full precision"
+def _measured(original: Original, plan: TuningPlan, work: WorkDirectory, progress: Progress) -> Measured:
+    """Measure the divergence of every recipe in every arithmetic, over the whole model."""
+    reference = Reference(original.checkpoint, original.architecture)
+    answers = Streamed(reference_states(reference, plan.texts, work.path, progress, kept=work), reference)
+    variants = Variants.of(plan.target, plan.arithmetics)
+    found: dict[Numerics, Divergences] = {}
+    for index, (name, recipe) in enumerate(plan.recipes.items()):
+        weights = _weights(original, recipe, plan.options, work, progress)
+        streams = Streams(
+            f"numerics-{index}",
+            weights,
+            # Scales may have been folded out of the embedding's neighbours.
+            Reference(weights.checkpoint, original.architecture),
+            variants,
+            plan.texts,
+            work,
+            plan.options.cores,
+            _cache_text(original, recipe, plan),
+        )
+        documents = streams.divergences(answers, progress)
+        for each in plan.arithmetics:
+            kind = Numerics(name, each.level, each.kv_cache)
+            found[kind] = summarized(documents[each.name], plan.target.gates.confidence)
+    return plan.judged(found)
+
+
+def _weights(
+    original: Original, recipe: Recipe, options: TuneOptions, work: WorkDirectory, progress: Progress
+) -> Weights:
+    """Return weights as a build would quantize them, or, which takes no time, rounded to nearest."""
+    if options.calibrated and recipe.needs_calibration:
+        return quantize(original, recipe, BuildOptions(options.cores), work.path, progress)
+    return RoundedWeights(original.checkpoint, original.architecture, recipe, searched=True)
+
+
+def _cache_text(original: Original, recipe: Recipe, plan: TuningPlan) -> list[list[int]]:
+    """Return token ids of calibration text for the scales of quantized caches; none where there are none to try."""
+    if recipe.calibration is None or plan.axes.kv_caches == (FLOATS,):
+        return []
+    sizes = {"tokens": _CACHE_TOKENS, "sequence_length": _CACHE_SEQUENCE}
+    documents = calibration_documents(original, recipe, ())
+    return cache_text(packed(original, documents, recipe.calibration.model_copy(update=sizes)))
+
+
+def _search(
+    original: Original, plan: TuningPlan, measured: Measured, work: WorkDirectory, progress: Progress
+) -> Search:
+    """Return a search for the fastest, in slices that are built when they are asked for."""
+    architecture = original.architecture
+    bundles = SliceBundles(
+        work.path / "slices",
+        plan.slices,
+        original.checkpoint,
+        Reference(original.checkpoint, architecture).rotary_tables(architecture.context_length),
+        plan.target,
+        plan.recipes,
+        source_of(original, progress),
+    )
+    return Search(
+        start=plan.start,
+        load=lambda settings: Side(bundles.of(settings), settings.threads, plan.slices, plan.workload),
+        divergences=measured.divergences,
+        work=work,
+        prefer=plan.options.prefer,
+        confidence=plan.target.gates.confidence,
+        seconds=plan.options.seconds,
+        progress=progress,
+    )

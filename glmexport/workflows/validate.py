@@ -9,28 +9,34 @@ from pathlib import Path
 
 import torch
 
-from glmexport.bundle.manifest import Manifest, read_manifest
+from glmexport.bundle.bundle import Bundle
 from glmexport.calibration.corpus import Document, evaluation_documents
 from glmexport.engine.session import require_provider
 from glmexport.foundation.disk import require_writable
 from glmexport.foundation.progress import Progress
 from glmexport.foundation.target import Policy, Target
-from glmexport.reference.reference import CPU
+from glmexport.reference.reference import CPU, Reference
 from glmexport.release.opening import NOBODY, Trust
 from glmexport.report.document import Report
 from glmexport.report.write import write_report
 from glmexport.validation.behaviour.plane import task_questions
 from glmexport.validation.behaviour.tasks import Task
 from glmexport.validation.capture import CapturedReference
-from glmexport.validation.run import ValidationPlan, validate, validate_captured
+from glmexport.validation.conditions import Conditions, ValidationPlan
+from glmexport.validation.run import validate, validate_captured
+from glmexport.validation.texts import EvaluationSet
 from glmexport.workflows.assemble_report import BuildCost, assemble
-from glmexport.workflows.job import Original
-from glmexport.workflows.matching import announced_bundle, open_captured_bundle, require_bundle
+from glmexport.workflows.matching import (
+    check_captured,
+    check_original,
+    refuse_other_model,
+)
+from glmexport.workflows.original import Original
 
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What a build is free to choose."""
+    """The choices that a build or a validation leaves to its caller."""
 
     threads: int
     max_memory_bytes: int | None = None
@@ -51,14 +57,89 @@ class BuildOptions:
     #: Whose signature a bundle that is validated has to have.
     trust: Trust = NOBODY
 
+    def threads_for(self, target: Target) -> int:
+        """Return the threads that a bundle for ``target`` runs in."""
+        return self.bundle_threads or target.session.threads or self.threads
+
+    def policy_for(self, target: Target) -> Policy:
+        """Return what a bundle for ``target`` has to keep."""
+        return self.policy or Policy(f"target {target.name}", target.gates)
+
 
 @dataclass(frozen=True)
-class Built:
+class Built(Bundle):
     """A bundle in its place, and its report."""
 
-    directory: Path
-    manifest: Manifest
     report: Report
+
+
+def validate_bundle(bundle: Bundle, original: Original, options: BuildOptions, progress: Progress) -> Built:
+    """Validate a bundle against ``original`` on this machine, and write the report into it.
+
+    Raises:
+        BundleError: the bundle was made from another checkpoint, or its files are not those of its manifest.
+    """
+    refuse_other_model(bundle, original)
+    require_provider(bundle.target.provider.name, bundle.target.provider.package)
+    evaluation = evaluation_documents(options.evaluation, original.tokenizer, bundle.manifest.own_text)
+    refuse_tasks(original, bundle.target, options)
+    require_writable(bundle.directory)
+    check_original(bundle, original, progress, options.trust)
+    report = measure_and_report(bundle, bundle.name, original, evaluation, options, progress, None)
+    return Built(bundle.directory, bundle.manifest, report)
+
+
+def validate_captured_bundle(
+    bundle: Bundle, captured: CapturedReference, options: BuildOptions, progress: Progress
+) -> Built:
+    """Validate a bundle against what its original answered when it was captured, and write the report into it.
+
+    Raises:
+        BundleError: the reference is of another checkpoint, or the bundle's files are not those of its manifest.
+    """
+    require_provider(bundle.target.provider.name, bundle.target.provider.package)
+    require_writable(bundle.directory)
+    check_captured(bundle, captured, progress, options.trust)
+    policy, threads = options.policy_for(bundle.target), options.threads_for(bundle.target)
+    torch.set_num_threads(options.threads)
+    # Nothing is run but the bundle.
+    conditions = Conditions(options.validation, policy.gates, threads, threads, progress)
+    validation = validate_captured(bundle, captured, conditions)
+    report = assemble(bundle, validation, policy, name=bundle.name, command=options.command, build=None)
+    write_report(report, bundle.directory)
+    return Built(bundle.directory, bundle.manifest, report)
+
+
+def measure_and_report(
+    bundle: Bundle,
+    name: str,
+    original: Original,
+    documents: Sequence[Document],
+    options: BuildOptions,
+    progress: Progress,
+    cost: BuildCost | None,
+) -> Report:
+    """Measure a bundle that is known to be the original's, and write its report into its directory.
+
+    Args:
+        bundle: the bundle, which a build has not put in its place yet.
+        name: what it is called there.
+        original: its original.
+        documents: what both are asked.
+        options: what the caller is free to choose.
+        progress: who watches.
+        cost: of the build; None where it was some other time.
+    """
+    policy = options.policy_for(bundle.target)
+    threads = options.threads_for(bundle.target)
+    conditions = Conditions(options.validation, policy.gates, options.threads, threads, progress)
+    reference = Reference(original.checkpoint, original.architecture_for(bundle.target))
+    evaluation = EvaluationSet(documents, original.tokenizer, options.tasks)
+    validation = validate(bundle, reference, evaluation, conditions, scratch=bundle.directory)
+    original.checkpoint.refuse_changes()
+    report = assemble(bundle, validation, policy, name=name, command=options.command, build=cost)
+    write_report(report, bundle.directory)
+    return report
 
 
 def refuse_tasks(original: Original, target: Target, options: BuildOptions) -> None:
@@ -68,102 +149,6 @@ def refuse_tasks(original: Original, target: Target, options: BuildOptions) -> N
         task_questions(options.tasks, original.tokenizer, options.validation.behaviour, context)
 
 
-
-
-def validate_bundle(directory: Path, original: Original, options: BuildOptions, progress: Progress) -> Built:
-    """Validate a bundle against ``original`` on this machine, and write the report into it.
-
-    Raises:
-        BundleError: the bundle was made from another checkpoint, or its files are not those of its manifest.
-    """
-    manifest = announced_bundle(directory, original)
-    require_provider(manifest.target.provider.name, manifest.target.provider.package)
-    calibrated = manifest.calibration.own if manifest.calibration else ()
-    evaluation = evaluation_documents(options.evaluation, original.tokenizer, calibrated)
-    refuse_tasks(original, manifest.target, options)
-    require_writable(directory)
-    require_bundle(directory, manifest, original, progress, options.trust)
-    report = validated(directory, directory, manifest, original, evaluation, options, progress, None)
-    return Built(directory, manifest, report)
-
-
-def validate_captured_bundle(
-    directory: Path, captured: CapturedReference, options: BuildOptions, progress: Progress
-) -> Built:
-    """Validate a bundle against what its original answered when it was captured, and write the report into it.
-
-    Raises:
-        BundleError: the reference is of another checkpoint, or the bundle's files are not those of its manifest.
-    """
-    provider = read_manifest(directory).target.provider
-    require_provider(provider.name, provider.package)
-    require_writable(directory)
-    manifest = open_captured_bundle(directory, captured, progress, options.trust)
-    policy = policy_of(manifest, options)
-    torch.set_num_threads(options.threads)
-    validation = validate_captured(
-        directory,
-        manifest,
-        captured,
-        plan=options.validation,
-        policy=policy.gates,
-        threads=threads_of(manifest, options),
-        progress=progress,
-    )
-    report = assemble(
-        manifest, validation, policy, name=directory.name, directory=directory, command=options.command, build=None
-    )
-    write_report(report, directory)
-    return Built(directory, manifest, report)
-
-
-def threads_of(manifest: Manifest, options: BuildOptions) -> int:
-    """Threads that the bundle runs in."""
-    return options.bundle_threads or manifest.target.session.threads or options.threads
-
-
-def policy_of(manifest: Manifest, options: BuildOptions) -> Policy:
-    """What the bundle has to keep."""
-    return options.policy or Policy(f"target {manifest.target.name}", manifest.target.gates)
-
-
-
-
-def validated(
-    where: Path,
-    final: Path,
-    manifest: Manifest,
-    original: Original,
-    evaluation: Sequence[Document],
-    options: BuildOptions,
-    progress: Progress,
-    cost: BuildCost | None,
-) -> Report:
-    """Measure the bundle in ``where``, whose place will be ``final``, and write its report there."""
-    policy = policy_of(manifest, options)
-    validation = validate(
-        where,
-        manifest,
-        original.checkpoint,
-        original.architecture_for(manifest.target),
-        original.tokenizer,
-        evaluation,
-        plan=options.validation,
-        policy=policy.gates,
-        threads=options.threads,
-        bundle_threads=threads_of(manifest, options),
-        scratch=where,
-        progress=progress,
-        tasks=options.tasks,
-    )
-    original.checkpoint.refuse_changes()
-    report = assemble(
-        manifest, validation, policy, name=final.name, directory=where, command=options.command, build=cost
-    )
-    write_report(report, where)
-    return report
-
-
 def command_line() -> str:
-    """How this process was called, for the report."""
+    """Return how this process was called, for the report."""
     return " ".join(["glmexport", *sys.argv[1:]])

@@ -20,10 +20,10 @@ from glmexport.foundation.errors import CheckpointError
 from glmexport.foundation.progress import Silent
 from glmexport.reference.describe import describe
 from glmexport.reference.reference import Reference
-from glmexport.reference.skeleton import completed, require_agreement, skeleton
+from glmexport.reference.skeleton import completed_checkpoint, require_agreement, skeleton
 from glmexport.validation.texts import EvaluationText
 from glmexport.validation.whole_model import check_reference
-from glmexport.workflows.job import Original
+from glmexport.workflows.original import Original
 
 #: Of the files and of transformers itself, not of the model; token ids are not completed.
 NOT_OF_THE_MODEL = {"architectures", "model_type", "transformers_version", "dtype", "eos_token_id", "pad_token_id"}
@@ -194,7 +194,7 @@ def test_a_declaration_of_another_model_is_refused_by_name(
 ) -> None:
     sizes = TINY[family] | {"num_hidden_layers": max(2, TINY[family]["num_hidden_layers"])}
     write_checkpoint(tmp_path, family, **sizes)
-    read, config = completed(Checkpoint.open(tmp_path))
+    read, config = completed_checkpoint(Checkpoint.open(tmp_path))
     model = skeleton(config)
     architecture = FAMILIES[family](read)
     require_agreement(architecture, model, "config.json")

@@ -19,7 +19,7 @@ from glmexport.foundation.progress import Silent
 from glmexport.reference.reference import Reference
 from glmexport.validation.texts import EvaluationText
 from glmexport.validation.whole_model import check_reference
-from glmexport.workflows.job import Original, listed_unused
+from glmexport.workflows.original import Original, listed_unused
 
 FREQUENCIES = {
     "model.rotary_emb.inv_freq": torch.ones(8),

@@ -18,7 +18,7 @@ from glmexport.reference.describe import describe
 from glmexport.reference.reference import Reference
 from glmexport.validation.texts import EvaluationText
 from glmexport.validation.whole_model import check_reference
-from glmexport.workflows.job import Original
+from glmexport.workflows.original import Original
 
 EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 def written(directory: Path, family: str, flag: bool, tables: str) -> Path:

@@ -14,6 +14,7 @@ from models import write_predicting
 from predicting import INDEXED, PREDICTING, SPARSE
 from safetensors.torch import load_file, save_file
 
+from glmexport.bundle.bundle import Bundle
 from glmexport.bundle.loop import read_loop
 from glmexport.bundle.manifest import read_manifest
 from glmexport.foundation.progress import Silent
@@ -21,7 +22,7 @@ from glmexport.foundation.target import shipped_targets
 from glmexport.reference.reference import Reference
 from glmexport.report.document import read_report
 from glmexport.validation.weights import check_weights
-from glmexport.workflows.job import Original
+from glmexport.workflows.original import Original
 
 NEAREST = f'summary = "Rounded"\n{FORMATS}\n[solver]\nmethod = "round-to-nearest"\n'
 LITE = PREDICTING["glm4_moe_lite"]
@@ -85,7 +86,7 @@ def test_its_weights_are_read_back_too(bundles: dict[str, Path], checkpoint: Pat
     assert manifest.draft is not None
     original = Original.open(str(checkpoint), Silent())
     reference = Reference(original.checkpoint, original.architecture)
-    check = check_weights(bundles["latents"], manifest, reference, Silent())
+    check = check_weights(Bundle.open(bundles["latents"]), reference, Silent())
     assert check.faults == () and check.matrices == len(manifest.matrices) + len(manifest.draft.matrices)
     data = bundles["latents"] / "weights" / "draft.data"
     before = data.read_bytes()
@@ -94,7 +95,7 @@ def test_its_weights_are_read_back_too(bundles: dict[str, Path], checkpoint: Pat
     offset = next(int(entry.value) for entry in tensor.external_data if entry.key == "offset")
     data.write_bytes(before[:offset] + bytes([before[offset] ^ 255]) + before[offset + 1 :])
     try:
-        faults = check_weights(bundles["latents"], manifest, reference, Silent()).faults
+        faults = check_weights(Bundle.open(bundles["latents"]), reference, Silent()).faults
     finally:
         data.write_bytes(before)
     assert [fault.tensor for fault in faults] == [f"{PREFIX}.eh_proj.weight"]

@@ -200,8 +200,7 @@ def test_a_device_answers_as_this_machine_does(pair: Pair, tmp_path: Path, run: 
     prompts = [PROMPT[:length] for length in (1, CHUNK, 40)]
     write_job(
         job,
-        bundle,
-        read_manifest(bundle),
+        Bundle.open(bundle),
         [TextQuestion(torch.tensor(PROMPT[:20]), 1, torch.zeros(19, 1), None)],
         [PromptQuestion(ids, 12) for ids in prompts],
         vocabulary_size=264,
@@ -219,7 +218,7 @@ def test_a_device_answers_as_this_machine_does(pair: Pair, tmp_path: Path, run: 
     question = TextQuestion(torch.tensor([*PROMPT, 1]), 1, torch.zeros(CONTEXT, 1), None)
     with pytest.raises(InputError, match="97 tokens, and the caches of the bundle hold 96"):
         write_job(
-            tmp_path / "long", bundle, read_manifest(bundle), [question], [], vocabulary_size=264, speed=None, threads=1
+            tmp_path / "long", Bundle.open(bundle), [question], [], vocabulary_size=264, speed=None, threads=1
         )
     assert not (tmp_path / "long").exists()
 

@@ -25,7 +25,7 @@ from glmexport.foundation.errors import BundleError, InputError
 from glmexport.foundation.progress import Silent
 from glmexport.validation.runtimes import RuntimeRequest
 from glmexport.validation.speed import take_turns
-from glmexport.workflows.job import Original
+from glmexport.workflows.original import Original
 
 LITE, DSA = "glm4_moe_lite", "glm_moe_dsa"
 INDEXED = {"index_topk": 64, "index_n_heads": 32, "index_head_dim": 24, "indexer_types": ["full", "shared"]}

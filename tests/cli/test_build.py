@@ -46,7 +46,7 @@ from glmexport.results.record import Verdict
 from glmexport.tokenizer.tokenizer import Tokenizer
 from glmexport.validation.reference import reference_states
 from glmexport.validation.texts import EvaluationText
-from glmexport.workflows.job import Original
+from glmexport.workflows.original import Original
 
 GRAPHS = ("model.onnx", "scoring.onnx")
 ALIGNMENT = 4096
@@ -288,14 +288,8 @@ def logits_of_the_bundle_s_weights(bundle: Path, checkpoint: Path, ids: list[int
     assert table is not None and head is not None
     # One judged token more, so that every position of ids has its state.
     text = EvaluationText("text", "en", torch.tensor([*ids, 0]), 1)
-    states = reference_states(
-        reference,
-        [text],
-        scratch,
-        Silent(),
-        substitute=weights.dequantized,
-        embed=lambda wanted: table[wanted],
-    ).states(0)
+    given = reference.exchanged(weights.dequantized, lambda wanted: table[wanted])
+    states = reference_states(given, [text], scratch, Silent()).states(0)
     return (states @ head.T).numpy()
 
 

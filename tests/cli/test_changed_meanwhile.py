@@ -11,12 +11,13 @@ import builds
 import pytest
 from builds import QUICK, THREADS, TURNS, Sample, no_turns, write_recipe, write_target
 
+from glmexport.bundle.bundle import Bundle
 from glmexport.bundle.manifest import read_manifest
 from glmexport.foundation.errors import CheckpointError
 from glmexport.foundation.progress import Silent, Track
 from glmexport.workflows.capture import CaptureOptions, capture_reference
 from glmexport.workflows.convert import convert_to_gptq
-from glmexport.workflows.job import Original
+from glmexport.workflows.original import Original
 from glmexport.workflows.validate import BuildOptions, validate_bundle
 
 RECIPE = "rtn-w4g32"
@@ -81,7 +82,8 @@ def test_a_conversion_leaves_no_checkpoint(sample: Sample, checkpoint: Path, tmp
     watching = Meanwhile("Writing the checkpoint", longer(checkpoint / "tokenizer_config.json"))
     output = tmp_path / "gptq"
     with pytest.raises(CheckpointError, match=r"tokenizer_config\.json has changed"):
-        convert_to_gptq(sample.bundle, original, output, layout="gptqmodel", force=False, progress=watching)
+        bundle = Bundle.open(sample.bundle)
+        convert_to_gptq(bundle, original, output, layout="gptqmodel", force=False, progress=watching)
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint"}
 
 
@@ -95,5 +97,5 @@ def test_a_validation_keeps_the_report_that_was_there(
     watching = Meanwhile("Bundle in ONNX Runtime", longer(checkpoint / "chat_template.jinja"))
     options = BuildOptions(THREADS, validation=QUICK)
     with pytest.raises(CheckpointError, match=r"chat_template\.jinja has changed"):
-        validate_bundle(bundle, original, options, watching)
+        validate_bundle(Bundle.open(bundle), original, options, watching)
     assert (bundle / "report.json").read_bytes() == report

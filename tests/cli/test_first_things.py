@@ -12,13 +12,15 @@ from typing import Any
 import pytest
 from builds import TARGET, THREADS, Run, Sample, small_checkpoint, write_target
 
+from glmexport.bundle.bundle import Bundle
 from glmexport.foundation.errors import EXIT_INPUT, EXIT_MACHINE, InputError
 from glmexport.foundation.progress import Silent
 from glmexport.foundation.recipe import open_recipe
 from glmexport.foundation.target import open_target
 from glmexport.validation.behaviour.tasks import Task
 from glmexport.workflows.build import build
-from glmexport.workflows.job import Job, Original
+from glmexport.workflows.job import Job
+from glmexport.workflows.original import Original
 from glmexport.workflows.validate import BuildOptions, validate_bundle
 
 
@@ -47,7 +49,7 @@ def ask(sample: Sample, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("glmexport.foundation.files._sha256", read)
     # Of a graph the conversion has to know what it stores.
     monkeypatch.setattr("glmexport.bundle.manifest.verify_files", read)
-    monkeypatch.setattr("glmexport.workflows.matching.verify_files", read)
+    monkeypatch.setattr("glmexport.bundle.bundle.verify_files", read)
     return asked
 
 
@@ -89,7 +91,7 @@ def test_a_task_that_fills_the_context(ask: Ask) -> None:
     task = Task(id="long", name="long", prompt="x" * 400, metric="exact", target="y")
     options = BuildOptions(THREADS, tasks=(task,))
     with pytest.raises(InputError, match=r"The task long has 40. tokens and the context 256"):
-        validate_bundle(ask.bundle, original, options, Silent())
+        validate_bundle(Bundle.open(ask.bundle), original, options, Silent())
     job = Job(open_target(TARGET), open_recipe(str(ask.sample.recipe)), ask.place / "new")
     with pytest.raises(InputError, match=r"The task long has 40. tokens and the context 256"):
         build(original, [job], options, Silent())

@@ -18,7 +18,8 @@ from glmexport.foundation.target import open_target
 from glmexport.results.record import Verdict
 from glmexport.validation.gates import range_gate
 from glmexport.workflows.build import BuiltUnrun
-from glmexport.workflows.job import Job, Original
+from glmexport.workflows.job import Job
+from glmexport.workflows.original import Original
 from glmexport.workflows.validate import BuildOptions
 
 DOWN = "model.layers.0.mlp.down_proj.weight"

@@ -17,7 +17,7 @@ from glmexport.engine.scoring import ScoringSession
 from glmexport.foundation.progress import Silent
 from glmexport.reference.describe import describe
 from glmexport.reference.reference import Reference
-from glmexport.workflows.job import Original
+from glmexport.workflows.original import Original
 
 
 def logits(checkpoint: Checkpoint, ids: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from glmexport.bundle.manifest import read_manifest
 from glmexport.checkpoint.checkpoint import Checkpoint
 from glmexport.foundation.errors import EXIT_INCONCLUSIVE, EXIT_INPUT
 from glmexport.foundation.progress import Silent
-from glmexport.workflows.job import Original
+from glmexport.workflows.original import Original
 
 O_PROJ = "model.layers.0.self_attn.o_proj.weight"
 DOWN = "model.layers.1.mlp.down_proj.weight"
@@ -51,7 +51,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bundles without their validation, where only what they hold is of interest."""
-    monkeypatch.setattr(glmexport.workflows.build, "validated", lambda *_: None)
+    monkeypatch.setattr(glmexport.workflows.build, "measure_and_report", lambda *_: None)
 
 
 def check_codes(bundle: Path, written: Written) -> None:
@@ -157,7 +157,7 @@ def nearest(request: pytest.FixtureRequest, source: Path, tmp_path_factory: pyte
     directory = tmp_path_factory.mktemp("nearest")
     recipe = write_recipe(directory, NEAREST.format(symmetric=str(request.param).lower()))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(glmexport.workflows.build, "validated", lambda *_: None)
+        patch.setattr(glmexport.workflows.build, "measure_and_report", lambda *_: None)
         (built,) = build(source, directory / "bundle", recipe)
     return Sample(source, recipe, built.directory, built, None)
 

@@ -18,7 +18,7 @@ from glmexport.reference.reference import Reference
 from glmexport.report.document import read_report
 from glmexport.validation.reference import reference_states
 from glmexport.validation.texts import EvaluationText
-from glmexport.workflows.job import Original
+from glmexport.workflows.original import Original
 
 LAYERS: dict[str, Any] = {"num_hidden_layers": 3, "mlp_layer_types": ["dense", "sparse", "sparse"]}
 INDEXED = {"index_topk": 64, "index_n_heads": 32, "index_head_dim": 24, "indexer_types": ["full", "shared", "shared"]}

@@ -16,7 +16,7 @@ import pytest
 from builds import Sample
 
 from glmexport.foundation.errors import EXIT_MACHINE
-from glmexport.foundation.extras import EXTRAS, lacking
+from glmexport.foundation.extras import EXTRAS, missing_package
 
 #: Has every optional package missing, and runs command lines one after the other: importing the rest takes seconds.
 DRIVER = """
@@ -77,13 +77,40 @@ def test_every_verb_that_needs_one(sample: Sample, tmp_path: Path) -> None:
         "deploy": [["glmexport", verb, str(site)] for verb in ("status", "rollback", "prune")],
     }
     lines = [(extra, line) for extra, each in wanted.items() for line in each]
-    told = outcomes(sorted(EXTRAS), [line for _, line in lines], tmp_path)
+    others = sorted(name for name, extra in EXTRAS.items() if extra != "build")
+    told = outcomes(others, [line for _, line in lines], tmp_path)
     for (extra, line), outcome in zip(lines, told, strict=True):
         assert outcome.code == EXIT_MACHINE, (line, outcome)
         assert "Traceback" not in outcome.text, (line, outcome)
         message, step = outcome.text[outcome.text.index("ERROR ") :].splitlines()
         assert f"pip install 'glmexport[{extra}]'" in step, (line, outcome)
         assert not re.search(r"\n.*\n.*\n", message)
+
+
+def test_building_says_how_it_is_installed(sample: Sample, tmp_path: Path) -> None:
+    """In one line, and for a machine without a GPU too; nothing is written."""
+    bundle, checkpoint, output = str(sample.bundle), str(sample.checkpoint), str(tmp_path / "output")
+    lines = [
+        ["glmexport", *line]
+        for line in (
+            ("build", checkpoint, "--target", "x86-avx2", "-o", output),
+            ("validate", bundle, "--against", checkpoint),
+            ("validate", bundle, "--against", checkpoint, "--plan"),
+            ("tune", checkpoint, "-o", output),
+            ("convert", bundle, "--to", "gptq", "--against", checkpoint, "-o", output),
+            ("inspect", checkpoint),
+            ("reference", checkpoint, "-o", output),
+            ("targets", "show", "x86-avx2"),
+        )
+    ]
+    building = sorted(name for name, extra in EXTRAS.items() if extra == "build")
+    assert {"torch", "transformers", "scipy", "onnx", "onnx_ir", "safetensors"} <= {*building}
+    for line, outcome in zip(lines, outcomes(building, lines, tmp_path), strict=True):
+        assert outcome.code == EXIT_MACHINE, (line, outcome)
+        message, step = outcome.text[outcome.text.index("ERROR ") :].splitlines()
+        assert message.endswith(" is not installed."), (line, outcome)
+        assert "pip install 'glmexport[build]'" in step and "pip install torch --index-url" in step, (line, outcome)
+    assert not Path(output).exists()
 
 
 @pytest.mark.parametrize("blocked", ["uvicorn", "prometheus_client", "starlette"])
@@ -111,8 +138,8 @@ def normal(name: str) -> str:
 
 def test_what_is_ours_or_pythons_is_a_bug() -> None:
     for name in ("glmexport.absent", "json.absent", ""):
-        assert lacking(ModuleNotFoundError("absent", name=name)) is None
-    other = lacking(ModuleNotFoundError("absent", name="sentencepiece.x"))
+        assert missing_package(ModuleNotFoundError("absent", name=name)) is None
+    other = missing_package(ModuleNotFoundError("absent", name="sentencepiece.x"))
     assert other is not None and "sentencepiece is not installed" in other.message
-    old = lacking(ImportError("cannot import name 'x'", name="lm_eval.api.registry"))
+    old = missing_package(ImportError("cannot import name 'x'", name="lm_eval.api.registry"))
     assert old is not None and "lm_eval cannot be used here" in old.message and "[lm-eval]" in old.next_step

@@ -23,7 +23,7 @@ from glmexport.foundation.recipe import Format
 from glmexport.reference.reference import Reference
 from glmexport.report.document import read_report
 from glmexport.tokenizer.tokenizer import Tokenizer
-from glmexport.workflows.job import Original
+from glmexport.workflows.original import Original
 
 SHAPE: dict[str, Any] = MIXTURE | {"num_hidden_layers": 2, "use_qk_norm": True}
 

@@ -49,6 +49,17 @@ def test_show(run: Run, name: str) -> None:
     assert ("executed" in shown) and ("not yet possible" in shown) == bool(open_target(name).provenance.not_yet)
 
 
+def test_show_tells_what_is_inherited_from_where(run: Run) -> None:
+    extends = run("targets", "show", "x86-avx512-vnni", "--json").document["extends"]
+    assert extends["target"] == "x86-avx2" and "graph.norm" in extends["claims"]
+    assert "gates.kl_mean_nats" in extends["values"] and "probe.rank" not in extends["values"]
+    shown = " ".join(run("targets", "show", "x86-avx512-vnni").stderr.split())
+    assert "values from x86-avx2 provider.name" in shown and "reasons from x86-avx2 graph.contrib_operators" in shown
+    assert run("targets", "show", "x86-avx2", "--json").document["extends"] is None
+    assert " from x86-avx2" not in run("targets", "show", "x86-avx2").stderr
+    assert run("targets", "show", "host", "--json").code == 0
+
+
 def test_show_without_reasons(run: Run, tmp_path: Path) -> None:
     path = write_target(tmp_path, {"[provenance.claims]": "[provenance.claims]\n# none\n"}, "mine")
     text = path.read_text(encoding="utf-8").partition("[provenance.claims]")[0]

@@ -17,11 +17,12 @@ from builds import Sample, run, sample
 from signatures import authority, keys, release, signed
 from sshd import PYTHON, Sshd, sshd
 
+from glmexport.bundle.bundle import Bundle
 from glmexport.deployment.signed import SignedBundle
 from glmexport.deployment.site import Site, open_site
 from glmexport.foundation.progress import Silent
 from glmexport.release.keys import KeyFiles, open_signatory
-from glmexport.release.signing import sign
+from glmexport.workflows.sign import sign_bundle
 
 __all__ = ["authority", "keys", "release", "run", "sample", "signed", "sshd"]
 HERE = Path(__file__).parent
@@ -57,7 +58,7 @@ class Releases:
             else:
                 shutil.copytree(self.original, directory)
             signatory = open_signatory(KeyFiles(self.private))
-            sign(directory, signatory, counter=counter, force=True, progress=Silent())
+            sign_bundle(Bundle.open(directory), signatory, counter=counter, force=True, progress=Silent())
             self.made[counter] = directory
         return self.made[counter]
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from builds import Run
 from deployment.conftest import DAMAGED, Places, Releases, free_port, key_pair, write_site
+from devices.conftest import Hooked
 from sshd import Sshd
-from validation.devices.conftest import Hooked
 
 from glmexport.deployment.rollout import DeployOptions, deploy, prune, roll_back, status
 from glmexport.deployment.signed import SignedBundle

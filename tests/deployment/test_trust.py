@@ -7,14 +7,15 @@ from pathlib import Path
 import pytest
 from signatures import Authority, Pair
 
+from glmexport.bundle.bundle import Bundle
 from glmexport.deployment.signed import SignedBundle
 from glmexport.deployment.site import open_site
 from glmexport.foundation.errors import DefinitionError, InputError, UnverifiedError
 from glmexport.foundation.progress import Silent
 from glmexport.release.keys import KeyFiles, open_signatory
-from glmexport.release.signing import sign
-from glmexport.wire.server.verifying import verified
+from glmexport.wire.server.verifying import verify_release
 from glmexport.wire.standalone import Failure
+from glmexport.workflows.sign import sign_bundle
 
 SITE = 'trust = "{trust}"\nsubject = "{subject}"\n[servers.a]\nat = "ssh://x"\n'
 
@@ -25,19 +26,19 @@ def test_a_site_s_subject_is_who_signs(
 ) -> None:
     """Here, and on the server, which has it beside the root."""
     files = KeyFiles(authority.key, authority.certificate, (authority.intermediate, authority.root))
-    sign(release, open_signatory(files), counter=8, golden=False, progress=Silent())
+    sign_bundle(Bundle.open(release), open_signatory(files), counter=8, golden=False, progress=Silent())
     path, kept = tmp_path / "site.toml", tmp_path / "trust.pem"
     path.write_text(SITE.format(trust=authority.root, subject=subject))
     site = open_site(path)
     kept.write_text(site.trusted())
     if legal:
         assert SignedBundle.open(release, authority.root, Silent(), site.subject).counter == 8
-        assert verified(release, kept).counter == 8
+        assert verify_release(release, kept).counter == 8
         return
     with pytest.raises(UnverifiedError, match="CN=leaf"):
         SignedBundle.open(release, authority.root, Silent(), site.subject)
     with pytest.raises(Failure, match="CN=leaf"):
-        verified(release, kept)
+        verify_release(release, kept)
 
 
 def test_a_subject_needs_a_root_and_one_line(authority: Authority, keys: Pair, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from glmexport.foundation.progress import Silent
 from glmexport.foundation.target import Provider, SessionOptions, Target, open_target
 from glmexport.validation.runtimes import Loaded, Round, RuntimeRequest
 from glmexport.validation.speed import Worker
-from glmexport.workflows.job import Original
+from glmexport.workflows.original import Original
 
 ENTRY = "session.intra_op.allow_spinning"
 

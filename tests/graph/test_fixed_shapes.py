@@ -25,7 +25,7 @@ from glmexport.engine.graph_opening import fixed_names
 from glmexport.foundation.progress import Silent
 from glmexport.foundation.recipe import Format
 from glmexport.foundation.target import Target, open_target
-from glmexport.graph.build import cache_bytes_per_token
+from glmexport.graph.caches import cache_bytes_per_token
 from glmexport.graph.fixed import fixed_sizes
 from glmexport.lowering.explain import lowerings
 from glmexport.lowering.fixed_attention import UNSEEN

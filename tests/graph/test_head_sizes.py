@@ -17,7 +17,9 @@ from glmexport.foundation.progress import Silent
 from glmexport.foundation.recipe import open_recipe
 from glmexport.foundation.target import Target, open_target
 from glmexport.graph.heads import unfit_heads
-from glmexport.workflows.job import Job, Original, refuse_formats
+from glmexport.workflows.checks import refuse_formats
+from glmexport.workflows.job import Job
+from glmexport.workflows.original import Original
 
 TOLERANCE = 1e-4
 HEADS = changed(weights={"accuracy_level": 0}, graph={"latent_cache": False})

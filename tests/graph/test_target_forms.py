@@ -21,7 +21,7 @@ from glmexport.assembly.read import BundleWeights
 from glmexport.foundation.errors import InputError
 from glmexport.foundation.progress import Silent
 from glmexport.foundation.recipe import Format
-from glmexport.graph.build import cache_bytes_per_token
+from glmexport.graph.caches import cache_bytes_per_token
 from glmexport.lowering.precision import as_type
 from glmexport.quantization.weights import Weights
 

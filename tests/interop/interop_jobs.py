@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 import glmexport.workflows.build
+from glmexport.bundle.bundle import Bundle
 from glmexport.demo import demo_checkpoint
 from glmexport.foundation.progress import Silent
 from glmexport.workflows.convert import convert_to_gptq
-from glmexport.workflows.job import Original
+from glmexport.workflows.original import Original
 
 VARIABLE = "GLMEXPORT_GPTQMODEL_PYTHON"
 DRIVER = Path(__file__).with_name("gptqmodel_driver.py")
@@ -66,7 +67,7 @@ def place(gptqmodel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         for library in ("gptqmodel", "transformers"):
             written = place / "written" / f"{recipe}-{library}"
             layout: Any = library
-            convert_to_gptq(bundle, original, written, layout=layout, force=False, progress=Silent())
+            convert_to_gptq(Bundle.open(bundle), original, written, layout=layout, force=False, progress=Silent())
             jobs.append(_dump(place, str(written), library, f"{recipe}-{library}"))
     (place / "dumps").mkdir()
     (place / "jobs.json").write_text(json.dumps(jobs), encoding="utf-8")
@@ -91,7 +92,7 @@ def build_unvalidated(checkpoint: Path, bundle: Path, recipe: str) -> Path:
     from builds import build
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(glmexport.workflows.build, "validated", lambda *_: None)
+        patch.setattr(glmexport.workflows.build, "measure_and_report", lambda *_: None)
         build(checkpoint, bundle, recipe)
     return bundle
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from glmexport.foundation.errors import CheckpointError
 from glmexport.foundation.progress import Silent
 from glmexport.reference.reference import Reference
-from glmexport.workflows.job import Original
+from glmexport.workflows.original import Original
 
 READABLE = [name for name in SETTINGS if name != "act-order"]
 WRITTEN = [f"{recipe}-{library}" for recipe in OURS for library in ("gptqmodel", "transformers")]

@@ -29,7 +29,7 @@ from glmexport.lm_eval.answering import (
     whole_stream,
 )
 from glmexport.reference.reference import Reference
-from glmexport.workflows.job import Original
+from glmexport.workflows.original import Original
 
 PREFIX = (262, 263)
 
@@ -53,7 +53,7 @@ def original(model: Any, place: Path) -> Original:
 @pytest.fixture(scope="module")
 def session(original: Original, place: Path) -> GenerationSession:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(glmexport.workflows.build, "validated", lambda *_: None)
+        patch.setattr(glmexport.workflows.build, "measure_and_report", lambda *_: None)
         build(place / "checkpoint", place / "bundle", "fp32")
     return GenerationSession.open(Bundle.open(place / "bundle"), THREADS)
 

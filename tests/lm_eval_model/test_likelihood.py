@@ -30,7 +30,7 @@ from glmexport.lm_eval.likelihood import (
     windows,
 )
 from glmexport.reference.reference import Reference
-from glmexport.workflows.job import Original
+from glmexport.workflows.original import Original
 
 PREFIX = [262, 263]
 
@@ -49,7 +49,7 @@ def model(place: Path) -> Any:
 @pytest.fixture(scope="module")
 def session(model: Any, place: Path) -> ScoringSession:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(glmexport.workflows.build, "validated", lambda *_: None)
+        patch.setattr(glmexport.workflows.build, "measure_and_report", lambda *_: None)
         build(place / "checkpoint", place / "bundle", "fp32")
     return ScoringSession(Bundle.open(place / "bundle"), THREADS)
 

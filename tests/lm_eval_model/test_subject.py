@@ -51,7 +51,7 @@ def test_a_bundle_that_is_none(tmp_path: Path) -> None:
 def test_a_bundle_and_its_checkpoint_are_asked_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint, bundle = tmp_path / "checkpoint", tmp_path / "bundle"
     small_checkpoint(checkpoint)
-    monkeypatch.setattr(glmexport.workflows.build, "validated", lambda *_: None)
+    monkeypatch.setattr(glmexport.workflows.build, "measure_and_report", lambda *_: None)
     build(checkpoint, bundle, "fp32")
     progress = Silent()
     arguments: list[dict[str, Any]] = [

@@ -17,7 +17,6 @@ from glmexport.foundation.errors import InputError
 from glmexport.foundation.recipe import Budget, Format, Recipe
 from glmexport.quantization.allocation import allocate, available_bits, require_fit, tie_groups
 from glmexport.quantization.decisions import ALLOCATION
-from glmexport.quantization.weights import Weights
 
 CANDIDATES = (
     Format(bits=2, group_size=32),
@@ -92,9 +91,8 @@ def test_one_format_of_each_number_of_bits_is_tried(model: Model) -> None:
 def test_a_mixed_walk_keeps_within_its_budget_and_resumes(model: Model, tmp_path: Path) -> None:
     recipe = mixed(7.0)
     shapes = model.architecture.shapes()
-    whole = model.walk(tmp_path / "whole", recipe)
-    whole.run()
-    weights = Weights(model.checkpoint, model.architecture, whole.work, whole.steps)
+    whole = model.walked(tmp_path / "whole", recipe)
+    weights = whole.weights()
     bits = {key: stored_bits(shape, weights.form(key)) for key, shape in shapes.items()}
     quantized = sum(bits[key] for key in model.matrices())
     available = available_bits(model.architecture, recipe)
@@ -103,8 +101,8 @@ def test_a_mixed_walk_keeps_within_its_budget_and_resumes(model: Model, tmp_path
     for layer in model.architecture.layers:
         for linears in layer.taps.values():
             assert len({weights.form(linear.weight) for linear in linears}) == 1
-    told = whole.allocation()
-    record = whole.work.record(ALLOCATION)
+    told = whole.allocation
+    record = whole.job.work.record(ALLOCATION)
     assert record is not None
     assert {key for group in told for key in group.keys} == model.matrices()
     assert sum(group.bits for group in told) == quantized
@@ -112,15 +110,13 @@ def test_a_mixed_walk_keeps_within_its_budget_and_resumes(model: Model, tmp_path
         assert {weights.form(key) for key in group.keys} == {group.format}
         assert group.loss_nats == losses[chosen]
         assert group.tried == (group.format.group_size == 32)
-    assert not list(whole.work.path.glob("sensitivity_*"))
+    assert not list(whole.job.work.path.glob("sensitivity_*"))
     killed = model.walk(tmp_path / "killed", recipe)
-    killed.prepare()
-    killed._step(0)
-    chosen = killed.work.record(ALLOCATION)
-    second = model.walk(tmp_path / "killed", recipe)
-    second.run()
-    assert second.work.record(ALLOCATION) == chosen
-    for step in whole.steps:
-        assert second.work.formats(step) == whole.work.formats(step)
-        for key in whole.work.formats(step):
-            assert torch.equal(second.work.packed(step, key, "codes"), whole.work.packed(step, key, "codes"))
+    killed.take_step(0)
+    chosen = killed.job.work.record(ALLOCATION)
+    second = model.walked(tmp_path / "killed", recipe)
+    assert second.job.work.record(ALLOCATION) == chosen
+    for step in whole.parts:
+        assert second.job.work.formats(step) == whole.job.work.formats(step)
+        for key in whole.job.work.formats(step):
+            assert torch.equal(second.job.work.packed(step, key, "codes"), whole.job.work.packed(step, key, "codes"))

@@ -143,11 +143,9 @@ def test_a_walk_on_a_device_ends_where_one_on_the_processor_does(
     recipe: Any, tmp_path_factory: pytest.TempPathFactory, cuda: None
 ) -> None:
     model = Model(tmp_path_factory.mktemp("model"))
-    here = model.walk(tmp_path_factory.mktemp("here"), recipe)
-    here.run()
+    here = model.walked(tmp_path_factory.mktemp("here"), recipe)
     assert not COPIES
-    there = model.walk(tmp_path_factory.mktemp("there"), recipe, device=CUDA)
-    there.run()
+    there = model.walked(tmp_path_factory.mktemp("there"), recipe, device=CUDA)
     assert "to" in COPIES and "from" in COPIES
     assert digests(there) == digests(here)
 
@@ -155,9 +153,7 @@ def test_a_walk_on_a_device_ends_where_one_on_the_processor_does(
 def test_a_mixture_of_experts_on_a_device(tmp_path_factory: pytest.TempPathFactory, cuda: None) -> None:
     few = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
     model = Model(tmp_path_factory.mktemp("model"), model_type="glm4_moe", **(MIXTURE | few))
-    here, there = (model.walk(tmp_path_factory.mktemp("walk"), device=device) for device in (CPU, CUDA))
-    for walk in (here, there):
-        walk.run()
+    here, there = (model.walked(tmp_path_factory.mktemp("walk"), device=device) for device in (CPU, CUDA))
     assert "to" in COPIES and "from" in COPIES
     assert digests(there) == digests(here)
 
@@ -166,11 +162,9 @@ def test_a_mixture_of_experts_on_a_device(tmp_path_factory: pytest.TempPathFacto
 def test_a_walk_on_a_real_device_is_as_good(tmp_path_factory: pytest.TempPathFactory) -> None:
     model = Model(tmp_path_factory.mktemp("model"))
     here, there = (
-        model.walk(tmp_path_factory.mktemp(str(device)), device=device) for device in (CPU, torch.device("cuda"))
+        model.walked(tmp_path_factory.mktemp(str(device)), device=device) for device in (CPU, torch.device("cuda"))
     )
-    for walk in (here, there):
-        walk.run()
-    for ours, theirs in zip(there.records()[0], here.records()[0], strict=True):
+    for ours, theirs in zip(there.records, here.records, strict=True):
         # Sums in another order: single codes differ, and through them all that follow.
         assert ours.relative_error == pytest.approx(theirs.relative_error, rel=0.05)
 

@@ -14,11 +14,13 @@ from glmexport.architecture.experts import MixtureOfExperts
 from glmexport.architecture.token_prediction import TokenPrediction
 from glmexport.foundation.progress import Silent
 from glmexport.foundation.recipe import open_recipe
+from glmexport.quantization.job import QuantizationJob
 from glmexport.quantization.memory import plan_memory
 from glmexport.quantization.nearest import round_to_nearest
+from glmexport.quantization.quantized_model import QuantizedModel
 from glmexport.quantization.store import WorkDirectory
-from glmexport.quantization.walk import Walk
-from glmexport.workflows.job import Original
+from glmexport.quantization.walk import walk
+from glmexport.workflows.original import Original
 
 SHARED = "\n[shared]\nbits = 4\ngroup_size = 16\n"
 
@@ -32,15 +34,14 @@ def test_what_was_lost_alone_is_done_again(tmp_path: Path) -> None:
     memory = plan_memory(original.architecture, recipe, None)
     work = WorkDirectory(tmp_path / "work", {})
 
-    def walk() -> Walk:
-        made = Walk(original.checkpoint, original.architecture, recipe, None, work, memory, Silent())
-        made.run()
-        return made
+    def walked() -> QuantizedModel:
+        job = QuantizationJob(original.checkpoint, original.architecture, recipe, None, work, memory, Silent())
+        return walk(job)
 
-    first = walk()
+    first = walked()
     assert first.draft_parts[0] == "block_002" and "block_002.expert_015" in first.draft_parts
     assert not set(first.draft_parts) & set(first.parts)
-    records = first.draft_records()
+    records = first.draft_records
     draft = original.architecture.token_prediction
     assert draft is not None and [record.key for record in records] == [linear.weight for linear in _ordered(draft)]
     assert {(record.bits, record.group_size) for record in records} == {(4, 16)}
@@ -49,8 +50,8 @@ def test_what_was_lost_alone_is_done_again(tmp_path: Path) -> None:
     assert torch.equal(projection.codes, expected.codes)
     times = {path.name: path.stat().st_mtime_ns for path in work.path.glob("*.safetensors")}
     work.forget("block_002.expert_003")
-    again = walk()
-    assert again.draft_records() == records
+    again = walked()
+    assert again.draft_records == records
     changed = {path.name for path in work.path.glob("*.safetensors") if path.stat().st_mtime_ns != times[path.name]}
     assert changed == {"block_002.expert_003.safetensors"}
 

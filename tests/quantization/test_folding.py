@@ -14,7 +14,7 @@ from glmexport.checkpoint.checkpoint import Checkpoint
 from glmexport.checkpoint.fold import Fold, as_tensors, from_tensors
 from glmexport.foundation.progress import Silent
 from glmexport.foundation.recipe import Format
-from glmexport.quantization.folding import _candidates, choose_folds
+from glmexport.quantization.folding import choose_folds, fold_candidates
 from glmexport.quantization.nearest import round_to_nearest
 from glmexport.reference.describe import describe
 from glmexport.reference.reference import Reference
@@ -96,11 +96,11 @@ def test_channels_of_one_row_share_an_exponent(tmp_path: Path) -> None:
 def test_candidates_by_hand() -> None:
     """s = (h / w^p)^(1 / (p + 2)): with p = 2 and h = 1 the square root of 1 / w, about the mean."""
     size = torch.tensor([1.0, 16.0, 1.0, 16.0])
-    first = next(_candidates(torch.ones(4), size, torch.arange(4), None))
+    first = next(fold_candidates(torch.ones(4), size, torch.arange(4), None))
     assert first.tolist() == [1, -1, 1, -1]
-    tied = next(_candidates(torch.ones(4), size, torch.tensor([0, 0, 1, 1]), None))
+    tied = next(fold_candidates(torch.ones(4), size, torch.tensor([0, 0, 1, 1]), None))
     assert tied.tolist() == [0, 0, 0, 0]
-    limited = next(_candidates(torch.ones(4), size, torch.arange(4), torch.tensor([0.0, 5, 5, 5])))
+    limited = next(fold_candidates(torch.ones(4), size, torch.arange(4), torch.tensor([0.0, 5, 5, 5])))
     assert limited.tolist() == [0, -1, 1, -1]
 
 

@@ -20,13 +20,14 @@ from glmexport.foundation.errors import CheckpointError
 from glmexport.foundation.progress import Silent
 from glmexport.foundation.recipe import CalibrationPlan, Format, Recipe, Solver
 from glmexport.quantization.goal import Sample
+from glmexport.quantization.job import QuantizationJob
 from glmexport.quantization.memory import MemoryPlan
 from glmexport.quantization.nearest import column_importance, round_to_nearest
 from glmexport.quantization.problem import LEAST_TOKENS, Problem
+from glmexport.quantization.quantized_model import QuantizedModel
 from glmexport.quantization.solve import Solution, gptq
 from glmexport.quantization.store import WorkDirectory
-from glmexport.quantization.walk import Walk
-from glmexport.quantization.weights import Weights
+from glmexport.quantization.walk import walk
 from glmexport.reference.describe import describe
 from glmexport.reference.reference import Reference
 from glmexport.results.record import Verdict
@@ -195,23 +196,26 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def walk(model: Path, work: Path, recipe: Recipe, ids: Tensor | None = None, progress: Silent | None = None) -> Walk:
+def walked_model(
+    model: Path, work: Path, recipe: Recipe, ids: Tensor | None = None, progress: Silent | None = None
+) -> QuantizedModel:
     calibration = None
     if ids is not None:
         calibration = CalibrationSet(ids, ("en",) * len(ids), 2, torch.arange(len(ids)) % 8 == 7)
     checkpoint = Checkpoint.open(model)
     memory = MemoryPlan(batch_tokens=512, chunk_weights=1 << 20, peak_bytes=0)
     directory = WorkDirectory(work, {"recipe": recipe.digest()})
-    found = Walk(checkpoint, describe(checkpoint), recipe, calibration, directory, memory, progress or Silent())
-    found.run()
-    return found
+    progress = progress or Silent()
+    return walk(
+        QuantizationJob(checkpoint, describe(checkpoint), recipe, calibration, directory, memory, progress)
+    )
 
 
-def divergence(walked: Walk, ids: Tensor) -> float:
+def divergence(walked: QuantizedModel, ids: Tensor) -> float:
     """Mean KL in nats of the quantized model from the original on ``ids``."""
-    reference, layers = Reference(walked.checkpoint, walked.architecture), walked.architecture.layers
-    stored = Weights(walked.checkpoint, walked.architecture, walked.work, walked.steps)
-    solved = {record.key: stored.quantized(record.key).dequantize() for record in walked.records()[0]}
+    reference, layers = Reference(walked.job.checkpoint, walked.job.architecture), walked.job.architecture.layers
+    stored = walked.weights()
+    solved = {record.key: stored.quantized(record.key).dequantize() for record in walked.records}
     positions, logits = reference.position_embeddings(ids.shape[1]), []
     for substitute in (None, solved.get):
         hidden = reference.embed(ids)
@@ -225,13 +229,15 @@ def test_one_token_repeated(directory: Path, tmp_path: Path) -> None:
     """The whole walk: as good on other text as rounding to nearest, and nobody can overlook what happened."""
     ids = torch.cat([torch.tensor([[257, 258]]).expand(16, 2), torch.full((16, 62), 65)], 1)
     progress = Silent()
-    walked = walk(directory, tmp_path / "ours", RECIPE, ids, progress)
-    nearest = walk(directory, tmp_path / "nearest", NEAREST)
+    walked = walked_model(directory, tmp_path / "ours", RECIPE, ids, progress)
+    nearest = walked_model(directory, tmp_path / "nearest", NEAREST)
     other = torch.randint(0, 256, (8, 64), generator=generator(3))
     assert divergence(walked, other) == pytest.approx(divergence(nearest, other), rel=1e-6)
-    records, _ = walked.records()
+    records = walked.records
     assert (
-        len(progress.remarks) == len(records) == sum(1 for index, _ in walked.architecture.linears if index is not None)
+        len(progress.remarks)
+        == len(records)
+        == sum(1 for index, _ in walked.job.architecture.linears if index is not None)
     )
     assert all(record.fallback and "4 different tokens" in record.fallback for record in records)
     assert "more varied text" in progress.remarks[0]
@@ -244,9 +250,9 @@ def test_little_text_of_some_variety_is_still_fitted_to(directory: Path, tmp_pat
     ids = torch.cat(
         [torch.tensor([[257, 258]]).expand(16, 2), torch.randint(0, 256, (16, 62), generator=generator(4))], 1
     )
-    walked = walk(directory, tmp_path / "ours", RECIPE, ids)
-    nearest = walk(directory, tmp_path / "nearest", NEAREST)
-    assert all(record.fallback is None for record in walked.records()[0])
+    walked = walked_model(directory, tmp_path / "ours", RECIPE, ids)
+    nearest = walked_model(directory, tmp_path / "nearest", NEAREST)
+    assert all(record.fallback is None for record in walked.records)
     other = torch.randint(0, 256, (8, 64), generator=generator(3))
     assert divergence(walked, other) < 0.8 * divergence(nearest, other)
 
@@ -265,4 +271,4 @@ def test_weights_that_are_not_finite(directory: Path, tmp_path: Path, key: str, 
     ids = torch.randint(0, 256, (16, 64), generator=generator(4))
     for recipe, given in ((RECIPE, ids), (NEAREST.model_copy(update={"embedding": W4G32}), None)):
         with pytest.raises(CheckpointError, match=f"tensor '{key}' has 1 values that are not finite"):
-            walk(model, tmp_path / recipe.name, recipe, given)
+            walked_model(model, tmp_path / recipe.name, recipe, given)

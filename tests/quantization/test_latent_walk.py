@@ -11,8 +11,7 @@ from models import LATENT
 from tiny import NEAREST, RECIPE, Model
 
 from glmexport.checkpoint.checkpoint import Checkpoint
-from glmexport.quantization.walk import Walk
-from glmexport.quantization.weights import Weights
+from glmexport.quantization.quantized_model import QuantizedModel
 from glmexport.reference.reference import Reference
 
 SIZES = {**LATENT, "num_attention_heads": 4, "num_key_value_heads": 4}
@@ -27,10 +26,8 @@ def model(request, tmp_path_factory) -> Model:
 
 def test_gptq_beats_rounding_everywhere(model: Model, tmp_path: Path) -> None:
     """At every linear by its own account, and in what the attention of the last layer adds to the stream."""
-    walks = [model.walk(tmp_path / recipe.name, recipe) for recipe in (RECIPE, NEAREST)]
-    for walk in walks:
-        walk.run()
-    records, _ = walks[0].records()
+    walks = [model.walked(tmp_path / recipe.name, recipe) for recipe in (RECIPE, NEAREST)]
+    records = walks[0].records
     linears = [record for record in records if record.part not in ("embedding", "lm_head")]
     assert {record.part for record in linears} == {"q_a", "kv_a", "q_b", "kv_b", "o", "gate_up", "down"}
     for record in linears:
@@ -43,9 +40,9 @@ def test_gptq_beats_rounding_everywhere(model: Model, tmp_path: Path) -> None:
     ids = model.calibration.ids[:8]
     positions = Reference(model.checkpoint, model.architecture).position_embeddings(ids.shape[1])
 
-    def hidden(checkpoint: Checkpoint, walk: Walk | None) -> torch.Tensor:
+    def hidden(checkpoint: Checkpoint, walk: QuantizedModel | None) -> torch.Tensor:
         """Behind the last block, from the same embeddings."""
-        weights = None if walk is None else Weights(checkpoint, model.architecture, walk.work, walk.steps)
+        weights = None if walk is None else walk.weights()
 
         def substitute(key: str) -> torch.Tensor | None:
             return weights.quantized(key).dequantize() if weights and weights.form(key) else None
@@ -57,5 +54,5 @@ def test_gptq_beats_rounding_everywhere(model: Model, tmp_path: Path) -> None:
         return stream
 
     whole = hidden(model.checkpoint, None)
-    solved, rounded = ((hidden(walk.checkpoint, walk) - whole).norm() for walk in walks)
+    solved, rounded = ((hidden(walk.job.checkpoint, walk) - whole).norm() for walk in walks)
     assert solved < 0.9 * rounded

@@ -20,11 +20,12 @@ from glmexport.foundation.recipe import Format, Solver
 from glmexport.quantization import mixture
 from glmexport.quantization.memory import plan_memory
 from glmexport.quantization.mixture import PRIOR, Mixture
+from glmexport.quantization.mixture_step import MixtureStep
+from glmexport.quantization.quantized_model import QuantizedModel
 from glmexport.quantization.record import coverage
 from glmexport.quantization.store import WorkDirectory
 from glmexport.quantization.streams import ORIGINAL, QUANTIZED
 from glmexport.quantization.walk import Walk
-from glmexport.quantization.weights import Weights
 from glmexport.reference.reference import Reference
 
 EXPERTS = MIXTURE["n_routed_experts"]
@@ -42,20 +43,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 
 @pytest.fixture(scope="module")
-def walked(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Walk:
-    walk = model.walk(tmp_path_factory.mktemp("walked"))
-    walk.run()
-    return walk
-
-
-def weights_of(walk: Walk) -> Weights:
-    return Weights(walk.checkpoint, walk.architecture, walk.work, walk.parts)
+def walked(model: Model, tmp_path_factory: pytest.TempPathFactory) -> QuantizedModel:
+    return model.walked(tmp_path_factory.mktemp("walked"))
 
 
 def test_experts_are_committed_one_by_one_in_their_format_and_the_rest_in_that_of_all(
-    model: Model, walked: Walk
+    model: Model, walked: QuantizedModel
 ) -> None:
-    weights, routed = weights_of(walked), model.architecture.routed
+    weights, routed = walked.weights(), model.architecture.routed
     assert len(routed) == 2 * EXPERTS
     for _, linear in model.architecture.linears:
         assert weights.form(linear.weight) == (W4G32 if linear.weight in routed else W8G32)
@@ -63,29 +58,28 @@ def test_experts_are_committed_one_by_one_in_their_format_and_the_rest_in_that_o
     assert weights.form(router.weight) is None and weights.form(router.bias) is None
     assert "block_001.shared" in walked.parts and f"block_001.expert_{EXPERTS - 1:03d}" in walked.parts
     assert set(digests(walked)) == {f"{part}.safetensors" for part in ("folds", *walked.parts)}
-    records, _ = walked.records()
+    records = walked.records
     expected = {model.architecture.embedding} | {linear.weight for _, linear in model.architecture.linears}
     assert {record.key for record in records} == expected and len(records) == len(expected)
 
 
 def test_the_recipe_says_what_every_token_passes(model: Model, tmp_path: Path) -> None:
-    walk = model.walk(tmp_path, NEAREST.model_copy(update={"shared": Format(bits=4, group_size=64)}))
-    walk.run()
-    weights = weights_of(walk)
+    walk = model.walked(tmp_path, NEAREST.model_copy(update={"shared": Format(bits=4, group_size=64)}))
+    weights = walk.weights()
     layer = model.architecture.layers[1]
     assert weights.form(layer.mlp.shared.down.weight) == Format(bits=4, group_size=64)
     assert weights.form(layer.attention.query.weight) == Format(bits=4, group_size=64)
     assert weights.form(layer.mlp.experts[3].down.weight) == W4G32
 
 
-def routes(model: Model, walk: Walk, layer: int) -> torch.Tensor:
+def routes(model: Model, walk: QuantizedModel, layer: int) -> torch.Tensor:
     """Experts [sequences, length, chosen] of every position, by transformers' own router behind quantized layers."""
-    weights = weights_of(walk)
+    weights = walk.weights()
 
     def substitute(key: str) -> torch.Tensor | None:
         return weights.quantized(key).dequantize() if weights.form(key) else None
 
-    reference = Reference(walk.checkpoint, model.architecture)
+    reference = Reference(walk.job.checkpoint, model.architecture)
     ids = model.calibration.ids
     hidden = weights.quantized(model.architecture.embedding).lookup(ids)
     positions = reference.position_embeddings(ids.shape[1])
@@ -98,10 +92,12 @@ def routes(model: Model, walk: Walk, layer: int) -> torch.Tensor:
     return chosen[0].reshape(*ids.shape, -1)
 
 
-def test_coverage_counts_the_positions_that_the_router_of_the_quantized_model_sends(model: Model, walked: Walk) -> None:
+def test_coverage_counts_the_positions_that_the_router_of_the_quantized_model_sends(
+    model: Model, walked: QuantizedModel
+) -> None:
     calibration = model.calibration
     experts = routes(model, walked, 1)[~calibration.selection, calibration.prefix :]
-    records, _ = walked.records()
+    records = walked.records
     (layer,) = coverage(records)
     assert layer.layer == 1 and len(layer.tokens) == EXPERTS
     expected = [int((experts == index).any(-1).sum()) for index in range(EXPERTS)]
@@ -114,18 +110,17 @@ def test_coverage_counts_the_positions_that_the_router_of_the_quantized_model_se
 
 
 def test_the_quantized_stream_behind_the_layer_is_that_of_the_committed_weights(
-    model: Model, tmp_path: Path, walked: Walk
+    model: Model, tmp_path: Path, walked: QuantizedModel
 ) -> None:
     walk = model.walk(tmp_path)
-    walk.prepare()
     for index in range(3):
-        walk._step(index)
-    weights = weights_of(walked)
+        walk.take_step(index)
+    weights = walked.weights()
 
     def substitute(key: str) -> torch.Tensor | None:
         return weights.quantized(key).dequantize() if weights.form(key) else None
 
-    reference = Reference(walk.checkpoint, model.architecture)
+    reference = Reference(walk.job.checkpoint, model.architecture)
     plain = Reference(model.checkpoint, model.architecture)
     ids = model.calibration.ids
     positions = reference.position_embeddings(ids.shape[1])
@@ -134,17 +129,17 @@ def test_the_quantized_stream_behind_the_layer_is_that_of_the_committed_weights(
         quantized = reference.block(layer, substitute).forward(quantized, positions)
         original = plain.block(layer).forward(original, positions)
     shape = (*ids.shape, model.architecture.hidden_size)
-    given = walk.work.activations("block_001", QUANTIZED, shape).read(0, len(ids))
+    given = walk.job.work.activations("block_001", QUANTIZED, shape).read(0, len(ids))
     # Where a position sits on the edge between two experts, one of them may be another.
     near = (given - quantized).abs().amax(-1) < 1e-4
     assert near.float().mean() > 0.999
-    given = walk.work.activations("block_001", ORIGINAL, shape).read(0, len(ids))
+    given = walk.job.work.activations("block_001", ORIGINAL, shape).read(0, len(ids))
     assert ((given - original).abs().amax(-1) < 1e-4).float().mean() > 0.999
 
 
 @pytest.mark.parametrize("killed_at", [0, 1, 7])
 def test_a_walk_that_is_killed_between_experts_goes_on_with_the_next(
-    model: Model, walked: Walk, tmp_path: Path, killed_at: int, monkeypatch: pytest.MonkeyPatch
+    model: Model, walked: QuantizedModel, tmp_path: Path, killed_at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = model.walk(tmp_path)
     commit, left = WorkDirectory.commit, [killed_at]
@@ -160,24 +155,26 @@ def test_a_walk_that_is_killed_between_experts_goes_on_with_the_next(
         patched.setattr(WorkDirectory, "commit", killed)
         first.run()
     solved: list[str] = []
-    expert = Walk._expert
-    monkeypatch.setattr(Walk, "_expert", lambda self, step, *rest: (solved.append(step), expert(self, step, *rest)))
-    second = model.walk(tmp_path)
-    second.run()
+
+    def noted(self: WorkDirectory, step: str, *rest: Any, **more: Any) -> None:
+        if step.startswith("block_001."):
+            solved.append(step)
+        commit(self, step, *rest, **more)
+
+    monkeypatch.setattr(WorkDirectory, "commit", noted)
+    second = model.walked(tmp_path)
     assert solved == [*(f"block_001.expert_{index:03d}" for index in range(killed_at, EXPERTS)), "block_001.shared"]
     assert digests(second) == digests(walked)
 
 
 def passage_of(model: Model, walk: Walk) -> Any:
     """Behind the attention of the layer of experts."""
-    walk.prepare()
     for index in range(2):
-        walk._step(index)
-    layer = model.architecture.layers[1]
-    passage = walk.streams.enter("block_000", layer)
-    solved = walk._block(layer, passage, [])
-    passage.move_on(lambda key: solved[key].dequantize() if key in solved else None)
-    return passage
+        walk.take_step(index)
+    step = walk.open_step(2)
+    assert isinstance(step, MixtureStep) and step.passage is not None
+    step.passage.move_on(step.quantize().weight)
+    return step.passage
 
 
 def test_hessians_are_means_over_the_positions_that_chose_the_expert_shrunk_toward_all(
@@ -224,9 +221,8 @@ def test_an_expert_that_nobody_chose_is_fitted_to_what_all_would_give_it(
     tensors[key][3] = -10.0
     save_file(tensors, path, {"format": "pt"})
     model.checkpoint = model.architecture.presented(Checkpoint.open(tmp_path / "model"))
-    walk = model.walk(tmp_path / "walk")
-    walk.run()
-    records, _ = walk.records()
+    walk = model.walked(tmp_path / "walk")
+    records = walk.records
     (layer,) = coverage(records)
     assert layer.tokens[3] == 0 and 3 in layer.cold
     cold = [record for record in records if ".experts.3." in record.key]
@@ -234,22 +230,20 @@ def test_an_expert_that_nobody_chose_is_fitted_to_what_all_would_give_it(
     # Without a pool there is nothing to fit it to, and that is said.
     monkeypatch.setattr(mixture, "PRIOR", 0.0)
     progress = Silent()
-    again = model.walk(tmp_path / "again", progress=progress)
-    again.run()
-    records, _ = again.records()
+    again = model.walked(tmp_path / "again", progress=progress)
+    records = again.records
     refused = [record for record in records if ".experts.3." in record.key]
     assert all("rounded to nearest" in str(record.fallback) for record in refused)
     assert sum("experts.3." in remark for remark in progress.remarks) == 2
 
 
-def test_calibrated_experts_lose_less_than_rounded_ones(model: Model, walked: Walk, tmp_path: Path) -> None:
-    nearest = model.walk(tmp_path, NEAREST)
-    nearest.run()
+def test_calibrated_experts_lose_less_than_rounded_ones(model: Model, walked: QuantizedModel, tmp_path: Path) -> None:
+    nearest = model.walked(tmp_path, NEAREST)
     ids = model.calibration.ids[model.calibration.selection]
 
-    def loss(walk: Walk) -> float:
-        weights = weights_of(walk)
-        reference = Reference(walk.checkpoint, model.architecture)
+    def loss(walk: QuantizedModel) -> float:
+        weights = walk.weights()
+        reference = Reference(walk.job.checkpoint, model.architecture)
 
         def answers(*substitute: Any) -> torch.Tensor:
             hidden = reference.embed(ids)
@@ -309,15 +303,14 @@ def test_the_shared_expert_takes_the_layer_back_to_the_original(
 
     def distance(directory: Path) -> float:
         walk = model.walk(directory)
-        walk.prepare()
         for index in range(3):
-            walk._step(index)
+            walk.take_step(index)
         streams = [walk.streams.committed("block_001", name) for name in (QUANTIZED, ORIGINAL)]
         sequences = len(model.calibration.languages)
         ours, theirs = (stream.read(0, sequences)[:, model.calibration.prefix :] for stream in streams)
         return float((ours - theirs).square().mean())
 
     fitted = distance(tmp_path / "fitted")
-    measure = Mixture._measure_shared
-    monkeypatch.setattr(Mixture, "_measure_shared", lambda self, *rest: replace(measure(self, *rest), goals={}))
+    measure = Mixture.measure_shared
+    monkeypatch.setattr(Mixture, "measure_shared", lambda self, *rest: replace(measure(self, *rest), goals={}))
     assert fitted < 0.97 * distance(tmp_path / "plain")

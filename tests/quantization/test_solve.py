@@ -275,8 +275,8 @@ def test_what_a_sweep_leaves_is_added_up_on_the_way(form: Format) -> None:
     weight, hessian = weights(20, 200, 3), correlated(200, 3)
     problem = Problem.of(hessian, form, DEFAULT)
     assert problem.factor is not None
-    sweep = solving._start(weight, problem.order)
-    cost = solving._sweep(sweep, problem.factor, problem.order, form, DEFAULT)
+    sweep = solving.start_sweep(weight, problem.order)
+    cost = solving.round_columns(sweep, problem.factor, problem.order, form, DEFAULT)
     damped = hessian + DEFAULT.damping * hessian.diagonal().mean() * torch.eye(200)
     damped = damped[problem.order.columns][:, problem.order.columns]
     torch.testing.assert_close(cost.double(), row_errors(sweep.error.T, damped), rtol=1e-3, atol=1e-9)
@@ -295,7 +295,7 @@ def test_what_costs_more_is_found_without_adding_up_everything(size: int) -> Non
         # Half of the rows have a limit that they do not reach at any share.
         limit = (whole * share).float()
         limit[::2] = whole[::2].float() * 3
-        reached = solving._reaches(problem.factor, columns, limit)
+        reached = solving.reaches(problem.factor, columns, limit)
         assert torch.equal(reached, whole >= limit.double())
 
 

@@ -14,13 +14,12 @@ from torch import Tensor
 from glmexport.foundation.errors import MachineError
 from glmexport.foundation.progress import Silent
 from glmexport.quantization.memory import MemoryPlan, plan_memory
+from glmexport.quantization.names import EMBEDDING, HEAD, block_step
 from glmexport.quantization.nearest import round_to_nearest
 from glmexport.quantization.problem import Problem
-from glmexport.quantization.steps import EMBEDDING, HEAD, block_step
+from glmexport.quantization.quantized_model import QuantizedModel
 from glmexport.quantization.store import Activations
 from glmexport.quantization.streams import Passage
-from glmexport.quantization.walk import Walk
-from glmexport.quantization.weights import Weights
 from glmexport.reference.reference import Reference
 
 
@@ -30,27 +29,25 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 
 @pytest.fixture(scope="module")
-def walked(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Walk:
-    walk = model.walk(tmp_path_factory.mktemp("walked"))
-    walk.run()
-    return walk
+def walked(model: Model, tmp_path_factory: pytest.TempPathFactory) -> QuantizedModel:
+    return model.walked(tmp_path_factory.mktemp("walked"))
 
 
-def test_every_matrix_is_committed(model: Model, walked: Walk) -> None:
-    assert walked.steps == [EMBEDDING, "block_000", "block_001", HEAD]
+def test_every_matrix_is_committed(model: Model, walked: QuantizedModel) -> None:
+    assert walked.parts == (EMBEDDING, "block_000", "block_001", HEAD)
     assert block_step(1) == "block_001"
-    committed = {key: form for step in walked.steps for key, form in walked.work.formats(step).items()}
+    committed = {key: form for step in walked.parts for key, form in walked.job.work.formats(step).items()}
     assert set(committed) == model.matrices()
     head, embedding = model.architecture.lm_head.weight, model.architecture.embedding
     assert all(form == (W8G32 if key in (head, embedding) else W4G32) for key, form in committed.items())
     # No activations and nothing half-written is left once the walk is through.
-    assert sorted(digests(walked)) == sorted(f"{step}.safetensors" for step in ("folds", *walked.steps))
+    assert sorted(digests(walked)) == sorted(f"{step}.safetensors" for step in ("folds", *walked.parts))
 
 
-def test_what_the_walk_says_about_each_matrix(model: Model, walked: Walk) -> None:
-    records, seconds = walked.records()
+def test_what_the_walk_says_about_each_matrix(model: Model, walked: QuantizedModel) -> None:
+    records, seconds = walked.records, walked.seconds
     assert seconds > 0
-    assert walked.allocation() == ()
+    assert walked.allocation == ()
     assert [record.key for record in records] == [
         model.architecture.embedding,
         *(linear.weight for _, linear in model.architecture.linears),
@@ -67,43 +64,42 @@ def test_what_the_walk_says_about_each_matrix(model: Model, walked: Walk) -> Non
     assert records[0].relative_error is None
 
 
-def test_committed_matrices_are_near_the_checkpoint_s(model: Model, walked: Walk) -> None:
-    weights = Weights(walked.checkpoint, model.architecture, walked.work, walked.steps)
+def test_committed_matrices_are_near_the_checkpoint_s(model: Model, walked: QuantizedModel) -> None:
+    weights = walked.weights()
     # The lm_head is fitted to the original's logits on a stream with 4-bit errors, not to itself.
     for key in model.matrices() - {model.architecture.lm_head.weight}:
-        original, quantized = walked.checkpoint.read(key), weights.quantized(key).dequantize()
+        original, quantized = walked.job.checkpoint.read(key), weights.quantized(key).dequantize()
         form = weights.form(key)
         assert form is not None
         assert (original - quantized).norm() < (0.2 if form.bits == 4 else 0.02) * original.norm()
 
 
-def test_the_embedding_is_rounded_to_nearest(model: Model, walked: Walk) -> None:
+def test_the_embedding_is_rounded_to_nearest(model: Model, walked: QuantizedModel) -> None:
     key = model.architecture.embedding
     expected = round_to_nearest(model.checkpoint.read(key), W8G32)
-    assert torch.equal(walked.work.linear(EMBEDDING, key).dequantize(), expected.dequantize())
+    assert torch.equal(walked.job.work.linear(EMBEDDING, key).dequantize(), expected.dequantize())
 
 
 @pytest.mark.parametrize("killed_after", [0, 1, 2, 3, 4])
 def test_a_killed_walk_ends_where_an_uninterrupted_one_does(
-    model: Model, walked: Walk, tmp_path: Path, killed_after: int, monkeypatch: pytest.MonkeyPatch
+    model: Model, walked: QuantizedModel, tmp_path: Path, killed_after: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = model.walk(tmp_path)
-    first.prepare()
     for index in range(killed_after):
-        first._step(index)
+        first.take_step(index)
     # What the kill interrupted: files of the next step that no record names.
     for name in ("block_001.partial", "block_001.quantized.activations.partial", "head.json.partial"):
         (tmp_path / name).write_bytes(b"half a fi")
     progress = Silent()
     second = model.walk(tmp_path, progress=progress)
     again: list[int] = []
-    step = second._step
+    step = second.take_step
 
     def noted(index: int) -> None:
         again.append(index)
         step(index)
 
-    monkeypatch.setattr(second, "_step", noted)
+    monkeypatch.setattr(second, "take_step", noted)
     second.run()
     assert again == list(range(killed_after, 4))
     assert any("Resuming" in remark for remark in progress.remarks) == (killed_after > 0)
@@ -111,7 +107,9 @@ def test_a_killed_walk_ends_where_an_uninterrupted_one_does(
     assert found == digests(walked)
 
 
-def test_a_kill_inside_a_step(model: Model, walked: Walk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kill_inside_a_step(
+    model: Model, walked: QuantizedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """While the second block's outputs are being written: its weights are there, and its record is not.
 
     The original's stream has left the scratch file by then.
@@ -136,42 +134,37 @@ def test_a_kill_inside_a_step(model: Model, walked: Walk, tmp_path: Path, monkey
         walk.run()
     monkeypatch.undo()
     assert (tmp_path / "block_001.safetensors").is_file()
-    assert walk.work.record("block_001") is None
+    assert walk.job.work.record("block_001") is None
     assert (tmp_path / "block_001.original.activations").is_file()
-    second = model.walk(tmp_path)
-    second.run()
+    second = model.walked(tmp_path)
     assert digests(second) == digests(walked)
 
 
 def test_a_kill_between_a_commit_and_the_clean_up(
-    model: Model, walked: Walk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Model, walked: QuantizedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     walk = model.walk(tmp_path)
-    monkeypatch.setattr(walk.work, "drop_activations", lambda step: None)
-    walk.prepare()
-    walk._step(0)
-    walk._step(1)
-    second = model.walk(tmp_path)
-    second.run()
+    monkeypatch.setattr(walk.job.work, "drop_activations", lambda step: None)
+    walk.take_step(0)
+    walk.take_step(1)
+    second = model.walked(tmp_path)
     found = digests(second)
     assert {name: digest for name, digest in found.items() if name in digests(walked)} == digests(walked)
 
 
-def test_a_damaged_block_is_done_again(model: Model, walked: Walk, tmp_path: Path) -> None:
+def test_a_damaged_block_is_done_again(model: Model, walked: QuantizedModel, tmp_path: Path) -> None:
     """Its inputs are long gone, so the walk goes back as far as it must."""
-    walk = model.walk(tmp_path)
-    walk.run()
+    model.walked(tmp_path)
     path = tmp_path / "block_001.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    second = model.walk(tmp_path)
-    second.run()
+    second = model.walked(tmp_path)
     assert digests(second) == digests(walked)
 
 
 def test_hessians_are_measured_behind_what_is_already_quantized(
-    model: Model, walked: Walk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Model, walked: QuantizedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured: list[Tensor] = []
     of = Problem.of
@@ -181,8 +174,8 @@ def test_hessians_are_measured_behind_what_is_already_quantized(
         measured.append(hessian.clone())
         return of(hessian, *arguments, **named)
 
-    monkeypatch.setattr("glmexport.quantization.walk.Problem.of", recorded)
-    model.walk(tmp_path).run()
+    monkeypatch.setattr("glmexport.quantization.quantizer.Problem.of", recorded)
+    model.walked(tmp_path)
     monkeypatch.undo()
 
     expected = {quantized: naive_hessians(model, walked, quantized) for quantized in (True, False)}
@@ -194,15 +187,15 @@ def test_hessians_are_measured_behind_what_is_already_quantized(
         assert (found - untouched).norm() > 1e-3 * untouched.norm()
 
 
-def naive_hessians(model: Model, walked: Walk, quantized: bool) -> list[Tensor]:
+def naive_hessians(model: Model, walked: QuantizedModel, quantized: bool) -> list[Tensor]:
     """Of every tap and the lm_head, in double precision, all sequences at once."""
-    reference = Reference(walked.checkpoint, model.architecture)
+    reference = Reference(walked.job.checkpoint, model.architecture)
     calibration = model.calibration
     positions = reference.position_embeddings(calibration.ids.shape[1])
     tables: dict[str, Tensor] = {}
     if quantized:
-        for step in walked.steps:
-            tables |= {key: walked.work.linear(step, key).dequantize() for key in walked.work.formats(step)}
+        for step in walked.parts:
+            tables |= {key: walked.job.work.linear(step, key).dequantize() for key in walked.job.work.formats(step)}
 
     def mean(inputs: Tensor) -> Tensor:
         counted = inputs[~calibration.selection, calibration.prefix :].double()
@@ -221,15 +214,14 @@ def naive_hessians(model: Model, walked: Walk, quantized: bool) -> list[Tensor]:
 
 def test_the_next_block_reads_the_quantized_block_s_outputs(model: Model, tmp_path: Path) -> None:
     walk = model.walk(tmp_path)
-    walk.prepare()
-    walk._step(0)
-    walk._step(1)
+    walk.take_step(0)
+    walk.take_step(1)
     shape = (*model.calibration.ids.shape, model.architecture.hidden_size)
-    found = walk.work.activations("block_000", "quantized", shape).read(0, shape[0])
-    reference = Reference(walk.checkpoint, model.architecture)
+    found = walk.job.work.activations("block_000", "quantized", shape).read(0, shape[0])
+    reference = Reference(walk.job.checkpoint, model.architecture)
     key = model.architecture.embedding
-    hidden = walk.work.linear(EMBEDDING, key).dequantize()[model.calibration.ids]
-    tables = {key: walk.work.linear("block_000", key).dequantize() for key in walk.work.formats("block_000")}
+    hidden = walk.job.work.linear(EMBEDDING, key).dequantize()[model.calibration.ids]
+    tables = {key: walk.job.work.linear("block_000", key).dequantize() for key in walk.job.work.formats("block_000")}
     layer = model.architecture.layers[0]
     expected = reference.block(layer, tables.get).forward(hidden, reference.position_embeddings(shape[1]))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -238,37 +230,35 @@ def test_the_next_block_reads_the_quantized_block_s_outputs(model: Model, tmp_pa
 
 def test_round_to_nearest_needs_no_calibration(model: Model, tmp_path: Path) -> None:
     assert not NEAREST.needs_calibration
-    walk = model.walk(tmp_path, NEAREST)
-    assert walk.streams is None
-    walk.run()
-    weights = Weights(model.checkpoint, model.architecture, walk.work, walk.steps)
+    started = model.walk(tmp_path, NEAREST)
+    assert started.streams is None
+    walk = started.run()
+    weights = walk.weights()
     for key in model.matrices():
         form = weights.form(key)
         assert form is not None
         expected = round_to_nearest(model.checkpoint.read(key), form)
         assert torch.equal(weights.quantized(key).dequantize(), expected.dequantize())
-    records, _ = walk.records()
+    records = walk.records
     assert all(record.relative_error is None and record.fallback is None for record in records)
     assert not list(tmp_path.glob("*.activations"))
 
 
 def test_a_round_to_nearest_walk_resumes(model: Model, tmp_path: Path) -> None:
-    model.walk(tmp_path / "whole", NEAREST).run()
+    model.walked(tmp_path / "whole", NEAREST)
     walk = model.walk(tmp_path / "killed", NEAREST)
-    walk.prepare()
-    walk._step(0)
-    walk._step(1)
+    walk.take_step(0)
+    walk.take_step(1)
     second = model.walk(tmp_path / "killed", NEAREST)
-    assert second._resume_at() == 2
+    assert second.resume_at() == 2
     second.run()
     assert digests(second) == digests(model.walk(tmp_path / "whole", NEAREST))
 
 
 def test_parts_without_a_format_stay_in_full_precision(model: Model, tmp_path: Path) -> None:
     recipe = RECIPE.model_copy(update={"lm_head": None, "embedding": None})
-    walk = model.walk(tmp_path, recipe)
-    walk.run()
-    weights = Weights(model.checkpoint, model.architecture, walk.work, walk.steps)
+    walk = model.walked(tmp_path, recipe)
+    weights = walk.weights()
     assert weights.form(model.architecture.embedding) is None
     assert weights.form(model.architecture.lm_head.weight) is None
     assert weights.form(model.architecture.layers[1].mlp.down.weight) == W4G32
@@ -277,10 +267,9 @@ def test_parts_without_a_format_stay_in_full_precision(model: Model, tmp_path: P
 def test_a_tied_head_is_the_embedding(tmp_path: Path) -> None:
     model = Model(tmp_path / "model", tie_word_embeddings=True)
     assert model.architecture.lm_head.weight == model.architecture.embedding
-    walk = model.walk(tmp_path / "walk")
-    walk.run()
-    assert walk.work.formats(HEAD) == {}
-    assert list(walk.work.formats(EMBEDDING)) == [model.architecture.embedding]
+    walk = model.walked(tmp_path / "walk")
+    assert walk.job.work.formats(HEAD) == {}
+    assert list(walk.job.work.formats(EMBEDDING)) == [model.architecture.embedding]
 
 
 def test_a_fallback_is_remarked_and_recorded(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,13 +279,12 @@ def test_a_fallback_is_remarked_and_recorded(model: Model, tmp_path: Path, monke
         hessian[3, 3] = torch.nan
         return of(hessian, *arguments, **named)
 
-    monkeypatch.setattr("glmexport.quantization.walk.Problem.of", broken)
+    monkeypatch.setattr("glmexport.quantization.quantizer.Problem.of", broken)
     progress = Silent()
-    walk = model.walk(tmp_path, progress=progress)
-    walk.run()
+    walk = model.walked(tmp_path, progress=progress)
     count = sum(1 for _ in model.architecture.linears)
     assert sum(1 for remark in progress.remarks if "could not be factored" in remark) == count
-    records, _ = walk.records()
+    records = walk.records
     assert all(record.fallback and record.relative_error is None for record in records[1:])
 
 

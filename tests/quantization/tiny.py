@@ -15,7 +15,9 @@ from glmexport.checkpoint.checkpoint import Checkpoint
 from glmexport.foundation.files import sha256
 from glmexport.foundation.progress import Silent
 from glmexport.foundation.recipe import CalibrationPlan, Format, Recipe, Solver
+from glmexport.quantization.job import QuantizationJob
 from glmexport.quantization.memory import MemoryPlan
+from glmexport.quantization.quantized_model import QuantizedModel
 from glmexport.quantization.store import WorkDirectory
 from glmexport.quantization.walk import Walk
 from glmexport.reference.describe import describe
@@ -63,17 +65,27 @@ class Model:
         assert RECIPE.calibration is not None
         self.calibration = pack(documents, Tokenizer.open(path), RECIPE.calibration, self.architecture.context_length)
 
-    def walk(
+    def job(
         self, directory: Path, recipe: Recipe = RECIPE, progress: Silent | None = None, device: torch.device = CPU
-    ) -> Walk:
+    ) -> QuantizationJob:
         calibration: CalibrationSet | None = self.calibration if recipe.needs_calibration else None
         work = WorkDirectory(directory, {"recipe": recipe.digest()})
-        return Walk(self.checkpoint, self.architecture, recipe, calibration, work, MEMORY, progress or Silent(), device)
+        progress = progress or Silent()
+        return QuantizationJob(
+            self.checkpoint, self.architecture, recipe, calibration, work, MEMORY, progress, device
+        )
+
+    def walk(self, *arguments: Any, **named: Any) -> Walk:
+        """A walk of which no step is taken yet; arguments as for ``job``."""
+        return Walk.prepare(self.job(*arguments, **named))
+
+    def walked(self, *arguments: Any, **named: Any) -> QuantizedModel:
+        return self.walk(*arguments, **named).run()
 
     def matrices(self) -> set[str]:
         return {self.architecture.embedding} | {linear.weight for _, linear in self.architecture.linears}
 
 
-def digests(walk: Walk) -> dict[str, str]:
+def digests(walk: Walk | QuantizedModel) -> dict[str, str]:
     """Of every file that is not a note of how long it took."""
-    return {path.name: sha256(path) for path in walk.work.path.iterdir() if path.suffix != ".json"}
+    return {path.name: sha256(path) for path in walk.job.work.path.iterdir() if path.suffix != ".json"}

@@ -23,7 +23,7 @@ from glmexport.foundation.progress import Silent
 from glmexport.release.golden import GOLDEN, Golden, GoldenAnswer, GoldenStep, compare, record
 from glmexport.release.keys import KeyFiles, open_signatory
 from glmexport.release.release import read_release
-from glmexport.release.signing import sign
+from glmexport.workflows.sign import golden_texts, sign_bundle
 
 #: Nats: activations are quantized to int8, and one row or many round differently.
 ROUNDING = 0.03
@@ -59,7 +59,7 @@ def test_our_own_loop_is_recorded_too(tmp_path: Path) -> None:
     small_checkpoint(tmp_path / "checkpoint", "glm4_moe_lite")
     (built,) = build(tmp_path / "checkpoint", tmp_path / "bundle", write_recipe(tmp_path))
     assert (built.directory / "loop.json").is_file()
-    golden = record(built.directory, built.manifest, THREADS, Silent())
+    golden = record(Bundle.open(built.directory), golden_texts(), THREADS, Silent())
     check_against_scoring(built.directory, golden)
 
 
@@ -70,7 +70,7 @@ def test_where_the_bundle_does_not_run_nothing_is_recorded(
     elsewhere = Host("x86_64", providers=("CUDAExecutionProvider",))
     monkeypatch.setattr(Host, "this", classmethod(lambda cls: elsewhere))
     progress = Silent()
-    sign(bundle, open_signatory(KeyFiles(keys.private)), counter=1, progress=progress)
+    sign_bundle(Bundle.open(bundle), open_signatory(KeyFiles(keys.private)), counter=1, progress=progress)
     reason = str(read_release(bundle).golden_absent_because)
     assert "CPUExecutionProvider" in reason and not (bundle / GOLDEN).exists()
     assert progress.remarks == [f"No golden answers are recorded. {reason}"]

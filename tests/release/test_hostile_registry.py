@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from glmexport.bundle.bundle import Bundle
 from glmexport.foundation.errors import GlmexportError, InputError, MachineError, UnverifiedError
 from glmexport.foundation.progress import Silent
 from glmexport.release.access import ImageReference, RegistryAccess
@@ -260,7 +261,7 @@ def test_a_password_does_not_go_without_tls() -> None:
 
 @pytest.mark.parametrize("status", [202, 401, 404, 500])
 def test_an_answer_without_end_does_not_hold_a_push(status: int, signed: Path, tmp_path: Path) -> None:
-    write_layout(signed, tmp_path / "layout", Silent())
+    write_layout(Bundle.open(signed), tmp_path / "layout", Silent())
 
     def answer(handler: Handler) -> None:
         if handler.command == "HEAD":

@@ -13,13 +13,14 @@ from forged import forge
 from hub import cached
 from signatures import Authority, Judge, Pair, pair, resign, sign_with
 
+from glmexport.bundle.bundle import Bundle
 from glmexport.bundle.manifest import MANIFEST
 from glmexport.foundation.errors import EXIT_INPUT, EXIT_PASS, EXIT_UNVERIFIED, UnverifiedError
 from glmexport.foundation.progress import Silent
 from glmexport.lm_eval.subject import Settings
 from glmexport.release.keys import KeyFiles, open_signatory
 from glmexport.release.opening import Trust, open_signed
-from glmexport.release.signing import sign
+from glmexport.workflows.sign import sign_bundle
 
 TEMPLATE = "chat_template.jinja"
 VERBS = ["run", "serve", "validate", "convert", "check", "reference"]
@@ -85,7 +86,7 @@ def test_a_certificate(sample: Sample, authority: Authority, run: Run, tmp_path:
     bundle = Path(shutil.copytree(sample.bundle, tmp_path / "bundle"))
     chain = (authority.intermediate, authority.root)
     signatory = open_signatory(KeyFiles(authority.key, authority.certificate, chain))
-    sign(bundle, signatory, counter=1, golden=False, threads=1, progress=Silent())
+    sign_bundle(Bundle.open(bundle), signatory, counter=1, golden=False, threads=1, progress=Silent())
     assert open_signed(bundle, Trust(root=authority.root), Silent())
     other_template(bundle)
     with pytest.raises(UnverifiedError):

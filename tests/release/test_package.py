@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from signatures import COUNTER, Pair, resign, sha256, tree
 
+from glmexport.bundle.bundle import Bundle
 from glmexport.bundle.manifest import read_manifest
 from glmexport.foundation.errors import (
     EXIT_INPUT,
@@ -43,7 +44,7 @@ def nothing(_: Path) -> None:
 @pytest.fixture
 def layout(signed: Path, tmp_path: Path) -> Path:
     """An image layout of the signed bundle."""
-    write_layout(signed, tmp_path / "layout", Silent())
+    write_layout(Bundle.open(signed), tmp_path / "layout", Silent())
     return tmp_path / "layout"
 
 
@@ -67,10 +68,10 @@ def test_a_layout_is_what_registries_carry(layout: Path, signed: Path) -> None:
 
 
 def test_the_same_bundle_gives_the_same_bytes(layout: Path, signed: Path, tmp_path: Path) -> None:
-    write_layout(signed, tmp_path / "again", Silent())
+    write_layout(Bundle.open(signed), tmp_path / "again", Silent())
     assert tree(tmp_path / "again") == tree(layout)
     for name in ("kit", "kit again"):
-        write_kit(signed, tmp_path / name, Silent(), 1 << 16)
+        write_kit(Bundle.open(signed), tmp_path / name, Silent(), 1 << 16)
     assert tree(tmp_path / "kit") == tree(tmp_path / "kit again")
 
 
@@ -80,21 +81,21 @@ def test_a_layout_comes_back(layout: Path, signed: Path, tmp_path: Path, keys: P
     with pytest.raises(InputError, match="exists"):
         unpack_layout(layout, tmp_path / "back", nothing, Silent())
     with pytest.raises(InputError, match="exists"):
-        write_layout(signed, layout, Silent())
+        write_layout(Bundle.open(signed), layout, Silent())
 
 
 def test_what_is_not_signed_or_changed_is_not_packaged(release: Path, sample: Sample, tmp_path: Path) -> None:
     for write in (write_layout, write_kit):
         with pytest.raises(BundleError, match="not signed"):
-            write(sample.bundle, tmp_path / "out", Silent())
+            write(Bundle.open(sample.bundle), tmp_path / "out", Silent())
     path = release / "weights" / "block_001.data"
     path.write_bytes(bytes(reversed(path.read_bytes())))
     for write in (write_layout, write_kit):
         with pytest.raises(UnverifiedError, match=r"block_001\.data"):
-            write(release, tmp_path / "out", Silent())
+            write(Bundle.open(release), tmp_path / "out", Silent())
     (release / "extra").write_bytes(b"")
     with pytest.raises(UnverifiedError, match="extra"):
-        write_layout(release, tmp_path / "out", Silent())
+        write_layout(Bundle.open(release), tmp_path / "out", Silent())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["release"]
 
 
@@ -138,17 +139,16 @@ def write_manifest(layout: Path, content: bytes) -> None:
 @pytest.mark.parametrize("tag", ["", "-x", ".x", "a b", "a\nb", "a/b", "a:b", "x" * 129, "ü", "\x1b[2J"])
 def test_a_tag_is_one(tag: str, signed: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no tag"):
-        write_layout(signed, tmp_path / "layout", Silent(), tag)
+        write_layout(Bundle.open(signed), tmp_path / "layout", Silent(), tag)
     assert not list(tmp_path.iterdir())
 
 
-def test_names_in_a_layout_are_lines(signed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_in_a_layout_are_lines(signed: Path, tmp_path: Path) -> None:
     """Whatever the manifest calls its source."""
     manifest = read_manifest(signed)
     source = manifest.source.model_copy(update={"name": "a\x1b[2J\nb\u2028c"})
     strange = manifest.model_copy(update={"source": source})
-    monkeypatch.setattr("glmexport.release.layout.read_manifest", lambda _: strange)
-    write_layout(signed, tmp_path / "layout", Silent())
+    write_layout(Bundle(signed, strange), tmp_path / "layout", Silent())
     _, content, image = read_layout(tmp_path / "layout")
     config = json.loads((tmp_path / "layout" / "blobs" / "sha256" / image.config.hex).read_bytes())
     titles = [json.loads(content)["annotations"]["org.opencontainers.image.title"], config["descriptor"]["name"]]
@@ -192,7 +192,7 @@ def test_an_index_of_anything_is_refused(layout: Path, content: object) -> None:
 @pytest.fixture
 def kit(signed: Path, tmp_path: Path) -> Path:
     """A kit of the signed bundle in small volumes."""
-    volumes = write_kit(signed, tmp_path / "kit", Silent(), 1 << 16)
+    volumes = write_kit(Bundle.open(signed), tmp_path / "kit", Silent(), 1 << 16)
     assert len(volumes) > 4
     return tmp_path / "kit"
 
@@ -450,7 +450,7 @@ def test_signed_garbage_is_refused_on_arrival(release: Path, tmp_path: Path, key
     """A layout may be whole and its bundle not be one."""
     (release / "release.json").write_text("{}")
     resign(release, keys.private)
-    write_layout(release, tmp_path / "layout", Silent())
+    write_layout(Bundle.open(release), tmp_path / "layout", Silent())
     with pytest.raises(UnverifiedError, match=r"release\.json"):
         unpack_layout(tmp_path / "layout", tmp_path / "back", lambda bundle: verify(bundle, keys.public), Silent())
     assert not (tmp_path / "back").exists()

@@ -25,6 +25,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 from signatures import COUNTER, Judge, Pair, openssl, pair, sha256, sign_with, tree
 
+from glmexport.bundle.bundle import Bundle
 from glmexport.foundation.errors import EXIT_INPUT, EXIT_UNVERIFIED, InputError, MachineError, UnverifiedError
 from glmexport.foundation.progress import Silent
 from glmexport.release.access import ImageReference, RegistryAccess, is_loopback
@@ -106,7 +107,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
 @pytest.fixture
 def layout(signed: Path, tmp_path: Path) -> Path:
     """An image layout of the signed bundle."""
-    write_layout(signed, tmp_path / "layout", Silent())
+    write_layout(Bundle.open(signed), tmp_path / "layout", Silent())
     return tmp_path / "layout"
 
 
@@ -167,7 +168,7 @@ def test_a_second_push_sends_what_changed(
     again = push(layout, image(server.host), RegistryAccess(), Silent())
     assert not again.sent and len(server.requests("PATCH")) == sent
     changed_block(release, keys.private)
-    write_layout(release, tmp_path / "later", Silent())
+    write_layout(Bundle.open(release), tmp_path / "later", Silent())
     second = push(tmp_path / "later", image(server.host, "r8"), RegistryAccess(), Silent())
     assert set(second.sent) == {
         "(configuration)", "weights/block_001.data", "bundle.json", "release.json", "model.sig",

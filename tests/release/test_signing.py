@@ -21,14 +21,15 @@ from securesystemslib.exceptions import VerificationError
 from securesystemslib.signer import SSlibKey
 from signatures import COUNTER, Authority, Judge, Pair, openssl, pair, sha256, sign_with, tree
 
+from glmexport.bundle.bundle import Bundle
 from glmexport.bundle.manifest import AdapterSource, read_manifest, verify_files
 from glmexport.foundation.errors import EXIT_INPUT, EXIT_UNVERIFIED, BundleError, InputError, MachineError
 from glmexport.foundation.progress import Silent
 from glmexport.release.bom import bill_of_materials
 from glmexport.release.keys import KeyFiles, open_signatory
 from glmexport.release.release import read_release
-from glmexport.release.signing import sign
 from glmexport.report.document import read_report
+from glmexport.workflows.sign import sign_bundle
 
 SOFTHSM = Path("/usr/lib/softhsm/libsofthsm2.so")
 
@@ -58,7 +59,7 @@ def test_the_counter_only_rises(release: Path, keys: Pair, outcome: Judge) -> No
     sign_with(release, keys.private, counter=0, force=True)
     assert read_release(release).counter == 0 and outcome(release).code == 0
     started = int(time.time())
-    signed = sign(release, open_signatory(KeyFiles(keys.private)), golden=False, progress=Silent())
+    signed = sign_bundle(Bundle.open(release), open_signatory(KeyFiles(keys.private)), golden=False, progress=Silent())
     assert started <= signed.release.counter <= time.time()
 
 
@@ -188,7 +189,7 @@ def test_keys_that_cannot_sign(release: Path, tmp_path: Path, authority: Authori
         open_signatory(KeyFiles(authority.key, authority.certificate, (authority.root,)))
     chainless = open_signatory(KeyFiles(authority.key, authority.certificate, (authority.intermediate,)))
     with pytest.raises(InputError, match="chain"):
-        sign(release, chainless, counter=8, golden=False, progress=Silent())
+        sign_bundle(Bundle.open(release), chainless, counter=8, golden=False, progress=Silent())
     assert tree(release) == before
 
 
@@ -198,7 +199,8 @@ def test_an_encrypted_key_needs_its_password(release: Path, keys: Pair, tmp_path
     for password in (None, "falsch"):
         with pytest.raises(InputError, match=r"encrypted\.pem"):
             open_signatory(KeyFiles(path, password=password))
-    sign(release, open_signatory(KeyFiles(path, password="geheim")), counter=8, golden=False, progress=Silent())
+    signatory = open_signatory(KeyFiles(path, password="geheim"))
+    sign_bundle(Bundle.open(release), signatory, counter=8, golden=False, progress=Silent())
     assert outcome(release, newer=7).code == 0
     assert "geheim" not in repr(KeyFiles(path, password="geheim"))
 
@@ -221,7 +223,7 @@ def test_a_key_in_a_token(release: Path, outcome: Judge, tmp_path: Path, monkeyp
     public = tmp_path / "public.pem"
     openssl("pkey", "-pubin", "-inform", "DER", "-in", tmp_path / "public.der", "-pubout", "-out", public)
     uri = f"pkcs11:token=release;object=signer;id=%01?module-path={SOFTHSM}&pin-value=1234"
-    sign(release, open_signatory(KeyFiles(pkcs11=uri)), counter=8, golden=False, progress=Silent())
+    sign_bundle(Bundle.open(release), open_signatory(KeyFiles(pkcs11=uri)), counter=8, golden=False, progress=Silent())
     assert outcome(release, key=public, newer=7).code == 0
     with pytest.raises(InputError, match="token"):
         open_signatory(KeyFiles(pkcs11=uri.replace("object=signer", "object=nobody").replace(";id=%01", "")))

@@ -19,13 +19,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from signatures import COUNTER, SCRIPT, Authority, Judge, Pair, make_authority, pair, resign, sign_with, tree
 
+from glmexport.bundle.bundle import Bundle
 from glmexport.bundle.manifest import EVIDENCE, MANIFEST, is_evidence
 from glmexport.foundation.errors import EXIT_INPUT, EXIT_UNVERIFIED
 from glmexport.foundation.progress import Silent
 from glmexport.release import verifier
 from glmexport.release.keys import KeyFiles, open_signatory
 from glmexport.release.release import Release, read_release
-from glmexport.release.signing import sign
+from glmexport.workflows.sign import sign_bundle
 
 FILES = [
     "attestations/ml-bom.json",
@@ -320,7 +321,7 @@ def test_a_release_that_says_nothing_is_refused(
 
 def by_certificate(bundle: Path, authority: Authority, chain: tuple[Path, ...]) -> None:
     files = KeyFiles(authority.key, authority.certificate, chain)
-    sign(bundle, open_signatory(files), counter=8, golden=False, progress=Silent())
+    sign_bundle(Bundle.open(bundle), open_signatory(files), counter=8, golden=False, progress=Silent())
 
 
 def test_a_certificate_is_verified_by_its_root(
@@ -407,7 +408,7 @@ def test_the_script_needs_python_alone() -> None:
     assert len(set(defined)) == len(defined)
     assert EVIDENCE | {MANIFEST} == verifier.BESIDE
     for name in ("attestations/x.json", "attestations/x.onnx", "attestations/a/x.json", "x.json", "a/report.json"):
-        assert verifier.beside(name) == is_evidence(name)
+        assert verifier.is_legal_beside(name) == is_evidence(name)
 
 
 @pytest.mark.parametrize(
@@ -427,7 +428,7 @@ def test_the_script_without_openssl(signed: Path, keys: Pair, tmp_path: Path) ->
 @given(st.text(max_size=40) | st.lists(st.sampled_from(["..", ".", "", "a", "b", "\0", "C:", "\\"])).map("/".join))
 def test_a_legal_name_stays_inside(name: str) -> None:
     inside = Path("/bundle")
-    if verifier.legal(name):
+    if verifier.is_legal_name(name):
         path = Path(os.path.normpath(inside / name))
         assert path != inside and path.is_relative_to(inside)
         assert path.relative_to(inside).as_posix() == name

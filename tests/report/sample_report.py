@@ -24,7 +24,7 @@ from glmexport.results.paired import Paired
 from glmexport.results.performance import Figure, Interval, Performance, PlacedOperators, Placement, Speed, SpeedRatios
 from glmexport.results.prompts import PromptDifference, PromptParity
 from glmexport.results.record import Verdict, worst
-from glmexport.results.statistics import Kind
+from glmexport.validation.statistics import Kind
 
 ATTACK = "<script>alert(1)</script>"
 
@@ -87,11 +87,7 @@ def gates(languages: tuple[LanguageFidelity, ...]) -> tuple[Gate, ...]:
             unit="nats",
             direction="at most",
             sample=f"{row.positions} positions in {row.documents} documents",
-            verdict=Verdict.BLOCK
-            if row.language == "ar"
-            else Verdict.WARN
-            if row.language == "sw"
-            else Verdict.PASS,
+            verdict=Verdict.BLOCK if row.language == "ar" else Verdict.WARN if row.language == "sw" else Verdict.PASS,
             lower=row.kl_mean_nats * 0.87,
             upper=row.kl_mean_nats * 1.15,
             confidence=0.95,
@@ -170,9 +166,7 @@ def linears(layers: int) -> tuple[LinearResult, ...]:
     results = []
     for layer in range(layers):
         for index, part in enumerate(("qkv", "o", "gate_up", "down")):
-            error = (
-                0.0021 * (1 + 0.9 * math.sin(layer * 0.7 + index)) * (1 + index) * (6 if layer == 1 else 1)
-            )
+            error = 0.0021 * (1 + 0.9 * math.sin(layer * 0.7 + index)) * (1 + index) * (6 if layer == 1 else 1)
             bits = 8 if part == "down" and layer < 2 else 4
             results.append(
                 LinearResult(

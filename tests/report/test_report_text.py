@@ -55,6 +55,34 @@ def test_counts_and_bandwidth():
     assert plain(text.bandwidth(92.4e9)) == "92.4 GB/s"
 
 
+@pytest.mark.parametrize(
+    ("shown", "expected"),
+    [
+        (text.brief_size(0), "0 B"),
+        (text.brief_size(1023), "1023 B"),
+        (text.brief_size(1024), "1.0 KiB"),
+        (text.brief_size(1.5 * 2**20), "1.5 MiB"),
+        (text.brief_size(2**30), "1.0 GiB"),
+        (text.brief_size(2**42), "4096.0 GiB"),
+        (text.brief_duration(0.2), "0 s"),
+        (text.brief_duration(89.4), "89 s"),
+        (text.brief_duration(90), "2 min"),
+        (text.brief_duration(5399), "90 min"),
+        (text.brief_duration(5400), "1.5 h"),
+        (text.brief_share(0.9994), "99.9%"),
+        (text.brief_ratio(1.254), "1.25x"),
+        (text.brief_divergence(0.01234), "0.0123"),
+        (text.brief_divergence(0.00001), "1e-05"),
+        (text.brief_divergence(0), "0.0000"),
+        (text.brief_divergence(0.0001, 3), "1e-04"),
+        (text.brief_divergence(0.0004, 5), "0.00040"),
+    ],
+)
+def test_what_is_brief(shown, expected):
+    """Numbers in a terminal."""
+    assert shown == expected
+
+
 def test_a_share_just_below_one_is_never_written_as_all():
     assert plain(text.percent(0.99996)) == "99.996 %"
 

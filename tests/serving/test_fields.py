@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from served import PATIENCE_S
 from test_scheduler import Waiting, client_of, surface
 
+from glmexport.bundle.genai_config import GenaiConfig
 from glmexport.serving.failure import Refused
 from glmexport.serving.fields import IGNORED, NEUTRAL, ChatRequest, TextRequest, read_body
 from glmexport.serving.guard import Guard
@@ -147,7 +148,7 @@ def test_a_text_that_cannot_fit_is_not_encoded(reader: RequestReader, monkeypatc
 @pytest.fixture(scope="module")
 def answering(bundle: Path) -> Iterator[Guard]:
     """All of the server but its socket."""
-    guides = Guides(bundle)
+    guides = Guides(bundle, GenaiConfig.read(bundle))
     waiting = Waiting(bundle, guides)
     guard, _ = surface(waiting, bundle, ServingLimits(answer_tokens=3))
     waiting.scheduler.start()

@@ -11,14 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
+from guide_graph import PATH
+from guide_graph import guide_graph as graph_of
 from served import PATIENCE_S, Served, start
 
 import glmexport.serving.guides
+from glmexport.bundle.genai_config import GenaiConfig
 from glmexport.engine.sampling import Sampling
 from glmexport.foundation.errors import InputError, MachineError
 from glmexport.serving.failure import Refused
-from glmexport.serving.guides import COMPILE_S, Crowded, Guide, Guides
+from glmexport.serving.guides import COMPILE_S, PLACEHOLDER, Crowded, Guide, Guides, guide_graph
 from glmexport.serving.schemas import check_schema
 from glmexport.tokenizer.tokenizer import Tokenizer
 
@@ -43,6 +48,19 @@ def branching(depth: int) -> dict[str, Any]:
     last = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]}
     levels = {f"l{n}": {"anyOf": [{"$ref": f"#/$defs/l{n + 1}"}] * 4} for n in range(depth)}
     return {"$defs": {**levels, f"l{depth}": last}, "$ref": "#/$defs/l0"}
+
+
+def test_the_graph_is_whole_for_any_vocabulary() -> None:
+    """Its file is what the onnx package writes, and the size goes to its place and nowhere else."""
+    assert PATH.read_bytes().count(PLACEHOLDER) == 1
+    assert onnx.load(PATH) == graph_of(PLACEHOLDER)
+    for vocabulary in (1, 1024, 151552):
+        model = onnx.load_from_string(guide_graph(vocabulary))
+        onnx.checker.check_model(model, full_check=True)
+        assert model == graph_of(vocabulary.to_bytes(8, "little"))
+        session = onnxruntime.InferenceSession(guide_graph(vocabulary), providers=["CPUExecutionProvider"])
+        (logits,) = session.run(None, {"input_ids": np.zeros((1, 3), np.int64)})
+        assert logits.shape == (1, 3, vocabulary) and logits.dtype == np.float32 and not logits.any()
 
 
 TOO_LARGE: dict[str, dict[str, Any]] = {
@@ -184,7 +202,7 @@ def _sent(server: Served, body: dict[str, Any]) -> None:
 
 @pytest.fixture
 def guides(bundle: Path) -> Iterator[Guides]:
-    made = Guides(bundle)
+    made = Guides(bundle, GenaiConfig.read(bundle))
     yield made
     made.close()
 

@@ -15,7 +15,6 @@ from served import PATIENCE_S
 from test_turns import prompt_of
 
 from glmexport.bundle.bundle import Bundle
-from glmexport.bundle.manifest import read_manifest
 from glmexport.engine.sampling import Sampling
 from glmexport.foundation.errors import BundleError
 from glmexport.serving.answer import Answer, End, Event, Failed, Order
@@ -109,15 +108,12 @@ def test_what_cannot_be_loaded_is_told_to_who_waits(bundle: Path, tmp_path: Path
 
 def surface(waiting: Waiting, bundle: Path, limits: ServingLimits) -> tuple[Guard, Service]:
     """What answers requests to the scheduler, without a socket."""
-    loop = Bundle.open(bundle).loop
-    ends, context_length = loop.ends, loop.context_length
-    manifest = read_manifest(bundle)
-    facts = ServedBundle(
-        "tiny", bundle.name, manifest.digest(), manifest.family, manifest.target.name, context_length, created=0
-    )
-    reader = RequestReader(
-        waiting.tokenizer, ends, context_length, limits, guides=waiting.guides is not None, lenient=False
-    )
+    opened = Bundle.open(bundle)
+    context = opened.context_length
+    family = opened.manifest.family
+    facts = ServedBundle("tiny", opened.name, opened.digest, family, opened.target.name, context, created=0)
+    guided = waiting.guides is not None
+    reader = RequestReader(waiting.tokenizer, opened.ends, context, limits, guides=guided, lenient=False)
     service = Service(facts, reader, waiting.scheduler, waiting.metrics, waiting.guides)
     return Guard(service.application(), AccessRules(), waiting.metrics), service
 
@@ -143,7 +139,7 @@ def test_it_is_ready_when_the_model_is_there(bundle: Path) -> None:
             waiting.scheduler.start()
             assert (await early).status_code == 200
             ready = await http.get("/readyz")
-            assert (ready.status_code, ready.json()["digest"]) == (200, read_manifest(bundle).digest())
+            assert (ready.status_code, ready.json()["digest"]) == (200, Bundle.open(bundle).digest)
             service.draining = True
             draining = await http.get("/readyz")
             assert (draining.status_code, draining.json()["status"]) == (503, "draining")

@@ -39,7 +39,7 @@ def serving(bundle: Path, log: Path, *arguments: str, files: int = 1024, **limit
 import functools, resource
 resource.setrlimit(resource.RLIMIT_NOFILE, ({files}, {files}))
 import glmexport.serving.limits as limits
-limits.Limits = functools.partial(limits.Limits, **{limits!r})
+limits.ServingLimits = functools.partial(limits.ServingLimits, **{limits!r})
 from glmexport.cli.main import main
 main()
 """

@@ -17,6 +17,7 @@ from glmexport.foundation.target import Provider, Target, open_target
 from glmexport.tuning.candidates import (
     SPINNING,
     Numerics,
+    WantedValues,
     axes_of,
     candidates,
     identity,
@@ -25,7 +26,7 @@ from glmexport.tuning.candidates import (
     start_settings,
     with_settings,
 )
-from glmexport.workflows.job import Original
+from glmexport.workflows.original import Original
 
 RECIPES = {name: open_recipe(name) for name in ("w4g32", "w4g128")}
 #: A setting that is not tried by default.
@@ -65,7 +66,7 @@ def test_every_combination_once_and_the_start_first(target: Target, architecture
 def test_caches_are_quantized_where_they_can_be(target: Target, architecture: Architecture, tmp_path: Path) -> None:
     def caches(target: Target, architecture: Architecture, recipe: str = "w4g32", **given: Any) -> tuple[str, ...]:
         start = start_settings(target, recipe, 1)
-        return axes_of(target, architecture, {recipe: open_recipe(recipe)}, start, 1, **given).kv_caches
+        return axes_of(target, architecture, {recipe: open_recipe(recipe)}, start, 1, WantedValues(**given)).kv_caches
 
     assert caches(target, architecture) == ("activations", "int8")
     assert caches(target, architecture, kv_caches=("int4",)) == ("activations", "int4")
@@ -85,9 +86,7 @@ def test_what_is_given_is_tried(target: Target, architecture: Architecture) -> N
         {"w4g32": RECIPES["w4g32"]},
         start,
         2,
-        threads=(7,),
-        session={ENTRY: ("4", "8")},
-        provider=options,
+        WantedValues(threads=(7,), session={ENTRY: ("4", "8")}, provider=options),
     )
     every = candidates(start, axes)
     assert {each.threads for each in every} == {2, 7}

@@ -14,7 +14,7 @@ from glmexport.foundation.progress import Silent
 from glmexport.tuning import measure
 from glmexport.tuning.measure import Side, Times, Workload, as_numbers, from_numbers, gains_of, take_pairs
 from glmexport.tuning.slices import Slices
-from glmexport.workflows.job import Original
+from glmexport.workflows.original import Original
 
 WORKLOAD = Workload(prompt=tuple(range(10)), short=3, generated=4)
 

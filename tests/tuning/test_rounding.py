@@ -14,7 +14,7 @@ from glmexport.foundation.progress import Silent
 from glmexport.foundation.recipe import STORED, open_recipe
 from glmexport.quantization.nearest import round_to_nearest
 from glmexport.tuning.rounding import RoundedWeights
-from glmexport.workflows.job import Original
+from glmexport.workflows.original import Original
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
 

@@ -18,7 +18,7 @@ from glmexport.foundation.recipe import open_recipe
 from glmexport.foundation.target import open_target
 from glmexport.reference.reference import Reference
 from glmexport.tuning.slices import SliceBundles, slices_of, weights_of
-from glmexport.workflows.job import Original
+from glmexport.workflows.original import Original
 
 SETTINGS = CandidateSettings(recipe="w4g32", accuracy_level=4, packed_qkv=True, threads=1)
 

@@ -11,7 +11,7 @@ import torch
 from models import FAMILY, MIXTURE, write_checkpoint
 from safetensors.torch import load_file, save_file
 
-from glmexport.assembly.write import write_bundle
+from glmexport.assembly.write import BundleContents, write_bundle
 from glmexport.bundle.bundle import Bundle
 from glmexport.bundle.manifest import Source
 from glmexport.bundle.names import LOGITS
@@ -21,13 +21,14 @@ from glmexport.foundation.recipe import open_recipe
 from glmexport.foundation.target import Target, open_target
 from glmexport.quantization.store import WorkDirectory
 from glmexport.reference.reference import Reference
+from glmexport.tuning.arithmetic import Variants
 from glmexport.tuning.rounding import RoundedWeights
 from glmexport.tuning.slices import units
-from glmexport.tuning.streams import Document, Streams, _Part, summarized
+from glmexport.tuning.streams import Document, GraphPart, Streams, summarized
 from glmexport.validation.fidelity import Streamed
 from glmexport.validation.reference import reference_states
 from glmexport.validation.texts import EvaluationText
-from glmexport.workflows.job import Original
+from glmexport.workflows.original import Original
 
 TEXTS = [
     EvaluationText("a", "en", torch.arange(3, 40), 2),
@@ -64,8 +65,7 @@ def streams(original: Original, work: WorkDirectory, levels: tuple[int, ...] = (
         "numerics-0",
         weights,
         Reference(original.checkpoint, original.architecture),
-        {f"level-{level}": at_level(level) for level in levels},
-        "level-0",
+        Variants({f"level-{level}": at_level(level) for level in levels}, "level-0"),
         TEXTS,
         work,
         1,
@@ -83,26 +83,17 @@ def test_blocks_one_by_one_are_the_whole_graph(family: str, tmp_path: Path) -> N
     original = Original.open(str(tmp_path / "checkpoint"), Silent())
     weights = RoundedWeights(original.checkpoint, original.architecture, open_recipe("w4g32"), searched=False)
     tables = Reference(original.checkpoint, original.architecture).rotary_tables(original.architecture.context_length)
-    manifest = write_bundle(
-        tmp_path / "bundle",
-        original.architecture,
-        weights,
-        tables,
-        recipe=open_recipe("w4g32"),
-        target=at_level(0),
-        source=source(original),
-        calibration=None,
-        records=(),
-        tokenizer_files=(),
-        progress=Silent(),
+    contents = BundleContents(
+        original.architecture, weights, tables, open_recipe("w4g32"), at_level(0), source(original)
     )
+    manifest = write_bundle(tmp_path / "bundle", contents, Silent())
     session = ScoringSession(Bundle(tmp_path / "bundle", manifest), 1)
     parts = streams(original, WorkDirectory(tmp_path / "work", {}), (0,))
     parts._run(Silent())
     folder = tmp_path / "head"
     folder.mkdir()
     parts._write((), folder)
-    head = _Part(folder / "level-0.onnx", at_level(0), 1)
+    head = GraphPart(folder / "level-0.onnx", at_level(0), 1)
     for text, span in zip(TEXTS, parts._spans, strict=True):
         logits = head.run(LOGITS, text.ids, parts._rows(parts._steps[-1], "level-0", span))[0]
         assert (logits - torch.from_numpy(session.logits(text.ids.numpy()))).abs().max() < 1e-4
@@ -117,29 +108,19 @@ def test_a_quantized_cache_block_by_block_is_the_bundles(kind: str, tmp_path: Pa
     target = exact.model_copy(update={"graph": exact.graph.model_copy(update={"kv_cache": kind})})
     reference = Reference(original.checkpoint, original.architecture)
     text = [list(range(20, 60)), list(range(100, 130))]
-    manifest = write_bundle(
-        tmp_path / "bundle",
-        original.architecture,
-        weights,
-        reference.rotary_tables(original.architecture.context_length),
-        recipe=open_recipe("w4g32"),
-        target=target,
-        source=source(original),
-        calibration=None,
-        records=(),
-        tokenizer_files=(),
-        cache_text=text,
-        progress=Silent(),
-    )
+    tables = reference.rotary_tables(original.architecture.context_length)
+    recipe, made_of = open_recipe("w4g32"), source(original)
+    contents = BundleContents(original.architecture, weights, tables, recipe, target, made_of, cache_text=text)
+    manifest = write_bundle(tmp_path / "bundle", contents, Silent())
     session = ScoringSession(Bundle(tmp_path / "bundle", manifest), 1)
     variants = {"exact": exact, "codes": target}
     work = WorkDirectory(tmp_path / "work", {})
-    parts = Streams("n", weights, reference, variants, "exact", TEXTS, work, 1, {"codes": "exact"}, text)
+    parts = Streams("n", weights, reference, Variants(variants, "exact", {"codes": "exact"}), TEXTS, work, 1, text)
     parts._run(Silent())
     folder = tmp_path / "head"
     folder.mkdir()
     parts._write((), folder)
-    found = {key: _Part(folder / f"{key}.onnx", variants[key], 1) for key in variants}
+    found = {key: GraphPart(folder / f"{key}.onnx", variants[key], 1) for key in variants}
     for index, (ids, span) in enumerate(zip((text.ids for text in TEXTS), parts._spans, strict=False)):
         logits = {
             key: part.run(LOGITS, ids, parts._rows(parts._steps[-1], key, span))[0] for key, part in found.items()

@@ -16,9 +16,10 @@ from glmexport.foundation.evidence import (
     TriedCandidate,
 )
 from glmexport.foundation.target import open_target
-from glmexport.tuning.assemble import Measured, tried, tuned_target, verdict_of
+from glmexport.tuning.assemble import tried, tuned_target, verdict_of
 from glmexport.tuning.candidates import Numerics, identity
 from glmexport.tuning.pareto import Timed
+from glmexport.tuning.plan import Measured
 from glmexport.tuning.search import Fate
 from glmexport.tuning.write import target_toml, write_target
 

@@ -21,7 +21,7 @@ from glmexport.results.record import Verdict
 from glmexport.validation.capture import REFERENCE, Capture, CapturedReference
 from glmexport.validation.gates import capture_gate
 from glmexport.workflows.capture import CaptureOptions, capture_reference
-from glmexport.workflows.job import Original
+from glmexport.workflows.original import Original
 
 OPTIONS = CaptureOptions(THREADS, QUICK, top_k=200)
 
@@ -225,7 +225,7 @@ def test_damage_is_told(damage: Callable[[Path], None], copied: Path, sample: Sa
 
 
 def test_command(sample: Sample, captured: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("glmexport.validation.run.ValidationPlan", lambda **_: QUICK)
+    monkeypatch.setattr("glmexport.validation.conditions.ValidationPlan", lambda **_: QUICK)
     arguments = ("reference", sample.checkpoint, "-o", tmp_path / "ref", "--top-k", "200", "--threads", THREADS)
     outcome: Outcome = run(*arguments, "--json")
     assert outcome.code == 0

@@ -12,14 +12,15 @@ import builds
 import pytest
 from builds import QUICK, THREADS, Run, Sample, small_checkpoint
 
+from glmexport.bundle.bundle import Bundle
 from glmexport.foundation.errors import EXIT_INPUT, BundleError
 from glmexport.foundation.progress import Silent
 from glmexport.report.document import Report, read_report
 from glmexport.results.record import Verdict
-from glmexport.validation.behaviour.plane import BehaviourPlan
 from glmexport.validation.capture import REFERENCE, CapturedReference
+from glmexport.validation.conditions import BehaviourPlan
 from glmexport.workflows.capture import CaptureOptions, capture_reference
-from glmexport.workflows.job import Original
+from glmexport.workflows.original import Original
 from glmexport.workflows.validate import BuildOptions, validate_bundle, validate_captured_bundle
 
 PLAN = replace(QUICK, behaviour=BehaviourPlan(each=1, translations=1, max_tokens=12, batch=3))
@@ -28,7 +29,7 @@ PLAN = replace(QUICK, behaviour=BehaviourPlan(each=1, translations=1, max_tokens
 @pytest.fixture(scope="module")
 def captured(sample: Sample, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("captured") / "ref"
-    options = CaptureOptions(THREADS, PLAN, top_k=16, draft=sample.bundle)
+    options = CaptureOptions(THREADS, PLAN, top_k=16, draft=Bundle.open(sample.bundle))
     capture_reference(Original.open(str(sample.checkpoint), Silent()), directory, options, Silent())
     return directory
 
@@ -47,8 +48,9 @@ def asking(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_captured_original_has_answered_the_same(sample: Sample, captured: Path, bundle: Path) -> None:
     options = BuildOptions(THREADS, validation=PLAN)
     original = Original.open(str(sample.checkpoint), Silent())
-    whole = validate_bundle(bundle, original, options, Silent()).report.behaviour
-    kept = validate_captured_bundle(bundle, CapturedReference.open(captured), options, Silent()).report.behaviour
+    whole = validate_bundle(Bundle.open(bundle), original, options, Silent()).report.behaviour
+    reference = CapturedReference.open(captured)
+    kept = validate_captured_bundle(Bundle.open(bundle), reference, options, Silent()).report.behaviour
     assert whole is not None and whole.passes >= 1 and whole.overall.answers >= 21
     assert kept == whole.model_copy(update={"passes": 0})
     # A sum over languages is the whole.
@@ -118,7 +120,7 @@ def test_tasks_need_the_original(captured: Path, bundle: Path, tmp_path: Path, r
 
 def test_only_its_own_bundle_drafts(sample: Sample, tmp_path: Path) -> None:
     small_checkpoint(tmp_path / "other", "glm")
-    options = CaptureOptions(THREADS, PLAN, draft=sample.bundle)
+    options = CaptureOptions(THREADS, PLAN, draft=Bundle.open(sample.bundle))
     with pytest.raises(BundleError, match="was built from"):
         capture_reference(Original.open(str(tmp_path / "other"), Silent()), tmp_path / "ref", options, Silent())
     assert not (tmp_path / "ref").exists()

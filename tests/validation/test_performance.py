@@ -14,7 +14,6 @@ from builds import THREADS, TURNS, Sample, no_turns
 from onnx import TensorProto, helper
 
 from glmexport.bundle.bundle import Bundle
-from glmexport.bundle.manifest import read_manifest
 from glmexport.bundle.names import MODEL
 from glmexport.engine.placement import Node, nodes_of, placement, profile
 from glmexport.foundation.errors import DefinitionError
@@ -22,12 +21,13 @@ from glmexport.foundation.progress import Silent
 from glmexport.foundation.target import PerformanceLimits, open_policy, open_target
 from glmexport.results.performance import Figure, Interval, Performance
 from glmexport.results.record import Verdict
+from glmexport.validation.conditions import Conditions, ValidationPlan
 from glmexport.validation.energy import Rapl, open_rapl
 from glmexport.validation.performance import measure_performance
 from glmexport.validation.performance_gates import performance_gates, placement_gate
 from glmexport.validation.runtimes import Memory, Round, RuntimeRequest
 from glmexport.validation.speed import Turns
-from glmexport.workflows.job import Original
+from glmexport.workflows.original import Original
 
 CUDA = "CUDAExecutionProvider"
 CPU = "CPUExecutionProvider"
@@ -251,10 +251,10 @@ def test_limits_in_a_policy_file(tmp_path: Path) -> None:
 
 def measure(sample: Sample, checkpoint: Path | None) -> Performance:
     original = Original.open(str(checkpoint), Silent()).checkpoint if checkpoint else None
-    return measure_performance(
-        sample.bundle, read_manifest(sample.bundle), original, list(range(8)),
-        generated_tokens=4, seconds=0, confidence=0.95, threads=THREADS, progress=Silent(),
-    )  # fmt: skip
+    bundle = Bundle.open(sample.bundle)
+    plan = ValidationPlan(generated_tokens=4, speed_seconds=0)
+    policy = bundle.target.gates.model_copy(update={"confidence": 0.95})
+    return measure_performance(bundle, original, list(range(8)), Conditions(plan, policy, THREADS, THREADS, Silent()))
 
 
 def test_the_bundle_alone(sample: Sample) -> None:

@@ -16,8 +16,8 @@ from glmexport.foundation.errors import EXIT_INPUT
 from glmexport.foundation.target import Gates
 from glmexport.report.document import read_report
 from glmexport.results.fidelity import Estimate, LanguageFidelity
-from glmexport.results.statistics import bounds, clustered_mean, documents_needed, showable_limit
 from glmexport.validation.planning import Rates, plan_validation
+from glmexport.validation.statistics import bounds, clustered_mean, documents_needed, showable_limit
 
 RATES = Rates(threads=1, per_position=0.5, bundle_per_position=0.1, fixed=10)
 POLICY = Gates(kl_mean_nats=0.05, ln_perplexity_ratio=0.03, top1_agreement=0.9, minimum_positions=1)

@@ -12,6 +12,7 @@ import torch
 from builds import RECIPE, Run, Sample, build, small_checkpoint, write_recipe
 
 from benchmarks.faults import FAULTS, Stored, plant
+from glmexport.bundle.bundle import Bundle
 from glmexport.bundle.manifest import MANIFEST, read_manifest
 from glmexport.formats.quantized_linear import QuantizedLinear
 from glmexport.foundation.errors import EXIT_BLOCK
@@ -23,7 +24,7 @@ from glmexport.results.record import Verdict
 from glmexport.results.weights import WeightCheck
 from glmexport.validation.gates import weight_gates
 from glmexport.validation.weights import check_weights, row_distances
-from glmexport.workflows.job import Original
+from glmexport.workflows.original import Original
 
 #: What has to be named, by the fault.
 NAMED = {
@@ -39,7 +40,7 @@ NAMED = {
 def checked(bundle: Path, checkpoint: Path) -> WeightCheck:
     original = Original.open(str(checkpoint), Silent())
     reference = Reference(original.checkpoint, original.architecture)
-    return check_weights(bundle, read_manifest(bundle), reference, Silent())
+    return check_weights(Bundle.open(bundle), reference, Silent())
 
 
 def test_nothing_is_wrong_with_a_bundle_as_it_is(sample: Sample) -> None:

@@ -17,6 +17,7 @@ from glmexport.results.record import Verdict
 from glmexport.tokenizer.tokenizer import Tokenizer
 from glmexport.validation.gates import prompt_gate
 from glmexport.validation.prompts import golden_conversations, golden_prompts, prompt_parity
+from glmexport.validation.texts import EvaluationSet
 
 DOCUMENTS = [Document("a", "en", "Take one tablet twice a day."), Document("b", "zh", "每日服用两次，每次一片。")]
 
@@ -32,7 +33,8 @@ def copied(sample: Sample, tmp_path: Path) -> Path:
 
 
 def parity_of(checkpoint: Path, bundle: Path, documents: list[Document] = DOCUMENTS) -> PromptParity | None:
-    return prompt_parity(golden_prompts(Checkpoint.open(checkpoint), documents), Tokenizer.open(bundle))
+    evaluation = EvaluationSet(documents, Tokenizer.open(checkpoint))
+    return prompt_parity(golden_prompts(Checkpoint.open(checkpoint), evaluation), Tokenizer.open(bundle))
 
 
 def test_golden_conversations_are_in_every_language() -> None:

@@ -11,17 +11,9 @@ from scipy import stats
 from glmexport.foundation.target import Gates
 from glmexport.results.fidelity import Estimate, Fidelity, LanguageFidelity
 from glmexport.results.record import Verdict
-from glmexport.results.statistics import (
-    Kind,
-    bounds,
-    clustered_mean,
-    difference,
-    documents_needed,
-    holm,
-    log_ratio,
-    p_value,
-)
+from glmexport.results.statistics import difference, holm, log_ratio
 from glmexport.validation.gates import apply_gates, verdict_of
+from glmexport.validation.statistics import Kind, bounds, clustered_mean, documents_needed, p_value
 
 EXPERIMENTS = 1000
 POLICY = Gates(kl_mean_nats=0.05, ln_perplexity_ratio=0.03, top1_agreement=0.9, minimum_positions=1)
@@ -230,9 +222,7 @@ def verdicts(languages: int, **damage: float) -> dict[Verdict, float]:
     random = np.random.default_rng(7)
     found: list[Verdict] = []
     for _ in range(EXPERIMENTS):
-        rows = tuple(
-            Language(random).row(f"x{index}", **(damage if index == 0 else {})) for index in range(languages)
-        )
+        rows = tuple(Language(random).row(f"x{index}", **(damage if index == 0 else {})) for index in range(languages))
         fidelity = Fidelity.model_construct(languages=rows)
         found.append(verdict_of(apply_gates(fidelity, POLICY)))
     return {verdict: found.count(verdict) / EXPERIMENTS for verdict in Verdict}

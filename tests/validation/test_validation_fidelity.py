@@ -13,11 +13,11 @@ from glmexport.foundation.target import Gates, Limits
 from glmexport.results.fidelity import Estimate, Fidelity, LanguageFidelity
 from glmexport.results.gate import Gate
 from glmexport.results.record import Verdict
-from glmexport.results.statistics import Kind
 from glmexport.tokenizer.tokenizer import Tokenizer
 from glmexport.validation.divergence import Divergence, divergence
 from glmexport.validation.fidelity import summarize
 from glmexport.validation.gates import apply_gates, build_gates, verdict_of
+from glmexport.validation.statistics import Kind
 from glmexport.validation.texts import EvaluationText
 
 GATES = Gates(kl_mean_nats=0.1, ln_perplexity_ratio=0.05, top1_agreement=0.85, minimum_positions=100)

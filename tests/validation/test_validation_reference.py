@@ -27,7 +27,7 @@ from glmexport.tokenizer.tokenizer import Tokenizer
 from glmexport.validation.fidelity import Streamed, compare
 from glmexport.validation.reference import reference_states
 from glmexport.validation.texts import EvaluationText, evaluation_texts
-from glmexport.workflows.job import Original
+from glmexport.workflows.original import Original
 
 TOLERANCE = 1e-5
 
@@ -143,9 +143,8 @@ def test_weights_in_place_of_the_original_s(sample: Sample, tmp_path: Path) -> N
         return torch.zeros(original.checkpoint.shape(name)) if name == key else None
 
     embedded = reference.embed(torch.cat([text.ids for text in texts]))
-    states = reference_states(
-        reference, texts, tmp_path, Silent(), substitute=substitute, embed=lambda _: embedded * 2
-    )
+    given = reference.exchanged(substitute, lambda _: embedded * 2)
+    states = reference_states(given, texts, tmp_path, Silent())
     assert key in asked
     with torch.inference_mode():
         changed = copy.deepcopy(sample.model)

@@ -18,7 +18,7 @@ from glmexport.results.reference import ReferenceCheck
 from glmexport.validation.gates import reference_gate
 from glmexport.validation.texts import EvaluationText
 from glmexport.validation.whole_model import check_reference
-from glmexport.workflows.job import Original
+from glmexport.workflows.original import Original
 
 
 def texts(*lengths: int) -> list[EvaluationText]:

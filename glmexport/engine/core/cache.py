@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -89,6 +89,12 @@ def cache_specs(session: onnxruntime.InferenceSession, outputs: Mapping[str, str
         for value in session.get_inputs()
         if value.name in outputs
     )
+
+
+def unkept_specs(session: onnxruntime.InferenceSession, given: Collection[str]) -> tuple[CacheSpec, ...]:
+    """Return the caches of a graph, which are all inputs but those ``given``, for runs that do not keep them."""
+    names = [value.name for value in session.get_inputs() if value.name not in given]
+    return cache_specs(session, dict.fromkeys(names, ""))
 
 
 class Caches(Protocol):

@@ -48,32 +48,34 @@ class LanguageGuess:
     share: float
 
 
-def primary(tag: str) -> str:
+def primary_language(tag: str) -> str:
     """Return the language that a BCP-47 tag counts as: ``zh-Hant`` as ``zh``, ``nb`` as ``no``, ``ms`` as ``id``."""
     first = tag.replace("_", "-").partition("-")[0].lower()
     return _FIRST.get(first, first)
 
 
-def language(text: str) -> LanguageGuess | None:
+def detect_language(text: str) -> LanguageGuess | None:
     """Return the language that most of ``text`` is in; None where there is too little of it to tell."""
     prose = _CODE.sub(" ", text)
     if len(_LETTERLESS.sub("", prose).encode("utf-8", "surrogatepass")) < LEAST_BYTES:
         return None
     shares: dict[str, float] = {}
     for tag, share in _identifier().rank(prose):
-        shares[primary(tag)] = shares.get(primary(tag), 0.0) + share
+        shares[primary_language(tag)] = shares.get(primary_language(tag), 0.0) + share
     tag = max(shares, key=shares.__getitem__)
     if tag == _NO_LANGUAGE or shares[tag] < LEAST_SHARE:
         return None
     return LanguageGuess(tag, min(shares[tag], 1.0))
 
 
-def knows(tag: str) -> bool:
+def knows_language(tag: str) -> bool:
     """Return whether texts in the language of a BCP-47 tag can be recognized."""
-    return primary(tag) in {primary(label) for label in _identifier().labels if label != _NO_LANGUAGE}
+    return primary_language(tag) in {primary_language(label) for label in _identifier().labels if label != _NO_LANGUAGE}
 
 
-def drifted(prompt_language: str | None, original: LanguageGuess | None, bundle: LanguageGuess | None) -> bool | None:
+def has_drifted(
+    prompt_language: str | None, original: LanguageGuess | None, bundle: LanguageGuess | None
+) -> bool | None:
     """Return whether the bundle wrote in another language than both what was asked for and what the original wrote.
 
     Args:
@@ -86,8 +88,8 @@ def drifted(prompt_language: str | None, original: LanguageGuess | None, bundle:
         None if it cannot be told: the bundle wrote too little, or there is nothing to compare it with.
     """
     expected = {guess.tag for guess in (original,) if guess is not None}
-    if prompt_language is not None and knows(prompt_language):
-        expected.add(primary(prompt_language))
+    if prompt_language is not None and knows_language(prompt_language):
+        expected.add(primary_language(prompt_language))
     if bundle is None or not expected:
         return None
     return bundle.tag not in expected

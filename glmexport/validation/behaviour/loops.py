@@ -24,7 +24,7 @@ class Loop:
     start: int
 
 
-def loop(tokens: Sequence[int]) -> Loop | None:
+def find_loop(tokens: Sequence[int]) -> Loop | None:
     """Return the loop of the shortest period that the text ends in, wherever in its block it was cut.
 
     The result is None if there is none.

@@ -16,9 +16,9 @@ from glmexport.foundation.progress import Progress
 from glmexport.results.behaviour import Answer, Behaviour, Concurrency, LanguageBehaviour, TaskGroup, Translation
 from glmexport.results.paired import Paired
 from glmexport.tokenizer.tokenizer import Tokenizer
-from glmexport.validation.behaviour.drift import drifted, knows, language, primary
-from glmexport.validation.behaviour.loops import loop
-from glmexport.validation.behaviour.paired import paired
+from glmexport.validation.behaviour.drift import detect_language, has_drifted, knows_language, primary_language
+from glmexport.validation.behaviour.loops import find_loop
+from glmexport.validation.behaviour.paired import compare_paired
 from glmexport.validation.behaviour.questions import TOOLS, Question
 from glmexport.validation.behaviour.tasks import Task, chrf, score
 
@@ -123,7 +123,7 @@ def judge(
     ]
 
     def compare(chosen: Sequence[JudgedAnswer], before: Sequence[float], after: Sequence[float]) -> Paired:
-        return paired(before, after, ids=[each.question.id for each in chosen])
+        return compare_paired(before, after, ids=[each.question.id for each in chosen])
 
     told = [each for each in judged if each.drifted is not None]
     calls = [each for each in judged if each.question.kind == "tools" and _called(each.texts[0])]
@@ -141,7 +141,7 @@ def judge(
         ln_length_ratio=ratio,
         ln_length_ratio_error=error,
         loops=compare(
-            judged, [not loop(each.original) for each in judged], [not loop(each.bundle) for each in judged]
+            judged, [not find_loop(each.original) for each in judged], [not find_loop(each.bundle) for each in judged]
         ),
         ended=compare(
             judged, *([answers.ended(tokens) for tokens in side] for side in (answers.original, answers.bundle))
@@ -186,11 +186,11 @@ def _moved(question: Question, before: str, after: str) -> bool | None:
     """Where the original itself answers in another language than it was asked in, none is lost."""
     if question.kind == "tools":
         return None
-    original = language(before)
+    original = detect_language(before)
     asked = question.language
-    if original is None or (asked and knows(asked) and original.tag != primary(asked)):
+    if original is None or (asked and knows_language(asked) and original.tag != primary_language(asked)):
         return None
-    return drifted(asked, original, language(after))
+    return has_drifted(asked, original, detect_language(after))
 
 
 def _groups(tasks: Sequence[Task], scores: Mapping[str, tuple[float, float]]) -> tuple[TaskGroup, ...]:
@@ -204,7 +204,7 @@ def _groups(tasks: Sequence[Task], scores: Mapping[str, tuple[float, float]]) ->
                 metric=metric,
                 original=float(np.mean(before)),
                 bundle=float(np.mean(after)),
-                change=paired(before, after, ids=chosen),
+                change=compare_paired(before, after, ids=chosen),
             )
         )
     return tuple(groups)
@@ -238,8 +238,8 @@ def _summary(name: str, judged: Sequence[JudgedAnswer], answers: Answers) -> Lan
         tokens_bundle=sum(len(each.bundle) for each in judged),
         ended_original=sum(answers.ended(each.original) for each in judged),
         ended_bundle=sum(answers.ended(each.bundle) for each in judged),
-        loops_original=sum(loop(each.original) is not None for each in judged),
-        loops_bundle=sum(loop(each.bundle) is not None for each in judged),
+        loops_original=sum(find_loop(each.original) is not None for each in judged),
+        loops_bundle=sum(find_loop(each.bundle) is not None for each in judged),
         drift_judged=sum(each.drifted is not None for each in judged),
         drifted=sum(each.drifted is True for each in judged),
     )

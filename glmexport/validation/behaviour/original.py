@@ -66,7 +66,8 @@ def verified_answers(
         for place, index in enumerate(order):
             # The last row says what follows the whole draft.
             rows = states.load(place)[0, texts[place].prefix - 1 :]
-            _accept(answers[index], drafts[index], reference.logits(rows).argmax(-1).tolist(), ends, limits[index])
+            wanted = reference.logits(rows).argmax(-1).tolist()
+            answers[index] += accepted(drafts[index], wanted, ends, limits[index] - len(answers[index]))
         unfinished = [
             index
             for index in unfinished
@@ -77,11 +78,16 @@ def verified_answers(
     return answers, passes
 
 
-def _accept(answer: list[int], draft: Sequence[int], wanted: Sequence[int], ends: Collection[int], limit: int) -> None:
-    """Append the draft as far as it is what the original ``wanted``, and the token that it wanted next."""
+def accepted(draft: Sequence[int], wanted: Sequence[int], ends: Collection[int], room: int) -> list[int]:
+    """Return the draft as far as it is what the original ``wanted``, and the token that it wanted next.
+
+    At most ``room`` tokens, and nothing behind one of ``ends``.
+    """
+    tokens: list[int] = []
     for place, token in enumerate(wanted):
-        if len(answer) == limit:
-            return
-        answer.append(token)
+        if len(tokens) == room:
+            break
+        tokens.append(token)
         if token in ends or place == len(draft) or draft[place] != token:
-            return
+            break
+    return tokens

@@ -27,7 +27,7 @@ _ROUNDING = 1e-12
 _SHARES, _HALVINGS = 64, 20
 
 
-def paired(
+def compare_paired(
     original: Sequence[float], bundle: Sequence[float], *, ids: Sequence[str] | None = None, confidence: float = 0.95
 ) -> Paired:
     """Compare the scores [N] of the same tasks, 0 to 1.

@@ -20,23 +20,19 @@ from glmexport.validation.behaviour.measure import Answers, answers_together, bu
 from glmexport.validation.behaviour.original import verified_answers
 from glmexport.validation.behaviour.questions import Question, questions, task_question
 from glmexport.validation.behaviour.tasks import Task
+from glmexport.validation.conditions import BehaviourPlan
 from glmexport.validation.reference import reference_states
 from glmexport.validation.shares import bundle_answer
 from glmexport.validation.texts import EvaluationText
 
 
 @dataclass(frozen=True)
-class BehaviourPlan:
-    """The number of questions of each kind."""
+class BundleSessions:
+    """The sessions of a bundle: one that answers, one that scores texts, and its own tokenizer, as a server has it."""
 
-    #: Number of texts a language to go on with.
-    each: int = 8
-    #: Number of sentences from English into every other language.
-    translations: int = 3
-    #: Number of tokens at which an answer is cut.
-    max_tokens: int = 64
-    #: Number of prompts at a time, once everything was asked alone; 0 leaves that out.
-    batch: int = 4
+    generation: GenerationSession
+    scoring: ScoringSession
+    tokenizer: Tokenizer
 
 
 def questions_for(
@@ -77,10 +73,8 @@ def task_questions(
 def ask(
     shipped: Sequence[Question],
     tasks: Sequence[Task],
-    session: GenerationSession,
-    scoring: ScoringSession,
+    sessions: BundleSessions,
     reference: Reference,
-    tokenizer: Tokenizer,
     *,
     plan: BehaviourPlan,
     scratch: Path,
@@ -91,6 +85,7 @@ def ask(
     Raises:
         InputError: a task fills the context.
     """
+    session, tokenizer = sessions.generation, sessions.tokenizer
     texts, own = task_questions(tasks, tokenizer, plan, session.context_length)
     asked = [*shipped, *(_fitted(question, session.context_length) for question in own)]
     bundle = bundle_answers(session, asked, progress)
@@ -99,7 +94,7 @@ def ask(
     if texts:
         states = reference_states(reference, texts, scratch, progress, label="Original's choices")
         before = choice_scores(tasks, texts, lambda index: reference.logits(states.states(index)))
-        after = choice_scores(tasks, texts, partial(bundle_answer, scoring, texts))
+        after = choice_scores(tasks, texts, partial(bundle_answer, sessions.scoring, texts))
         choices = {id_: (score, after[id_]) for id_, score in before.items()}
     return judge(asked, _answers(session, asked, original, bundle, passes, plan, progress), tokenizer, tasks, choices)
 

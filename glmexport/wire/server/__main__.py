@@ -55,14 +55,14 @@ def run(command: str, root: Root, arguments: list[str], tell: Tell) -> None:
         tell({"event": "status", **status(root)})
     elif command == "hold":
         root.make()
-        hold(root, tell)
+        hold_turn(root, tell)
     elif command == "prune":
         with root.alone():
             prune(root, int(arguments[0]), tell)
     else:
         order = read_order(root, arguments[0])
         root.make()
-        trust(root, order)
+        keep_trust(root, order)
         if command == "preflight":
             tell({"event": "facts", **preflight(root, order)})
         elif command == "missing":
@@ -81,7 +81,7 @@ def run(command: str, root: Root, arguments: list[str], tell: Tell) -> None:
             raise Failure("usage", f"There is no command {command!r}.", "See the program's first lines.")
 
 
-def hold(root: Root, tell: Tell) -> None:
+def hold_turn(root: Root, tell: Tell) -> None:
     """Hold the turn to send until whoever asked is done, or is gone: then nothing more comes from there."""
     with root.alone(PATIENCE_S, "sending"):
         tell({"event": "held"})
@@ -103,7 +103,7 @@ def read_order(root: Root, name: str) -> dict[str, Any]:
     return order
 
 
-def trust(root: Root, order: dict[str, Any]) -> None:
+def keep_trust(root: Root, order: dict[str, Any]) -> None:
     """Keep the key that releases are signed with, when the first one comes.
 
     Raises:
@@ -136,8 +136,8 @@ def preflight(root: Root, order: dict[str, Any]) -> dict[str, Any]:
     ledger = Ledger(root.ledger)
     return {
         **facts,
-        **receiving.space(root),
-        "received_bytes": receiving.received(root),
+        **receiving.free_space(root),
+        "received_bytes": receiving.received_bytes(root),
         "current": root.current(),
         "counter": ledger.counter,
     }

@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from glmexport.wire.server.answering import Endpoint, golden, ready
+from glmexport.wire.server.answering import Endpoint, check_golden, wait_until_ready
 from glmexport.wire.server.layout import Root
 from glmexport.wire.server.ledger import BACK, CONFIRMED, REFUSED, SWITCHING, Ledger
-from glmexport.wire.server.verifying import VerifiedRelease, verified
+from glmexport.wire.server.verifying import VerifiedRelease, verify_release
 from glmexport.wire.standalone import Failure, Tell
 
 _PR_SET_PDEATHSIG = 1
@@ -83,7 +83,7 @@ class Activation:
 
     def _verified(self, name: str) -> VerifiedRelease:
         try:
-            return verified(self.root.release(name), self.root.trust)
+            return verify_release(self.root.release(name), self.root.trust)
         except Failure as error:
             self.ledger.append(REFUSED, release=name, why=error.event["message"])
             raise
@@ -98,7 +98,7 @@ class Activation:
         if not port:
             return
         self.tell({"event": "smoke", "port": port})
-        with serving(self.order["serve"], self.root.release(name), port) as alive:
+        with running_server(self.order["serve"], self.root.release(name), port) as alive:
             wrong = self._answers(Endpoint("127.0.0.1", port, None), release, alive)
         if wrong:
             self._refuse(name, f"On port {port}: {wrong}", "The former release still serves. Build and sign another.")
@@ -124,7 +124,7 @@ class Activation:
         self.root.switch(former if former in self.root.names() else None)
         wrong = self._restarted()
         if former and not wrong:
-            wrong = ready(self.endpoint, former, self.order["ready_s"], _nothing)
+            wrong = wait_until_ready(self.endpoint, former, self.order["ready_s"], _nothing)
         self.ledger.append(BACK, release=name, former=former, why=why, answers=wrong)
         self.tell({"event": "rolled back", "release": name, "former": former, "why": why})
         return wrong
@@ -136,7 +136,7 @@ class Activation:
         def tell(index: int, of: int) -> None:
             self.tell({"event": "golden", "index": index, "of": of})
 
-        return ready(endpoint, release.directory.name, self.order["ready_s"], alive) or golden(
+        return wait_until_ready(endpoint, release.directory.name, self.order["ready_s"], alive) or check_golden(
             endpoint, release.directory, self.order["tolerance_nats"], tell
         )
 
@@ -168,7 +168,7 @@ def _nothing() -> None:
 
 
 @contextlib.contextmanager
-def serving(command: list[str], release: Path, port: int) -> Iterator[Callable[[], str | None]]:
+def running_server(command: list[str], release: Path, port: int) -> Iterator[Callable[[], str | None]]:
     """Run a server of ``release`` on ``port`` of the loopback; yields a function that says why it is gone."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("LISTEN_", "NOTIFY_"))}
     with tempfile.TemporaryFile() as output:

@@ -47,7 +47,7 @@ class Endpoint:
             connection.close()
 
 
-def ready(endpoint: Endpoint, release: str, seconds: float, alive: Callable[[], str | None]) -> str | None:
+def wait_until_ready(endpoint: Endpoint, release: str, seconds: float, alive: Callable[[], str | None]) -> str | None:
     """Wait until the server is ready with the folder of that name; return None, or why it is not.
 
     ``alive`` says why the server is gone, and None while it is not.
@@ -69,7 +69,7 @@ def ready(endpoint: Endpoint, release: str, seconds: float, alive: Callable[[], 
     return f"The server was not ready after {seconds:.0f} s: {said}."
 
 
-def golden(endpoint: Endpoint, release: Path, tolerance: float, tell: Callable[[int, int], None]) -> str | None:
+def check_golden(endpoint: Endpoint, release: Path, tolerance: float, tell: Callable[[int, int], None]) -> str | None:
     """Ask every golden prompt of a release; return None, or what is wrong with an answer."""
     path = release / "golden.json"
     if not path.is_file():

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from glmexport.wire.server.layout import Root, contained, write_json
-from glmexport.wire.server.verifying import verified
+from glmexport.wire.server.verifying import verify_release
 from glmexport.wire.standalone import Failure, Tell
 
 #: linux/fs.h: the clone shares its blocks with the original until one of them is written to.
@@ -24,12 +24,12 @@ def tell_missing(root: Root, order: dict[str, Any], tell: Tell) -> None:
     if order["release"] in root.names():
         return
     listed = root.listed()
-    for entry in checked(order):
+    for entry in checked_files(order):
         there = root.held(entry, listed) is not None
         tell({"event": "there" if there else "missing", "path": entry["path"]})
 
 
-def checked(order: dict[str, Any]) -> list[dict[str, Any]]:
+def checked_files(order: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the files of an order.
 
     Raises:
@@ -53,17 +53,17 @@ def assemble(root: Root, order: dict[str, Any], tell: Tell) -> None:
     if name not in root.names():
         if partial.exists():
             shutil.rmtree(partial)
-        files, listed = checked(order), root.listed()
+        files, listed = checked_files(order), root.listed()
         for number, entry in enumerate(files, 1):
             source = root.held(entry, listed)
             if source is None:
                 raise Failure("files", f"{entry['path']} was not sent whole.", "Run the same command again.")
             path = partial / entry["path"]
             path.parent.mkdir(parents=True, exist_ok=True)
-            copy(source, path)
+            copy_file(source, path)
             tell({"event": "assembled", "index": number, "of": len(files)})
         try:
-            verified(partial, root.trust)
+            verify_release(partial, root.trust)
         except Failure:
             shutil.rmtree(partial)
             raise
@@ -73,7 +73,7 @@ def assemble(root: Root, order: dict[str, Any], tell: Tell) -> None:
         path.unlink()
 
 
-def copy(source: Path, path: Path) -> None:
+def copy_file(source: Path, path: Path) -> None:
     """Write a file of its own with the content of ``source``; on file systems that can, it takes no space.
 
     No link: neither onnx nor ONNX Runtime reads weights through one.
@@ -90,7 +90,7 @@ def copy(source: Path, path: Path) -> None:
         shutil.copyfileobj(old, new, 1 << 22)
 
 
-def space(root: Root) -> dict[str, Any]:
+def free_space(root: Root) -> dict[str, Any]:
     """Return the free bytes and inodes for whoever runs this."""
     found = os.statvfs(root.path)
     return {
@@ -100,7 +100,7 @@ def space(root: Root) -> dict[str, Any]:
     }
 
 
-def received(root: Root) -> int:
+def received_bytes(root: Root) -> int:
     """Return the bytes that have been sent already, whole or in part."""
     total = 0
     with contextlib.suppress(FileNotFoundError):

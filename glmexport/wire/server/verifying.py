@@ -19,7 +19,7 @@ class VerifiedRelease(NamedTuple):
     counter: int
 
 
-def verified(directory: Path, trust: Path) -> VerifiedRelease:
+def verify_release(directory: Path, trust: Path) -> VerifiedRelease:
     """Verify a release.
 
     Raises:

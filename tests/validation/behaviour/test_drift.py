@@ -5,18 +5,24 @@ from __future__ import annotations
 import pytest
 
 from glmexport.calibration.corpus import shipped_documents
-from glmexport.validation.behaviour.drift import LanguageGuess, drifted, knows, language, primary
+from glmexport.validation.behaviour.drift import (
+    LanguageGuess,
+    detect_language,
+    has_drifted,
+    knows_language,
+    primary_language,
+)
 
 LANGUAGES = sorted({document.language for document in shipped_documents("evaluation")})
 
 
 @pytest.mark.parametrize("tag", LANGUAGES)
 def test_languages_of_the_corpora_are_recognized(tag: str) -> None:
-    assert knows(tag)
+    assert knows_language(tag)
     texts = [document.text[:400] for document in shipped_documents("evaluation") if document.language == tag][:8]
-    guesses = [guess for text in texts if (guess := language(text))]
+    guesses = [guess for text in texts if (guess := detect_language(text))]
     assert len(guesses) >= 5
-    assert sum(guess.tag == primary(tag) for guess in guesses) >= len(guesses) - 1
+    assert sum(guess.tag == primary_language(tag) for guess in guesses) >= len(guesses) - 1
     assert all(0.5 <= guess.share <= 1 for guess in guesses)
 
 
@@ -36,13 +42,13 @@ def test_languages_of_the_corpora_are_recognized(tag: str) -> None:
     ],
 )
 def test_too_little_prose_has_no_language(text: str) -> None:
-    assert language(text) is None
+    assert detect_language(text) is None
 
 
 def test_code_beside_prose_does_not_count() -> None:
     german = "Diese Funktion addiert zwei Zahlen und gibt ihre Summe an den Aufrufer zurück, ohne etwas zu ändern."
     code = "```python\n" + "return the sum of these numbers and nothing else\n" * 20 + "```"
-    guess = language(f"{german}\n{code}")
+    guess = detect_language(f"{german}\n{code}")
     assert guess is not None and guess.tag == "de"
 
 
@@ -51,11 +57,17 @@ def test_code_beside_prose_does_not_count() -> None:
     [("zh-Hant", "zh"), ("zh_CN", "zh"), ("yue", "zh"), ("nb", "no"), ("ms", "id"), ("iw", "he"), ("DE-at", "de")],
 )
 def test_primary(tag: str, first: str) -> None:
-    assert primary(tag) == first
+    assert primary_language(tag) == first
 
 
 def test_what_is_known() -> None:
-    assert knows("zh-Hans") and knows("nb") and not knows("tlh") and not knows("zxx") and not knows("")
+    assert (
+        knows_language("zh-Hans")
+        and knows_language("nb")
+        and not knows_language("tlh")
+        and not knows_language("zxx")
+        and not knows_language("")
+    )
 
 
 GERMAN, ENGLISH, FRENCH = LanguageGuess("de", 0.9), LanguageGuess("en", 0.9), LanguageGuess("fr", 0.9)
@@ -88,4 +100,4 @@ GERMAN, ENGLISH, FRENCH = LanguageGuess("de", 0.9), LanguageGuess("en", 0.9), La
 def test_drifted(
     asked: str | None, original: LanguageGuess | None, bundle: LanguageGuess | None, moved: bool | None
 ) -> None:
-    assert drifted(asked, original, bundle) is moved
+    assert has_drifted(asked, original, bundle) is moved

@@ -15,9 +15,10 @@ from glmexport.foundation.errors import InputError
 from glmexport.tokenizer.tokenizer import Tokenizer
 from glmexport.validation.behaviour.choices import choice_scores, choice_texts
 from glmexport.validation.behaviour.measure import Answers, judge
-from glmexport.validation.behaviour.plane import BehaviourPlan, ask
+from glmexport.validation.behaviour.plane import BundleSessions, ask
 from glmexport.validation.behaviour.questions import Kind, Question, questions, task_prompt
 from glmexport.validation.behaviour.tasks import Task
+from glmexport.validation.conditions import BehaviourPlan
 
 END = 999
 ENGLISH = "The weather is fine today, and everybody is going out for a long walk in the park beside the river."
@@ -187,4 +188,5 @@ def test_a_task_that_fills_the_context_is_refused(tokenizer: Tokenizer) -> None:
     for settings in ({"metric": "exact", "target": "x"}, {"metric": "choice", "target": 0, "choices": ("x", "y")}):
         task = Task.model_validate({"id": "long", "name": "n", "prompt": "a" * 9, **settings})
         with pytest.raises(InputError, match=r"The task long has \d+ tokens and the context 8"):
-            ask([], [task], Small(), None, None, tokenizer, plan=BehaviourPlan(), scratch=None, progress=None)  # type: ignore[arg-type]
+            sessions = BundleSessions(Small(), None, tokenizer)  # type: ignore[arg-type]
+            ask([], [task], sessions, None, plan=BehaviourPlan(), scratch=None, progress=None)  # type: ignore[arg-type]

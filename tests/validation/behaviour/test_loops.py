@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from glmexport.validation.behaviour.loops import LEAST_REPEATS, LEAST_TOKENS, LONGEST_PERIOD, Loop, loop
+from glmexport.validation.behaviour.loops import LEAST_REPEATS, LEAST_TOKENS, LONGEST_PERIOD, Loop, find_loop
 
 
 def naive(tokens: list[int]) -> Loop | None:
@@ -34,24 +34,24 @@ def looping(draw: st.DrawFn) -> list[int]:
 @example([1] * 24)
 @example([1] * 23)
 def test_as_every_period_tried_one_by_one(tokens: list[int]) -> None:
-    assert loop(tokens) == naive(tokens)
+    assert find_loop(tokens) == naive(tokens)
 
 
 @pytest.mark.parametrize("period", [1, 5, 6, 7, 63, 64])
 def test_the_least_that_is_a_loop(period: int) -> None:
     needed = max(LEAST_TOKENS, LEAST_REPEATS * period)
     tokens = [-1, *(index % period for index in range(needed))]
-    assert loop(tokens) == Loop(period, needed // period, 1)
-    assert loop(tokens[:-1]) is None
+    assert find_loop(tokens) == Loop(period, needed // period, 1)
+    assert find_loop(tokens[:-1]) is None
 
 
 def test_longer_periods_are_not_looked_for() -> None:
-    assert loop(list(range(65)) * 8) is None
+    assert find_loop(list(range(65)) * 8) is None
 
 
 def test_a_loop_that_was_left_again_is_none() -> None:
-    assert loop([1, 2] * 50 + [3]) is None
+    assert find_loop([1, 2] * 50 + [3]) is None
 
 
 def test_a_loop_may_be_cut_within_its_block() -> None:
-    assert loop([9, 9, *[1, 2, 3] * 10, 1]) == Loop(3, 10, 2)
+    assert find_loop([9, 9, *[1, 2, 3] * 10, 1]) == Loop(3, 10, 2)

@@ -16,18 +16,18 @@ from glmexport.results.fidelity import Fidelity
 from glmexport.results.gate import Gate
 from glmexport.results.paired import Paired
 from glmexport.results.record import Verdict
-from glmexport.validation.behaviour.paired import loss_chance, paired
+from glmexport.validation.behaviour.paired import compare_paired, loss_chance
 from glmexport.validation.gates import apply_gates
 from glmexport.validation.losses import Loss, losses
 
 LIMITS = BehaviourLimits(length_ratio=0.1, answers=0.1, chrf=0.03, tasks=0.05)
 POLICY = Gates(kl_mean_nats=1, ln_perplexity_ratio=1, top1_agreement=0.5, minimum_positions=1, behaviour=LIMITS)
-SAME = paired([1] * 200, [1] * 200)
+SAME = compare_paired([1] * 200, [1] * 200)
 
 
 def lost(tasks: int, count: int, gained: int = 0) -> Paired:
     """``count`` of so many tasks lost, and ``gained`` others."""
-    return paired([1] * (tasks - gained) + [0] * gained, [0] * count + [1] * (tasks - count))
+    return compare_paired([1] * (tasks - gained) + [0] * gained, [0] * count + [1] * (tasks - count))
 
 
 def behaviour(
@@ -126,24 +126,24 @@ def test_true_losses_at_the_limit_are_rarely_rejected(tasks: int) -> None:
 
 def test_scores_between_are_students() -> None:
     before, after = [0.5, 0.6, 0.7, 0.4], [0.4, 0.55, 0.5, 0.35]
-    change = paired(before, after)
+    change = compare_paired(before, after)
     test = stats.ttest_1samp([b - a for b, a in zip(before, after, strict=True)], 0.03, alternative="greater")
     assert loss_chance(change, 0.03) == pytest.approx(test.pvalue)
 
 
 def test_losses_that_are_all_alike_are_as_rare_as_what_was_not_seen() -> None:
-    change = paired([0.5, 0.6, 0.7], [0.4, 0.5, 0.6])
+    change = compare_paired([0.5, 0.6, 0.7], [0.4, 0.5, 0.6])
     assert change.standard_error == 0
     # Bound and chance meet: at a confidence of 1 - p the lower bound of the loss is the limit.
     chance = loss_chance(change, 0.03)
     assert chance == pytest.approx(0.93**3)
-    again = paired([0.5, 0.6, 0.7], [0.4, 0.5, 0.6], confidence=1 - chance)
+    again = compare_paired([0.5, 0.6, 0.7], [0.4, 0.5, 0.6], confidence=1 - chance)
     assert -again.upper_bound == pytest.approx(0.03)
     assert loss_chance(change, 0.2) == 1
 
 
 def test_one_score_says_nothing() -> None:
-    assert loss_chance(paired([0.9], [0.1]), 0.03) == 1
+    assert loss_chance(compare_paired([0.9], [0.1]), 0.03) == 1
 
 
 SCORES = st.sampled_from([0, 1]) | st.floats(0, 1)
@@ -157,7 +157,7 @@ SCORES = st.sampled_from([0, 1]) | st.floats(0, 1)
 )
 def test_what_is_too_rare_is_beyond_the_bound(pairs: list[tuple[float, float]], limit: float) -> None:
     before, after = (list(side) for side in zip(*pairs, strict=True))
-    change = paired(before, after)
+    change = compare_paired(before, after)
     if loss_chance(change, limit) < 0.045:
         assert -change.upper_bound > limit - 1e-4
     if -change.upper_bound <= limit - 1e-4:
@@ -175,7 +175,7 @@ def test_much_that_is_lost_blocks() -> None:
     judged = gate(behaviour(ended=lost(200, 80)), "More answers that do not end")
     assert judged.verdict is Verdict.BLOCK
     assert judged.lower is not None and judged.lower > judged.limit
-    translated = paired([0.5 + i / 1000 for i in range(60)], [0.3 + i / 990 for i in range(60)])
+    translated = compare_paired([0.5 + i / 1000 for i in range(60)], [0.3 + i / 990 for i in range(60)])
     assert gate(behaviour(translation=translated), "chrF").verdict is Verdict.BLOCK
     assert gate(behaviour(ratio=1.0, error=0.05), "ln of lengths").verdict is Verdict.BLOCK
     assert gate(behaviour(ratio=-1.0, error=0.05), "ln of lengths").verdict is Verdict.BLOCK
@@ -204,7 +204,7 @@ def test_the_verdict_never_contradicts_the_bounds(tasks: int, count: int) -> Non
 
 def test_how_many_tasks_would_decide() -> None:
     """Without a single change it takes 59 to show that fewer than 5 % are lost, at 95 %: 0.95^59 < 0.05."""
-    group = TaskGroup(name="sums", metric="exact", original=1, bundle=1, change=paired([1] * 20, [1] * 20))
+    group = TaskGroup(name="sums", metric="exact", original=1, bundle=1, change=compare_paired([1] * 20, [1] * 20))
     found = gate(behaviour(tasks=(group,)), "Score lost")
     assert (found.verdict, found.documents_needed, found.needed_unit) == (Verdict.INCONCLUSIVE, 59, "tasks")
     # One of 50 lost: 0.02 with an error of 0.02, 0.03 below the limit.

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from glmexport.foundation.progress import Silent
 from glmexport.reference.reference import Reference
-from glmexport.validation.behaviour.original import Draft, _accept, verified_answers
-from glmexport.workflows.job import Original
+from glmexport.validation.behaviour.original import Draft, accepted, verified_answers
+from glmexport.workflows.original import Original
 
 PROMPTS = [[262, 263, 40, 50], [262, 263], [262, 263, *range(60, 80)], [262, 263, 5, 5, 5]]
 LIMITS = [12, 7, 9, 1]
@@ -99,6 +99,6 @@ def test_any_draft_is_accepted_up_to_what_was_wanted(data: st.DataObject) -> Non
         differs = next((i for i, (a, b) in enumerate(zip(draft, wanted, strict=False)) if a != b), len(draft))
         wanted = [*wanted[: differs + 1], *data.draw(st.lists(TOKENS, min_size=len(draft), max_size=len(draft)))]
         before = len(answer)
-        _accept(answer, draft, wanted[: len(draft) + 1], ends, limit)
+        answer += accepted(draft, wanted[: len(draft) + 1], ends, limit - len(answer))
         assert len(answer) > before and answer == naive[: len(answer)]
     assert answer == naive

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest, multinomial, ttest_1samp
 
-from glmexport.validation.behaviour.paired import difference_bound, mcnemar, paired
+from glmexport.validation.behaviour.paired import compare_paired, difference_bound, mcnemar
 
 
 @given(st.integers(0, 40), st.integers(0, 40))
@@ -57,7 +57,7 @@ def test_no_change_says_that_none_was_seen_in_so_many() -> None:
 
 
 def test_all_lost() -> None:
-    result = paired([1] * 10, [0] * 10)
+    result = compare_paired([1] * 10, [0] * 10)
     assert (result.lost, result.gained, result.mean_difference, result.lower_bound) == (10, 0, -1, -1)
     assert result.mcnemar_p == pytest.approx(2 / 2**10)
     # The least true loss with which ten of ten are no wonder, where everything changes: (1 + loss) / 2 are lost.
@@ -65,7 +65,7 @@ def test_all_lost() -> None:
 
 
 def test_by_hand() -> None:
-    result = paired([1, 1, 0, 1], [1, 0, 1, 0], ids=["a", "b", "c", "d"])
+    result = compare_paired([1, 1, 0, 1], [1, 0, 1, 0], ids=["a", "b", "c", "d"])
     assert (result.tasks, result.lost, result.gained, result.mean_difference) == (4, 2, 1, -0.25)
     # Differences 0, -1, 1, -1: variance 11 / 12 of 4.
     assert result.standard_error == pytest.approx(math.sqrt(11 / 12 / 4))
@@ -76,14 +76,14 @@ def test_by_hand() -> None:
 
 def test_scores_between_are_students() -> None:
     before, after = np.random.default_rng(0).uniform(0, 1, (2, 30))
-    result = paired(list(before), list(after), confidence=0.9)
+    result = compare_paired(list(before), list(after), confidence=0.9)
     interval = ttest_1samp(after - before, 0).confidence_interval(0.8)
     assert (result.lower_bound, result.upper_bound) == pytest.approx((interval.low, interval.high))
     assert result.mcnemar_p is None
 
 
 def test_scores_between_that_do_not_change() -> None:
-    result = paired([0.5] * 20, [0.5] * 20)
+    result = compare_paired([0.5] * 20, [0.5] * 20)
     unseen = 1 - 0.05 ** (1 / 20)
     assert (result.lower_bound, result.upper_bound) == pytest.approx((-unseen, unseen))
     assert result.flips == ()
@@ -91,21 +91,21 @@ def test_scores_between_that_do_not_change() -> None:
 
 @pytest.mark.parametrize("score", [0.5, 1.0])
 def test_one_task_tells_nothing(score: float) -> None:
-    result = paired([score], [score])
+    result = compare_paired([score], [score])
     assert math.isinf(result.standard_error)
     assert result.lower_bound < -0.9 and result.upper_bound > 0.9
 
 
 def test_no_task() -> None:
     with pytest.raises(ValueError, match="no tasks"):
-        paired([], [])
+        compare_paired([], [])
 
 
 @settings(max_examples=40)
 @given(st.lists(st.tuples(st.sampled_from([0, 0.5, 1]), st.sampled_from([0, 0.5, 1])), min_size=1, max_size=25))
 def test_the_upper_bound_is_the_lower_one_of_the_other_way_round(pairs: list[tuple[float, float]]) -> None:
     before, after = (list(side) for side in zip(*pairs, strict=True))
-    there, back = paired(before, after), paired(after, before)
+    there, back = compare_paired(before, after), compare_paired(after, before)
     assert (there.lower_bound, there.upper_bound) == pytest.approx((-back.upper_bound, -back.lower_bound))
     assert there.lower_bound <= there.mean_difference <= there.upper_bound
     assert (there.lost, there.gained) == (back.gained, back.lost)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+from devices.conftest import PROMPTS, TEXTS, Hooked, answered
 from sshd import Sshd
-from validation.devices.conftest import PROMPTS, TEXTS, Hooked, answered
 
 from glmexport.devices.answers import DeviceAnswers
 from glmexport.devices.local import LocalRunner

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from builds import Run, Sample
-from validation.devices.conftest import answered
+from devices.conftest import answered
 
 from glmexport.devices.answers import DeviceAnswers
 from glmexport.devices.kit import KitResultRunner, write_kit

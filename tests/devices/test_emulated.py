@@ -9,7 +9,7 @@ import pytest
 import torch
 from builds import Run, Sample
 from components import emulated_arm64
-from validation.devices.conftest import PROMPTS, TEXTS
+from devices.conftest import PROMPTS, TEXTS
 
 from glmexport.devices.answers import DeviceAnswers
 from glmexport.devices.emulated import EMULATED, open_emulated, prepare

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 from builds import THREADS, Sample
+from devices.conftest import PROMPTS, TEXTS, Hooked, answered
 from safetensors import safe_open
 from safetensors.torch import load_file
-from validation.devices.conftest import PROMPTS, TEXTS, Hooked, answered
 
 import glmexport
 from glmexport.bundle.bundle import Bundle
@@ -174,7 +174,6 @@ def test_it_is_the_same_file_and_runs_where_nothing_of_ours_is() -> None:
     assert content == program()
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         sources = {name: archive.read(name).decode() for name in archive.namelist()}
-    carried = {name.removesuffix(".py").replace("/", ".") for name in sources}
     root = Path(glmexport.__file__).parents[1]
     for path, source in sources.items():
         # What serves here is what is carried there, to the byte.
@@ -193,9 +192,9 @@ def test_it_is_the_same_file_and_runs_where_nothing_of_ours_is() -> None:
             )
         }
         own = {name for name in imported if name.startswith("glmexport")}
-        assert own <= carried
+        assert {f"{name.replace('.', '/')}.py" for name in own} <= sources.keys()
         assert {name.partition(".")[0] for name in imported - own} <= {*sys.stdlib_module_names, "numpy", "onnxruntime"}
-    assert {"glmexport.engine.core.cache", "glmexport.engine.core.sequence"} <= carried
+    assert {"glmexport/engine/core/cache.py", "glmexport/engine/core/sequence.py"} <= sources.keys()
 
 
 def test_its_tensors_are_safetensors(job: Path, tmp_path: Path) -> None:

@@ -183,7 +183,7 @@ def test_values_of_every_type_are_read_back(value: Any) -> None:
     assert parsed.calls[0].arguments[0].value == value
 
 
-PIECES = st.sampled_from([*toolcalls._TAG.pattern.split("|"), "weather", "city", " ", "\n", "3", "<", "tool_call>"])
+PIECES = st.sampled_from([*toolcalls.TAG.pattern.split("|"), "weather", "city", " ", "\n", "3", "<", "tool_call>"])
 
 
 @given(st.lists(PIECES, max_size=20).map("".join))
@@ -192,7 +192,7 @@ def test_any_text_is_read(text: str) -> None:
     parsed = parse(text, TOOLS)
     offsets = [fault.offset for fault in parsed.faults]
     assert offsets == sorted(offsets) and all(0 <= offset < len(text) for offset in offsets)
-    assert not toolcalls._TAG.search(text) or parsed.calls or parsed.faults
+    assert not toolcalls.TAG.search(text) or parsed.calls or parsed.faults
     assert len(parsed.calls) + len(parsed.faults) >= text.count("<tool_call>")
 
 

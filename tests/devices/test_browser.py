@@ -13,13 +13,13 @@ import psutil
 import pytest
 from builds import Sample, build
 from components import require_browser
+from devices.conftest import PROMPTS, TEXTS, Hooked, answered
 from models import write_checkpoint
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import load_file, save_file
-from validation.devices.conftest import PROMPTS, TEXTS, Hooked, answered
 
-from glmexport.bundle.manifest import read_manifest
+from glmexport.bundle.bundle import Bundle
 from glmexport.devices.answers import DeviceAnswers
 from glmexport.devices.browser import BrowserRunner, open_browser
 from glmexport.devices.job import Job, PromptQuestion, TextQuestion, read_job, write_job
@@ -128,10 +128,8 @@ def random_job(folder: Path, bundle: Path, threads: int, texts: int = 2, provide
         for ids in (torch.randint(0, vocabulary, (9 + index,), generator=drawn) for index in range(texts))
     ]
     prompt = PromptQuestion(asked[0].ids[:5].tolist(), 6)
-    manifest = read_manifest(bundle)
-    job = write_job(
-        folder, bundle, manifest, asked, [prompt], vocabulary_size=vocabulary, speed=None, threads=threads
-    )
+    opened = Bundle.open(bundle)
+    job = write_job(folder, opened, asked, [prompt], vocabulary_size=vocabulary, speed=None, threads=threads)
     if provider:
         job = job.model_copy(update={"provider": job.provider.model_copy(update={"name": provider})})
         (folder / "job.json").write_text(job.model_dump_json(), encoding="utf-8")

@@ -10,12 +10,12 @@ import pytest
 from builds import QUICK, THREADS, Sample, run, sample
 from sshd import sshd
 
-from glmexport.bundle.manifest import read_manifest
+from glmexport.bundle.bundle import Bundle
 from glmexport.devices.job import PromptQuestion, SpeedRequest, TextQuestion, write_job
 from glmexport.foundation.progress import Silent, Track
 from glmexport.validation.capture import CapturedReference
 from glmexport.workflows.capture import CaptureOptions, capture_reference
-from glmexport.workflows.job import Original
+from glmexport.workflows.original import Original
 
 __all__ = ["run", "sample", "sshd"]
 TEXTS, PROMPTS = 4, 2
@@ -49,8 +49,7 @@ def job(sample: Sample, reference: CapturedReference, tmp_path_factory: pytest.T
     asked = questions(reference)
     write_job(
         folder,
-        sample.bundle,
-        read_manifest(sample.bundle),
+        Bundle.open(sample.bundle),
         asked,
         [PromptQuestion(text.ids[:8].tolist(), 6) for text in asked[:PROMPTS]],
         vocabulary_size=reference.capture.vocabulary_size,

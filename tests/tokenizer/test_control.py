@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Library
 
-from glmexport.tokenizer.control import ControlTokens, Rendered, _Marked
+from glmexport.tokenizer.control import ControlTokens, MarkedTokenizer, Rendered
 from glmexport.tokenizer.tokenizer import Tokenizer
 
 SPECIAL = ("<|system|>", "<|observation|>", "/nothink")
@@ -168,7 +168,7 @@ def test_with_all_of_its_names_held_a_text_is_as_the_library_has_it(text: str) -
     tokens = ControlTokens(library, [READING])
     held = tokens.written(text)
     expected = library.encode(text, add_special_tokens=False).ids
-    assert _Marked(library, tokens.ids).encode(text, held.control) == tokens.encode(held) == expected
+    assert MarkedTokenizer(library, tokens.ids).encode(text, held.control) == tokens.encode(held) == expected
     assert not {*tokens.encode(text)} & {*tokens.ids.values()}
 
 

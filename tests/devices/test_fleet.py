@@ -20,7 +20,7 @@ from glmexport.foundation.errors import EXIT_INPUT, EXIT_MACHINE, DefinitionErro
 from glmexport.foundation.progress import Progress, Silent
 from glmexport.report.document import read_report
 from glmexport.results.record import Verdict
-from glmexport.validation.behaviour.plane import BehaviourPlan
+from glmexport.validation.conditions import BehaviourPlan
 from glmexport.wire.ssh import SshAddress
 
 

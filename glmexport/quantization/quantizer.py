@@ -1,0 +1,116 @@
+"""Quantizes the matrices of a job in their formats: against a Hessian, to nearest, or as the checkpoint stores them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from glmexport.architecture.description import Linear
+from glmexport.formats.plan import planned_formats
+from glmexport.formats.quantized_linear import QuantizedLinear
+from glmexport.foundation.recipe import Format, Solver
+from glmexport.quantization.job import QuantizationJob
+from glmexport.quantization.moments import Measured
+from glmexport.quantization.nearest import round_to_nearest
+from glmexport.quantization.part import QuantizedPart
+from glmexport.quantization.problem import Problem
+from glmexport.quantization.record import solved_record, unmeasured
+from glmexport.quantization.solve import gptq
+from glmexport.quantization.stored import stored_linear
+
+
+class Quantizer:
+    """Quantizes the matrices of ``job``; ``allocated`` has the formats that a budget gave, by weight key."""
+
+    def __init__(self, job: QuantizationJob, allocated: Mapping[str, Format]) -> None:
+        self.job = job
+        self._formats = {**planned_formats(job.architecture, job.recipe), **allocated}
+
+    def form(self, key: str) -> Format | None:
+        """Return the format of the matrix ``key``; None: it stays in full precision."""
+        return self._formats.get(key)
+
+    def solve(
+        self,
+        linears: tuple[Linear, ...],
+        layer: int | None,
+        measured: Measured,
+        solver: Solver | None = None,
+        tokens: float | None = None,
+    ) -> QuantizedPart:
+        """Quantize the ``linears`` of one tap against what was measured there.
+
+        Args:
+            linears: matrices of one format that read the same.
+            layer: the decoder layer that they belong to; None for the lm_head.
+            measured: its Hessian is used up.
+            solver: how to solve; by default as the recipe says.
+            tokens: how many positions the Hessian rests on; by default all that count.
+        """
+        job = self.job
+        form = self.form(linears[0].weight)
+        assert form is not None and job.calibration is not None
+        solver = solver or job.recipe.solver
+        tokens = job.calibration.effective_tokens if tokens is None else tokens
+        problem = Problem.of(measured.hessian, form, solver, measured.sample, tokens=tokens, consume=True)
+        part = QuantizedPart(largest=measured.largest)
+        for linear in linears:
+            solution = gptq(job.chunks(linear.weight), problem, form, solver, measured.goals.get(linear.weight))
+            if solution.fallback:
+                job.progress.remark(f"{linear.key}: {solution.fallback}.")
+            fold = job.checkpoint.folds.get(linear.weight)
+            folded = fold is not None and fold.columns is not None
+            record = solved_record(linear, layer, solution, tokens, folded=folded)
+            part += QuantizedPart({linear.weight: solution.linear}, (record,))
+        return part
+
+    def round(self, linears: Iterable[Linear], layer: int | None) -> QuantizedPart:
+        """Round ``linears`` to nearest, without any text."""
+        part = QuantizedPart()
+        for linear in linears:
+            form = self.form(linear.weight)
+            assert form is not None
+            matrix = self.rounded(linear.weight, form)
+            part += QuantizedPart({linear.weight: matrix}, (unmeasured(linear.weight, layer, linear.part, matrix),))
+        return part
+
+    def keep_stored(self, linears: Iterable[Linear], layer: int | None) -> QuantizedPart:
+        """Take over those of ``linears`` that the checkpoint stores quantized, code by code."""
+        part = QuantizedPart()
+        for linear in linears:
+            matrix = self.stored(linear.weight)
+            if matrix is not None:
+                part += QuantizedPart({linear.weight: matrix}, (unmeasured(linear.weight, layer, linear.part, matrix),))
+        return part
+
+    def embedding(self) -> QuantizedPart:
+        """Round the embedding to nearest, if it has a format."""
+        key = self.job.architecture.embedding
+        form = self.form(key)
+        if form is None:
+            return QuantizedPart()
+        matrix = self.rounded(key, form)
+        return QuantizedPart({key: matrix}, (unmeasured(key, None, "embedding", matrix),))
+
+    def rounded(self, key: str, form: Format) -> QuantizedLinear:
+        """Return the matrix ``key`` rounded to nearest in the format ``form``.
+
+        Without a Hessian every column counts the same; at 8 bits the search finds nothing to gain.
+        """
+        searched = self.job.recipe.solver.scale_search and form.bits < 8
+        importance = torch.ones(self.job.checkpoint.shape(key)[1], device=self.job.device) if searched else None
+        return QuantizedLinear.concatenate(
+            [round_to_nearest(chunk, form, importance) for chunk in self.job.chunks(key)]
+        )
+
+    def stored(self, key: str) -> QuantizedLinear | None:
+        """Return the matrix ``key`` as a quantized checkpoint stores it; None if it is in full precision."""
+        return stored_linear(self.job.checkpoint, key, self.job.memory.chunk_weights)
+
+    def expert_solver(self, key: str) -> Solver:
+        """Return how the matrices of the expert with the gate and up projection ``key`` are solved."""
+        solver = self.job.recipe.solver
+        if key not in self.job.architecture.routed:
+            return solver
+        return solver.model_copy(update={"polish_rounds": solver.expert_polish_rounds})

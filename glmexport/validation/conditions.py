@@ -1,0 +1,53 @@
+"""How a bundle is validated: how much is measured, what the bundle has to keep, and in how many threads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from glmexport.foundation.progress import Progress
+from glmexport.foundation.target import Gates
+
+
+@dataclass(frozen=True)
+class BehaviourPlan:
+    """The number of questions of each kind."""
+
+    #: Number of texts a language to go on with.
+    each: int = 8
+    #: Number of sentences from English into every other language.
+    translations: int = 3
+    #: Number of tokens at which an answer is cut.
+    max_tokens: int = 64
+    #: Number of prompts at a time, once everything was asked alone; 0 leaves that out.
+    batch: int = 4
+
+
+@dataclass(frozen=True)
+class ValidationPlan:
+    """How much is measured."""
+
+    positions_per_language: int = 2048
+    longest_text: int = 512
+    #: Texts a language for the shares of the divergence, each of which costs another pass of the original.
+    share_texts: int = 1
+    prompt_tokens: int = 128
+    generated_tokens: int = 64
+    #: Rounds of speed go on for so long; 0: two, which give no bounds.
+    speed_seconds: float = 25
+    #: What computing the original whole may take, beside the rest of this process; None: most of the free memory.
+    max_memory_bytes: int | None = None
+    #: None asks for no answers.
+    behaviour: BehaviourPlan | None = field(default_factory=BehaviourPlan)
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """The conditions under which a bundle is validated on this machine."""
+
+    plan: ValidationPlan
+    #: What the bundle has to keep.
+    policy: Gates
+    #: Of the original, and of everything else but the bundle.
+    threads: int
+    bundle_threads: int
+    progress: Progress

@@ -1,0 +1,98 @@
+"""An opened checkpoint with what it describes, and what a bundle for a target takes of it."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from glmexport.architecture.description import Architecture
+from glmexport.architecture.rope import context_remark
+from glmexport.architecture.tables import remark_on
+from glmexport.architecture.token_prediction import share_tables
+from glmexport.checkpoint.checkpoint import Checkpoint
+from glmexport.foundation.errors import InputError
+from glmexport.foundation.progress import Progress
+from glmexport.foundation.target import Target
+from glmexport.graph.caches import own_loop
+from glmexport.graph.fixed import fixed_sizes
+from glmexport.reference.describe import describe
+from glmexport.tokenizer.tokenizer import Tokenizer
+
+#: Why a bundle that onnxruntime-genai decodes has no draft graph.
+NO_DRAFTS = (
+    "predicts a token further ahead, for speculative decoding, and no answer depends on it; only glmexport's own loop "
+    "drafts with it, and onnxruntime-genai runs this bundle"
+)
+
+
+@dataclass(frozen=True)
+class Original:
+    """An opened checkpoint, what it describes, its tokenizer, and the tensors that are left out and why."""
+
+    checkpoint: Checkpoint
+    architecture: Architecture
+    tokenizer: Tokenizer
+    unused: dict[str, str]
+
+    @classmethod
+    def open(cls, source: str, progress: Progress, adapter: str | None = None) -> Original:
+        """Open and check, with the adapter that is merged into it, if any; no weight is read."""
+        checkpoint = Checkpoint.open(source, progress, adapter)
+        architecture = describe(checkpoint)
+        checkpoint = architecture.presented(checkpoint)
+        unused = dict(architecture.account(checkpoint))
+        if remark := remark_on(architecture, checkpoint):
+            progress.remark(f"{checkpoint.name}: {remark}.")
+        tokenizer = Tokenizer.open(checkpoint.path)
+        if tokenizer.vocabulary_size > architecture.vocabulary_size:
+            raise InputError(
+                f"{checkpoint.name}: the tokenizer has {tokenizer.vocabulary_size} tokens and the model "
+                f"{architecture.vocabulary_size}.",
+                next_step="Use the tokenizer files that belong to these weights.",
+            )
+        for remark in filter(None, (tokenizer.remark, context_remark(checkpoint.config, architecture.context_length))):
+            progress.remark(remark)
+        return cls(checkpoint, architecture, tokenizer, unused)
+
+    def sharing_tables(self) -> Original:
+        """With one embedding and one lm_head where the layer that predicts further ahead stores copies: reads them."""
+        architecture = share_tables(self.architecture, self.checkpoint)
+        return replace(self, architecture=architecture, unused=dict(architecture.account(self.checkpoint)))
+
+    def drafts(self, target: Target) -> bool:
+        """Whether a bundle for ``target`` can draft tokens by the layer that predicts further ahead."""
+        return self.architecture.token_prediction is not None and own_loop(self.architecture, target.graph)
+
+    def architecture_for(self, target: Target) -> Architecture:
+        """What a bundle for ``target`` consists of, with the context that it has."""
+        built = self.architecture if self.drafts(target) else replace(self.architecture, token_prediction=None)
+        if not target.graph.static_shapes:
+            return built
+        return replace(built, context_length=fixed_sizes(built, target.graph).capacity)
+
+    def unused_for(self, target: Target) -> dict[str, str]:
+        """Tensors that a bundle for ``target`` leaves out, and why."""
+        draft = self.architecture.token_prediction
+        if draft is None or self.drafts(target):
+            return self.unused
+        return self.unused | dict.fromkeys(draft.own_shapes(), NO_DRAFTS)
+
+
+def formats_of(original: Original) -> str:
+    """The stored formats of a quantized checkpoint and how many matrices have each, for people."""
+    counts = Counter(form.label for form in original.checkpoint.quantized.values())
+    return ", ".join(f"{count} x {label}" for label, count in counts.most_common())
+
+
+def listed_unused(unused: Mapping[str, str]) -> dict[str, str]:
+    """The same for people: tensors of one layer that are left out for one reason are one entry."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for key, reason in unused.items():
+        layer = re.match(r"model\.layers\.\d+\.", key)
+        groups.setdefault((layer[0] if layer else key, reason), []).append(key)
+    return {
+        keys[0] if len(keys) == 1 else f"{name}* ({len(keys)} tensors)": reason
+        for (name, reason), keys in groups.items()
+    }

@@ -1,0 +1,262 @@
+"""Names and first sentences of docstrings that a reader understands at once."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import glmexport
+
+PACKAGE = Path(glmexport.__file__).parent
+
+#: Rooms, and modules, whose docstrings were not read yet. It only becomes shorter.
+UNREAD: tuple[str, ...] = (
+    "assembly",
+    "bundle",
+    "demo",
+    "devices",
+    "engine",
+    "formats",
+    "graph.caches",
+    "lm_eval",
+    "quantization",
+    "serving.answer",
+    "serving.guide_program",
+    "serving.guides",
+    "serving.scheduler",
+    "serving.server",
+    "tuning",
+    "validation.bootstrap",
+    "validation.capture",
+    "validation.divergence",
+    "validation.energy",
+    "validation.fidelity",
+    "validation.gates",
+    "validation.losses",
+    "validation.partition",
+    "validation.performance_gates",
+    "validation.planning",
+    "validation.prompts",
+    "validation.reference",
+    "validation.routing",
+    "validation.run",
+    "validation.runtimes",
+    "validation.shares",
+    "validation.speed",
+    "validation.texts",
+    "validation.unrun",
+    "validation.weights",
+    "wire.device",
+    "wire.runner",
+    "wire.ssh",
+    "wire.standalone",
+    "wire.transfer",
+    "workflows",
+)
+#: Classes that share a name with another one, and so have to be renamed. It only becomes shorter.
+SHARED_NAMES: tuple[str, ...] = (
+    "Answer",
+    "Document",
+    "Estimate",
+    "GenaiSequence",
+    "Job",
+    "Measured",
+    "Mixture",
+    "Model",
+    "Original",
+    "Round",
+    "Share",
+    "Source",
+    "Step",
+    "Streams",
+    "Subject",
+    "Turns",
+)
+#: Vague names of functions, methods and classes that have to be renamed, as ``module.name``. It only becomes shorter.
+VAGUE_NAMES: tuple[str, ...] = (
+    "foundation.definition.checked",
+    "lm_eval.answering.Ending.of",
+    "lm_eval.subject.Settings.of",
+    "quantization.problem.Problem.of",
+    "tuning.arithmetic.Variants.of",
+    "tuning.plan.TuningPlan.of",
+    "tuning.slices.SliceBundles.of",
+)
+
+#: Words that no first sentence begins with.
+FRAGMENTS = frozenset(
+    [
+        "As",
+        "At",
+        "Behind",
+        "Between",
+        "By",
+        "For",
+        "From",
+        "How",
+        "In",
+        "Inside",
+        "None",
+        "Of",
+        "On",
+        "Ones",
+        "Over",
+        "Since",
+        "Short",
+        "That",
+        "Theirs",
+        "They",
+        "Those",
+        "To",
+        "Until",
+        "What",
+        "Whatever",
+        "When",
+        "Where",
+        "Which",
+        "Who",
+        "Whose",
+        "Why",
+        "With",
+        "Without",
+    ]
+)
+#: Words that a name needs an object for.
+VAGUE = frozenset(
+    [
+        "Told",
+        "Wish",
+        "Wishes",
+        "Wrong",
+        "Thing",
+        "beside",
+        "checked",
+        "given",
+        "harmless",
+        "held",
+        "kind",
+        "knows",
+        "lacking",
+        "legal",
+        "missing",
+        "of",
+        "parted",
+        "placed",
+        "reached",
+        "shared",
+        "shown",
+        "sources",
+        "tail",
+        "told",
+        "wrong",
+        "written",
+    ]
+)
+
+#: The same of methods, whose class is a part of the name.
+VAGUE_METHODS = frozenset({"of", "told", "wrong"})
+
+Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def modules() -> list[tuple[str, ast.Module]]:
+    """Every module by its dotted name within the package."""
+    found = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        found.append((".".join(part for part in parts if part != "__init__"), ast.parse(path.read_text("utf-8"))))
+    return found
+
+
+MODULES = modules()
+
+
+def is_read(module: str) -> bool:
+    return not any(module == name or module.startswith(f"{name}.") for name in UNREAD)
+
+
+def public(node: ast.Module | ast.ClassDef, name: str) -> Iterator[tuple[str, Documented]]:
+    """What is public in ``node``, and in its classes, by dotted names."""
+    for child in node.body:
+        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and not child.name.startswith("_"):
+            yield f"{name}.{child.name}", child
+            if isinstance(child, ast.ClassDef):
+                yield from public(child, f"{name}.{child.name}")
+
+
+def is_property(node: Documented) -> bool:
+    decorators = getattr(node, "decorator_list", [])
+    return any(ast.unparse(each).rpartition(".")[2] in ("property", "cached_property") for each in decorators)
+
+
+def fault_of(docstring: str, *, of_property: bool) -> str | None:
+    """Return what is wrong with the first sentence of a docstring; None if nothing is."""
+    first = " ".join(docstring.split("\n\n", maxsplit=1)[0].split())
+    words = first.split()
+    if words[0].rstrip(",.:;") in FRAGMENTS and not (of_property and words[0] in ("None,", "Since")):
+        return f"begins with {words[0]!r}"
+    if not re.search(r"[.:][\"')]?$", first):
+        return "does not end with a full stop or a colon"
+    if len(words) < (2 if of_property else 3):
+        return "has too few words to be a sentence"
+    return None
+
+
+@pytest.mark.parametrize("module, tree", MODULES, ids=[name for name, _ in MODULES])
+def test_a_first_sentence_is_one(module: str, tree: ast.Module) -> None:
+    if not is_read(module):
+        return
+    wrong = []
+    for name, node in [(module, tree), *public(tree, module)]:
+        docstring = ast.get_docstring(node)
+        fault = fault_of(docstring, of_property=is_property(node)) if docstring else None
+        if fault:
+            wrong.append(f"{name} {fault}: {docstring.splitlines()[0] if docstring else ''}")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    "docstring, fault",
+    [
+        ("Of the matrix.", "begins with"),
+        ("As ``parse``, of a file.", "begins with"),
+        ("What a host lacks", "begins with"),
+        ("Return the rows", "does not end"),
+        ("The rows.", "too few"),
+        ("Return the rows of a matrix.\n\nOf the last axis.", None),
+        ("A sequence whose\nitems are ids:", None),
+    ],
+)
+def test_a_fragment_is_found(docstring: str, fault: str | None) -> None:
+    found = fault_of(docstring, of_property=False)
+    assert found is None if fault is None else found is not None and fault in found
+
+
+def test_rooms_that_are_unread_exist() -> None:
+    names = {name for name, _ in MODULES}
+    assert all(name in names for name in UNREAD), set(UNREAD) - names
+
+
+def test_no_two_classes_share_a_name() -> None:
+    places = defaultdict(list)
+    for module, tree in MODULES:
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places[node.name].append(module)
+    shared = {name: found for name, found in places.items() if len(found) > 1}
+    assert sorted(shared) == sorted(SHARED_NAMES), shared
+
+
+def test_no_name_is_vague() -> None:
+    vague = [
+        name
+        for module, tree in MODULES
+        for name, _ in public(tree, module)
+        if name.rpartition(".")[2] in (VAGUE if name.rpartition(".")[0] == module else VAGUE_METHODS)
+    ]
+    assert sorted(vague) == sorted(VAGUE_NAMES)
