@@ -48,12 +48,12 @@ def test_the_default_recipe_of_a_target_is_refused_for_no_family_that_it_can_run
     used = {form for key, form in plan.quantized().items() if key in plan.multiplied}
     assert used
     assert not target.weights.symmetric_only or all(form.symmetric for form in used)
+    assert architecture.token_prediction is None
+    if target.graph.activations != "float32":
+        # What is in full precision is half as large (tests/formats/test_plan.py).
+        return
     # The estimate is of the same formats.
     bits = plan.bits(architecture.shapes())
-    if architecture.tied and target.weights.form == "QDQ":
-        # The product reads the table the other way round.
-        bits += plan.bits({architecture.embedding: (architecture.vocabulary_size, architecture.hidden_size)})
-    assert architecture.token_prediction is None
     assert estimate(planned, 1.0, None).bundle_bytes == bits // 8 + architecture.rotary_bytes
 
 

@@ -48,7 +48,7 @@ class BundleWeights:
         self._shapes = shapes
         self._quantized: dict[str, list[_Rows]] = {}
         for tensor in tensors:
-            _refuse_other_use(graph, tensor)
+            _refuse_other_use(graph, tensor, shapes)
             start = 0
             for key in tensor.matrices:
                 stop = start + shapes[key][0]
@@ -128,7 +128,9 @@ class BundleWeights:
         form, parts, span = rows.tensor.format, rows.tensor.parts, slice(rows.start, rows.stop)
         if rows.tensor.layout == "packed":
             whole = sum(self._shapes[key][0] for key in rows.tensor.matrices)
-            packed = {part: self._tensor(name).reshape(whole, -1)[span] for part, name in parts.items()}
+            packed: dict[str, Tensor] = {}
+            for part, name in parts.items():
+                packed[part] = self._tensor(name).reshape(whole, -1)[span]
             # The width of the last group is padding where the matrix does not fill it.
             return QuantizedLinear.unpack(form, packed, columns)
         numbers = {part: self._tensor(name)[:, span].T.contiguous() for part, name in parts.items()}
@@ -163,8 +165,14 @@ class _Rows:
     stop: int
 
 
-def _refuse_other_use(graph: ir.Graph, tensor: StoredTensor) -> None:
-    """Check that the graph has the tensors, and that no node takes the codes for those of another format."""
+def _refuse_other_use(graph: ir.Graph, tensor: StoredTensor, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Check that model and graph have what is noted, and that no node takes the codes for those of another format."""
+    for key in tensor.matrices:
+        if len(shapes.get(key, ())) != 2:
+            raise BundleError(
+                f"bundle.json says where {key} is stored, and the model has no such matrix.",
+                next_step="Build the bundle again.",
+            )
     for name in tensor.parts.values():
         if name not in graph.initializers:
             raise BundleError(

@@ -66,9 +66,9 @@ def _tensor(graph: ir.Graph, codes: str, bits: int, group_size: int, *, columns:
     if not symmetric:
         parts["zero_points"] = f"{beside}.zero_points"
     form = Format.model_validate({"bits": bits, "group_size": group_size, "symmetric": symmetric})
-    return StoredTensor(
-        matrices=tuple(stacked_keys(name)), format=form, parts=parts, layout="columns" if columns else "packed"
-    )
+    layout = "columns" if columns else "packed"
+    values = {"matrices": tuple(stacked_keys(name)), "format": form, "parts": parts, "layout": layout}
+    return StoredTensor.model_validate(values)
 
 
 def stacked_keys(name: str) -> list[str]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from glmexport.foundation.definition import Count, Definition, Number
 from glmexport.foundation.recipe import Format
@@ -110,7 +110,14 @@ class StoredTensor(Definition):
     #: The format in which they are stored: zero points that are spelled out belong to it.
     format: Format
     #: The graph's tensors by what they hold: codes, scales and, where there are any, zero_points.
-    parts: dict[str, str]
+    parts: dict[Literal["codes", "scales", "zero_points"], str]
     #: The layout. ``packed``: as the format's codec packs them, rows along the first axis. ``columns``: codes are
     #: numbers [in, out], signed where there are no zero points, and the others [groups, out].
     layout: Literal["packed", "columns"] = "packed"
+
+    @model_validator(mode="after")
+    def _has_what_the_format_has(self) -> Self:
+        expected = {"codes", "scales"} | ({"zero_points"} if self.format.has_zero_points else set())
+        if set(self.parts) != expected:
+            raise ValueError(f"parts: {self.format.label} is stored as {', '.join(sorted(expected))}")
+        return self

@@ -15,7 +15,6 @@ from glmexport.bundle.names import RECENT_LOGITS, SHORT_STEP
 from glmexport.engine.core.drafting import Drafter, PromptLookup
 from glmexport.engine.core.greedy import step_alone
 from glmexport.engine.core.sequence import Sequence, TrackedSequence
-from glmexport.engine.session import require_provider
 from glmexport.foundation.errors import BundleError
 
 
@@ -33,8 +32,12 @@ class GenaiEngine:
     def __init__(self, bundle: Bundle, config: GenaiConfig, threads: int, profile: Path | None = None) -> None:
         import onnxruntime_genai
 
-        for name in config.providers:
-            require_provider(name, "an ONNX Runtime that has it")
+        if config.providers:
+            # Here, as it takes the Python package onnxruntime along, and none is named where a processor computes.
+            from glmexport.engine.session import require_provider
+
+            for name in config.providers:
+                require_provider(name, "an ONNX Runtime that has it")
         self._genai, self._config = onnxruntime_genai, config
         self.label = f"onnxruntime-genai {onnxruntime_genai.__version__}"
         self.ends, self.context_length = config.ends, config.context_length

@@ -15,7 +15,7 @@ from glmexport.bundle.loop import FixedLoopConfig, LoopConfig
 from glmexport.bundle.names import ATTENTION_MASK, INPUT_IDS, LOGITS, SCORING
 from glmexport.engine.core.cache import unkept_specs
 from glmexport.engine.core.graphs import FixedGraph, GraphNames, MaskedGraph
-from glmexport.engine.opening import fixed_names
+from glmexport.engine.graph_opening import fixed_names
 from glmexport.engine.session import open_session
 from glmexport.foundation.errors import InputError
 

@@ -82,6 +82,16 @@ class AffineCodec:
         zero_points = 0 if self.form.symmetric else rows * 8 * -(-groups * self.form.bits // 8)
         return rows * groups * (self.form.group_size * self.form.bits + 16) + zero_points
 
+    def shapes(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the packed tensors; whole groups of codes, and zero points in whole bytes a row."""
+        bits, groups = self.form.bits, self._groups(columns)
+        every = {
+            "codes": (rows, groups, self.form.group_size * bits // 8),
+            "scales": (rows, groups),
+            "zero_points": (rows, -(-groups * bits // 8)),
+        }
+        return {part: every[part] for part in self.parts}
+
     def fit(self, weights: Tensor, importance: Tensor | None) -> AffineGrid:
         """Return the min-max grid of the group, or the searched one."""
         if importance is None:

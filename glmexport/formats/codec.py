@@ -87,6 +87,9 @@ class Codec(Protocol):
     def stored_bits(self, shape: tuple[int, ...]) -> int:
         """Return the bits that a matrix [N, K] of ``shape`` takes, padding of groups and bytes included."""
 
+    def shapes(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the tensors that a matrix [rows, columns] is packed into, by part."""
+
     def fit(self, weights: Tensor, importance: Tensor | None) -> Grid:
         """Return the grid of a group: the one that covers its range, or the best of a search.
 

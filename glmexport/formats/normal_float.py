@@ -87,6 +87,10 @@ class NormalFloatCodec:
         groups = -(-columns // self.form.group_size)
         return rows * groups * (4 * self.form.group_size + 16)
 
+    def shapes(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the packed tensors; two codes share a byte."""
+        return {"codes": (rows, columns // 2), "scales": (rows, columns // self.form.group_size)}
+
     def fit(self, weights: Tensor, importance: Tensor | None) -> NormalFloatGrid:
         """Return the grid that covers the range, or the best of shrunk ones of both signs, its scale then refitted.
 

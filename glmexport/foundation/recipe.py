@@ -37,6 +37,11 @@ class Format(Definition):
         return self
 
     @property
+    def has_zero_points(self) -> bool:
+        """Whether a zero point is stored for every group."""
+        return self.codec == "affine" and not self.symmetric
+
+    @property
     def label(self) -> str:
         """The short name, for example ``w4g32``, ``w4g128-sym`` or ``nf4g64``."""
         if self.codec != "affine":

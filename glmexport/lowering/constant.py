@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from glmexport.lowering.normal_float import normal_float_constant
 from glmexport.lowering.rewrite import Rewrite
-from glmexport.lowering.stored import note_stored
+from glmexport.lowering.stored import note_stored, stored_part
 from glmexport.quantization.weights import Weights
 
 
@@ -24,27 +24,15 @@ def constant_matrix(rewrite: Rewrite, weights: Weights, key: str) -> ir.Value:
     if form.codec == "nf4":
         return normal_float_constant(rewrite, weights, key)
     groups = -(-columns // form.group_size)
-    stored = rewrite.weight(
-        f"{key}.codes",
-        ir.DataType.UINT8,
-        (rows, groups, form.group_size * form.bits // 8),
-        lambda: weights.packed([key], "codes").numpy(),
-    )
+    stored = stored_part(rewrite, weights, [key], "codes", f"{key}.codes")
     codes = as_numbers(rewrite, _unpacked(rewrite, stored, form.bits))
-    scales = rewrite.weight(
-        f"{key}.scales", ir.DataType.FLOAT16, (rows, groups), lambda: weights.packed([key], "scales").numpy()
-    )
+    scales = stored_part(rewrite, weights, [key], "scales", f"{key}.scales")
     held = {"codes": stored, "scales": scales}
     if form.symmetric:
         middle = np.array(2 ** (form.bits - 1), np.float32)
         (above,) = rewrite.op("Sub", [codes, rewrite.constant(f"middle_{form.bits}", middle)])
     else:
-        packed = rewrite.weight(
-            f"{key}.zero_points",
-            ir.DataType.UINT8,
-            (rows, -(-groups * form.bits // 8)),
-            lambda: weights.packed([key], "zero_points").numpy(),
-        )
+        packed = stored_part(rewrite, weights, [key], "zero_points", f"{key}.zero_points")
         held["zero_points"] = packed
         # The last byte of a row may be filled up.
         points = first_of(rewrite, _unpacked(rewrite, packed, form.bits), groups)

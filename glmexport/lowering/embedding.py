@@ -11,7 +11,7 @@ from glmexport.foundation.target import Target
 from glmexport.graph.operators import nodes_of, text
 from glmexport.lowering.constant import as_numbers, first_of
 from glmexport.lowering.rewrite import MICROSOFT, Rewrite
-from glmexport.lowering.stored import note_stored
+from glmexport.lowering.stored import note_stored, stored_part
 from glmexport.quantization.weights import Weights
 
 FUSED = f"{MICROSOFT}::GatherBlockQuantized"
@@ -65,22 +65,12 @@ class LowerEmbeddingPass(ir.passes.InPlacePass):
             points: NDArray[np.uint8] = self.weights.packed([key], "zero_points").numpy()
             return points
 
-        codes = rewrite.weight(
-            f"{key}.codes",
-            ir.DataType.UINT8,
-            (rows, groups * form.group_size * form.bits // 8),
-            lambda: self.weights.packed([key], "codes").flatten(1).numpy(),
-        )
-        scales = rewrite.weight(
-            f"{key}.scales",
-            ir.DataType.FLOAT16,
-            (rows, groups),
-            lambda: self.weights.packed([key], "scales").numpy(),
-        )
+        codes = stored_part(rewrite, self.weights, [key], "codes", f"{key}.codes", flat=2)
+        scales = stored_part(rewrite, self.weights, [key], "scales", f"{key}.scales")
         if not self.fused:
             points = None
             if not form.symmetric:
-                points = rewrite.weight(f"{key}.zero_points", ir.DataType.UINT8, (rows, packed_groups), zero_points)
+                points = stored_part(rewrite, self.weights, [key], "zero_points", f"{key}.zero_points")
             held = {"codes": codes, "scales": scales} | ({} if points is None else {"zero_points": points})
             note_stored([key], form, held)
             return self._rows(rewrite, form, (codes, scales, points))

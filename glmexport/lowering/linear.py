@@ -15,7 +15,7 @@ from glmexport.foundation.target import Target
 from glmexport.graph.operators import integer, nodes_of, texts
 from glmexport.lowering.normal_float import normal_float_product
 from glmexport.lowering.rewrite import MICROSOFT, Rewrite
-from glmexport.lowering.stored import note_stored, stacked_name
+from glmexport.lowering.stored import note_stored, stacked_name, stored_part
 from glmexport.quantization.weights import Weights
 
 
@@ -115,31 +115,14 @@ class LowerLinearPass(ir.passes.InPlacePass):
 
     def _packed(self, rewrite: Rewrite, keys: list[str], bias: ir.Value | None) -> ir.Value:
         node, name = rewrite.node, stacked_name(keys)
-        form, rows, size, groups = self._layout(node, keys)
-        codes = rewrite.weight(
-            f"{name}.q",
-            ir.DataType.UINT8,
-            (rows, groups, form.group_size * form.bits // 8),
-            lambda: self.weights.packed(keys, "codes").numpy(),
-            same_bytes_as=f"{name}.codes",
-        )
-        scales = rewrite.weight(
-            f"{name}.scales",
-            ir.DataType.FLOAT16,
-            (rows, groups),
-            lambda: self.weights.packed(keys, "scales").numpy(),
-        )
-        (cast,) = rewrite.op("Cast", [scales], {"to": int(ir.DataType.FLOAT)})
-        held = {"codes": codes, "scales": scales}
+        form, rows, size, _ = self._layout(node, keys)
+        held = {"codes": stored_part(rewrite, self.weights, keys, "codes", f"{name}.q", same_bytes_as=f"{name}.codes")}
+        held["scales"] = stored_part(rewrite, self.weights, keys, "scales", f"{name}.scales")
+        (cast,) = rewrite.op("Cast", [held["scales"]], {"to": int(ir.DataType.FLOAT)})
         if not form.symmetric:
-            held["zero_points"] = rewrite.weight(
-                f"{name}.zero_points",
-                ir.DataType.UINT8,
-                (rows, -(-groups * form.bits // 8)),
-                lambda: self.weights.packed(keys, "zero_points").numpy(),
-            )
+            held["zero_points"] = stored_part(rewrite, self.weights, keys, "zero_points", f"{name}.zero_points")
         note_stored(keys, form, held)
-        inputs = [node.inputs[0], codes, cast, held.get("zero_points"), None, bias]
+        inputs = [node.inputs[0], held["codes"], cast, held.get("zero_points"), None, bias]
         while inputs[-1] is None:
             inputs.pop()
         return rewrite.op(

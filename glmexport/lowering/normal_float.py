@@ -8,7 +8,7 @@ import onnx_ir as ir
 from glmexport.formats.normal_float import LEVELS
 from glmexport.graph.operators import integer
 from glmexport.lowering.rewrite import MICROSOFT, Rewrite
-from glmexport.lowering.stored import note_stored, stacked_name
+from glmexport.lowering.stored import note_stored, stacked_name, stored_part
 from glmexport.quantization.weights import Weights
 
 #: What MatMulBnb4 calls the codec.
@@ -26,15 +26,8 @@ def normal_float_product(rewrite: Rewrite, weights: Weights, keys: list[str], bi
     form = weights.form(keys[0])
     assert form is not None
     rows, size = integer(node, "out_features"), integer(node, "in_features")
-    codes = rewrite.weight(
-        f"{name}.q", ir.DataType.UINT8, (rows * size // 2,), lambda: weights.packed(keys, "codes").flatten().numpy()
-    )
-    scales = rewrite.weight(
-        f"{name}.scales",
-        ir.DataType.FLOAT16,
-        (rows * size // form.group_size,),
-        lambda: weights.packed(keys, "scales").flatten().numpy(),
-    )
+    codes = stored_part(rewrite, weights, keys, "codes", f"{name}.q", flat=1)
+    scales = stored_part(rewrite, weights, keys, "scales", f"{name}.scales", flat=1)
     note_stored(keys, form, {"codes": codes, "scales": scales})
     (cast,) = rewrite.op("Cast", [scales], {"to": int(ir.DataType.FLOAT)})
     attributes = {"K": size, "N": rows, "block_size": form.group_size, "quant_type": _NF4}
@@ -49,13 +42,9 @@ def normal_float_constant(rewrite: Rewrite, weights: Weights, key: str) -> ir.Va
     """Return the matrix with that checkpoint key [rows, columns] fp32, in operators over constants."""
     form, (rows, columns) = weights.form(key), weights.shape(key)
     assert form is not None
-    codes = rewrite.weight(
-        f"{key}.codes", ir.DataType.UINT8, (rows, columns // 2), lambda: weights.packed([key], "codes").numpy()
-    )
+    codes = stored_part(rewrite, weights, [key], "codes", f"{key}.codes")
+    scales = stored_part(rewrite, weights, [key], "scales", f"{key}.scales")
     groups = columns // form.group_size
-    scales = rewrite.weight(
-        f"{key}.scales", ir.DataType.FLOAT16, (rows, groups), lambda: weights.packed([key], "scales").numpy()
-    )
     note_stored([key], form, {"codes": codes, "scales": scales})
     places = rewrite.constant("shift_4", np.array(4, np.uint8))
     (high,) = rewrite.op("BitShift", [codes, places], {"direction": "RIGHT"})

@@ -34,11 +34,11 @@ from glmexport.graph.build import build_part
 from glmexport.lowering.pipeline import lower
 from glmexport.quantization.store import WorkDirectory
 from glmexport.quantization.weights import Weights
-from glmexport.reference.divergence import kl_divergence
 from glmexport.reference.reference import Reference
 from glmexport.results.record import badness
 from glmexport.tuning.arithmetic import Variants
 from glmexport.tuning.slices import units
+from glmexport.validation.divergence import kl_divergence
 from glmexport.validation.fidelity import Streamed, position_slices
 from glmexport.validation.statistics import bounds, clustered_mean
 from glmexport.validation.texts import EvaluationText

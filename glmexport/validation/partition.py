@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from glmexport.reference.divergence import kl_divergence
-from glmexport.validation.divergence import Divergence
+from glmexport.validation.divergence import Divergence, kl_divergence
 
 
 @dataclass(frozen=True)

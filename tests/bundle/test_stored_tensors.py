@@ -17,7 +17,8 @@ from glmexport.assembly.graph_files import load_graph
 from glmexport.assembly.read import BundleWeights
 from glmexport.assembly.unnoted import tensors_before_they_were_noted
 from glmexport.assembly.write import graphs_of
-from glmexport.bundle.manifest import MANIFEST, read_manifest, verify_files
+from glmexport.bundle.bundle import Bundle
+from glmexport.bundle.manifest import MANIFEST, read_manifest
 from glmexport.bundle.names import SCORING
 from glmexport.bundle.records import QuantizedMatrix, StoredTensor
 from glmexport.foundation.errors import BundleError
@@ -59,7 +60,7 @@ def test_a_bundle_of_before_opens_and_has_the_same_weights(sample: Sample, tmp_p
     old = without_tensors(sample.bundle, tmp_path / "old")
     manifest = read_manifest(old)
     assert manifest.tensors is None
-    verify_files(old, manifest)
+    Bundle.open(old).verify()
     # What it did not have is not written either: its digest, and with it a signature, stays what it was.
     assert "tensors" not in json.loads(manifest.model_dump_json())
     assert manifest.digest() != read_manifest(sample.bundle).digest()
@@ -70,7 +71,7 @@ def test_a_bundle_of_before_opens_and_has_the_same_weights(sample: Sample, tmp_p
         assert one is not None and other is not None and one.digest() == other.digest()
     original = Original.open(str(sample.checkpoint), Silent())
     reference = Reference(original.checkpoint, original.architecture)
-    found = check_weights(old, manifest, reference, Silent())
+    found = check_weights(Bundle.open(old), reference, Silent())
     assert found.faults == () and found.undecided == 0
 
 
@@ -123,6 +124,7 @@ def test_a_note_that_the_graph_contradicts_is_an_error(sample: Sample) -> None:
     for wrong, reason in (
         (first.model_copy(update={"format": other}), "reads it with bits"),
         (first.model_copy(update={"parts": {**first.parts, "scales": "nowhere"}}), "no such tensor"),
+        (first.model_copy(update={"matrices": ("model.norm.weight",)}), "no such matrix"),
     ):
         with pytest.raises(BundleError, match=reason):
             BundleWeights(graph, [wrong], original.architecture.shapes())
@@ -138,3 +140,10 @@ def test_a_matrix_of_a_manifest_of_before_is_written_as_it_was_read() -> None:
         '"nearest_rows":2,"fallback":null}'
     )
     assert QuantizedMatrix.model_validate_json(written).model_dump_json() == written
+
+
+@pytest.mark.parametrize("parts", [("codes",), ("codes", "scales"), ("codes", "scales", "zeros")])
+def test_a_note_without_what_its_format_stores_is_an_error(parts: tuple[str, ...]) -> None:
+    form = {"bits": 4, "group_size": 32}
+    with pytest.raises(ValueError, match="parts"):
+        StoredTensor.model_validate({"matrices": ["a"], "format": form, "parts": dict.fromkeys(parts, "x")})

@@ -21,7 +21,7 @@ from glmexport.assembly.genai import loop_config
 from glmexport.assembly.write import graphs_of
 from glmexport.bundle.loop import FixedLoopConfig
 from glmexport.engine.core.graphs import FixedGraph
-from glmexport.engine.opening import fixed_names
+from glmexport.engine.graph_opening import fixed_names
 from glmexport.foundation.progress import Silent
 from glmexport.foundation.recipe import Format
 from glmexport.foundation.target import Target, open_target

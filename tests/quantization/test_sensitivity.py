@@ -22,8 +22,8 @@ from glmexport.quantization.deviation import Outputs, of_head, of_states, of_sta
 from glmexport.quantization.memory import MemoryPlan, plan_memory
 from glmexport.quantization.sensitivity import Probe, probe_ids
 from glmexport.quantization.store import WorkDirectory
-from glmexport.reference.divergence import kl_divergence
 from glmexport.reference.reference import Block, Reference
+from glmexport.validation.divergence import kl_divergence
 
 RECIPE = mixed(4.5)
 

@@ -50,7 +50,9 @@ class MaskedGraph:
         """
         longest = max(lengths)
         caches.reserve(longest)
-        mask = (np.arange(longest) < np.array(lengths)[:, None]).astype(np.int64)
+        mask = np.ones((len(lengths), longest), np.int64)
+        for row, length in enumerate(lengths):
+            mask[row, length:] = 0
         given: dict[str, NDArray[Any]] = {self.names.input_ids: ids, self.names.attention_mask: mask}
         given.update(inputs or {})
         return run_graph(self.session, given, outputs, caches)
