@@ -16,9 +16,6 @@ PACKAGE = Path(glmexport.__file__).parent
 
 #: Rooms, and modules, whose docstrings were not read yet. It only becomes shorter.
 UNREAD: tuple[str, ...] = (
-    "engine",
-    "formats",
-    "graph.caches",
     "serving.answer",
     "serving.guide_program",
     "serving.guides",

@@ -1,7 +1,7 @@
-"""Many answers in one step: caches of several sequences side by side, whose next tokens are computed together.
+"""The engine of many answers in one step: caches of several sequences side by side, next tokens computed together.
 
 A processor reads the weights once for all of them, so that a step of eight costs little more than one of two. It adds
-numbers up in another order than for one alone: what an answer is then depends, by rounding, on who else asks.
+numbers up in another order than for one alone: an answer then depends, by rounding, on the other requests.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from glmexport.engine.core.greedy import one_by_one
 from glmexport.engine.core.runtime import end_profile
 from glmexport.engine.core.sequence import Sequence, TrackedSequence
 
-#: Positions that all caches grow by.
+#: Number of positions that all caches grow by.
 _GROWTH = 1024
 
 
 class BatchedEngine:
-    """A graph for any length, with caches of ``slots`` sequences, which are all that there can be at a time."""
+    """A graph for any length, with caches of ``slots`` sequences, the most that there can be at a time."""
 
     batched = True
     chunk = PREFILL_TOKENS
@@ -57,13 +57,13 @@ class BatchedEngine:
         self._slots[slot] = None
 
     def step(self, sequences: abc.Sequence[Sequence], tokens: abc.Sequence[int]) -> NDArray[np.float32]:
-        """Return the logits [n, V] behind one token more of each of the ``sequences``, computed in one run."""
+        """Return the logits [n, V] after one token more of each of the ``sequences``, computed in one run."""
         chosen = [held for sequence in sequences for held in self._slots if held is sequence]
         first, last = (pick(sequence.slot for sequence in chosen) for pick in (min, max))
         ids = np.zeros((last - first + 1, 1), np.int64)
         for sequence, token in zip(chosen, tokens, strict=True):
             ids[sequence.slot - first] = token
-        # Slots in between compute along: what is written there stands behind what counts.
+        # Slots in between compute too: their new positions come after the ones that count.
         lengths = [1 + (len(other.tokens) if other else 0) for other in self._slots[first : last + 1]]
         logits = self.run(first, ids, lengths, self.graph.names.logits)
         for sequence, token in zip(chosen, tokens, strict=True):
@@ -83,7 +83,7 @@ class BatchedEngine:
         return one_by_one(self, prompts, count)
 
     def drafter(self) -> Drafter:
-        """Return what guesses by the text so far."""
+        """Return a drafter that guesses by the text so far."""
         return PromptLookup()
 
     def close(self) -> None:
@@ -92,7 +92,7 @@ class BatchedEngine:
 
 
 class BatchedSequence(TrackedSequence):
-    """One of the sequences, in the ``slot`` of its own; a step by itself computes it alone."""
+    """One of the sequences, in its own ``slot``; a step by itself computes it alone."""
 
     def __init__(self, engine: BatchedEngine, slot: int) -> None:
         super().__init__(engine.context_length, engine.chunk, engine.short_step)
@@ -107,7 +107,7 @@ class BatchedSequence(TrackedSequence):
         return rows
 
     def _rewind(self, length: int) -> None:
-        """What lies behind the tokens that count is written over."""
+        """Do nothing: positions after the tokens that count are written over."""
 
     def _free(self) -> None:
         self._engine.free(self.slot)

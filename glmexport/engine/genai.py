@@ -33,7 +33,7 @@ class GenaiEngine:
         import onnxruntime_genai
 
         if config.providers:
-            # Here, as it takes the Python package onnxruntime along, and none is named where a processor computes.
+            # Imported here, as it needs the Python package onnxruntime; a bundle for the processor names no provider.
             from glmexport.engine.session import require_provider
 
             for name in config.providers:
@@ -56,7 +56,7 @@ class GenaiEngine:
         return GenaiSequence(self._generator(1, length), length, self.chunk)
 
     def step(self, sequences: abc.Sequence[Sequence], tokens: abc.Sequence[int]) -> NDArray[np.float32]:
-        """Return the logits [n, V] behind one token more of each of the ``sequences``, each computed by itself."""
+        """Return the logits [n, V] after one token more of each of the ``sequences``, each computed by itself."""
         return step_alone(sequences, tokens)
 
     def static_batch(self, prompts: abc.Sequence[abc.Sequence[int]], count: int) -> abc.Iterator[list[int]]:
@@ -68,7 +68,7 @@ class GenaiEngine:
             yield [int(token) for token in generator.get_next_tokens()]
 
     def drafter(self) -> Drafter:
-        """Return what guesses by the text so far."""
+        """Return a drafter that guesses by the text so far."""
         return PromptLookup()
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Greedy answers of a bundle, as it is deployed: token by token, guessed ahead, several together, with their logits."""
+"""The greedy answers of a bundle as it is deployed: token by token, guessed ahead, several together, with logits."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class GenerationSession:
         return list(self.stream(prompt, max_tokens))
 
     def distributions(self, prompt: Sequence[int], max_tokens: int) -> Iterator[NDArray[np.float32]]:
-        """Yield the logits [V] fp32 before each greedy token behind ``prompt``, as many as ``stream`` yields tokens.
+        """Yield the logits [V] fp32 before each greedy token after ``prompt``, as many as ``stream`` yields tokens.
 
         Raises:
             InputError: the prompt fills the context.
@@ -78,7 +78,7 @@ class GenerationSession:
         answers: list[list[int]] = [[] for _ in prompts]
         for step in self.engine.static_batch(prompts, self._room(len(prompts[0]), max_tokens)):
             for answer, token in zip(answers, step, strict=True):
-                # Behind its end token a sequence is filled while others go on.
+                # After its end token a sequence is padded while others go on.
                 if not (answer and answer[-1] in self.ends):
                     answer.append(token)
             if all(answer[-1] in self.ends for answer in answers):
@@ -95,7 +95,7 @@ class GenerationSession:
             yield from speculate(sequence, drafter, prompt, count, self._speculation, engine.chunk)
 
     def _room(self, length: int, max_tokens: int) -> int:
-        """Return how many tokens a prompt of that ``length`` can have behind it."""
+        """Return how many tokens can follow a prompt of that ``length``."""
         if length >= self.context_length:
             raise InputError(
                 f"The prompt has {length} tokens and the context {self.context_length}.",

@@ -1,4 +1,4 @@
-"""Engines over graphs in ONNX Runtime: of bundles with caches of their own, and of sequences computed together."""
+"""The engines over graphs in ONNX Runtime: of bundles with caches of their own, and of sequences computed together."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _open_latent(bundle: Bundle, config: LoopConfig, options: EngineOptions) -> 
 def _predictor(
     bundle: Bundle, config: LoopConfig, draft: DraftConfig, options: EngineOptions
 ) -> Callable[[], TokenPredictor]:
-    """Load the draft graph, and return what makes a drafter with it."""
+    """Load the draft graph, and return a function that makes a drafter with it."""
     session = open_session(
         bundle.directory / draft.graph, config.provider, options.threads, config=config.session.config
     )
@@ -128,7 +128,7 @@ def _refuse_batch(bundle: Bundle, options: EngineOptions) -> None:
         )
 
 
-#: What opens the engine of a bundle, by what its loop reads.
+#: The function that opens the engine of a bundle, by the type of its loop's settings.
 GRAPH_ENGINES: Mapping[
     type[LoopConfig | FixedLoopConfig | GenaiConfig], Callable[[Bundle, Any, EngineOptions], Engine]
 ] = {GenaiConfig: _open_batched, LoopConfig: _open_latent, FixedLoopConfig: _open_fixed}

@@ -1,10 +1,10 @@
-"""Sequences of earlier requests that new ones may go on with: the next turn of a conversation begins with the last.
+"""Sequences of earlier requests that new ones may continue: the next turn of a conversation begins with the last.
 
 Reuse changes no answer, not by a bit: runtimes add numbers up in another order for one position than for many, and so
-only whole pieces of a prompt are taken over, behind which the rest is computed in the pieces that it would have anyway.
-What was said before is computed again as part of the prompt.
+only whole pieces of a prompt are taken over, after which the rest is computed in the pieces that it would have anyway.
+Earlier answers are computed again as part of the prompt.
 
-Each key has its own: a prompt that is answered sooner than it could be would tell that somebody has sent it before.
+Each key has its own sequences: a prompt that is answered sooner than it could be would tell that it was sent before.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ from collections import abc
 
 from glmexport.engine.core.sequence import Sequence
 
-#: Room of a sequence is given out in steps of so many tokens, and one more, for a conversation to go on in.
+#: Step in tokens of the room of a sequence, which has one step more, for a conversation to continue in.
 ROOM = 1024
 
 
 def room_for(length: int, context_length: int) -> int:
-    """Return the room, in tokens, of a sequence that needs ``length`` of them and that others may go on with."""
+    """Return the room, in tokens, of a sequence that needs ``length`` of them and that others may continue."""
     return min((-(-length // ROOM) + 1) * ROOM, context_length)
 
 
 class Kept:
-    """The sequences that are kept, those used last behind the others.
+    """The sequences that are kept, those used last at the end.
 
     ``chunk``: positions of a piece of a prompt; None: prompts are not cut, and nothing is kept.
     """
 
     def __init__(self, chunk: int | None) -> None:
         self._chunk = chunk
-        #: With the key that each was asked with.
+        #: The sequences, each with the key of its request.
         self._sequences: list[tuple[int | None, Sequence]] = []
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""The engine that a bundle needs, by what its loop reads."""
+"""The choice of the engine that a bundle needs, by the settings of its loop."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ def open_engine(
     """Load a bundle in the loop that its caches need.
 
     Args:
-        bundle: What to load.
+        bundle: The bundle to load.
         threads: Threads within an operator.
-        batch: Sequences whose steps are computed together, and all that there can be at a time; 0: each alone.
-        speculation: How tokens will be guessed, which may need a graph of its own.
-        profile: What the name of every profile begins with; without it none is written.
+        batch: Number of sequences whose steps are computed together, the most at a time; 0: each alone.
+        speculation: The way to guess tokens, which may need a graph of its own.
+        profile: The beginning of the name of every profile; without it none is written.
 
     Raises:
         InputError: the bundle cannot do the speculation, or its sequences cannot be computed together.
-        BundleError: what its loop reads is broken, or the loop cannot load the bundle.
+        BundleError: the file of its loop is broken, or the loop cannot load the bundle.
         MachineError: this ONNX Runtime has no execution provider of the bundle's.
     """
     options = EngineOptions(threads, batch, speculation, profile)
@@ -42,7 +42,7 @@ def open_engine(
         _check_genai(bundle, options)
         if not batch:
             return GenaiEngine(bundle, loop, threads, profile)
-    # Here, as onnxruntime-genai needs none of the Python package onnxruntime, which takes 20 MiB of memory.
+    # Imported here, as onnxruntime-genai does not need the Python package onnxruntime, which takes 20 MiB of memory.
     from glmexport.engine.graph_opening import GRAPH_ENGINES
 
     return GRAPH_ENGINES[type(loop)](bundle, loop, options)

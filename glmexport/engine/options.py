@@ -1,4 +1,4 @@
-"""Settings that every engine is opened with."""
+"""The settings that every engine is opened with."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from glmexport.engine.speculation import Speculation
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """Settings of an engine, as ``open_engine`` takes them."""
+    """The settings of an engine, as ``open_engine`` takes them."""
 
     threads: int
     batch: int

@@ -1,4 +1,4 @@
-"""Which execution provider ran which node, from the profile that ONNX Runtime writes of a short generation."""
+"""The execution provider of every node, from the profile that ONNX Runtime writes of a short generation."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Node(Definition):
     name: str
     operator: str
     provider: str
-    #: Whether all that it read and wrote are few integers.
+    #: Whether it read and wrote only a few integers.
     small: bool
 
 
@@ -53,7 +53,7 @@ def nodes_of(events: Iterable[dict[str, Any]]) -> tuple[Node, ...]:
 
 
 def placement(nodes: Sequence[Node], provider: str) -> Placement:
-    """Return the ``nodes`` by where they ran, against ``provider``, where the target says that they run."""
+    """Return the ``nodes`` by the provider that ran them, compared with the target's ``provider``."""
     counts = Counter((node.provider, node.operator) for node in nodes)
     elsewhere = [node for node in nodes if node.provider != provider]
     shapes = [node for node in elsewhere if node.provider == CPU and node.operator in SHAPE_OPERATORS and node.small]

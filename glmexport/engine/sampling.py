@@ -1,4 +1,4 @@
-"""Tokens from logits: a pure function of the logits, the settings and one number of the request's own sequence."""
+"""The choice of a token: a pure function of the logits, the settings and one number of the request's own sequence."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-#: Most likely tokens that are looked at first; where they have not the mass that is asked for, all are sorted.
+#: Number of most likely tokens that are sorted first; where they do not have the mass that is asked for, all are.
 _FIRST = 1024
 
 
@@ -26,7 +26,7 @@ class Sampling:
 
 
 class Uniforms:
-    """Numbers in [0, 1): one for each token of an answer, the same whatever else the server does."""
+    """Random numbers in [0, 1): one for each token of an answer, the same whatever else the server does."""
 
     def __init__(self, seed: int) -> None:
         self._generator = np.random.Generator(np.random.Philox(seed))
@@ -58,7 +58,7 @@ def nucleus(probabilities: NDArray[np.float64], mass: float) -> NDArray[np.int64
     count = min(_FIRST, len(probabilities))
     while True:
         if count < len(probabilities):
-            # What is as likely as the last of them belongs to them, so that ids decide and not the partition.
+            # Tokens as likely as the last of them are included, so that ids decide and not the partition.
             least = np.partition(probabilities, -count)[-count]
             candidates = np.flatnonzero(probabilities >= least)
         else:
@@ -72,7 +72,7 @@ def nucleus(probabilities: NDArray[np.float64], mass: float) -> NDArray[np.int64
 
 @dataclass(frozen=True)
 class Likely:
-    """Natural logarithms of the probabilities at temperature 1: of the token taken, and of the most likely ones."""
+    """The natural logarithms of the probabilities at temperature 1: of the token taken, and of the most likely ones."""
 
     logprob: float
     top: tuple[tuple[int, float], ...] = ()

@@ -1,4 +1,4 @@
-"""Logits of every position of a text, as scoring.onnx computes them."""
+"""The logits of every position of a text, as scoring.onnx computes them."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class Scorer(Protocol):
 
 
 class ScoringSession:
-    """scoring.onnx of a bundle, for logits of every position.
+    """The graph scoring.onnx of a bundle, for logits of every position.
 
     Raises:
         MachineError: this ONNX Runtime has no execution provider of the target's name.
-        BundleError: ONNX Runtime refuses the graph, or what the bundle's loop reads is broken.
+        BundleError: ONNX Runtime refuses the graph, or the file of the bundle's loop is broken.
     """
 
     def __init__(self, bundle: Bundle, threads: int) -> None:
@@ -46,7 +46,7 @@ class ScoringSession:
         """Return the logits [length, V] fp32 after each of ``ids`` [length] int64, from empty caches.
 
         Raises:
-            InputError: caches of a fixed capacity do not hold so many.
+            InputError: caches of a fixed capacity do not hold so many positions.
         """
         if self._most is not None:
             require_room(len(ids), self._most)

@@ -35,7 +35,7 @@ def open_session(
     try:
         return create_session(path, settings)
     except MemoryError:
-        # The machine's: building the bundle again would not help.
+        # The machine lacks it: building the bundle again would not help.
         raise
     except Exception as error:  # onnxruntime has no common base class of its own
         reason = next(iter(str(error).splitlines()), type(error).__name__)

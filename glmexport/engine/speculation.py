@@ -18,13 +18,13 @@ from glmexport.foundation.errors import InputError
 
 Method = Literal["lookup", "mtp"]
 
-#: Tokens guessed at a time: MTP was trained for one; a text that repeats itself does so for longer.
+#: Number of tokens guessed at a time: MTP was trained for one; a text that repeats itself does so for longer.
 DEFAULT_TOKENS: dict[Method, int] = {"lookup": 8, "mtp": 1}
 
 
 @dataclass
 class Tally:
-    """A count of guesses: tokens ``drafted`` and ``accepted``, and ``steps`` of the model behind the prompt."""
+    """A count of guesses: tokens ``drafted`` and ``accepted``, and ``steps`` of the model after the prompt."""
 
     steps: int = 0
     drafted: int = 0
@@ -33,7 +33,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class Speculation:
-    """A way to guess, how many ``tokens`` at a time at most, and what became of it so far."""
+    """A way to guess, the most ``tokens`` at a time, and the tally of its guesses so far."""
 
     method: Method
     tokens: int
@@ -62,11 +62,11 @@ def speculate(
     speculation: Speculation,
     chunk: int | None,
 ) -> Iterator[int]:
-    """Yield ``count`` greedy tokens behind ``prompt``.
+    """Yield ``count`` greedy tokens after ``prompt``.
 
     Args:
         sequence: A sequence of which nothing is computed yet, with room for the prompt and ``count`` tokens.
-        drafter: What guesses.
+        drafter: The drafter that guesses.
         prompt: At least one token.
         count: At least one.
         speculation: As many tokens as a short step has positions, less one; its tally is added to.
@@ -83,7 +83,7 @@ def speculate(
         left -= 1
         if left == 0:
             return
-        # The step gives one token more than there are right guesses, and no more than are left are wanted.
+        # The step gives one token more than there are right guesses, and only those that are left are wanted.
         drafts = drafter.propose(token, min(speculation.tokens, left - 1)) if left > 1 else []
         given = sequence.advance([token, *drafts], every=True).argmax(-1).tolist()
         right = next((at for at, draft in enumerate(drafts) if draft != given[at]), len(drafts))

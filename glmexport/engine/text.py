@@ -1,4 +1,4 @@
-"""Text as it comes from a bundle, piece by piece."""
+"""The text of a bundle's answer, piece by piece."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from glmexport.engine.speculation import Speculation
 
 @dataclass(frozen=True)
 class Piece:
-    """A generated token and the text that became certain with it; a character split over tokens comes with the last."""
+    """A generated token and the text that became certain with it; a character of several tokens comes with the last."""
 
     token: int
     text: str

@@ -1,4 +1,4 @@
-"""Guesses by the layer that predicts further ahead, in a graph of its own beside the model's."""
+"""The drafter by the layer that predicts further ahead, in a graph of its own beside the model's."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from glmexport.engine.core.graphs import MaskedGraph
 
 
 class TokenPredictor:
-    """A drafter that has the draft graph of a bundle guess for one sequence of up to ``context_length`` tokens.
+    """A drafter that guesses by a bundle's draft graph for one sequence of up to ``context_length`` tokens.
 
-    Position i of its caches is the pair of hidden state h_i and token t_(i+1), so that it is one token behind the
+    Position i of its caches is the pair of hidden state h_i and token t_(i+1), so that it lags one token behind the
     model: the last hidden state waits until the token is known that it leads to. ``past_hidden`` names the input of the
     hidden states.
     """
@@ -36,13 +36,13 @@ class TokenPredictor:
         self._ids, self._hidden = list(ids[1:]), hidden
 
     def propose(self, following: int, count: int) -> list[int]:
-        """Return ``count`` tokens behind ``following``; behind the first, hidden states are guesses, too."""
+        """Return ``count`` tokens after ``following``; after the first, hidden states are guesses, too."""
         token, hidden = self._read(following)
         drafts = [token]
         while len(drafts) < count:
             token, hidden = self._run([token], hidden)
             drafts.append(token)
-        # What lies behind the length is written over.
+        # Positions after the length are written over.
         self._length -= count - 1
         return drafts
 
@@ -54,7 +54,7 @@ class TokenPredictor:
         return self._run(ids, hidden)
 
     def _run(self, ids: Sequence[int], hidden: NDArray[np.float32]) -> tuple[int, NDArray[np.float32]]:
-        """Return the most likely token behind the last pair, and its hidden state [1, 1, D]."""
+        """Return the most likely token after the last pair, and its hidden state [1, 1, D]."""
         names = self._graph.names
         assert names.hidden is not None
         self._length += len(ids)

@@ -14,7 +14,7 @@ from glmexport.foundation.recipe import Format
 
 
 class AffineGrid:
-    """Evenly spaced levels, of which the zero point names 0."""
+    """Evenly spaced levels, of which the zero point is the code of 0."""
 
     def __init__(self, scale: Tensor, zero_point: Tensor, bits: int) -> None:
         self.scale = scale
@@ -58,21 +58,21 @@ class AffineCodec:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Codes, scales, and zero points where they are not all the middle."""
+        """The names of codes, scales, and zero points where these are not all the middle."""
         return ("codes", "scales") if self.form.symmetric else ("codes", "scales", "zero_points")
 
     @property
     def reach(self) -> float:
-        """2^(bits - 1), the magnitude of a symmetric format's lowest level."""
+        """The magnitude 2^(bits - 1) of a symmetric format's lowest level."""
         return float(2 ** (self.form.bits - 1))
 
     @property
     def searched(self) -> bool:
-        """False at 8 bits, where the search finds nothing to gain."""
+        """Whether the search gains anything, which it does not at 8 bits."""
         return self.form.bits < 8
 
     def holds(self, columns: int) -> bool:
-        """Return True: a short last group is filled up."""
+        """Return True: a short last group is padded."""
         return columns > 0
 
     def stored_bits(self, shape: tuple[int, ...]) -> int:
@@ -120,7 +120,7 @@ class AffineCodec:
     def pack(self, numbers: Numbers) -> dict[str, Tensor]:
         """Return codes [N, G, group_size * bits / 8] uint8, scales [N, G] fp16 and zero points [N, bytes] uint8.
 
-        Columns that pad the last group hold the zero point: whatever a kernel multiplies them with, they add nothing.
+        Columns that pad the last group hold the zero point: they add nothing, whatever a kernel multiplies them with.
         """
         rows, size = numbers.codes.shape
         bits, span = self.form.bits, self.form.group_size
@@ -138,7 +138,7 @@ class AffineCodec:
         return packed
 
     def unpack(self, packed: Mapping[str, Tensor], columns: int) -> Numbers:
-        """Return the numbers, without what fills the last group and the last byte of zero points."""
+        """Return the numbers, without the padding of the last group and of the last byte of zero points."""
         codes, scales, zero_points = packed["codes"], packed["scales"], packed.get("zero_points")
         rows, groups = scales.shape
         bits = self.form.bits

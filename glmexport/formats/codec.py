@@ -1,4 +1,4 @@
-"""Codec: what is done with matrices of one stored format, asked of an object instead of worked out from bits."""
+"""The interface Codec: the operations on matrices of one stored format, as methods of an object for that format."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ class Numbers:
 class Grid(Protocol):
     """The values that one group of every row can have: ``scale`` times a level, of which each code names one.
 
-    Groups are [group, rows], as everything that is rounded. A grid fitted to a group has one scale and one zero point
+    Groups are [group, rows], as in all rounding. A grid fitted to a group has one scale and one zero point
     a row; a format without zero points has zeros there.
     """
 
     @property
     def scale(self) -> Tensor:
-        """[rows] fp32, held exactly by fp16."""
+        """The scale [rows] fp32, which fp16 holds exactly."""
 
     @property
     def zero_point(self) -> Tensor:
-        """[rows] fp32 with integral values."""
+        """The zero point [rows] fp32 with integral values."""
 
     def nearest_(self, scaled: Tensor) -> Tensor:
         """Replace ``scaled`` [..., rows], weights in units of the scale, by their nearest levels, in place."""
@@ -51,27 +51,27 @@ class Grid(Protocol):
         """Return the codes [..., rows] uint8 that are nearest to ``weights`` [..., rows] fp32."""
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Return the weights [..., rows] fp32 that ``codes`` [..., rows] uint8 stand for."""
+        """Return the weights [..., rows] fp32 that ``codes`` [..., rows] uint8 mean."""
 
 
 class Codec(Protocol):
-    """One stored format: how a group is fitted and rounded, how codes lie in bytes, and what they stand for."""
+    """One stored format: the fit and the rounding of a group, the layout of codes in bytes, and their meaning."""
 
     @property
     def form(self) -> Format:
-        """The format that this is the codec of."""
+        """The format of this codec."""
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Names of the tensors that a packed matrix consists of: codes, scales, and zero_points where there are any."""
+        """The names of the tensors of a packed matrix: codes, scales, and zero_points where there are any."""
 
     @property
     def reach(self) -> float:
-        """The largest level, by magnitude: the largest weight of a group has at least this part of its scale."""
+        """The largest level by magnitude: the largest weight of a group is at least the scale times this level."""
 
     @property
     def step(self) -> float:
-        """Mean distance between neighbouring levels."""
+        """The mean distance between neighbouring levels."""
 
     @property
     def searched(self) -> bool:
@@ -82,7 +82,7 @@ class Codec(Protocol):
         """Whether a runtime looks up rows of such a matrix, so that an embedding can have the format."""
 
     def holds(self, columns: int) -> bool:
-        """Whether rows of so many columns can be stored."""
+        """Return whether rows of so many columns can be stored."""
 
     def stored_bits(self, shape: tuple[int, ...]) -> int:
         """Return the bits that a matrix [N, K] of ``shape`` takes, padding of groups and bytes included."""

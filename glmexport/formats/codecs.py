@@ -1,4 +1,4 @@
-"""The codec of every format that there is: the table that a new one is entered in."""
+"""The table of the codec of every format, to which a new one is added."""
 
 from __future__ import annotations
 

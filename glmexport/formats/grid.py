@@ -1,4 +1,4 @@
-"""Scale and zero point of one group of weights: w ~ (q - zero_point) * scale, with q in 0 .. 2^bits - 1.
+"""The scale and zero point of one group of weights: w ~ (q - zero_point) * scale, with q in 0 .. 2^bits - 1.
 
 Every function works on all rows of a matrix at once, with the inputs of one group along the first axis:
 ``weights`` is [group, rows]. Scales are returned as fp32 values that fp16, the type they are stored in, holds
@@ -19,7 +19,7 @@ _FP16_SMALLEST, _FP16_LARGEST = 2.0**-24, 65504.0
 
 
 def minmax_grid(weights: Tensor, form: Format) -> tuple[Tensor, Tensor]:
-    """The grid that just covers the range of the group.
+    """Return the grid that just covers the range of the group.
 
     Args:
         weights: [group, rows] fp32.
@@ -41,23 +41,23 @@ def minmax_grid(weights: Tensor, form: Format) -> tuple[Tensor, Tensor]:
 
 
 def stored_scale(scale: Tensor) -> Tensor:
-    """``scale`` as fp16 holds it: same sign, magnitude clamped to fp16's range; 1 where it is exactly zero."""
+    """Return ``scale`` as fp16 holds it: same sign, magnitude clamped to fp16's range; 1 where it is exactly zero."""
     magnitude = scale.abs().clamp(_FP16_SMALLEST, _FP16_LARGEST)
     return torch.where(scale == 0, 1.0, torch.copysign(magnitude, scale)).half().float()
 
 
 def encode(weights: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
-    """Nearest codes of ``weights`` [..., rows], fp32 with integral values in 0 .. 2^bits - 1."""
+    """Return the nearest codes of ``weights`` [..., rows], fp32 with integral values in 0 .. 2^bits - 1."""
     return (weights / scale).round_().add_(zero_point).clamp_(0, 2**bits - 1)
 
 
 def decode(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """(codes - zero_point) * scale, fp32."""
+    """Return (codes - zero_point) * scale, fp32."""
     return (codes - zero_point) * scale
 
 
 def searched_grid(weights: Tensor, importance: Tensor, form: Format) -> tuple[Tensor, Tensor]:
-    """The grid with the least importance-weighted squared error among shrunk ranges and shifted zero points.
+    """Return the grid with the least importance-weighted squared error among shrunk ranges and shifted zero points.
 
     Then the scale is refitted in closed form on the codes of the best candidate: for fixed c = q - zero_point the
     minimiser of sum_j h_j (w_j - s c_j)^2 is s = sum h w c / sum h c^2.
@@ -65,7 +65,7 @@ def searched_grid(weights: Tensor, importance: Tensor, form: Format) -> tuple[Te
     Args:
         weights: [group, rows] fp32.
         importance: [group] fp32, at least 0; the diagonal D of H = (U + I) D (U + I)^T, which is what an error in
-            that column still costs after the columns behind it have compensated for it.
+            that column still costs after the later columns have compensated for it.
         form: bits and symmetry.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Round to nearest: what a matrix becomes without a Hessian, and what the solver may never be worse than."""
+"""Round to nearest: the result for a matrix without a Hessian, and the one that the solver may never be worse than."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def round_to_nearest(weight: Tensor, form: Format, importance: Tensor | None = N
         grid = codec.fit(columns, None if importance is None else importance[span])
         scales[:, group], zero_points[:, group] = grid.scale, grid.zero_point
         codes[:, span] = grid.encode(columns).T
-    return QuantizedLinear.of(form, codec.numbers(codes, scales, zero_points))
+    return QuantizedLinear.from_numbers(form, codec.numbers(codes, scales, zero_points))
 
 
 def nearest_without_text(weight: Tensor, form: Format, *, searched: bool) -> QuantizedLinear:

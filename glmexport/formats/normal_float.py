@@ -14,7 +14,7 @@ from glmexport.formats.codec import Numbers
 from glmexport.formats.grid import SHRINK, stored_scale
 from glmexport.foundation.recipe import Format
 
-#: As bitsandbytes defines them, which the operator's kernels have as constants.
+#: The levels as bitsandbytes defines them, which the operator's kernels have as constants.
 LEVELS = (
     -1.0,
     -0.6961928009986877,
@@ -45,7 +45,7 @@ class NormalFloatGrid:
         self._between = (self._levels[1:] + self._levels[:-1]) / 2
 
     def nearest_(self, scaled: Tensor) -> Tensor:
-        """Replace by the nearest level, in place."""
+        """Replace ``scaled`` by the nearest levels, in place."""
         return scaled.copy_(self._levels[torch.bucketize(scaled, self._between)])
 
     def levels(self, codes: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Bits into bytes, in the layout of ONNX Runtime's MatMulNBits: the first code of a byte in its lowest bits."""
+"""Codes are packed into bytes in the layout of ONNX Runtime's MatMulNBits: the first code in the lowest bits."""
 
 from __future__ import annotations
 

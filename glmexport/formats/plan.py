@@ -1,4 +1,4 @@
-"""FormatPlan: which format every matrix has under a recipe. Whoever wants to know asks it, and nothing else."""
+"""The plan of formats: the format of every matrix under a recipe, decided here and nowhere else."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ class FormatPlan:
     """The format of every matrix that can have one, by weight key; None: full precision.
 
     One table that is embedding and lm_head has one format, that of the embedding: its codes are fixed before the
-    lm_head has activations to be fitted to. What a layer that drafts has to itself is among the keys.
+    lm_head has activations to be fitted to. The keys include the own matrices of a layer that drafts.
     """
 
     formats: Mapping[str, Format | None]
-    #: Keys of what anything is multiplied by: all but a table that rows are only looked up in.
+    #: The keys of matrices that anything is multiplied by: all but a table that rows are only looked up in.
     multiplied: frozenset[str]
-    #: Keys of tables that rows are looked up in.
+    #: The keys of tables that rows are looked up in.
     looked_up: frozenset[str]
-    #: Number of columns of every matrix.
+    #: The number of columns of every matrix.
     columns: Mapping[str, int] = field(repr=False)
 
     @classmethod
@@ -36,10 +36,10 @@ class FormatPlan:
         """Return the plan of ``recipe`` for ``architecture``.
 
         Args:
-            architecture: with the layer that drafts, where the bundle will have it.
-            recipe: as it is fitted to the target (``fitted``).
-            stored: of a checkpoint that is quantized already, the format of each matrix that is stored so
-                (``stored_formats``). A recipe that keeps them keeps every other linear in full precision.
+            architecture: the architecture, with the layer that drafts if the bundle will have it.
+            recipe: the recipe as it is fitted to the target (``fitted``).
+            stored: the format of each matrix that a quantized checkpoint stores so (``stored_formats``). A recipe that
+                keeps them keeps every other linear in full precision.
         """
         routed, draft = architecture.routed, architecture.token_prediction
         linears = {linear.weight: linear for _, linear in architecture.linears}
@@ -49,7 +49,7 @@ class FormatPlan:
         columns = {key: linear.in_features for key, linear in linears.items()}
         looked_up, heads = {architecture.embedding}, {architecture.lm_head.weight}
         if draft is not None:
-            # Like everything that each token passes.
+            # The layer has the format of all matrices that each token passes.
             every = recipe.linear(mixture=True, routed=False)
             formats |= {linear.weight: tables.get(linear.part, every) for linear in draft.matrices}
             columns |= {linear.weight: linear.in_features for linear in draft.matrices}
@@ -64,7 +64,7 @@ class FormatPlan:
         return cls(formats, frozenset(linears), frozenset(looked_up), columns)
 
     def form(self, key: str) -> Format | None:
-        """Return the format of the matrix with that key; None where it, or a tensor that is none, stays as it is."""
+        """Return the format of the tensor with that key; None where it stays as it is."""
         return self.formats.get(key)
 
     def quantized(self) -> dict[str, Format]:

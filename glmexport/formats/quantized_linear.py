@@ -1,4 +1,4 @@
-"""QuantizedLinear: codes, scales and zero points of one matrix, and the matrix that they stand for."""
+"""A quantized matrix: its codes, scales and zero points, and the matrix that they mean."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class QuantizedLinear:
     """W [N, K] in the format ``form``, with scale and zero point shared by ``group_size`` inputs.
 
     ``codes`` [N, K] uint8; ``scales`` [N, G] fp16; ``zero_points`` [N, G] uint8, None for a format without any;
-    G = ceil(K / group_size). What they stand for is the codec's to say.
+    G = ceil(K / group_size). The codec decides what they mean.
     """
 
     form: Format
@@ -30,14 +30,14 @@ class QuantizedLinear:
     zero_points: Tensor | None
 
     @classmethod
-    def of(cls, form: Format, numbers: Numbers) -> QuantizedLinear:
+    def from_numbers(cls, form: Format, numbers: Numbers) -> QuantizedLinear:
         """Return the matrix of these ``numbers``."""
         return cls(form, numbers.codes, numbers.scales, numbers.zero_points)
 
     @classmethod
     def unpack(cls, form: Format, packed: Mapping[str, Tensor], columns: int) -> QuantizedLinear:
         """Return the matrix that is stored as the ``packed`` tensors, by part; the inverse of ``pack``."""
-        return cls.of(form, codec_of(form).unpack(packed, columns))
+        return cls.from_numbers(form, codec_of(form).unpack(packed, columns))
 
     def pack(self) -> dict[str, Tensor]:
         """Return the tensors that are stored, by part: codes, scales, and zero_points where there are any."""
@@ -45,12 +45,12 @@ class QuantizedLinear:
 
     @property
     def codec(self) -> Codec:
-        """What says how the numbers are stored and what they stand for."""
+        """The codec that says how the numbers are stored and what they mean."""
         return codec_of(self.form)
 
     @property
     def groups(self) -> int:
-        """Scales a row."""
+        """The number of scales in a row."""
         return self.scales.shape[1]
 
     def dequantize(self) -> Tensor:
@@ -96,7 +96,7 @@ class QuantizedLinear:
 
     def take(self, start: int, stop: int) -> QuantizedLinear:
         """Return the matrix of rows ``start`` to ``stop``."""
-        return QuantizedLinear.of(self.form, self._slice(start, stop))
+        return QuantizedLinear.from_numbers(self.form, self._slice(start, stop))
 
     def with_rows(self, chosen: Tensor, other: QuantizedLinear) -> QuantizedLinear:
         """Return the rows ``chosen`` [N] bool of ``other``, of the same format and shape, and the rest of this one."""
@@ -121,12 +121,12 @@ class QuantizedLinear:
 
     @property
     def stored_bits(self) -> int:
-        """Bits of codes, scales and zero points in the types they are stored in, padding of groups included."""
+        """The bits of codes, scales and zero points in the types they are stored in, padding of groups included."""
         return stored_bits(tuple(self.codes.shape), self.form)
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits divided by the number of weights."""
+        """The stored bits divided by the number of weights."""
         return self.stored_bits / self.codes.numel()
 
     @staticmethod

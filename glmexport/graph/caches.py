@@ -1,4 +1,4 @@
-"""Which loop decodes with a graph, and what the caches take that it works on."""
+"""The choice of the loop that decodes with a graph, and the size of its caches."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from glmexport.foundation.target import GraphLimits
 
 
 def own_loop(architecture: Architecture, limits: GraphLimits) -> bool:
-    """Whether a loop of ours decodes with the graph over latents, and not onnxruntime-genai over heads."""
+    """Return whether a loop of ours decodes with the graph over latents, and not onnxruntime-genai over heads."""
     return (
         limits.latent_cache and not limits.static_shapes and architecture.latent_values_per_token is not None
     )
 
 
 def cache_bytes_per_token(architecture: Architecture, limits: GraphLimits) -> int:
-    """What a token of context adds to the caches of all layers, bytes; scales of a quantized cache are per layer."""
+    """Return the bytes that a token of context adds to the caches of all layers; scales do not depend on tokens."""
     if own_loop(architecture, limits):
         assert architecture.latent_values_per_token is not None
         return 4 * architecture.latent_values_per_token

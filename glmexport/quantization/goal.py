@@ -65,7 +65,7 @@ def shrinkage(difference: Tensor, predicted: Tensor, weights: Tensor) -> Tensor:
 def stream_difference(branch: Tensor, ours: Tensor, theirs: Tensor, gain: Tensor | None, epsilon: float) -> Tensor:
     """Return what a branch's last matrix would have to add to its output for the residual stream to be the original's.
 
-    Without a norm behind the matrix that is ``theirs - ours``. With one, the sum is
+    Without a norm after the matrix that is ``theirs - ours``. With one, the sum is
     ours + y / rms(y) * gain, so the difference is brought before the norm with the rms of the original's y;
     channels with almost no gain, where it would explode, are left alone.
 

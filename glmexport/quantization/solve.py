@@ -210,7 +210,7 @@ def reaches(factor: Factor, columns: Tensor, limit: Tensor) -> Tensor:
     """Return which of the ``columns`` c [K, N] have c^T H c >= ``limit`` [N], H damped.
 
     The sum over the steps of the sweep only grows, and the first steps are the shortest and weigh most: most columns
-    are decided long before the last one, and are left out of the steps behind it.
+    are decided long before the last one, and are left out of the steps after it.
     """
     backwards, total = columns.flip(0), torch.zeros_like(limit)
     undecided = torch.arange(len(limit), device=limit.device)
@@ -274,7 +274,7 @@ def _stored(sweep: Sweep, order: ColumnOrder, codec: Codec) -> QuantizedLinear:
     scales, zero_points = sweep.scales.new_empty(rows, len(groups)), sweep.scales.new_empty(rows, len(groups))
     scales[:, groups] = sweep.scales.T
     zero_points[:, groups] = sweep.zero_points.T
-    return QuantizedLinear.of(codec.form, codec.numbers(codes, scales, zero_points))
+    return QuantizedLinear.from_numbers(codec.form, codec.numbers(codes, scales, zero_points))
 
 
 def _project(factor: Factor, columns: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The work directory of a walk: quantized matrices and activations, committed block by block.
 
 A step (the embedding, a block, the head) is committed by its record, which is written last and names the size and
-SHA-256 of every file of the step. Whatever a killed walk leaves behind without a record does not exist.
+SHA-256 of every file of the step. Whatever a killed walk leaves without a record does not exist.
 """
 
 from __future__ import annotations

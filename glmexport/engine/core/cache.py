@@ -1,4 +1,4 @@
-"""Caches of a graph: what they are, where they lie in memory, and the one way to run a graph with them."""
+"""The caches of a graph: their kinds, their memory, and the one way to run a graph with them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-#: The numpy type for each type of cache; numpy has no bfloat16, so that of its bits.
+#: The numpy type for each type of cache; numpy has no bfloat16, so it has the type of its bits.
 CACHE_TYPES: Mapping[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
@@ -20,9 +20,9 @@ CACHE_TYPES: Mapping[str, np.dtype[Any]] = {
     "int8": np.dtype(np.int8),
     "uint8": np.dtype(np.uint8),
 }
-#: Sizes of a cache that a sequence decides; every other size is a number. On the axis of positions ``past_sequence``
-#: says that the output is the input with the new positions behind it, and ``capacity`` that new positions are written
-#: into a buffer that is both.
+#: The sizes of a cache that a sequence decides; every other size is a number. On the axis of positions
+#: ``past_sequence`` says that the output is the input with the new positions after it, and ``capacity`` that new
+#: positions are written into a buffer that is both.
 BATCH, PAST_SEQUENCE, CAPACITY = "batch", "past_sequence", "capacity"
 _NAMES = {
     "tensor(float)": "float32",
@@ -39,7 +39,7 @@ _BFLOAT16 = 16
 class CacheSpec:
     """One cache of a graph: its input, the output that follows it, its shape, and its type in ``CACHE_TYPES``.
 
-    The shape has numbers and the names of sizes above. Where no size of it is named after positions, it is fixed.
+    The shape has numbers and the names of sizes above. It is fixed if no size of it is named after positions.
     """
 
     input: str
@@ -54,7 +54,7 @@ class CacheSpec:
 
     @property
     def grows(self) -> bool:
-        """Whether the graph gives the cache back longer than it was given it."""
+        """Whether the graph returns the cache longer than it was given it."""
         return PAST_SEQUENCE in self.shape
 
     def empty(self, batch: int, positions: int) -> onnxruntime.OrtValue:
@@ -105,7 +105,7 @@ class Caches(Protocol):
         ...
 
     def bind(self, binding: onnxruntime.IOBinding) -> None:
-        """Bind the caches to the next run, behind its other outputs."""
+        """Bind the caches to the next run, after its other outputs."""
         ...
 
     def take(self, values: Sequence[onnxruntime.OrtValue]) -> None:
@@ -114,7 +114,7 @@ class Caches(Protocol):
 
 
 class KeptCaches(Caches, Protocol):
-    """Caches of which positions can be taken back."""
+    """The caches from which positions can be removed again."""
 
     def cut(self, length: int) -> None:
         """Let only the first ``length`` positions count."""
@@ -151,7 +151,7 @@ class CacheRows:
         self._values: dict[str, onnxruntime.OrtValue] = {}
 
     def reserve(self, length: int) -> None:
-        """The room is reserved in the whole."""
+        """Do nothing: the room is reserved in ``SharedCaches``."""
 
     def bind(self, binding: onnxruntime.IOBinding) -> None:
         """Bind every buffer as input and as output."""
@@ -161,10 +161,10 @@ class CacheRows:
             binding.bind_ortvalue_output(spec.output, value)
 
     def take(self, values: Sequence[onnxruntime.OrtValue]) -> None:
-        """The run has written into the buffers."""
+        """Do nothing: the run has written into the buffers."""
 
     def cut(self, length: int) -> None:
-        """What lies behind the positions that count is written over."""
+        """Do nothing: positions after those that count are written over."""
 
 
 class SharedCaches(CacheRows):
@@ -175,7 +175,7 @@ class SharedCaches(CacheRows):
         self._batch = batch
         self._step = step
         self._limit = limit
-        #: Positions that there is room for.
+        #: Number of positions that there is room for.
         self.capacity = 0
         self._rows: dict[tuple[int, int], CacheRows] = {}
 
@@ -209,14 +209,14 @@ class SharedCaches(CacheRows):
 
 
 class GrowingCaches:
-    """Caches that a graph gives back longer than it was given them, from none at the beginning."""
+    """Caches that a graph returns longer than it was given them, and that begin empty."""
 
     def __init__(self, specs: Sequence[CacheSpec], batch: int) -> None:
         self._specs = specs
         self._values = {spec.input: spec.empty(batch, 0) for spec in specs}
 
     def reserve(self, length: int) -> None:
-        """The graph makes the room."""
+        """Do nothing: the graph makes the room."""
 
     def bind(self, binding: onnxruntime.IOBinding) -> None:
         """Bind the caches as inputs, and let the run allocate the longer ones."""
@@ -237,13 +237,13 @@ class GrowingCaches:
 
 
 class UnkeptCaches:
-    """Caches of one run over whole texts, which begins with nothing computed and of which nothing is kept."""
+    """The empty caches of one run over whole texts, of which nothing is kept."""
 
     def __init__(self, specs: Sequence[CacheSpec], batch: int) -> None:
         self._specs = specs
         self._batch = batch
         self._length = 0
-        #: Values whose memory the run reads.
+        #: The values whose memory the run reads.
         self._values: list[onnxruntime.OrtValue] = []
 
     def reserve(self, length: int) -> None:
@@ -257,4 +257,4 @@ class UnkeptCaches:
             binding.bind_ortvalue_input(spec.input, value)
 
     def take(self, values: Sequence[onnxruntime.OrtValue]) -> None:
-        """There is nothing to take."""
+        """Do nothing: nothing is kept."""

@@ -8,32 +8,32 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-#: Lengths of the token sequences that are looked up, the longest that is found first.
+#: Lengths of the token sequences that are looked up, the longest first.
 _NGRAMS = (4, 3, 2)
 
 
 class Drafter(Protocol):
-    """What guesses the next tokens of one sequence."""
+    """A drafter guesses the next tokens of one sequence."""
 
     def follow(self, ids: Sequence[int], hidden: NDArray[np.float32] | None) -> None:
         """Take note of tokens that the sequence goes on with, and of their hidden states [1, S, D]."""
         ...
 
     def propose(self, following: int, count: int) -> list[int]:
-        """Return at most ``count`` tokens behind ``following``, the one that comes next."""
+        """Return at most ``count`` tokens after ``following``, the one that comes next."""
         ...
 
 
 class PromptLookup:
-    """A drafter that guesses that what followed the last tokens the last time that they occurred will follow again."""
+    """A drafter that repeats the tokens which followed the latest earlier occurrence of the last tokens."""
 
     def __init__(self) -> None:
         self._tokens: list[int] = []
-        #: Place behind the last occurrence of every sequence of ``_NGRAMS`` tokens that something followed on.
+        #: The place after the last occurrence of every sequence of ``_NGRAMS`` tokens that something followed.
         self._behind: dict[tuple[int, ...], int] = {}
 
     def follow(self, ids: Sequence[int], hidden: NDArray[np.float32] | None) -> None:
-        """Take note of tokens; hidden states are not looked at."""
+        """Take note of tokens; hidden states are not used."""
         for token in ids:
             self._note()
             self._tokens.append(token)
@@ -45,13 +45,13 @@ class PromptLookup:
         for size in _NGRAMS:
             start = self._behind.get(tuple(text[-size:])) if len(text) >= size else None
             if start is not None:
-                # Where the text repeats itself at once, what is looked up goes on with what was just guessed.
+                # Where the text repeats itself at once, the looked-up tokens continue with those just guessed.
                 found = [*self._tokens[start:], following]
                 return [found[at % len(found)] for at in range(count)]
         return []
 
     def _note(self) -> None:
-        """Note the place behind the present end, which something follows on."""
+        """Note the place after the present end, where something follows."""
         for size in _NGRAMS:
             if len(self._tokens) >= size:
                 self._behind[tuple(self._tokens[-size:])] = len(self._tokens)

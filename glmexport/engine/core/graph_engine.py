@@ -1,4 +1,4 @@
-"""Engines that are plain ONNX Runtime: one over a graph for any length, one over graphs of fixed shapes."""
+"""The engines that are plain ONNX Runtime: one over a graph for any length, one over graphs of fixed shapes."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from glmexport.engine.core.greedy import one_by_one, step_alone
 from glmexport.engine.core.runtime import end_profile
 from glmexport.engine.core.sequence import Sequence, TrackedSequence
 
-#: Positions of a prompt that are computed together: their scores against the whole cache are held for every head.
+#: Number of prompt positions that are computed together: their scores against the whole cache are held for every head.
 CHUNK = 256
-#: Positions that a cache of a capacity grows by.
+#: Number of positions that a cache of a capacity grows by.
 GROWTH = 256
 
 
@@ -33,9 +33,9 @@ class EngineLimits:
 
 
 class GraphEngine:
-    """A graph for any length, whose caches grow by whole steps, or are given back longer by the graph itself.
+    """A graph for any length, whose caches grow by whole steps, or are returned longer by the graph itself.
 
-    ``drafter`` makes what guesses the tokens of a sequence.
+    ``drafter`` makes a drafter for a sequence.
     """
 
     batched = False
@@ -63,7 +63,7 @@ class GraphEngine:
         return GraphSequence(self)
 
     def step(self, sequences: abc.Sequence[Sequence], tokens: abc.Sequence[int]) -> NDArray[np.float32]:
-        """Return the logits [n, V] behind one token more of each of the ``sequences``, each computed by itself."""
+        """Return the logits [n, V] after one token more of each of the ``sequences``, each computed by itself."""
         return step_alone(sequences, tokens)
 
     def static_batch(self, prompts: abc.Sequence[abc.Sequence[int]], count: int) -> abc.Iterator[list[int]]:
@@ -126,7 +126,7 @@ class FixedEngine:
         return FixedSequence(self)
 
     def step(self, sequences: abc.Sequence[Sequence], tokens: abc.Sequence[int]) -> NDArray[np.float32]:
-        """Return the logits [n, V] behind one token more of each of the ``sequences``, each computed by itself."""
+        """Return the logits [n, V] after one token more of each of the ``sequences``, each computed by itself."""
         return step_alone(sequences, tokens)
 
     def static_batch(self, prompts: abc.Sequence[abc.Sequence[int]], count: int) -> abc.Iterator[list[int]]:
@@ -134,7 +134,7 @@ class FixedEngine:
         return one_by_one(self, prompts, count)
 
     def drafter(self) -> Drafter:
-        """Return what guesses by the text so far; a step of one position verifies none of it."""
+        """Return a drafter that guesses by the text so far; a step of one position verifies no guess."""
         return PromptLookup()
 
     def close(self) -> None:
@@ -156,7 +156,7 @@ class FixedSequence(TrackedSequence):
         chunk, step = self._graphs
         length = len(self.tokens)
         while True:
-            # What fills a chunk up has to have room behind it, too.
+            # The padding of a chunk needs room after it, too.
             graph = chunk if len(ids) > 1 and length + chunk.positions <= self.capacity else step
             logits = graph.run(self._caches, ids[: graph.positions], length)
             length += min(len(ids), graph.positions)
@@ -166,7 +166,7 @@ class FixedSequence(TrackedSequence):
                 return rows
 
     def _rewind(self, length: int) -> None:
-        """What lies behind the tokens that count is written over."""
+        """Do nothing: positions after the tokens that count are written over."""
 
     def _free(self) -> None:
         self._caches = None

@@ -1,4 +1,4 @@
-"""Graphs of a bundle in ONNX Runtime: for any number of positions and sequences, and of fixed shapes."""
+"""The graphs of a bundle in ONNX Runtime: for any number of positions and sequences, and of fixed shapes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from glmexport.engine.core.cache import Caches, CacheSpec, SharedCaches, UnkeptC
 
 @dataclass(frozen=True)
 class GraphNames:
-    """Names of a graph's inputs and outputs, and its caches.
+    """The names of a graph's inputs and outputs, and its caches.
 
     ``recent_logits`` are those of every position of a short step, where ``logits`` may be of the last alone.
     """
@@ -25,12 +25,12 @@ class GraphNames:
     logits: str
     caches: tuple[CacheSpec, ...]
     recent_logits: str
-    #: Hidden states [B, S, D] behind the final norm, if they are wanted.
+    #: The hidden states [B, S, D] after the final norm, if they are wanted.
     hidden: str | None = None
 
 
 class MaskedGraph:
-    """A graph for any number of positions and of sequences, which a mask tells how long each sequence is."""
+    """A graph for any number of positions and of sequences; a mask gives the length of each sequence."""
 
     def __init__(self, session: onnxruntime.InferenceSession, names: GraphNames) -> None:
         self.session = session
@@ -46,7 +46,7 @@ class MaskedGraph:
     ) -> list[NDArray[Any]]:
         """Compute ``ids`` [B, S] of sequences that are ``lengths`` [B] long with them, and return ``outputs``.
 
-        ``inputs`` are those that the graph has beside ids, mask and caches.
+        ``inputs`` are the graph's inputs beside ids, mask and caches.
         """
         longest = max(lengths)
         caches.reserve(longest)
@@ -67,7 +67,7 @@ class MaskedGraph:
 
 @dataclass(frozen=True)
 class FixedNames:
-    """Names of the inputs and outputs of a graph of fixed shapes, its caches, and the positions that these hold.
+    """The names of the inputs and outputs of a graph of fixed shapes, its caches, and the positions that these hold.
 
     ``asked_position`` is the index [1] of the position whose logits the graph gives, if it gives those of one alone.
     """
@@ -100,8 +100,8 @@ class FixedGraph:
     def run(self, caches: Caches, ids: Sequence[int] | NDArray[np.int64], start: int) -> NDArray[Any]:
         """Compute ``ids`` [n], n at most ``positions``, from position ``start`` on.
 
-        What fills the graph up behind them is written into the caches behind the sequence, where nothing sees it
-        before it is written over.
+        The padding after them is written into the caches after the sequence, where nothing reads it before it is
+        written over.
 
         Returns:
             Logits [n, V] of all, or [1, V] of the last one, as the graph gives them.

@@ -12,7 +12,7 @@ from glmexport.engine.core.sequence import Engine, Sequence
 
 
 def prefill(sequence: Sequence, prompt: abc.Sequence[int], chunk: int | None) -> NDArray[np.float32]:
-    """Compute a ``prompt`` in pieces of ``chunk``, and return the logits [V] behind its last token."""
+    """Compute a ``prompt`` in pieces of ``chunk``, and return the logits [V] after its last token."""
     size = chunk or len(prompt)
     for start in range(0, len(prompt), size):
         logits = sequence.advance(prompt[start : start + size])
@@ -23,7 +23,7 @@ def prefill(sequence: Sequence, prompt: abc.Sequence[int], chunk: int | None) ->
 def distributions(
     sequence: Sequence, prompt: abc.Sequence[int], count: int, chunk: int | None
 ) -> abc.Iterator[NDArray[np.float32]]:
-    """Yield the logits [V] fp32 before each of ``count`` greedy tokens behind ``prompt``."""
+    """Yield the logits [V] fp32 before each of ``count`` greedy tokens after ``prompt``."""
     if count < 1:
         return
     logits = prefill(sequence, prompt, chunk)
@@ -34,7 +34,7 @@ def distributions(
 
 
 def greedy(engine: Engine, prompt: abc.Sequence[int], count: int) -> abc.Generator[int, None, None]:
-    """Yield the greedy tokens behind ``prompt``, ``count`` of them whether or not one ends an answer."""
+    """Yield the greedy tokens after ``prompt``, ``count`` of them whether or not one ends an answer."""
     with closing(engine.begin(len(prompt) + count)) as sequence:
         for logits in distributions(sequence, prompt, count, engine.chunk):
             yield int(logits.argmax())
@@ -51,5 +51,5 @@ def one_by_one(
 
 
 def step_alone(sequences: abc.Sequence[Sequence], tokens: abc.Sequence[int]) -> NDArray[np.float32]:
-    """Return the logits [n, V] behind one token more of each of the ``sequences``, each computed by itself."""
+    """Return the logits [n, V] after one token more of each of the ``sequences``, each computed by itself."""
     return np.concatenate([sequence.advance([token]) for sequence, token in zip(sequences, tokens)])

@@ -1,4 +1,4 @@
-"""Which nodes ran where, in the profile that ONNX Runtime writes of a short generation."""
+"""The nodes and their providers in the profile that ONNX Runtime writes of a short generation."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-#: Tokens of the prompt, and generated ones: both shapes that the graph is run in.
+#: Number of tokens of the prompt, and of generated ones: both shapes that the graph is run in.
 PROMPT, GENERATED = 8, 3
-#: Read nothing of their input but its shape.
+#: Operators that read only the shape of their input.
 _OF_ANYTHING = ("Shape", "Size")
 _INTEGERS = frozenset(("int64", "int32", "uint64", "uint32", "bool"))
-#: ONNX Runtime's own bound of what is small, elements.
+#: ONNX Runtime's own bound of a small tensor, in elements.
 _SMALL = 100
 
 
 def profiled_nodes(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the nodes of one graph in the ``events`` of its profile, in the order in which they ran first.
 
-    Each has its ``name``, ``operator``, ``provider``, and whether all that it read and wrote are few integers,
-    ``small``.
+    Each has its ``name``, ``operator``, ``provider``, and ``small``, which says whether it read and wrote only a few
+    integers.
     """
     found: dict[str, dict[str, Any]] = {}
     for event in events:

@@ -1,4 +1,4 @@
-"""A session of ONNX Runtime by its settings."""
+"""A session of ONNX Runtime is created by its settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an engine is, and what a sequence in it can do."""
+"""The interfaces of an engine and of a sequence in it."""
 
 from __future__ import annotations
 
@@ -27,27 +27,28 @@ class Sequence(Protocol):
 
     @property
     def whole(self) -> int:
-        """How many of the first tokens were computed in whole pieces of a prompt, as every prompt has them computed."""
+        """The number of first tokens that were computed in whole pieces of a prompt, as in every prompt."""
         ...
 
     @property
     def hidden(self) -> NDArray[np.float32] | None:
-        """Hidden states [1, S, D] behind the final norm of the last step, if the engine drafts with them."""
+        """The hidden states [1, S, D] after the final norm of the last step, if the engine drafts with them."""
         ...
 
     def advance(self, ids: abc.Sequence[int], *, every: bool = False) -> NDArray[np.float32]:
-        """Compute ``ids`` behind ``tokens``.
+        """Compute ``ids`` after ``tokens``.
 
         Returns:
-            Logits [1, V] fp32 behind the last of them, or [S, V] behind ``every`` one of a short step.
+            Logits [1, V] fp32 after the last of them, or [S, V] after ``every`` one of a short step.
 
         Raises:
-            ValueError: there are no ids, more than there is room for, or more than a short step has; or it is closed.
+            ValueError: there are no ids, more than there is room for, or more than a short step has; or the sequence is
+                closed.
         """
         ...
 
     def forget(self, count: int) -> None:
-        """Take the last ``count`` tokens back.
+        """Remove the last ``count`` tokens again.
 
         Raises:
             ValueError: there are fewer.
@@ -55,7 +56,7 @@ class Sequence(Protocol):
         ...
 
     def close(self) -> None:
-        """Free its memory; nothing can follow."""
+        """Free the memory; nothing can follow."""
         ...
 
 
@@ -79,12 +80,12 @@ class Engine(Protocol):
 
     @property
     def chunk(self) -> int | None:
-        """Positions of a prompt that are computed together; None: all of them."""
+        """The number of prompt positions that are computed together; None: all of them."""
         ...
 
     @property
     def short_step(self) -> int:
-        """Most tokens of a step of which the logits of each are given."""
+        """The most tokens of a step that gives the logits of each."""
         ...
 
     @property
@@ -97,7 +98,7 @@ class Engine(Protocol):
         ...
 
     def step(self, sequences: abc.Sequence[Sequence], tokens: abc.Sequence[int]) -> NDArray[np.float32]:
-        """Return the logits [n, V] fp32 behind one token more of each of the ``sequences``."""
+        """Return the logits [n, V] fp32 after one token more of each of the ``sequences``."""
         ...
 
     def static_batch(self, prompts: abc.Sequence[abc.Sequence[int]], count: int) -> abc.Iterator[list[int]]:
@@ -108,7 +109,7 @@ class Engine(Protocol):
         ...
 
     def drafter(self) -> Drafter:
-        """Return what guesses the tokens of one sequence, of which it knows nothing yet."""
+        """Return a drafter for the tokens of one new sequence."""
         ...
 
     def close(self) -> None:
@@ -117,9 +118,9 @@ class Engine(Protocol):
 
 
 class TrackedSequence(ABC):
-    """What all sequences have in common: the tokens, the room for them, and the end.
+    """A sequence with what all have in common: the tokens, the room for them, and the end.
 
-    A kind of sequence computes in ``_compute``, takes back in ``_rewind`` and frees in ``_free``.
+    A kind of sequence computes in ``_compute``, removes tokens in ``_rewind`` and frees memory in ``_free``.
     """
 
     def __init__(self, capacity: int, chunk: int | None, short_step: int) -> None:
@@ -132,7 +133,7 @@ class TrackedSequence(ABC):
         self._closed = False
 
     def advance(self, ids: abc.Sequence[int], *, every: bool = False) -> NDArray[np.float32]:
-        """Compute ``ids`` behind ``tokens``, as ``Sequence`` says."""
+        """Compute ``ids`` after ``tokens``, as ``Sequence`` says."""
         before = len(self.tokens)
         self._require(bool(ids), "there are no tokens to compute")
         self._require(before + len(ids) <= self.capacity, f"there is room for {self.capacity} tokens")
@@ -145,7 +146,7 @@ class TrackedSequence(ABC):
         return rows
 
     def forget(self, count: int) -> None:
-        """Take the last ``count`` tokens back, as ``Sequence`` says."""
+        """Remove the last ``count`` tokens again, as ``Sequence`` says."""
         self._require(0 <= count <= len(self.tokens), f"there are {len(self.tokens)} tokens to take back")
         if not count:
             return
@@ -166,7 +167,7 @@ class TrackedSequence(ABC):
 
     @abstractmethod
     def _compute(self, ids: list[int], every: bool) -> NDArray[np.float32]:
-        """Return the logits [1, V] behind the last of ``ids``, or [S, V] behind ``every`` one."""
+        """Return the logits [1, V] after the last of ``ids``, or [S, V] after ``every`` one."""
 
     @abstractmethod
     def _rewind(self, length: int) -> None:
@@ -174,4 +175,4 @@ class TrackedSequence(ABC):
 
     @abstractmethod
     def _free(self) -> None:
-        """Let go of all memory."""
+        """Free all memory."""

@@ -61,7 +61,7 @@ def text_answer(
 
 
 def answer_tokens(engine: Engine, prompt: Sequence[int], most: int) -> NDArray[np.int32]:
-    """Return the greedy tokens [n] behind ``prompt`` until an end token, which is the last, or ``most``."""
+    """Return the greedy tokens [n] after ``prompt`` until an end token, which is the last, or ``most``."""
     tokens = []
     with closing(greedy(engine, prompt, fitting(engine, prompt, most))) as answer:
         for token in answer:
@@ -72,7 +72,7 @@ def answer_tokens(engine: Engine, prompt: Sequence[int], most: int) -> NDArray[n
 
 
 def fitting(engine: Engine, prompt: Sequence[int], most: int) -> int:
-    """Return how many tokens the context has room for behind ``prompt``, at most ``most``."""
+    """Return how many tokens the context has room for after ``prompt``, at most ``most``."""
     return min(most, engine.context_length - len(prompt))
 
 
