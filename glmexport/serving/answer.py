@@ -1,4 +1,4 @@
-"""One request on its way through the model: its prompt piece by piece, then its answer token by token."""
+"""One request on its way through the model: first its prompt piece by piece, then its answer token by token."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ Reason = Literal["stop", "length"]
 class Order:
     """A request to the model.
 
-    ``top``: how many of the most likely tokens to tell at each place; None: no likelihoods at all.
+    ``top``: the number of most likely tokens to tell at each place; None: no likelihoods at all.
     """
 
     prompt: tuple[int, ...]
     max_tokens: int
     sampling: Sampling
     stops: tuple[str, ...] = ()
-    #: Token ids that end the answer.
+    #: The token ids that end the answer.
     ends: frozenset[int] = frozenset()
     top: int | None = None
-    #: Whether the end token is told, too.
+    #: Whether the end token is told too.
     tells_end: bool = False
     guide: Guide | None = None
-    #: The key that it was asked with, by its number; None: none. What was computed for one is not gone on with for
-    #: another, which would be quicker, and so would tell what it had been asked.
+    #: The number of the key of the request; None: none. A sequence of one key is not continued for another: the answer
+    #: would be quicker, and so would tell what the other had been asked.
     key: int | None = None
 
 
 @dataclass
 class Timing:
-    """Moments of a request, by the monotonic clock; 0: not yet."""
+    """The moments of a request by the monotonic clock; 0: not yet."""
 
     submitted: float = field(default_factory=time.monotonic)
     begun: float = 0.0
@@ -54,17 +54,17 @@ class Timing:
 
     @property
     def queue_s(self) -> float:
-        """Seconds until it was begun."""
+        """The seconds until the request was begun."""
         return max(0.0, self.begun - self.submitted)
 
     @property
     def ttft_s(self) -> float | None:
-        """Seconds from its arrival to the first token; None without one."""
+        """The seconds from the arrival of the request to the first token; None without one."""
         return self.first - self.submitted if self.tokens else None
 
     @property
     def tpot_s(self) -> float | None:
-        """Seconds between two tokens, on average; None with fewer."""
+        """The mean seconds between two tokens; None with fewer."""
         return (self.last - self.first) / (self.tokens - 1) if self.tokens > 1 else None
 
     def token(self) -> float | None:
@@ -80,10 +80,10 @@ class Timing:
 
 @dataclass(frozen=True)
 class End:
-    """The end of an answer: why it ended, and how many tokens its prompt and it have.
+    """The end of an answer: its reason, and the numbers of tokens of the prompt and the answer.
 
-    ``cached``: tokens of the prompt that were computed for an earlier request. ``stopped``: whether a stop string ended
-    it, and not the model.
+    ``cached``: number of prompt tokens that were computed for an earlier request. ``stopped``: whether a stop string
+    ended it, and not the model.
     """
 
     reason: Reason
@@ -104,15 +104,15 @@ class Failed:
 Event = TextPart | End | Failed
 
 
-class Answer:
-    """An ``order`` being answered. ``listener`` is told parts and the end; ``gap`` seconds between two tokens."""
+class PendingAnswer:
+    """An ``order`` being answered; ``listener`` is told parts and the end, ``gap`` the seconds between two tokens."""
 
     def __init__(
         self, order: Order, text: AnswerText, listener: Callable[[Event], None], gap: Callable[[float], None]
     ) -> None:
         self.order = order
         self.timing = Timing()
-        #: Set by another thread when nobody waits for the rest.
+        #: Whether nobody waits for the rest; another thread sets it.
         self.cancelled = False
         self.cached = 0
         self.tokens: list[int] = []
@@ -121,14 +121,14 @@ class Answer:
         self._gap = gap
 
     def tell(self, event: Event) -> None:
-        """Tell whoever asked; one who is no longer there has cancelled."""
+        """Tell the listener; one that is no longer there has cancelled."""
         try:
             self._listener(event)
         except RuntimeError:
             self.cancelled = True
 
     def say(self, token: int, logits: NDArray[np.float32]) -> Reason | None:
-        """Go on with a ``token`` chosen by ``logits`` [V], and return what ended the answer, if that did."""
+        """Continue with a ``token`` chosen by ``logits`` [V], and return the reason of the end, if the answer ended."""
         if (since := self.timing.token()) is not None:
             self._gap(since)
         top = self.order.top
@@ -146,11 +146,11 @@ class Answer:
         return None
 
     def end(self, reason: Reason) -> None:
-        """Tell how it ended."""
+        """Tell the listener how the answer ended."""
         self.tell(End(reason, self.timing, len(self.order.prompt), len(self.tokens), self.cached, self._text.stopped))
 
     def finish(self, reason: Reason) -> Reason:
-        """Hand on what was held back, since nothing follows, and return the ``reason``."""
+        """Hand on the text that was held back, since nothing follows, and return the ``reason``."""
         self._hand_on(self._text.finish())
         return reason
 
@@ -162,25 +162,25 @@ class Answer:
 class Turns(Protocol):
     """The work of an answer in turns, so that others have theirs in between."""
 
-    answer: Answer
+    answer: PendingAnswer
 
     def turn(self) -> Reason | None:
         """Compute one piece of the prompt or one step, and return how the answer ended, if it did."""
         ...
 
     def close(self) -> None:
-        """Free what it took; nothing follows."""
+        """Free the memory of the answer; nothing follows."""
         ...
 
 
 class FreeTurns:
-    """An answer whose tokens are chosen here. Of its prompt, what ``sequence`` begins with is computed already.
+    """An answer whose tokens are chosen here. The tokens of ``sequence``, which begin its prompt, are computed already.
 
-    ``guesses``: tokens guessed at a time by what followed earlier in the text. One is right if it is what would be
+    ``guesses``: tokens guessed at a time by what followed earlier in the text. A guess is right if it would be
     chosen at its place anyway, so that guessing changes no answer but for rounding.
     """
 
-    def __init__(self, answer: Answer, sequence: Sequence, chunk: int | None, guesses: int = 0) -> None:
+    def __init__(self, answer: PendingAnswer, sequence: Sequence, chunk: int | None, guesses: int = 0) -> None:
         self.answer = answer
         self.sequence = sequence
         self.drafted = self.accepted = 0
@@ -191,13 +191,13 @@ class FreeTurns:
         self._uniforms = Uniforms(answer.order.sampling.seed)
         self._guesses = guesses
         self._drafter = PromptLookup()
-        #: The token that was chosen last, and is not computed yet.
+        #: The token that was chosen last and is not computed yet.
         self._said: int | None = None
         if guesses:
             self._drafter.follow(prompt, None)
 
     def turn(self) -> Reason | None:
-        """Compute one piece of the prompt, or one step and what was guessed behind it."""
+        """Compute one piece of the prompt, or one step and the guesses after it."""
         if self._said is None:
             piece, self._left = self._left[: self._chunk], self._left[self._chunk :]
             logits = self.sequence.advance(piece)
@@ -210,11 +210,11 @@ class FreeTurns:
 
     @property
     def following(self) -> int | None:
-        """The token of a next step that is computed without guesses; None while it is another one's."""
+        """The token of the next step, if that is computed without guesses; otherwise None."""
         return None if self._guesses else self._said
 
     def take(self, logits: NDArray[np.float32]) -> Reason | None:
-        """Take a turn as ``turn`` does, by the logits [V] behind ``following``, computed with those of others."""
+        """Take a turn as ``turn`` does, by the logits [V] after ``following``, computed with those of other answers."""
         return self._say(logits[None], [])
 
     def close(self) -> None:
@@ -222,13 +222,13 @@ class FreeTurns:
         self.sequence.close()
 
     def _drafts(self, following: int) -> list[int]:
-        """Return guesses of the tokens behind ``following``, as many as there is room for."""
+        """Return guesses of the tokens after ``following``, as many as there is room for."""
         left = self.answer.order.max_tokens - len(self.answer.tokens)
         room = min(self._guesses, left - 1, self.sequence.capacity - len(self.sequence.tokens) - 1)
         return self._drafter.propose(following, room) if room > 0 else []
 
     def _say(self, logits: NDArray[np.float32], drafts: abc.Sequence[int]) -> Reason | None:
-        """Say the token behind what was computed, and one more behind every draft that is right."""
+        """Say the token after those that were computed, and one more after every draft that is right."""
         reason, right = None, 0
         for row in logits:
             self._said = choose(row, self.answer.order.sampling, self._uniforms.next())
@@ -245,9 +245,9 @@ class FreeTurns:
 
 
 class GuidedTurns:
-    """An answer whose tokens are chosen among those that a grammar allows, by its process."""
+    """An answer whose tokens a grammar's process chooses among those that the grammar allows."""
 
-    def __init__(self, answer: Answer, sequence: Sequence, held: Held, chunk: int | None) -> None:
+    def __init__(self, answer: PendingAnswer, sequence: Sequence, held: Held, chunk: int | None) -> None:
         self.answer = answer
         self._sequence = sequence
         self._held = held

@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from glmexport.foundation.errors import InputError
-from glmexport.serving.answer import Answer, End, Event, Failed, Order
+from glmexport.serving.answer import End, Event, Failed, Order, PendingAnswer
 from glmexport.serving.body import Bodies
 from glmexport.serving.failure import FAILED, ClientGone, Refused
 from glmexport.serving.fields import ChatRequest, CompletionRequest, TextRequest, read_body
@@ -214,7 +214,7 @@ class Service:
             loop.call_soon_threadsafe(queue.put_nowait, event)
 
         order = replace(order, key=request.scope["state"][KEY])
-        answer = Answer(order, text, listen, self._metrics.gap.observe)
+        answer = PendingAnswer(order, text, listen, self._metrics.gap.observe)
         try:
             self._scheduler.submit(answer)
         except Full as error:

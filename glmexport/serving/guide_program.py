@@ -1,4 +1,4 @@
-"""The process that holds an answer to a grammar. It is run by itself, knows nothing of the server, and may be killed.
+"""The process that makes an answer follow a grammar; it is run alone, knows nothing of the server, and may be killed.
 
 A grammar comes from a request, and compiling one, or finding the tokens that it allows next, can take any time and
 memory, or abort. onnxruntime-genai does both, on a graph without weights that computes nothing: the logits are sent.
@@ -17,7 +17,7 @@ import sys
 from multiprocessing.connection import Connection
 from typing import Any
 
-#: First byte of a grammar that is sent, and not of logits.
+#: The first byte of a message with a grammar, in contrast to one with logits.
 GRAMMAR = b"g"
 _SETTINGS = {
     "filename": "model.onnx",
@@ -42,7 +42,7 @@ def _model(bundle: str, graph: bytes) -> Any:
 
 
 def _generator(model: Any, asked: dict[str, Any]) -> Any:
-    """What chooses tokens by a grammar; the one that stands for the prompt is none of the answer."""
+    """Return the generator that chooses tokens by a grammar; its one prompt token is no part of the answer."""
     import numpy as np
     import onnxruntime_genai
 
@@ -55,12 +55,12 @@ def _generator(model: Any, asked: dict[str, Any]) -> Any:
 
 
 def _chosen(generator: Any, logits: bytes) -> dict[str, object]:
-    """The token by ``logits``, fp32, and whether none follows."""
+    """Return the token by ``logits``, fp32, and whether none follows."""
     import numpy as np
 
     if generator.is_done():
         return {"token": None, "done": True}
-    # Computed first, which is when they can be set.
+    # The step is computed first: logits can only be set after it.
     generator.get_logits()
     generator.set_logits(np.frombuffer(logits, np.float32).reshape(1, 1, -1).copy())
     generator.generate_next_token()
@@ -68,9 +68,9 @@ def _chosen(generator: Any, logits: bytes) -> dict[str, object]:
 
 
 def _limit(memory: int, seconds: int) -> None:
-    """Nothing more of the machine than that, beside what is taken already."""
+    """Limit this process to so much more memory and CPU time than it has taken already."""
     limits = {resource.RLIMIT_CPU: seconds, resource.RLIMIT_CORE: 0, resource.RLIMIT_FSIZE: 0}
-    # Elsewhere the system does not say what is taken, and time alone is limited.
+    # Other systems do not say how much is taken, and only time is limited.
     if sys.platform == "linux":
         with open("/proc/self/statm", encoding="ascii") as stream:  # noqa: PTH123
             limits[resource.RLIMIT_AS] = int(stream.read().split()[0]) * os.sysconf("SC_PAGE_SIZE") + memory
@@ -79,14 +79,15 @@ def _limit(memory: int, seconds: int) -> None:
 
 
 def main() -> None:
-    """Until nobody is at the other end."""
-    # The server ends it, when the answers that wait are given.
+    """Serve grammars until nobody is at the other end."""
+    # The server ends this process, after the answers that wait.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     connection: Connection[bytes, bytes] = Connection(int(sys.argv[1]))
     os.nice(5)
     model = _model(sys.argv[2], connection.recv_bytes())
-    # What grammars have in common, such as the vocabulary by its bytes, is made for the first one: seconds for GLM's.
+    # The common part of all grammars, such as the vocabulary by its bytes, is made with the first one: seconds for
+    # GLM's.
     _generator(model, {"kind": "json_schema", "text": '{"type": "null"}', "options": {}, "tokens": 1, "lead": 0})
     _limit(int(sys.argv[3]), int(sys.argv[4]))
     connection.send_bytes(b"ready")

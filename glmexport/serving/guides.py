@@ -1,4 +1,4 @@
-"""Answers that are held to a grammar: those of requests are handled in processes of their own, which have limits.
+"""Answers that follow a grammar: the grammars of requests are handled in processes of their own, which have limits.
 
 No grammar is compiled here, nor are its tokens found here. One that takes too long or too much there is refused, and
 ends nothing but its process. A grammar is tried when it comes, before the request waits for its turn.
@@ -32,42 +32,42 @@ from glmexport.foundation.errors import InputError, MachineError
 
 _PROGRAM = Path(__file__).with_name("guide_program.py")
 _GRAPH = Path(__file__).with_name("guide.onnx")
-#: Stands in the graph for the size of the vocabulary, once.
+#: The bytes in the graph that stand, once, for the size of the vocabulary.
 PLACEHOLDER = b"VOCABULA"
-#: First byte of what is sent to it.
+#: The first byte of a message to the process.
 _GRAMMAR, _LOGITS = b"g", b"l"
-#: Memory that a grammar may take, and seconds: until its process is there, to be compiled, for a token, for all tokens.
+#: Most bytes of memory of a grammar, and most seconds: for its process to start, to compile it, for a token, for all.
 MEMORY = 512 << 20
 START_S, COMPILE_S, TOKEN_S, ANSWER_S = 120.0, 3.0, 2.0, 60.0
 #: A process that has worked for so long takes no other grammar; one that works for so much longer is ended.
 _WORN_S, _CPU_S = 60.0, 300
-#: Processes that are kept for later answers: one takes seconds to start, and 250 MiB with a vocabulary of GLM's.
+#: Number of processes that are kept for later answers: one takes seconds to start, and 250 MiB with GLM's vocabulary.
 _KEPT = 4
-#: Grammars that are tried at a time, and that wait for it.
+#: Number of grammars that are tried at a time, and of those that wait for it.
 _TRIED, _WAITING = 2, 6
-#: Grammars that are known to compile.
+#: Number of grammars that are remembered as compiling.
 _KNOWN = 256
-#: How long the engine waits for a token before others have their turn.
+#: Seconds that the engine waits for a token before others have their turn.
 _GLANCE_S = 0.005
-#: What its environment has: no key, no credential, no socket of the service manager's.
+#: The variables in the environment of a process: no key, no credential, no socket of the service manager's.
 _ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "TMPDIR")
 
 
 @dataclass(frozen=True)
 class Guide:
-    """What an answer must follow."""
+    """The grammar that an answer must follow."""
 
     kind: Literal["json_schema"]
     text: str
 
 
 class Crowded(Exception):
-    """As many grammars wait to be tried as may."""
+    """The error of a grammar that comes when as many wait to be tried as may wait."""
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """A token; None: the answer has ended. ``done``: none follows."""
+    """A token that was chosen; None: the answer has ended. ``done``: none follows."""
 
     token: int | None
     done: bool
@@ -105,7 +105,7 @@ class GuideProcess:
                 "top_k": 0,
                 "temperature": sampling.temperature,
                 "top_p": sampling.top_p,
-                # It takes 31 bits of a seed.
+                # A seed has 31 bits there.
                 "random_seed": sampling.seed % 2**31,
             }
         asked = {"kind": guide.kind, "text": guide.text, "options": options, "tokens": tokens, "lead": 0}
@@ -116,10 +116,10 @@ class GuideProcess:
         self._send(_LOGITS + logits.astype(np.float32).tobytes(), TOKEN_S)
 
     def poll(self, wait_s: float) -> bytes | None:
-        """What it says to what was sent; None: nothing within ``wait_s``.
+        """Return the reply to what was sent; None: there is none within ``wait_s``.
 
         Raises:
-            InputError: the grammar is none, or took more than it may.
+            InputError: the grammar is not valid, or took more than it may.
         """
         try:
             if not self._ours.poll(wait_s):
@@ -147,21 +147,21 @@ class GuideProcess:
 
     @property
     def worn(self) -> bool:
-        """Whether it has worked enough."""
+        """Whether the process has worked so long that it takes no other grammar."""
         return self._worked_s > _WORN_S
 
     def wait(self) -> bytes:
-        """As ``poll``, for as long as it may take."""
+        """Return the reply, after as much time as it may take; see ``poll``."""
         while (said := self.poll(0.1)) is None:
             pass
         return said
 
     def kill(self) -> None:
-        """End it; whoever waits for it is told."""
+        """End the process; answers that wait for it are told."""
         self._process.kill()
 
     def close(self) -> None:
-        """End it, and wait for its end."""
+        """End the process, and wait for its end."""
         self.kill()
         with suppress(OSError):
             self._ours.close()
@@ -174,7 +174,7 @@ class GuideProcess:
         try:
             self._ours.send_bytes(data)
         except OSError as error:
-            # Of one that did not start, ``poll`` says so.
+            # ``poll`` reports a process that did not start.
             if self._started:
                 raise _excess("memory or time") from error
 
@@ -187,7 +187,7 @@ def _excess(what: str) -> InputError:
 
 
 class Held:
-    """An answer's tokens, chosen among those that its grammar allows."""
+    """The tokens of an answer, chosen among those that its grammar allows."""
 
     def __init__(
         self,
@@ -204,7 +204,7 @@ class Held:
         self._compiled = self._asked = False
 
     def choose(self, logits: NDArray[np.float32]) -> Chosen | None:
-        """A token by ``logits`` [V]; None: not yet, and the same logits are to be given again.
+        """Return a token by ``logits`` [V]; None: not yet, and the same logits are to be given again.
 
         Raises:
             InputError: the grammar took more than it may.
@@ -228,7 +228,7 @@ class Held:
         return Chosen(**json.loads(said))
 
     def close(self) -> None:
-        """Nothing more is chosen; a process that waits for logits waits for another answer."""
+        """End the choice; a process that waits for logits is kept for another answer."""
         if self._compiled and not self._asked:
             self._give_back(self._process)
         else:
@@ -249,12 +249,12 @@ class Guides:
         self._spare: list[GuideProcess] = []
         self._live = WeakSet[GuideProcess]()
         self._tried = 0
-        #: Whether it takes no more of them.
+        #: Whether no more grammars are taken.
         self.closed = False
         self._pool = ThreadPoolExecutor(_TRIED, "grammars")
 
     def tried(self, guide: Guide) -> Future[None]:
-        """Done when ``guide`` is known to compile, or with the InputError that says why it does not.
+        """Return a future that is done when ``guide`` is known to compile, or has the InputError that says why not.
 
         Raises:
             Crowded: too many wait to be tried.
@@ -266,11 +266,11 @@ class Guides:
             return self._pool.submit(self._try, guide)
 
     def begin(self, guide: Guide, sampling: Sampling, tokens: int) -> Held:
-        """What holds an answer of at most so many ``tokens`` to ``guide``."""
+        """Return the choice of an answer of at most so many ``tokens`` that follows ``guide``."""
         return Held(self._take(), guide, sampling, tokens, self._give_back)
 
     def close(self) -> None:
-        """Take no more of them."""
+        """End all processes, and take no more grammars."""
         with self._lock:
             self.closed = True
             for process in self._live:
@@ -311,7 +311,7 @@ class Guides:
         return process
 
     def _give_back(self, process: GuideProcess) -> None:
-        """Some are kept, so that the next answers need not wait for them."""
+        """Keep a process, if few are kept, so that the next answer need not wait for one."""
         with self._lock:
             if len(self._spare) < _KEPT and not self.closed and not process.worn:
                 self._spare.append(process)
@@ -320,7 +320,7 @@ class Guides:
 
 
 def guide_graph(vocabulary: int) -> bytes:
-    """Return a model without weights that computes logits [batch, length, ``vocabulary``] of nought.
+    """Return a model without weights that computes logits [batch, length, ``vocabulary``] of zero.
 
     It is kept as a file in which the size of the vocabulary, 8 bytes of an initializer, is left to be filled in.
     """

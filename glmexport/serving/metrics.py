@@ -6,7 +6,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 
-from glmexport.serving.answer import Answer, Reason
+from glmexport.serving.answer import PendingAnswer, Reason
 
 # When a counter began tells nothing that the process's start does not.
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -38,7 +38,7 @@ class Metrics:
         for end in ("stop", "length", "cancelled", "failed"):
             self.requests.labels(end)
 
-    def answered(self, answer: Answer, reason: Reason) -> None:
+    def answered(self, answer: PendingAnswer, reason: Reason) -> None:
         """Count an answer that ended."""
         self.requests.labels(reason).inc()
         self.prompt_tokens.inc(len(answer.order.prompt))

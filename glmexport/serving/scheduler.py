@@ -1,4 +1,4 @@
-"""The one thread that owns the model: requests wait in a bounded queue, and those begun take turns token by token."""
+"""The one thread that owns the model: requests wait in a bounded queue, and begun ones take turns token by token."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from glmexport.bundle.bundle import Bundle
 from glmexport.engine.core.sequence import Engine
 from glmexport.engine.kept import Kept, room_for
 from glmexport.engine.opening import open_engine
-from glmexport.serving.answer import Answer, Failed, FreeTurns, GuidedTurns, Reason, Turns
+from glmexport.serving.answer import Failed, FreeTurns, GuidedTurns, PendingAnswer, Reason, Turns
 from glmexport.serving.guides import Guides
 from glmexport.serving.metrics import Metrics
 
@@ -27,7 +27,7 @@ class Closed(Exception):
 
 @dataclass(frozen=True)
 class SchedulerOptions:
-    """Settings of a scheduler.
+    """The settings of a scheduler.
 
     ``parallel``: answers that take turns, and sequences that are held in memory. ``waiting``: requests that may wait
     beside them. ``guesses``: tokens guessed at a time, 0 for none. ``reuse``: whether a prompt goes on with the
@@ -43,10 +43,10 @@ class SchedulerOptions:
 
 
 class Scheduler:
-    """Answers from a ``bundle``, computed by one thread.
+    """A scheduler of answers from a ``bundle``, computed by one thread.
 
     ``loaded`` is called in that thread once the model is in memory, ``broken`` when it cannot be, or when the
-    thread fails at what is no single answer's. ``guides`` hold answers to grammars.
+    thread fails outside of any single answer. ``guides`` hold answers to grammars.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Scheduler:
         self._metrics = metrics
         self._loaded = loaded
         self._broken = broken
-        self._waiting: deque[Answer] = deque()
+        self._waiting: deque[PendingAnswer] = deque()
         self._changed = threading.Condition()
         self._closed = False
         self.ready = False
@@ -72,15 +72,15 @@ class Scheduler:
 
     @property
     def alive(self) -> bool:
-        """Whether its thread is there."""
+        """Whether the thread of the scheduler runs."""
         return self._thread.is_alive()
 
     def start(self) -> None:
         """Load the model, then work."""
         self._thread.start()
 
-    def submit(self, answer: Answer) -> None:
-        """Let an answer be given; it is told parts and its end from the scheduler's thread.
+    def submit(self, answer: PendingAnswer) -> None:
+        """Add an answer to the queue; it is told parts and its end from the scheduler's thread.
 
         Raises:
             Full: too many wait.
@@ -97,7 +97,7 @@ class Scheduler:
             self._changed.notify()
 
     def close(self) -> None:
-        """Take nothing more, and end when all that was taken is answered or cancelled."""
+        """Take no more requests, and end when all that were taken are answered or cancelled."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -116,15 +116,15 @@ class Scheduler:
             self._loaded()
             _Shift(engine, options, self._metrics, self._next, self._guides).work()
         except Exception as error:
-            # Without this thread nobody is answered any more, so the server ends with what went wrong.
+            # Without this thread nobody is answered any more, so the server ends with the error.
             self.ready = False
             self.close()
             for answer in self._waiting:
                 answer.tell(Failed(error))
             self._broken(error)
 
-    def _next(self, idle: bool) -> Answer | None:
-        """Return the answer to begin next. Where ``idle``, wait for one; None then: there will be none."""
+    def _next(self, idle: bool) -> PendingAnswer | None:
+        """Return the answer to begin next. If ``idle``, wait for one; None then means that there will be none."""
         with self._changed:
             while True:
                 while self._waiting:
@@ -145,7 +145,7 @@ class _Shift:
         engine: Engine,
         options: SchedulerOptions,
         metrics: Metrics,
-        following: Callable[[bool], Answer | None],
+        following: Callable[[bool], PendingAnswer | None],
         guides: Guides | None,
     ) -> None:
         self._guides = guides
@@ -170,14 +170,14 @@ class _Shift:
             self._turn(self._group())
             self._metrics.running.set(len(self._running))
 
-    def _begin(self, answer: Answer) -> None:
+    def _begin(self, answer: PendingAnswer) -> None:
         answer.timing.begun = time.monotonic()
         try:
             self._running.append(self._turns(answer))
         except Exception as error:
             self._fail(answer, error)
 
-    def _turns(self, answer: Answer) -> Turns:
+    def _turns(self, answer: PendingAnswer) -> Turns:
         order, engine = answer.order, self._engine
         length = len(order.prompt) + order.max_tokens
         room = room_for(length, engine.context_length)
@@ -194,7 +194,7 @@ class _Shift:
         return FreeTurns(answer, sequence, engine.chunk, min(self._options.guesses, engine.short_step - 1))
 
     def _group(self) -> list[Turns]:
-        """Return whose turn it is: the first one's, and with it, where the engine batches, all that are to step."""
+        """Return the answers whose turn it is: the first one and, if the engine batches, all others that step."""
         first = self._running.popleft()
         if not self._engine.batched or not _steps(first):
             return [first]
@@ -234,7 +234,7 @@ class _Shift:
         return [turns.take(row) for turns, row in zip(free, rows, strict=True)]
 
     def _leave(self, turns: Turns) -> None:
-        """Keep what was computed, or free it."""
+        """Keep the sequence of an answer, or free it."""
         if isinstance(turns, FreeTurns):
             self._metrics.guessed(turns.drafted, turns.accepted)
             if self._options.reuse:
@@ -245,11 +245,11 @@ class _Shift:
         else:
             turns.close()
 
-    def _fail(self, answer: Answer, error: Exception) -> None:
+    def _fail(self, answer: PendingAnswer, error: Exception) -> None:
         self._metrics.requests.labels("failed").inc()
         answer.tell(Failed(error))
 
 
 def _steps(turns: Turns) -> bool:
-    """Whether the next turn of an answer is a step that can be one with others'."""
+    """Return whether the next turn of an answer is a step that can be computed with those of others."""
     return isinstance(turns, FreeTurns) and turns.following is not None

@@ -1,4 +1,4 @@
-"""From a bundle and options to a server that ends when it is told to."""
+"""A server that is made of a bundle and options, and ends when it is told to."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ from glmexport.serving.metrics import Metrics
 from glmexport.serving.orders import RequestReader
 from glmexport.serving.scheduler import Scheduler, SchedulerOptions
 
-#: A shorter key can be guessed.
+#: Fewest characters of a key: a shorter one can be guessed.
 _KEY_CHARACTERS = 16
-#: Connections beside those whose requests run or wait.
+#: Number of connections beside those whose requests run or wait.
 _SPARE = 8
-#: How long the engine has to end its step once nobody waits for it.
+#: Seconds that the engine has to end its step once nobody waits for it.
 _LAST_STEP_S = 1.0
 
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """How to serve. ``threads`` None: as many as the bundle's target says, else ``cores``."""
+    """The options of a server. ``threads`` None: as many as the bundle's target says, else ``cores``."""
 
     cores: int
     threads: int | None = None
@@ -63,14 +63,14 @@ class ServeOptions:
     guesses: int = 0
     reuse: bool = True
     batch: bool = False
-    #: Whose signature the bundle has to have.
+    #: The signers of whom one must have signed the bundle.
     trust: Trust = NOBODY
     limits: ServingLimits = field(default_factory=ServingLimits)
 
 
 @dataclass(frozen=True)
 class Serving:
-    """A server that is ready."""
+    """The facts about a server that is ready."""
 
     url: str
     name: str
@@ -82,16 +82,16 @@ class Serving:
 def serve(
     bundle: Path, options: ServeOptions, told: Callable[[Serving], None], progress: Progress | None = None
 ) -> bool:
-    """Answer requests until SIGTERM or SIGINT; ``told`` once the model is in memory.
+    """Answer requests until SIGTERM or SIGINT; ``told`` is called once the model is in memory.
 
-    Returns: whether the threads that compute and read have ended, without which the process should not be torn down.
+    Returns: whether the threads that compute and read have ended; if not, the process should not be torn down.
 
     Raises:
         InputError: the bundle, the key file or the address cannot be used.
         UnverifiedError: the bundle is not what was signed, or nobody of ``options.trust`` signed it.
         MachineError: the address is taken, or the model cannot be run here.
     """
-    # What a link names may change while files are opened one after the other.
+    # The target of a link may change while files are opened one after the other.
     directory = Path(os.path.realpath(bundle))
     keys = read_keys(options.key_file, os.environ) if options.key_file else ()
     inherited = inherited_socket(os.environ)
@@ -107,7 +107,7 @@ def serve(
 
 
 class _Served:
-    """The parts, put together."""
+    """The parts of a server, put together."""
 
     def __init__(
         self,
@@ -127,12 +127,12 @@ class _Served:
         reader = RequestReader(
             bundle.tokenizer, bundle.ends, bundle.context_length, options.limits, config is not None, options.lenient
         )
-        # While the bundle is loaded.
+        # This happens while the bundle is loaded.
         Thread(target=reader.prepare, daemon=True).start()
         metrics = Metrics()
         at_work = options.parallel + options.waiting
         limits = replace(options.limits, connections=max(options.limits.connections, at_work + _SPARE))
-        # Where there are fewer connections, fewer wait: some are left for whoever asks whether the server lives.
+        # With fewer connections fewer requests wait: some are left for checks whether the server lives.
         waiting = min(options.waiting, max(1, most_connections(limits) - options.parallel - _SPARE))
         settings = SchedulerOptions(
             self._threads, options.parallel, waiting, options.guesses, options.reuse, options.batch
@@ -164,13 +164,13 @@ class _Served:
         self._error: Exception | None = None
 
     def run(self, told: Callable[[Serving], None]) -> bool:
-        """Until the server has ended."""
+        """Serve until the server has ended."""
         self._told = told
         asyncio.run(self._run())
         if isinstance(self._error, (GlmexportError, MemoryError, OSError)):
             raise self._error
         if self._error:
-            # What a library says may be about a request.
+            # A library's message may be about a request.
             raise RuntimeError(f"The thread that computes failed: {described(self._error)}.") from None
         return self._scheduler.join(_LAST_STEP_S) and not self._service.reading
 
@@ -188,14 +188,14 @@ class _Served:
                 self._guides.close()
 
     async def _tell_alive(self) -> None:
-        """For systemd's watchdog: this loop goes round, and the thread that computes is there."""
+        """Tell systemd's watchdog that this loop goes round, and that the thread that computes is there."""
         every_s = watchdog_s()
         while every_s and self._scheduler.alive:
             notify("WATCHDOG=1")
             await asyncio.sleep(every_s)
 
     def _loaded(self) -> None:
-        # Where the loop has ended, nobody is to be told.
+        # If the loop has ended, nobody is to be told.
         with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._tell)
 
@@ -214,16 +214,16 @@ class _Served:
 
 
 def read_keys(path: Path, environment: Mapping[str, str]) -> tuple[bytes, ...]:
-    """The keys in a file, one a line; several, so that a key can be changed without a pause.
+    """Return the keys in a file, one a line; there may be several, so that a key can be changed without a pause.
 
     Raises:
         InputError: others can read the file, or it has no key, or one that is too short or no plain text.
-        MachineError: it cannot be read.
+        MachineError: the file cannot be read.
     """
     try:
         with path.open("rb") as stream:
             status = os.fstat(stream.fileno())
-            # Of what was opened, and not of what may be in its place by now.
+            # These are the facts of the opened file, and not of one that may be in its place by now.
             _check_secret(path, status, environment)
             lines = stream.read(1 << 16).splitlines()
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What every way to a device has in common: the program that is carried there, and how its run is followed."""
+"""The common part of all ways to a device: the program that is carried there, and its events that are followed."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ PROGRAM = "program.pyz"
 _PACKAGE = "glmexport.wire.device"
 _ENGINE = "glmexport.engine.core"
 _STANDALONE = "glmexport.wire.standalone"
-#: What the package is in.
+#: The directory that the package is in.
 _ROOT = Path(glmexport.__file__).parents[1]
 _MAIN = "import sys\n\nfrom {} import main\n\nsys.exit(main(sys.argv[1:]))\n"
-#: Of every entry, so that the program is the same bytes whenever it is packed.
+#: Date of every entry, so that the program is the same bytes whenever it is packed.
 _DATE = (1980, 1, 1, 0, 0, 0)
-#: Seconds between looks at whether anybody still waits.
+#: Seconds between checks whether anybody still waits.
 _LOOK = 0.5
 _LABELS = {"verified": "Checking files", "round": "Speed", "prompt": "Free answers", "text": "Texts"}
-#: Longest line of the program's output that is read.
+#: Most bytes of a line of the program's output that is read.
 LINE_BYTES = 1 << 16
-#: Bytes of a line that is taken for an event: the last lines of a server's ledger are in one.
+#: Most bytes of a line that is an event: the last lines of a server's ledger are in one.
 LONGEST_EVENT = 1 << 18
 _LINE_LIMITS = DocumentLimits(size=LONGEST_EVENT, depth=16, values=50_000)
-#: Seconds without a word after which a device is given up.
+#: Seconds without a message after which a device is given up.
 SILENCE_S = 3600.0
 
 
@@ -40,9 +40,9 @@ class Runner(Protocol):
     """A way to a device."""
 
     def __call__(self, job: Path, results: Path, progress: Progress) -> None:
-        """Have the job in the folder ``job`` answered into ``results``, which may hold part of its answers already.
+        """Let the device answer the job in the folder ``job`` into ``results``, which may have some answers already.
 
-        Advancing ``progress`` may raise: nobody waits any more.
+        Advancing ``progress`` may raise if nobody waits any more.
 
         Raises:
             MachineError: the device could not be reached, or did not finish.
@@ -52,13 +52,13 @@ class Runner(Protocol):
 def program() -> bytes:
     """Return the device's program as one file that Python runs."""
     own = (f"{_PACKAGE}.{name}" for name in ("answers", "facts", "graphs"))
-    # The very files that serve here.
+    # These are the very files that serve here.
     files = sorted((_ROOT / Path(*_ENGINE.split("."))).glob("[!_]*.py"))
     return packed(f"{_PACKAGE}.__main__", *own, *(f"{_ENGINE}.{file.stem}" for file in files), _STANDALONE)
 
 
 def packed(main: str, *modules: str) -> bytes:
-    """A zip archive of sources that Python runs: ``main`` of the module of that name, and what it imports."""
+    """Return a zip archive of sources that Python runs: ``main`` of the module of that name, and what it imports."""
     contents = {"__main__.py": _MAIN.format(main)}
     for module in (main, *modules):
         *packages, _ = parts = module.split(".")
@@ -74,11 +74,11 @@ def packed(main: str, *modules: str) -> bytes:
 
 
 class Ended(MachineError):
-    """The program ended, or its line was cut, before it said that it was done."""
+    """The error of a program that ended, or whose line was cut, before it said that it was done."""
 
 
 class ProgramError(MachineError):
-    """What the program says went wrong, and the ``kind`` of it."""
+    """The error that the program reports, and its ``kind``."""
 
     def __init__(self, kind: str, message: str, next_step: str) -> None:
         super().__init__(message, next_step=next_step)
@@ -101,19 +101,19 @@ async def events(
     labels: Mapping[str, str] = _LABELS,
     begin: str = "Reaching the device",
 ) -> AsyncGenerator[dict[str, Any], None]:
-    """What the program tells until it is done.
+    """Yield the program's events until it is done.
 
     Args:
-        readline: its next line, empty at the end of its output.
-        progress: who watches.
+        readline: a function that reads its next line, empty at the end of its output.
+        progress: the observer of the events.
         who: the device, for messages.
         silence: seconds without a line after which it is given up.
-        labels: what work is called whose events have an index, by the event.
-        begin: what is shown before the first of them.
+        labels: the names of work whose events have an index, by the event.
+        begin: the label that is shown before the first event.
 
     Raises:
         Ended: no more events, or silence.
-        ProgramError: what the program says went wrong.
+        ProgramError: the program reports an error.
     """
     with ExitStack() as stack:
         shown = _Shown(stack, progress, labels, begin)
@@ -135,7 +135,7 @@ async def events(
 
 
 def _event(line: bytes) -> dict[str, Any]:
-    """What a line says; a device may print what it likes, which is not for us."""
+    """Return the event of a line; other lines, which a device may print at will, are skipped."""
     try:
         event = parse(line, _LINE_LIMITS)
     except ValueError:
@@ -144,7 +144,7 @@ def _event(line: bytes) -> dict[str, Any]:
 
 
 async def _patient(readline: Callable[[], Awaitable[bytes]], shown: _Shown, who: str, silence: float) -> bytes:
-    """The next line, while somebody waits for it."""
+    """Return the next line, as long as somebody waits for it."""
     reading = asyncio.ensure_future(readline())
     waited = 0.0
     try:
@@ -155,14 +155,14 @@ async def _patient(readline: Callable[[], Awaitable[bytes]], shown: _Shown, who:
                 raise Ended(f"{who} has not said a word for {silence:.0f} s.", next_step="Look what it does.")
         return reading.result()
     except (ValueError, asyncio.IncompleteReadError) as error:
-        # By how a stream tells of a line without an end.
+        # A stream reports a line without an end so.
         raise Ended(f"{who} said a line that is too long: {error}.", next_step="Look what it prints.") from error
     finally:
         reading.cancel()
 
 
 class _Shown:
-    """Events as bars, one after the other."""
+    """Events shown as bars, one after the other."""
 
     def __init__(self, stack: ExitStack, progress: Progress, labels: Mapping[str, str], begin: str) -> None:
         self._stack, self._progress, self._labels = stack, progress, labels
@@ -183,5 +183,5 @@ class _Shown:
         self._done = max(self._done, index)
 
     def look(self) -> None:
-        """Whether anybody still waits."""
+        """Raise if nobody waits any more."""
         self._track.advance(0)

@@ -1,4 +1,4 @@
-"""Connections by SSH, with the host key that known_hosts has for the machine and with no other; none is ever added."""
+"""Connections by SSH, only with the host key that known_hosts has for the machine; no key is ever added."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
     import asyncssh
 
 SCHEME = "ssh://"
-#: Seconds to connect, to log in, and between signs of life, of which four may be missed.
+#: Seconds for connecting and for logging in, and seconds between signs of life, of which four may be missed.
 _CONNECT_S, _ALIVE_S = 30, 15
-#: After a lost connection; each further time twice as long, up to half a minute.
+#: Seconds to wait after a lost connection; each further time twice as long, up to half a minute.
 _WAIT_S = 1.0
 
 
 @dataclass(frozen=True)
 class SshAddress:
-    """Where ``ssh://user@host:port`` leads.
+    """The address ``ssh://user@host:port`` of a machine, with the keys for it.
 
     ``key`` is a private key's file; without one, the agent's and the user's usual ones are tried.
     """
 
-    #: For messages.
+    #: The name for messages.
     name: str
     host: str
     user: str | None = None
@@ -40,7 +40,7 @@ class SshAddress:
 
 
 def parse_address(address: str, name: str | None = None, **options: Any) -> SshAddress:
-    """The machine of ``ssh://user@host:port``; ``options`` are its key and known_hosts.
+    """Return the machine of ``ssh://user@host:port``; ``options`` are its key and known_hosts.
 
     Raises:
         InputError: it is no such address.
@@ -59,10 +59,10 @@ def parse_address(address: str, name: str | None = None, **options: Any) -> SshA
 
 
 def require_asyncssh(extra: str) -> None:
-    """See that asyncssh is there.
+    """Require that asyncssh is installed.
 
     Raises:
-        MachineError: it is not; names the ``extra`` that has it.
+        MachineError: it is not; the message names the ``extra`` that has it.
     """
     try:
         import asyncssh  # noqa: F401
@@ -74,12 +74,12 @@ def require_asyncssh(extra: str) -> None:
 
 @asynccontextmanager
 async def connected(address: SshAddress, *, first: bool = True) -> AsyncIterator[asyncssh.SSHClientConnection]:
-    """A connection. One that is not the ``first`` ends like a lost one if the machine cannot be reached.
+    """Open a connection; one that is not the ``first`` ends like a lost one if the machine cannot be reached.
 
     Raises:
         InputError: there is no file of known hosts.
         MachineError: the host key is not in it, the user is not let in, or the machine cannot be reached.
-        asyncssh.ConnectionLost: it cannot be reached any more.
+        asyncssh.ConnectionLost: the machine cannot be reached any more.
     """
     import asyncssh
 
@@ -133,7 +133,7 @@ async def persist(
     progress: Progress,
     visit: Callable[[asyncssh.SSHClientConnection], Awaitable[None]],
 ) -> None:
-    """Connect for a ``visit``, and for another where the connection is lost in one, up to ``reconnects`` times.
+    """Connect for a ``visit``, and again for another one if the connection is lost, up to ``reconnects`` times.
 
     Raises:
         InputError, MachineError: as ``connected``; or the connection was lost once too often.

@@ -1,4 +1,4 @@
-"""Files of a job and of its results: read, checked, and written whole or not at all."""
+"""The files of a job and of its results are read, checked, and written whole or not at all."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _AGAIN = "Bring the job again."
 
 
 class Failure(Exception):
-    """What went wrong: its kind for programs, what happened, and what to do about it."""
+    """An error: its kind for programs, the message, and the next step."""
 
     def __init__(self, kind: str, message: str, next_step: str) -> None:
         super().__init__(message)
@@ -28,10 +28,10 @@ class Failure(Exception):
 
 
 def read_tensors(path: Path) -> dict[str, Any]:
-    """Arrays by name, mapped, of a file that has been verified.
+    """Return the arrays by name, mapped, of a file that has been verified.
 
     The format (https://github.com/huggingface/safetensors): the length of the header, 8 bytes, little endian; the
-    header, JSON from name to dtype, shape and offsets of the first byte and behind the last; the tensors' bytes.
+    header, JSON from name to dtype, shape and offsets of the first byte and after the last; the tensors' bytes.
     """
     import numpy as np
 
@@ -60,14 +60,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Any]) -> None:
         }
         offset += array.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
-    # Tensors begin at a multiple of 8.
+    # The tensors begin at a multiple of 8.
     text += b" " * (-len(text) % 8)
     parts = (np.ascontiguousarray(tensors[name]).tobytes() for name in sorted(tensors))
     replace(path, itertools.chain([struct.pack("<Q", len(text)), text], parts))
 
 
 def replace(path: Path, parts: Iterable[bytes]) -> None:
-    """Write ``parts`` one after the other; also after a crash there is all of the file, or the former one."""
+    """Write ``parts`` one after the other; even after a crash the file is whole, or the former one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:
@@ -84,7 +84,7 @@ def replace(path: Path, parts: Iterable[bytes]) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
+    """Return the hexadecimal SHA-256 of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         for chunk in iter(lambda: file.read(1 << 20), b""):
@@ -103,7 +103,7 @@ def verify(job: dict[str, Any], folder: Path, tell: Tell) -> None:
 
 
 def looked_at(job: dict[str, Any], folder: Path) -> Iterator[tuple[str, bool]]:
-    """Path of every file of the job, and whether it is there, byte for byte."""
+    """Yield the path of every file of the job, and whether it is there, byte for byte."""
     for entry in job["files"]:
         relative = Path(entry["path"])
         if relative.is_absolute() or ".." in relative.parts:

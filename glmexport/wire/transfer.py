@@ -1,4 +1,4 @@
-"""Files to a device and back by SFTP: gone on with where they were left off, and never more than was announced."""
+"""Files go to a device and back by SFTP: an interrupted one is continued, and none may exceed its announced size."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from glmexport.foundation.progress import Track
 if TYPE_CHECKING:
     import asyncssh
 
-#: Bytes that are sent, or fetched, between two looks at whether anybody still waits.
+#: Number of bytes that are sent, or fetched, between two checks whether anybody still waits.
 CHUNK = 1 << 22
 
 
 async def put_bytes(sftp: asyncssh.SFTPClient, content: bytes, remote: PurePosixPath) -> None:
     """Replace a small file."""
-    # Of two who write it at once, each writes a file of its own.
+    # Two that write it at once have a file each.
     partial = f"{remote}.{secrets.token_hex(4)}.partial"
     async with _open(sftp)(partial, "wb") as file:
         await file.write(content)
@@ -29,14 +29,14 @@ async def put_bytes(sftp: asyncssh.SFTPClient, content: bytes, remote: PurePosix
 
 
 async def put(sftp: asyncssh.SFTPClient, path: Path, remote: PurePosixPath, entry: FileEntry, track: Track) -> None:
-    """Send a file from where it was left off, and give it its name when it is whole.
+    """Send a file from where it was interrupted, and give it its name when it is whole.
 
-    ``track`` has a step a chunk.
+    ``track`` has a step for each chunk.
     """
     await sftp.makedirs(str(remote.parent), exist_ok=True)
     partial = f"{remote}.{entry.sha256[:12]}.partial"
     held = (await sftp.getsize(partial) or 0) if await sftp.exists(partial) else 0
-    # Parts of a chunk are written in any order, so that of the last one nothing is sure.
+    # Parts of a chunk are written in any order, so that the last chunk may have gaps.
     start = max(0, -(-min(held, entry.size) // CHUNK) - 1) * CHUNK
     track.advance(start // CHUNK, entry.path)
     with path.open("rb") as source:
@@ -49,7 +49,7 @@ async def put(sftp: asyncssh.SFTPClient, path: Path, remote: PurePosixPath, entr
 
 
 async def get_bytes(sftp: asyncssh.SFTPClient, remote: PurePosixPath, most: int, who: str) -> bytes:
-    """A small file.
+    """Return the content of a small file.
 
     Raises:
         MachineError: it has more than ``most`` bytes.
@@ -62,7 +62,7 @@ async def get_bytes(sftp: asyncssh.SFTPClient, remote: PurePosixPath, most: int,
 
 
 async def get(sftp: asyncssh.SFTPClient, remote: PurePosixPath, directory: Path, entry: FileEntry, who: str) -> None:
-    """Fetch a file of the results into ``directory``, and no more than it has, whatever the device sends.
+    """Fetch a file of the results into ``directory``, no longer than announced, whatever the device sends.
 
     Raises:
         MachineError: it is not the file that was announced.
@@ -82,11 +82,11 @@ async def get(sftp: asyncssh.SFTPClient, remote: PurePosixPath, directory: Path,
 
 
 def has(directory: Path, entry: FileEntry) -> bool:
-    """Whether a file is there, byte for byte."""
+    """Return whether a file is there, byte for byte."""
     path = directory / entry.path
     return path.is_file() and path.stat().st_size == entry.size and sha256(path) == entry.sha256
 
 
 def _open(sftp: asyncssh.SFTPClient) -> Callable[..., Any]:
-    # Typed as text by asyncssh, whatever the mode.
+    # asyncssh types it as text, whatever the mode.
     return sftp.open

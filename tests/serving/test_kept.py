@@ -9,7 +9,7 @@ import numpy as np
 from glmexport.engine.core.sequence import Engine, Sequence
 from glmexport.engine.kept import Kept, room_for
 from glmexport.engine.sampling import Sampling
-from glmexport.serving.answer import Answer, End, FreeTurns, Order
+from glmexport.serving.answer import End, FreeTurns, Order, PendingAnswer
 from glmexport.serving.text import AnswerText, Decoder, TextPart, Token
 from glmexport.tokenizer.tokenizer import Tokenizer
 
@@ -23,7 +23,7 @@ def answered(
     """Tokens with the likelihoods of all, and the sequence behind them."""
     order = Order(tuple(prompt), 12, Sampling(0), top=512)
     text, told = AnswerText(Decoder(Tokenizer.open(directory)), ()), list[TextPart | End]()
-    answer = Answer(order, text, told.append, lambda _: None)  # type: ignore[arg-type]
+    answer = PendingAnswer(order, text, told.append, lambda _: None)  # type: ignore[arg-type]
     turns = FreeTurns(answer, sequence or engine.begin(room_for(len(prompt) + 12, engine.context_length)), engine.chunk)
     while turns.turn() is None:
         pass

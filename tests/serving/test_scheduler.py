@@ -17,7 +17,7 @@ from test_turns import prompt_of
 from glmexport.bundle.bundle import Bundle
 from glmexport.engine.sampling import Sampling
 from glmexport.foundation.errors import BundleError
-from glmexport.serving.answer import Answer, End, Event, Failed, Order
+from glmexport.serving.answer import End, Event, Failed, Order, PendingAnswer
 from glmexport.serving.app import ServedBundle, Service
 from glmexport.serving.guard import AccessRules, Guard
 from glmexport.serving.guides import Guides
@@ -42,11 +42,11 @@ class Waiting:
         bundle = Bundle.open(directory)
         self.scheduler = Scheduler(bundle, settings, self.metrics, self.loaded.set, self.errors.put, guides)
 
-    def submit(self, text: str, count: int = 8) -> tuple[Answer, queue.Queue[Event]]:
+    def submit(self, text: str, count: int = 8) -> tuple[PendingAnswer, queue.Queue[Event]]:
         """A request, and where its events come."""
         told: queue.Queue[Event] = queue.Queue()
         order = Order(prompt_of(self.tokenizer, text), count, Sampling(0), ends=ENDS)
-        answer = Answer(order, AnswerText(Decoder(self.tokenizer), ()), told.put, lambda _: None)
+        answer = PendingAnswer(order, AnswerText(Decoder(self.tokenizer), ()), told.put, lambda _: None)
         self.scheduler.submit(answer)
         return answer, told
 

@@ -11,7 +11,7 @@ from glmexport.bundle.bundle import Bundle
 from glmexport.engine.core.sequence import Engine
 from glmexport.engine.generation import GenerationSession
 from glmexport.engine.sampling import Sampling
-from glmexport.serving.answer import Answer, End, Event, FreeTurns, Order
+from glmexport.serving.answer import End, Event, FreeTurns, Order, PendingAnswer
 from glmexport.serving.text import AnswerText, Decoder, TextPart, Token
 from glmexport.tokenizer.tokenizer import Tokenizer
 
@@ -27,7 +27,7 @@ def prompt_of(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
 
 def begun(engine: Engine, tokenizer: Tokenizer, order: Order, guesses: int = 0) -> tuple[FreeTurns, list[Event]]:
     told: list[Event] = []
-    answer = Answer(order, AnswerText(Decoder(tokenizer), order.stops), told.append, lambda _: None)
+    answer = PendingAnswer(order, AnswerText(Decoder(tokenizer), order.stops), told.append, lambda _: None)
     sequence = engine.begin(len(order.prompt) + order.max_tokens)
     return FreeTurns(answer, sequence, engine.chunk, guesses), told
 

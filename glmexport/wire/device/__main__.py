@@ -1,10 +1,10 @@
-"""Answer a job, or what is left of it.
+"""Answer a job, or the rest of it.
 
     python3 program.pyz JOB RESULTS [--emulated REASON] [--attended]
     python3 program.pyz JOB --missing    only names the job's files that are not there, or are others
     python3 program.pyz          in a kit: the job beside it, and results.zip when it is done
 
-Every answer is flushed and renamed into its place: the same command goes on with a run that ended at any moment, and
+Every answer is flushed and renamed into its place: the same command continues a run that ended at any moment, and
 ends with the same bytes. Progress is one JSON document a line on the standard output, of which the last is ``done`` or
 ``error``. An attended run ends as soon as its standard input does: nobody would take its answers.
 """
@@ -31,13 +31,13 @@ from glmexport.wire.device.facts import cores, device_facts
 from glmexport.wire.standalone import Failure, Tell, looked_at, read_tensors, replace, sha256, verify, write_tensors
 
 _NO_SPACE = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
-#: Half seconds to wait for a run that has lost its listener and is about to end.
+#: Number of half seconds to wait for a run that has lost its listener and is about to end.
 _PATIENCE = 60
 
 
 def answer(folder: Path, results: Path, emulated: str | None, tell: Tell) -> None:
-    """Do everything that is still to be done of the job in ``folder``."""
-    # Whether this Python has the libraries is seen here, where it can be told.
+    """Do everything of the job in ``folder`` that is still to do."""
+    # A missing library is found here, where an event can report it.
     from glmexport.wire.device.answers import answer_text, answer_tokens, measure_speed, placed_nodes
     from glmexport.wire.device.graphs import JobGraphs
 
@@ -56,7 +56,7 @@ def answer(folder: Path, results: Path, emulated: str | None, tell: Tell) -> Non
         result["speed_absent_because"] = absent
         result["nodes"] = None if absent else placed_nodes(graphs, job["speed"]["prompt"], results)
     questions = read_tensors(folder / "questions.safetensors")
-    # One graph in memory at a time.
+    # One graph is in memory at a time.
     engine = graphs.engine() if job["prompts"] else None
     scorer = None if engine else graphs.scorer()
     result["device"] = device_facts(graphs.provider, emulated)
@@ -95,12 +95,12 @@ def _answers(results: Path) -> list[Path]:
 
 
 def _begun(results: Path, digest: str) -> dict[str, Any]:
-    """The result so far of this very job; of another one, nothing is kept."""
+    """Return the result so far of this very job; that of another one is removed."""
     path = results / "result.json"
     with contextlib.suppress(OSError, ValueError):
         former = json.loads(path.read_text("utf-8"))
         if former.get("job_digest") == digest:
-            # Of a run that was finished, what has changed since is answered again.
+            # Answers of a finished run that have changed since are computed again.
             for entry in former["files"]:
                 if sha256(results / entry["path"]) != entry["sha256"]:
                     (results / entry["path"]).unlink()
@@ -113,7 +113,7 @@ def _begun(results: Path, digest: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _alone(results: Path) -> Iterator[None]:
-    """No two runs at a time write into one folder."""
+    """Hold a lock, so that no two runs at a time write into one folder."""
     results.mkdir(parents=True, exist_ok=True)
     try:
         import fcntl
@@ -152,16 +152,16 @@ def _failure(error: Exception, results: Path) -> Failure:
 
 
 def _end_with_input() -> None:
-    # Not sys.stdin, whose lock a thread may not hold when Python ends.
+    # This is not sys.stdin, whose lock a thread may not hold when Python ends.
     while os.read(0, 1 << 12):
         pass
-    # Whatever is being written has another name until it is whole.
+    # A file that is being written has another name until it is whole.
     os._exit(3)
 
 
 def main(arguments: list[str]) -> int:
-    """Answer the job; 0, or 1 after an ``error``."""
-    # What libraries print must not come between the events.
+    """Answer the job, and return 0, or 1 after an ``error``."""
+    # Output that libraries print must not come between the events.
     events = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     emulated, here = None, Path(sys.argv[0]).resolve().parent
@@ -196,7 +196,7 @@ def main(arguments: list[str]) -> int:
                         archive.write(path, path.relative_to(results).as_posix())
                 tell({"event": "packed", "path": str(here / "results.zip")})
     except Exception as error:
-        # Whatever it is, the machine that asked is told of it: it sees nothing of this one but the events.
+        # Every error is reported to the machine that asked: it sees only the events of this one.
         tell(_failure(error, results).event)
         return 1
     tell({"event": "done"})

@@ -1,4 +1,4 @@
-"""What a device answers: what is kept of the logits of texts, greedy tokens, their speed, and where nodes run."""
+"""The answers of a device: parts of the logits of texts, greedy tokens, their speed, and the placement of nodes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from glmexport.wire.device.facts import memory_bandwidth, peak_memory
 from glmexport.wire.device.graphs import JobGraphs
 from glmexport.wire.standalone import Tell
 
-#: Rows whose logarithms are taken together, in fp64.
+#: Number of rows whose logarithms are taken together, in fp64.
 _ROWS = 64
 
 
@@ -40,8 +40,10 @@ def text_answer(
     targets: NDArray[np.integer[Any]],
     audit: NDArray[np.integer[Any]] | None,
 ) -> dict[str, NDArray[Any]]:
-    """Return what is kept of logits [positions, vocabulary] fp32: those of ``tokens`` [positions, k], of ``targets``
-    [positions], of all tokens at the positions ``audit``, and the logsumexp of all that are not among ``tokens``.
+    """Return what is kept of logits [positions, vocabulary] fp32.
+
+    These are the logits of ``tokens`` [positions, k], of ``targets`` [positions], of all tokens at the positions
+    ``audit``, and the logsumexp of all that are not among ``tokens``.
     """
     tokens = tokens.astype(np.int64)
     others = np.full(len(logits), -math.inf, np.float32)
@@ -77,7 +79,7 @@ def fitting(engine: Engine, prompt: Sequence[int], most: int) -> int:
 
 
 def measure_speed(graphs: JobGraphs, asked: dict[str, Any], threads: int, tell: Tell) -> dict[str, Any]:
-    """Time rounds, in a process that has done nothing before but check files, so that its peak memory is theirs."""
+    """Time rounds in a process that has done nothing before but check files, so that its peak memory is theirs."""
     began = time.perf_counter()
     engine = graphs.engine()
     load = time.perf_counter() - began

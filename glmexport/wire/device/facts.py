@@ -1,4 +1,4 @@
-"""What the device is, what memory it has, and how fast it reads it."""
+"""The facts about the device: its processor, its memory, and the speed at which it reads memory."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-#: Instruction sets that decide which kernels ONNX Runtime takes.
+#: The instruction sets that decide which kernels ONNX Runtime takes.
 _FLAGS = (
     "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8",
     "asimd", "asimddp", "i8mm", "bf16", "sve",
 )  # fmt: skip
-#: Several times any cache.
+#: Bytes to read, several times the size of any cache.
 _READ_BYTES = 1 << 28
 
 
 def device_facts(provider: str, emulated: str | None) -> dict[str, Any]:
-    """What result.json says of the device."""
+    """Return what result.json says of the device."""
     import numpy
     import onnxruntime
 
@@ -50,12 +50,12 @@ def device_facts(provider: str, emulated: str | None) -> dict[str, Any]:
 
 
 def cores() -> int:
-    """Physical cores that this process may use."""
+    """Return the number of physical cores that this process may use."""
     return _processor()[1]
 
 
 def _processor() -> tuple[dict[str, str], int]:
-    """Fields of the first processor in /proc/cpuinfo, and physical cores."""
+    """Return the fields of the first processor in /proc/cpuinfo, and the physical cores."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     fields: dict[str, str] = {}
     found: set[tuple[str | None, ...]] = set()
@@ -80,7 +80,7 @@ def _memory_bytes() -> int | None:
 
 
 def peak_memory() -> tuple[int | None, str]:
-    """Peak resident memory of this process so far, bytes, and what told it."""
+    """Return the peak resident memory of this process so far in bytes, and the source of the figure."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text("utf-8").splitlines():
             if line.startswith("VmHWM"):

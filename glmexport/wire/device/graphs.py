@@ -1,4 +1,4 @@
-"""The job's graphs in the engine, by what the job says of them."""
+"""The job's graphs, opened in the engine by the job's description of them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from glmexport.wire.standalone import Failure
 
 
 class JobGraphs:
-    """The graphs of a ``job`` in its ``folder``, each loaded with so many ``threads`` when it is asked for."""
+    """The graphs of a ``job`` in its ``folder``, each loaded with so many ``threads`` when it is needed."""
 
     def __init__(self, job: dict[str, Any], folder: Path, threads: int) -> None:
         self._job = job
         self._folder = folder
         self._threads = threads
-        #: The execution provider of what was loaded last.
+        #: The execution provider of the session that was loaded last.
         self.provider = ""
 
     def engine(self, profile: Path | None = None) -> GraphEngine | FixedEngine:
