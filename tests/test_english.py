@@ -163,6 +163,18 @@ def test_a_fragment_is_found(docstring: str, fault: str | None) -> None:
     assert found is None if fault is None else found is not None and fault in found
 
 
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_comment_on_a_value_is_no_fragment(path: Path) -> None:
+    lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
+    first = [
+        line
+        for before, line in zip(["", *lines], lines, strict=False)
+        if line.startswith("#:") and not before.startswith("#:")
+    ]
+    fragments = [line for line in first if line.removeprefix("#:").split()[0].rstrip(",.:;") in FRAGMENTS - {"None"}]
+    assert not fragments, "\n".join(fragments)
+
+
 def test_no_two_classes_share_a_name() -> None:
     places = defaultdict(list)
     for module, tree in MODULES:

@@ -49,7 +49,7 @@ class Server(Definition):
     ready_s: float = Field(default=300, gt=0, allow_inf_nan=False)
     #: Nats by which log-probabilities of golden prompts may differ: processors round differently.
     tolerance_nats: float = Field(default=0.5, gt=0, allow_inf_nan=False)
-    #: How often a lost connection is taken up again.
+    #: Number of times that a lost connection is opened again.
     reconnects: int = Field(default=5, ge=0)
 
     @field_validator("at", "root", "python", "glmexport", "api_key_file", "restart", "serve_options")

@@ -67,7 +67,7 @@ Number = Annotated[
     float,
     WithJsonSchema({"anyOf": [{"type": "number"}, {"enum": ["NaN", "Infinity", "-Infinity"]}]}),
 ]
-#: How many there are of something.
+#: A number of things.
 Count = Annotated[int, Field(ge=0)]
 
 #: The bound of every size and token id in a file. No published model comes near it, and whatever is computed from two

@@ -116,7 +116,8 @@ class Evidence(_Measured):
     prefer: Preference
     #: Nats per token that arithmetic, and a format beside the start's, may add in any language.
     allowance_nats: float
-    #: How the weights were quantized for the divergence. GPTQ leaves about a fifth of what rounding to nearest leaves.
+    #: The way in which the weights were quantized for the divergence. GPTQ leaves about a fifth of what rounding to
+    #: nearest leaves.
     weights: Literal["round-to-nearest", "gptq"]
     text_digest: str
     #: The decoder blocks that were timed.

@@ -28,7 +28,7 @@ class DefinitionSource:
     path: Path
     #: Keys that ``path`` states, without ``extends``.
     stated: dict[str, Any]
-    #: What is extended, as ``path`` names it and as a file; None where nothing is.
+    #: The definition that is extended, as ``path`` names it and as a file; None where nothing is.
     base: str | None = None
     base_path: Path | None = None
     #: Keys that the base states; empty without one.

@@ -10,7 +10,7 @@ from glmexport.foundation.definition import Definition
 from glmexport.foundation.errors import DefinitionError
 from glmexport.foundation.inheritance import DefinitionSource
 
-#: In place of a claim: what the extended target claims about the same key holds for this target, too.
+#: The text that stands for a claim: the extended target's claim about the same key holds for this target too.
 INHERITED = "inherited"
 
 

@@ -11,7 +11,7 @@ from glmexport.foundation.definition import Definition, parse_table
 from glmexport.foundation.inheritance import open_source
 
 RECIPES = "calibration/recipes"
-#: What codes stand for: evenly spaced numbers, or the sixteen levels of NF4.
+#: The meaning of codes: evenly spaced numbers, or the sixteen levels of NF4.
 CodecName = Literal["affine", "nf4"]
 #: The recipe of a checkpoint that is quantized already.
 STORED = "stored"

@@ -109,8 +109,8 @@ def parse_object(data: bytes, limits: DocumentLimits) -> dict[str, Any]:
     return value
 
 
-#: What separates; a key, a text without escapes, the beginning of any other, an opening, a closing, a number or word.
-#: None of them repeats more than one set of characters, so that a match needs no memory.
+#: A token of JSON: a separator, a key, a text without escapes, the beginning of any other, an opening, a closing, a
+#: number or word. None of them repeats more than one set of characters, so that a match needs no memory.
 _TOKEN = re.compile(
     rb'[ \t\r\n,:]+|("[^"\\]*")[ \t\r\n]*:|("[^"\\]*")|(")|([\[{])|([\]}])|([^ \t\r\n"\[\]{},:]+)',
 )

@@ -45,7 +45,7 @@ class GraphBuilder:
         self.batch: str | int = "batch"
         self.nodes: list[ir.Node] = []
         self.block = ""
-        #: Of the layer at hand, which positions anything behind its attention is asked for; None: of all.
+        #: The selection of positions that are needed after the attention of the present layer; None: all.
         self.asked: Callable[[ir.Value], ir.Value] | None = None
         self.input_ids = tensor_value(INPUT_IDS, ir.DataType.INT64, ["batch", "sequence"])
         #: Tells attention where the new positions are.

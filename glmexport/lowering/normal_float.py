@@ -11,7 +11,7 @@ from glmexport.lowering.rewrite import MICROSOFT, Rewrite
 from glmexport.lowering.stored import note_stored, stacked_name, stored_part
 from glmexport.quantization.weights import Weights
 
-#: What MatMulBnb4 calls the codec.
+#: The number of the codec in MatMulBnb4.
 _NF4 = 1
 
 

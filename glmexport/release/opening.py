@@ -29,7 +29,7 @@ class Trust:
 
     key: Path | None = None
     root: Path | None = None
-    #: With a root: the required subject of the signing certificate.
+    #: The required subject of the signing certificate, with a root.
     subject: str | None = None
 
     @property

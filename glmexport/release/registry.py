@@ -30,7 +30,7 @@ __all__ = ["ImageReference", "Registry", "RegistryAccess"]
 
 #: Bytes of an upload's chunk, which is held in memory, so that it can be sent again.
 _CHUNK = 16 << 20
-#: How often a registry that breaks off a download is asked for the rest.
+#: Number of times that a registry which breaks off a download is asked for the rest.
 _TRIES = 5
 _REDIRECTS = 5
 #: Bytes that are read of a manifest, of a token's answer, and of one that nobody looks into.

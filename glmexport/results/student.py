@@ -14,10 +14,11 @@ import numpy as np
 
 _STEP = 1 / 16
 _GRID = np.arange(-4, 4, _STEP)
-#: Where the rule takes the integrand, from the lower end on, and with what weights.
+#: The places at which the rule takes the integrand, from the lower end on, and their weights.
 _PLACES = np.exp(np.pi / 2 * np.sinh(_GRID))
 _WEIGHTS = _STEP * np.pi / 2 * np.cosh(_GRID) * _PLACES
-#: From here on the series of a ratio of gamma functions is exact to rounding; below, the functions are not too large.
+#: Smallest argument at which the series of a ratio of gamma functions is exact to rounding; below it, the functions
+#: are not too large.
 _LARGE = 100.0
 
 

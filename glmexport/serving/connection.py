@@ -92,7 +92,7 @@ class Connection(H11Protocol):
         self._limits = limits
         self._ending = ending
         self._lost = lost
-        #: When the wait for a request, or for its rest, began.
+        #: The time at which the wait for a request, or for its rest, began.
         self._since = self.loop.time()
         self._received = 0
         self._head: asyncio.TimerHandle | None = None

@@ -40,7 +40,7 @@ class Variants:
     targets: Mapping[str, Target]
     #: The variant in fp32 arithmetic, with which the others are compared.
     exact: str
-    #: For each variant with a quantized cache, the one that caches floats and is like it otherwise.
+    #: The variant that caches floats, and is otherwise the same, for each one with a quantized cache.
     floats: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod

@@ -34,7 +34,7 @@ class ValidationPlan:
     generated_tokens: int = 64
     #: Rounds of speed go on for so long; 0: two, which give no bounds.
     speed_seconds: float = 25
-    #: What computing the original whole may take, beside the rest of this process; None: most of the free memory.
+    #: Most bytes for computing the original whole, beside the rest of this process; None: most of the free memory.
     max_memory_bytes: int | None = None
     #: The questions that the models answer; None asks for no answers.
     behaviour: BehaviourPlan | None = field(default_factory=BehaviourPlan)

@@ -18,7 +18,7 @@ from glmexport.validation.runtimes import Round, RuntimeName, RuntimeRequest
 from glmexport.validation.speed import MeasurementTurns, take_turns
 from glmexport.wire.device.facts import memory_bandwidth
 
-#: Of the free memory that models may take.
+#: Share of the free memory that models may take.
 _SHARE = 0.8
 
 

@@ -22,11 +22,12 @@ from glmexport.results.reference import ReferenceCheck
 from glmexport.validation.reference import reference_states
 from glmexport.validation.texts import EvaluationText
 
-#: Of the free memory that the whole model may take.
+#: Share of the free memory that the whole model may take.
 _SHARE = 0.8
-#: What loading takes beside the weights in fp32: experts are read one by one and then stacked.
+#: Factor of the weights in fp32 that loading takes: experts are read one by one and then stacked.
 _LOADING = 1.25
-#: Of the largest logit. fp32 arithmetic in another order gives some 1e-6, another tensor more than 0.1.
+#: Tolerance as a share of the largest logit. fp32 arithmetic in another order gives some 1e-6, another tensor more than
+#: 0.1.
 _NOISE = 1e-3
 #: A text is long enough to pass through every kind of layer, and short enough to cost little.
 _LEAST_TOKENS = 48
