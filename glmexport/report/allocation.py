@@ -177,6 +177,7 @@ def _measured(values: Iterable[float]) -> list[float]:
 
 
 def format_label(linear: LinearResult | GroupResult) -> str:
+    """Return the format of a matrix, or of several that share one, in words."""
     if linear.codec != "affine":
         return f"{linear.codec.upper()}, groups of {linear.group_size}"
     symmetry = "symmetric" if linear.symmetric else "asymmetric"
