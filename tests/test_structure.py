@@ -27,7 +27,7 @@ ROOMS = (*FOUNDATION, *RUN_WING, *BUILD_WING, *CALLED)
 #: What only building needs. A machine that runs a bundle has none of it.
 BUILDING = frozenset((
     "torch", "transformers", "scipy", "onnx", "onnx_ir", "safetensors", "huggingface_hub", "sacrebleu", "py3langid",
-    "tomli_w", "gptqmodel", "optimum", "lm_eval",
+    "tomli_w", "regex", "gptqmodel", "optimum", "lm_eval",
 ))  # fmt: skip
 LONGEST = 400
 

@@ -122,7 +122,7 @@ def summarize(linears: Sequence[LinearResult], groups: Sequence[GroupResult] = (
 def _spending(groups: Sequence[GroupResult]) -> BudgetSpending:
     by_format: dict[str, list[GroupResult]] = defaultdict(list)
     for group in groups:
-        by_format[_format(group)].append(group)
+        by_format[format_label(group)].append(group)
     formats = (
         FormatSummary(name, len(members), sum(x.stored_bits for x in members), math.fsum(x.loss_nats for x in members))
         for name, members in by_format.items()
@@ -131,7 +131,7 @@ def _spending(groups: Sequence[GroupResult]) -> BudgetSpending:
         stored_bits=sum(group.stored_bits for group in groups),
         loss_nats=math.fsum(group.loss_nats for group in groups),
         formats=tuple(sorted(formats, key=lambda row: (-row.stored_bits, row.format))),
-        groups=tuple((_format(group), group) for group in sorted(groups, key=lambda group: -group.loss_nats)),
+        groups=tuple((format_label(group), group) for group in sorted(groups, key=lambda group: -group.loss_nats)),
     )
 
 
@@ -160,7 +160,7 @@ def _part(part: str, linears: list[LinearResult]) -> PartSummary:
     return PartSummary(
         part=part,
         matrices=len(linears),
-        formats=tuple(sorted({_format(linear) for linear in linears})),
+        formats=tuple(sorted({format_label(linear) for linear in linears})),
         bits_per_weight=statistics.fmean(linear.bits_per_weight for linear in linears),
         median_error=statistics.median(errors) if errors else None,
         largest_error=max(errors, default=None),
@@ -176,7 +176,8 @@ def _measured(values: Iterable[float]) -> list[float]:
     return [value for value in values if not math.isnan(value)]
 
 
-def _format(linear: LinearResult | GroupResult) -> str:
+def format_label(linear: LinearResult | GroupResult) -> str:
+    """Return the format of a matrix, or of several that share one, in words."""
     if linear.codec != "affine":
         return f"{linear.codec.upper()}, groups of {linear.group_size}"
     symmetry = "symmetric" if linear.symmetric else "asymmetric"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import TYPE_CHECKING
 
-import regex
+from rich.cells import split_graphemes
 
 from glmexport.foundation.languages import language_name
 from glmexport.report import text
@@ -131,9 +131,14 @@ def question_kind(answer: Answer) -> str:
 
 def split_common_prefix(original: str, bundle: str) -> tuple[str, str, str]:
     """Return what both texts begin with, in whole characters with their marks, and how each goes on."""
-    characters = zip(regex.findall(r"\X", original), regex.findall(r"\X", bundle), strict=False)
+    characters = zip(_characters(original), _characters(bundle), strict=False)
     shared = "".join(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], characters))
     return shared, original[len(shared) :], bundle[len(shared) :]
+
+
+def _characters(text: str) -> list[str]:
+    """Return what a reader sees as characters, in order. A flag is two letters here, as the library has it."""
+    return [text[start:end] for start, end, _ in split_graphemes(text)[0]]
 
 
 def _kept(name: str, change: Paired) -> AnswerRow:

@@ -15,7 +15,7 @@ from glmexport.formats.codecs import codec_of, stored_bits
 from glmexport.formats.nearest import nearest_without_text, round_to_nearest
 from glmexport.formats.quantized_linear import QuantizedLinear
 from glmexport.foundation.recipe import Format
-from glmexport.report.allocation import _format
+from glmexport.report.allocation import format_label
 from glmexport.report.document import LinearResult
 
 __all__ = ["sample"]
@@ -102,7 +102,7 @@ def test_the_report_names_the_format_that_the_codec_has(form: Format) -> None:
         "affine": f"{form.bits} bit, groups of {form.group_size}, {symmetry}",
         "nf4": f"NF4, groups of {form.group_size}",
     }
-    assert _format(record) == expected[form.codec]
+    assert format_label(record) == expected[form.codec]
     labels = {
         "affine": f"w{form.bits}g{form.group_size}{'-sym' if form.symmetric else ''}",
         "nf4": f"nf4g{form.group_size}",
