@@ -151,7 +151,7 @@ def pack(
 def _divide(
     texts: Sequence[str], tokenizer: Tokenizer, length: int, wanted: int, held: int
 ) -> tuple[list[list[int]], int]:
-    """At most ``wanted`` sequences of one language, and how many of them, the last ones, are held out."""
+    """Return at most ``wanted`` sequences of one language, and how many of them, the last ones, are held out."""
     fitted, used = _pack_language(texts, tokenizer, length, wanted - held)
     apart, _ = _pack_language(texts[used:], tokenizer, length, held)
     if len(apart) == held:
@@ -162,7 +162,7 @@ def _divide(
 
 
 def _pack_language(texts: Sequence[str], tokenizer: Tokenizer, length: int, wanted: int) -> tuple[list[list[int]], int]:
-    """At most ``wanted`` sequences, and how many of the documents they draw on."""
+    """Return at most ``wanted`` sequences, and the number of documents that they are taken from."""
     prefix = tokenizer.prefix
     sequences: list[list[int]] = []
     current = list(prefix)

@@ -132,7 +132,7 @@ class Grammar:
         return taken
 
     def _tags(self) -> Iterator[str]:
-        """Those that mean something where the text is."""
+        """Return the tags that mean something at the present place of the text."""
         if self._reasons and self._thinking:
             yield THOUGHT
         elif self._reasons and self._opening:

@@ -173,7 +173,7 @@ class Parameters:
         return properties, required, others
 
     def _resolved(self, reference: object) -> object:
-        """What a reference within the schema points to; True, which admits all, if that is not there."""
+        """Return the schema that a reference within it points to; True, which admits all, if there is none."""
         if not isinstance(reference, str) or not reference.startswith("#"):
             return True
         found: Any = self._root

@@ -193,7 +193,7 @@ def _unsupported(config: ConfigReader, key: str) -> CheckpointError:
 
 
 def _first_match(patterns: Iterable[str], module: str) -> str | None:
-    """As PEFT's get_pattern_key: a pattern matches the whole name or its last parts; the first one counts."""
+    """Return the first match, as PEFT's get_pattern_key does; a pattern matches the whole name or its last parts."""
     return next((pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", module)), None)
 
 

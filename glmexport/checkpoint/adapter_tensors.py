@@ -123,7 +123,7 @@ def _check_complete(
     updates: Mapping[str, LowRank],
     path: Path,
 ) -> None:
-    """What the configuration says was trained must be there."""
+    """Check that everything is there that was trained according to the configuration."""
     if not updates and not replaced:
         raise CheckpointError(f"{path} has no tensors.", next_step="Save or download the adapter again.")
     for key in base:

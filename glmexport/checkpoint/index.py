@@ -98,7 +98,7 @@ def _check_present(index: Path, names: list[str]) -> None:
 
 
 def _check_numbering(directory: Path, names: list[str]) -> None:
-    """Without an index, the names of numbered shards are the only evidence that none is missing."""
+    """Check the names of numbered shards: without an index, they are the only evidence that none is missing."""
     for match in filter(None, map(_NUMBERED.fullmatch, names)):
         stem, digits, total = match["stem"], len(match["number"]), match["total"]
         # Stops at the first gap, so that a hostile total costs nothing.

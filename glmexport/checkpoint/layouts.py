@@ -88,7 +88,7 @@ _NEXT = {
 
 @dataclass(frozen=True)
 class _Declared:
-    """What one table says."""
+    """The declaration of one table."""
 
     layout: str
     table: ConfigReader
@@ -174,7 +174,7 @@ def _named(table: ConfigReader) -> str:
 
 
 def _layout_of(name: str, entry: TensorEntry, tensors: Collection[str]) -> str | None:
-    """What wrote a tensor that no other layout has; None where any could have."""
+    """Return the layout with such a tensor, if no other layout has one; None if any could have it."""
     for end, layout in _ENDS.items():
         if name.endswith(end):
             return layout

@@ -109,7 +109,7 @@ def _hub_error(error: Exception, repository: str, revision: str | None) -> Glmex
 
 
 def _refusal(error: Exception, repository: str, revision: str | None) -> CheckpointError | None:
-    """What the hub answered about the repository; None if ``error`` is no such answer."""
+    """Return what the hub answered about the repository; None if ``error`` is no such answer."""
     from huggingface_hub import constants, errors
 
     page = f"{constants.ENDPOINT}/{repository}"

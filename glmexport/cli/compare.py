@@ -78,7 +78,7 @@ def _show(console: Console, comparison: Comparison) -> None:
 
 
 def _foreign(words: str) -> Text:
-    """What a report says, which need not be ours: no markup, and no control character reaches the terminal."""
+    """Return text of a report, which need not be ours, so that no markup or control character reaches the terminal."""
     return Text(visible(words))
 
 

@@ -89,7 +89,7 @@ def tell(error: GlmexportError) -> int:
 
 
 def _from_outside(error: BaseException) -> tuple[str, str, int]:
-    """What the user or the system did to us: message, next step, exit code."""
+    """Return message, next step and exit code of an error that the user or the system caused."""
     if isinstance(error, MemoryError):
         return "There is not enough memory.", "Set a lower --max-memory, or free some.", EXIT_MACHINE
     if isinstance(error, OSError):

@@ -53,6 +53,6 @@ def show_plan(console: Console, plan: Plan) -> None:
 
 
 def _told(needs: list[Need]) -> list[Need]:
-    """Those without enough, or the one that comes nearest."""
+    """Return the languages without enough text, or the one that is nearest to having too little."""
     short = [need for need in needs if need.needed is None or need.needed > need.documents]
     return short or [max(needs, key=lambda need: (need.needed or 0) / need.documents)]

@@ -126,7 +126,7 @@ class Remote:
         return process, asyncio.create_task(_last_words(process.stderr.read))
 
     async def _ended(self, said: asyncio.Task[bytes], command: str, error: Ended) -> Exception:
-        """What it means that the program ended before it was done."""
+        """Return the error of a program that ended before it was done."""
         import asyncssh
 
         if self._connection.is_closed():

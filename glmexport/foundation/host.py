@@ -98,7 +98,7 @@ def gpus_in(listing: str) -> tuple[Gpu, ...]:
 
 
 def _output(program: str, *arguments: str) -> str:
-    """What a tool of the system prints; nothing where it is missing or fails."""
+    """Return what a tool of the system prints; nothing if it is missing or fails."""
     path = shutil.which(program)
     if path is None:
         return ""

@@ -148,7 +148,7 @@ def scan(data: bytes, limits: DocumentLimits) -> None:
 
 
 class _Scan:
-    """What was counted so far: of the whole, and of every list and object that is open."""
+    """The counts so far: of the whole, and of every list and object that is open."""
 
     def __init__(self, limits: DocumentLimits) -> None:
         self._limits = limits

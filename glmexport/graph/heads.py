@@ -40,6 +40,6 @@ def unfit_heads(architecture: Architecture, target: Target) -> str | None:
 
 
 def _size(layer: DecoderLayer) -> int:
-    """Of a head as it is cached."""
+    """Return the size of a head as it is cached."""
     attention = layer.attention
     return attention.padded_head_dim if isinstance(attention, LatentAttention) else attention.head_dim

@@ -99,7 +99,7 @@ def _sorted(rewrite: Rewrite, indices: ir.Value | None, experts: int) -> tuple[i
 def _bodies(
     rewrite: Rewrite, index: int, keys: tuple[str, str], rows: tuple[ir.Value, ...], nothing: ir.Value
 ) -> dict[str, ir.Graph]:
-    """What expert ``index`` gives for its ``rows`` (inputs, first, end, axis), and for none."""
+    """Return the outputs of expert ``index`` for its ``rows`` (inputs, first, end, axis), and for none."""
     node = rewrite.node
     hidden, inner = integer(node, "hidden_size"), integer(node, "intermediate_size")
     name = f"{node.name}/{index}"

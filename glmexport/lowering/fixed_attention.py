@@ -69,7 +69,7 @@ class LowerFixedAttentionPass(ir.passes.InPlacePass):
 
     @staticmethod
     def _shares(rewrite: Rewrite, scores: ir.Value, heads: int, positions: _Positions) -> ir.Value:
-        """Of every cached position in what a head attends to, [1, heads, S, C]."""
+        """Return the share of every cached position in what a head attends to, [1, heads, S, C]."""
         (scores,) = rewrite.op("Reshape", [scores, rewrite.integers(1, heads, -1, positions.capacity)])
         exact = rewrite.in_float32()
         (scores,) = exact.op("Add", [scores, positions.bias])
@@ -101,7 +101,7 @@ class LowerFixedAttentionPass(ir.passes.InPlacePass):
         return rewrite.op("Concat", parts, {"axis": -1})[0]
 
     def _positions(self, model: ir.Model, node: ir.Node) -> _Positions:
-        """Of the new tokens, computed once a graph, when its first ``node`` asks."""
+        """Return the positions of the new tokens, computed once a graph, when its first ``node`` needs them."""
         cache, position_ids = node.inputs[-2], node.inputs[-1]
         assert cache is not None and cache.shape is not None and position_ids is not None
         capacity = int(cache.shape.numpy()[1])

@@ -300,7 +300,7 @@ class Block:
         return key.removeprefix(f"{self.layer.prefix}.")
 
     def _arguments(self, hidden: Tensor, positions: tuple[Tensor, Tensor], selection: Tensor | None) -> dict[str, Any]:
-        """Of a decoder layer, and of its attention."""
+        """Return the arguments of a decoder layer, and of its attention."""
         arguments: dict[str, Any] = {
             "attention_mask": None,
             "position_embeddings": positions,

@@ -142,7 +142,7 @@ def _characters(text: str) -> list[str]:
 
 
 def _kept(name: str, change: Paired) -> AnswerRow:
-    """Of things that the original has all of."""
+    """Return the row of things that the original has all of and the bundle in part."""
     return AnswerRow(name, text.number(change.tasks), text.number(change.tasks - change.lost), _bounds(change))
 
 
@@ -159,6 +159,6 @@ def _changed(change: Paired) -> str:
 
 
 def _bounds(change: Paired) -> str:
-    """Of the mean difference of scores from 0 to 1."""
+    """Return the bounds of the mean difference of scores from 0 to 1."""
     lower, upper = text.number(change.lower_bound, 2), text.number(change.upper_bound, 2)
     return f"change {lower} to {upper}"

@@ -246,7 +246,7 @@ def _size(old: Report, new: Report) -> Iterator[Change]:
 
 
 def _gates(old: Report, new: Report) -> Iterator[GateChange]:
-    """By name: a report lists a gate in the languages that do not pass, or in the nearest, which can be another."""
+    """Return gates by name: a report lists one in languages that do not pass, or in the nearest, which can differ."""
     for name in dict.fromkeys(gate.name for report in (old, new) for gate in report.gates):
         before, after = (_gravest(report, name) for report in (old, new))
         if before is after or {before, after} == {None, Verdict.PASS}:

@@ -80,7 +80,7 @@ def _provider(facts: DeviceFacts) -> str:
 
 
 def _same(group: list[DeviceResult], of: Callable[[DeviceFacts], str]) -> str:
-    """What all devices of a class say of themselves, or each its own."""
+    """Return the text that all devices of a class have in common, or that of each."""
     return ", ".join(dict.fromkeys(of(device.facts) if device.facts else FAILED for device in group))
 
 

@@ -108,7 +108,7 @@ def _environment() -> Environment:
 
 
 def _shown(value: object) -> object:
-    """Whatever a template writes that is not HTML: nothing is hidden in it."""
+    """Return a value that a template writes, so that nothing is hidden in it if it is not HTML."""
     return visible(value, lines=True) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
@@ -131,7 +131,7 @@ def _quotient(value: float, base: float) -> str:
 
 
 def _tally(gates: tuple[Gate, ...]) -> str:
-    """How many gates ended how, the worst first."""
+    """Return the number of gates with each verdict, the worst first."""
     counts = [(verdict, sum(gate.verdict is verdict for gate in gates)) for verdict in Verdict]
     counts.sort(key=lambda item: -item[0].severity)
     parts = [f"{number} {verdict}" for verdict, number in counts if number]

@@ -266,7 +266,7 @@ def _ending() -> Refused:
 
 
 def _refusal(error: Exception, request: Request) -> Refused:
-    """What a client is told of a failure in the engine."""
+    """Return what a client is told of a failure in the engine."""
     if isinstance(error, Refused):
         return error
     if isinstance(error, InputError):

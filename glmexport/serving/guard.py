@@ -53,7 +53,7 @@ class Guard:
         self.closing = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """As ASGI has it."""
+        """Answer a request, by the interface of ASGI."""
         if scope["type"] != "http":
             return
         begun = False

@@ -184,7 +184,7 @@ class RequestReader:
         )
 
     def _opening(self, asked: ChatRequest) -> str:
-        """What the answer has to begin with, so that it is a call: a model that goes on from there is not free to talk.
+        """Return the required beginning of an answer that is a call: a model that continues it is not free to talk.
 
         Raises:
             Refused: there is no such tool, or this model's grammar of calls is another one.
@@ -205,7 +205,7 @@ class RequestReader:
         return CALL + name
 
     def _guide(self, asked: ChatRequest) -> Guide | None:
-        """What the answer is held to, if that is asked for."""
+        """Return the grammar that the answer must follow, if one is asked for."""
         form = asked.response_format
         if form is None or form.type == "text":
             return None

@@ -43,7 +43,7 @@ def check_schema(schema: Mapping[str, Any], param: str) -> None:
 
 
 def _excess(key: str, value: object) -> Iterator[str]:
-    """What is too large about one value of a schema."""
+    """Return what is too large about one value of a schema."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         if key in _COUNTS and value > COUNT:
             yield f"{key} is at most {COUNT}"

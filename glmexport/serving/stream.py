@@ -31,7 +31,7 @@ class EventStream(Response):
         self._documents = documents
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """As ASGI has it."""
+        """Send the response, by the interface of ASGI."""
         async with aclosing(self._documents):
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
 

@@ -90,7 +90,7 @@ class AnswerText:
         return TextPart(part.text, part.tokens + late)
 
     def _stop(self) -> int | None:
-        """Where the stop string begins that is complete first, however the text came in parts."""
+        """Return where the stop string begins that is complete first, however the text came in parts."""
         found = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         return min(found)[1] if found else None
 

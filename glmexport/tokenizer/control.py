@@ -44,7 +44,7 @@ class Rendered(str):
         return made
 
     def __getnewargs__(self) -> tuple[str, Spans]:  # type: ignore[override]
-        """For copies."""
+        """Return the arguments for a copy."""
         return str(self), self.control
 
     def __add__(self, other: str) -> Rendered:
@@ -159,7 +159,7 @@ class ControlTokens:
         return Rendered(written.translate(back), control)
 
     def _stand_ins(self, given: object) -> dict[str, str]:
-        """For each first character of control tokens one that no text of ``given`` has, nor in JSON's spelling."""
+        """Return a character that no text of ``given`` has, nor its JSON spelling, for each first one of control tokens."""
         taken: set[str] = set()
         for text in _texts(given):
             taken.update(text)
@@ -273,7 +273,7 @@ def _changed(value: object, change: Callable[[str], str]) -> Any:
 
 
 def _reasoning(message: Mapping[str, object]) -> frozenset[int]:
-    """Where in its content the tags of the reasoning stand that an assistant's message begins with."""
+    """Return where the tags of the reasoning are in the content of an assistant's message that begins with one."""
     content = message.get("content")
     if message.get("role") != "assistant" or message.get("reasoning_content") or not isinstance(content, str):
         return frozenset()

@@ -334,7 +334,7 @@ def _unlisted(
 
 
 def _templates(directory: Path, config: Mapping[str, object]) -> dict[str, tuple[str, str]]:
-    """Where each template is from, and its text, by name; files replace all that the configuration has."""
+    """Return the source and the text of each template by name; files replace all that the configuration has."""
     templates = {}
     for path in tokenizer_files(directory):
         if path.suffix != ".jinja":

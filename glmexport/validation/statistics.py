@@ -70,7 +70,7 @@ def bounds(estimate: Estimate, confidence: float) -> tuple[float, float]:
 
 
 def _above(estimate: Estimate, limit: float) -> tuple[float, float]:
-    """How far the value is above ``limit``, and its standard error, on the scale where that is symmetric."""
+    """Return how far the value is above ``limit``, and its standard error, on the scale where that is symmetric."""
     if estimate.kind == "signed":
         return estimate.value - limit, estimate.standard_error
     if estimate.value <= 0:

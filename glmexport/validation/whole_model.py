@@ -67,7 +67,7 @@ def check_reference(
 
 
 def _absent(reference: Reference, tokens: int, limit_bytes: int | None) -> str | None:
-    """Why transformers' whole model cannot be asked; None if it can."""
+    """Return why transformers' whole model cannot be asked; None if it can."""
     checkpoint, architecture = reference.checkpoint, reference.architecture
     if checkpoint.adapter:
         return "an adapter is merged while weights are read, and transformers would load the checkpoint without it"

@@ -183,7 +183,7 @@ def _judged(
 
 
 def _moved(question: Question, before: str, after: str) -> bool | None:
-    """Where the original itself answers in another language than it was asked in, none is lost."""
+    """Return whether a language was lost; None if the original itself answers in another than it was asked in."""
     if question.kind == "tools":
         return None
     original = detect_language(before)

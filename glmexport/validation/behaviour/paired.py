@@ -93,7 +93,7 @@ def loss_chance(change: Paired, limit: float) -> float:
 
 
 def _binary_chance(tasks: int, lost: int, gained: int, loss: float) -> float:
-    """Of results as bad as this or worse if P(lost) - P(gained) is ``loss``; what is lost is gained the other way."""
+    """Return the chance of results as bad or worse if P(lost) - P(gained) is ``loss``; gains are losses reversed."""
     shares = _credible(tasks, lost + gained, _INCREDIBLE_CHANCE)
     return min(1.0, _chance(tasks, _most_lost(tasks, gained, lost), loss, shares) + _INCREDIBLE_CHANCE)
 
@@ -128,7 +128,7 @@ def _credible(tasks: int, changed: int, incredible: float) -> NDArray[np.float64
 
 
 def _most_lost(tasks: int, lost: int, gained: int) -> NDArray[np.int64]:
-    """For every number of gained tasks, with how many lost ones a result is at least as good as this; -1 for none."""
+    """Return, for every number of gained tasks, the most lost ones of a result at least as good; -1 for none."""
     observed = _standing(tasks, np.array([lost]), np.array([gained]))[0] - 1e-12
     gains = np.arange(tasks + 1)
     # The more are lost, the worse: halve the range in which the last one that is good enough lies.
@@ -141,7 +141,7 @@ def _most_lost(tasks: int, lost: int, gained: int) -> NDArray[np.int64]:
 
 
 def _standing(tasks: int, lost: NDArray[np.int64], gained: NDArray[np.int64]) -> NDArray[np.float64]:
-    """What results are ordered by: Wald's lower bound with half a task added to each cell (Agresti and Min, 2005)."""
+    """Return what orders results: Wald's lower bound with half a task added to each cell (Agresti and Min, 2005)."""
     size, difference = tasks + 2, gained - lost
     spread: NDArray[np.float64] = np.sqrt(lost + gained + 1 - difference**2 / size)
     return (difference - _Z * spread) / size

@@ -143,7 +143,7 @@ def _verified(
 def _drafts(
     session: GenerationSession, asked: Sequence[Question], answers: Sequence[list[int]]
 ) -> Callable[[int, list[int]], list[int]]:
-    """What the bundle goes on with, first of all its own ``answers``."""
+    """Return a function to the tokens with which the bundle continues, first of all its own ``answers``."""
 
     def draft(index: int, so_far: list[int]) -> list[int]:
         question = asked[index]

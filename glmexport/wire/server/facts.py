@@ -37,7 +37,7 @@ def _probe(command: list[str]) -> tuple[dict[str, Any] | None, str | None]:
 
 
 def _output(command: list[str]) -> tuple[str | None, str | None]:
-    """What a command prints, or why it does not."""
+    """Return what a command prints, or why it does not."""
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_TIMEOUT_S, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
