@@ -159,7 +159,7 @@ class ControlTokens:
         return Rendered(written.translate(back), control)
 
     def _stand_ins(self, given: object) -> dict[str, str]:
-        """Return a character that no text of ``given`` has, nor its JSON spelling, for each first one of control tokens."""
+        """Return a character that ``given`` has nowhere, nor its JSON, for each first character of control tokens."""
         taken: set[str] = set()
         for text in _texts(given):
             taken.update(text)
