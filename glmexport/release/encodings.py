@@ -1,0 +1,70 @@
+"""Readers of DER that take only the one way to write a value.
+
+Standard library of Python 3.9: this is a part of verify.py.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+BOOLEAN, INTEGER, BIT_STRING, OCTET_STRING, OBJECT_IDENTIFIER, SEQUENCE, SET = 1, 2, 3, 4, 6, 0x30, 0x31
+
+
+class Element(NamedTuple):
+    """One element of DER: its tag, its content, and all of its bytes."""
+
+    tag: int
+    content: bytes
+    whole: bytes
+
+
+def read_elements(content: bytes) -> list[Element]:
+    """Return the elements that stand one after the other in ``content``.
+
+    Raises:
+        ValueError, IndexError: it is no DER; nothing is taken that could be written shorter.
+    """
+    found, at = [], 0
+    while at < len(content):
+        start, tag, length = at, content[at], content[at + 1]
+        at += 2
+        if length > 127:
+            count = length - 128
+            length = int.from_bytes(content[at : at + count], "big")
+            at += count
+            if length < 128 or length.bit_length() <= 8 * (count - 1):
+                raise ValueError("length")
+        if tag & 31 == 31 or at + length > len(content):
+            raise ValueError("tag or length")
+        found.append(Element(tag, content[at : at + length], content[start : at + length]))
+        at += length
+    return found
+
+
+def content_of_only(content: bytes, tag: int) -> bytes:
+    """Return the content of the one element of ``content``; raises ValueError unless there is one, with that tag."""
+    (element,) = read_elements(content)
+    return content_of(element, tag)
+
+
+def content_of(element: Element, tag: int) -> bytes:
+    """Return the content of an element; raises ValueError unless it has that tag."""
+    if element.tag != tag:
+        raise ValueError("tag")
+    return element.content
+
+
+def read_identifier(element: Element) -> str:
+    """Return an object identifier in decimals; raises ValueError or IndexError if it is none."""
+    content, numbers, value = content_of(element, OBJECT_IDENTIFIER), [], 0
+    for byte in content:
+        if not value and byte == 0x80:
+            raise ValueError("identifier")
+        value = value << 7 | byte & 127
+        if byte < 128:
+            numbers.append(value)
+            value = 0
+    if content[-1] > 127:
+        raise ValueError("identifier")
+    first = min(numbers[0] // 40, 2)
+    return ".".join(map(str, (first, numbers[0] - 40 * first, *numbers[1:])))
