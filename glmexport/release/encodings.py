@@ -68,3 +68,20 @@ def read_identifier(element: Element) -> str:
         raise ValueError("identifier")
     first = min(numbers[0] // 40, 2)
     return ".".join(map(str, (first, numbers[0] - 40 * first, *numbers[1:])))
+
+
+def read_natural(element: Element) -> int:
+    """Return an integer that is not negative; raises ValueError or IndexError if it is none, or has idle zeros."""
+    content = content_of(element, INTEGER)
+    if content[0] > 127 or (content[0] == 0 and len(content) > 1 and content[1] < 128):
+        raise ValueError("integer")
+    return int.from_bytes(content, "big")
+
+
+def is_ecdsa_signature(content: bytes) -> bool:
+    """Return whether ``content`` is DER of two positive integers and nothing else, as RFC 3279 has a signature."""
+    try:
+        first, second = read_elements(content_of_only(content, SEQUENCE))
+        return read_natural(first) > 0 and read_natural(second) > 0
+    except (ValueError, IndexError):
+        return False

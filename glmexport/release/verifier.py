@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from glmexport.release.certificates import Certificate, UnfitCertificate, check_chain, from_pem, hash_of_key, to_pem
+from glmexport.release.encodings import is_ecdsa_signature
 from glmexport.release.envelope import (
     DIGEST,
     EXIT_MACHINE,
@@ -253,14 +254,17 @@ def _check_signature(
         raise wrong from error
     if hashed is None:
         raise wrong
+    broken = VerificationError(f"{SIGNATURE} does not hold: it was made with another key, or was changed.")
+    # openssl reads as many bytes as the longest signature of the key has, and overlooks the rest of the file.
+    if not is_ecdsa_signature(envelope.signature):
+        raise broken
     signature.write_bytes(envelope.signature)
     encoded.write_bytes(
         f"DSSEv1 {len(PAYLOAD_TYPE)} {PAYLOAD_TYPE} {len(envelope.payload)} ".encode() + envelope.payload
     )
-    how = ["dgst", f"-{hashed}", "-verify", str(public), "-signature", str(signature), str(encoded)]
     _openssl(
-        *how, otherwise=VerificationError(f"{SIGNATURE} does not hold: it was made with another key, or was changed.")
-    )
+        "dgst", f"-{hashed}", "-verify", str(public), "-signature", str(signature), str(encoded), otherwise=broken
+    )  # fmt: skip
 
 
 def _key_of_chain(envelope: Envelope, root: Path, subject: str | None, scratch: Path) -> bytes:

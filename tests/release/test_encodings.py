@@ -1,0 +1,158 @@
+"""There is one way to write a signature: both verifiers refuse another spelling of its base64 and of its DER."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
+from hypothesis import given
+from hypothesis import strategies as st
+from signatures import Authority, Judge, Pair, pair, resign, tree
+
+from glmexport.foundation.errors import EXIT_UNVERIFIED
+from glmexport.release.encodings import (
+    Element,
+    is_ecdsa_signature,
+    read_natural,
+)
+from glmexport.release.keys import KeyFiles, open_signatory
+
+#: Bytes of the longest signature of a key, by its curve.
+LONGEST = {"prime256v1": 72, "secp384r1": 104, "secp521r1": 139}
+
+
+def table_of(bundle: Path) -> dict[str, Any]:
+    """Return the document in model.sig."""
+    table: dict[str, Any] = json.loads((bundle / "model.sig").read_bytes())
+    return table
+
+
+def signature_of(bundle: Path) -> bytes:
+    """Return the signature in model.sig."""
+    return base64.b64decode(table_of(bundle)["dsseEnvelope"]["signatures"][0]["sig"])
+
+
+def put_signature(bundle: Path, content: bytes) -> None:
+    """Replace the signature in model.sig."""
+    table = table_of(bundle)
+    table["dsseEnvelope"]["signatures"][0]["sig"] = base64.b64encode(content).decode()
+    (bundle / "model.sig").write_text(json.dumps(table))
+
+
+def sign_by(authority: Authority, bundle: Path, wanted: Callable[[bytes], bool] = bool) -> None:
+    """Sign by a certificate until the signature is as it is wanted."""
+    signatory = open_signatory(KeyFiles(authority.key, authority.certificate, (authority.intermediate,)))
+    digests = {name: digest for name, digest in tree(bundle).items() if name != "model.sig"}
+    signature = b""
+    while not signature or not wanted(signature):
+        (bundle / "model.sig").write_bytes(signatory.model_signature("bundle", digests))
+        signature = signature_of(bundle)
+
+
+def length(content: bytes) -> bytes:
+    """Return the length of ``content`` as DER has it; it is less than 256."""
+    return bytes([len(content)]) if len(content) < 128 else bytes([0x81, len(content)])
+
+
+def sequence(*elements: bytes) -> bytes:
+    """Return a SEQUENCE."""
+    return b"\x30" + length(b"".join(elements)) + b"".join(elements)
+
+
+def integer(content: bytes) -> bytes:
+    """Return an INTEGER, whether or not that is how it is written."""
+    return b"\x02" + length(content) + content
+
+
+def split(signature: bytes) -> tuple[bytes, bytes]:
+    """Return the contents of the two integers of a signature."""
+    first, second = (each.to_bytes(each.bit_length() // 8 + 1, "big") for each in decode_dss_signature(signature))
+    return first, second
+
+
+SPELLINGS: dict[str, Callable[[bytes], bytes]] = {
+    "a zero behind it": lambda signature: signature + b"\0",
+    "many bytes behind it": lambda signature: signature + bytes(range(256)),
+    "itself behind it": lambda signature: signature * 2,
+    "a line's end behind it": lambda signature: signature + b"\n",
+    "a third number": lambda signature: sequence(*map(integer, split(signature)), integer(b"\1")),
+    "nothing beside the numbers": lambda signature: sequence(*map(integer, split(signature)), b"\x05\x00"),
+    "an idle zero": lambda signature: sequence(*(integer(b"\0" + each) for each in split(signature))),
+    "a long length": lambda signature: b"\x30\x82\0" + bytes([len(signature[2:])]) + signature[2:],
+    "a length of nothing": lambda signature: b"\x30\x80" + b"".join(map(integer, split(signature))) + b"\0\0",
+    "a set": lambda signature: b"\x31" + signature[1:],
+    "one number": lambda signature: sequence(integer(split(signature)[0])),
+    "its last byte missing": lambda signature: signature[:-1],
+    "the bare numbers": lambda signature: b"".join(map(integer, split(signature))),
+    "the numbers without DER": lambda signature: b"".join(each[-32:].rjust(32, b"\0") for each in split(signature)),
+    "nothing": lambda signature: b"",
+}
+
+
+@pytest.fixture(params=LONGEST)
+def longest(request: pytest.FixtureRequest, release: Path, tmp_path: Path) -> Pair:
+    """Return the key that made the signature of ``release``, which is as long as one of it can be.
+
+    openssl reads as many bytes of a signature as this one has.
+    """
+    made = pair(tmp_path, "another", request.param)
+    resign(release, made.private)
+    while len(signature_of(release)) < LONGEST[request.param]:
+        resign(release, made.private)
+    return made
+
+
+@pytest.mark.parametrize("content", [b"\0", b"\n", b"\0" * 1000, b"\x02\x01\x01"])
+def test_nothing_stands_behind_a_signature(content: bytes, longest: Pair, release: Path, outcome: Judge) -> None:
+    assert outcome(release, key=longest.public).code == 0
+    put_signature(release, signature_of(release) + content)
+    judged = outcome(release, key=longest.public)
+    assert judged.code == EXIT_UNVERIFIED and "model.sig does not hold" in judged
+
+
+def test_nothing_stands_behind_a_signature_by_a_certificate(
+    authority: Authority, release: Path, outcome: Judge
+) -> None:
+    sign_by(authority, release, lambda signature: len(signature) == LONGEST["secp384r1"])
+    assert outcome(release, root=authority.root).code == 0
+    put_signature(release, signature_of(release) + b"\0")
+    judged = outcome(release, root=authority.root)
+    assert judged.code == EXIT_UNVERIFIED and "model.sig does not hold" in judged
+
+
+@pytest.mark.parametrize("spelled", SPELLINGS.values(), ids=SPELLINGS)
+def test_a_signature_is_spelled_in_one_way(
+    spelled: Callable[[bytes], bytes], release: Path, outcome: Judge
+) -> None:
+    changed = spelled(signature_of(release))
+    assert not is_ecdsa_signature(changed)
+    put_signature(release, changed)
+    judged = outcome(release)
+    assert judged.code == EXIT_UNVERIFIED and "model.sig does not hold" in judged
+
+
+@given(st.integers(1, 1 << 521), st.integers(1, 1 << 521), st.binary(min_size=1))
+def test_what_is_der_of_two_numbers(first: int, second: int, more: bytes) -> None:
+    signature = encode_dss_signature(first, second)
+    assert is_ecdsa_signature(signature)
+    assert not is_ecdsa_signature(signature + more)
+    assert not is_ecdsa_signature(signature[:-1])
+    for wrong in (encode_dss_signature(0, second), encode_dss_signature(first, 0), sequence(integer(b""), signature)):
+        assert not is_ecdsa_signature(wrong)
+
+
+@given(st.binary())
+def test_der_of_a_signature_is_what_an_encoder_writes(content: bytes) -> None:
+    if is_ecdsa_signature(content):
+        assert encode_dss_signature(*decode_dss_signature(content)) == content
+
+
+@pytest.mark.parametrize("content", [b"", b"\0\0", b"\0\x7f", b"\x80", b"\xff\xff"])
+def test_what_is_no_natural_number(content: bytes) -> None:
+    with pytest.raises((ValueError, IndexError)):
+        read_natural(Element(2, content, integer(content)))
