@@ -8,7 +8,6 @@ is not looked at here. Standard library of Python 3.9: this is a part of verify.
 from __future__ import annotations
 
 import base64
-import binascii
 import calendar
 import re
 import time
@@ -24,6 +23,7 @@ from glmexport.release.encodings import (
     Element,
     content_of,
     content_of_only,
+    decode_base64,
     read_elements,
     read_identifier,
 )
@@ -90,8 +90,8 @@ def from_pem(content: bytes) -> list[bytes]:
     if not blocks or content.count(b"-----BEGIN ") != len(blocks) or {kind for kind, _ in blocks} != {b"CERTIFICATE"}:
         raise UnfitCertificate("it has to have certificates in PEM and nothing else")
     try:
-        return [base64.b64decode(b"".join(body.split()), validate=True) for _, body in blocks]
-    except binascii.Error as error:
+        return [decode_base64(b"".join(body.split())) for _, body in blocks]
+    except ValueError as error:
         raise UnfitCertificate("a certificate in it is damaged") from error
 
 

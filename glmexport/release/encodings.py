@@ -1,10 +1,12 @@
-"""Readers of DER that take only the one way to write a value.
+"""Readers of base64 and DER that take only the one way to write a value.
 
 Standard library of Python 3.9: this is a part of verify.py.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
 from typing import NamedTuple
 
 BOOLEAN, INTEGER, BIT_STRING, OCTET_STRING, OBJECT_IDENTIFIER, SEQUENCE, SET = 1, 2, 3, 4, 6, 0x30, 0x31
@@ -16,6 +18,17 @@ class Element(NamedTuple):
     tag: int
     content: bytes
     whole: bytes
+
+
+def decode_base64(text: bytes) -> bytes:
+    """Return the bytes that ``text`` has in base64; raises ValueError unless an encoder would write the same text."""
+    try:
+        content = base64.b64decode(text, validate=True)
+    except binascii.Error as error:
+        raise ValueError("no base64") from error
+    if base64.b64encode(content) != text:
+        raise ValueError("base64 with bits that nobody reads")
+    return content
 
 
 def read_elements(content: bytes) -> list[Element]:

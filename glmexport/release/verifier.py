@@ -18,8 +18,6 @@ Exit codes: 0 verified, 64 unusable arguments, 65 not what was signed, 69 openss
 from __future__ import annotations
 
 import argparse
-import base64
-import binascii
 import hashlib
 import json
 import os
@@ -31,7 +29,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from glmexport.release.certificates import Certificate, UnfitCertificate, check_chain, from_pem, hash_of_key, to_pem
-from glmexport.release.encodings import is_ecdsa_signature
+from glmexport.release.encodings import decode_base64, is_ecdsa_signature
 from glmexport.release.envelope import (
     DIGEST,
     EXIT_MACHINE,
@@ -249,8 +247,8 @@ def _check_signature(
     public.write_bytes(shown)
     wrong = VerificationError(f"{SIGNATURE} was made with a key of a kind that is not used here.")
     try:
-        hashed = hash_of_key(base64.b64decode(b"".join(shown.split(b"-----")[2].split())))
-    except (binascii.Error, IndexError) as error:
+        hashed = hash_of_key(decode_base64(b"".join(shown.split(b"-----")[2].split())))
+    except (ValueError, IndexError) as error:
         raise wrong from error
     if hashed is None:
         raise wrong

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from signatures import Authority, Judge, Pair, pair, resign, tree
 
-from glmexport.foundation.errors import EXIT_UNVERIFIED
+from glmexport.foundation.errors import EXIT_INPUT, EXIT_UNVERIFIED
 from glmexport.release.encodings import (
     Element,
+    decode_base64,
     is_ecdsa_signature,
     read_natural,
 )
@@ -24,6 +25,7 @@ from glmexport.release.keys import KeyFiles, open_signatory
 
 #: Bytes of the longest signature of a key, by its curve.
 LONGEST = {"prime256v1": 72, "secp384r1": 104, "secp521r1": 139}
+ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 
 
 def table_of(bundle: Path) -> dict[str, Any]:
@@ -156,3 +158,65 @@ def test_der_of_a_signature_is_what_an_encoder_writes(content: bytes) -> None:
 def test_what_is_no_natural_number(content: bytes) -> None:
     with pytest.raises((ValueError, IndexError)):
         read_natural(Element(2, content, integer(content)))
+
+
+def spellings(text: str) -> Iterator[str]:
+    """Yield other texts that a lenient reader of base64 takes for ``text``."""
+    yield from (text + "=", text + "\n", text + " ", " " + text, text + "====", text + "\0", "\ufeff" + text)
+    yield from (text[:8] + each + text[8:] for each in ("\n", "\r\n", " ", "=", "*", "-", "é"))
+    if text.endswith("="):
+        bare = text.rstrip("=")
+        yield bare
+        yield bare + "=" * (len(text) - len(bare) + 1)
+        # The last bits of the last letter are not part of any byte.
+        yield bare[:-1] + ALPHABET[ALPHABET.index(bare[-1]) + 1] + text[len(bare) :]
+
+
+@given(st.binary())
+def test_base64_is_spelled_in_one_way(content: bytes) -> None:
+    text = base64.b64encode(content).decode()
+    assert decode_base64(text.encode()) == content
+    for each in spellings(text):
+        with pytest.raises(ValueError, match="base64"):
+            decode_base64(each.encode())
+
+
+@given(st.text("AQgw+/-_= \n", max_size=8))
+def test_base64_is_what_an_encoder_writes(text: str) -> None:
+    try:
+        content = decode_base64(text.encode())
+    except ValueError:
+        return
+    assert base64.b64encode(content).decode() == text
+
+
+def test_every_part_of_a_signature_is_in_one_spelling(authority: Authority, release: Path, outcome: Judge) -> None:
+    sign_by(authority, release, lambda signature: len(signature) % 3 > 0)
+    table = table_of(release)
+    envelope, material = table["dsseEnvelope"], table["verificationMaterial"]
+    first, second = material["x509CertificateChain"]["certificates"]
+    parts = ((envelope, "payload"), (envelope["signatures"][0], "sig"), (first, "rawBytes"), (second, "rawBytes"))
+    for part, key in parts:
+        text = part[key]
+        # The script is started for some of them; the reader of both is asked for all of them above.
+        for each in [*spellings(text)][:: 4 if key != "sig" else 1]:
+            part[key] = each
+            (release / "model.sig").write_text(json.dumps(table))
+            judged = outcome(release, root=authority.root)
+            assert judged.code == EXIT_UNVERIFIED and "base64" in judged, (key, each[-9:])
+        part[key] = text
+    (release / "model.sig").write_text(json.dumps(table))
+    assert outcome(release, root=authority.root).code == 0
+
+
+def test_a_root_with_bits_that_nobody_reads_is_the_user_s(
+    authority: Authority, release: Path, outcome: Judge, tmp_path: Path
+) -> None:
+    sign_by(authority, release)
+    head, *lines, end = authority.root.read_text().splitlines()
+    root = tmp_path / "root.crt"
+    for each in (spelled for spelled in spellings("".join(lines)) if not set(spelled) & set("\n\r ")):
+        root.write_text("\n".join((head, each, end, "")))
+        assert outcome(release, root=root).code == EXIT_INPUT, each[-9:]
+    root.write_text("\n".join((head, *lines, end, "")))
+    assert outcome(release, root=root).code == 0
