@@ -241,7 +241,12 @@ def _check_signature(
         otherwise = VerificationError(f"{key} is no public key.", EXIT_USAGE)
         shown = _openssl("pkey", "-pubin", "-in", str(key), "-pubout", otherwise=otherwise)
         if envelope.hint is not None and envelope.hint != hashlib.sha256(shown).hexdigest():
-            raise VerificationError(f"{SIGNATURE} was made with another key than {key}.")
+            another = VerificationError(f"{SIGNATURE} was made with another key than {key}.")
+            # The hint is of a key with both coordinates of its point; a file may have only one, and a sign.
+            how = ["ec", "-pubin", "-in", str(key), "-pubout", "-conv_form", "uncompressed"]
+            shown = _openssl(*how, otherwise=another)
+            if envelope.hint != hashlib.sha256(shown).hexdigest():
+                raise another
     else:
         shown = _key_of_chain(envelope, Path(str(root)), subject, scratch)
     public.write_bytes(shown)

@@ -12,7 +12,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
 from hypothesis import given
 from hypothesis import strategies as st
-from signatures import Authority, Judge, Pair, pair, resign, tree
+from signatures import Authority, Judge, Pair, openssl, pair, resign, tree
 
 from glmexport.foundation.errors import EXIT_INPUT, EXIT_UNVERIFIED
 from glmexport.release.encodings import (
@@ -220,3 +220,15 @@ def test_a_root_with_bits_that_nobody_reads_is_the_user_s(
         assert outcome(release, root=root).code == EXIT_INPUT, each[-9:]
     root.write_text("\n".join((head, *lines, end, "")))
     assert outcome(release, root=root).code == 0
+
+
+@pytest.mark.parametrize("form", ["compressed", "uncompressed"])
+def test_a_key_with_one_coordinate_is_the_same_key(
+    form: str, release: Path, keys: Pair, outcome: Judge, tmp_path: Path
+) -> None:
+    """The hint in model.sig is of a key with both."""
+    for name, private, code in (("own", keys.private, 0), ("other", pair(tmp_path, "x").private, EXIT_UNVERIFIED)):
+        public = tmp_path / f"{name}.pub.pem"
+        openssl("ec", "-in", private, "-pubout", "-conv_form", form, "-out", public)
+        judged = outcome(release, key=public)
+        assert judged.code == code
