@@ -15,8 +15,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from glmexport.release.encodings import (
-    BIT_STRING,
-    BOOLEAN,
     OCTET_STRING,
     SEQUENCE,
     SET,
@@ -24,11 +22,16 @@ from glmexport.release.encodings import (
     content_of,
     content_of_only,
     decode_base64,
+    read_bits,
     read_elements,
     read_identifier,
+    read_natural,
+    read_whole_bytes,
 )
 
 _VERSION, _EXTENSIONS = 0xA0, 0xA3
+#: A boolean, which DER writes only where it is not the default.
+_TRUE = b"\x01\x01\xff"
 _PEM = re.compile(rb"-----BEGIN ([A-Z0-9 ]+)-----\s(.*?)-----END \1-----", re.DOTALL)
 _RSA, _RSA_PSS, _EC = "1.2.840.113549.1.1.1", "1.2.840.113549.1.1.10", "1.2.840.10045.2.1"
 _EDWARDS = frozenset({"1.3.101.112", "1.3.101.113"})
@@ -51,7 +54,10 @@ _ATTRIBUTES = {
     "2.5.4.10": "O", "2.5.4.11": "OU", "0.9.2342.19200300.100.1.1": "UID", "0.9.2342.19200300.100.1.25": "DC",
     "1.2.840.113549.1.9.1": "emailAddress",
 }  # fmt: skip
-_ENCODINGS = {12: "utf-8", 18: "ascii", 19: "ascii", 20: "latin-1", 22: "ascii", 28: "utf-32-be", 30: "utf-16-be"}
+_PRINTABLE = 19
+_ENCODINGS = {
+    12: "utf-8", 18: "ascii", _PRINTABLE: "ascii", 20: "latin-1", 22: "ascii", 28: "utf-32-be", 30: "utf-16-be",
+}  # fmt: skip
 _ALTERNATIVE_KINDS = {0x81: "email", 0x82: "DNS", 0x86: "URI"}
 
 
@@ -151,14 +157,17 @@ def _check_strength(certificate: Certificate) -> None:
 
 
 def _strength(key: bytes) -> tuple[str, int]:
-    """Object identifier of a key's algorithm, and bits of an RSA modulus or of a curve that is known, else 0."""
+    """Return the object identifier of a key's algorithm, and a size.
+
+    The size is the bits of an RSA modulus, 1 for a curve that is known, and 0 for any other key.
+    """
     try:
-        algorithm, bits = read_elements(content_of_only(key, SEQUENCE))
-        kind, *parameters = read_elements(algorithm.content)
-        name = read_identifier(kind)
+        algorithm, encoded = read_elements(content_of_only(key, SEQUENCE))
+        kind, *parameters = read_elements(content_of(algorithm, SEQUENCE))
+        name, content = read_identifier(kind), read_whole_bytes(encoded)
         if name in (_RSA, _RSA_PSS):
-            modulus = read_elements(content_of_only(bits.content[1:], SEQUENCE))[0]
-            return name, int.from_bytes(modulus.content, "big").bit_length()
+            modulus, _ = read_elements(content_of_only(content, SEQUENCE))
+            return name, read_natural(modulus).bit_length()
         return name, int(name == _EC and read_identifier(parameters[0]) in CURVES)
     except (ValueError, IndexError) as error:
         raise UnfitCertificate("a certificate has a damaged key") from error
@@ -168,7 +177,7 @@ def hash_of_key(key: bytes) -> str | None:
     """Return the hash that is signed with a key on the curve P-256, P-384 or P-521 (DER); None for any other key."""
     try:
         algorithm, _ = read_elements(content_of_only(key, SEQUENCE))
-        kind, *parameters = read_elements(algorithm.content)
+        kind, *parameters = read_elements(content_of(algorithm, SEQUENCE))
         return CURVES.get(read_identifier(parameters[0])) if read_identifier(kind) == _EC else None
     except (ValueError, IndexError):
         return None
@@ -185,8 +194,7 @@ def read(content: bytes) -> Certificate:
         version, _, inner, issuer, validity, subject, key, *rest = read_elements(content_of(signed, SEQUENCE))
         if version.whole != b"\xa0\x03\x02\x01\x02" or inner.whole != algorithm.whole:
             raise ValueError("version or algorithm")
-        if content_of(signature, BIT_STRING)[0]:
-            raise ValueError("bits that nobody reads")
+        read_whole_bytes(signature)
         extensions = _extensions([each for each in rest if each.tag == _EXTENSIONS])
         extended = extensions.get(_EXTENDED)
         uses = None if extended is None else read_elements(content_of_only(extended, SEQUENCE))
@@ -211,7 +219,10 @@ def _extensions(found: list[Element]) -> dict[str, bytes]:
     table: dict[str, bytes] = {}
     for element in found:
         for each in read_elements(content_of_only(element.content, SEQUENCE)):
-            name, *_, value = read_elements(content_of(each, SEQUENCE))
+            name, *critical, value = read_elements(content_of(each, SEQUENCE))
+            # What is not critical has no boolean, for FALSE is what is meant without one.
+            if critical and [element.whole for element in critical] != [_TRUE]:
+                raise ValueError("critical")
             if read_identifier(name) in table:
                 raise ValueError("an extension comes twice")
             table[read_identifier(name)] = content_of(value, OCTET_STRING)
@@ -220,7 +231,7 @@ def _extensions(found: list[Element]) -> dict[str, bytes]:
 
 def _signature(algorithm: Element) -> str:
     """Object identifier of a signature algorithm; of RSASSA-PSS, which has its hash beside it, with a hash of SHA-2."""
-    kind, *parameters = read_elements(algorithm.content)
+    kind, *parameters = read_elements(content_of(algorithm, SEQUENCE))
     if read_identifier(kind) != _RSA_PSS:
         return read_identifier(kind)
     hashes = [each for each in read_elements(content_of(parameters[0], SEQUENCE)) if each.tag == _VERSION]
@@ -229,14 +240,23 @@ def _signature(algorithm: Element) -> str:
 
 
 def _authority(extension: bytes | None) -> bool:
+    """Return whether the basic constraints are those of an authority."""
     found = [] if extension is None else read_elements(content_of_only(extension, SEQUENCE))
-    return bool(found) and found[0].tag == BOOLEAN and found[0].content == b"\xff"
+    true = [each for each in found[:1] if each.whole == _TRUE]
+    for length in found[len(true) :]:
+        read_natural(length)
+    if len(found) > len(true) + 1:
+        raise ValueError("basic constraints")
+    return bool(true)
 
 
 def _usage(extension: bytes | None) -> int:
-    """First eight usages, a bit each; none, where there is no such extension."""
-    bits = b"" if extension is None else content_of_only(extension, BIT_STRING)
-    return bits[1] if bits[1:] else 0
+    """Return the first eight usages, a bit each; 0, where there is no such extension."""
+    if extension is None:
+        return 0
+    (element,) = read_elements(extension)
+    bits, _ = read_bits(element)
+    return bits[0] if bits else 0
 
 
 def _seconds(moment: Element) -> int:
@@ -261,6 +281,8 @@ def _name(element: Element) -> str:
 
 
 def _value(element: Element) -> str:
+    if element.tag == _PRINTABLE and not re.fullmatch(rb"[A-Za-z0-9 '()+,./:=?-]*", element.content):
+        raise ValueError("printable string")
     if element.tag not in _ENCODINGS:
         return "#" + element.whole.hex()
     text = element.content.decode(_ENCODINGS[element.tag])

@@ -9,7 +9,7 @@ import base64
 import binascii
 from typing import NamedTuple
 
-BOOLEAN, INTEGER, BIT_STRING, OCTET_STRING, OBJECT_IDENTIFIER, SEQUENCE, SET = 1, 2, 3, 4, 6, 0x30, 0x31
+INTEGER, BIT_STRING, OCTET_STRING, OBJECT_IDENTIFIER, SEQUENCE, SET = 2, 3, 4, 6, 0x30, 0x31
 
 
 class Element(NamedTuple):
@@ -89,6 +89,26 @@ def read_natural(element: Element) -> int:
     if content[0] > 127 or (content[0] == 0 and len(content) > 1 and content[1] < 128):
         raise ValueError("integer")
     return int.from_bytes(content, "big")
+
+
+def read_bits(element: Element) -> tuple[bytes, int]:
+    """Return the bytes of a bit string, and how many of the last bits are unused.
+
+    Raises:
+        ValueError, IndexError: it is no bit string, or a bit that is unused is set.
+    """
+    unused, content = content_of(element, BIT_STRING)[0], element.content[1:]
+    if unused > 7 or (unused and content[-1] & ((1 << unused) - 1)):
+        raise ValueError("unused bits")
+    return content, unused
+
+
+def read_whole_bytes(element: Element) -> bytes:
+    """Return the bytes of a bit string; raises ValueError or IndexError if it is none, or has unused bits."""
+    content, unused = read_bits(element)
+    if unused:
+        raise ValueError("unused bits")
+    return content
 
 
 def is_ecdsa_signature(content: bytes) -> bool:

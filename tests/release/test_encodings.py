@@ -9,16 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from hypothesis import given
 from hypothesis import strategies as st
-from signatures import Authority, Judge, Pair, openssl, pair, resign, tree
+from signatures import Authority, Judge, Pair, make_authority, openssl, pair, resign, tree
 
 from glmexport.foundation.errors import EXIT_INPUT, EXIT_UNVERIFIED
 from glmexport.release.encodings import (
     Element,
     decode_base64,
     is_ecdsa_signature,
+    read_bits,
+    read_elements,
     read_natural,
 )
 from glmexport.release.keys import KeyFiles, open_signatory
@@ -160,6 +165,12 @@ def test_what_is_no_natural_number(content: bytes) -> None:
         read_natural(Element(2, content, integer(content)))
 
 
+@pytest.mark.parametrize("content", [b"", b"\1", b"\1\1", b"\7\x81", b"\x08\0", b"\xff\0"])
+def test_bits_that_nobody_reads_are_not_set(content: bytes) -> None:
+    with pytest.raises((ValueError, IndexError)):
+        read_bits(Element(3, content, b""))
+
+
 def spellings(text: str) -> Iterator[str]:
     """Yield other texts that a lenient reader of base64 takes for ``text``."""
     yield from (text + "=", text + "\n", text + " ", " " + text, text + "====", text + "\0", "\ufeff" + text)
@@ -231,4 +242,37 @@ def test_a_key_with_one_coordinate_is_the_same_key(
         public = tmp_path / f"{name}.pub.pem"
         openssl("ec", "-in", private, "-pubout", "-conv_form", form, "-out", public)
         judged = outcome(release, key=public)
+        assert judged.code == code
+
+
+#: What a certificate has, and what an authority could have signed in its place: other spellings and no DER.
+CERTIFIED = {
+    "a usage that is critical": ("0603551d0f0101ff", "0603551d0f010101"),
+    "a usage that is not critical, spelled out": ("0603551d0f0101ff", "0603551d0f010100"),
+    "usages with a bit that is unused": ("03020780", "03020781"),
+    "usages with eight bits that are unused": ("03020780", "03020880"),
+    "no authority, spelled out": ("300c0603551d130101ff04023000", "300c0603551d1304053003010100"),
+    "a key with a bit that is unused": ("0362000", "0362010"),
+    "a printable string that is none": ("0c046c656166", "13046c652a66"),
+}
+
+
+@pytest.mark.parametrize(("before", "after"), CERTIFIED.values(), ids=CERTIFIED)
+def test_a_certificate_is_spelled_in_one_way(
+    before: str, after: str, release: Path, outcome: Judge, tmp_path: Path
+) -> None:
+    authority = make_authority(tmp_path, "basicConstraints=critical,CA:FALSE\nkeyUsage=critical,digitalSignature\n")
+    sign_by(authority, release)
+    table = table_of(release)
+    leaf = table["verificationMaterial"]["x509CertificateChain"]["certificates"][0]
+    (whole,) = read_elements(base64.b64decode(leaf["rawBytes"]))
+    told, algorithm, _ = read_elements(whole.content)
+    assert told.whole.hex().count(before) == 1
+    issuer: Any = load_pem_private_key((tmp_path / "middle.pem").read_bytes(), None)
+    for content, code in ((told.whole, 0), (bytes.fromhex(told.whole.hex().replace(before, after)), EXIT_UNVERIFIED)):
+        bits = b"\0" + issuer.sign(content, ec.ECDSA(hashes.SHA256()))
+        body = content + algorithm.whole + b"\x03" + length(bits) + bits
+        leaf["rawBytes"] = base64.b64encode(b"\x30\x82" + len(body).to_bytes(2, "big") + body).decode()
+        (release / "model.sig").write_text(json.dumps(table))
+        judged = outcome(release, root=authority.root)
         assert judged.code == code
