@@ -28,6 +28,7 @@ _PACKAGE = "glmexport.wire.server"
 _MODULES = ("activation", "answering", "facts", "layout", "ledger", "receiving", "verifying")
 _ELSEWHERE = (
     "glmexport.release.certificates",
+    "glmexport.release.encodings",
     "glmexport.release.envelope",
     "glmexport.release.golden_answers",
     "glmexport.release.verifier",

@@ -8,15 +8,30 @@ is not looked at here. Standard library of Python 3.9: this is a part of verify.
 from __future__ import annotations
 
 import base64
-import binascii
 import calendar
 import re
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
-_BOOLEAN, _INTEGER, _BITS, _OCTETS, _OID, _SEQUENCE, _SET = 1, 2, 3, 4, 6, 0x30, 0x31
+from glmexport.release.encodings import (
+    OCTET_STRING,
+    SEQUENCE,
+    SET,
+    Element,
+    content_of,
+    content_of_only,
+    decode_base64,
+    read_bits,
+    read_elements,
+    read_identifier,
+    read_natural,
+    read_whole_bytes,
+)
+
 _VERSION, _EXTENSIONS = 0xA0, 0xA3
+#: A boolean, which DER writes only where it is not the default.
+_TRUE = b"\x01\x01\xff"
 _PEM = re.compile(rb"-----BEGIN ([A-Z0-9 ]+)-----\s(.*?)-----END \1-----", re.DOTALL)
 _RSA, _RSA_PSS, _EC = "1.2.840.113549.1.1.1", "1.2.840.113549.1.1.10", "1.2.840.10045.2.1"
 _EDWARDS = frozenset({"1.3.101.112", "1.3.101.113"})
@@ -39,7 +54,10 @@ _ATTRIBUTES = {
     "2.5.4.10": "O", "2.5.4.11": "OU", "0.9.2342.19200300.100.1.1": "UID", "0.9.2342.19200300.100.1.25": "DC",
     "1.2.840.113549.1.9.1": "emailAddress",
 }  # fmt: skip
-_ENCODINGS = {12: "utf-8", 18: "ascii", 19: "ascii", 20: "latin-1", 22: "ascii", 28: "utf-32-be", 30: "utf-16-be"}
+_PRINTABLE = 19
+_ENCODINGS = {
+    12: "utf-8", 18: "ascii", _PRINTABLE: "ascii", 20: "latin-1", 22: "ascii", 28: "utf-32-be", 30: "utf-16-be",
+}  # fmt: skip
 _ALTERNATIVE_KINDS = {0x81: "email", 0x82: "DNS", 0x86: "URI"}
 
 
@@ -68,12 +86,6 @@ class Certificate(NamedTuple):
     extended: frozenset[str] | None
 
 
-class _Element(NamedTuple):
-    tag: int
-    content: bytes
-    whole: bytes
-
-
 def from_pem(content: bytes) -> list[bytes]:
     """Return the certificates in a PEM file, DER.
 
@@ -84,8 +96,8 @@ def from_pem(content: bytes) -> list[bytes]:
     if not blocks or content.count(b"-----BEGIN ") != len(blocks) or {kind for kind, _ in blocks} != {b"CERTIFICATE"}:
         raise UnfitCertificate("it has to have certificates in PEM and nothing else")
     try:
-        return [base64.b64decode(b"".join(body.split()), validate=True) for _, body in blocks]
-    except binascii.Error as error:
+        return [decode_base64(b"".join(body.split())) for _, body in blocks]
+    except ValueError as error:
         raise UnfitCertificate("a certificate in it is damaged") from error
 
 
@@ -145,15 +157,18 @@ def _check_strength(certificate: Certificate) -> None:
 
 
 def _strength(key: bytes) -> tuple[str, int]:
-    """Object identifier of a key's algorithm, and bits of an RSA modulus or of a curve that is known, else 0."""
+    """Return the object identifier of a key's algorithm, and a size.
+
+    The size is the bits of an RSA modulus, 1 for a curve that is known, and 0 for any other key.
+    """
     try:
-        algorithm, bits = _elements(_one(key, _SEQUENCE))
-        kind, *parameters = _elements(algorithm.content)
-        name = _dotted(kind)
+        algorithm, encoded = read_elements(content_of_only(key, SEQUENCE))
+        kind, *parameters = read_elements(content_of(algorithm, SEQUENCE))
+        name, content = read_identifier(kind), read_whole_bytes(encoded)
         if name in (_RSA, _RSA_PSS):
-            modulus = _elements(_one(bits.content[1:], _SEQUENCE))[0]
-            return name, int.from_bytes(modulus.content, "big").bit_length()
-        return name, int(name == _EC and _dotted(parameters[0]) in CURVES)
+            modulus, _ = read_elements(content_of_only(content, SEQUENCE))
+            return name, read_natural(modulus).bit_length()
+        return name, int(name == _EC and read_identifier(parameters[0]) in CURVES)
     except (ValueError, IndexError) as error:
         raise UnfitCertificate("a certificate has a damaged key") from error
 
@@ -161,9 +176,9 @@ def _strength(key: bytes) -> tuple[str, int]:
 def hash_of_key(key: bytes) -> str | None:
     """Return the hash that is signed with a key on the curve P-256, P-384 or P-521 (DER); None for any other key."""
     try:
-        algorithm, _ = _elements(_one(key, _SEQUENCE))
-        kind, *parameters = _elements(algorithm.content)
-        return CURVES.get(_dotted(parameters[0])) if _dotted(kind) == _EC else None
+        algorithm, _ = read_elements(content_of_only(key, SEQUENCE))
+        kind, *parameters = read_elements(content_of(algorithm, SEQUENCE))
+        return CURVES.get(read_identifier(parameters[0])) if read_identifier(kind) == _EC else None
     except (ValueError, IndexError):
         return None
 
@@ -175,14 +190,14 @@ def read(content: bytes) -> Certificate:
         UnfitCertificate: it is none of version 3, or is written in more than one way.
     """
     try:
-        signed, algorithm, signature = _elements(_one(content, _SEQUENCE))
-        version, _, inner, issuer, validity, subject, key, *rest = _elements(_content(signed, _SEQUENCE))
+        signed, algorithm, signature = read_elements(content_of_only(content, SEQUENCE))
+        version, _, inner, issuer, validity, subject, key, *rest = read_elements(content_of(signed, SEQUENCE))
         if version.whole != b"\xa0\x03\x02\x01\x02" or inner.whole != algorithm.whole:
             raise ValueError("version or algorithm")
-        if _content(signature, _BITS)[0]:
-            raise ValueError("bits that nobody reads")
+        read_whole_bytes(signature)
         extensions = _extensions([each for each in rest if each.tag == _EXTENSIONS])
         extended = extensions.get(_EXTENDED)
+        uses = None if extended is None else read_elements(content_of_only(extended, SEQUENCE))
         return Certificate(
             content,
             subject.whole,
@@ -190,95 +205,61 @@ def read(content: bytes) -> Certificate:
             _name(subject),
             _alternatives(extensions.get(_ALTERNATIVES)),
             key.whole,
-            _seconds(_elements(_content(validity, _SEQUENCE))[0]),
+            _seconds(read_elements(content_of(validity, SEQUENCE))[0]),
             _signature(algorithm),
             _authority(extensions.get(_CONSTRAINTS)),
             _usage(extensions.get(_KEY_USAGE)),
-            None if extended is None else frozenset(map(_dotted, _elements(_one(extended, _SEQUENCE)))),
+            None if uses is None else frozenset(map(read_identifier, uses)),
         )
     except (ValueError, IndexError, OverflowError) as error:
         raise UnfitCertificate("a certificate is damaged, or not of version 3") from error
 
 
-def _elements(content: bytes) -> list[_Element]:
-    """What DER has one after the other; ValueError, or IndexError, if it is not the only way to write it."""
-    found, at = [], 0
-    while at < len(content):
-        start, tag, length = at, content[at], content[at + 1]
-        at += 2
-        if length > 127:
-            count = length - 128
-            length = int.from_bytes(content[at : at + count], "big")
-            at += count
-            if length < 128 or length.bit_length() <= 8 * (count - 1):
-                raise ValueError("length")
-        if tag & 31 == 31 or at + length > len(content):
-            raise ValueError("tag or length")
-        found.append(_Element(tag, content[at : at + length], content[start : at + length]))
-        at += length
-    return found
-
-
-def _one(content: bytes, tag: int) -> bytes:
-    (element,) = _elements(content)
-    return _content(element, tag)
-
-
-def _content(element: _Element, tag: int) -> bytes:
-    if element.tag != tag:
-        raise ValueError("tag")
-    return element.content
-
-
-def _dotted(element: _Element) -> str:
-    """An object identifier in decimals."""
-    content, numbers, value = _content(element, _OID), [], 0
-    for byte in content:
-        if not value and byte == 0x80:
-            raise ValueError("identifier")
-        value = value << 7 | byte & 127
-        if byte < 128:
-            numbers.append(value)
-            value = 0
-    if content[-1] > 127:
-        raise ValueError("identifier")
-    first = min(numbers[0] // 40, 2)
-    return ".".join(map(str, (first, numbers[0] - 40 * first, *numbers[1:])))
-
-
-def _extensions(found: list[_Element]) -> dict[str, bytes]:
+def _extensions(found: list[Element]) -> dict[str, bytes]:
     table: dict[str, bytes] = {}
     for element in found:
-        for each in _elements(_one(element.content, _SEQUENCE)):
-            name, *_, value = _elements(_content(each, _SEQUENCE))
-            if _dotted(name) in table:
+        for each in read_elements(content_of_only(element.content, SEQUENCE)):
+            name, *critical, value = read_elements(content_of(each, SEQUENCE))
+            # What is not critical has no boolean, for FALSE is what is meant without one.
+            if critical and [element.whole for element in critical] != [_TRUE]:
+                raise ValueError("critical")
+            if read_identifier(name) in table:
                 raise ValueError("an extension comes twice")
-            table[_dotted(name)] = _content(value, _OCTETS)
+            table[read_identifier(name)] = content_of(value, OCTET_STRING)
     return table
 
 
-def _signature(algorithm: _Element) -> str:
+def _signature(algorithm: Element) -> str:
     """Object identifier of a signature algorithm; of RSASSA-PSS, which has its hash beside it, with a hash of SHA-2."""
-    kind, *parameters = _elements(algorithm.content)
-    if _dotted(kind) != _RSA_PSS:
-        return _dotted(kind)
-    hashes = [each for each in _elements(_content(parameters[0], _SEQUENCE)) if each.tag == _VERSION]
-    known = bool(hashes) and _dotted(_elements(_one(hashes[0].content, _SEQUENCE))[0]) in _SHA2
+    kind, *parameters = read_elements(content_of(algorithm, SEQUENCE))
+    if read_identifier(kind) != _RSA_PSS:
+        return read_identifier(kind)
+    hashes = [each for each in read_elements(content_of(parameters[0], SEQUENCE)) if each.tag == _VERSION]
+    known = bool(hashes) and read_identifier(read_elements(content_of_only(hashes[0].content, SEQUENCE))[0]) in _SHA2
     return _RSA_PSS if known else f"{_RSA_PSS} without SHA-2"
 
 
 def _authority(extension: bytes | None) -> bool:
-    found = [] if extension is None else _elements(_one(extension, _SEQUENCE))
-    return bool(found) and found[0].tag == _BOOLEAN and found[0].content == b"\xff"
+    """Return whether the basic constraints are those of an authority."""
+    found = [] if extension is None else read_elements(content_of_only(extension, SEQUENCE))
+    true = [each for each in found[:1] if each.whole == _TRUE]
+    for length in found[len(true) :]:
+        read_natural(length)
+    if len(found) > len(true) + 1:
+        raise ValueError("basic constraints")
+    return bool(true)
 
 
 def _usage(extension: bytes | None) -> int:
-    """First eight usages, a bit each; none, where there is no such extension."""
-    bits = b"" if extension is None else _one(extension, _BITS)
-    return bits[1] if bits[1:] else 0
+    """Return the first eight usages, a bit each; 0, where there is no such extension."""
+    if extension is None:
+        return 0
+    (element,) = read_elements(extension)
+    bits, _ = read_bits(element)
+    return bits[0] if bits else 0
 
 
-def _seconds(moment: _Element) -> int:
+def _seconds(moment: Element) -> int:
     """Seconds since 1970 of a UTCTime or a GeneralizedTime."""
     form = {23: "%y%m%d%H%M%SZ", 24: "%Y%m%d%H%M%SZ"}[moment.tag] if moment.tag in (23, 24) else ""
     if not re.fullmatch(rb"[0-9]{12}([0-9]{2})?Z", moment.content):
@@ -289,17 +270,19 @@ def _seconds(moment: _Element) -> int:
     return calendar.timegm((found.tm_year - 100 * wrong, *found[1:6]))
 
 
-def _name(element: _Element) -> str:
+def _name(element: Element) -> str:
     """A distinguished name as RFC 4514 writes it, the most special part first."""
     parts = []
-    for each in _elements(_content(element, _SEQUENCE)):
-        pairs = [_elements(_content(pair, _SEQUENCE)) for pair in _elements(_content(each, _SET))]
-        named = [(_ATTRIBUTES.get(_dotted(kind), _dotted(kind)), _value(text)) for kind, text in pairs]
+    for each in read_elements(content_of(element, SEQUENCE)):
+        pairs = [read_elements(content_of(pair, SEQUENCE)) for pair in read_elements(content_of(each, SET))]
+        named = [(_ATTRIBUTES.get(read_identifier(kind), read_identifier(kind)), _value(text)) for kind, text in pairs]
         parts.append("+".join(f"{kind}={text}" for kind, text in named))
     return ",".join(reversed(parts))
 
 
-def _value(element: _Element) -> str:
+def _value(element: Element) -> str:
+    if element.tag == _PRINTABLE and not re.fullmatch(rb"[A-Za-z0-9 '()+,./:=?-]*", element.content):
+        raise ValueError("printable string")
     if element.tag not in _ENCODINGS:
         return "#" + element.whole.hex()
     text = element.content.decode(_ENCODINGS[element.tag])
@@ -313,7 +296,7 @@ def _hexadecimal(character: str) -> str:
 
 def _alternatives(extension: bytes | None) -> tuple[str, ...]:
     """Addresses of mail, hosts and URIs among the alternative names, but those with characters that nobody sees."""
-    names = [] if extension is None else _elements(_one(extension, _SEQUENCE))
+    names = [] if extension is None else read_elements(content_of_only(extension, SEQUENCE))
     known = [each for each in names if each.tag in _ALTERNATIVE_KINDS]
     texts = [f"{_ALTERNATIVE_KINDS[each.tag]}:{each.content.decode('ascii')}" for each in known]
     return tuple(text for text in texts if text.isprintable())

@@ -6,8 +6,6 @@ Standard library of Python 3.9: this is a part of verify.py.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hashlib
 import json
 import os
@@ -15,6 +13,8 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 from unicodedata import category, normalize
+
+from glmexport.release.encodings import decode_base64
 
 SIGNATURE = "model.sig"
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
@@ -197,11 +197,10 @@ def _is_text(value: Any) -> bool:
 
 
 def _decoded(value: Any) -> bytes:
-    """What is in base64, in the one way in which it can be written."""
+    """Return the bytes that a text of the signature has in base64."""
     try:
-        content = base64.b64decode(value.encode("ascii"), validate=True)
-    except (AttributeError, UnicodeEncodeError, binascii.Error) as error:
-        raise VerificationError(f"{SIGNATURE} is damaged: a part of it is no base64.") from error
-    if base64.b64encode(content).decode() != value:
-        raise VerificationError(f"{SIGNATURE} is damaged: a part of it is base64 with bits that nobody reads.")
-    return content
+        if not isinstance(value, str) or not value.isascii():
+            raise ValueError("no base64")
+        return decode_base64(value.encode("ascii"))
+    except ValueError as error:
+        raise VerificationError(f"{SIGNATURE} is damaged: a part of it is {error}.") from error

@@ -6,19 +6,32 @@ import ast
 from pathlib import Path
 from types import ModuleType
 
-from glmexport.release import certificates, envelope, verifier
+from glmexport.release import certificates, encodings, envelope, verifier
 
+_PARTS = (encodings, certificates, envelope)
 _FUTURE = "from __future__ import annotations\n"
 
 
 def verifier_script() -> str:
     """Return the source of verify.py: the verifier, with its parts in place of the lines that import them."""
-    lines = _source(verifier).splitlines(keepends=True)
-    parts = {part.__name__: part for part in (certificates, envelope)}
-    imports = [each for each in ast.parse("".join(lines)).body if isinstance(each, ast.ImportFrom)]
-    for statement in reversed([each for each in imports if each.module in parts]):
-        body = _source(parts[str(statement.module)]).partition(_FUTURE)[2]
-        lines[statement.lineno - 1 : statement.end_lineno] = [f"{body.strip()}\n\n\n"]
+    return _with_parts(verifier, {part.__name__: part for part in _PARTS})
+
+
+def _with_parts(module: ModuleType, left: dict[str, ModuleType]) -> str:
+    """Return the source of ``module`` with parts in place of its imports of them.
+
+    A part is taken out of ``left`` where it is first imported. Later imports of it are left out.
+    """
+    lines = _source(module).splitlines(keepends=True)
+    names = {part.__name__ for part in _PARTS}
+    statements = [each for each in ast.parse("".join(lines)).body if isinstance(each, ast.ImportFrom)]
+    bodies: dict[tuple[int, int | None], str] = {}
+    for statement in [each for each in statements if each.module in names]:
+        part = left.pop(str(statement.module), None)
+        text = "" if part is None else _with_parts(part, left).partition(_FUTURE)[2].strip() + "\n\n\n"
+        bodies[statement.lineno - 1, statement.end_lineno] = text
+    for (start, end), text in reversed(bodies.items()):
+        lines[start:end] = [text]
     return "".join(lines)
 
 

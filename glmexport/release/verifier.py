@@ -18,8 +18,6 @@ Exit codes: 0 verified, 64 unusable arguments, 65 not what was signed, 69 openss
 from __future__ import annotations
 
 import argparse
-import base64
-import binascii
 import hashlib
 import json
 import os
@@ -31,6 +29,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from glmexport.release.certificates import Certificate, UnfitCertificate, check_chain, from_pem, hash_of_key, to_pem
+from glmexport.release.encodings import decode_base64, is_ecdsa_signature
 from glmexport.release.envelope import (
     DIGEST,
     EXIT_MACHINE,
@@ -242,25 +241,33 @@ def _check_signature(
         otherwise = VerificationError(f"{key} is no public key.", EXIT_USAGE)
         shown = _openssl("pkey", "-pubin", "-in", str(key), "-pubout", otherwise=otherwise)
         if envelope.hint is not None and envelope.hint != hashlib.sha256(shown).hexdigest():
-            raise VerificationError(f"{SIGNATURE} was made with another key than {key}.")
+            another = VerificationError(f"{SIGNATURE} was made with another key than {key}.")
+            # The hint is of a key with both coordinates of its point; a file may have only one, and a sign.
+            how = ["ec", "-pubin", "-in", str(key), "-pubout", "-conv_form", "uncompressed"]
+            shown = _openssl(*how, otherwise=another)
+            if envelope.hint != hashlib.sha256(shown).hexdigest():
+                raise another
     else:
         shown = _key_of_chain(envelope, Path(str(root)), subject, scratch)
     public.write_bytes(shown)
     wrong = VerificationError(f"{SIGNATURE} was made with a key of a kind that is not used here.")
     try:
-        hashed = hash_of_key(base64.b64decode(b"".join(shown.split(b"-----")[2].split())))
-    except (binascii.Error, IndexError) as error:
+        hashed = hash_of_key(decode_base64(b"".join(shown.split(b"-----")[2].split())))
+    except (ValueError, IndexError) as error:
         raise wrong from error
     if hashed is None:
         raise wrong
+    broken = VerificationError(f"{SIGNATURE} does not hold: it was made with another key, or was changed.")
+    # openssl reads as many bytes as the longest signature of the key has, and overlooks the rest of the file.
+    if not is_ecdsa_signature(envelope.signature):
+        raise broken
     signature.write_bytes(envelope.signature)
     encoded.write_bytes(
         f"DSSEv1 {len(PAYLOAD_TYPE)} {PAYLOAD_TYPE} {len(envelope.payload)} ".encode() + envelope.payload
     )
-    how = ["dgst", f"-{hashed}", "-verify", str(public), "-signature", str(signature), str(encoded)]
     _openssl(
-        *how, otherwise=VerificationError(f"{SIGNATURE} does not hold: it was made with another key, or was changed.")
-    )
+        "dgst", f"-{hashed}", "-verify", str(public), "-signature", str(signature), str(encoded), otherwise=broken
+    )  # fmt: skip
 
 
 def _key_of_chain(envelope: Envelope, root: Path, subject: str | None, scratch: Path) -> bytes:

@@ -39,7 +39,8 @@ def checked_files(order: dict[str, Any]) -> list[dict[str, Any]]:
     for entry in files:
         if not isinstance(entry["path"], str) or not contained(entry["path"]):
             raise Failure("files", f"The order names a file outside of its release: {entry['path']!r}.", "Refuse it.")
-        if not _SHA256.fullmatch(str(entry["sha256"])) or type(entry["size"]) is not int or entry["size"] < 0:
+        digest, size = entry["sha256"], entry["size"]
+        if not isinstance(digest, str) or not _SHA256.fullmatch(digest) or type(size) is not int or size < 0:
             raise Failure("files", f"The order has no SHA-256 or no size for {entry['path']!r}.", "Refuse it.")
     if len({entry["path"] for entry in files}) != len(files):
         raise Failure("files", "The order names a file twice.", "Refuse it.")
