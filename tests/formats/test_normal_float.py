@@ -17,6 +17,7 @@ from onnx import helper
 from test_packing import run_node
 from torch import Tensor
 
+from glmexport.bundle.bundle import Bundle
 from glmexport.bundle.manifest import read_manifest
 from glmexport.engine.scoring import ScoringSession
 from glmexport.formats.codecs import codec_of, stored_bits
@@ -192,5 +193,5 @@ def test_a_build_from_recipe_to_answer(tmp_path: Path) -> None:
     ids = torch.tensor([[3, 5, 7, 11, 13, 17, 19, 23]])
     with torch.no_grad():
         expected = model(ids).logits[0]
-    logits = torch.as_tensor(ScoringSession(built.directory, manifest, 1).logits(ids[0]))
+    logits = torch.as_tensor(ScoringSession(Bundle.open(built.directory), 1).logits(ids[0]))
     assert float((logits - expected).abs().max()) < 1e-3 * float(expected.abs().max())
