@@ -15,7 +15,7 @@ from glmexport.bundle.manifest import read_manifest
 from glmexport.engine.core.cache import cache_specs
 from glmexport.engine.core.graphs import FixedGraph
 from glmexport.engine.generation import GenerationSession
-from glmexport.engine.opening import fixed_names
+from glmexport.engine.graph_opening import fixed_names
 from glmexport.foundation.errors import EXIT_INCONCLUSIVE, EXIT_INPUT
 from glmexport.foundation.host import CPU_PROVIDER, Host
 from glmexport.foundation.target import open_target, shipped_targets

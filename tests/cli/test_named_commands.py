@@ -21,6 +21,7 @@ BENCHMARKS = sorted((PACKAGE.parent / "benchmarks").rglob("*.py"))
 OTHERS = {
     "lm-eval": {"--model", "--model_args", "--tasks", "--batch_size", "--include_path", "--apply_chat_template"},
     "mlx_lm.convert": {"--dequantize"},
+    "pip": {"--index-url"},
     "systemctl": {"--now"},
     "the program that is sent to a device": {"--attended", "--emulated", "--missing"},
 }

@@ -17,7 +17,7 @@ from glmexport.bundle.bundle import Bundle
 from glmexport.bundle.manifest import MANIFEST
 from glmexport.foundation.errors import EXIT_INPUT, EXIT_PASS, EXIT_UNVERIFIED, UnverifiedError
 from glmexport.foundation.progress import Silent
-from glmexport.lm_eval.subject import Settings
+from glmexport.lm_eval.subject import HarnessArguments
 from glmexport.release.keys import KeyFiles, open_signatory
 from glmexport.release.opening import Trust, open_signed
 from glmexport.workflows.sign import sign_bundle
@@ -134,10 +134,10 @@ def test_signing_again(release: Path, keys: Pair, run: Run) -> None:
 
 def test_the_harness_asks_for_a_key(release: Path, keys: Pair, tmp_path: Path) -> None:
     settings = {"bundle": str(release), "threads": 1}
-    assert Settings.of({**settings, "key": str(keys.public)}).open(Silent()).digest
+    assert HarnessArguments.read({**settings, "key": str(keys.public)}).open(Silent()).digest
     stranger = pair(tmp_path, "stranger")
     with pytest.raises(UnverifiedError, match="another key"):
-        Settings.of({**settings, "key": str(stranger.public)}).open(Silent())
+        HarnessArguments.read({**settings, "key": str(stranger.public)}).open(Silent())
 
 
 @pytest.mark.parametrize("shared", [False, True])
