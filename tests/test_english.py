@@ -117,20 +117,44 @@ def public(node: ast.Module | ast.ClassDef, name: str) -> Iterator[tuple[str, Do
                 yield from public(child, f"{name}.{child.name}")
 
 
+def private(module: str, tree: ast.Module) -> Iterator[tuple[str, Documented]]:
+    """Yield the classes and functions that ``public`` leaves out: private ones, and those within functions."""
+    known = {node for _, node in public(tree, module)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node not in known:
+            yield f"{module}:{node.lineno} {node.name}", node
+
+
+def attributes(node: ast.Module | ast.ClassDef, name: str) -> Iterator[tuple[str, str]]:
+    """Yield the docstrings of the attributes of a module and of its classes: the strings behind assignments."""
+    for child, behind in zip(node.body, [*node.body[1:], None], strict=True):
+        if isinstance(child, ast.ClassDef):
+            yield from attributes(child, f"{name}.{child.name}")
+        elif isinstance(child, ast.Assign | ast.AnnAssign) and isinstance(behind, ast.Expr):
+            targets = child.targets if isinstance(child, ast.Assign) else [child.target]
+            if isinstance(behind.value, ast.Constant) and isinstance(behind.value.value, str):
+                yield f"{name}.{ast.unparse(targets[0])}", behind.value.value
+
+
 def is_property(node: Documented) -> bool:
     decorators = getattr(node, "decorator_list", [])
     return any(ast.unparse(each).rpartition(".")[2] in ("property", "cached_property") for each in decorators)
 
 
-def fault_of(docstring: str, *, of_property: bool) -> str | None:
-    """Return what is wrong with the first sentence of a docstring; None if nothing is."""
+def fault_of(docstring: str, *, of_property: bool = False, of_attribute: bool = False) -> str | None:
+    """Return what is wrong with the first sentence of a docstring; None if nothing is.
+
+    A property or an attribute may be called by a noun alone. None is the value that a property may begin with.
+    """
     first = " ".join(docstring.split("\n\n", maxsplit=1)[0].split())
     words = first.split()
     if words[0].rstrip(",.:;") in FRAGMENTS and not (of_property and words[0] in ("None,", "Since")):
         return f"begins with {words[0]!r}"
+    if re.match(r"The same\b", first):
+        return "begins with 'The same'"
     if not re.search(r"[.:][\"')]?$", first):
         return "does not end with a full stop or a colon"
-    if len(words) < (2 if of_property else 3):
+    if len(words) < (2 if of_property or of_attribute else 3):
         return "has too few words to be a sentence"
     return None
 
@@ -138,12 +162,50 @@ def fault_of(docstring: str, *, of_property: bool) -> str | None:
 @pytest.mark.parametrize("module, tree", MODULES, ids=[name for name, _ in MODULES])
 def test_a_first_sentence_is_one(module: str, tree: ast.Module) -> None:
     wrong = []
-    for name, node in [(module, tree), *public(tree, module)]:
+    for name, node in [(module, tree), *public(tree, module), *private(module, tree)]:
         docstring = ast.get_docstring(node)
         fault = fault_of(docstring, of_property=is_property(node)) if docstring else None
         if fault:
             wrong.append(f"{name} {fault}: {docstring.splitlines()[0] if docstring else ''}")
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("module, tree", MODULES, ids=[name for name, _ in MODULES])
+def test_an_attribute_is_described_with_a_subject(module: str, tree: ast.Module) -> None:
+    faults = {name: (fault_of(text, of_attribute=True), text) for name, text in attributes(tree, module)}
+    wrong = [f"{name} {fault}: {text}" for name, (fault, text) in faults.items() if fault]
+    assert not wrong, "\n".join(wrong)
+
+
+SAMPLE = """
+A: int = 1
+"Of a module."
+class Public:
+    a: int
+    "Of a class."
+    b = 2
+    c: int
+    "Of its end."
+    def method(self):
+        def inner(): ...
+    def _hidden(self): ...
+class _Private:
+    def method(self): ...
+if A:
+    def conditional(): ...
+"""
+
+
+def test_every_place_of_a_docstring_is_looked_at() -> None:
+    tree = ast.parse(SAMPLE)
+    assert list(attributes(tree, "m")) == [
+        ("m.A", "Of a module."),
+        ("m.Public.a", "Of a class."),
+        ("m.Public.c", "Of its end."),
+    ]
+    assert [name for name, _ in public(tree, "m")] == ["m.Public", "m.Public.method"]
+    hidden = sorted(name.rpartition(" ")[2] for name, _ in private("m", tree))
+    assert hidden == ["_Private", "_hidden", "conditional", "inner", "method"]
 
 
 @pytest.mark.parametrize(
@@ -153,14 +215,23 @@ def test_a_first_sentence_is_one(module: str, tree: ast.Module) -> None:
         ("As ``parse``, of a file.", "begins with"),
         ("What a host lacks", "begins with"),
         ("Return the rows", "does not end"),
+        ("The same, of a batch.", "begins with"),
+        ("The same over the kept rows.", "begins with"),
         ("The rows.", "too few"),
         ("Return the rows of a matrix.\n\nOf the last axis.", None),
         ("A sequence whose\nitems are ids:", None),
     ],
 )
 def test_a_fragment_is_found(docstring: str, fault: str | None) -> None:
-    found = fault_of(docstring, of_property=False)
+    found = fault_of(docstring)
     assert found is None if fault is None else found is not None and fault in found
+
+
+def test_an_attribute_needs_no_sentence_but_a_subject() -> None:
+    assert fault_of("Largest error.", of_attribute=True) is None
+    assert fault_of("None without a budget.", of_property=True) is not None
+    assert fault_of("None, or the largest error.", of_property=True) is None
+    assert fault_of("None, or the largest error.", of_attribute=True) is not None
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))

@@ -26,13 +26,13 @@ class MatrixRecord(Definition):
     layer: int | None
     """Decoder block, from 0; none for the embedding and the language-model head."""
     part: str
-    """qkv, o, gate_up, down, lm_head or embedding."""
+    """Part of the model: qkv, o, gate_up, down, lm_head or embedding."""
     bits: Annotated[int, Field(ge=1, le=32)]
     group_size: int
     """Weights that share one scale."""
     symmetric: bool
     codec: str = Field(default="affine", exclude_if=lambda value: value == "affine")
-    """What a code stands for: a whole number of steps from a zero point (affine), or a level of a table (nf4)."""
+    """The meaning of a code: a whole number of steps from a zero point (affine), or a level of a table (nf4)."""
     bits_per_weight: Number
     dead_columns: Count
     """Input columns that are zero on all calibration inputs."""
@@ -45,7 +45,7 @@ class MatrixRecord(Definition):
     unpolished_rows: Count = 0
     """Rows whose polish made held-out text worse and was taken back."""
     folded: bool = False
-    """Powers of two were moved between its columns and what writes its input, which is exact."""
+    """Whether powers of two were moved between its columns and what writes its input, which is exact."""
     nearest_rows: Count = 0
     """Rows rounded to nearest with the same search, as that serves them better or the whole matrix fell back."""
 

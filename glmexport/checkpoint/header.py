@@ -22,7 +22,7 @@ _RANK_LIMIT = 64
 _DIMENSION_LIMIT = 2**63
 
 WEIGHT_DTYPES = ("F32", "F16", "BF16")
-"""What a weight may be stored as."""
+"""The types that a weight may be stored as."""
 
 _BITS = {
     "BOOL": 8,

@@ -22,7 +22,7 @@ PATTERNS = (
     "README*",
     "LICENSE*",
 )
-"""What is downloaded of a repository; code and pickles are not."""
+"""The files that are downloaded of a repository; code and pickles are not."""
 
 _HUB_ID = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>\w[\w./-]*))?", re.ASCII)
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}

@@ -214,7 +214,7 @@ def _count(evidence: Evidence, outcome: str) -> int:
 
 
 def _reasons(tried: Iterable[TriedCandidate]) -> str:
-    """Each once."""
+    """Return each reason once, with its settings."""
     found = dict.fromkeys(
         f"\n{each.settings.recipe} at accuracy_level {each.settings.accuracy_level}: {each.reason}" for each in tried
     )

@@ -54,7 +54,7 @@ def bill_of_materials(manifest: Manifest, report: Report | None) -> dict[str, An
 
 
 def _components(manifest: Manifest) -> Iterator[dict[str, Any]]:
-    """The original, its adapter, the text it was calibrated on, and every file."""
+    """Yield the original, its adapter, the text it was calibrated on, and every file."""
     source, calibration = manifest.source, manifest.calibration
     yield _component(
         "machine-learning-model", "source", source.name, "The checkpoint before quantization.", source.digest
@@ -99,7 +99,7 @@ def _hashes(digest: str) -> list[dict[str, str]]:
 
 
 def _card(manifest: Manifest, report: Report | None) -> dict[str, Any]:
-    """What the model is for whom, and how close it is to the original, language by language."""
+    """Return what the model is for whom, and how close it is to the original, language by language."""
     precision = manifest.precision
     datasets = [{"ref": "calibration"}] if manifest.calibration else []
     card: dict[str, Any] = {

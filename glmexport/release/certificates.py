@@ -135,7 +135,7 @@ def check_chain(chain: Sequence[bytes], roots: Sequence[bytes], subject: str | N
 
 
 def _require_path(signer: Certificate, others: list[Certificate], roots: list[Certificate]) -> None:
-    """Nothing is there that nobody looks at: each is a root that is trusted, or the one that vouches for another."""
+    """Require that each certificate is a root that is trusted, or the one that vouches for another."""
     below, trusted = signer, {root.whole for root in roots}
     left = [each for each in others if each.whole not in trusted]
     while left:
@@ -230,7 +230,7 @@ def _extensions(found: list[Element]) -> dict[str, bytes]:
 
 
 def _signature(algorithm: Element) -> str:
-    """Object identifier of a signature algorithm; of RSASSA-PSS, which has its hash beside it, with a hash of SHA-2."""
+    """Return the object identifier of a signature algorithm; that of RSASSA-PSS says if its hash is none of SHA-2."""
     kind, *parameters = read_elements(content_of(algorithm, SEQUENCE))
     if read_identifier(kind) != _RSA_PSS:
         return read_identifier(kind)
@@ -260,7 +260,7 @@ def _usage(extension: bytes | None) -> int:
 
 
 def _seconds(moment: Element) -> int:
-    """Seconds since 1970 of a UTCTime or a GeneralizedTime."""
+    """Return the seconds since 1970 of a UTCTime or a GeneralizedTime."""
     form = {23: "%y%m%d%H%M%SZ", 24: "%Y%m%d%H%M%SZ"}[moment.tag] if moment.tag in (23, 24) else ""
     if not re.fullmatch(rb"[0-9]{12}([0-9]{2})?Z", moment.content):
         raise ValueError("time")
@@ -271,7 +271,7 @@ def _seconds(moment: Element) -> int:
 
 
 def _name(element: Element) -> str:
-    """A distinguished name as RFC 4514 writes it, the most special part first."""
+    """Return a distinguished name as RFC 4514 writes it, the most special part first."""
     parts = []
     for each in read_elements(content_of(element, SEQUENCE)):
         pairs = [read_elements(content_of(pair, SEQUENCE)) for pair in read_elements(content_of(each, SET))]
@@ -295,7 +295,7 @@ def _hexadecimal(character: str) -> str:
 
 
 def _alternatives(extension: bytes | None) -> tuple[str, ...]:
-    """Addresses of mail, hosts and URIs among the alternative names, but those with characters that nobody sees."""
+    """Return the mail addresses, hosts and URIs of the alternative names, without those with invisible characters."""
     names = [] if extension is None else read_elements(content_of_only(extension, SEQUENCE))
     known = [each for each in names if each.tag in _ALTERNATIVE_KINDS]
     texts = [f"{_ALTERNATIVE_KINDS[each.tag]}:{each.content.decode('ascii')}" for each in known]

@@ -145,7 +145,7 @@ def signed_files(payload: bytes) -> dict[str, str]:
 
 
 def _check_overlooked(paths: list[Any], files: dict[str, str]) -> None:
-    """What a signature says to overlook is itself, and nothing that it lists: by model-signing it could not hold."""
+    """Require that a signature overlooks itself, and nothing that it lists: by model-signing it could not hold."""
     if SIGNATURE not in paths or not all(isinstance(path, str) and is_legal_name(path) for path in paths):
         raise VerificationError(f"{SIGNATURE} does not say that it overlooks itself, and names of files alone.")
     for name in files:
@@ -181,7 +181,7 @@ def read_file(directory: Path, name: str) -> bytes:
 
 
 def _table(value: Any, required: set[str], optional: frozenset[str] | set[str] = frozenset()) -> dict[str, Any]:
-    """A table of the signature with these keys only: a second spelling of one could be read by somebody else."""
+    """Return a table of the signature with these keys only: a second spelling of one could be read differently."""
     if not isinstance(value, dict) or not required <= set(value) <= required | optional:
         raise VerificationError(f"{SIGNATURE} is damaged: a part of it does not have the keys that it has to have.")
     return value
@@ -192,7 +192,7 @@ def _list(value: Any) -> list[Any]:
 
 
 def _is_text(value: Any) -> bool:
-    """Whether it is text that can be written: JSON can have half of a character."""
+    """Return whether it is text that can be written: JSON can have half of a character."""
     return isinstance(value, str) and not any(category(each) == "Cs" for each in value)
 
 

@@ -92,7 +92,7 @@ class Signatory:
 
 @dataclass(frozen=True)
 class _Payload:
-    """What a signer of model-signing reads of a payload."""
+    """The part of a payload that a signer of model-signing reads."""
 
     statement: Any
 

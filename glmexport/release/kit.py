@@ -102,7 +102,7 @@ class _Hashed(io.RawIOBase):
         self.digest = hashlib.sha256()
 
     def read(self, size: int = -1) -> bytes:
-        """As the file."""
+        """Read as the file does, and take the bytes into the digest."""
         chunk = self._file.read(size)
         self.digest.update(chunk)
         return chunk
@@ -122,11 +122,11 @@ class _Cut(io.RawIOBase):
         self.sums: dict[str, str] = {}
 
     def writable(self) -> bool:
-        """It is."""
+        """Return True: the files can be written."""
         return True
 
     def write(self, content: Any) -> int:
-        """To as many volumes as it takes."""
+        """Write ``content`` to as many volumes as it takes."""
         rest = memoryview(content)
         while rest:
             if not self._room:
@@ -142,7 +142,7 @@ class _Cut(io.RawIOBase):
         return len(content)
 
     def close(self) -> None:
-        """The last volume is on the disk."""
+        """Finish the last volume, which is on the disk then."""
         self._finish()
         super().close()
 

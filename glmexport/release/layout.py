@@ -50,7 +50,7 @@ _LIMITS = DocumentLimits(size=_LONGEST, depth=16, values=200_000, text=1 << 16)
 
 
 class _Part(FailFast):
-    """Of a document that others write, too: keys that are not known here are left alone."""
+    """A part of a document that others write, too: keys that are not known here are left alone."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -265,5 +265,5 @@ def _config(bundle: Bundle, layers: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _line(text: str) -> str:
-    """A name in one line, without what a terminal would obey."""
+    """Return a name in one line, without what a terminal would obey."""
     return "".join(each if each.isprintable() else " " for each in text)

@@ -173,7 +173,7 @@ class Registry:
         return f"/v2/{self._where.name}/blobs/{digest}"
 
     def _url(self, location: str) -> httpx2.URL:
-        """Absolute; over TLS, unless the registry itself is without."""
+        """Return an absolute address, over TLS unless the registry itself is without."""
         import httpx2
 
         base = httpx2.URL(self._base)
@@ -195,7 +195,7 @@ class Registry:
     def _ask(
         self, method: str, url: str, headers: dict[str, str] | None = None, content: bytes = b""
     ) -> httpx2.Response:
-        """An answer of which the beginning is enough."""
+        """Return an answer of which the beginning is enough."""
         with self._stream(url, headers or {}, method, content) as answer:
             _read(answer, _LONGEST_REST)
             return answer
@@ -204,7 +204,7 @@ class Registry:
     def _stream(
         self, location: str, headers: dict[str, str], method: str = "GET", content: bytes = b"", *, long: bool = False
     ) -> Iterator[httpx2.Response]:
-        """An answer: after signing in where that is asked for, and after redirects of what is only read.
+        """Yield an answer: after signing in where that is asked for, and after redirects of what is only read.
 
         One that is not ``long`` has to end in time, and of a long one the beginning has to come.
         """
@@ -246,7 +246,7 @@ class Registry:
                 raise self._unreachable(error, late=deadline.passed) from error
 
     def _signed_in(self, url: httpx2.URL) -> str:
-        """What says who we are, where nobody else can read it."""
+        """Return the header that says who we are, where nobody else can read it."""
         if url.scheme != "https" and not is_loopback(url.host):
             raise InputError(
                 f"{self._where.host} would get the password without TLS.",
@@ -272,7 +272,7 @@ class Registry:
             self._authorization = self._token(realm, query)
 
     def _token(self, realm: httpx2.URL, query: dict[str, str]) -> str | None:
-        """What a realm gives for the password, if it may learn it, or for nothing where there is none."""
+        """Return what a realm gives for the password, if it may learn it, or for nothing where there is none."""
         host = realm.netloc.decode("ascii")
         pair = self._access.pair_for(host, self._where.host)
         if pair is None and self._access.user is not None:
@@ -321,7 +321,7 @@ class Registry:
 
 
 def _read(answer: httpx2.Response, longest: int) -> bytes | None:
-    """The content of an answer, as it came; None if it is longer than that."""
+    """Return the content of an answer, as it came; None if it is longer than ``longest`` bytes."""
     content = bytearray()
     for piece in answer.iter_raw(1 << 16):
         content += piece
@@ -335,5 +335,5 @@ def _basic(pair: tuple[str, str]) -> str:
 
 
 def _origin(url: httpx2.URL) -> tuple[str, bytes]:
-    """What a password is for: a host by a port, with or without TLS."""
+    """Return the place that a password is for: a host by a port, with or without TLS."""
     return url.scheme, url.netloc

@@ -103,7 +103,7 @@ def pull(
 
 
 def _require_fit(image: ImageManifest, where: str, partial: Path, most: int | None) -> None:
-    """What an image claims is not more than is wanted, nor than there is room for beside what is in ``partial``."""
+    """Require that an image claims no more than is wanted, nor than there is room for beside ``partial``."""
     claimed = sum(layer.size for layer in image.layers)
     if most is not None and claimed > most:
         raise InputError(
@@ -126,7 +126,7 @@ def _removed_if_refused(partial: Path) -> Iterator[None]:
 
 
 def _distinct(blobs: Iterable[Descriptor]) -> Iterable[Descriptor]:
-    """Two files of one content are one blob."""
+    """Return each blob once: two files of one content are one."""
     return {blob.digest: blob for blob in blobs}.values()
 
 

@@ -90,7 +90,7 @@ def _verified(
 
 
 def _model_verifier(envelope: Envelope, key: Path | None, root: Path | None) -> Any:
-    """model-signing's, for that key or root; what it takes of its own past beside signatures of today is refused."""
+    """Return model-signing's verifier for that key or root; refuse the past forms of signatures that it takes, too."""
     try:
         from cryptography import x509
         from cryptography.exceptions import InvalidSignature

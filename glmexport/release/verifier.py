@@ -219,7 +219,7 @@ def check_release(directory: Path, signed: dict[str, str], newer_than: int | Non
 
 
 def _signed(directory: Path, name: str, signed: dict[str, str]) -> bytes:
-    """Content of a file that has to be signed; judged is what was read, whatever happens to the file meanwhile."""
+    """Return a file that has to be signed; judged is what was read, whatever happens to the file meanwhile."""
     content = read_file(directory, name)
     if hashlib.sha256(content).hexdigest() != signed.get(name):
         raise VerificationError(f"{name} is not what was signed: its sha256 differs.")
@@ -271,7 +271,7 @@ def _check_signature(
 
 
 def _key_of_chain(envelope: Envelope, root: Path, subject: str | None, scratch: Path) -> bytes:
-    """Public key, PEM, of the signing certificate, which the root vouches for and which may sign."""
+    """Return the public key, PEM, of the signing certificate, which the root vouches for and which may sign."""
     leaf, others, roots, nothing = (scratch / name for name in ("leaf.pem", "others.pem", "roots.pem", "nothing"))
     signer, trusted = check_certificates(envelope, root, subject)
     for path, certificates in (
@@ -290,7 +290,7 @@ def _key_of_chain(envelope: Envelope, root: Path, subject: str | None, scratch: 
 
 
 def _openssl(*arguments: str, otherwise: VerificationError, environment: dict[str, str] | None = None) -> bytes:
-    """What openssl prints; ``otherwise`` is raised where it fails."""
+    """Return what openssl prints; ``otherwise`` is raised where it fails."""
     surrounding = {**os.environ, "LC_ALL": "C", **(environment or {})}
     try:
         done = subprocess.run(  # noqa: S603

@@ -24,11 +24,11 @@ class MatrixCell:
     error: float | None
     """Largest relative error; none if not measured."""
     shade: float
-    """0 for the smallest error of all matrices, 1 for the largest, logarithmic between."""
+    """Shade of the cell: 0 for the smallest error of all matrices, 1 for the largest, logarithmic between."""
     bits: str
     matrices: int
     loss_nats: float | None
-    """What their groups cost alone under a budget, together; none without one."""
+    """The sum of the losses that their groups cause alone under a budget, in nats; None without one."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,13 @@ class PartSummary:
     median_error: float | None
     largest_error: float | None
     median_round_to_nearest_error: float | None
-    """Errors of the matrices that they were measured of; none if of none."""
+    """Median error of rounding to nearest. Each of the three errors is of the matrices that it was measured of; None if
+    of none."""
     dead_columns: int
     fewest_tokens: float | None
     """The smallest number of effective calibration tokens a column; none if not measured."""
     mean_shrinkage: float | None
-    """Of the matrices that have an asymmetric target; none if none has."""
+    """Mean shrinkage of the matrices that have an asymmetric target; None if none has."""
     unpolished_rows: int
 
 
@@ -76,9 +77,9 @@ class BudgetSpending:
     stored_bits: int
     loss_nats: float
     formats: tuple[FormatSummary, ...]
-    """The most bits first."""
+    """The formats that were given, the one with the most bits first."""
     groups: tuple[tuple[str, GroupResult], ...]
-    """Each with its format; the largest loss first."""
+    """Each group with its format; the largest loss first."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,9 @@ class Allocation:
     parts: tuple[PartSummary, ...]
     bands: tuple[Band, ...]
     outside: tuple[MatrixCell, ...]
-    """Embedding and language-model head."""
+    """Cells of the embedding and of the language-model head."""
     spending: BudgetSpending | None
-    """None without a budget."""
+    """The account of the budget; None without a budget."""
 
 
 def summarize(linears: Sequence[LinearResult], groups: Sequence[GroupResult] = ()) -> Allocation:

@@ -17,7 +17,7 @@ from glmexport.report.svg import element, figure, line, text
 from glmexport.report.text import headroom, number, power_of_ten
 
 ROW = 24
-"""Height of one row of bars, px."""
+"""Height of one row of bars, in px."""
 
 
 @dataclass(frozen=True)

@@ -38,20 +38,22 @@ class Change(Record):
     new: Number
     scale: Literal["difference", "ratio"]
     change: Number
-    """New less old, in ``unit``, or new over old: see ``scale``."""
+    """The new figure less the old one, in ``unit``, or the new one over the old one: see ``scale``."""
     lower: Number | None
-    """On the scale of ``change``. The true one is below ``lower`` or above ``upper`` in one case of
-    1 / (1 - confidence), the samples of both taken as independent; none for what is counted, or has no bounds."""
+    """Lower bound of the change, on the scale of ``change``. The true one is below ``lower`` or above ``upper`` in one
+    case of 1 / (1 - confidence), the samples of both taken as independent; none for what is counted, or has no
+    bounds."""
     upper: Number | None
     p_value: Number | None
     """Chance of a change this large in either direction if there were none; 1 for one that is no larger than what the
     original differs from itself; none if it was not tested."""
     significant: bool
-    """Tested and found, corrected for the number of tests (Holm)."""
+    """Whether a test found the change, corrected for the number of tests (Holm)."""
     worse: bool
-    """In the unfavourable direction, however small."""
+    """Whether the change is in the unfavourable direction, however small."""
     undecided: bool = False
-    """Not significant, but a worsening as large as all that the policy allows cannot be excluded."""
+    """Whether the change is not significant, but a worsening as large as all that the policy allows cannot be
+    excluded."""
     decides: bool
     """Whether a significant worsening makes the comparison worse."""
 
@@ -61,7 +63,7 @@ class GateChange(Record):
 
     name: str
     old: Verdict | None
-    """None where it was not applied."""
+    """The gravest verdict in the old report; None where the gate was not applied."""
     new: Verdict | None
     languages: tuple[str, ...]
     """BCP-47 tags where it is ``new`` now; empty for a gate without languages."""
@@ -73,7 +75,7 @@ class Comparison(Record):
     schema_version: Literal[1] = 1
     outcome: Outcome
     reasons: tuple[str, ...]
-    """Why, in words; empty for "no worse"."""
+    """The reasons for the outcome, in words; empty for "no worse"."""
     old: ComparedReport
     new: ComparedReport
     differing: tuple[DifferingFact, ...]
@@ -82,6 +84,7 @@ class Comparison(Record):
     gates: tuple[GateChange, ...]
     tests: Count
     confidence: Number
-    """Of the intervals; 1 less it is the chance of a single wrong significant change among all tests."""
+    """Confidence of the intervals, 0 to 1; 1 less it is the chance of a single wrong significant change among all
+    tests."""
     remarks: tuple[str, ...]
-    """What was not compared, or how far the comparison goes; one sentence or two each."""
+    """Remarks on what was not compared, or how far the comparison goes; one sentence or two each."""

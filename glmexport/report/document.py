@@ -49,12 +49,12 @@ class Subject(Record):
     checkpoint: str
     """The original: hub id or directory name."""
     checkpoint_digest: str
-    """Of the original; with an adapter, of the two together."""
+    """Digest of the original; with an adapter, of the two together."""
     adapter: str | None = None
     """The LoRA adapter that is merged into the original: hub id or directory name."""
     adapter_digest: str | None = None
     languages: tuple[str, ...]
-    """BCP-47 tags the bundle was validated for."""
+    """BCP-47 tags of the languages that the bundle was validated for."""
 
     @model_validator(mode="after")
     def _adapter_has_a_digest(self) -> Self:
@@ -69,13 +69,13 @@ class Size(Record):
     parameters: Count
     original_bytes: Count
     bundle_bytes: Count
-    """Every file of the bundle."""
+    """Bytes of all files of the bundle."""
     weight_bytes: Count
-    """Of these, the weights with their scales and zero points."""
+    """Bytes of the weights in these files, with their scales and zero points."""
     bits_per_weight: Number
-    """Over all weights, scales and zero points included, as stored."""
+    """Mean number of bits over all weights, scales and zero points included, as stored."""
     bits_per_weight_linears: Number
-    """The same over the linears of the decoder blocks."""
+    """Mean number of bits over the linears of the decoder blocks alone, counted like ``bits_per_weight``."""
 
 
 class LinearResult(MatrixRecord, Record):
@@ -89,10 +89,10 @@ class LinearResult(MatrixRecord, Record):
     text confirms; W itself for a recipe without an asymmetric target.
     """
     round_to_nearest_error: Number
-    """The same, against the same G, if every weight of W were rounded to its nearest code instead, with the recipe's
-    search for scales: each weighted by the mean square of its column's input."""
+    """The relative error, against the same G, if every weight of W were rounded to its nearest code instead, with the
+    recipe's search for scales: each weighted by the mean square of its column's input."""
     damping: Number
-    """What was added to the Hessian's diagonal, as a fraction of its mean."""
+    """The value that was added to the Hessian's diagonal, as a fraction of its mean."""
 
 
 class GroupResult(Record):
@@ -100,19 +100,20 @@ class GroupResult(Record):
 
     name: str
     matrices: tuple[str, ...]
-    """Their names in ``linears``."""
+    """Names of the group's matrices in ``linears``."""
     bits: Annotated[int, Field(ge=1, le=32)]
     group_size: int
     symmetric: bool
     codec: str = Field(default="affine", exclude_if=lambda value: value == "affine")
-    """What a code stands for: a whole number of steps from a zero point (affine), or a level of a table (nf4)."""
+    """The meaning of a code: a whole number of steps from a zero point (affine), or a level of a table (nf4)."""
     stored_bits: Count
-    """All its matrices in that format, scales and zero points included."""
+    """Bits of all its matrices in that format, scales and zero points included."""
     loss_nats: Number
     """Mean KL divergence, in nats, that the group causes alone in that format on held-out calibration text, rounded to
     nearest and everything else original."""
     tried: bool
-    """False if the loss follows from that of another group size by the ratio of the errors at the matrices' outputs."""
+    """Whether the loss was measured; False if it follows from that of another group size by the ratio of the errors at
+    the matrices' outputs."""
 
 
 class CoverageResult(Record):
@@ -131,17 +132,18 @@ class QuantizationSummary(Record):
 
     linears: tuple[LinearResult, ...]
     groups: tuple[GroupResult, ...] = ()
-    """What a budget's bits were given to, in the order of the model; empty for a recipe without a budget."""
+    """The groups that a budget's bits were given to, in the order of the model; empty for a recipe without a budget."""
     experts: tuple[CoverageResult, ...] = ()
-    """By decoder block; empty where there are no routed experts, or nothing was calibrated."""
+    """The spread over the experts by decoder block; empty where there are no routed experts, or nothing was
+    calibrated."""
     fallbacks: tuple[str, ...]
     """Each departure from the recipe, in a sentence; empty if there was none."""
     seconds: Number
     peak_memory_bytes: Count
     device: str = ""
-    """What the arithmetic ran on; empty where the bundle was built some other time."""
+    """The device that the arithmetic ran on; empty where the bundle was built some other time."""
     peak_device_bytes: Count = 0
-    """Of a device with memory of its own, else 0."""
+    """Largest use of the memory of a device that has its own, in bytes; else 0."""
 
 
 class CalibrationSummary(Record):
@@ -185,32 +187,33 @@ class Report(Record):
     size: Size
     fidelity: Fidelity
     prompts: PromptParity | None = None
-    """None where the original has no chat template."""
+    """The comparison of prompts; None where the original has no chat template."""
     reference: ReferenceCheck | None = None
-    """None where the original was not at hand, and nobody checked it when it was captured."""
+    """The check of the original; None where it was not at hand, and nobody checked it when it was captured."""
     weights: WeightCheck | None = None
-    """None where the original was not at hand."""
+    """The check of the graph's numbers; None where the original was not at hand."""
     behaviour: Behaviour | None = None
-    """None where no answers were asked for, or the captured original has none."""
+    """The comparison of free answers; None where none were asked for, or the captured original has none."""
     shares: tuple[Share, ...]
     routing: tuple[LayerRouting, ...] = ()
-    """Of a mixture of experts, layer by layer; empty for other models, or where it was not measured."""
+    """The routing of a mixture of experts, layer by layer; empty for other models, or where it was not measured."""
     performance: Performance | None
-    """None where it would say nothing of the machine, as on an emulated one."""
+    """The measured speed; None where it would say nothing of the machine, as on an emulated one."""
     performance_absent_because: str | None = None
     devices: tuple[DeviceResult, ...] = ()
-    """Each that was asked, where others than this machine were; empty otherwise. What is outside of this list is of the
-    one named ``detailed``."""
+    """The result of each device that was asked, where others than this machine were; empty otherwise. All figures
+    outside of this list are those of the device named ``detailed``."""
     detailed: str | None = None
-    """Of the devices that answered, the first with the worst verdict."""
+    """Name of the first device with the worst verdict, among those that answered; None if ``devices`` is empty."""
     quantization: QuantizationSummary | None
-    """None for a recipe that quantizes nothing, or if the build's record is not at hand."""
+    """The account of quantization; None for a recipe that quantizes nothing, or if the build's record is not at
+    hand."""
     calibration: CalibrationSummary | None
     machine: Machine
     versions: Annotated[dict[str, str], AfterValidator(_sorted)]
     command: str
     limits: tuple[str, ...]
-    """What this report does not show, one sentence each."""
+    """The limits of this report: each sentence names one thing that it does not show."""
 
     @model_validator(mode="after")
     def _absence_has_a_reason(self) -> Self:

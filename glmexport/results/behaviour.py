@@ -21,13 +21,13 @@ class Answer(Record):
     language: str | None
     """BCP-47 tag that the answer should be in; none if nobody says."""
     prompt: str
-    """The end of what both were given."""
+    """The end of the prompt that both were given."""
     original: str
     bundle: str
     exact_prefix: Count
-    """Tokens up to the first difference."""
+    """Number of tokens up to the first difference."""
     score_original: Number | None = None
-    """Of a translation or task, 0 to 1."""
+    """Score of the original's answer to a translation or task, 0 to 1; None for other prompts."""
     score_bundle: Number | None = None
 
     @model_validator(mode="after")
@@ -57,7 +57,7 @@ class LanguageBehaviour(Record):
     drift_judged: Count
     """Answers long enough to tell their language, where the original's is in the one that was asked for."""
     drifted: Count
-    """Of these, in another."""
+    """Answers among these that are in another language."""
 
 
 class Translation(Record):
@@ -97,25 +97,25 @@ class Behaviour(Record):
     languages: tuple[LanguageBehaviour, ...]
     overall: LanguageBehaviour
     ln_length_ratio: Number
-    """ln(tokens of all answers of the bundle / of the original)."""
+    """The logarithm ln(tokens of all answers of the bundle / of the original)."""
     ln_length_ratio_error: Number
-    """Its standard error, with prompts as the sample."""
+    """Standard error of ``ln_length_ratio``, with prompts as the sample."""
     loops: Paired
-    """1 for an answer that does not end in a loop."""
+    """Scores of not looping: 1 for an answer that does not end in a loop."""
     ended: Paired
-    """1 for an answer that comes to an end."""
+    """Scores of ending: 1 for an answer that comes to an end."""
     drift: Paired | None
-    """1 for an answer in the language that was asked for, or as the original's if that is not known to the detector; of
-    those that the original answers so. None where no language could be told."""
+    """Scores of keeping the language: 1 for an answer in the language that was asked for, or as the original's if that
+    is not known to the detector; of those that the original answers so. None where no language could be told."""
     tool_calls: Paired | None
-    """1 for an answer that is a well-formed call of a known tool, of those where the
+    """Scores of calling tools: 1 for an answer that is a well-formed call of a known tool, of those where the
     original's is; None without any."""
     tool_calls_together: Paired | None
-    """The same, of the bundle in a batch."""
+    """Scores of calling tools, like ``tool_calls``, with the bundle answering in a batch."""
     translation: Paired | None
-    """chrF of each sentence."""
+    """Scores of translating: the chrF of each sentence."""
     translations: tuple[Translation, ...]
     tasks: tuple[TaskGroup, ...]
     concurrency: Concurrency | None
     differences: tuple[Answer, ...]
-    """Answers that differ, of every kind and language some."""
+    """Some of the answers that differ, of every kind and language."""

@@ -20,20 +20,20 @@ class DeviceFacts(Record):
     system: str
     processor: str
     instruction_sets: tuple[str, ...] = ()
-    """Of the processor, in Linux's spelling; those that matter to quantized kernels."""
+    """Instruction sets of the processor, in Linux's spelling; those that matter to quantized kernels."""
     cores: Annotated[int, Field(ge=1)] | None
     """Physical cores; none where nobody tells."""
     memory_bytes: Count | None
     runtime: str
-    """For example "onnxruntime 1.32.0"."""
+    """Name and version of the runtime, for example "onnxruntime 1.32.0"."""
     provider: str
     """The execution provider that the graph was opened on."""
     adapter: str | None = None
     """The graphics adapter, where there is one."""
     versions: dict[str, str] = Field(default_factory=dict)
-    """Of what the arithmetic depends on."""
+    """Versions of what the arithmetic depends on."""
     emulated: str | None = None
-    """Why its speed says nothing; none for a device of its own."""
+    """The reason why the speed of an emulated device says nothing; None for any other device."""
 
 
 class DeviceResult(Record):
@@ -41,14 +41,14 @@ class DeviceResult(Record):
 
     name: str
     device_class: str
-    """Devices of one class share a column."""
+    """Class of the device: devices of one class share a column."""
     verdict: Verdict
     failure: str | None
-    """Why there are no answers; then nothing was measured."""
+    """The reason why there are no answers, and so nothing was measured; None if there are."""
     facts: DeviceFacts | None
     fidelity: Fidelity | None
     behaviour: Behaviour | None
-    """None where no answers were captured of the original, or the device failed."""
+    """The comparison of free answers; None where none were captured of the original, or the device failed."""
     performance: Performance | None
     performance_absent_because: str | None
     gates: tuple[Gate, ...]

@@ -16,12 +16,12 @@ class Estimate(Record):
 
     value: Number
     standard_error: Number
-    """With documents as the sample, whose positions hang together; Infinity for a single document."""
+    """Standard error with documents as the sample, whose positions hang together; Infinity for a single document."""
     documents: Count
     positions: Count
     kind: Literal["signed", "positive", "share"]
-    """Signed quantities have symmetric errors. What is never negative, and rarely large, has them on a logarithmic
-    scale; so has a share of positions that have something rare."""
+    """Kind of the quantity. Signed quantities have symmetric errors. Those that are never negative, and rarely large,
+    have them on a logarithmic scale; so has a share of positions that have something rare."""
 
 
 class LanguageFidelity(Record):
@@ -47,11 +47,11 @@ class LanguageFidelity(Record):
     rms_delta_p: Number
     """Root of the mean square change of the probability of the text's own next token, 0 to 1."""
     kl: Estimate
-    """Of the mean divergence, in nats."""
+    """Estimate of the mean divergence, in nats."""
     ln_perplexity_ratio: Estimate
-    """Of ln(perplexity of the bundle / of the original), in nats; paired, position by position."""
+    """Estimate of ln(perplexity of the bundle / of the original), in nats; paired, position by position."""
     top1_disagreement: Estimate
-    """Of the share of positions with different most likely tokens."""
+    """Estimate of the share of positions with different most likely tokens."""
 
 
 class PositionBand(Record):
@@ -62,7 +62,7 @@ class PositionBand(Record):
     last: Count
     """The last index that was measured."""
     kl: Estimate
-    """Of the mean divergence, in nats."""
+    """Estimate of the mean divergence, in nats."""
     top1_agreement: Annotated[float, Field(ge=0, le=1)]
 
 
@@ -90,15 +90,15 @@ class CaptureBound(Record):
     """The cost of knowing the original by its most likely tokens only, measured where all are known."""
 
     top_k: Count
-    """Tokens kept at each position; of all others only what they have together."""
+    """Number of tokens kept at each position; of all others only what they have together."""
     tail_mass: Annotated[float, Field(ge=0, le=1)]
-    """Mean probability of all others."""
+    """Mean probability of all other tokens together."""
     audit_positions: Count
     """Positions at which the original's whole distribution was kept."""
     kl_mean_nats: Number
-    """Mean divergence at those, over the whole vocabulary."""
+    """Mean divergence at these positions, over the whole vocabulary."""
     kl_mean_partition_nats: Number
-    """The same over the kept tokens and all others as one, which is never more."""
+    """Mean divergence at these positions over the kept tokens and all others as one, which is never more."""
 
 
 class Fidelity(Record):
@@ -109,19 +109,20 @@ class Fidelity(Record):
     worst_language: str
     """Language of the largest mean divergence."""
     kl_histogram_edges_nats: tuple[Number, ...]
-    """Increasing, one more than the counts; the first may be 0 and the last Infinity."""
+    """Edges of the bins, increasing, one more than the counts; the first may be 0 and the last Infinity."""
     kl_histogram_counts: tuple[Count, ...]
-    """Positions in each bin, over every language."""
+    """Number of positions in each bin, over every language."""
     worst_tokens: tuple[WorstToken, ...]
     arithmetic: str
-    """What the bundle computes in, for example "int4 weights, int8 activations (accuracy_level 4)"."""
+    """The arithmetic that the bundle computes in, for example "int4 weights, int8 activations (accuracy_level 4)"."""
     bands: tuple[PositionBand, ...] = ()
-    """By how far into its document a position is."""
+    """Figures by how far into its document a position is."""
     noise_floor: LanguageFidelity | None = None
     """The original against itself with another batch and number of threads, on one text a language: what is not above
     this is no difference. None if it was not measured."""
     capture: CaptureBound | None = None
-    """Where the original was captured earlier: every divergence above is a lower bound. None if it was at hand."""
+    """The cost of an original that was captured earlier: every divergence above is a lower bound. None if it was at
+    hand."""
     text_digest: str = ""
     """SHA-256 over the documents, their languages and token ids: the same where two reports rest on the same text."""
 
@@ -145,7 +146,7 @@ class Share(Record):
     """The part that one cause adds to the mean divergence; the parts are measured apart and add up."""
 
     name: str
-    """For example "4-bit linears, fp32 arithmetic" or "+ int8 activations"."""
+    """Name of the cause, for example "4-bit linears, fp32 arithmetic" or "+ int8 activations"."""
     kl_mean_nats: Number
     """Mean divergence that this cause adds to the causes before it; can be negative."""
     note: str

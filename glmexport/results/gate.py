@@ -21,21 +21,23 @@ class Gate(Record):
     limit: Number
     unit: str
     direction: Literal["at most", "at least"]
-    """On which side of the limit the value has to be; the limit itself is allowed."""
+    """The side of the limit that the value has to be on; the limit itself is allowed."""
     sample: str
-    """What the value rests on, for example "1 024 positions in 12 documents"."""
+    """The sample that the value rests on, for example "1 024 positions in 12 documents"."""
     verdict: Verdict
     lower: Number | None = None
-    """The true value is below in one case of 1 / (1 - confidence); none for what is counted, not estimated."""
+    """Lower bound: the true value is below it in one case of 1 / (1 - confidence); none for what is counted, not
+    estimated."""
     upper: Number | None = None
-    """The same, above."""
+    """Upper bound: the true value is above it in one case of 1 / (1 - confidence); none for what is counted, not
+    estimated."""
     confidence: Number | None = None
-    """Of each bound by itself, 0 to 1."""
+    """Confidence of each bound by itself, 0 to 1."""
     documents_needed: Count | None = None
-    """For an INCONCLUSIVE gate: with about so many documents of the same kind it would be decided in four of five
-    cases, if the value is the true one; none if that cannot be said."""
+    """Size of the sample for an INCONCLUSIVE gate: with about so many documents of the same kind it would be decided in
+    four of five cases, if the value is the true one; none if that cannot be said."""
     needed_unit: str = "documents"
-    """What ``documents_needed`` counts: documents, answers, sentences or tasks."""
+    """The unit that ``documents_needed`` counts: documents, answers, sentences or tasks."""
 
     @property
     def holds(self) -> bool:

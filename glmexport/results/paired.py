@@ -14,7 +14,7 @@ class Paired(Record):
     tasks: Count
     mean_difference: Number
     standard_error: Number
-    """Of the mean difference; Infinity for a single task."""
+    """Standard error of the mean difference; Infinity for a single task."""
     lost: Count
     """Tasks with a lower score than the original's."""
     gained: Count
@@ -28,6 +28,6 @@ class Paired(Record):
     upper_bound: Number
     """The true mean difference is above it in at most one case of 1 / (1 - confidence)."""
     confidence: Number
-    """Of each bound by itself, 0 to 1."""
+    """Confidence of each bound by itself, 0 to 1."""
     flips: tuple[str, ...]
     """Ids of the tasks whose score changed, in order."""

@@ -15,24 +15,25 @@ class Interval(Record):
 
     value: Number
     lower: Number
-    """The true value is below in one case of 1 / (1 - confidence), by bootstrap over rounds; 0 where the rounds are too
-    few to tell."""
+    """Lower bound: the true value is below it in one case of 1 / (1 - confidence), by bootstrap over rounds; 0 where
+    the rounds are too few to tell."""
     upper: Number
-    """The same, above; Infinity where the rounds are too few to tell."""
+    """Upper bound: the true value is above it in one case of 1 / (1 - confidence), by bootstrap over rounds; Infinity
+    where the rounds are too few to tell."""
     confidence: Number
-    """Of each bound by itself, 0 to 1."""
+    """Confidence of each bound by itself, 0 to 1."""
     n: Count
-    """Rounds."""
+    """Number of rounds."""
 
 
 class Figure(Interval):
     """A median, and what the worst rounds came to."""
 
     p90: Number | None
-    """Nine of ten rounds are no worse, with 99 % confidence: of times a high order statistic, of rates a low one. None
-    below 64 rounds."""
+    """Value that nine of ten rounds are no worse than, with 99 % confidence: of times a high order statistic, of rates
+    a low one. None below 64 rounds."""
     p99: Number | None
-    """The same of 99 of 100; None below 662 rounds."""
+    """Value that 99 of 100 rounds are no worse than, with 99 % confidence; None below 662 rounds."""
 
 
 class Speed(Record):
@@ -40,22 +41,23 @@ class Speed(Record):
 
     runtime: str
     threads: Annotated[int, Field(ge=1)] | None
-    """None where nobody tells."""
+    """Number of threads; None where nobody tells."""
     load_s: Figure
-    """From nothing of the runtime imported to a model that can be asked; with the files in the system's cache."""
+    """Time from nothing of the runtime imported to a model that can be asked; with the files in the system's cache."""
     ttft_s: Figure
     """Time to first token: from the prompt's token ids to the first generated token."""
     prefill_tokens_per_s: Figure
     """Prompt tokens over the time to first token."""
     decode_tokens_per_s: Figure
-    """Of the generated tokens after the first."""
+    """Speed of the generated tokens after the first."""
     peak_memory_bytes: Count | None
-    """Of the process, loading included; None where nothing tells it."""
+    """Peak memory of the process, loading included; None where nothing tells it."""
     peak_memory_source: str
-    """What told it, for example "VmHWM" (Linux, peak resident memory), or why nothing does."""
+    """The source of the peak memory, for example "VmHWM" (Linux, peak resident memory), or the reason why there is
+    none."""
     energy_j_per_token: Figure | None
-    """Of processor packages and memory over the decoded tokens, whatever else ran meanwhile included; None where the
-    machine does not tell."""
+    """Energy of processor packages and memory over the decoded tokens, whatever else ran meanwhile included; None where
+    the machine does not tell."""
     energy_absent_because: str | None
 
     @model_validator(mode="after")
@@ -86,7 +88,7 @@ class Placement(Record):
     """The execution provider of every node, from ONNX Runtime's own profile of a short generation."""
 
     provider: str
-    """The target's."""
+    """The target's execution provider."""
     operators: tuple[PlacedOperators, ...]
     on_purpose: tuple[str, ...]
     """Nodes on the CPU beside another provider that compute shapes: ONNX Runtime keeps these few integers there, since
@@ -106,17 +108,18 @@ class Performance(Record):
     prompt_tokens: Count
     generated_tokens: Count
     rounds: Annotated[int, Field(ge=1)]
-    """In each, every runtime read the prompt and generated once; who was first changed from round to round."""
+    """Number of rounds. In each, every runtime read the prompt and generated once; who was first changed from round to
+    round."""
     original: Speed | None
     original_absent_because: str | None
     bundle: Speed
     ratios: SpeedRatios | None
-    """None where the original was not measured."""
+    """Ratios of the bundle over the original; None where the original was not measured."""
     placement: Placement
     memory_bandwidth_bytes_per_s: Number | None
-    """Measured on this machine, reading; None where it cannot be."""
+    """Memory bandwidth of reading, as measured on this machine; None where it cannot be."""
     bytes_read_per_token: Count
-    """Weights and cache that one decoded token reads at least."""
+    """Bytes of weights and cache that one decoded token reads at least."""
     roofline_decode_tokens_per_s: Number | None
     """Memory bandwidth over bytes read per token: the upper bound of decoding one sequence."""
 

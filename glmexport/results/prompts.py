@@ -14,7 +14,7 @@ class PromptDifference(Record):
     expected: str
     """The original's text around the first token that differs, or why its template refuses."""
     given: str
-    """The bundle's."""
+    """The bundle's text around the same place, or why its template refuses."""
 
 
 class PromptParity(Record):
@@ -25,4 +25,5 @@ class PromptParity(Record):
     """Conversations of a kind that both templates refuse."""
     differences: tuple[PromptDifference, ...]
     unopened: str | None = None
-    """Why transformers could not open the original's tokenizer; then nothing was compared."""
+    """The reason why transformers could not open the original's tokenizer, and so nothing was compared; None if it
+    could."""

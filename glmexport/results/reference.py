@@ -14,13 +14,13 @@ class ReferenceCheck(Record):
     """The comparison of one text's logits, computed block by block, with transformers' whole model in fp32."""
 
     positions: Count
-    """Of the text; 0 where the check was not made."""
+    """Number of positions of the text; 0 where the check was not made."""
     max_difference: Number | None = None
     """Largest difference of two logits; none where the check was not made."""
     limit: Number | None = None
-    """What the arithmetic of fp32 explains: a share of the largest logit."""
+    """Largest difference that the arithmetic of fp32 explains: a share of the largest logit."""
     absent_because: str | None = None
-    """Why the check was not made."""
+    """The reason why the check was not made; None if it was."""
 
     @model_validator(mode="after")
     def _absence_has_a_reason(self) -> Self:

@@ -12,10 +12,10 @@ class WeightFault(Record):
     """A tensor of the graph that is not what it should be."""
 
     tensor: str
-    """Its name in the checkpoint; of a rotary table, in the graph."""
+    """Name of the tensor in the checkpoint; of a rotary table, in the graph."""
     kind: Literal["other", "far"]
-    """other: not the numbers that were decided on, or not the original's; far: those, but a row has lost the
-    original's."""
+    """Kind of the fault. The kind other: not the numbers that were decided on, or not the original's; far: those, but a
+    row has lost the original's."""
     detail: str
 
 
@@ -23,9 +23,10 @@ class WeightCheck(Record):
     """The comparison of every number of the graph, read back, with what it should be."""
 
     matrices: Count
-    """Quantized ones."""
+    """Number of quantized matrices."""
     undecided: Count
-    """Of these, without a record of what the quantizer decided: only their distance from the original is known."""
+    """Number of quantized matrices without a record of what the quantizer decided: only their distance from the
+    original is known."""
     tensors: Count
-    """Others, which have to equal the original's."""
+    """Number of all other tensors, which have to equal the original's."""
     faults: tuple[WeightFault, ...]

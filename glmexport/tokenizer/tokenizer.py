@@ -43,7 +43,7 @@ _MORE_TEMPLATES = "additional_chat_templates"
 _LOSSLESS = frozenset({"ByteLevel", "Split", "Digits", "Punctuation"})
 
 GLM_PREFIX = ("[gMASK]", "<sop>")
-"""What every sequence of a GLM model begins with."""
+"""The tokens that every sequence of a GLM model begins with."""
 
 
 def tokenizer_files(directory: Path) -> list[Path]:

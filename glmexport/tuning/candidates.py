@@ -40,7 +40,7 @@ class Numerics:
 
     @property
     def exact(self) -> Numerics:
-        """The same weights in fp32 arithmetic."""
+        """Numerics of the same weights in fp32 arithmetic."""
         return Numerics(self.recipe, EXACT_LEVEL)
 
     @property

@@ -33,14 +33,14 @@ class Need(Record):
 
     gate: str
     language: str
-    """BCP-47 tag."""
+    """BCP-47 tag of the language."""
     value: Number
     limit: Number
     documents: Count
-    """That the value rests on."""
+    """Number of documents that the value rests on."""
     needed: Count | None
-    """To decide in four of five cases, if the value is the true one; None if it is too near the limit, or nothing says
-    how far documents differ."""
+    """Number of documents that decide in four of five cases, if the value is the true one; None if it is too near the
+    limit, or nothing says how far documents differ."""
     showable: Number | None
     """The limit nearest to the value that ``documents`` would show to be kept in four of five cases."""
 
@@ -50,30 +50,32 @@ class Rates(Record):
 
     threads: Count
     per_position: Number
-    """Through the bundle, through all blocks of the original and its lm_head, and to compare them."""
+    """Time of one position through the bundle, through all blocks of the original and its lm_head, and to compare
+    them."""
     bundle_per_position: Number
-    """Of that, the bundle's."""
+    """Time of one position through the bundle, which is a part of ``per_position``."""
     fixed: Number
-    """To read every block of the original once; 0 where it was captured."""
+    """Time to read every block of the original once; 0 where it was captured."""
 
 
 class Plan(Record):
     """The documents that a validation has, and those that it would need."""
 
     power: Number
-    """Chance to decide, if the values are the true ones."""
+    """Chance that a gate is decided, if the values are the true ones."""
     confidence: Number
     needs: tuple[Need, ...]
     documents: Count
     positions: Count
     seconds: Number
-    """Of a comparison over ``documents``, speed and free answers apart."""
+    """Time of a comparison over ``documents``, in seconds, speed and free answers apart."""
     needed_documents: Count
     needed_positions: Count
     needed_seconds: Number
-    """Of one over as many documents in every language as its gates need; gates that nothing would decide left out."""
+    """Time of a comparison over as many documents in every language as its gates need, in seconds; gates that nothing
+    would decide are left out."""
     undecidable: Count
-    """Gates for which no number can be told."""
+    """Number of gates for which no number of documents can be told."""
     rates: Rates
 
     def needed(self, language: str) -> int:
