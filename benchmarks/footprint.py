@@ -69,7 +69,8 @@ while waiting:
 print(json.dumps(sizes))
 """
 IMPORT = "import glmexport.cli.main, glmexport.serving.server, os; print(sum(os.times()[:2]))"
-CHAT = {"messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 16, "temperature": 0}
+#: Two messages, as a prompt that was computed before is gone on with. Each comes first in every other round.
+MESSAGES = ("Hello there!", "Thank you!")
 
 
 @dataclass
@@ -146,23 +147,26 @@ def served(side: Side, bundle: Path, threads: int) -> Iterator[tuple[psutil.Proc
             process.wait(60)
 
 
-def chat(connection: HTTPConnection) -> float:
+def chat(connection: HTTPConnection, message: str) -> float:
     """Return the seconds of a chat."""
+    asked = {"messages": [{"role": "user", "content": message}], "max_tokens": 16, "temperature": 0}
     started = time.perf_counter()
-    connection.request("POST", "/v1/chat/completions", json.dumps(CHAT), {"Content-Type": "application/json"})
+    connection.request("POST", "/v1/chat/completions", json.dumps(asked), {"Content-Type": "application/json"})
     answer = json.loads(connection.getresponse().read())
     seconds = time.perf_counter() - started
     assert answer["usage"]["completion_tokens"] > 0, answer
     return seconds
 
 
-def one_round(side: Side, bundle: Path, model_bytes: int, threads: int) -> dict[str, float]:
+def one_round(
+    side: Side, bundle: Path, model_bytes: int, threads: int, messages: Sequence[str]
+) -> dict[str, float]:
     """Return the figures of a process that imports, and of a server."""
     figures = {"import_cpu_s": float(side.run("-c", IMPORT))}
     with served(side, bundle, threads) as (process, connection, ready):
         times = process.cpu_times()
         figures |= {"ready_s": ready, "ready_cpu_s": times.user + times.system}
-        figures |= {"first_chat_s": chat(connection), "second_chat_s": chat(connection)}
+        figures |= {"first_chat_s": chat(connection, messages[0]), "second_chat_s": chat(connection, messages[1])}
         figures["first_less_second_s"] = figures["first_chat_s"] - figures["second_chat_s"]
         memory = [each.memory_full_info() for each in (process, *process.children(recursive=True))]
         figures["pss_beyond_mib"] = (sum(each.pss for each in memory) - model_bytes) / MIB
@@ -225,9 +229,10 @@ def main() -> None:
         sides: Sequence[Side] = [installed(Path(place) / "environment")]
         if options.before:
             sides = [other(*options.before), *sides]
-        for _ in range(options.rounds):
+        for index in range(options.rounds):
+            messages = MESSAGES if index % 2 else MESSAGES[::-1]
             for side in sides:
-                side.add(one_round(side, bundle, model_bytes, options.threads))
+                side.add(one_round(side, bundle, model_bytes, options.threads, messages))
         found = {side.name: summary(side) for side in sides}
     print("\n".join(table(found)))
     document = {

@@ -13,7 +13,7 @@ from glmexport.engine.sampling import Sampling
 from glmexport.foundation.errors import GlmexportError, InputError
 from glmexport.serving.answer import Order
 from glmexport.serving.failure import Refused
-from glmexport.serving.fields import ChatRequest, CompletionRequest, TextRequest
+from glmexport.serving.fields import ChatRequest, CompletionRequest, TextRequest, read_body
 from glmexport.serving.guides import Guide
 from glmexport.serving.limits import ServingLimits
 from glmexport.serving.messages import template_messages
@@ -25,6 +25,8 @@ from glmexport.tokenizer.tokenizer import Tokenizer
 #: Tokens of an answer to a text where the request says nothing, as OpenAI has it.
 _TEXT_TOKENS = 16
 _ANY_OBJECT = '{"type": "object"}'
+#: The chat that a server reads for itself while it loads the bundle.
+_FIRST_CHAT = b'{"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}'
 
 
 @dataclass(frozen=True)
@@ -42,13 +44,12 @@ class RequestReader:
     lenient: bool
 
     def prepare(self) -> None:
-        """Render a conversation, so that the process of chat templates runs when the first one is asked.
+        """Read a chat, so that the first one that is asked finds the process of chat templates, and all code, ready.
 
         What fails here fails for whoever asks, and is told then.
         """
-        if self.tokenizer.has_chat_template:
-            with suppress(GlmexportError):
-                self.tokenizer.render([{"role": "user", "content": "Hello"}], add_generation_prompt=True)
+        with suppress(GlmexportError, Refused):
+            self.chat(read_body(_FIRST_CHAT, ChatRequest, self.limits))
 
     def chat(self, asked: ChatRequest) -> tuple[Order, Grammar]:
         """Return the order of a conversation, and what reads its answer.

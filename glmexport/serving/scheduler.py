@@ -12,9 +12,14 @@ from glmexport.bundle.bundle import Bundle
 from glmexport.engine.core.sequence import Engine
 from glmexport.engine.kept import Kept, room_for
 from glmexport.engine.opening import open_engine
-from glmexport.serving.answer import Failed, FreeTurns, GuidedTurns, PendingAnswer, Reason, Turns
+from glmexport.engine.sampling import Sampling
+from glmexport.serving.answer import Failed, FreeTurns, GuidedTurns, Order, PendingAnswer, Reason, Turns
 from glmexport.serving.guides import Guides
 from glmexport.serving.metrics import Metrics
+from glmexport.serving.text import AnswerText, Decoder
+
+#: Tokens of the prompt that is computed before a server is ready.
+_WARM_UP = 16
 
 
 class Full(Exception):
@@ -112,6 +117,7 @@ class Scheduler:
             options = self._options
             batch = options.parallel if options.batch else 0
             engine = open_engine(self._bundle, options.threads, batch=batch)
+            _warm_up(engine, self._bundle)
             self.ready = True
             self._loaded()
             _Shift(engine, options, self._metrics, self._next, self._guides).work()
@@ -135,6 +141,17 @@ class Scheduler:
                 if not idle or self._closed:
                     return None
                 self._changed.wait()
+
+
+def _warm_up(engine: Engine, bundle: Bundle) -> None:
+    """Give an answer that nobody asked for, so that the first one finds memory and code ready, as later ones do."""
+    prompt = (min(engine.ends),) * min(_WARM_UP, engine.context_length - 2)
+    order = Order(prompt, max_tokens=2, sampling=Sampling(top_p=0.5))
+    answer = PendingAnswer(order, AnswerText(Decoder(bundle.tokenizer), ()), lambda _: None, lambda _: None)
+    turns = FreeTurns(answer, engine.begin(len(prompt) + 2), engine.chunk)
+    while turns.turn() is None:
+        pass
+    turns.close()
 
 
 class _Shift:
