@@ -172,6 +172,11 @@ def test_the_ratio_of_medians_by_hand() -> None:
     assert log_ratio((10, 10, 10), (11, 11, 11), 0.95, 0.95).p_value == 0
 
 
+@pytest.mark.parametrize("reached", [-1.0, 0.0, 0.5, 1.0, 2.0, math.nan])
+def test_bounds_that_say_nothing_show_no_difference_of_speed(reached: float) -> None:
+    assert log_ratio((10, 9, 11), (20, 19, 21), reached, 0.95).p_value == 1
+
+
 # By simulation
 
 
