@@ -35,9 +35,14 @@ def distributions(
 
 def greedy(engine: Engine, prompt: abc.Sequence[int], count: int) -> abc.Generator[int, None, None]:
     """Yield the greedy tokens after ``prompt``, ``count`` of them whether or not one ends an answer."""
+    if count < 1:
+        return
     with closing(engine.begin(len(prompt) + count)) as sequence:
-        for logits in distributions(sequence, prompt, count, engine.chunk):
-            yield int(logits.argmax())
+        token = int(prefill(sequence, prompt, engine.chunk).argmax())
+        yield token
+        for _ in range(count - 1):
+            token = int(sequence.advance([token])[-1].argmax())
+            yield token
 
 
 def one_by_one(
