@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from glmexport.lowering.normal_float import normal_float_constant
+from glmexport.lowering.codecs import LOWERINGS
 from glmexport.lowering.rewrite import Rewrite
 from glmexport.lowering.stored import note_stored, stored_part
 from glmexport.quantization.weights import Weights
@@ -21,8 +21,8 @@ def constant_matrix(rewrite: Rewrite, weights: Weights, key: str) -> ir.Value:
     form, (rows, columns) = weights.form(key), weights.shape(key)
     if form is None:
         return rewrite.weight(key, ir.DataType.FLOAT, (rows, columns), lambda: weights.tensor(key).numpy())
-    if form.codec == "nf4":
-        return normal_float_constant(rewrite, weights, key)
+    if form.codec in LOWERINGS:
+        return LOWERINGS[form.codec].constant(rewrite, weights, key)
     groups = -(-columns // form.group_size)
     stored = stored_part(rewrite, weights, [key], "codes", f"{key}.codes")
     codes = as_numbers(rewrite, _unpacked(rewrite, stored, form.bits))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,10 +9,10 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
-from glmexport.foundation.recipe import CodecName, Format
+from glmexport.foundation.recipe import Format
 from glmexport.foundation.target import Target
 from glmexport.graph.operators import integer, nodes_of, texts
-from glmexport.lowering.normal_float import normal_float_product
+from glmexport.lowering.codecs import LOWERINGS
 from glmexport.lowering.rewrite import MICROSOFT, Rewrite
 from glmexport.lowering.stored import note_stored, stacked_name, stored_part
 from glmexport.quantization.weights import Weights
@@ -51,7 +50,7 @@ class LowerLinearPass(ir.passes.InPlacePass):
             elif form.codec == "affine":
                 rewrite.finish(self._affine(rewrite, keys, bias))
             else:
-                rewrite.finish(PRODUCTS[form.codec](rewrite, self.weights, keys, bias))
+                rewrite.finish(LOWERINGS[form.codec].product(rewrite, self.weights, keys, bias))
         return ir.passes.PassResult(model, modified)
 
     def _bias(self, rewrite: Rewrite, keys: list[str], size: int) -> ir.Value | None:
@@ -139,10 +138,6 @@ class LowerLinearPass(ir.passes.InPlacePass):
         )[0]
 
 
-#: Products of matrices in codecs that have an operator of their own.
-PRODUCTS: Mapping[CodecName, Callable[[Rewrite, Weights, list[str], ir.Value | None], ir.Value]] = {
-    "nf4": normal_float_product
-}
 #: Element types of codes in QDQ form, by bits. Opset 21 has none of 2 bits.
 SIGNED = {4: ir.DataType.INT4, 8: ir.DataType.INT8}
 UNSIGNED = {4: ir.DataType.UINT4, 8: ir.DataType.UINT8}

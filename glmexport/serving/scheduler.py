@@ -18,8 +18,8 @@ from glmexport.serving.guides import Guides
 from glmexport.serving.metrics import Metrics
 from glmexport.serving.text import AnswerText, Decoder
 
-#: Tokens of the prompt that is computed before a server is ready.
-_WARM_UP = 16
+#: Tokens of the prompt that is computed before a server is ready, and of the answer to it.
+_WARM_UP, _WARM_UP_TOKENS = 16, 2
 
 
 class Full(Exception):
@@ -145,10 +145,12 @@ class Scheduler:
 
 def _warm_up(engine: Engine, bundle: Bundle) -> None:
     """Give an answer that nobody asked for, so that the first one finds memory and code ready, as later ones do."""
-    prompt = (min(engine.ends),) * min(_WARM_UP, engine.context_length - 2)
-    order = Order(prompt, max_tokens=2, sampling=Sampling(top_p=0.5))
+    if engine.context_length < _WARM_UP + _WARM_UP_TOKENS:
+        return
+    prompt = (min(engine.ends),) * _WARM_UP
+    order = Order(prompt, max_tokens=_WARM_UP_TOKENS, sampling=Sampling(top_p=0.5))
     answer = PendingAnswer(order, AnswerText(Decoder(bundle.tokenizer), ()), lambda _: None, lambda _: None)
-    turns = FreeTurns(answer, engine.begin(len(prompt) + 2), engine.chunk)
+    turns = FreeTurns(answer, engine.begin(len(prompt) + order.max_tokens), engine.chunk)
     while turns.turn() is None:
         pass
     turns.close()
@@ -230,8 +232,8 @@ class _Shift:
             reasons = self._reasons(group)
         except Exception as error:
             for turns in group:
-                turns.close()
                 self._fail(turns.answer, error)
+                turns.close()
             return
         for turns, reason in zip(group, reasons, strict=True):
             if reason is None:

@@ -103,6 +103,9 @@ def _whole(directory: Path, ids: Tensor) -> Tensor | str:
                 # One expert after another, as in the blocks: what is compared is which numbers are loaded.
                 experts_implementation="eager",
             )
+        except MemoryError:
+            # This says nothing of the checkpoint, and hours of work are not to be lost to it.
+            return "the machine's memory did not suffice for the whole model"
         # transformers has no class of its own for what it cannot load; the reason is told, not passed over.
         except Exception as error:
             lines = str(error).strip().splitlines()
