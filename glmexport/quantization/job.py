@@ -16,6 +16,7 @@ from glmexport.foundation.recipe import Recipe
 from glmexport.quantization.memory import MemoryPlan
 from glmexport.quantization.store import WorkDirectory
 from glmexport.reference.reference import CPU, Reference
+from glmexport.results.arithmetic import UNCHECKED, OriginalArithmetic
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class QuantizationJob:
     memory: MemoryPlan
     progress: Progress
     device: torch.device = CPU
+    #: The way in which products of fp32 matrices are computed; whoever walks sets torch to it.
+    arithmetic: OriginalArithmetic = UNCHECKED
 
     def reference(self) -> Reference:
         """Return the original's arithmetic on the device."""
