@@ -24,8 +24,9 @@ from glmexport.checkpoint.parts import BlockScaled, StackedMatrix, block_scaled,
 from glmexport.checkpoint.shards import Shards, is_finite
 from glmexport.checkpoint.snapshot import Snapshot
 from glmexport.checkpoint.source import DEMO, refuse_hazards, resolve
+from glmexport.foundation.digests import files_digest, forget_digests
 from glmexport.foundation.errors import CheckpointError
-from glmexport.foundation.files import contained, files_digest, optional, source_name
+from glmexport.foundation.files import contained, optional, source_name
 from glmexport.foundation.progress import Progress
 from glmexport.tokenizer.tokenizer import tokenizer_files
 
@@ -300,27 +301,33 @@ class Checkpoint:
         """Return ``sha256:`` and the digest of the checkpoint's content, whatever directory it lies in.
 
         It is the SHA-256 of one line ``NAME\\tBYTES\\tSHA256\\n`` a file, in order of name: the shards,
-        ``config.json``, ``generation_config.json``, the tokenizer's files and the chat templates. Files are
-        read once; the result is kept. With an adapter it is the SHA-256 of the line ``BASE\\tADAPTER\\n`` of the
-        digests of the two.
+        ``config.json``, ``generation_config.json``, the tokenizer's files and the chat templates. Files are read
+        once; the result is kept, and what a shard gives is kept between commands (see ``foundation/digests``). With
+        an adapter it is the SHA-256 of the line ``BASE\\tADAPTER\\n`` of the digests of the two.
 
         Raises:
             CheckpointError: a file changed since the checkpoint was opened, or vanished.
             MachineError: a file cannot be read.
         """
         if self._digest is None:
-            files = {*self.shards, self.path / CONFIG, *tokenizer_files(self.path)}
-            if self.generation_config is not None:
-                files.add(self.path / GENERATION_CONFIG)
-            if self.quantized and (self.path / QUANTIZE_CONFIG).is_file():
-                files.add(self.path / QUANTIZE_CONFIG)
-            digest = files_digest(self.path, files, "Digest of the checkpoint", progress)
+            digest = files_digest(self.path, self._files(), "Digest of the checkpoint", progress)
             if self.adapter is not None:
                 both = f"{digest}\t{self.adapter.digest(progress)}\n"
                 digest = f"sha256:{hashlib.sha256(both.encode()).hexdigest()}"
             self.refuse_changes()
             self._digest = digest
         return self._digest
+
+    def forget_digest(self) -> None:
+        """Have the next digest read every byte, whatever is kept of an earlier one.
+
+        Raises:
+            MachineError: what is kept cannot be removed.
+        """
+        self._digest = None
+        forget_digests(self._files())
+        if self.adapter is not None:
+            self.adapter.forget_digest()
 
     def refuse_changes(self) -> None:
         """Check that its files, and those of its adapter, are what they were when it was opened.
@@ -334,6 +341,15 @@ class Checkpoint:
         self._snapshot.refuse_changes(self.shards)
         if self.adapter is not None:
             self.adapter.refuse_changes()
+
+    def _files(self) -> set[Path]:
+        """Return the files that the digest is of."""
+        files = {*self.shards, self.path / CONFIG, *tokenizer_files(self.path)}
+        if self.generation_config is not None:
+            files.add(self.path / GENERATION_CONFIG)
+        if self.quantized and (self.path / QUANTIZE_CONFIG).is_file():
+            files.add(self.path / QUANTIZE_CONFIG)
+        return files
 
     def _entry(self, name: str) -> TensorEntry:
         if name in self.tensors:
