@@ -113,7 +113,7 @@ def build(
                 **({"adapter": f"{merged.name} ({merged.path}): {merged.summary}"} if merged else {}),
                 "family": f"{original.architecture.family}, {original.checkpoint.parameters / 1e6:,.1f} M parameters, "
                 f"{brief_size(original.checkpoint.bytes)}",
-                **({"quantized": f"gptq, {formats_of(original)}"} if original.checkpoint.quantized else {}),
+                **({"quantized": formats_of(original)} if original.checkpoint.stored.layout else {}),
                 "target": f"{job.target.name}: {job.target.summary}",
                 "recipe": f"{job.recipe.name}: {job.recipe.summary}",
                 "calibration": calibration_text(job.recipe, calibration),

@@ -100,9 +100,10 @@ class Original:
 
 
 def formats_of(original: Original) -> str:
-    """Return the stored formats of a quantized checkpoint and how many matrices have each, for people."""
-    counts = Counter(form.label for form in original.checkpoint.quantized.values())
-    return ", ".join(f"{count} x {label}" for label, count in counts.most_common())
+    """Return by what a quantized checkpoint is quantized, its formats and how many matrices have each, for people."""
+    counts = Counter(original.checkpoint.labels.values())
+    layout = (original.checkpoint.stored.layout or "").lower()
+    return ", ".join([layout, *(f"{count} x {label}" for label, count in counts.most_common())])
 
 
 def listed_unused(unused: Mapping[str, str]) -> dict[str, str]:
