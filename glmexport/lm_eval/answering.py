@@ -199,7 +199,7 @@ def fits_in_memory(checkpoint: Checkpoint) -> bool:
 
     It cannot where something has to be merged or unpacked, which it does not read as we do.
     """
-    if checkpoint.adapter or checkpoint.quantized:
+    if checkpoint.adapter or checkpoint.stored.layout:
         return False
     numbers = sum(tensor.elements for tensor in checkpoint.tensors.values())
     return bool(numbers * 4 <= _SHARE * psutil.virtual_memory().available)

@@ -40,9 +40,16 @@ class Original:
     unused: dict[str, str]
 
     @classmethod
-    def open(cls, source: str, progress: Progress, adapter: str | None = None) -> Original:
-        """Open and check a checkpoint, with the adapter that is merged into it, if any; no weight is read."""
+    def open(
+        cls, source: str, progress: Progress, adapter: str | None = None, *, rehash: bool = False
+    ) -> Original:
+        """Open and check a checkpoint, with the adapter that is merged into it, if any; no weight is read.
+
+        With ``rehash`` its digest, wherever one is taken, is of what is read then, and not one that is kept.
+        """
         checkpoint = Checkpoint.open(source, progress, adapter)
+        if rehash:
+            checkpoint.forget_digest()
         architecture = describe(checkpoint)
         checkpoint = architecture.presented(checkpoint)
         unused = dict(architecture.account(checkpoint))
@@ -93,9 +100,10 @@ class Original:
 
 
 def formats_of(original: Original) -> str:
-    """Return the stored formats of a quantized checkpoint and how many matrices have each, for people."""
-    counts = Counter(form.label for form in original.checkpoint.quantized.values())
-    return ", ".join(f"{count} x {label}" for label, count in counts.most_common())
+    """Return by what a quantized checkpoint is quantized, its formats and how many matrices have each, for people."""
+    counts = Counter(original.checkpoint.labels.values())
+    layout = (original.checkpoint.stored.layout or "").lower()
+    return ", ".join([layout, *(f"{count} x {label}" for label, count in counts.most_common())])
 
 
 def listed_unused(unused: Mapping[str, str]) -> dict[str, str]:

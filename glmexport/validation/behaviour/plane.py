@@ -28,11 +28,16 @@ from glmexport.validation.texts import EvaluationText
 
 @dataclass(frozen=True)
 class BundleSessions:
-    """The sessions of a bundle: one that answers, one that scores texts, and its own tokenizer, as a server has it."""
+    """The ways to open a bundle, of which each session has a copy of all weights, and what is known without one.
 
-    generation: GenerationSession
-    scoring: ScoringSession
+    ``generation`` opens one that answers, ``scoring`` one that scores texts.
+    """
+
+    generation: Callable[[], GenerationSession]
+    scoring: Callable[[], ScoringSession]
+    #: The bundle's own, as a server has it.
     tokenizer: Tokenizer
+    context_length: int
 
 
 def questions_for(
@@ -80,23 +85,34 @@ def ask(
     scratch: Path,
     progress: Progress,
 ) -> Behaviour:
-    """Ask both models the ``shipped`` questions and ``tasks`` of the user's.
+    """Ask both models the ``shipped`` questions and ``tasks`` of the user's, with one session open at a time.
 
     Raises:
         InputError: a task fills the context.
     """
-    session, tokenizer = sessions.generation, sessions.tokenizer
-    texts, own = task_questions(tasks, tokenizer, plan, session.context_length)
-    asked = [*shipped, *(_fitted(question, session.context_length) for question in own)]
+    tokenizer = sessions.tokenizer
+    texts, own = task_questions(tasks, tokenizer, plan, sessions.context_length)
+    asked = [*shipped, *(_fitted(question, sessions.context_length) for question in own)]
+    choices = _choices(tasks, texts, sessions, reference, scratch, progress) if texts else {}
+    session = sessions.generation()
     bundle = bundle_answers(session, asked, progress)
     original = _verified(asked, bundle, session, reference, scratch, progress)
-    choices: dict[str, tuple[float, float]] = {}
-    if texts:
-        states = reference_states(reference, texts, scratch, progress, label="Original's choices")
-        before = choice_scores(tasks, texts, lambda index: reference.logits(states.states(index)))
-        after = choice_scores(tasks, texts, partial(bundle_answer, sessions.scoring, texts))
-        choices = {id_: (score, after[id_]) for id_, score in before.items()}
     return judge(asked, _answers(session, asked, original, bundle, plan, progress), tokenizer, tasks, choices)
+
+
+def _choices(
+    tasks: Sequence[Task],
+    texts: Sequence[EvaluationText],
+    sessions: BundleSessions,
+    reference: Reference,
+    scratch: Path,
+    progress: Progress,
+) -> dict[str, tuple[float, float]]:
+    """Return the scores of the original and of the bundle by task with choices."""
+    states = reference_states(reference, texts, scratch, progress, label="Original's choices")
+    before = choice_scores(tasks, texts, lambda index: reference.logits(states.states(index)))
+    after = choice_scores(tasks, texts, partial(bundle_answer, sessions.scoring(), texts))
+    return {id_: (score, after[id_]) for id_, score in before.items()}
 
 
 def ask_original(
