@@ -15,6 +15,7 @@ from glmexport.cli.options import (
     checkpoint_argument,
     evaluation_options,
     json_option,
+    rehash_option,
     threads_option,
 )
 from glmexport.report.arithmetic import brief_arithmetic
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 @click.command()
 @checkpoint_argument
 @adapter_option
+@rehash_option
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Where the answers go.")
 @click.option(
     "--top-k", type=click.IntRange(min=1), default=1024, show_default=True,
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
 def reference(
     checkpoint: str,
     adapter: str | None,
+    rehash: bool,
     output: Path,
     top_k: int,
     draft: Path | None,
@@ -67,7 +70,7 @@ def reference(
     from glmexport.workflows.original import Original
 
     terminal = Terminal()
-    original = Original.open(checkpoint, terminal, adapter)
+    original = Original.open(checkpoint, terminal, adapter, rehash=rehash)
     merged = original.checkpoint.adapter
     arithmetic = choose_arithmetic(wanted_arithmetic, threads, terminal)
     terminal.facts(
