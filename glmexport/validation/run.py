@@ -19,6 +19,7 @@ from glmexport.engine.scoring import ScoringSession
 from glmexport.foundation.progress import Progress
 from glmexport.foundation.target import Gates
 from glmexport.reference.reference import Reference
+from glmexport.results.arithmetic import OriginalArithmetic
 from glmexport.results.behaviour import Behaviour
 from glmexport.results.fidelity import Fidelity, LanguageFidelity, Share
 from glmexport.results.gate import Gate
@@ -76,6 +77,8 @@ class Measurements:
     performance_absent_because: str | None = None
     #: None where the original is not at hand and nobody checked it when it was captured.
     reference: ReferenceCheck | None = None
+    #: The arithmetic of the original; None where it was captured by a version that did not note it.
+    arithmetic: OriginalArithmetic | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +134,7 @@ def validate(
         shares=shares,
         routing=routing,
         reference=check,
+        arithmetic=conditions.arithmetic,
     )
     return judged(measured, bundle.manifest, conditions.policy, host_gate(bundle))
 
@@ -171,6 +175,7 @@ def validate_captured(bundle: Bundle, captured: CapturedReference, conditions: C
         behaviour=behaviour,
         performance=performance,
         reference=capture.reference_check,
+        arithmetic=capture.arithmetic,
     )
     return judged(measured, bundle.manifest, conditions.policy, host_gate(bundle))
 

@@ -16,7 +16,9 @@ from glmexport.engine.session import require_provider
 from glmexport.foundation.disk import require_free
 from glmexport.foundation.progress import Progress
 from glmexport.quantization.store import WorkDirectory
+from glmexport.reference.arithmetic import computing
 from glmexport.reference.reference import Reference
+from glmexport.results.arithmetic import UNCHECKED, OriginalArithmetic
 from glmexport.validation.behaviour.plane import ask_original, questions_for
 from glmexport.validation.capture import REFERENCE, TOP_K, Capture, CapturedAnswer, OriginalFacts, write_capture
 from glmexport.validation.conditions import ValidationPlan
@@ -47,6 +49,8 @@ class CaptureOptions:
     draft: Bundle | None = None
     #: Text files of the user's to ask about as well.
     evaluation: tuple[Path, ...] = ()
+    #: The way in which products of fp32 matrices are computed.
+    arithmetic: OriginalArithmetic = UNCHECKED
 
 
 def capture_reference(original: Original, output: Path, options: CaptureOptions, progress: Progress) -> Capture:
@@ -79,10 +83,11 @@ def capture_reference(original: Original, output: Path, options: CaptureOptions,
         "reference of": original.checkpoint.digest(progress),
         "texts": text_digest(texts),
         "threads": options.threads,
+        "arithmetic": options.arithmetic.route,
     }
     work = WorkDirectory.for_job(output.parent, job)
     partial = partial_of(output)
-    with work.locked():
+    with work.locked(), computing(options.arithmetic):
         reference = Reference(original.checkpoint, original.architecture)
         check = check_reference(reference, texts, work.path, options.plan.max_memory_bytes, progress)
         states = reference_states(reference, texts, work.path, progress, kept=work)
@@ -92,6 +97,7 @@ def capture_reference(original: Original, output: Path, options: CaptureOptions,
             source=source_of(original, progress),
             noise=noise,
             reference_check=check,
+            arithmetic=options.arithmetic,
             answers=_answers(evaluation, reference, options, work.path, progress),
             prompts=golden_prompts(original.checkpoint, evaluation),
         )
