@@ -20,7 +20,7 @@ from glmexport.checkpoint.gptq import QUANTIZE_CONFIG
 from glmexport.checkpoint.header import TensorEntry
 from glmexport.checkpoint.index import read_index
 from glmexport.checkpoint.layouts import refuse_gguf
-from glmexport.checkpoint.parts import ScaledMatrix, StackedMatrix
+from glmexport.checkpoint.parts import StackedMatrix
 from glmexport.checkpoint.shards import Shards, is_finite
 from glmexport.checkpoint.snapshot import Snapshot
 from glmexport.checkpoint.source import DEMO, refuse_hazards, resolve
@@ -295,14 +295,11 @@ class Checkpoint:
             CheckpointError: the stored values cannot be used, or the file changed since it was opened.
             MachineError: the file cannot be read, or there is not enough memory.
         """
-        import torch
-
         decoded = []
         for part, begin, end in self._derived[name].slabs(start, stop):
             assert isinstance(part, CodedMatrix)
-            self._shards.refuse_changed(*part.entries)
-            decoded.append(part.decode(begin, end))
-        return Codes(*(torch.cat([getattr(rows, field) for rows in decoded]) for field in vars(decoded[0])))
+            decoded.append(part.read_codes(self._shards, begin, end))
+        return Codes.concatenate(decoded)
 
     def digest(self, progress: Progress | None = None) -> str:
         """Return ``sha256:`` and the digest of the checkpoint's content, whatever directory it lies in.
@@ -378,13 +375,10 @@ class Checkpoint:
         rows = torch.empty(stop - start, matrix.entry.shape[1], dtype=dtype or torch.float32)
         filled = 0
         for part, begin, end in matrix.slabs(start, stop):
-            if isinstance(part, CodedMatrix):
-                self._shards.refuse_changed(*part.entries)
-                slab = part.dequantize(begin, end)
-            elif isinstance(part, StackedMatrix | ScaledMatrix):
-                slab = part.read(self._shards, begin, end)
-            else:
+            if isinstance(part, TensorEntry):
                 slab = self._read(part, part.name, dtype, slice(begin, end))
+            else:
+                slab = part.read(self._shards, begin, end)
             rows[filled : filled + len(slab)] = slab
             filled += len(slab)
         return rows

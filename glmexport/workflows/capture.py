@@ -23,9 +23,9 @@ from glmexport.validation.behaviour.plane import ask_original, questions_for
 from glmexport.validation.capture import REFERENCE, TOP_K, Capture, CapturedAnswer, OriginalFacts, write_capture
 from glmexport.validation.conditions import ValidationPlan
 from glmexport.validation.fidelity import Streamed
+from glmexport.validation.noise import repeated_states
 from glmexport.validation.prompts import golden_prompts
-from glmexport.validation.reference import reference_states
-from glmexport.validation.run import first_texts, noise_floor
+from glmexport.validation.run import first_texts
 from glmexport.validation.texts import EvaluationSet, text_digest
 from glmexport.validation.whole_model import check_reference
 from glmexport.workflows.checks import refuse_existing
@@ -70,10 +70,12 @@ def capture_reference(original: Original, output: Path, options: CaptureOptions,
     torch.set_num_threads(options.threads)
     evaluation = EvaluationSet(evaluation_documents(options.evaluation, original.tokenizer), original.tokenizer)
     texts = evaluation.texts(original.architecture.context_length, options.plan)
-    rows, size = sum(len(text.ids) for text in texts), original.architecture.hidden_size
+    sample = first_texts(texts, 1)
+    rows, again = (sum(len(text.ids) for text in each) for each in (texts, [texts[index] for index in sample]))
+    size = original.architecture.hidden_size
     kept = min(options.top_k, original.architecture.vocabulary_size)
-    # The states, those of the last block and of the one before; the answers.
-    require_free(output.parent, rows * (3 * size * 4 + kept * 8), "The capture")
+    # The states of both runs, those of the last block and of the one before; the answers.
+    require_free(output.parent, (rows + again) * 3 * size * 4 + rows * kept * 8, "The capture")
     # Every other check comes before this, which reads files for minutes.
     if draft:
         check_original(draft, original, progress)
@@ -89,13 +91,12 @@ def capture_reference(original: Original, output: Path, options: CaptureOptions,
     partial = partial_of(output)
     with work.locked(), computing(options.arithmetic):
         reference = Reference(original.checkpoint, original.architecture)
-        check = check_reference(reference, texts, work.path, options.plan.max_memory_bytes, progress)
-        states = reference_states(reference, texts, work.path, progress, kept=work)
-        sample = Streamed(states.only(first_texts(texts, 1)), reference)
-        noise = noise_floor(sample, options.threads, work.path, progress)
+        runs = repeated_states(reference, texts, sample, options.threads, work.path, progress, kept=work)
+        states = runs.states
+        check = check_reference(reference, texts, work.path, options.plan.max_memory_bytes, progress, states)
         facts = OriginalFacts(
             source=source_of(original, progress),
-            noise=noise,
+            noise=runs.noise(progress),
             reference_check=check,
             arithmetic=options.arithmetic,
             answers=_answers(evaluation, reference, options, work.path, progress),
