@@ -15,6 +15,7 @@ from glmexport.engine.session import require_provider
 from glmexport.foundation.disk import require_writable
 from glmexport.foundation.progress import Progress
 from glmexport.foundation.target import Policy, Target
+from glmexport.quantization.ranks import ALONE, Ranks
 from glmexport.reference.reference import CPU, Reference
 from glmexport.release.opening import NOBODY, Trust
 from glmexport.report.document import Report
@@ -50,6 +51,8 @@ class BuildOptions:
     tasks: tuple[Task, ...] = ()
     #: Threads of the bundle's sessions; None: those of its target, or else ``threads``.
     bundle_threads: int | None = None
+    #: The processes that quantize together.
+    ranks: Ranks = ALONE
     #: The signers of whom one must have signed a bundle that is validated.
     trust: Trust = NOBODY
 
