@@ -24,7 +24,8 @@ _FOLD_TOKENS = 4096
 def decide_folds(job: QuantizationJob) -> QuantizationJob:
     """Return ``job`` with scales moved between tensors of its checkpoint: chosen once, then read back.
 
-    Nothing is moved where the recipe does not ask for it, or where the text is too poor to fit anything to it.
+    Rank 0 does it for all, as it is short beside the walk. Nothing is moved where the recipe does not ask for it, or
+    where the text is too poor to fit anything to it.
     """
     work, calibration, architecture, recipe = job.work, job.calibration, job.architecture, job.recipe
     if calibration is None or recipe.linears is None or not recipe.solver.fold_scales:
@@ -32,15 +33,14 @@ def decide_folds(job: QuantizationJob) -> QuantizationJob:
     widest = max(linear.in_features for _, linear in architecture.linears)
     if calibration.effective_tokens < LEAST_TOKENS * widest:
         return job
-    if work.record(FOLDS) is None:
+    if job.ranks.first and work.record(FOLDS) is None:
         form = recipe.linear(mixture=bool(architecture.routed), routed=False)
         assert form is not None
         started = time.monotonic()
         ids = probe_ids(calibration, _FOLD_TOKENS)
-        chosen = choose_folds(
-            job.reference(), ids, calibration.prefix, form, job.memory.batch_tokens, job.progress
-        )
+        chosen = choose_folds(job.reference(), ids, calibration.prefix, form, job.memory.batch_tokens, job.progress)
         work.commit(FOLDS, {}, {"seconds": time.monotonic() - started}, tensors=as_tensors(chosen))
+    job.ranks.barrier()
     folds = from_tensors(work.tensors(FOLDS))
     columns = {key for key, fold in folds.items() if fold.columns is not None}
     if columns:
@@ -57,7 +57,7 @@ def decide_formats(job: QuantizationJob) -> dict[str, Format]:
     if calibration is None or recipe.budget is None:
         return {}
     groups = list(tie_groups(architecture, recipe))
-    if work.record(ALLOCATION) is None:
+    if job.ranks.first and work.record(ALLOCATION) is None:
         started = time.monotonic()
         ids = probe_ids(calibration, recipe.budget.probe_tokens)
         probe = Probe(job.reference(), ids, calibration.prefix, groups, work, job.memory)
@@ -67,6 +67,7 @@ def decide_formats(job: QuantizationJob) -> dict[str, Format]:
         note = {"chosen": chosen, "losses": losses, "seconds": time.monotonic() - started}
         work.commit(ALLOCATION, {}, note)
         probe.forget()
+    job.ranks.barrier()
     return {key: group.format for group in allocated_groups(work, architecture, recipe) for key in group.keys}
 
 

@@ -105,19 +105,23 @@ class _Step(Definition):
 
 
 class WorkDirectory:
-    """The directory where a walk keeps what it has finished; ``job`` is everything the result depends on."""
+    """The directory where a walk keeps what it has finished; ``job`` is everything the result depends on.
 
-    def __init__(self, path: Path, job: Mapping[str, Any]) -> None:
+    Of the processes that share it, one ``makes`` it.
+    """
+
+    def __init__(self, path: Path, job: Mapping[str, Any], *, makes: bool = True) -> None:
         self.path = path
         self.job = dict(job)
-        path.mkdir(parents=True, exist_ok=True)
-        write_atomically(path / "job.json", json.dumps(self.job, indent=2, sort_keys=True).encode())
+        if makes:
+            path.mkdir(parents=True, exist_ok=True)
+            write_atomically(path / "job.json", json.dumps(self.job, indent=2, sort_keys=True).encode())
 
     @classmethod
-    def for_job(cls, parent: Path, job: Mapping[str, Any]) -> WorkDirectory:
+    def for_job(cls, parent: Path, job: Mapping[str, Any], *, makes: bool = True) -> WorkDirectory:
         """Open the directory under ``parent`` whose name is the digest of ``job``, so that no two jobs share one."""
         digest = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()
-        return cls(parent / f".glmexport-work-{digest[:16]}", job)
+        return cls(parent / f".glmexport-work-{digest[:16]}", job, makes=makes)
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -43,11 +43,16 @@ class BuildEstimate:
 
 
 def estimate(
-    planned: Planned, flops_per_s: float, limit_bytes: int | None, device_flops_per_s: float | None = None
+    planned: Planned,
+    flops_per_s: float,
+    limit_bytes: int | None,
+    device_flops_per_s: float | None = None,
+    ranks: int = 1,
 ) -> BuildEstimate:
     """Return the figures for building a ``planned`` bundle on a machine of that speed under that memory limit.
 
-    ``device_flops_per_s`` is the speed of the device that quantizes, if it is not the one that validates.
+    ``device_flops_per_s`` is the speed of the device that quantizes, if it is not the one that validates. Of several
+    ``ranks`` each is that fast, and all quantize.
     """
     architecture, recipe, target = planned.architecture, planned.recipe, planned.target
     shapes = architecture.shapes()
@@ -59,7 +64,7 @@ def estimate(
         + architecture.rotary_bytes * _width(target) // 32,
         bits_per_weight=bits / sum(math.prod(shape) for shape in shapes.values()),
         peak_memory_bytes=plan_memory(architecture, recipe, limit_bytes).peak_bytes,
-        seconds=_flops(architecture, recipe) / (device_flops_per_s or flops_per_s)
+        seconds=_flops(architecture, recipe) / (device_flops_per_s or flops_per_s) / ranks
         + _forward_flops(architecture) * _VALIDATION_TOKEN_PASSES / flops_per_s,
     )
 
