@@ -77,7 +77,7 @@ _MLX_SECTION = "quantization"
 #: Beside full-precision weights only those that somebody reads are in the way.
 _SECTIONS = ("quantization_config", _MLX_SECTION, "compression_config")
 SETTINGS_FILES = ("quantization_config.json", "quant_config.json", "hf_quant_config.json", QUANTIZE_CONFIG)
-"""What libraries call the files beside config.json that say how weights are quantized."""
+"""The names of files beside config.json in which libraries say how weights are quantized."""
 
 _FULL = "Give the full-precision checkpoint of this model, as its publisher has it (bf16 safetensors)"
 _NEXT = {
