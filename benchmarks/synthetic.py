@@ -35,6 +35,9 @@ def write_synthetic(directory: Path, config: dict[str, Any], seed: int = 0) -> N
         if file.name not in ("config.json", "model.safetensors", "README.md"):
             shutil.copyfile(file, directory / file.name)
     base = json.loads((demo_checkpoint() / "config.json").read_text(encoding="utf-8"))
+    vocabulary = config.get("vocab_size", base["vocab_size"])
+    if vocabulary != base["vocab_size"]:
+        widen_tokenizer(directory, vocabulary, _first(config.get("eos_token_id")))
     kind = config.get("model_type", "glm4")
     if kind != "glm4":
         # Sizes of heads, rotary settings and biases are the family's own.
@@ -88,6 +91,42 @@ def fill_tokenizer(directory: Path, rows: int | None = None) -> int:
     vocabulary |= {f"<unused {token}>": token for token in free}
     path.write_text(json.dumps(described, ensure_ascii=False), encoding="utf-8")
     return len(free)
+
+
+def widen_tokenizer(folder: Path, vocabulary: int, first_special: int | None = None) -> None:
+    """Give the demo's tokenizer in ``folder`` as many tokens as the model has rows.
+
+    Those that are added stand for no text. The special ones keep their order and come last; if ``first_special`` is
+    given, they begin there, as ``<|endoftext|>`` does in every GLM, and the few rows after them have no token.
+
+    Raises:
+        ValueError: the tokenizer has too many tokens for that.
+    """
+    path = folder / "tokenizer.json"
+    document = json.loads(path.read_text(encoding="utf-8"))
+    tokens, special = document["model"]["vocab"], document["added_tokens"]
+    first = vocabulary - len(special) if first_special is None else first_special
+    if first < len(tokens) or first + len(special) > vocabulary:
+        raise ValueError(f"{len(tokens)} tokens and {len(special)} special ones do not fit {vocabulary} rows")
+    moved = {token["id"]: first + index for index, token in enumerate(special)}
+    tokens |= {f"<unused {row}>": row for row in range(len(tokens), first)}
+    for token in special:
+        token["id"] = moved[token["id"]]
+    path.write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
+    for name in ("tokenizer_config.json", "generation_config.json"):
+        settings = json.loads((folder / name).read_text(encoding="utf-8"))
+        if "added_tokens_decoder" in settings:
+            named = settings["added_tokens_decoder"]
+            settings["added_tokens_decoder"] = {str(moved[int(key)]): token for key, token in named.items()}
+        for key in ("eos_token_id", "pad_token_id"):
+            if key in settings:
+                given = settings[key]
+                settings[key] = [moved[each] for each in given] if isinstance(given, list) else moved[given]
+        (folder / name).write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")
+
+
+def _first(ids: list[int] | int | None) -> int | None:
+    return ids[0] if isinstance(ids, list) else ids
 
 
 def _published(model: torch.nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:

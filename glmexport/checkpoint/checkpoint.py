@@ -19,13 +19,14 @@ from glmexport.checkpoint.fold import Fold
 from glmexport.checkpoint.header import TensorEntry
 from glmexport.checkpoint.index import read_index
 from glmexport.checkpoint.layouts import SETTINGS_FILES, refuse_gguf
-from glmexport.checkpoint.parts import ScaledMatrix, StackedMatrix
+from glmexport.checkpoint.parts import StackedMatrix
 from glmexport.checkpoint.shards import Shards, is_finite
 from glmexport.checkpoint.snapshot import Snapshot
 from glmexport.checkpoint.source import DEMO, refuse_hazards, resolve
 from glmexport.checkpoint.stored_weights import StoredWeights
+from glmexport.foundation.digests import files_digest, forget_digests
 from glmexport.foundation.errors import CheckpointError
-from glmexport.foundation.files import contained, files_digest, optional, source_name
+from glmexport.foundation.files import contained, optional, source_name
 from glmexport.foundation.progress import Progress
 from glmexport.tokenizer.tokenizer import tokenizer_files
 
@@ -293,41 +294,44 @@ class Checkpoint:
             CheckpointError: the stored values cannot be used, or the file changed since it was opened.
             MachineError: the file cannot be read, or there is not enough memory.
         """
-        import torch
-
         decoded = []
         for part, begin, end in self._derived[name].slabs(start, stop):
             assert isinstance(part, CodedMatrix)
-            self._shards.refuse_changed(*part.entries)
-            decoded.append(part.decode(begin, end))
-        return Codes(*(torch.cat([getattr(rows, field) for rows in decoded]) for field in vars(decoded[0])))
+            decoded.append(part.read_codes(self._shards, begin, end))
+        return Codes.concatenate(decoded)
 
     def digest(self, progress: Progress | None = None) -> str:
         """Return ``sha256:`` and the digest of the checkpoint's content, whatever directory it lies in.
 
         It is the SHA-256 of one line ``NAME\\tBYTES\\tSHA256\\n`` a file, in order of name: the shards,
         ``config.json``, ``generation_config.json``, the tokenizer's files and the chat templates, and of a quantized
-        checkpoint what else says how. Files are
-        read once; the result is kept. With an adapter it is the SHA-256 of the line ``BASE\\tADAPTER\\n`` of the
-        digests of the two.
+        checkpoint the files beside config.json that say how. Files are read once; the result is kept, and what a
+        shard gives is kept between commands (see ``foundation/digests``). With an adapter it is the SHA-256 of the
+        line ``BASE\\tADAPTER\\n`` of the digests of the two.
 
         Raises:
             CheckpointError: a file changed since the checkpoint was opened, or vanished.
             MachineError: a file cannot be read.
         """
         if self._digest is None:
-            files = {*self.shards, self.path / CONFIG, *tokenizer_files(self.path)}
-            if self.generation_config is not None:
-                files.add(self.path / GENERATION_CONFIG)
-            if self.stored.layout:
-                files |= {self.path / name for name in SETTINGS_FILES if (self.path / name).is_file()}
-            digest = files_digest(self.path, files, "Digest of the checkpoint", progress)
+            digest = files_digest(self.path, self._files(), "Digest of the checkpoint", progress)
             if self.adapter is not None:
                 both = f"{digest}\t{self.adapter.digest(progress)}\n"
                 digest = f"sha256:{hashlib.sha256(both.encode()).hexdigest()}"
             self.refuse_changes()
             self._digest = digest
         return self._digest
+
+    def forget_digest(self) -> None:
+        """Have the next digest read every byte, whatever is kept of an earlier one.
+
+        Raises:
+            MachineError: what is kept cannot be removed.
+        """
+        self._digest = None
+        forget_digests(self._files())
+        if self.adapter is not None:
+            self.adapter.forget_digest()
 
     def refuse_changes(self) -> None:
         """Check that its files, and those of its adapter, are what they were when it was opened.
@@ -341,6 +345,15 @@ class Checkpoint:
         self._snapshot.refuse_changes(self.shards)
         if self.adapter is not None:
             self.adapter.refuse_changes()
+
+    def _files(self) -> set[Path]:
+        """Return the files that the digest is of."""
+        files = {*self.shards, self.path / CONFIG, *tokenizer_files(self.path)}
+        if self.generation_config is not None:
+            files.add(self.path / GENERATION_CONFIG)
+        if self.stored.layout:
+            files |= {self.path / name for name in SETTINGS_FILES if (self.path / name).is_file()}
+        return files
 
     def _entry(self, name: str) -> TensorEntry:
         if name in self.tensors:
@@ -362,13 +375,10 @@ class Checkpoint:
         rows = torch.empty(stop - start, matrix.entry.shape[1], dtype=dtype or torch.float32)
         filled = 0
         for part, begin, end in matrix.slabs(start, stop):
-            if isinstance(part, CodedMatrix):
-                self._shards.refuse_changed(*part.entries)
-                slab = part.dequantize(begin, end)
-            elif isinstance(part, StackedMatrix | ScaledMatrix):
-                slab = part.read(self._shards, begin, end)
-            else:
+            if isinstance(part, TensorEntry):
                 slab = self._read(part, part.name, dtype, slice(begin, end))
+            else:
+                slab = part.read(self._shards, begin, end)
             rows[filled : filled + len(slab)] = slab
             filled += len(slab)
         return rows

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from glmexport.checkpoint.header import TensorEntry
 from glmexport.checkpoint.reading import reading_errors
+from glmexport.checkpoint.shards import Shards
 from glmexport.foundation.errors import CheckpointError
 from glmexport.foundation.recipe import Format
 
@@ -63,6 +64,14 @@ class Codes:
     codes: Tensor
     scales: Tensor
     zero_points: Tensor
+
+    @classmethod
+    def concatenate(cls, parts: Iterable[Codes]) -> Codes:
+        """Return the rows of all ``parts``, which are coded alike."""
+        import torch
+
+        columns = zip(*((part.codes, part.scales, part.zero_points) for part in parts), strict=True)
+        return cls(*(torch.cat(column) for column in columns))
 
 
 class CodedMatrix(ABC):
@@ -124,6 +133,16 @@ class CodedMatrix(ABC):
         repeats = torch.arange(0, self.columns, self.form.exact.group_size) // self.span
         scales, zero_points = (each[:, repeats].contiguous() for each in (stored.scales, stored.zero_points))
         return Codes(stored.codes.contiguous(), scales, zero_points)
+
+    def read_codes(self, shards: Shards, start: int, stop: int) -> Codes:
+        """Return rows [start, stop) as ``decode`` does; raises as ``Shards.refuse_changed`` does."""
+        shards.refuse_changed(*self.entries)
+        return self.decode(start, stop)
+
+    def read(self, shards: Shards, start: int, stop: int) -> Tensor:
+        """Return rows [start, stop) as ``dequantize`` does; raises as ``Shards.refuse_changed`` does."""
+        shards.refuse_changed(*self.entries)
+        return self.dequantize(start, stop)
 
     def dequantize(self, start: int, stop: int) -> Tensor:
         """Return rows [start, stop) as fp32: exactly where a scale has 16 bits, as a product has 19 at most then."""

@@ -48,12 +48,12 @@ class CompressedMatrix(CodedMatrix):
     #: None where all zero points are the middle.
     zero_point: TensorEntry | None
     #: Tensors that were read when it was opened: its shape, and the group of every input.
-    read: tuple[TensorEntry, ...]
+    opened: tuple[TensorEntry, ...]
 
     @property
     def entries(self) -> tuple[TensorEntry, ...]:
         """The stored tensors that it consists of."""
-        return (self.weight, self.scale, *((self.zero_point,) if self.zero_point else ()), *self.read)
+        return (self.weight, self.scale, *((self.zero_point,) if self.zero_point else ()), *self.opened)
 
     @property
     def scale_entry(self) -> TensorEntry:
@@ -148,7 +148,7 @@ def compressed_matrices(
             (entry, matrix.span)
             for matrix in found.values()
             if isinstance(matrix, CompressedMatrix)
-            for entry in matrix.read
+            for entry in matrix.opened
             if entry.name.endswith("_g_idx")
         ]
     )

@@ -40,9 +40,16 @@ class Original:
     unused: dict[str, str]
 
     @classmethod
-    def open(cls, source: str, progress: Progress, adapter: str | None = None) -> Original:
-        """Open and check a checkpoint, with the adapter that is merged into it, if any; no weight is read."""
+    def open(
+        cls, source: str, progress: Progress, adapter: str | None = None, *, rehash: bool = False
+    ) -> Original:
+        """Open and check a checkpoint, with the adapter that is merged into it, if any; no weight is read.
+
+        With ``rehash`` its digest, wherever one is taken, is of what is read then, and not one that is kept.
+        """
         checkpoint = Checkpoint.open(source, progress, adapter)
+        if rehash:
+            checkpoint.forget_digest()
         architecture = describe(checkpoint)
         checkpoint = architecture.presented(checkpoint)
         unused = dict(architecture.account(checkpoint))
