@@ -1,4 +1,9 @@
-"""Checkpoints of any shape with random weights, written tensor by tensor: nothing larger than a tensor is in memory."""
+"""Checkpoints of any shape with random weights, written tensor by tensor: nothing larger than a tensor is in memory.
+
+    python -m benchmarks.synthetic CHECKPOINT ...
+
+gives the tokenizer of each a token for every row of its model: noise of a published model's size is refused without.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +11,7 @@ import json
 import math
 import shutil
 import struct
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -86,7 +92,9 @@ def _described(directory: Path, config: dict[str, Any]) -> torch.nn.Module:
     base = json.loads((demo_checkpoint() / "config.json").read_text(encoding="utf-8"))
     vocabulary = config.get("vocab_size", base["vocab_size"])
     if vocabulary != base["vocab_size"]:
-        fill_tokenizer(directory, vocabulary, _first(config.get("eos_token_id")))
+        widen_tokenizer(directory, vocabulary, _first(config.get("eos_token_id")))
+        generation = json.loads((directory / "generation_config.json").read_text(encoding="utf-8"))
+        base |= {key: generation[key] for key in ("eos_token_id", "pad_token_id")}
     kind = config.get("model_type", "glm4")
     if kind != "glm4":
         # Sizes of heads, rotary settings and biases are the family's own.
@@ -94,12 +102,34 @@ def _described(directory: Path, config: dict[str, Any]) -> torch.nn.Module:
     settings = AutoConfig.for_model(**{"model_type": kind, **base, **config})
     settings.dtype = torch.bfloat16
     settings.save_pretrained(directory)
+    fill_tokenizer(directory, settings.vocab_size)
     with torch.device("meta"):
         model: torch.nn.Module = AutoModelForCausalLM.from_config(settings)
     return model
 
 
-def fill_tokenizer(folder: Path, vocabulary: int, first_special: int | None = None) -> None:
+def fill_tokenizer(directory: Path, rows: int | None = None) -> int:
+    """Give the tokenizer in ``directory`` a token for each of ``rows``, or of the vocab_size of config.json.
+
+    The new ones are written by no text: it keeps its tokens, their ids, and what it makes of any text. Noise of a
+    published model's size can so be built and asked with a small tokenizer. Returns how many were added.
+    """
+    path = directory / "tokenizer.json"
+    described = json.loads(path.read_text(encoding="utf-8"))
+    if rows is None:
+        rows = int(json.loads((directory / "config.json").read_text(encoding="utf-8"))["vocab_size"])
+    vocabulary: dict[str, int] = described["model"]["vocab"]
+    # An added token that the vocabulary lacks has its id counted from the vocabulary's end, which moves here.
+    vocabulary |= {token["content"]: token["id"] for token in described["added_tokens"]}
+    free = sorted(set(range(rows)) - set(vocabulary.values()))
+    if not free:
+        return 0
+    vocabulary |= {f"<unused {token}>": token for token in free}
+    path.write_text(json.dumps(described, ensure_ascii=False), encoding="utf-8")
+    return len(free)
+
+
+def widen_tokenizer(folder: Path, vocabulary: int, first_special: int | None = None) -> None:
     """Give the demo's tokenizer in ``folder`` as many tokens as the model has rows.
 
     Those that are added stand for no text. The special ones keep their order and come last; if ``first_special`` is
@@ -115,7 +145,7 @@ def fill_tokenizer(folder: Path, vocabulary: int, first_special: int | None = No
     if first < len(tokens) or first + len(special) > vocabulary:
         raise ValueError(f"{len(tokens)} tokens and {len(special)} special ones do not fit {vocabulary} rows")
     moved = {token["id"]: first + index for index, token in enumerate(special)}
-    tokens |= {f"<|unused {row}|>": row for row in range(len(tokens), first)}
+    tokens |= {f"<unused {row}>": row for row in range(len(tokens), first)}
     for token in special:
         token["id"] = moved[token["id"]]
     path.write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
@@ -162,3 +192,8 @@ def _random(key: str, shape: tuple[int, ...], generator: torch.Generator) -> tor
 def _spread(key: str, shape: tuple[int, ...]) -> float:
     # Router logits of order one, so that experts differ in how often they are chosen.
     return 1 / math.sqrt(shape[-1]) if key.endswith("mlp.gate.weight") else 0.02
+
+
+if __name__ == "__main__":
+    for folder in sys.argv[1:]:
+        print(f"{folder}: {fill_tokenizer(Path(folder)):,} tokens added")

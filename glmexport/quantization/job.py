@@ -17,6 +17,7 @@ from glmexport.foundation.stopwatch import Stopwatch
 from glmexport.quantization.memory import MemoryPlan
 from glmexport.quantization.store import WorkDirectory
 from glmexport.reference.reference import CPU, Reference
+from glmexport.results.arithmetic import UNCHECKED, OriginalArithmetic
 
 #: The parts of a step by which its time is noted: what is measured, the solver, and what takes the text on to the next
 #: step. Hashes and flushes are in none of them.
@@ -40,6 +41,8 @@ class QuantizationJob:
     memory: MemoryPlan
     progress: Progress
     device: torch.device = CPU
+    #: The way in which products of fp32 matrices are computed; whoever walks sets torch to it.
+    arithmetic: OriginalArithmetic = UNCHECKED
     #: The time of the step under way.
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
 

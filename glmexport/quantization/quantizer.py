@@ -49,10 +49,12 @@ class Quantizer:
         tokens = job.calibration.effective_tokens if tokens is None else tokens
         with job.stopwatch.running(SOLVE):
             problem = Problem.prepare(measured.hessian, form, solver, measured.sample, tokens=tokens, consume=True)
+            # What is solved of the goal is solved once for all matrices of the tap.
+            goal = problem.correction(measured.goal)
         part = QuantizedPart(largest=measured.largest)
         for linear in linears:
             with job.stopwatch.running(SOLVE):
-                solution = gptq(job.chunks(linear.weight), problem, form, solver, measured.goals.get(linear.weight))
+                solution = gptq(job.chunks(linear.weight), problem, form, solver, goal)
             if solution.fallback:
                 job.progress.remark(f"{linear.key}: {solution.fallback}.")
             fold = job.checkpoint.folds.get(linear.weight)

@@ -58,7 +58,8 @@ def test_a_captured_original_has_answered_the_same(sample: Sample, captured: Pat
     reference = CapturedReference.open(captured)
     kept = validate_captured_bundle(Bundle.open(bundle), reference, options, Silent()).report.behaviour
     assert whole is not None and whole.passes >= 1 and whole.overall.answers >= 21
-    assert kept == whole.model_copy(update={"passes": 0})
+    assert kept == whole.model_copy(update={"passes": 0, "tokens_computed": 0, "tokens_needed": 0})
+    assert 0 < whole.tokens_computed <= 1.3 * whole.tokens_needed and whole.answers_recomputed == 0
     # A sum over languages is the whole.
     for name in ("answers", "identical", "tokens_original", "tokens_bundle", "ended_bundle", "loops_bundle", "drifted"):
         assert sum(getattr(row, name) for row in whole.languages) == getattr(whole.overall, name), name
@@ -72,6 +73,7 @@ def test_the_report_shows_and_gates_them(sample: Sample, captured: Path, bundle:
     names = {gate.name for gate in report.gates}
     assert {"ln of lengths of answers, bundle / original", "More answers that do not end"} <= names
     assert "Free answers" in (bundle / "report.md").read_text(encoding="utf-8")
+    assert "Tokens computed for these answers" not in outcome.stderr
     assert "Free answers were not compared" not in " ".join(report.limits)
 
 
@@ -92,6 +94,7 @@ def test_tasks_of_the_user(sample: Sample, bundle: Path, tmp_path: Path, run: Ru
     assert "Traceback" not in outcome.stderr
     report = read_report(bundle / "report.json")
     assert report.behaviour is not None
+    assert "Tokens computed for these answers" in outcome.stderr
     groups = {(group.name, group.metric): group for group in report.behaviour.tasks}
     assert groups.keys() == {("own", "choice"), ("own", "regex"), ("silence", "exact")}
     assert (groups["own", "regex"].original, groups["own", "regex"].bundle) == (1, 1)
