@@ -50,9 +50,9 @@ class Cost:
     stages: list[Stage] = field(default_factory=list)
 
     def document(self) -> dict[str, Any]:
-        """Return the figures for a file of results."""
-        figures = {name: value for name, value in vars(self).items() if name != "stages"}
-        return figures | {"stages": [vars(stage) for stage in self.stages]}
+        """Return the figures for a file of results, without the folders of the machine."""
+        command = " ".join(named(self.command))
+        return vars(self) | {"command": command, "stages": [vars(stage) for stage in self.stages]}
 
 
 class Watched:
@@ -173,6 +173,11 @@ def _status(pid: int) -> dict[str, int]:
     lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
     named = (line.partition(":") for line in lines if line.endswith(" kB"))
     return {name: 1024 * int(value.split()[0]) for name, _, value in named}
+
+
+def named(arguments: Sequence[str]) -> list[str]:
+    """Return ``arguments`` with the last part of every path."""
+    return [Path(part).name if Path(part).is_absolute() else part for part in arguments]
 
 
 def glmexport(*arguments: object) -> list[str]:
