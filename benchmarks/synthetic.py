@@ -1,10 +1,16 @@
-"""Checkpoints of any shape with random weights, written tensor by tensor: nothing larger than a tensor is in memory."""
+"""Checkpoints of any shape with random weights, written tensor by tensor: nothing larger than a tensor is in memory.
+
+    python -m benchmarks.synthetic CHECKPOINT ...
+
+gives the tokenizer of each a token for every row of its model: noise of a published model's size is refused without.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,6 +42,7 @@ def write_synthetic(directory: Path, config: dict[str, Any], seed: int = 0) -> N
     settings = AutoConfig.for_model(**{"model_type": kind, **base, **config})
     settings.dtype = torch.bfloat16
     settings.save_pretrained(directory)
+    fill_tokenizer(directory, settings.vocab_size)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(settings)
     generator = torch.Generator().manual_seed(seed)
@@ -60,6 +67,27 @@ def write_synthetic(directory: Path, config: dict[str, Any], seed: int = 0) -> N
         weight_map |= dict.fromkeys(keys, name)
     index_file = directory / "model.safetensors.index.json"
     index_file.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}), encoding="utf-8")
+
+
+def fill_tokenizer(directory: Path, rows: int | None = None) -> int:
+    """Give the tokenizer in ``directory`` a token for each of ``rows``, or of the vocab_size of config.json.
+
+    The new ones are written by no text: it keeps its tokens, their ids, and what it makes of any text. Noise of a
+    published model's size can so be built and asked with a small tokenizer. Returns how many were added.
+    """
+    path = directory / "tokenizer.json"
+    described = json.loads(path.read_text(encoding="utf-8"))
+    if rows is None:
+        rows = int(json.loads((directory / "config.json").read_text(encoding="utf-8"))["vocab_size"])
+    vocabulary: dict[str, int] = described["model"]["vocab"]
+    # An added token that the vocabulary lacks has its id counted from the vocabulary's end, which moves here.
+    vocabulary |= {token["content"]: token["id"] for token in described["added_tokens"]}
+    free = sorted(set(range(rows)) - set(vocabulary.values()))
+    if not free:
+        return 0
+    vocabulary |= {f"<unused {token}>": token for token in free}
+    path.write_text(json.dumps(described, ensure_ascii=False), encoding="utf-8")
+    return len(free)
 
 
 def _published(model: torch.nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -89,3 +117,8 @@ def _random(key: str, shape: tuple[int, ...], generator: torch.Generator) -> tor
 def _spread(key: str, shape: tuple[int, ...]) -> float:
     # Router logits of order one, so that experts differ in how often they are chosen.
     return 1 / math.sqrt(shape[-1]) if key.endswith("mlp.gate.weight") else 0.02
+
+
+if __name__ == "__main__":
+    for folder in sys.argv[1:]:
+        print(f"{folder}: {fill_tokenizer(Path(folder)):,} tokens added")

@@ -20,6 +20,7 @@ from glmexport.cli.options import (
     json_option,
     memory_option,
     policy_option,
+    rehash_option,
     tasks_option,
     threads_option,
 )
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 @click.command()
 @checkpoint_argument
 @adapter_option
+@rehash_option
 @click.option(
     "--target", "target_names", multiple=True, default=("host",), show_default=True,
     help="What the bundle is for: a name from 'glmexport targets list', a .toml file, or host. May be repeated.",
@@ -59,6 +61,7 @@ if TYPE_CHECKING:
 def build(
     checkpoint: str,
     adapter: str | None,
+    rehash: bool,
     target_names: tuple[str, ...],
     recipe: str | None,
     size: int | None,
@@ -103,7 +106,7 @@ def build(
             policy = open_policy(policy_path) if policy_path else None
             tasks = tuple(read_tasks(task_files)) if task_files else ()
             targets = [open_target(name) for name in dict.fromkeys(target_names)]
-            original = Original.open(checkpoint, progress, adapter)
+            original = Original.open(checkpoint, progress, adapter, rehash=rehash)
             jobs = jobs_of(original, targets, recipe, output, budget_of(size, bpw))
             options = BuildOptions(
                 threads,
@@ -170,7 +173,7 @@ def _announce(terminal: Terminal, original: Original, jobs: Sequence[Job], optio
                 **({"adapter": f"{merged.name} ({merged.path}): {merged.summary}"} if merged else {}),
                 "family": f"{original.architecture.family}, {original.checkpoint.parameters / 1e6:,.1f} M parameters, "
                 f"{brief_size(original.checkpoint.bytes)}",
-                **({"quantized": f"gptq, {formats_of(original)}"} if original.checkpoint.quantized else {}),
+                **({"quantized": formats_of(original)} if original.checkpoint.stored.layout else {}),
                 "target": f"{job.target.name}: {job.target.summary}",
                 "recipe": f"{job.recipe.name}: {job.recipe.summary}",
                 "calibration": calibration_text(job.recipe, options.calibration),

@@ -83,7 +83,7 @@ def _facts(inspection: Inspection, original: Original) -> dict[str, str]:
         "layers": str(inspection.layers),
         **({"experts": _experts(inspection.experts)} if inspection.experts else {}),
         "context": f"{inspection.context_length:,} tokens",
-        **({"quantized": f"gptq, {formats_of(original)}"} if inspection.quantization else {}),
+        **({"quantized": formats_of(original)} if inspection.quantization else {}),
         "stored": f"{brief_size(inspection.bytes)} of {', '.join(inspection.dtypes)}",
         "KV cache": _cache(inspection),
         "vocabulary": f"{tokenizer.vocabulary:,} tokens",

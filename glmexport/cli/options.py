@@ -29,6 +29,16 @@ def adapter_option(command: Command) -> Command:
     )(command)
 
 
+def rehash_option(command: Command) -> Command:
+    """Add the option --rehash."""
+    return click.option(
+        "--rehash",
+        is_flag=True,
+        help="Read every byte of the checkpoint for its digest, also of files that did not change since they were last "
+        "read.",
+    )(command)
+
+
 def threads_option(command: Command) -> Command:
     """Add the option --threads."""
     return click.option(

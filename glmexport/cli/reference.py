@@ -8,13 +8,21 @@ from pathlib import Path
 import click
 
 from glmexport.cli.console import Terminal, emit
-from glmexport.cli.options import adapter_option, checkpoint_argument, evaluation_options, json_option, threads_option
+from glmexport.cli.options import (
+    adapter_option,
+    checkpoint_argument,
+    evaluation_options,
+    json_option,
+    rehash_option,
+    threads_option,
+)
 from glmexport.report.text import brief_size
 
 
 @click.command()
 @checkpoint_argument
 @adapter_option
+@rehash_option
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Where the answers go.")
 @click.option(
     "--top-k", type=click.IntRange(min=1), default=1024, show_default=True,
@@ -31,6 +39,7 @@ from glmexport.report.text import brief_size
 def reference(
     checkpoint: str,
     adapter: str | None,
+    rehash: bool,
     output: Path,
     top_k: int,
     draft: Path | None,
@@ -52,7 +61,7 @@ def reference(
     from glmexport.workflows.original import Original
 
     terminal = Terminal()
-    original = Original.open(checkpoint, terminal, adapter)
+    original = Original.open(checkpoint, terminal, adapter, rehash=rehash)
     merged = original.checkpoint.adapter
     terminal.facts(
         "Reference",

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from glmexport.cli.console import Terminal, emit, titled_table
-from glmexport.cli.options import adapter_option, checkpoint_argument, json_option
+from glmexport.cli.options import adapter_option, checkpoint_argument, json_option, rehash_option
 from glmexport.report.text import brief_ratio
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ class Alternatives(click.ParamType[tuple[str, tuple[str, ...]]]):
 @click.command()
 @checkpoint_argument
 @adapter_option
+@rehash_option
 @click.option(
     "--target", "target_name", default="host", show_default=True,
     help="Where to start from: a name from 'glmexport targets list', a .toml file, or host.",
@@ -93,6 +94,7 @@ class Alternatives(click.ParamType[tuple[str, tuple[str, ...]]]):
 def tune(
     checkpoint: str,
     adapter: str | None,
+    rehash: bool,
     target_name: str,
     output: Path | None,
     prefer: Preference,
@@ -123,7 +125,7 @@ def tune(
     terminal = Terminal()
     target = open_target(target_name)
     path = output or Path(f"{target.name}-tuned.toml")
-    original = Original.open(checkpoint, terminal, adapter)
+    original = Original.open(checkpoint, terminal, adapter, rehash=rehash)
     options = TuneOptions(
         cores(),
         prefer=prefer,

@@ -15,6 +15,7 @@ from glmexport.cli.options import (
     evaluation_options,
     json_option,
     policy_option,
+    rehash_option,
     tasks_option,
     threads_option,
     trust_options,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     help="What that checkpoint answered when 'glmexport reference' captured it; instead of --against.",
 )  # fmt: skip
 @adapter_option
+@rehash_option
 @policy_option
 @evaluation_options
 @tasks_option
@@ -59,6 +61,7 @@ def validate(
     checkpoint: str | None,
     reference: Path | None,
     adapter: str | None,
+    rehash: bool,
     policy_path: Path | None,
     evaluation: tuple[Path, ...],
     positions: int,
@@ -96,7 +99,9 @@ def validate(
     terminal = Terminal()
     _require_one_original(checkpoint, reference)
     if checkpoint is None:
-        _refuse_what_needs_the_original({"--adapter": adapter, "--evaluation": evaluation, "--tasks": task_files})
+        _refuse_what_needs_the_original(
+            {"--adapter": adapter, "--rehash": rehash, "--evaluation": evaluation, "--tasks": task_files}
+        )
     if devices or fleet:
         _refuse_beside_devices({"--tasks": task_files, "--plan": only_plan})
     options = BuildOptions(
@@ -118,7 +123,7 @@ def validate(
         against = {"against": f"{capture.source.title} as captured in {reference} ({capture.digest()})"}
     else:
         assert checkpoint is not None
-        original = Original.open(checkpoint, terminal, adapter)
+        original = Original.open(checkpoint, terminal, adapter, rehash=rehash)
         against = _original_facts(original)
     terminal.facts(
         "Plan" if only_plan else "Validate",

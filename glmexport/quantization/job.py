@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,10 +15,15 @@ from glmexport.checkpoint.checkpoint import Checkpoint
 from glmexport.formats.quantized_linear import QuantizedLinear
 from glmexport.foundation.progress import Progress
 from glmexport.foundation.recipe import Recipe
+from glmexport.foundation.stopwatch import Stopwatch
 from glmexport.quantization.memory import MemoryPlan
 from glmexport.quantization.ranks import ALONE, Ranks
 from glmexport.quantization.store import Activations, WorkDirectory
 from glmexport.reference.reference import CPU, Reference
+
+#: The parts of a step by which its time is noted: what is measured, the solver, and what takes the text on to the next
+#: step. Hashes and flushes are in none of them.
+CAPTURE, SOLVE, ADVANCE = "capture", "solve", "advance"
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,8 @@ class QuantizationJob:
     device: torch.device = CPU
     #: The processes that take part in it.
     ranks: Ranks = ALONE
+    #: The time of the step under way.
+    stopwatch: Stopwatch = field(default_factory=Stopwatch)
 
     def reference(self) -> Reference:
         """Return the original's arithmetic on the device."""

@@ -20,15 +20,13 @@ SAMPLE_POSITIONS = 2048
 
 @dataclass(frozen=True)
 class Measured:
-    """The moments that the linears of a tap are solved from.
-
-    ``goals`` are by weight key; there are none without an asymmetric target.
-    """
+    """The moments that the linears of a tap are solved from."""
 
     #: The Hessian [K, K] fp32, the mean of x x^T.
     hessian: Tensor
     sample: Sample | None
-    goals: dict[str, Goal]
+    #: The goal of all of them; None without an asymmetric target.
+    goal: Goal | None = None
     #: The largest number of the quantized model's activations on the way there, where it was looked for.
     largest: Seen | None = None
 
@@ -54,7 +52,6 @@ class Moments:
         ranks: Ranks = ALONE,
     ) -> None:
         self.calibration = calibration
-        self.linears = linears
         self.ranks = ranks
         size = linears[0].in_features
         self._hessian = Hessian(size, device, rank=ranks.rank, size=ranks.size)
@@ -100,14 +97,14 @@ class Moments:
         if bool(self.calibration.selection.any()):
             sample = Sample(torch.cat(self._held_inputs), torch.cat(self._held_weights))
         if self._cross is None or sample is None:
-            return Measured(hessian, sample, {}, largest)
+            return Measured(hessian, sample, largest=largest)
         held = torch.cat(self._held_wanted)
         if self._weight is not None:
             self._cross.subtract(self._weight, hessian)
             held.addmm_(sample.inputs, self._weight.T, alpha=-1)
         share_slabs(self._cross, self.ranks)
         goal = Goal(self._cross.matrix, held, of_inputs=self._weight is None)
-        return Measured(hessian, sample, {linear.weight: goal for linear in self.linears}, largest)
+        return Measured(hessian, sample, goal, largest)
 
 
 def share_slabs(moment: Hessian | SecondMoment, ranks: Ranks) -> None:

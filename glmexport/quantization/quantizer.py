@@ -9,8 +9,8 @@ from glmexport.formats.nearest import nearest_without_text
 from glmexport.formats.plan import FormatPlan, stored_formats
 from glmexport.formats.quantized_linear import QuantizedLinear
 from glmexport.foundation.recipe import Format, Solver
-from glmexport.quantization.goal import Goal
-from glmexport.quantization.job import QuantizationJob
+from glmexport.quantization.goal import Correction
+from glmexport.quantization.job import SOLVE, QuantizationJob
 from glmexport.quantization.moments import Measured
 from glmexport.quantization.part import QuantizedPart
 from glmexport.quantization.problem import Problem
@@ -51,9 +51,13 @@ class Quantizer:
         assert form is not None and job.calibration is not None
         solver = solver or job.recipe.solver
         tokens = job.calibration.effective_tokens if tokens is None else tokens
-        problem = Problem.prepare(measured.hessian, form, solver, measured.sample, tokens=tokens, consume=True)
+        with job.stopwatch.running(SOLVE):
+            problem = Problem.prepare(measured.hessian, form, solver, measured.sample, tokens=tokens, consume=True)
+            # What is solved of the goal is solved once for all matrices of the tap.
+            goal = problem.correction(measured.goal)
         part = QuantizedPart(largest=measured.largest)
-        solutions = self._solutions(linears, problem, form, solver, measured.goals, ranks or job.ranks)
+        with job.stopwatch.running(SOLVE):
+            solutions = self._solutions(linears, problem, form, solver, goal, ranks or job.ranks)
         for linear, solution in zip(linears, solutions, strict=True):
             remarks = (f"{linear.key}: {solution.fallback}.",) if solution.fallback else ()
             fold = job.checkpoint.folds.get(linear.weight)
@@ -73,19 +77,19 @@ class Quantizer:
         problem: Problem,
         form: Format,
         solver: Solver,
-        goals: Mapping[str, Goal],
+        goal: Correction | None,
         ranks: Ranks,
     ) -> list[Solution]:
         """Return the solution of each of ``linears``, of whose blocks of rows each rank solves some."""
 
         def solved(block: tuple[str, int, int]) -> Parcel:
-            key, start, _ = block
-            return solve_rows(self.job.rows(*block), start, problem, form, solver, goals.get(key)).parcel()
+            _, start, _ = block
+            return solve_rows(self.job.rows(*block), start, problem, form, solver, goal).parcel()
 
         found: dict[str, list[RowBlock]] = {linear.weight: [] for linear in linears}
         for (key, _, _), parcel in ranks.each(self._blocks(found), solved):
             found[key].append(RowBlock.received(form, parcel))
-        return [join_rows(blocks, problem, solver, goals.get(key)) for key, blocks in found.items()]
+        return [join_rows(blocks, problem, solver, goal) for blocks in found.values()]
 
     def _blocks(self, keys: Iterable[str]) -> list[tuple[str, int, int]]:
         """Return key, first and last row of every block of some matrices."""
@@ -126,8 +130,9 @@ class Quantizer:
         def near(block: tuple[int, int]) -> Parcel:
             return RowBlock(nearest_without_text(self.job.rows(key, *block), form, searched=searched)).parcel()
 
-        parcels = (ranks or self.job.ranks).each(self.job.blocks(key), near)
-        return QuantizedLinear.concatenate([RowBlock.received(form, parcel).linear for _, parcel in parcels])
+        with self.job.stopwatch.running(SOLVE):
+            parcels = (ranks or self.job.ranks).each(self.job.blocks(key), near)
+            return QuantizedLinear.concatenate([RowBlock.received(form, parcel).linear for _, parcel in parcels])
 
     def stored(self, key: str) -> QuantizedLinear | None:
         """Return the matrix ``key`` as the checkpoint stores it quantized.

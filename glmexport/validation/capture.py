@@ -127,10 +127,8 @@ def write_capture(
             tensors: dict[str, Tensor] = {}
             for rank, index in enumerate(group):
                 text, states = original.texts[index], original.states.states(index)
-                parts = []
-                for each in position_slices(text.positions):
-                    parts.append(partition(original.reference.logits(states[each]), text.targets[each], top_k))
-                kept = Partition.concatenate(parts)
+                slices = zip(original.logits(states), position_slices(text.positions), strict=True)
+                kept = Partition.concatenate([partition(logits, text.targets[each], top_k) for logits, each in slices])
                 tail += float(kept.log_tail.double().exp().sum())
                 positions += text.positions
                 tensors[f"{index}.ids"] = text.ids.int()

@@ -57,7 +57,6 @@ _OTHER_BATCH = 4
 _IN_ONNX_RUNTIME = "Bundle in ONNX Runtime"
 
 
-
 @dataclass(frozen=True, kw_only=True)
 class Measurements:
     """Everything that a validation measures; None where something was not measured, or says nothing."""
@@ -120,7 +119,9 @@ def validate(
         fidelity = summarize(texts, divergences, evaluation.tokenizer, arithmetic(bundle.manifest), noise)
         shares = shares_of(bundle, sample, plan.share_texts, session, place, progress, after)
         routing = routing_agreement(before, after) if shares else ()
-        behaviour = _behaviour(bundle, session, reference, evaluation, conditions, place)
+        # A session has a copy of all weights, and the next one is opened without it.
+        del session
+        behaviour = _behaviour(bundle, reference, evaluation, conditions, place)
     measured = Measurements(
         fidelity=fidelity,
         weights=check_weights(bundle, reference, progress),
@@ -150,6 +151,8 @@ def validate_captured(bundle: Bundle, captured: CapturedReference, conditions: C
     fidelity = summarize(
         texts, divergences, tokenizer, arithmetic(bundle.manifest), capture.noise, captured.audit(answers)
     )
+    # A session has a copy of all weights, and the next one is opened without it.
+    del session, answers
     performance = _performance(bundle, None, texts, conditions)
     parity = prompt_parity(capture.prompts, tokenizer)
     behaviour = None
@@ -239,7 +242,6 @@ def first_texts(texts: Sequence[EvaluationText], each: int) -> list[int]:
 
 def _behaviour(
     bundle: Bundle,
-    scoring: ScoringSession,
     reference: Reference,
     evaluation: EvaluationSet,
     conditions: Conditions,
@@ -249,15 +251,18 @@ def _behaviour(
     if plan is None:
         return None
     # The bundle's own tokenizer, which a server uses. The gate on prompts says whether it is the original's.
-    session = GenerationSession.open(bundle, conditions.bundle_threads)
-    sessions = BundleSessions(session, scoring, bundle.tokenizer)
-    asked = questions_for(evaluation.documents, bundle.tokenizer, plan, session.context_length)
+    threads, context = conditions.bundle_threads, bundle.context_length
+    sessions = BundleSessions(
+        partial(GenerationSession.open, bundle, threads),
+        partial(ScoringSession, bundle, threads),
+        bundle.tokenizer,
+        context,
+    )
+    asked = questions_for(evaluation.documents, bundle.tokenizer, plan, context)
     if not asked and all(task.choices for task in evaluation.tasks):
         # No task is answered by a text, so that nothing could be told of answers.
         return None
-    return ask(
-        asked, evaluation.tasks, sessions, reference, plan=plan, scratch=scratch, progress=conditions.progress
-    )
+    return ask(asked, evaluation.tasks, sessions, reference, plan=plan, scratch=scratch, progress=conditions.progress)
 
 
 def _performance(

@@ -16,6 +16,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from glmexport.checkpoint.layouts import FP8
 from glmexport.foundation.progress import Progress
 from glmexport.reference.reference import CPU, Reference
 from glmexport.results.reference import ReferenceCheck
@@ -71,10 +72,10 @@ def _absent(reference: Reference, tokens: int, limit_bytes: int | None) -> str |
     checkpoint, architecture = reference.checkpoint, reference.architecture
     if checkpoint.adapter:
         return "an adapter is merged while weights are read, and transformers would load the checkpoint without it"
-    if checkpoint.quantized:
-        return "transformers loads GPTQ checkpoints with kernels of other packages only"
-    if checkpoint.scaled:
+    if checkpoint.stored.layout == FP8:
         return "transformers has kernels for fp8 checkpoints on accelerators only"
+    if checkpoint.stored.layout:
+        return f"transformers loads checkpoints quantized by {checkpoint.stored.layout} with other packages only"
     weights = 4 * sum(math.prod(shape) for shape in architecture.shapes().values())
     needed = int(weights * _LOADING) + 3 * 4 * tokens * architecture.vocabulary_size
     free = int(psutil.virtual_memory().available * _SHARE)

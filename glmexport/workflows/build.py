@@ -141,8 +141,9 @@ def _plan(original: Original, jobs: Sequence[Job], options: BuildOptions) -> lis
         plans.append(replace(plan, jobs=same, evaluation=tuple(evaluation)))
     for job in jobs:
         refuse_tasks(original, job.target, options)
-    for plan in plans:
-        require_space(original, plan.jobs)
+    languages = {document.language for plan in plans for document in plan.evaluation}
+    positions = len(languages) * options.validation.positions_per_language
+    require_space(original, [plan.jobs for plan in plans], positions)
     return plans
 
 

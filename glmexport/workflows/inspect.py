@@ -218,10 +218,9 @@ def _experts(architecture: Architecture) -> MixtureSummary | None:
 
 def _formats(checkpoint: Checkpoint) -> StoredFormats | None:
     """Return the formats of a quantized checkpoint, the most frequent first; None in full precision."""
-    if not checkpoint.quantized:
+    if checkpoint.stored.layout is None:
         return None
-    counts = Counter(form.label for form in checkpoint.quantized.values())
-    return StoredFormats("gptq", dict(counts.most_common()))
+    return StoredFormats(checkpoint.stored.layout.lower(), dict(Counter(checkpoint.labels.values()).most_common()))
 
 
 def _adapter(adapter: Adapter | None) -> MergedAdapter | None:
