@@ -25,6 +25,9 @@ from glmexport.results.arithmetic import UNCHECKED, OriginalArithmetic
 #: The parts of a step by which its time is noted: what is measured, the solver, and what takes the text on to the next
 #: step. Hashes and flushes are in none of them.
 CAPTURE, SOLVE, ADVANCE = "capture", "solve", "advance"
+#: Number of blocks into which a matrix is cut where they have so many rows: every block takes some time for each of its
+#: columns, however few rows it has.
+_SHARES, _LEAST_ROWS = 8, 512
 
 
 @dataclass(frozen=True)
@@ -55,11 +58,10 @@ class QuantizationJob:
         """Return the original's arithmetic on the device."""
         return Reference(self.checkpoint, self.architecture, self.device)
 
-    def blocks(self, key: str) -> list[tuple[int, int]]:
-        """Return the first and last row of the blocks in which the matrix ``key`` [N, K] is quantized."""
+    def blocks(self, key: str, *, whole: bool = False) -> list[tuple[int, int]]:
+        """Return the blocks in which the matrix ``key`` [N, K] is quantized, as ``row_blocks`` does."""
         rows, columns = self.checkpoint.shape(key)
-        count = max(64, self.memory.chunk_weights // columns)
-        return [(start, min(start + count, rows)) for start in range(0, rows, count)]
+        return row_blocks(rows, columns, self.memory.chunk_weights, whole=whole)
 
     def rows(self, key: str, start: int, stop: int) -> Tensor:
         """Return rows ``start`` to ``stop`` of the matrix ``key`` [N, K], fp32 on the device."""
@@ -85,3 +87,15 @@ class QuantizationJob:
                     for _ in stream:
                         pass
         self.ranks.barrier()
+
+
+def row_blocks(rows: int, columns: int, chunk_weights: int, *, whole: bool = False) -> list[tuple[int, int]]:
+    """Return the first and last row of every block of a matrix, which has at most so many weights or 64 rows.
+
+    Ranks share the blocks, and there are as many however many ranks there are. With ``whole`` one rank quantizes all of
+    them: they are as large as memory allows.
+    """
+    count = max(64, chunk_weights // columns)
+    if not whole:
+        count = min(count, max(_LEAST_ROWS, -(-rows // _SHARES)))
+    return [(start, min(start + count, rows)) for start in range(0, rows, count)]

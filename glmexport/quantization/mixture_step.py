@@ -14,7 +14,7 @@ from glmexport.quantization.mixture import Mixture
 from glmexport.quantization.names import expert_steps
 from glmexport.quantization.part import QuantizedPart, largest_of
 from glmexport.quantization.quantizer import Quantizer
-from glmexport.quantization.ranks import ALONE, Ranks, longest_first
+from glmexport.quantization.ranks import longest_first
 from glmexport.quantization.record import routed
 from glmexport.quantization.steps import Advanced, BlockStep
 from glmexport.quantization.streams import Streams
@@ -57,7 +57,7 @@ class MixtureStep(BlockStep):
         for name in missing:
             if steps[name] is self._experts.shared:
                 started = time.monotonic()
-                shared = self.quantize_expert(steps[name], mixture, job.ranks)
+                shared = self.quantize_expert(steps[name], mixture)
                 self._quantizer.remark(shared)
                 job.commit(name, shared.matrices, shared.note(time.monotonic() - started))
         if mixture and self._experts.shared is not None:
@@ -74,7 +74,7 @@ class MixtureStep(BlockStep):
         for name, owner in zip(names, longest_first(costs, job.ranks.size), strict=True):
             if owner == job.ranks.rank:
                 started = time.monotonic()
-                expert = self.quantize_expert(steps[name], mixture, ALONE)
+                expert = self.quantize_expert(steps[name], mixture, whole=True)
                 job.work.commit(name, expert.matrices, expert.note(time.monotonic() - started))
                 said += expert.remarks
         for remarks in job.ranks.gather(said):
@@ -87,21 +87,21 @@ class MixtureStep(BlockStep):
         (name,) = (step for step, expert in expert_steps(self._layer).items() if expert is mlp)
         return {key: work.linear(name, key) for key in work.formats(name)}
 
-    def quantize_expert(self, mlp: GatedMlp, mixture: Mixture | None, ranks: Ranks) -> QuantizedPart:
+    def quantize_expert(self, mlp: GatedMlp, mixture: Mixture | None, *, whole: bool = False) -> QuantizedPart:
         """Quantize the matrices of one expert on the positions that chose it; to nearest without text.
 
-        All of ``ranks`` have to call this together.
+        With ``whole`` this rank does so alone, else all of them together.
         """
         quantizer, layer, part = self._quantizer, self._layer.index, QuantizedPart()
         if quantizer.job.recipe.keeps_stored:
             return quantizer.keep_stored(mlp.linears, layer)
         if mixture is None:
-            return quantizer.round(mlp.linears, layer, ranks)
+            return quantizer.round(mlp.linears, layer, whole=whole)
         solver = quantizer.expert_solver(mlp.gate_up.weight)
         for linear in mlp.linears:
             with quantizer.job.stopwatch.running(CAPTURE):
                 found = mixture.measure(mlp, linear, part.matrices.get(mlp.gate_up.weight))
-            solved = quantizer.solve((linear,), layer, found.measured, solver, found.tokens, ranks)
+            solved = quantizer.solve((linear,), layer, found.measured, solver, found.tokens, whole)
             record = routed(solved.records[0], linear, found.chosen, found.own_tokens)
             part += replace(solved, records=(record,))
         return part

@@ -14,7 +14,7 @@ from glmexport.quantization.job import SOLVE, QuantizationJob
 from glmexport.quantization.moments import Measured
 from glmexport.quantization.part import QuantizedPart
 from glmexport.quantization.problem import Problem
-from glmexport.quantization.ranks import Parcel, Ranks
+from glmexport.quantization.ranks import ALONE, Parcel, Ranks
 from glmexport.quantization.record import solved_record, unmeasured
 from glmexport.quantization.solve import RowBlock, Solution, join_rows, solve_rows
 from glmexport.quantization.stored import stored_linear
@@ -34,7 +34,7 @@ class Quantizer:
         measured: Measured,
         solver: Solver | None = None,
         tokens: float | None = None,
-        ranks: Ranks | None = None,
+        whole: bool = False,
     ) -> QuantizedPart:
         """Quantize the ``linears`` of one tap against what was measured there.
 
@@ -44,7 +44,7 @@ class Quantizer:
             measured: its Hessian is used up.
             solver: how to solve; by default as the recipe says.
             tokens: how many positions the Hessian rests on; by default all that count.
-            ranks: who shares the rows, all of which know what was measured; by default all ranks of the job.
+            whole: whether this rank alone solves all rows; by default all ranks share them, and call this together.
         """
         job = self.job
         form = self.plan.form(linears[0].weight)
@@ -55,8 +55,9 @@ class Quantizer:
             problem = Problem.prepare(measured.hessian, form, solver, measured.sample, tokens=tokens, consume=True)
             # What is solved of the goal is solved once for all matrices of the tap.
             goal = problem.correction(measured.goal)
-            solutions = self._solutions(linears, problem, form, solver, goal, ranks or job.ranks)
         part = QuantizedPart(largest=measured.largest)
+        with job.stopwatch.running(SOLVE):
+            solutions = self._solutions(linears, problem, form, solver, goal, whole=whole)
         for linear, solution in zip(linears, solutions, strict=True):
             remarks = (f"{linear.key}: {solution.fallback}.",) if solution.fallback else ()
             fold = job.checkpoint.folds.get(linear.weight)
@@ -77,29 +78,32 @@ class Quantizer:
         form: Format,
         solver: Solver,
         goal: Correction | None,
-        ranks: Ranks,
+        *,
+        whole: bool,
     ) -> list[Solution]:
         """Return the solution of each of ``linears``, of whose blocks of rows each rank solves some."""
 
         def solved(block: tuple[str, int, int]) -> Parcel:
-            return solve_rows(self.job.rows(*block), block[1], problem, form, solver, goal).parcel()
+            _, start, _ = block
+            return solve_rows(self.job.rows(*block), start, problem, form, solver, goal).parcel()
 
         found: dict[str, list[RowBlock]] = {linear.weight: [] for linear in linears}
-        for (key, _, _), parcel in ranks.each(self._blocks(found), solved):
+        blocks = [(key, *block) for key in found for block in self.job.blocks(key, whole=whole)]
+        for (key, _, _), parcel in self._ranks(whole=whole).each(blocks, solved):
             found[key].append(RowBlock.received(form, parcel))
-        return [join_rows(blocks, problem, solver, goal) for blocks in found.values()]
+        return [join_rows(rows, problem, solver, goal) for rows in found.values()]
 
-    def _blocks(self, keys: Iterable[str]) -> list[tuple[str, int, int]]:
-        """Return key, first and last row of every block of some matrices."""
-        return [(key, *block) for key in keys for block in self.job.blocks(key)]
+    def _ranks(self, *, whole: bool) -> Ranks:
+        """Return who shares the rows of a matrix."""
+        return ALONE if whole else self.job.ranks
 
-    def round(self, linears: Iterable[Linear], layer: int | None, ranks: Ranks | None = None) -> QuantizedPart:
-        """Round ``linears`` to nearest, without any text; ``ranks`` as for ``solve``."""
+    def round(self, linears: Iterable[Linear], layer: int | None, *, whole: bool = False) -> QuantizedPart:
+        """Round ``linears`` to nearest, without any text; ``whole`` as for ``solve``."""
         part = QuantizedPart()
         for linear in linears:
             form = self.plan.form(linear.weight)
             assert form is not None
-            matrix = self.rounded(linear.weight, form, ranks)
+            matrix = self.rounded(linear.weight, form, whole=whole)
             part += QuantizedPart({linear.weight: matrix}, (unmeasured(linear.weight, layer, linear.part, matrix),))
         return part
 
@@ -121,15 +125,15 @@ class Quantizer:
         matrix = self.rounded(key, form)
         return QuantizedPart({key: matrix}, (unmeasured(key, None, "embedding", matrix),))
 
-    def rounded(self, key: str, form: Format, ranks: Ranks | None = None) -> QuantizedLinear:
-        """Return the matrix ``key`` rounded to nearest in the format ``form``; ``ranks`` as for ``solve``."""
+    def rounded(self, key: str, form: Format, *, whole: bool = False) -> QuantizedLinear:
+        """Return the matrix ``key`` rounded to nearest in the format ``form``; ``whole`` as for ``solve``."""
         searched = self.job.recipe.solver.scale_search
 
         def near(block: tuple[int, int]) -> Parcel:
             return RowBlock(nearest_without_text(self.job.rows(key, *block), form, searched=searched)).parcel()
 
         with self.job.stopwatch.running(SOLVE):
-            parcels = (ranks or self.job.ranks).each(self.job.blocks(key), near)
+            parcels = self._ranks(whole=whole).each(self.job.blocks(key, whole=whole), near)
             return QuantizedLinear.concatenate([RowBlock.received(form, parcel).linear for _, parcel in parcels])
 
     def stored(self, key: str) -> QuantizedLinear | None:

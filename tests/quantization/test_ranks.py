@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from tiny import digests
 from glmexport.calibration.hessian import Hessian, SecondMoment
 from glmexport.foundation.errors import EXIT_MACHINE
 from glmexport.foundation.files import sha256
+from glmexport.quantization.job import row_blocks
 from glmexport.quantization.ranks import ALONE, Parcel, longest_first
 
 SCRIPT = Path(__file__).with_name("ranked_walk.py")
@@ -134,6 +136,27 @@ def test_slabs_of_a_moment_are_the_same_whoever_keeps_them(size: int) -> None:
                 first.slab(*slab).copy_(other.slab(*slab))
     assert torch.equal(parts[0].matrix(), whole.matrix())
     assert torch.equal(moments[0].matrix, wanted.matrix)
+
+
+@pytest.mark.parametrize(
+    "rows, columns, whole, expected",
+    [
+        # Eight shares, or blocks of 512 rows; what memory allows where one rank has them all.
+        (4096, 13696, False, [512] * 8),
+        (27392, 4096, False, [3424] * 8),
+        (768, 4096, False, [512, 256]),
+        (4096, 13696, True, [2449, 1647]),
+        # The lm_head has more blocks than that already.
+        (151552, 4096, False, [8192] * 18 + [4096]),
+    ],
+)
+def test_a_matrix_is_cut_for_ranks_down_to_blocks_that_are_worth_it(
+    rows: int, columns: int, whole: bool, expected: list[int]
+) -> None:
+    blocks = row_blocks(rows, columns, 1 << 25, whole=whole)
+    assert [stop - start for start, stop in blocks] == expected
+    assert blocks[0][0] == 0 and blocks[-1][1] == rows
+    assert all(before[1] == after[0] for before, after in itertools.pairwise(blocks))
 
 
 def test_the_exit_code_of_a_lost_rank_is_that_of_the_machine() -> None:
