@@ -31,7 +31,8 @@ from glmexport.results.weights import WeightCheck
 from glmexport.validation.behaviour.plane import BundleSessions, ask, ask_bundle, questions_for
 from glmexport.validation.capture import CapturedReference
 from glmexport.validation.conditions import Conditions
-from glmexport.validation.fidelity import Streamed, compare, statistics_of, summarize
+from glmexport.validation.divergence import Divergence
+from glmexport.validation.fidelity import Chosen, Streamed, compare, statistics_of
 from glmexport.validation.gates import (
     apply_gates,
     capture_gate,
@@ -42,10 +43,11 @@ from glmexport.validation.gates import (
     weight_gates,
 )
 from glmexport.validation.host_gates import host_gate
+from glmexport.validation.looks import judge_text
 from glmexport.validation.performance import measure_performance
 from glmexport.validation.performance_gates import performance_gates
 from glmexport.validation.prompts import golden_prompts, prompt_parity
-from glmexport.validation.reference import reference_states
+from glmexport.validation.reference import ReferenceStates, reference_states
 from glmexport.validation.routing import Routes, routing_agreement
 from glmexport.validation.shares import bundle_answer, shares_of
 from glmexport.validation.texts import EvaluationSet, EvaluationText
@@ -110,14 +112,14 @@ def validate(
         place = Path(folder)
         session = ScoringSession(bundle, conditions.bundle_threads)
         check = check_reference(reference, texts, place, plan.max_memory_bytes, progress)
-        states = reference_states(reference, texts, place, progress)
-        divergences = compare(
-            Streamed(states, reference), partial(bundle_answer, session, texts), progress, _IN_ONNX_RUNTIME
-        )
-        sample = Streamed(states.only(first_texts(texts, max(1, plan.share_texts))), reference)
+        both = _Both(reference, session, texts, place, progress)
+        groups = {(task.name, task.metric) for task in evaluation.tasks}
+        found = judge_text(texts, both.compare, conditions, len(groups) if plan.behaviour else 0)
+        states = both.first_states
+        sample = Streamed(states.only(first_texts(states.texts, max(1, plan.share_texts))), reference)
         before, after = Routes(), Routes()
         noise = noise_floor(sample, conditions.threads, place, progress, before)
-        fidelity = summarize(texts, divergences, evaluation.tokenizer, arithmetic(bundle.manifest), noise)
+        fidelity = found.fidelity(evaluation.tokenizer, arithmetic(bundle.manifest), noise)
         shares = shares_of(bundle, sample, plan.share_texts, session, place, progress, after)
         routing = routing_agreement(before, after) if shares else ()
         behaviour = _behaviour(bundle, session, reference, evaluation, conditions, place)
@@ -146,10 +148,13 @@ def validate_captured(bundle: Bundle, captured: CapturedReference, conditions: C
     session = ScoringSession(bundle, conditions.bundle_threads)
     texts, tokenizer = captured.texts, bundle.tokenizer
     answers = partial(bundle_answer, session, texts)
-    divergences = compare(captured, answers, progress, _IN_ONNX_RUNTIME)
-    fidelity = summarize(
-        texts, divergences, tokenizer, arithmetic(bundle.manifest), capture.noise, captured.audit(answers)
-    )
+
+    def measure(indices: Sequence[int], words: str) -> list[Divergence]:
+        chosen = Chosen(captured, indices)
+        return compare(chosen, partial(bundle_answer, session, chosen.texts), progress, f"{_IN_ONNX_RUNTIME}{words}")
+
+    found = judge_text(texts, measure, conditions, 0)
+    fidelity = found.fidelity(tokenizer, arithmetic(bundle.manifest), capture.noise, captured.audit(answers))
     performance = _performance(bundle, None, texts, conditions)
     parity = prompt_parity(capture.prompts, tokenizer)
     behaviour = None
@@ -170,6 +175,37 @@ def validate_captured(bundle: Bundle, captured: CapturedReference, conditions: C
         reference=capture.reference_check,
     )
     return judged(measured, bundle.manifest, conditions.policy, host_gate(bundle))
+
+
+class _Both:
+    """The original and the bundle, which are asked about a look at a time."""
+
+    def __init__(
+        self,
+        reference: Reference,
+        session: ScoringSession,
+        texts: Sequence[EvaluationText],
+        scratch: Path,
+        progress: Progress,
+    ) -> None:
+        self._reference, self._session, self._texts = reference, session, texts
+        self._scratch, self._progress = scratch, progress
+        self._first: ReferenceStates | None = None
+
+    @property
+    def first_states(self) -> ReferenceStates:
+        """The original's states at the first look, which has texts of every language."""
+        assert self._first is not None
+        return self._first
+
+    def compare(self, indices: Sequence[int], words: str) -> list[Divergence]:
+        """Return the divergences of these texts: one pass of the original over its blocks."""
+        chosen, progress = [self._texts[index] for index in indices], self._progress
+        label = f"Original, block by block{words}"
+        states = reference_states(self._reference, chosen, self._scratch, progress, label=label)
+        self._first = self._first or states
+        answers = partial(bundle_answer, self._session, chosen)
+        return compare(Streamed(states, self._reference), answers, progress, f"{_IN_ONNX_RUNTIME}{words}")
 
 
 def judged(measured: Measurements, manifest: Manifest, policy: Gates, also: tuple[Gate, ...] = ()) -> Validation:
