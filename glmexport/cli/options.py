@@ -94,7 +94,7 @@ def full_text_option(command: Command) -> Command:
     return click.option(
         "--full-text",
         is_flag=True,
-        help="Judge on all of that text at once; otherwise a language's text ends as soon as all its gates are decided.",
+        help="Judge on all of that text at once; otherwise a language's text ends once all its gates are decided.",
     )(command)
 
 

@@ -128,7 +128,7 @@ class Fidelity(Record):
     """SHA-256 over the documents, their languages and token ids, those of all looks: the same where two reports rest on
     the same text, if their languages ended at the same looks."""
     looks: tuple[LanguageLooks, ...] = ()
-    """How much of each language's text was judged; empty where all was judged at once."""
+    """The part of each language's text that was judged; empty where all was judged at once."""
 
     @model_validator(mode="after")
     def _histogram_is_well_formed(self) -> Self:
@@ -142,15 +142,10 @@ class Fidelity(Record):
     @model_validator(mode="after")
     def _looks_are_of_what_was_judged(self) -> Self:
         if self.looks:
-            judged = {looks.language: looks.planned[looks.taken - 1].documents for looks in self.looks}
-            if judged != {row.language: row.documents for row in self.languages}:
+            judged = {looks.language: (looks.last.documents, looks.last.positions) for looks in self.looks}
+            if judged != {row.language: (row.documents, row.positions) for row in self.languages}:
                 raise ValueError("the looks are not those of the documents that were judged")
         return self
-
-    @property
-    def positions_available(self) -> int:
-        """The number of positions in all the text, judged or not."""
-        return sum(looks.available for looks in self.looks) if self.looks else self.overall.positions
 
     @model_validator(mode="after")
     def _worst_language_was_measured(self) -> Self:

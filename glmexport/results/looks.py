@@ -1,4 +1,4 @@
-"""Records of how much of the evaluation text was judged, where a language may be decided before its text ends."""
+"""Records of the part of the evaluation text that was judged, where a language may be decided before its text ends."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ class LanguageLooks(Record):
         return self
 
     @property
+    def last(self) -> Look:
+        """The last look that was taken."""
+        return self.planned[self.taken - 1]
+
+    @property
     def ended_early(self) -> bool:
         """Whether some of the language's text was not judged."""
         return self.taken < len(self.planned)
 
     @property
-    def positions(self) -> int:
-        """The number of positions that were judged."""
-        return self.planned[self.taken - 1].positions
-
-    @property
-    def available(self) -> int:
-        """The number of positions in all the text."""
-        return self.planned[-1].positions
+    def whole(self) -> Look:
+        """The look at all the text."""
+        return self.planned[-1]

@@ -47,7 +47,7 @@ class OriginalAnswers(Protocol):
         """Return how far logits ``given`` [positions, vocabulary] fp32 of text ``index`` are from the original's."""
 
 
-class Chosen:
+class ChosenAnswers:
     """The original's answers to some of the texts that it was asked about."""
 
     def __init__(self, answers: OriginalAnswers, indices: Sequence[int]) -> None:

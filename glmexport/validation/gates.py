@@ -65,6 +65,10 @@ class JudgedLimit:
         """The chance of an estimate this large or larger, at whichever look the text ended, at the limit itself."""
         return self.stage.p_value(p_value(self.estimate, self.limit))
 
+    def is_broken(self, risk: float) -> bool:
+        """Return whether the limit is surely broken, wrongly so at any look with the chance ``risk``."""
+        return self.stage.is_significant(p_value(self.estimate, self.limit), risk)
+
     def bounds(self, confidence: float) -> tuple[float, float]:
         """Return lower and upper bound, each of which holds at all looks together with ``confidence``."""
         return bounds(self.estimate, self.stage.confidence(confidence))
@@ -109,11 +113,11 @@ def apply_gates(fidelity: Fidelity, policy: Gates, behaviour: Behaviour | None =
 
 def stage_of(looks: LanguageLooks) -> Stage:
     """Return the last look that was taken."""
-    whole = looks.planned[-1].documents
-    return Stage(tuple(look.documents / whole for look in looks.planned), looks.taken - 1)
+    fractions = tuple(look.documents / looks.whole.documents for look in looks.planned)
+    return Stage(fractions, looks.taken - 1)
 
 
-def tests_at_most(languages: int, task_groups: int) -> int:
+def most_tests(languages: int, task_groups: int) -> int:
     """Return the most tests that Holm's correction can be over, before any answer was asked for."""
     return _ESTIMATES * languages + MOST_LOSSES + task_groups
 
@@ -124,7 +128,7 @@ def is_decided(row: LanguageFidelity, stage: Stage, policy: Gates, tests: int) -
     Surely broken is what the strictest of ``tests`` of Holm's finds, so that no other test has to be known.
     """
     return all(
-        test.bounds(policy.confidence)[1] <= test.limit or test.p_value <= (1 - policy.confidence) / tests
+        test.bounds(policy.confidence)[1] <= test.limit or test.is_broken((1 - policy.confidence) / tests)
         for test in judged_estimates(row, policy, stage)
     )
 

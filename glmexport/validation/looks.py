@@ -20,7 +20,7 @@ from glmexport.tokenizer.tokenizer import Tokenizer
 from glmexport.validation.conditions import Conditions
 from glmexport.validation.divergence import Divergence
 from glmexport.validation.fidelity import statistics_of, summarize
-from glmexport.validation.gates import is_decided, tests_at_most
+from glmexport.validation.gates import is_decided, most_tests
 from glmexport.validation.sequential import Stage, levels
 from glmexport.validation.texts import EvaluationText, text_digest
 
@@ -57,7 +57,7 @@ class JudgedText:
 
     texts: Sequence[EvaluationText]
     divergences: Sequence[Divergence]
-    #: What is reported of the looks; nothing where every language has a single one.
+    #: The record of the looks; empty where every language has a single one.
     looks: tuple[LanguageLooks, ...]
     #: The digest of all texts, judged or not.
     digest: str
@@ -127,7 +127,7 @@ def judge_text(
     """
     policy = conditions.policy
     plans = plan_looks(texts, policy.minimum_positions, full_text=conditions.plan.full_text)
-    tests = tests_at_most(len(plans), task_groups)
+    tests = most_tests(len(plans), task_groups)
 
     def decided(language: str, divergences: Sequence[Divergence], stage: Stage) -> bool:
         return is_decided(statistics_of(language, divergences), stage, policy, tests)
@@ -173,19 +173,21 @@ def judge_by_looks(
                 f"{len(plans)} languages done."
             )
     judged = sorted(found)
-    return JudgedText(
-        [texts[index] for index in judged],
-        [found[index] for index in judged],
-        tuple(_record(plan, texts, taken[plan.language], confidence) for plan in plans) if most > 1 else (),
-        text_digest(texts),
+    looks = tuple(
+        LanguageLooks(
+            language=plan.language, planned=planned_looks(plan, texts, confidence), taken=taken[plan.language]
+        )
+        for plan in plans
+        if most > 1
     )
+    return JudgedText([texts[index] for index in judged], [found[index] for index in judged], looks, text_digest(texts))
 
 
-def _record(plan: LanguageText, texts: Sequence[EvaluationText], taken: int, confidence: float) -> LanguageLooks:
+def planned_looks(plan: LanguageText, texts: Sequence[EvaluationText], confidence: float) -> tuple[Look, ...]:
+    """Return the looks at one language of ``texts``, with the levels that keep ``confidence`` over all of them."""
     positions = np.cumsum([texts[index].positions for index in plan.order])
     risks = levels(plan.stage(0).fractions, 1 - confidence)
-    planned = tuple(
+    return tuple(
         Look(documents=end, positions=int(positions[end - 1]), level=level)
         for end, level in zip(plan.ends, risks, strict=True)
     )
-    return LanguageLooks(language=plan.language, planned=planned, taken=taken)

@@ -32,7 +32,7 @@ from glmexport.validation.behaviour.plane import BundleSessions, ask, ask_bundle
 from glmexport.validation.capture import CapturedReference
 from glmexport.validation.conditions import Conditions
 from glmexport.validation.divergence import Divergence
-from glmexport.validation.fidelity import Chosen, Streamed, compare, statistics_of
+from glmexport.validation.fidelity import ChosenAnswers, Streamed, compare, statistics_of
 from glmexport.validation.gates import (
     apply_gates,
     capture_gate,
@@ -150,7 +150,7 @@ def validate_captured(bundle: Bundle, captured: CapturedReference, conditions: C
     answers = partial(bundle_answer, session, texts)
 
     def measure(indices: Sequence[int], words: str) -> list[Divergence]:
-        chosen = Chosen(captured, indices)
+        chosen = ChosenAnswers(captured, indices)
         return compare(chosen, partial(bundle_answer, session, chosen.texts), progress, f"{_IN_ONNX_RUNTIME}{words}")
 
     found = judge_text(texts, measure, conditions, 0)

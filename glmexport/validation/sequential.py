@@ -115,6 +115,10 @@ class Stage:
             return confidence
         return 1 - levels(self.fractions, 1 - confidence)[self.look]
 
+    def is_significant(self, p_value: float, risk: float) -> bool:
+        """Return whether a ``p_value`` of this look alone is significant at a ``risk`` of all looks together."""
+        return p_value <= levels(self.fractions, risk)[self.look]
+
     def p_value(self, p_value: float) -> float:
         """Return the smallest risk of all looks together at which a ``p_value`` of this one alone is significant.
 
