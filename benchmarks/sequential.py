@@ -101,7 +101,7 @@ def measure(sizes: list[int], kind: Kind, truth: float, power: float | None, tes
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--number", type=int, default=4000, help="Validations that are drawn for each figure.")
+    parser.add_argument("--number", type=int, default=3000, help="Validations that are drawn for each figure.")
     arguments = parser.parse_args()
     rows = []
     print("one gate at a time; pass and block in percent of validations, text in percent of the positions")
