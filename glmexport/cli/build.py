@@ -18,6 +18,7 @@ from glmexport.cli.options import (
     checkpoint_argument,
     device_option,
     evaluation_options,
+    full_text_option,
     json_option,
     memory_option,
     policy_option,
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
 @memory_option
 @policy_option
 @evaluation_options
+@full_text_option
 @tasks_option
 @threads_option
 @arithmetic_option
@@ -77,6 +79,7 @@ def build(
     policy_path: Path | None,
     evaluation: tuple[Path, ...],
     positions: int,
+    full_text: bool,
     task_files: tuple[Path, ...],
     threads: int,
     wanted_arithmetic: Wanted,
@@ -123,7 +126,9 @@ def build(
                 device=device,
                 force=force,
                 command=command_line(),
-                validation=ValidationPlan(positions_per_language=positions, max_memory_bytes=max_memory),
+                validation=ValidationPlan(
+                    positions_per_language=positions, full_text=full_text, max_memory_bytes=max_memory
+                ),
                 policy=policy,
                 tasks=tasks,
                 bundle_threads=given,
