@@ -11,7 +11,14 @@ import click
 from rich.table import Table
 
 from glmexport.cli.console import Terminal, emit
-from glmexport.cli.options import adapter_option, checkpoint_argument, json_option, memory_option, threads_option
+from glmexport.cli.options import (
+    adapter_option,
+    budget_options,
+    checkpoint_argument,
+    json_option,
+    memory_option,
+    threads_option,
+)
 from glmexport.report.text import brief_duration, brief_share, brief_size
 
 if TYPE_CHECKING:
@@ -23,11 +30,19 @@ if TYPE_CHECKING:
 @checkpoint_argument
 @adapter_option
 @click.option("--recipe", help="Estimate for this recipe instead of each target's default.")
+@budget_options
 @memory_option
 @threads_option
 @json_option
 def inspect(
-    checkpoint: str, adapter: str | None, recipe: str | None, max_memory: int | None, threads: int, as_json: bool
+    checkpoint: str,
+    adapter: str | None,
+    recipe: str | None,
+    size: int | None,
+    bpw: float | None,
+    max_memory: int | None,
+    threads: int,
+    as_json: bool,
 ) -> None:
     """Show family, parameters by part, context and tokenizer of CHECKPOINT, and an estimate for every target."""
     import torch
@@ -35,9 +50,10 @@ def inspect(
     from glmexport.architecture.registry import UNFINISHED
     from glmexport.checkpoint.checkpoint import Checkpoint
     from glmexport.workflows.inspect import inspect_original, inspect_unfinished
+    from glmexport.workflows.job import budget_of
     from glmexport.workflows.original import Original
 
-    terminal = Terminal()
+    terminal, budget = Terminal(), budget_of(size, bpw)
     opened = Checkpoint.open(checkpoint, None, adapter)
     if opened.model_type in UNFINISHED:
         known = inspect_unfinished(opened, UNFINISHED[opened.model_type](opened))
@@ -48,7 +64,7 @@ def inspect(
         return
     torch.set_num_threads(threads)
     original = Original.open(checkpoint, terminal, adapter)
-    inspection = inspect_original(original, recipe, max_memory)
+    inspection = inspect_original(original, recipe, max_memory, budget)
     if as_json:
         emit(json.dumps(asdict(inspection), indent=2, ensure_ascii=False))
         return

@@ -13,12 +13,13 @@ from glmexport.calibration.corpus import shipped_documents
 from glmexport.checkpoint.adapter import Adapter
 from glmexport.checkpoint.checkpoint import Checkpoint
 from glmexport.foundation.errors import InputError
+from glmexport.foundation.recipe import Budget
 from glmexport.foundation.target import shipped_targets
 from glmexport.graph.caches import cache_bytes_per_token
 from glmexport.tokenizer.tokenizer import Tokenizer
 from glmexport.workflows.checks import refuse_formats
 from glmexport.workflows.estimate import estimate, measured_flops
-from glmexport.workflows.job import Job, recipe_for
+from glmexport.workflows.job import Job, recipe_for, within
 from glmexport.workflows.original import NO_DRAFTS, Original
 
 #: The use of the layer that predicts further ahead in a bundle that does not leave it out.
@@ -137,10 +138,13 @@ class Unfinished:
     missing: list[str]
 
 
-def inspect_original(original: Original, recipe: str | None, max_memory: int | None) -> Inspection:
+def inspect_original(
+    original: Original, recipe: str | None, max_memory: int | None, budget: Budget | None = None
+) -> Inspection:
     """Describe ``original`` and estimate its builds: by ``recipe``, or by the default recipe of each target.
 
-    ``max_memory`` is a limit in bytes. The speed of this machine's matrix products is measured, which takes a moment.
+    ``max_memory`` is a limit in bytes, and formats are chosen within a ``budget`` if one is given. The speed of this
+    machine's matrix products is measured, which takes a moment.
     """
     checkpoint, architecture = original.checkpoint, original.architecture
     latents = architecture.latent_values_per_token
@@ -161,7 +165,7 @@ def inspect_original(original: Original, recipe: str | None, max_memory: int | N
         unused=original.unused,
         token_prediction=_token_prediction(original),
         tokenizer=_tokenizer(original.tokenizer),
-        estimates=estimate_targets(original, recipe, max_memory),
+        estimates=estimate_targets(original, recipe, max_memory, budget),
     )
 
 
@@ -250,12 +254,16 @@ def _tokenizer(tokenizer: Tokenizer) -> TokenizerFacts:
     )
 
 
-def estimate_targets(original: Original, recipe: str | None, max_memory: int | None) -> list[TargetEstimate]:
+def estimate_targets(
+    original: Original, recipe: str | None, max_memory: int | None, budget: Budget | None = None
+) -> list[TargetEstimate]:
     """Return, for every shipped target, what a bundle would take there, and why it is refused if it is."""
     flops = measured_flops()
     rows = []
     for target in shipped_targets():
         chosen = recipe_for(original, recipe, target)
+        if budget:
+            chosen = within(chosen, budget, target)
         planned = original.planned(chosen, target)
         architecture, expected = planned.architecture, estimate(planned, flops, max_memory)
         refused = None
