@@ -14,7 +14,7 @@ from glmexport.formats.plan import FormatPlan
 from glmexport.foundation.recipe import Recipe
 from glmexport.foundation.target import Target
 from glmexport.lowering.embedding import FUSED
-from glmexport.quantization.allocation import tie_groups, total_bits
+from glmexport.quantization.allocation import count_trials, total_bits
 from glmexport.quantization.memory import plan_memory
 from glmexport.reference.reference import CPU
 
@@ -153,7 +153,7 @@ def _flops(architecture: Architecture, recipe: Recipe) -> float:
     forward, total = _forward_flops(architecture), 0.0
     if recipe.budget:
         # Every trial goes through half of the model on average, and through the lm_head.
-        trials = sum(len(group.tried) for group in tie_groups(architecture, recipe))
+        trials = count_trials(architecture, recipe)
         head = 2.0 * architecture.lm_head.out_features * architecture.lm_head.in_features
         total += (forward / 2 + head) * recipe.budget.probe_tokens * trials
     if recipe.needs_calibration and recipe.calibration:

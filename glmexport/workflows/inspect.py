@@ -13,6 +13,7 @@ from glmexport.calibration.corpus import shipped_documents
 from glmexport.checkpoint.adapter import Adapter
 from glmexport.checkpoint.checkpoint import Checkpoint
 from glmexport.foundation.errors import InputError
+from glmexport.foundation.recipe import Budget
 from glmexport.foundation.target import shipped_targets
 from glmexport.graph.caches import cache_bytes_per_token
 from glmexport.reference.arithmetic import computing
@@ -20,7 +21,7 @@ from glmexport.results.arithmetic import UNCHECKED, OriginalArithmetic
 from glmexport.tokenizer.tokenizer import Tokenizer
 from glmexport.workflows.checks import refuse_formats
 from glmexport.workflows.estimate import estimate, measured_flops
-from glmexport.workflows.job import Job, recipe_for
+from glmexport.workflows.job import Job, recipe_for, within
 from glmexport.workflows.original import NO_DRAFTS, Original
 
 #: The use of the layer that predicts further ahead in a bundle that does not leave it out.
@@ -140,12 +141,16 @@ class Unfinished:
 
 
 def inspect_original(
-    original: Original, recipe: str | None, max_memory: int | None, arithmetic: OriginalArithmetic = UNCHECKED
+    original: Original,
+    recipe: str | None,
+    max_memory: int | None,
+    arithmetic: OriginalArithmetic = UNCHECKED,
+    budget: Budget | None = None,
 ) -> Inspection:
     """Describe ``original`` and estimate its builds: by ``recipe``, or by the default recipe of each target.
 
-    ``max_memory`` is a limit in bytes. The speed of this machine's matrix products by ``arithmetic`` is measured, which
-    takes a moment.
+    ``max_memory`` is a limit in bytes, and formats are chosen within a ``budget`` if one is given. The speed of this
+    machine's matrix products by ``arithmetic`` is measured, which takes a moment.
     """
     checkpoint, architecture = original.checkpoint, original.architecture
     latents = architecture.latent_values_per_token
@@ -166,7 +171,7 @@ def inspect_original(
         unused=original.unused,
         token_prediction=_token_prediction(original),
         tokenizer=_tokenizer(original.tokenizer),
-        estimates=estimate_targets(original, recipe, max_memory, arithmetic),
+        estimates=estimate_targets(original, recipe, max_memory, arithmetic, budget),
     )
 
 
@@ -255,7 +260,11 @@ def _tokenizer(tokenizer: Tokenizer) -> TokenizerFacts:
 
 
 def estimate_targets(
-    original: Original, recipe: str | None, max_memory: int | None, arithmetic: OriginalArithmetic = UNCHECKED
+    original: Original,
+    recipe: str | None,
+    max_memory: int | None,
+    arithmetic: OriginalArithmetic = UNCHECKED,
+    budget: Budget | None = None,
 ) -> list[TargetEstimate]:
     """Return, for every shipped target, what a bundle would take there, and why it is refused if it is."""
     with computing(arithmetic):
@@ -263,6 +272,8 @@ def estimate_targets(
     rows = []
     for target in shipped_targets():
         chosen = recipe_for(original, recipe, target)
+        if budget:
+            chosen = within(chosen, budget, target)
         planned = original.planned(chosen, target)
         architecture, expected = planned.architecture, estimate(planned, flops, max_memory)
         refused = None
