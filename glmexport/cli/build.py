@@ -24,7 +24,7 @@ from glmexport.cli.options import (
     tasks_option,
     threads_option,
 )
-from glmexport.report.text import brief_duration, brief_size
+from glmexport.report.text import brief_size, brief_span
 
 if TYPE_CHECKING:
     from glmexport.foundation.recipe import Recipe
@@ -86,11 +86,13 @@ def build(
     from glmexport.validation.conditions import ValidationPlan
     from glmexport.workflows.build import BuiltUnrun
     from glmexport.workflows.build import build as compile_bundles
+    from glmexport.workflows.cost import build_seconds, total
     from glmexport.workflows.device import device_name as name_of
     from glmexport.workflows.device import open_device
-    from glmexport.workflows.estimate import estimate, measured_flops
+    from glmexport.workflows.estimate import estimate
     from glmexport.workflows.job import budget_of, jobs_of
     from glmexport.workflows.original import Original, formats_of, listed_unused
+    from glmexport.workflows.unit_costs import unit_costs
     from glmexport.workflows.validate import BuildOptions, command_line
 
     terminal = Terminal()
@@ -102,10 +104,12 @@ def build(
     merged = original.checkpoint.adapter
     jobs = jobs_of(original, targets, recipe, output, budget_of(size, bpw))
     torch.set_num_threads(threads)
-    flops = measured_flops()
-    device_flops = flops if device.type == "cpu" else measured_flops(device)
+    validation = ValidationPlan(positions_per_language=positions, max_memory_bytes=max_memory)
+    costs = unit_costs()
+    quantizing = costs if device.type == "cpu" else unit_costs(device)
     for job in jobs:
-        expected = estimate(original.planned(job.recipe, job.target), flops, max_memory, device_flops)
+        expected = estimate(original.planned(job.recipe, job.target), max_memory)
+        seconds = total(build_seconds(original, job.recipe, job.target, validation, quantizing, costs, max_memory))
         terminal.facts(
             "Build",
             {
@@ -123,7 +127,8 @@ def build(
                 "memory": f"about {brief_size(expected.peak_memory_bytes)} at the peak"
                 + (f", limit {brief_size(max_memory)}" if max_memory else ""),
                 "bundle": f"about {brief_size(expected.bundle_bytes)}, {expected.bits_per_weight:.2f} bits per weight",
-                "time": f"about {brief_duration(expected.seconds)} of arithmetic",
+                "time": f"{brief_span(seconds.low, seconds.high)} on this machine"
+                + ("; it is busy now" if costs.busy else ""),
             },
         )
         for name, reason in listed_unused(original.unused_for(job.target)).items():
@@ -136,7 +141,7 @@ def build(
         device=device,
         force=force,
         command=command_line(),
-        validation=ValidationPlan(positions_per_language=positions, max_memory_bytes=max_memory),
+        validation=validation,
         policy=policy,
         tasks=tasks,
         bundle_threads=bundle_threads(threads),

@@ -12,11 +12,17 @@ from rich.table import Table
 
 from glmexport.cli.console import Terminal, emit
 from glmexport.cli.options import adapter_option, checkpoint_argument, json_option, memory_option, threads_option
-from glmexport.report.text import brief_duration, brief_share, brief_size
+from glmexport.report.text import brief_share, brief_size, brief_span
 
 if TYPE_CHECKING:
     from glmexport.workflows.inspect import DraftLayer, Inspection, MixtureSummary, TargetEstimate, Unfinished
     from glmexport.workflows.original import Original
+
+#: The remark beside an estimate of time that other work disturbs.
+BUSY = (
+    "This machine is busy with other work now: a build beside it takes longer than estimated, and costs that are "
+    "measured meanwhile are not kept."
+)
 
 
 @click.command()
@@ -25,9 +31,16 @@ if TYPE_CHECKING:
 @click.option("--recipe", help="Estimate for this recipe instead of each target's default.")
 @memory_option
 @threads_option
+@click.option("--measure", is_flag=True, help="Measure anew what work costs on this machine, which is kept otherwise.")
 @json_option
 def inspect(
-    checkpoint: str, adapter: str | None, recipe: str | None, max_memory: int | None, threads: int, as_json: bool
+    checkpoint: str,
+    adapter: str | None,
+    recipe: str | None,
+    max_memory: int | None,
+    threads: int,
+    measure: bool,
+    as_json: bool,
 ) -> None:
     """Show family, parameters by part, context and tokenizer of CHECKPOINT, and an estimate for every target."""
     import torch
@@ -48,13 +61,15 @@ def inspect(
         return
     torch.set_num_threads(threads)
     original = Original.open(checkpoint, terminal, adapter)
-    inspection = inspect_original(original, recipe, max_memory)
+    inspection = inspect_original(original, recipe, max_memory, measure=measure)
     if as_json:
         emit(json.dumps(asdict(inspection), indent=2, ensure_ascii=False))
         return
     terminal.facts(inspection.name, _facts(inspection, original))
     terminal.console.print(_parts_table(inspection.parameters))
     terminal.console.print(_estimates_table(inspection.estimates))
+    if inspection.busy:
+        terminal.remark(BUSY)
     for row in inspection.estimates:
         if row.refused:
             terminal.remark(f"{row.target}: {row.refused}")
@@ -161,6 +176,6 @@ def _estimates_table(rows: Sequence[TargetEstimate]) -> Table:
             f"{row.context_length:,}",
             f"{row.cache_bytes_per_token:,} B",
             brief_size(row.peak_memory_bytes),
-            brief_duration(row.seconds),
+            brief_span(row.seconds.low, row.seconds.high),
         )
     return table

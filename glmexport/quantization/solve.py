@@ -37,8 +37,8 @@ class Solution:
     """A quantized matrix, and how it was found.
 
     Errors are tr(E H E^T) / tr(G H G^T) on the calibration inputs, without the damping; of wide matrices over some of
-    the rows (``_stride``). That of round-to-nearest is with the recipe's search for scales, weighted by the mean square
-    of each column's input: the best that can be done without compensation, and a harder comparison than plain
+    the rows (``told_stride``). That of round-to-nearest is with the recipe's search for scales, weighted by the mean
+    square of each column's input: the best that can be done without compensation, and a harder comparison than plain
     round-to-nearest.
     """
 
@@ -90,7 +90,7 @@ def gptq(
     parts = []
     error = nearest_error = norm = kept = 0.0
     start = unpolished = replaced = 0
-    stride = _stride(len(order.columns))
+    stride = told_stride(len(order.columns))
     for chunk in chunks:
         sweep = start_sweep(chunk, order)
         missed: Tensor | None = None
@@ -271,7 +271,7 @@ def _project(factor: Factor, columns: Tensor) -> Tensor:
     return (factor.hessian @ columns.flip(0)).flip(0)
 
 
-def _stride(size: int) -> int:
+def told_stride(size: int) -> int:
     """Return the stride of the rows whose errors are computed: each one takes time by the square of its ``size``."""
     return max(1, size // _TOLD_SIZE)
 
