@@ -37,7 +37,7 @@ from glmexport.reference.reference import CPU
 from glmexport.validation.divergence import divergence
 
 #: Fewest tries of each trial, and seconds for which more are made while they differ.
-_TRIES, _SECONDS = 5, 10.0
+_TRIES, _SECONDS = 5, 3.0
 #: Ratio of the usual try to the fastest one, in the middle of all trials, above which the machine is busy.
 _SPREAD = 1.25
 #: Share of the cores that other processes may take before the machine is busy.
@@ -83,6 +83,17 @@ def unit_costs(device: torch.device = CPU, *, arithmetic: str = "fp32", anew: bo
     kept = next((each for each in _COSTS.read().costs if each.machine == name), None)
     if kept is not None and not anew and {*kept.low, *kept.high} == {*MEASURED_KINDS}:
         return UnitCosts({kind: Range(kept.low[kind], kept.high[kind]) for kind in MEASURED_KINDS}, _is_loaded())
+    if anew or name not in _MEASURED:
+        _MEASURED[name] = _measured(name, device)
+    return _MEASURED[name]
+
+
+#: The costs that this process has measured already: on a busy machine nothing is kept, and it stays as busy.
+_MEASURED: dict[str, UnitCosts] = {}
+
+
+def _measured(name: str, device: torch.device) -> UnitCosts:
+    """Measure the costs on ``device``, and keep them for this machine's ``name`` if nothing disturbed them."""
     loaded = _is_loaded()
     tries = _measure(device)
     # The fastest try is what the machine can do, and the one in the middle what it does.
