@@ -53,8 +53,8 @@ QUANTIZATION = {
 }
 VALIDATION = {
     "whole model": [("glmexport.validation.run", "check_reference")],
-    "fidelity": [("glmexport.validation.run", "reference_states"), ("glmexport.validation.run", "compare")],
-    "noise floor": [("glmexport.validation.run", "noise_floor")],
+    "fidelity": [("glmexport.validation.run", "repeated_states"), ("glmexport.validation.run", "compare")],
+    "noise floor": [("glmexport.validation.noise:RepeatedStates", "noise")],
     "shares": [("glmexport.validation.run", "shares_of")],
     "answers": [("glmexport.validation.run", "ask")],
     "weights": [("glmexport.validation.run", "check_weights")],

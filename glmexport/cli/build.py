@@ -12,6 +12,7 @@ import click
 from glmexport.cli.console import Terminal, emit
 from glmexport.cli.options import (
     adapter_option,
+    arithmetic_option,
     budget_options,
     bundle_threads,
     checkpoint_argument,
@@ -24,10 +25,12 @@ from glmexport.cli.options import (
     tasks_option,
     threads_option,
 )
+from glmexport.report.arithmetic import brief_arithmetic
 from glmexport.report.text import brief_size, brief_span
 
 if TYPE_CHECKING:
     from glmexport.foundation.recipe import Recipe
+    from glmexport.reference.arithmetic_choice import Wanted
 
 
 @click.command()
@@ -51,6 +54,7 @@ if TYPE_CHECKING:
 @evaluation_options
 @tasks_option
 @threads_option
+@arithmetic_option
 @click.option("--force", is_flag=True, help="Replace a bundle that exists.")
 @json_option
 def build(
@@ -70,6 +74,7 @@ def build(
     positions: int,
     task_files: tuple[Path, ...],
     threads: int,
+    wanted_arithmetic: Wanted,
     force: bool,
     as_json: bool,
 ) -> int:
@@ -78,17 +83,16 @@ def build(
     CHECKPOINT is a directory, a hub id (owner/name), or demo. Finished decoder blocks are kept until the build is done:
     after an interruption the same command goes on where it stopped.
     """
-    import torch
-
     from glmexport.cli.verdict import exit_code, show, show_unrun
     from glmexport.foundation.target import open_policy, open_target
+    from glmexport.reference.arithmetic_choice import choose_arithmetic
     from glmexport.validation.behaviour.tasks import read_tasks
     from glmexport.validation.conditions import ValidationPlan
     from glmexport.workflows.build import BuiltUnrun
     from glmexport.workflows.build import build as compile_bundles
     from glmexport.workflows.cost import build_seconds, total
+    from glmexport.workflows.device import arithmetic_on, open_device
     from glmexport.workflows.device import device_name as name_of
-    from glmexport.workflows.device import open_device
     from glmexport.workflows.estimate import estimate
     from glmexport.workflows.job import budget_of, jobs_of
     from glmexport.workflows.original import Original, formats_of, listed_unused
@@ -103,10 +107,10 @@ def build(
     original = Original.open(checkpoint, terminal, adapter, rehash=rehash)
     merged = original.checkpoint.adapter
     jobs = jobs_of(original, targets, recipe, output, budget_of(size, bpw))
-    torch.set_num_threads(threads)
+    arithmetic = choose_arithmetic(wanted_arithmetic, threads, terminal)
     validation = ValidationPlan(positions_per_language=positions, max_memory_bytes=max_memory)
-    costs = unit_costs()
-    quantizing = costs if device.type == "cpu" else unit_costs(device)
+    costs = unit_costs(arithmetic)
+    quantizing = costs if device.type == "cpu" else unit_costs(arithmetic_on(device, arithmetic), device)
     for job in jobs:
         expected = estimate(original.planned(job.recipe, job.target), max_memory)
         seconds = total(build_seconds(original, job.recipe, job.target, validation, quantizing, costs, max_memory))
@@ -117,13 +121,14 @@ def build(
                 **({"adapter": f"{merged.name} ({merged.path}): {merged.summary}"} if merged else {}),
                 "family": f"{original.architecture.family}, {original.checkpoint.parameters / 1e6:,.1f} M parameters, "
                 f"{brief_size(original.checkpoint.bytes)}",
-                **({"quantized": f"gptq, {formats_of(original)}"} if original.checkpoint.quantized else {}),
+                **({"quantized": formats_of(original)} if original.checkpoint.stored.layout else {}),
                 "target": f"{job.target.name}: {job.target.summary}",
                 "recipe": f"{job.recipe.name}: {job.recipe.summary}",
                 "calibration": calibration_text(job.recipe, calibration),
                 "output": str(job.directory),
                 **({"device": name_of(device)} if device_name != "cpu" else {}),
                 "threads": str(threads),
+                "arithmetic": brief_arithmetic(arithmetic),
                 "memory": f"about {brief_size(expected.peak_memory_bytes)} at the peak"
                 + (f", limit {brief_size(max_memory)}" if max_memory else ""),
                 "bundle": f"about {brief_size(expected.bundle_bytes)}, {expected.bits_per_weight:.2f} bits per weight",
@@ -145,6 +150,7 @@ def build(
         policy=policy,
         tasks=tasks,
         bundle_threads=bundle_threads(threads),
+        arithmetic=arithmetic,
     )
     built = compile_bundles(original, jobs, options, terminal)
     documents: list[dict[str, object]] = []

@@ -19,6 +19,7 @@ from glmexport.formats.plan import FormatPlan
 from glmexport.foundation.recipe import CalibrationPlan, Recipe
 from glmexport.foundation.work import Account, Work, added
 from glmexport.quantization.allocation import tie_groups
+from glmexport.quantization.cholesky import cholesky_operations, solving_operations
 from glmexport.quantization.decisions import FOLD_TOKENS
 from glmexport.quantization.folding import TRIED_ROWS
 from glmexport.quantization.memory import MemoryPlan
@@ -208,7 +209,7 @@ class _Walk:
         """Measure the moments of a tap: its Hessian and, of a goal of M outputs or else M = K inputs, E[d x^T]."""
         text, size = self.text, linear.in_features
         self.add("Hessians", moments=hessian_operations(text.fitted, size))
-        self.add("factorization", triangular=size**3 / 3)
+        self.add("factorization", triangular=cholesky_operations(size))
         if not self.asymmetric:
             return
         rows = linear.out_features if ends else size
@@ -218,7 +219,7 @@ class _Walk:
             self.add("goal", products=2.0 * rows * size * (size + text.sample))
         else:
             # H^-1 C once for all matrices of the tap, and what it adds on the sample.
-            self.add("goal", triangular=2.0 * size**3, products=2.0 * text.sample * size**2)
+            self.add("goal", triangular=solving_operations(size, size), products=2.0 * text.sample * size**2)
 
     def solve(self, linear: Linear, rounds: int, sample: int, *, ends: bool, goal: bool) -> None:
         """Solve one matrix: its goal, the sweep, ``rounds`` of polish, and the comparison with round-to-nearest."""
@@ -227,7 +228,7 @@ class _Walk:
         size, rows, weights = linear.in_features, linear.out_features, _size(linear)
         if goal and self.asymmetric:
             if ends:
-                self.add("goal", triangular=2.0 * size * weights, products=2.0 * sample * weights)
+                self.add("goal", triangular=solving_operations(size, rows), products=2.0 * sample * weights)
             else:
                 self.add("goal", products=2.0 * (size + 2 * sample) * weights)
         chunks = math.ceil(rows / max(64, self.memory.chunk_weights // size))
@@ -293,7 +294,7 @@ class _Walk:
                     continue
                 positions = text.fitted * share + pool
                 self.add("Hessians", moments=hessian_operations(positions, linear.in_features))
-                self.add("factorization", triangular=linear.in_features**3 / 3)
+                self.add("factorization", triangular=cholesky_operations(linear.in_features))
                 self.solve(linear, rounds, sample, ends=False, goal=False)
         if mixture.shared:
             up, down = mixture.shared.linears

@@ -65,11 +65,10 @@ def _descend(levels: Tensor, gradient: Tensor, inner: Tensor, grid: Grid) -> Ten
     for start, stop in strips(len(levels)):
         for column in range(start, stop):
             level, slope = levels[column], gradient[column]
-            if column > start:
-                slope = torch.addmv(slope, change[start:column].T, inner[start:column, column])
             best = grid.nearest_(torch.addcmul(level, slope, inverse, value=1 / curvature[column]))
             torch.sub(level, best, out=change[column]).mul_(scale)
             level.copy_(best)
+            gradient[column + 1 : stop].addr_(inner[column, column + 1 : stop], change[column])
         gradient[stop:].addmm_(inner[stop:, start:stop], change[start:stop])
     return change
 

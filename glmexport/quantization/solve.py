@@ -241,13 +241,13 @@ def round_columns(sweep: Sweep, factor: Factor, order: ColumnOrder, codec: Codec
         for first, last in strips(stop - start):
             for column in range(first, last):
                 goal = compensated[column]
-                if column > first:
-                    goal = torch.addmv(goal, error[first:column].T, upper[start + first : start + column, column])
                 level = grid.nearest_(torch.mul(goal, inverse, out=levels[column]))
                 left = torch.addcmul(goal, level, scale, value=-1)
                 cost.addcmul_(left, left, value=price[column])
                 weight = sweep.weights[start + column]
                 torch.addcmul(weight, level, scale, value=-1, out=error[column])
+                # An outer product: libraries of matrix products take several times as long for such narrow ones.
+                compensated[column + 1 : last].addr_(upper[start + column, column + 1 : last], error[column])
             compensated[last:].addmm_(upper[start + first : start + last, last:].T, error[first:last])
         sweep.codes[start:stop] = grid.codes(levels)
         sweep.scales[group], sweep.zero_points[group] = scale, grid.zero_point

@@ -19,8 +19,8 @@ _POSITIONS = 128
 _CONTINUED, _CHAT, _TRANSLATED = 32, 260, 60
 #: Seconds of loading two runtimes for the speed, in processes of their own, beside the seconds of its rounds.
 _LOADING_SECONDS = 10.0
-#: Passes in which the original checks drafts: each reads every block, whatever is kept of what came before.
-_ANSWER_ROUNDS = 10
+#: Passes in which the original checks drafts: each reads the checkpoint, whatever is kept of what came before.
+_ANSWER_ROUNDS = 16
 #: Tokens of the text on which the whole model is compared.
 _CHECKED_TOKENS = 64
 
@@ -82,16 +82,19 @@ class _Validation:
         length = min(plan.longest_text, self.architecture.context_length)
         judged = self.size.languages * plan.positions_per_language * fidelity
         if whole:
-            once = self.original(_CHECKED_TOKENS, _CHECKED_TOKENS, 2)
+            once = self.original(_CHECKED_TOKENS, _CHECKED_TOKENS) + self.reading()
             added(account, "whole model", once + self.compared(_CHECKED_TOKENS, 2))
-        # The original once block by block, the bundle on the same text, and the logits of both compared.
-        added(account, "fidelity", self.original(judged, length, 1) + self.bundle(judged) + self.compared(judged, 1))
+        # The original block by block, the bundle on the same text, and the logits of both compared. The text of the
+        # noise floor passes each block a second time while it is there.
         sample = self.size.languages * min(plan.positions_per_language, length) * max(1, plan.share_texts)
-        added(account, "noise floor", self.original(sample, length, 1) + self.compared(sample, 2))
+        passed = self.original(judged + sample, length) + self.reading()
+        added(account, "fidelity", passed + self.bundle(judged) + self.compared(judged, 1))
+        added(account, "noise floor", self.compared(sample, 2))
         if plan.share_texts and any(self.formats.form(linear.weight) for _, linear in self.architecture.linears):
-            # With the bundle's linears, and with all of its weights; and its graph once more.
-            shares = self.original(sample, length, 2) + self.compared(sample, 5) + self.bundle(sample)
-            added(account, "shares", shares + self.dequantized().times(2))
+            # With the bundle's linears, and with all of its weights, beside each other; each beside the original.
+            sides = 2 if self.formats.form(self.architecture.embedding) else 1
+            shares = self.original(sides * sample, length) + self.compared(sample, 2 * sides)
+            added(account, "shares", shares + self.dequantized())
         if plan.behaviour:
             added(account, "answers", self.answers(plan.behaviour, passes))
         weights = sum(float(math.prod(shape)) for shape in self.architecture.shapes().values())
@@ -101,12 +104,12 @@ class _Validation:
         added(account, "performance", Work(fixed_seconds=plan.speed_seconds + _LOADING_SECONDS))
         return account
 
-    def original(self, positions: float, length: int, times: int) -> Work:
+    def original(self, positions: float, length: int) -> Work:
         """Return the work of the original's blocks over ``positions``, in texts of that ``length``."""
         work = Work()
         for layer in self.architecture.layers:
             work += forward_work(layer, positions, length)
-        return (work + self.reading()).times(times)
+        return work
 
     def reading(self) -> Work:
         """Return the work of reading every block once."""
@@ -145,8 +148,7 @@ class _Validation:
             work += forward_work(layer, passes * tokens, length)
         head = self.architecture.lm_head
         size = head.in_features * head.out_features
-        # Of every answer apart, the whole lm_head is read.
-        work += Work(products=2.0 * asked.answers * passes * size, read_values=asked.count * passes * size)
+        work += Work(products=2.0 * asked.answers * passes * size, read_values=_ANSWER_ROUNDS * size)
         return work + self.reading().times(_ANSWER_ROUNDS)
 
     @property

@@ -9,18 +9,17 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from glmexport.bundle.bundle import Bundle
 from glmexport.bundle.manifest import Manifest
 from glmexport.checkpoint.checkpoint import Checkpoint
 from glmexport.engine.generation import GenerationSession
 from glmexport.engine.scoring import ScoringSession
-from glmexport.foundation.progress import Progress
 from glmexport.foundation.target import Gates
 from glmexport.reference.reference import Reference
+from glmexport.results.arithmetic import OriginalArithmetic
 from glmexport.results.behaviour import Behaviour
-from glmexport.results.fidelity import Fidelity, LanguageFidelity, Share
+from glmexport.results.fidelity import Fidelity, Share
 from glmexport.results.gate import Gate
 from glmexport.results.performance import Performance
 from glmexport.results.prompts import PromptParity
@@ -31,7 +30,7 @@ from glmexport.results.weights import WeightCheck
 from glmexport.validation.behaviour.plane import BundleSessions, ask, ask_bundle, questions_for
 from glmexport.validation.capture import CapturedReference
 from glmexport.validation.conditions import Conditions
-from glmexport.validation.fidelity import Streamed, compare, statistics_of, summarize
+from glmexport.validation.fidelity import Streamed, compare, summarize
 from glmexport.validation.gates import (
     apply_gates,
     capture_gate,
@@ -42,20 +41,17 @@ from glmexport.validation.gates import (
     weight_gates,
 )
 from glmexport.validation.host_gates import host_gate
+from glmexport.validation.noise import repeated_states
 from glmexport.validation.performance import measure_performance
 from glmexport.validation.performance_gates import performance_gates
 from glmexport.validation.prompts import golden_prompts, prompt_parity
-from glmexport.validation.reference import reference_states
 from glmexport.validation.routing import Routes, routing_agreement
 from glmexport.validation.shares import bundle_answer, shares_of
 from glmexport.validation.texts import EvaluationSet, EvaluationText
 from glmexport.validation.weights import check_weights
 from glmexport.validation.whole_model import check_reference
 
-#: Number of texts at a time when the original is compared with itself; one, otherwise.
-_OTHER_BATCH = 4
 _IN_ONNX_RUNTIME = "Bundle in ONNX Runtime"
-
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +73,8 @@ class Measurements:
     performance_absent_because: str | None = None
     #: None where the original is not at hand and nobody checked it when it was captured.
     reference: ReferenceCheck | None = None
+    #: The arithmetic of the original; None where it was captured by a version that did not note it.
+    arithmetic: OriginalArithmetic | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,18 +107,24 @@ def validate(
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         place = Path(folder)
         session = ScoringSession(bundle, conditions.bundle_threads)
-        check = check_reference(reference, texts, place, plan.max_memory_bytes, progress)
-        states = reference_states(reference, texts, place, progress)
-        divergences = compare(
-            Streamed(states, reference), partial(bundle_answer, session, texts), progress, _IN_ONNX_RUNTIME
-        )
-        sample = Streamed(states.only(first_texts(texts, max(1, plan.share_texts))), reference)
+        sample = first_texts(texts, max(1, plan.share_texts))
         before, after = Routes(), Routes()
-        noise = noise_floor(sample, conditions.threads, place, progress, before)
-        fidelity = summarize(texts, divergences, evaluation.tokenizer, arithmetic(bundle.manifest), noise)
-        shares = shares_of(bundle, sample, plan.share_texts, session, place, progress, after)
+        runs = repeated_states(reference, texts, sample, conditions.threads, place, progress, routes=before)
+        check = check_reference(reference, texts, place, plan.max_memory_bytes, progress, runs.states)
+        divergences = compare(
+            Streamed(runs.states, reference), partial(bundle_answer, session, texts), progress, _IN_ONNX_RUNTIME
+        )
+        # A session has a copy of all weights, and what follows is computed without it.
+        del session
+        fidelity = summarize(
+            texts, divergences, evaluation.tokenizer, arithmetic(bundle.manifest), runs.noise(progress)
+        )
+        shipped = [divergences[index] for index in sample]
+        shares = shares_of(
+            bundle, Streamed(runs.sample, reference), shipped, plan.share_texts, place, progress, after
+        )
         routing = routing_agreement(before, after) if shares else ()
-        behaviour = _behaviour(bundle, session, reference, evaluation, conditions, place)
+        behaviour = _behaviour(bundle, reference, evaluation, conditions, place)
     measured = Measurements(
         fidelity=fidelity,
         weights=check_weights(bundle, reference, progress),
@@ -130,6 +134,7 @@ def validate(
         shares=shares,
         routing=routing,
         reference=check,
+        arithmetic=conditions.arithmetic,
     )
     return judged(measured, bundle.manifest, conditions.policy, host_gate(bundle))
 
@@ -150,6 +155,8 @@ def validate_captured(bundle: Bundle, captured: CapturedReference, conditions: C
     fidelity = summarize(
         texts, divergences, tokenizer, arithmetic(bundle.manifest), capture.noise, captured.audit(answers)
     )
+    # A session has a copy of all weights, and the next one is opened without it.
+    del session, answers
     performance = _performance(bundle, None, texts, conditions)
     parity = prompt_parity(capture.prompts, tokenizer)
     behaviour = None
@@ -168,6 +175,7 @@ def validate_captured(bundle: Bundle, captured: CapturedReference, conditions: C
         behaviour=behaviour,
         performance=performance,
         reference=capture.reference_check,
+        arithmetic=capture.arithmetic,
     )
     return judged(measured, bundle.manifest, conditions.policy, host_gate(bundle))
 
@@ -200,34 +208,6 @@ def arithmetic(manifest: Manifest) -> str:
     return f"{weights}{head}, {activations} (accuracy_level {level})"
 
 
-def noise_floor(
-    original: Streamed, threads: int, scratch: Path, progress: Progress, routes: Routes | None = None
-) -> LanguageFidelity:
-    """Compare the original with itself, in other batches and threads; the two are the same model.
-
-    The experts that it sends every position to are added to ``routes``.
-    """
-    reference = original.reference
-    torch.set_num_threads(threads // 2 if threads > 1 else 2)
-    try:
-        again = reference_states(
-            reference,
-            original.texts,
-            scratch,
-            progress,
-            label="Original again, in batches",
-            batch=_OTHER_BATCH,
-            routes=routes,
-        )
-    finally:
-        torch.set_num_threads(threads)
-
-    def answers(index: int) -> Tensor:
-        return reference.logits(again.states(index))
-
-    return statistics_of("all", compare(original, answers, progress, "Original against itself"))
-
-
 def first_texts(texts: Sequence[EvaluationText], each: int) -> list[int]:
     """Return the indices of the first ``each`` texts of every language."""
     chosen: dict[str, list[int]] = {}
@@ -239,7 +219,6 @@ def first_texts(texts: Sequence[EvaluationText], each: int) -> list[int]:
 
 def _behaviour(
     bundle: Bundle,
-    scoring: ScoringSession,
     reference: Reference,
     evaluation: EvaluationSet,
     conditions: Conditions,
@@ -249,15 +228,18 @@ def _behaviour(
     if plan is None:
         return None
     # The bundle's own tokenizer, which a server uses. The gate on prompts says whether it is the original's.
-    session = GenerationSession.open(bundle, conditions.bundle_threads)
-    sessions = BundleSessions(session, scoring, bundle.tokenizer)
-    asked = questions_for(evaluation.documents, bundle.tokenizer, plan, session.context_length)
+    threads, context = conditions.bundle_threads, bundle.context_length
+    sessions = BundleSessions(
+        partial(GenerationSession.open, bundle, threads),
+        partial(ScoringSession, bundle, threads),
+        bundle.tokenizer,
+        context,
+    )
+    asked = questions_for(evaluation.documents, bundle.tokenizer, plan, context)
     if not asked and all(task.choices for task in evaluation.tasks):
         # No task is answered by a text, so that nothing could be told of answers.
         return None
-    return ask(
-        asked, evaluation.tasks, sessions, reference, plan=plan, scratch=scratch, progress=conditions.progress
-    )
+    return ask(asked, evaluation.tasks, sessions, reference, plan=plan, scratch=scratch, progress=conditions.progress)
 
 
 def _performance(

@@ -16,6 +16,7 @@ from glmexport.foundation.errors import InputError
 from glmexport.foundation.target import shipped_targets
 from glmexport.foundation.work import Range
 from glmexport.graph.caches import cache_bytes_per_token
+from glmexport.results.arithmetic import UNCHECKED, OriginalArithmetic
 from glmexport.tokenizer.tokenizer import Tokenizer
 from glmexport.validation.conditions import ValidationPlan
 from glmexport.workflows.checks import refuse_formats
@@ -146,14 +147,19 @@ class Unfinished:
 
 
 def inspect_original(
-    original: Original, recipe: str | None, max_memory: int | None, *, measure: bool = False
+    original: Original,
+    recipe: str | None,
+    max_memory: int | None,
+    arithmetic: OriginalArithmetic = UNCHECKED,
+    *,
+    measure: bool = False,
 ) -> Inspection:
     """Describe ``original`` and estimate its builds: by ``recipe``, or by the default recipe of each target.
 
-    ``max_memory`` is a limit in bytes. What work costs on this machine is measured where that is not known yet, or
-    where ``measure`` asks for it, which takes some seconds.
+    ``max_memory`` is a limit in bytes. What work costs on this machine by ``arithmetic`` is measured where that is not
+    known yet, or where ``measure`` asks for it, which takes some seconds.
     """
-    costs = unit_costs(anew=measure)
+    costs = unit_costs(arithmetic, anew=measure)
     checkpoint, architecture = original.checkpoint, original.architecture
     latents = architecture.latent_values_per_token
     return Inspection(
@@ -231,10 +237,9 @@ def _experts(architecture: Architecture) -> MixtureSummary | None:
 
 def _formats(checkpoint: Checkpoint) -> StoredFormats | None:
     """Return the formats of a quantized checkpoint, the most frequent first; None in full precision."""
-    if not checkpoint.quantized:
+    if checkpoint.stored.layout is None:
         return None
-    counts = Counter(form.label for form in checkpoint.quantized.values())
-    return StoredFormats("gptq", dict(counts.most_common()))
+    return StoredFormats(checkpoint.stored.layout.lower(), dict(Counter(checkpoint.labels.values()).most_common()))
 
 
 def _adapter(adapter: Adapter | None) -> MergedAdapter | None:

@@ -30,10 +30,13 @@ from glmexport.foundation.definition import Definition
 from glmexport.foundation.errors import MachineError
 from glmexport.foundation.recipe import Format, Solver
 from glmexport.foundation.work import MEASURED_KINDS, Range
+from glmexport.quantization.cholesky import cholesky, cholesky_operations, cholesky_solve, solving_operations
 from glmexport.quantization.polish import polish
 from glmexport.quantization.problem import Problem
 from glmexport.quantization.solve import Sweep, round_columns, start_sweep
+from glmexport.reference.arithmetic import computing
 from glmexport.reference.reference import CPU
+from glmexport.results.arithmetic import UNCHECKED, OriginalArithmetic
 from glmexport.validation.divergence import divergence
 
 #: Fewest tries of each trial, and seconds for which more are made while they differ.
@@ -71,20 +74,23 @@ class UnitCosts:
     busy: bool
 
 
-def unit_costs(device: torch.device = CPU, *, arithmetic: str = "fp32", anew: bool = False) -> UnitCosts:
+def unit_costs(
+    arithmetic: OriginalArithmetic = UNCHECKED, device: torch.device = CPU, *, anew: bool = False
+) -> UnitCosts:
     """Return the costs on this machine, with torch's present threads: those that are kept, or else measured now.
 
     Args:
+        arithmetic: the route of large products; each has costs of its own.
         device: where matrices are quantized.
-        arithmetic: the name of the route of large products; each has costs of its own.
         anew: measure, whatever is kept.
     """
-    name = _machine(device, arithmetic)
+    name = _machine(device, arithmetic.route)
     kept = next((each for each in _COSTS.read().costs if each.machine == name), None)
     if kept is not None and not anew and {*kept.low, *kept.high} == {*MEASURED_KINDS}:
         return UnitCosts({kind: Range(kept.low[kind], kept.high[kind]) for kind in MEASURED_KINDS}, _is_loaded())
     if anew or name not in _MEASURED:
-        _MEASURED[name] = _measured(name, device)
+        with computing(arithmetic):
+            _MEASURED[name] = _measured(name, device)
     return _MEASURED[name]
 
 
@@ -185,7 +191,7 @@ def _units(seconds: dict[str, float]) -> dict[str, float]:
     return steps | {
         "products": seconds["products"] / (2 * _ROWS * _SIZE**2),
         "moments": seconds["moments"] / hessian_operations(_ROWS, _SIZE),
-        "triangular": seconds["triangular"] / (_SIZE**3 / 3 + _SIZE**3),
+        "triangular": seconds["triangular"] / (cholesky_operations(_SIZE) + solving_operations(_SIZE, _SIZE // 2)),
         "attention": seconds["attention"] / (4 * _LENGTH**2 * _HEADS * _HEAD_SIZE),
         "compared_logits": seconds["compared_logits"] / (_POSITIONS * _VOCABULARY),
         "searched_weights": seconds["searched_weights"] / (_GROUPS * _FORM.group_size * _MANY),
@@ -209,7 +215,9 @@ def _products(device: torch.device) -> dict[str, _Trial]:
     targets = torch.zeros(_POSITIONS, dtype=torch.int64)
 
     def solved() -> torch.Tensor:
-        return torch.cholesky_solve(square[:, : _SIZE // 2], torch.linalg.cholesky(positive))
+        lower = cholesky(positive)
+        assert lower is not None
+        return cholesky_solve(square[:, : _SIZE // 2], lower)
 
     def attended() -> torch.Tensor:
         return torch.nn.functional.scaled_dot_product_attention(query, query, query, is_causal=True)
