@@ -16,7 +16,8 @@ from glmexport.bundle.bundle import Bundle
 from glmexport.calibration.corpus import evaluation_documents
 from glmexport.foundation.progress import Silent
 from glmexport.foundation.work import MEASURED_KINDS, Range, Work
-from glmexport.reference.reference import CPU, Reference
+from glmexport.reference.reference import Reference
+from glmexport.results.arithmetic import OriginalArithmetic
 from glmexport.validation.account import ValidationSize, validation_accounts
 from glmexport.validation.conditions import Conditions, ValidationPlan
 from glmexport.validation.run import validate
@@ -67,7 +68,7 @@ def test_costs_are_measured_once_for_a_machine(measured: list[str], cache: Path,
     assert len(measured) == 1
     # Asked for, another route of large products, other threads, other libraries: each has costs of its own.
     unit_costs(anew=True)
-    unit_costs(arithmetic="split")
+    unit_costs(OriginalArithmetic(route="onednn"))
     threads = torch.get_num_threads()
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads + 1)
     unit_costs()
@@ -117,7 +118,7 @@ def test_costs_that_are_kept_are_told_to_be_disturbed(measured: list[str], monke
 
 
 def test_every_kind_is_measured_by_what_a_build_runs() -> None:
-    seconds = unit_costs(CPU).seconds
+    seconds = unit_costs().seconds
     assert set(seconds) == set(MEASURED_KINDS)
     assert all(math.isfinite(cost.high) and 0 < cost.low <= cost.high for cost in seconds.values())
     # No processor multiplies in less than a femtosecond, or reads a number in more than a millisecond.
@@ -172,7 +173,7 @@ def test_more_of_a_plan_is_more_work(sample: Sample) -> None:
     size = ValidationSize(21, Range(0.25, 1.0), Range(1.0, 1.3))
     low, high = validation_accounts(original.architecture, planned.plan, ValidationPlan(), size, whole=False)
     assert list(low) == ["fidelity", "noise floor", "shares", "answers", "weights", "performance"]
-    assert low["fidelity"].products == pytest.approx(high["fidelity"].products / 4)
+    assert low["fidelity"].bundle_products == pytest.approx(high["fidelity"].bundle_products / 4)
     assert low["answers"].products < high["answers"].products < 1.4 * low["answers"].products
     assert low["noise floor"] == high["noise floor"]
     without = ValidationPlan(behaviour=None, share_texts=0)
