@@ -21,12 +21,18 @@ from glmexport.cli.options import (
     threads_option,
 )
 from glmexport.report.arithmetic import brief_arithmetic
-from glmexport.report.text import brief_duration, brief_share, brief_size
+from glmexport.report.text import brief_share, brief_size, brief_span
 
 if TYPE_CHECKING:
     from glmexport.reference.arithmetic_choice import Wanted
     from glmexport.workflows.inspect import DraftLayer, Inspection, MixtureSummary, TargetEstimate, Unfinished
     from glmexport.workflows.original import Original
+
+#: The remark beside an estimate of time that other work disturbs.
+BUSY = (
+    "This machine is busy with other work now: a build beside it takes longer than estimated, and costs that are "
+    "measured meanwhile are not kept."
+)
 
 
 @click.command()
@@ -37,6 +43,7 @@ if TYPE_CHECKING:
 @memory_option
 @threads_option
 @arithmetic_option
+@click.option("--measure", is_flag=True, help="Measure anew what work costs on this machine, which is kept otherwise.")
 @json_option
 def inspect(
     checkpoint: str,
@@ -47,6 +54,7 @@ def inspect(
     max_memory: int | None,
     threads: int,
     wanted_arithmetic: Wanted,
+    measure: bool,
     as_json: bool,
 ) -> None:
     """Show family, parameters by part, context and tokenizer of CHECKPOINT, and an estimate for every target."""
@@ -68,7 +76,7 @@ def inspect(
         return
     original = Original.open(checkpoint, terminal, adapter)
     arithmetic = choose_arithmetic(wanted_arithmetic, threads, terminal)
-    inspection = inspect_original(original, recipe, max_memory, arithmetic, budget)
+    inspection = inspect_original(original, recipe, max_memory, arithmetic, budget, measure=measure)
     if as_json:
         emit(json.dumps(asdict(inspection), indent=2, ensure_ascii=False))
         return
@@ -77,6 +85,8 @@ def inspect(
     )
     terminal.console.print(_parts_table(inspection.parameters))
     terminal.console.print(_estimates_table(inspection.estimates))
+    if inspection.busy:
+        terminal.remark(BUSY)
     for row in inspection.estimates:
         if row.refused:
             terminal.remark(f"{row.target}: {row.refused}")
@@ -183,6 +193,6 @@ def _estimates_table(rows: Sequence[TargetEstimate]) -> Table:
             f"{row.context_length:,}",
             f"{row.cache_bytes_per_token:,} B",
             brief_size(row.peak_memory_bytes),
-            brief_duration(row.seconds),
+            brief_span(row.seconds.low, row.seconds.high),
         )
     return table

@@ -18,7 +18,7 @@ from glmexport.quantization.store import WorkDirectory
 
 FOLDS, ALLOCATION = "folds", "allocation"
 #: Number of held-out tokens on which the channels of every tap are measured before scales are folded.
-_FOLD_TOKENS = 4096
+FOLD_TOKENS = 4096
 
 
 def decide_folds(job: QuantizationJob) -> QuantizationJob:
@@ -37,7 +37,7 @@ def decide_folds(job: QuantizationJob) -> QuantizationJob:
         form = recipe.linear(mixture=bool(architecture.routed), routed=False)
         assert form is not None
         started = time.monotonic()
-        ids = probe_ids(calibration, _FOLD_TOKENS)
+        ids = probe_ids(calibration, FOLD_TOKENS)
         chosen = choose_folds(job.reference(), ids, calibration.prefix, form, job.memory.batch_tokens, job.progress)
         work.commit(FOLDS, {}, {"seconds": time.monotonic() - started}, tensors=as_tensors(chosen))
     job.ranks.barrier()

@@ -36,9 +36,9 @@ from glmexport.reference.reference import Block, Reference
 #: The weight of the pool in a Hessian, in positions a column.
 PRIOR = 1.0
 #: Fewest held-out positions of an expert that can choose between solutions.
-_LEAST_HELD = 64
+LEAST_HELD = 64
 #: Number of positions on which the pool of the inputs of an expert's last matrix is measured.
-_POOL_POSITIONS = 2048
+POOL_POSITIONS = 2048
 
 
 @dataclass(frozen=True)
@@ -250,7 +250,7 @@ class Mixture:
     def _pooled(self, inside: Callable[[Tensor], Tensor], linear: Linear) -> Tensor:
         """Return the moment of what the last matrix of an expert would read at some positions, whoever chose it."""
         fitted = ((self._weights > 0) & ~self._held).nonzero()[:, 0]
-        some = fitted[:: max(1, len(fitted) // _POOL_POSITIONS)]
+        some = fitted[:: max(1, len(fitted) // POOL_POSITIONS)]
         share, weights = ExpertShare(some, torch.ones(len(some))), self._weights[some]
         return self._accumulate(share, torch.ones(len(some), dtype=torch.bool), weights, inside, linear.in_features)
 
@@ -276,7 +276,7 @@ class Mixture:
         """Return held-out positions that chose the expert, if they are enough to tell anything."""
         held = ((weights > 0) & self._held[share.positions]).nonzero()[:, 0]
         held = held[:: -(-len(held) // SAMPLE_POSITIONS) or 1]
-        if len(held) < _LEAST_HELD:
+        if len(held) < LEAST_HELD:
             return None
         inputs = [inside(self._read(QUANTIZED, chosen)) for chosen, _ in self._chunks(share.positions[held], held)]
         chosen = weights[held].to(self.streams.reference.device)

@@ -137,7 +137,7 @@ def _refuse_fixed(original: Original, job: Job) -> None:
 def _refuse_sizes(original: Original, job: Job) -> None:
     """Refuse what the target's memory rules out: known from shapes and formats before anything is computed."""
     planned, memory = original.planned(job.recipe, job.target), job.target.memory
-    expected = estimate(planned, 1.0, None).bundle_bytes
+    expected = estimate(planned, None).bundle_bytes
     if memory.max_weight_bytes is not None and expected > memory.max_weight_bytes:
         raise InputError(
             f"The bundle takes about {expected / 2**30:.1f} GiB, and the target {job.target.name} holds "
@@ -187,7 +187,7 @@ def require_space(original: Original, quantizations: Sequence[Sequence[Job]], po
     """
     kept, passing = 0, positions * _KEPT_STATES * original.architecture.hidden_size * 4
     for jobs in quantizations:
-        bundles = [estimate(original.planned(job.recipe, job.target), 1.0, None).bundle_bytes for job in jobs]
+        bundles = [estimate(original.planned(job.recipe, job.target), None).bundle_bytes for job in jobs]
         kept += max(bundles) + sum(bundles)
         passing = max(passing, _activation_bytes(original.architecture, jobs[0].recipe))
     require_free(quantizations[0][0].directory.parent, kept + passing, "The build")
