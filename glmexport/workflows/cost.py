@@ -23,6 +23,8 @@ from glmexport.workflows.unit_costs import UnitCosts
 FIDELITY_SHARE = Range(1 / 8, 1.0)
 #: The tokens that the original computes for each token of the free answers.
 ANSWER_PASSES = Range(1.0, 1.3)
+#: Stages of the walk that one rank goes through for all.
+_FIRST_RANK = {"write", "hash"}
 #: Factor by which the account may be off in either direction: what it leaves out, and sizes that differ from those
 #: that units are measured at.
 _UNSURE = 1.15
@@ -84,8 +86,8 @@ def stage_seconds(
     found = {}
     walked = {*stages(low)}
     for stage in low:
-        costs = quantizing if stage in walked or stage == "hash" else validating
-        shared = ranks if stage in walked else 1
+        costs = quantizing if stage in walked else validating
+        shared = 1 if stage in _FIRST_RANK or stage not in walked else ranks
         least, most = low[stage].seconds(costs).low / shared, high[stage].seconds(costs).high / shared
         found[stage] = Range(least / _UNSURE, most * _UNSURE)
     return found
