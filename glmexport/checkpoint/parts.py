@@ -110,7 +110,8 @@ class ScaledMatrix:
             return values.mul_(shards.read(self.factors).reshape(()))
         if self.shared_by == "row":
             return values.mul_(shards.read(self.factors, None, slice(start, stop)).reshape(-1, 1))
-        height, width = self.block
+        # A block may be larger than the matrix, and what is spread over it must not.
+        height, width = (max(1, min(pair)) for pair in zip(self.block, self.weight.shape, strict=True))
         first, last = start // height, -(-stop // height)
         factors = shards.read(self.factors, None, slice(first, last)).repeat_interleave(height, 0)
         factors = factors[start - first * height :][: stop - start]

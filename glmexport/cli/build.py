@@ -12,11 +12,13 @@ import click
 from glmexport.cli.console import Terminal, emit
 from glmexport.cli.options import (
     adapter_option,
+    arithmetic_option,
     budget_options,
     bundle_threads,
     checkpoint_argument,
     device_option,
     evaluation_options,
+    full_text_option,
     json_option,
     memory_option,
     policy_option,
@@ -26,10 +28,12 @@ from glmexport.cli.options import (
 )
 from glmexport.foundation.errors import EXIT_PASS
 from glmexport.foundation.progress import Progress, Silent
+from glmexport.report.arithmetic import brief_arithmetic
 from glmexport.report.text import brief_duration, brief_size
 
 if TYPE_CHECKING:
     from glmexport.foundation.recipe import Recipe
+    from glmexport.reference.arithmetic_choice import Wanted
     from glmexport.workflows.job import Job
     from glmexport.workflows.original import Original
     from glmexport.workflows.validate import BuildOptions
@@ -54,8 +58,10 @@ if TYPE_CHECKING:
 @memory_option
 @policy_option
 @evaluation_options
+@full_text_option
 @tasks_option
 @threads_option
+@arithmetic_option
 @click.option("--force", is_flag=True, help="Replace a bundle that exists.")
 @json_option
 def build(
@@ -73,8 +79,10 @@ def build(
     policy_path: Path | None,
     evaluation: tuple[Path, ...],
     positions: int,
+    full_text: bool,
     task_files: tuple[Path, ...],
     threads: int,
+    wanted_arithmetic: Wanted,
     force: bool,
     as_json: bool,
 ) -> int:
@@ -85,6 +93,7 @@ def build(
     """
     from glmexport.cli.verdict import exit_code, show, show_unrun
     from glmexport.foundation.target import open_policy, open_target
+    from glmexport.reference.arithmetic_choice import choose_arithmetic
     from glmexport.validation.behaviour.tasks import read_tasks
     from glmexport.validation.conditions import ValidationPlan
     from glmexport.workflows.build import BuiltUnrun
@@ -92,7 +101,7 @@ def build(
     from glmexport.workflows.device import open_device
     from glmexport.workflows.job import budget_of, jobs_of
     from glmexport.workflows.original import Original
-    from glmexport.workflows.ranks import ToldElsewhere, joined_ranks, of_this_rank
+    from glmexport.workflows.ranks import ToldElsewhere, arithmetic_of_all, joined_ranks, of_this_rank
     from glmexport.workflows.validate import BuildOptions, command_line
 
     terminal = Terminal()
@@ -108,6 +117,7 @@ def build(
             targets = [open_target(name) for name in dict.fromkeys(target_names)]
             original = Original.open(checkpoint, progress, adapter, rehash=rehash)
             jobs = jobs_of(original, targets, recipe, output, budget_of(size, bpw))
+            arithmetic = arithmetic_of_all(ranks, lambda: choose_arithmetic(wanted_arithmetic, threads, terminal))
             options = BuildOptions(
                 threads,
                 max_memory,
@@ -116,11 +126,14 @@ def build(
                 device=device,
                 force=force,
                 command=command_line(),
-                validation=ValidationPlan(positions_per_language=positions, max_memory_bytes=max_memory),
+                validation=ValidationPlan(
+                    positions_per_language=positions, full_text=full_text, max_memory_bytes=max_memory
+                ),
                 policy=policy,
                 tasks=tasks,
                 bundle_threads=given,
                 ranks=ranks,
+                arithmetic=arithmetic,
             )
             if ranks.first:
                 _announce(terminal, original, jobs, options)
@@ -154,13 +167,15 @@ def _announce(terminal: Terminal, original: Original, jobs: Sequence[Job], optio
     """Show what is about to be built, and what is expected of it."""
     import torch
 
+    from glmexport.reference.arithmetic import computing
     from glmexport.workflows.device import device_name as name_of
     from glmexport.workflows.estimate import estimate, measured_flops
     from glmexport.workflows.original import formats_of, listed_unused
 
     torch.set_num_threads(options.threads)
     device, ranks, merged = options.device, options.ranks, original.checkpoint.adapter
-    flops = measured_flops()
+    with computing(options.arithmetic):
+        flops = measured_flops()
     device_flops = flops if device.type == "cpu" else measured_flops(device)
     for job in jobs:
         planned = original.planned(job.recipe, job.target)
@@ -181,6 +196,7 @@ def _announce(terminal: Terminal, original: Original, jobs: Sequence[Job], optio
                 **({"device": name_of(device)} if device.type != "cpu" else {}),
                 **({} if ranks.alone else {"ranks": str(ranks.size)}),
                 "threads": str(options.threads) + ("" if ranks.alone else " in each rank"),
+                "arithmetic": brief_arithmetic(options.arithmetic),
                 "memory": f"about {brief_size(expected.peak_memory_bytes)} at the peak"
                 + ("" if ranks.alone else " in each rank")
                 + limit,

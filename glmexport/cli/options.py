@@ -50,6 +50,19 @@ def threads_option(command: Command) -> Command:
     )(command)
 
 
+def arithmetic_option(command: Command) -> Command:
+    """Add the option --arithmetic."""
+    return click.option(
+        "--arithmetic",
+        "wanted_arithmetic",
+        type=click.Choice(["auto", "fp32"]),
+        default="auto",
+        show_default=True,
+        help="How fp32 products are computed: auto takes the fastest library that a check on this machine finds to be "
+        "as exact as fp32; fp32 takes torch's default.",
+    )(command)
+
+
 def bundle_threads(threads: int) -> int | None:
     """Return ``threads`` if the user gave them; None leaves those of the bundle to its target."""
     source = click.get_current_context().get_parameter_source("threads")
@@ -94,9 +107,18 @@ def evaluation_options(command: Command) -> Command:
         type=click.IntRange(min=1),
         default=2048,
         show_default=True,
-        help="Tokens to judge on in each language, as far as there is text.",
+        help="Most tokens to judge on in each language, as far as there is text.",
     )
     return text(positions(command))
+
+
+def full_text_option(command: Command) -> Command:
+    """Add the option --full-text."""
+    return click.option(
+        "--full-text",
+        is_flag=True,
+        help="Judge on all of that text at once; otherwise a language's text ends once all its gates are decided.",
+    )(command)
 
 
 def tasks_option(command: Command) -> Command:

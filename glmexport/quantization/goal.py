@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from glmexport.quantization.cholesky import cholesky_solve
 from glmexport.quantization.factor import Factor
 from glmexport.quantization.order import ColumnOrder
 
@@ -87,7 +88,7 @@ class Correction:
 
 def _divided(cross: Tensor, factor: Factor, order: ColumnOrder) -> Tensor:
     """Return H^-1 ``cross``^T [K, M] in the order of the sweep; ``cross`` [M, K] is in stored order, H damped."""
-    return torch.cholesky_solve(cross.T[order.columns].flip(0), factor.lower).flip(0)
+    return cholesky_solve(cross.T[order.columns].flip(0), factor.lower).flip(0)
 
 
 def shrinkage(difference: Tensor, predicted: Tensor, weights: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from glmexport.quantization.memory import MemoryPlan
 from glmexport.quantization.ranks import ALONE, Ranks
 from glmexport.quantization.store import Activations, WorkDirectory
 from glmexport.reference.reference import CPU, Reference
+from glmexport.results.arithmetic import UNCHECKED, OriginalArithmetic
 
 #: The parts of a step by which its time is noted: what is measured, the solver, and what takes the text on to the next
 #: step. Hashes and flushes are in none of them.
@@ -48,6 +49,8 @@ class QuantizationJob:
     device: torch.device = CPU
     #: The processes that take part in it.
     ranks: Ranks = ALONE
+    #: The way in which products of fp32 matrices are computed; whoever walks sets torch to it.
+    arithmetic: OriginalArithmetic = UNCHECKED
     #: The time of the step under way.
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
 

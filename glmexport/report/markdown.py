@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from glmexport.report import speed, text
+from glmexport.report.arithmetic import told_arithmetic
 from glmexport.report.behaviour import LANGUAGE_HEADS, answer_rows, language_row
 from glmexport.report.coverage import COVERAGE_HEADS, coverage_rows
 from glmexport.report.devices import device_table
 from glmexport.report.gfm import code, strong
 from glmexport.report.gfm import foreign as _foreign
 from glmexport.report.gfm import table as _table
+from glmexport.report.looks import LOOK_HEADS, look_rows, told_looks
 
 if TYPE_CHECKING:
     from glmexport.report.document import Report
@@ -38,6 +40,7 @@ def render_markdown(report: Report) -> str:
             ("Language", "Documents", "Positions", "KL mean", "± error", "p99", "p99.9", "Top-1", "ln PPL ratio"),
             map(_language, _rows(report)),
         ),
+        *_looks(report),
         *_routing(report),
         *_prompts(report),
         *_behaviour(report),
@@ -62,6 +65,7 @@ def render_markdown(report: Report) -> str:
                 ("Bundle", code(subject.bundle_digest)),
                 ("Original", code(subject.checkpoint_digest)),
                 ("Evaluation text", code(report.fidelity.text_digest) if report.fidelity.text_digest else "–"),
+                ("Original computed by", _foreign(told_arithmetic(report.arithmetic))),
                 ("Machine", _foreign(f"{report.machine.processor}, {report.machine.cores or 'unknown'} cores")),
                 ("Versions", _foreign(", ".join(f"{name} {version}" for name, version in report.versions.items()))),
             ),
@@ -101,6 +105,14 @@ def _gate(gate: Gate) -> tuple[str, ...]:
         strong(gate.verdict),
         _foreign(text.sample(gate)),
     )
+
+
+def _looks(report: Report) -> list[str]:
+    told = told_looks(report.fidelity)
+    if told is None:
+        return []
+    rows = ((_foreign(language), *cells) for language, *cells in look_rows(report.fidelity))
+    return ["### How much text was judged", told, _table(LOOK_HEADS, rows)]
 
 
 def _routing(report: Report) -> list[str]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from glmexport.foundation.progress import Progress
 from glmexport.foundation.target import Gates
+from glmexport.results.arithmetic import UNCHECKED, OriginalArithmetic
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class ValidationPlan:
 
     positions_per_language: int = 2048
     longest_text: int = 512
+    #: Whether all text is judged at once; otherwise that of a language ends once its gates are decided.
+    full_text: bool = False
     #: Texts a language for the shares of the divergence, each of which costs another pass of the original.
     share_texts: int = 1
     prompt_tokens: int = 128
@@ -51,3 +54,5 @@ class Conditions:
     threads: int
     bundle_threads: int
     progress: Progress
+    #: The way in which the original's products are computed; whoever starts a validation sets torch to it.
+    arithmetic: OriginalArithmetic = UNCHECKED

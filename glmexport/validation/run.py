@@ -9,18 +9,17 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from glmexport.bundle.bundle import Bundle
 from glmexport.bundle.manifest import Manifest
 from glmexport.checkpoint.checkpoint import Checkpoint
 from glmexport.engine.generation import GenerationSession
 from glmexport.engine.scoring import ScoringSession
-from glmexport.foundation.progress import Progress
 from glmexport.foundation.target import Gates
 from glmexport.reference.reference import Reference
+from glmexport.results.arithmetic import OriginalArithmetic
 from glmexport.results.behaviour import Behaviour
-from glmexport.results.fidelity import Fidelity, LanguageFidelity, Share
+from glmexport.results.fidelity import Fidelity, Share
 from glmexport.results.gate import Gate
 from glmexport.results.performance import Performance
 from glmexport.results.prompts import PromptParity
@@ -31,7 +30,8 @@ from glmexport.results.weights import WeightCheck
 from glmexport.validation.behaviour.plane import BundleSessions, ask, ask_bundle, questions_for
 from glmexport.validation.capture import CapturedReference
 from glmexport.validation.conditions import Conditions
-from glmexport.validation.fidelity import Streamed, compare, statistics_of, summarize
+from glmexport.validation.divergence import Divergence
+from glmexport.validation.fidelity import ChosenAnswers, Streamed, compare
 from glmexport.validation.gates import (
     apply_gates,
     capture_gate,
@@ -42,18 +42,18 @@ from glmexport.validation.gates import (
     weight_gates,
 )
 from glmexport.validation.host_gates import host_gate
+from glmexport.validation.looks import JudgedText, judge_text
+from glmexport.validation.noise import RepeatedStates, repeated_states
 from glmexport.validation.performance import measure_performance
 from glmexport.validation.performance_gates import performance_gates
 from glmexport.validation.prompts import golden_prompts, prompt_parity
-from glmexport.validation.reference import reference_states
+from glmexport.validation.reference import ReferenceStates, reference_states
 from glmexport.validation.routing import Routes, routing_agreement
 from glmexport.validation.shares import bundle_answer, shares_of
 from glmexport.validation.texts import EvaluationSet, EvaluationText
 from glmexport.validation.weights import check_weights
 from glmexport.validation.whole_model import check_reference
 
-#: Number of texts at a time when the original is compared with itself; one, otherwise.
-_OTHER_BATCH = 4
 _IN_ONNX_RUNTIME = "Bundle in ONNX Runtime"
 
 
@@ -76,6 +76,8 @@ class Measurements:
     performance_absent_because: str | None = None
     #: None where the original is not at hand and nobody checked it when it was captured.
     reference: ReferenceCheck | None = None
+    #: The arithmetic of the original; None where it was captured by a version that did not note it.
+    arithmetic: OriginalArithmetic | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,19 +110,19 @@ def validate(
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         place = Path(folder)
         session = ScoringSession(bundle, conditions.bundle_threads)
-        check = check_reference(reference, texts, place, plan.max_memory_bytes, progress)
-        states = reference_states(reference, texts, place, progress)
-        divergences = compare(
-            Streamed(states, reference), partial(bundle_answer, session, texts), progress, _IN_ONNX_RUNTIME
+        both = _Both(reference, session, texts, conditions, place)
+        groups = {(task.name, task.metric) for task in evaluation.tasks}
+        found = judge_text(texts, both.compare, conditions, len(groups) if plan.behaviour else 0)
+        first = both.first
+        # A session has a copy of all weights, and what follows is computed without it.
+        del session, both
+        check = check_reference(
+            reference, first.runs.states.texts, place, plan.max_memory_bytes, progress, first.runs.states
         )
-        sample = Streamed(states.only(first_texts(texts, max(1, plan.share_texts))), reference)
-        before, after = Routes(), Routes()
-        noise = noise_floor(sample, conditions.threads, place, progress, before)
-        fidelity = summarize(texts, divergences, evaluation.tokenizer, arithmetic(bundle.manifest), noise)
-        shares = shares_of(bundle, sample, plan.share_texts, session, place, progress, after)
-        routing = routing_agreement(before, after) if shares else ()
-        # A session has a copy of all weights, and the next one is opened without it.
-        del session
+        fidelity = found.fidelity(evaluation.tokenizer, arithmetic(bundle.manifest), first.runs.noise(progress))
+        sample, after = Streamed(first.runs.sample, reference), Routes()
+        shares = shares_of(bundle, sample, first.shipped, plan.share_texts, place, progress, after)
+        routing = routing_agreement(first.routes, after) if shares else ()
         behaviour = _behaviour(bundle, reference, evaluation, conditions, place)
     measured = Measurements(
         fidelity=fidelity,
@@ -131,6 +133,7 @@ def validate(
         shares=shares,
         routing=routing,
         reference=check,
+        arithmetic=conditions.arithmetic,
     )
     return judged(measured, bundle.manifest, conditions.policy, host_gate(bundle))
 
@@ -147,10 +150,8 @@ def validate_captured(bundle: Bundle, captured: CapturedReference, conditions: C
     session = ScoringSession(bundle, conditions.bundle_threads)
     texts, tokenizer = captured.texts, bundle.tokenizer
     answers = partial(bundle_answer, session, texts)
-    divergences = compare(captured, answers, progress, _IN_ONNX_RUNTIME)
-    fidelity = summarize(
-        texts, divergences, tokenizer, arithmetic(bundle.manifest), capture.noise, captured.audit(answers)
-    )
+    found = _judged_against(captured, session, conditions)
+    fidelity = found.fidelity(tokenizer, arithmetic(bundle.manifest), capture.noise, captured.audit(answers))
     # A session has a copy of all weights, and the next one is opened without it.
     del session, answers
     performance = _performance(bundle, None, texts, conditions)
@@ -171,8 +172,78 @@ def validate_captured(bundle: Bundle, captured: CapturedReference, conditions: C
         behaviour=behaviour,
         performance=performance,
         reference=capture.reference_check,
+        arithmetic=capture.arithmetic,
     )
     return judged(measured, bundle.manifest, conditions.policy, host_gate(bundle))
+
+
+@dataclass(frozen=True)
+class _FirstLook:
+    """What the first look leaves for the noise floor and the shares; it has texts of every language."""
+
+    runs: RepeatedStates
+    #: The divergences of the texts that were run twice.
+    shipped: Sequence[Divergence]
+    #: The experts that the original sends these to.
+    routes: Routes
+
+
+class _Both:
+    """The original and the bundle, which are asked about a look at a time."""
+
+    def __init__(
+        self,
+        reference: Reference,
+        session: ScoringSession,
+        texts: Sequence[EvaluationText],
+        conditions: Conditions,
+        scratch: Path,
+    ) -> None:
+        self._reference, self._session, self._texts = reference, session, texts
+        self._conditions, self._scratch = conditions, scratch
+        self._first: _FirstLook | None = None
+
+    @property
+    def first(self) -> _FirstLook:
+        """What the first look left."""
+        assert self._first is not None
+        return self._first
+
+    def compare(self, indices: Sequence[int], words: str) -> list[Divergence]:
+        """Return the divergences of these texts: one pass of the original over its blocks."""
+        chosen, progress = [self._texts[index] for index in indices], self._conditions.progress
+        label = f"Original, block by block{words}"
+        answers = partial(bundle_answer, self._session, chosen)
+
+        def against(states: ReferenceStates) -> list[Divergence]:
+            return compare(Streamed(states, self._reference), answers, progress, f"{_IN_ONNX_RUNTIME}{words}")
+
+        if self._first is not None:
+            return against(reference_states(self._reference, chosen, self._scratch, progress, label=label))
+        sample, routes = first_texts(chosen, max(1, self._conditions.plan.share_texts)), Routes()
+        runs = repeated_states(
+            self._reference,
+            chosen,
+            sample,
+            self._conditions.threads,
+            self._scratch,
+            progress,
+            label=label,
+            routes=routes,
+        )
+        divergences = against(runs.states)
+        self._first = _FirstLook(runs, [divergences[index] for index in sample], routes)
+        return divergences
+
+
+def _judged_against(captured: CapturedReference, session: ScoringSession, conditions: Conditions) -> JudgedText:
+    """Return the text that was judged of what the original was asked about when it was captured."""
+
+    def measure(indices: Sequence[int], words: str) -> list[Divergence]:
+        chosen, label = ChosenAnswers(captured, indices), f"{_IN_ONNX_RUNTIME}{words}"
+        return compare(chosen, partial(bundle_answer, session, chosen.texts), conditions.progress, label)
+
+    return judge_text(captured.texts, measure, conditions, 0)
 
 
 def judged(measured: Measurements, manifest: Manifest, policy: Gates, also: tuple[Gate, ...] = ()) -> Validation:
@@ -201,34 +272,6 @@ def arithmetic(manifest: Manifest) -> str:
     kinds = sorted({matrix.bits for matrix in manifest.matrices if matrix.layer is not None})
     weights = f"{'/'.join(str(bits) for bits in kinds)}-bit weights"
     return f"{weights}{head}, {activations} (accuracy_level {level})"
-
-
-def noise_floor(
-    original: Streamed, threads: int, scratch: Path, progress: Progress, routes: Routes | None = None
-) -> LanguageFidelity:
-    """Compare the original with itself, in other batches and threads; the two are the same model.
-
-    The experts that it sends every position to are added to ``routes``.
-    """
-    reference = original.reference
-    torch.set_num_threads(threads // 2 if threads > 1 else 2)
-    try:
-        again = reference_states(
-            reference,
-            original.texts,
-            scratch,
-            progress,
-            label="Original again, in batches",
-            batch=_OTHER_BATCH,
-            routes=routes,
-        )
-    finally:
-        torch.set_num_threads(threads)
-
-    def answers(index: int) -> Tensor:
-        return reference.logits(again.states(index))
-
-    return statistics_of("all", compare(original, answers, progress, "Original against itself"))
 
 
 def first_texts(texts: Sequence[EvaluationText], each: int) -> list[int]:

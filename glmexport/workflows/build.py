@@ -27,13 +27,21 @@ from glmexport.quantization.quantized_model import QuantizedModel
 from glmexport.quantization.store import WorkDirectory
 from glmexport.quantization.walk import Walk, walk
 from glmexport.quantization.weights import Weights
+from glmexport.reference.arithmetic import computing
 from glmexport.reference.reference import Reference
 from glmexport.validation.texts import EvaluationSet
 from glmexport.validation.unrun import Unrun, validate_unrun
 from glmexport.workflows.assemble_report import BuildCost
 from glmexport.workflows.calibration_text import CalibrationText, cache_text, read_calibration_text
 from glmexport.workflows.checks import refuse_existing, refuse_formats, require_space
-from glmexport.workflows.device import device_name, peak_device_memory, plan_on, product_name, running_on
+from glmexport.workflows.device import (
+    arithmetic_on,
+    device_name,
+    peak_device_memory,
+    plan_on,
+    product_name,
+    running_on,
+)
 from glmexport.workflows.job import Job
 from glmexport.workflows.original import Original
 from glmexport.workflows.output import partial_of, put_in_place
@@ -68,23 +76,24 @@ def build(
         original = original.sharing_tables()
     progress.remark(f"{original.checkpoint.name} is {original.checkpoint.digest(progress)}.")
     ranks = options.ranks
-    with ExitStack() as locks:
+    with ExitStack() as held:
         quantizations = []
         for plan in plans:
             quantizations.append(_quantization_job(original, plan, options, progress))
             if ranks.first:
-                locks.enter_context(quantizations[-1].work.locked())
+                held.enter_context(quantizations[-1].work.locked())
             require_shared(ranks, quantizations[-1].work.path)
         if not ranks.first:
             for quantization in quantizations:
                 _take_part(quantization)
             return []
+        held.enter_context(computing(options.arithmetic))
         built: list[Built | BuiltUnrun] = []
         try:
             for plan, quantization in zip(plans, quantizations, strict=True):
                 model = _quantized(quantization)
                 for job in plan.jobs:
-                    written = _write(original, job, model, plan.text, progress)
+                    written = _write(original, job, model, quantization, plan.text, progress)
                     built.append(_validate(original, job, written, model, plan, options, progress))
             original.checkpoint.refuse_changes()
             for bundle in built:
@@ -159,6 +168,7 @@ def _plan_quantization(original: Original, recipe: Recipe, options: BuildOptions
 def _quantization_job(original: Original, plan: _Plan, options: BuildOptions, progress: Progress) -> QuantizationJob:
     """Open the work directory of ``plan``: everything that its bytes depend on is part of its name and its record."""
     sequences = plan.text.sequences
+    arithmetic = arithmetic_on(options.device, options.arithmetic)
     job = {
         "glmexport": __version__,
         "checkpoint": original.checkpoint.digest(progress),
@@ -167,6 +177,7 @@ def _quantization_job(original: Original, plan: _Plan, options: BuildOptions, pr
         # These decide the order in which numbers are added up.
         "threads": options.threads,
         "device": product_name(options.device),
+        "arithmetic": arithmetic.route,
         "batch": [plan.memory.batch_tokens, plan.memory.chunk_weights],
     }
     refuse_differences(options.ranks, _facts(original, job))
@@ -181,6 +192,7 @@ def _quantization_job(original: Original, plan: _Plan, options: BuildOptions, pr
         progress=progress,
         device=options.device,
         ranks=options.ranks,
+        arithmetic=arithmetic,
     )
 
 
@@ -198,17 +210,24 @@ def _quantized_architecture(original: Original, jobs: Sequence[Job]) -> Architec
 
 
 def _quantized(job: QuantizationJob) -> QuantizedModel:
-    with running_on(job.device):
+    with running_on(job.device, job.arithmetic):
         return walk(job)
 
 
 def _take_part(job: QuantizationJob) -> None:
     """Do this rank's share of what ``_quantized`` does on rank 0."""
-    with running_on(job.device):
+    with running_on(job.device, job.arithmetic):
         Walk.prepare(job).take_steps()
 
 
-def _write(original: Original, job: Job, model: QuantizedModel, text: CalibrationText, progress: Progress) -> Bundle:
+def _write(
+    original: Original,
+    job: Job,
+    model: QuantizedModel,
+    quantization: QuantizationJob,
+    text: CalibrationText,
+    progress: Progress,
+) -> Bundle:
     """Write the bundle beside its place."""
     partial = partial_of(job.directory)
     if partial.exists():
@@ -228,6 +247,7 @@ def _write(original: Original, job: Job, model: QuantizedModel, text: Calibratio
         largest=LargestActivation(**model.largest._asdict()) if model.largest else None,
         tokenizer_files=original.tokenizer.files,
         cache_text=cache_text(text.sequences),
+        arithmetic=quantization.arithmetic.route,
     )
     return Bundle(partial, write_bundle(partial, contents, progress))
 

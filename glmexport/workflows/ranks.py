@@ -11,7 +11,7 @@ import secrets
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -22,6 +22,7 @@ import torch
 from glmexport.foundation.errors import EXIT_BUG, GlmexportError, InputError, MachineError
 from glmexport.foundation.files import write_atomically
 from glmexport.quantization.ranks import ALONE, RankLost, Ranks
+from glmexport.results.arithmetic import OriginalArithmetic
 
 #: What torchrun sets: the number of this process, how many there are, and the address at which they meet.
 _SET = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -60,6 +61,11 @@ def of_this_rank(device: str, threads: int) -> tuple[str, int]:
     number = os.environ.get("LOCAL_RANK", "0")
     share = max(1, threads // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     return (f"cuda:{number}" if device == "cuda" else device), share
+
+
+def arithmetic_of_all(ranks: Ranks, choose: Callable[[], OriginalArithmetic]) -> OriginalArithmetic:
+    """Return the arithmetic that ``choose`` gives on rank 0, by which all of them compute."""
+    return OriginalArithmetic.model_validate(ranks.decide(lambda: choose().model_dump(mode="json")))
 
 
 @contextmanager
