@@ -27,8 +27,8 @@ release-test: $(INSTALLED)
 
 # A minute each of whatever reads bytes that strangers wrote, with limits of time and memory for each input; what is
 # found is written to build/fuzz.
-FUZZED := manifest report loop genai_config config hazards quantization index safetensors adapter_config tokenizer \
-	tokenizer_config special_tokens chat_template result archive job reference release layout image credentials \
+FUZZED := manifest report loop genai_config config hazards quantization compressed awq index safetensors \
+	adapter_config tokenizer tokenizer_config special_tokens chat_template result archive job reference release layout image credentials \
 	signature tasks corpus site fleet target policy template body
 fuzz: $(INSTALLED)
 	$(BIN)/pip install --quiet --disable-pip-version-check "atheris>=3,<4"

@@ -1,10 +1,16 @@
-"""Checkpoints of any shape with random weights, written tensor by tensor: nothing larger than a tensor is in memory."""
+"""Checkpoints of any shape with random weights, written tensor by tensor: nothing larger than a tensor is in memory.
+
+    python -m benchmarks.synthetic CHECKPOINT ...
+
+gives the tokenizer of each a token for every row of its model: noise of a published model's size is refused without.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +35,9 @@ def write_synthetic(directory: Path, config: dict[str, Any], seed: int = 0) -> N
         if file.name not in ("config.json", "model.safetensors", "README.md"):
             shutil.copyfile(file, directory / file.name)
     base = json.loads((demo_checkpoint() / "config.json").read_text(encoding="utf-8"))
+    vocabulary = config.get("vocab_size", base["vocab_size"])
+    if vocabulary != base["vocab_size"]:
+        widen_tokenizer(directory, vocabulary, _first(config.get("eos_token_id")))
     kind = config.get("model_type", "glm4")
     if kind != "glm4":
         # Sizes of heads, rotary settings and biases are the family's own.
@@ -36,6 +45,7 @@ def write_synthetic(directory: Path, config: dict[str, Any], seed: int = 0) -> N
     settings = AutoConfig.for_model(**{"model_type": kind, **base, **config})
     settings.dtype = torch.bfloat16
     settings.save_pretrained(directory)
+    fill_tokenizer(directory, settings.vocab_size)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(settings)
     generator = torch.Generator().manual_seed(seed)
@@ -60,6 +70,63 @@ def write_synthetic(directory: Path, config: dict[str, Any], seed: int = 0) -> N
         weight_map |= dict.fromkeys(keys, name)
     index_file = directory / "model.safetensors.index.json"
     index_file.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}), encoding="utf-8")
+
+
+def fill_tokenizer(directory: Path, rows: int | None = None) -> int:
+    """Give the tokenizer in ``directory`` a token for each of ``rows``, or of the vocab_size of config.json.
+
+    The new ones are written by no text: it keeps its tokens, their ids, and what it makes of any text. Noise of a
+    published model's size can so be built and asked with a small tokenizer. Returns how many were added.
+    """
+    path = directory / "tokenizer.json"
+    described = json.loads(path.read_text(encoding="utf-8"))
+    if rows is None:
+        rows = int(json.loads((directory / "config.json").read_text(encoding="utf-8"))["vocab_size"])
+    vocabulary: dict[str, int] = described["model"]["vocab"]
+    # An added token that the vocabulary lacks has its id counted from the vocabulary's end, which moves here.
+    vocabulary |= {token["content"]: token["id"] for token in described["added_tokens"]}
+    free = sorted(set(range(rows)) - set(vocabulary.values()))
+    if not free:
+        return 0
+    vocabulary |= {f"<unused {token}>": token for token in free}
+    path.write_text(json.dumps(described, ensure_ascii=False), encoding="utf-8")
+    return len(free)
+
+
+def widen_tokenizer(folder: Path, vocabulary: int, first_special: int | None = None) -> None:
+    """Give the demo's tokenizer in ``folder`` as many tokens as the model has rows.
+
+    Those that are added stand for no text. The special ones keep their order and come last; if ``first_special`` is
+    given, they begin there, as ``<|endoftext|>`` does in every GLM, and the few rows after them have no token.
+
+    Raises:
+        ValueError: the tokenizer has too many tokens for that.
+    """
+    path = folder / "tokenizer.json"
+    document = json.loads(path.read_text(encoding="utf-8"))
+    tokens, special = document["model"]["vocab"], document["added_tokens"]
+    first = vocabulary - len(special) if first_special is None else first_special
+    if first < len(tokens) or first + len(special) > vocabulary:
+        raise ValueError(f"{len(tokens)} tokens and {len(special)} special ones do not fit {vocabulary} rows")
+    moved = {token["id"]: first + index for index, token in enumerate(special)}
+    tokens |= {f"<unused {row}>": row for row in range(len(tokens), first)}
+    for token in special:
+        token["id"] = moved[token["id"]]
+    path.write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
+    for name in ("tokenizer_config.json", "generation_config.json"):
+        settings = json.loads((folder / name).read_text(encoding="utf-8"))
+        if "added_tokens_decoder" in settings:
+            named = settings["added_tokens_decoder"]
+            settings["added_tokens_decoder"] = {str(moved[int(key)]): token for key, token in named.items()}
+        for key in ("eos_token_id", "pad_token_id"):
+            if key in settings:
+                given = settings[key]
+                settings[key] = [moved[each] for each in given] if isinstance(given, list) else moved[given]
+        (folder / name).write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")
+
+
+def _first(ids: list[int] | int | None) -> int | None:
+    return ids[0] if isinstance(ids, list) else ids
 
 
 def _published(model: torch.nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -89,3 +156,8 @@ def _random(key: str, shape: tuple[int, ...], generator: torch.Generator) -> tor
 def _spread(key: str, shape: tuple[int, ...]) -> float:
     # Router logits of order one, so that experts differ in how often they are chosen.
     return 1 / math.sqrt(shape[-1]) if key.endswith("mlp.gate.weight") else 0.02
+
+
+if __name__ == "__main__":
+    for folder in sys.argv[1:]:
+        print(f"{folder}: {fill_tokenizer(Path(folder)):,} tokens added")

@@ -29,6 +29,7 @@ from glmexport.foundation.host import CPU_PROVIDER
 from glmexport.foundation.progress import Progress, Silent
 from glmexport.foundation.recipe import open_recipe
 from glmexport.foundation.target import open_target
+from glmexport.reference.arithmetic_choice import choose_arithmetic
 from glmexport.validation.conditions import ValidationPlan
 from glmexport.validation.runtimes import Memory, Round, RuntimeRequest
 from glmexport.validation.speed import MeasurementTurns
@@ -140,9 +141,10 @@ def build(
 
     Only bundles that this machine can run.
 
-    Speed is measured only if ``measure`` asks for it.
+    Speed is measured only if ``measure`` asks for it. The arithmetic is the command line's, if none is given.
     """
     progress = progress or Silent()
+    options.setdefault("arithmetic", choose_arithmetic("auto", THREADS, Silent()))
     original = Original.open(str(checkpoint), progress)
     jobs = [
         Job(open_target(name), open_recipe(str(recipe)), output if len(targets) == 1 else output / Path(name).stem)

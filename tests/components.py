@@ -9,7 +9,8 @@ import onnxruntime
 import pytest
 
 from glmexport.devices.emulated import default_sysroot, prepare
-from glmexport.devices.web_runtime import ARCHIVE, cache_folder, web_runtime
+from glmexport.devices.web_runtime import ARCHIVE, web_runtime
+from glmexport.foundation.cache import cache_folder
 from glmexport.foundation.errors import MachineError
 from glmexport.foundation.progress import Silent
 

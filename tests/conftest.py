@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import psutil
 import pytest
 from hypothesis import HealthCheck, settings
+
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    # What a command measures on a machine that runs tests is no user's; all processes of a run have the same.
+    _state = tempfile.TemporaryDirectory()
+    atexit.register(_state.cleanup)
+    os.environ["XDG_STATE_HOME"] = _state.name
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

@@ -41,12 +41,18 @@ class SpecialTokens:
                 file.optional_integer(key, minimum=0, maximum=last)
             if file.has(_END):
                 file.integers(_END, minimum=0, maximum=last)
-        deciding = generation if generation is not None and generation.has(_END) else config
+        deciding = ending(checkpoint)
         ends = deciding.integers(_END, minimum=0, maximum=last) if deciding.has(_END) else ()
         if not ends:
             raise _endless(deciding)
         fill = config.optional_integer(_FILL)
         return cls(config.optional_integer(_BEGIN), ends, ends[0] if fill is None else fill)
+
+
+def ending(checkpoint: Checkpoint) -> ConfigReader:
+    """Return the file that names the end tokens: as in transformers generation_config.json, if it does."""
+    generation = checkpoint.generation_config
+    return generation if generation is not None and generation.has(_END) else checkpoint.config
 
 
 def _endless(config: ConfigReader) -> CheckpointError:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -147,13 +149,21 @@ class BundleWeights:
     def _tensor(self, name: str) -> Tensor:
         value = self._initializers[name].const_value
         assert value is not None
-        array, dtype = value.numpy(), value.dtype
-        # numpy has these types from another library, and torch does not accept them.
-        if dtype is ir.DataType.BFLOAT16:
-            return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
-        if dtype in (ir.DataType.INT4, ir.DataType.UINT4):
-            return torch.from_numpy(array.astype(np.int8 if dtype is ir.DataType.INT4 else np.uint8))
-        return torch.from_numpy(array.copy())
+        tensor = _copied(value.numpy(), value.dtype)
+        if isinstance(value, ir.ExternalTensor):
+            # It would keep a mapping of its whole file with an open descriptor, and what it took apart of 4-bit codes.
+            value.release()
+        return tensor
+
+
+def _copied(array: NDArray[Any], dtype: ir.DataType) -> Tensor:
+    """Return the numbers of an array of that type in memory of their own."""
+    # numpy has these types from another library, and torch does not accept them.
+    if dtype is ir.DataType.BFLOAT16:
+        return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
+    if dtype in (ir.DataType.INT4, ir.DataType.UINT4):
+        return torch.from_numpy(array.astype(np.int8 if dtype is ir.DataType.INT4 else np.uint8))
+    return torch.from_numpy(array.copy())
 
 
 @dataclass(frozen=True)

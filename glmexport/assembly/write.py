@@ -71,6 +71,8 @@ class BundleContents:
     tokenizer_files: Sequence[Path] = ()
     #: Token ids that the scales of a quantized cache are calibrated on.
     cache_text: Sequence[Sequence[int]] = ()
+    #: The name of the route by which quantization computed products of fp32 matrices; None: nothing was computed.
+    arithmetic: str | None = None
 
 
 def write_bundle(directory: Path, contents: BundleContents, progress: Progress) -> Manifest:
@@ -159,6 +161,7 @@ def _manifest(
         draft=_draft(architecture, weights, tuple(contents.draft_records), graphs),
         # Other types hold every number that the original's does.
         largest_activation=contents.largest if contents.target.graph.activations == "float16" else None,
+        arithmetic=contents.arithmetic,
         files=list_files(directory),
     )
 

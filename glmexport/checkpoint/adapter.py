@@ -15,8 +15,9 @@ from glmexport.checkpoint.header import TensorEntry, read_header
 from glmexport.checkpoint.low_rank import LowRank
 from glmexport.checkpoint.snapshot import Snapshot
 from glmexport.checkpoint.source import refuse_hazards, resolve
+from glmexport.foundation.digests import files_digest, forget_digests
 from glmexport.foundation.errors import CheckpointError
-from glmexport.foundation.files import contained, files_digest, listed, optional, source_name
+from glmexport.foundation.files import contained, listed, optional, source_name
 from glmexport.foundation.progress import Progress
 from glmexport.tokenizer.tokenizer import tokenizer_files
 
@@ -103,9 +104,17 @@ class Adapter:
             MachineError: a file cannot be read.
         """
         if self._digest is None:
-            files = [self.path / ADAPTER_CONFIG, self.path / ADAPTER_WEIGHTS]
-            self._digest = files_digest(self.path, files, "Digest of the adapter", progress)
+            self._digest = files_digest(self.path, self._files, "Digest of the adapter", progress)
         return self._digest
+
+    def forget_digest(self) -> None:
+        """Have the next digest read every byte; raises as ``Checkpoint.forget_digest`` does."""
+        self._digest = None
+        forget_digests(self._files)
+
+    @property
+    def _files(self) -> tuple[Path, ...]:
+        return self.path / ADAPTER_CONFIG, self.path / ADAPTER_WEIGHTS
 
     def refuse_changes(self) -> None:
         """Check that its files are what they were; raises as ``Checkpoint.refuse_changes`` does."""

@@ -12,20 +12,22 @@ from typing import TYPE_CHECKING
 
 from glmexport.checkpoint.adapter import Adapter
 from glmexport.checkpoint.adapter_config import refuse_adapter
+from glmexport.checkpoint.codes import CodedMatrix, CodeFormat, Codes
 from glmexport.checkpoint.config import ConfigReader
-from glmexport.checkpoint.derived import DerivedMatrix, packed_weights, scaled_weights, stack
+from glmexport.checkpoint.derived import DerivedMatrix, stack
 from glmexport.checkpoint.fold import Fold
-from glmexport.checkpoint.gptq import QUANTIZE_CONFIG, GptqFormat, read_settings
+from glmexport.checkpoint.gptq import QUANTIZE_CONFIG
 from glmexport.checkpoint.header import TensorEntry
 from glmexport.checkpoint.index import read_index
-from glmexport.checkpoint.layouts import refuse_gguf, refuse_layouts
-from glmexport.checkpoint.packed import Codes, PackedMatrix, find_matrices
-from glmexport.checkpoint.parts import BlockScaled, StackedMatrix, block_scaled, block_size
+from glmexport.checkpoint.layouts import refuse_gguf
+from glmexport.checkpoint.parts import StackedMatrix
 from glmexport.checkpoint.shards import Shards, is_finite
 from glmexport.checkpoint.snapshot import Snapshot
 from glmexport.checkpoint.source import DEMO, refuse_hazards, resolve
+from glmexport.checkpoint.stored_weights import StoredWeights
+from glmexport.foundation.digests import files_digest, forget_digests
 from glmexport.foundation.errors import CheckpointError
-from glmexport.foundation.files import contained, files_digest, optional, source_name
+from glmexport.foundation.files import contained, optional, source_name
 from glmexport.foundation.progress import Progress
 from glmexport.tokenizer.tokenizer import tokenizer_files
 
@@ -48,9 +50,10 @@ class Checkpoint:
         generation_config: ``generation_config.json``, or None where there is none.
         shards: The safetensors files of the checkpoint itself, by name.
         tensors: Every tensor by name. Those that the adapter replaces are where the adapter has them. A matrix that
-            is stored in the GPTQ format is listed as the weight that it stands for, with the dtype ``GPTQ``, and what
-            it is packed into is not listed.
-        quantized: Stored format of every such matrix, by the name of its weight; empty for full precision.
+            is stored quantized is listed as the weight that it stands for, with the dtype ``GPTQ`` for one in that
+            format, and what it is packed into is not listed.
+        quantized: Stored format of every matrix whose codes a bundle can keep, by the name of its weight.
+        stored: How the checkpoint's own files are quantized.
         absent: Names that the index gives and no file has.
         adapter: What is merged into the tensors while they are read, or None.
         folds: Scales that are moved between tensors while they are read, by the name of the tensor.
@@ -66,6 +69,7 @@ class Checkpoint:
         adapter: Adapter | None = None,
         derived: Mapping[str, DerivedMatrix] | None = None,
         absent: frozenset[str] = frozenset(),
+        stored: StoredWeights | None = None,
         *,
         snapshot: Snapshot,
     ) -> None:
@@ -76,16 +80,17 @@ class Checkpoint:
         self.adapter = adapter
         self._snapshot = snapshot
         self.absent = absent
+        self.stored = stored or StoredWeights()
         self._plain = dict(tensors)
         self._derived = dict(derived or {})
-        stored = [entry for matrix in self._derived.values() for entry in matrix.stored]
-        own = {entry.path for entry in (*self._plain.values(), *stored)}
+        inside = [entry for matrix in self._derived.values() for entry in matrix.stored]
+        own = {entry.path for entry in (*self._plain.values(), *inside)}
         self.shards = sorted(own - {entry.path for entry in (adapter.replaced.values() if adapter else ())})
         listed = {name: matrix.entry for name, matrix in self._derived.items()}
         # What an adapter replaces may be part of a derived matrix by now.
         replaced = {key: entry for key, entry in (adapter.replaced if adapter else {}).items() if key in self._plain}
         self.tensors = MappingProxyType({**self._plain, **listed, **replaced})
-        self.quantized: Mapping[str, GptqFormat] = MappingProxyType(
+        self.quantized: Mapping[str, CodeFormat] = MappingProxyType(
             {name: matrix.form for name, matrix in self._derived.items() if matrix.form}
         )
         self._shards = Shards({*self.shards, *(entry.path for entry in (adapter.entries if adapter else ()))})
@@ -120,18 +125,15 @@ class Checkpoint:
         generation_config = None if generation_path is None else ConfigReader.open(generation_path)
         name = DEMO if source == DEMO else source_name(path)
         tensors, absent = read_index(path, progress)
-        refuse_layouts(path, config, tensors)
-        block = block_size(config)
-        if block is None:
-            derived = packed_weights(find_matrices(tensors, read_settings(path, config), path))
-        else:
-            derived = scaled_weights(block_scaled(tensors, block))
-        inside = {entry.name for matrix in derived.values() for entry in matrix.stored}
+        stored = StoredWeights.find(path, config, tensors, progress)
+        inside = {entry.name for matrix in stored.matrices.values() for entry in matrix.stored} | stored.aside
         plain = {key: entry for key, entry in tensors.items() if key not in inside}
-        base = cls(path, name, config, generation_config, plain, derived=derived, absent=absent, snapshot=snapshot)
+        base = cls(
+            path, name, config, generation_config, plain, None, stored.matrices, absent, stored, snapshot=snapshot
+        )
         if adapter is None:
             return base
-        if derived:
+        if stored.matrices:
             raise CheckpointError(
                 f"{name} is quantized, and codes cannot take up the adapter {adapter}.",
                 next_step="Give the full-precision checkpoint that the adapter was trained on.",
@@ -172,6 +174,7 @@ class Checkpoint:
             self.adapter,
             derived,
             self.absent,
+            self.stored,
             snapshot=self._snapshot,
         )
 
@@ -199,6 +202,7 @@ class Checkpoint:
             self._plain,
             derived=self._derived,
             absent=self.absent,
+            stored=self.stored,
             snapshot=self._snapshot,
         )
 
@@ -218,10 +222,14 @@ class Checkpoint:
         return frozenset(self._derived)
 
     @property
-    def scaled(self) -> bool:
-        """Whether any matrix is stored as fp8 numbers with a factor a block."""
-        parts = (part for matrix in self._derived.values() for part in matrix.parts)
-        return any(isinstance(part, BlockScaled) for part in parts)
+    def coded(self) -> bool:
+        """Whether the checkpoint's own files hold integer codes, which a bundle keeps if it can."""
+        return self.stored.inexact is not None or bool(self.quantized)
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """The short names of what quantized matrices are stored as, by the name of their weight."""
+        return {name: "+".join(sorted(matrix.labels)) for name, matrix in self._derived.items() if matrix.labels}
 
     @property
     def parameters(self) -> int:
@@ -287,40 +295,43 @@ class Checkpoint:
             CheckpointError: the stored values cannot be used, or the file changed since it was opened.
             MachineError: the file cannot be read, or there is not enough memory.
         """
-        import torch
-
         decoded = []
         for part, begin, end in self._derived[name].slabs(start, stop):
-            assert isinstance(part, PackedMatrix)
-            self._shards.refuse_changed(*part.entries)
-            decoded.append(part.decode(begin, end))
-        return Codes(*(torch.cat([getattr(rows, field) for rows in decoded]) for field in vars(decoded[0])))
+            assert isinstance(part, CodedMatrix)
+            decoded.append(part.read_codes(self._shards, begin, end))
+        return Codes.concatenate(decoded)
 
     def digest(self, progress: Progress | None = None) -> str:
         """Return ``sha256:`` and the digest of the checkpoint's content, whatever directory it lies in.
 
         It is the SHA-256 of one line ``NAME\\tBYTES\\tSHA256\\n`` a file, in order of name: the shards,
-        ``config.json``, ``generation_config.json``, the tokenizer's files and the chat templates. Files are
-        read once; the result is kept. With an adapter it is the SHA-256 of the line ``BASE\\tADAPTER\\n`` of the
-        digests of the two.
+        ``config.json``, ``generation_config.json``, the tokenizer's files and the chat templates. Files are read
+        once; the result is kept, and what a shard gives is kept between commands (see ``foundation/digests``). With
+        an adapter it is the SHA-256 of the line ``BASE\\tADAPTER\\n`` of the digests of the two.
 
         Raises:
             CheckpointError: a file changed since the checkpoint was opened, or vanished.
             MachineError: a file cannot be read.
         """
         if self._digest is None:
-            files = {*self.shards, self.path / CONFIG, *tokenizer_files(self.path)}
-            if self.generation_config is not None:
-                files.add(self.path / GENERATION_CONFIG)
-            if self.quantized and (self.path / QUANTIZE_CONFIG).is_file():
-                files.add(self.path / QUANTIZE_CONFIG)
-            digest = files_digest(self.path, files, "Digest of the checkpoint", progress)
+            digest = files_digest(self.path, self._files(), "Digest of the checkpoint", progress)
             if self.adapter is not None:
                 both = f"{digest}\t{self.adapter.digest(progress)}\n"
                 digest = f"sha256:{hashlib.sha256(both.encode()).hexdigest()}"
             self.refuse_changes()
             self._digest = digest
         return self._digest
+
+    def forget_digest(self) -> None:
+        """Have the next digest read every byte, whatever is kept of an earlier one.
+
+        Raises:
+            MachineError: what is kept cannot be removed.
+        """
+        self._digest = None
+        forget_digests(self._files())
+        if self.adapter is not None:
+            self.adapter.forget_digest()
 
     def refuse_changes(self) -> None:
         """Check that its files, and those of its adapter, are what they were when it was opened.
@@ -334,6 +345,15 @@ class Checkpoint:
         self._snapshot.refuse_changes(self.shards)
         if self.adapter is not None:
             self.adapter.refuse_changes()
+
+    def _files(self) -> set[Path]:
+        """Return the files that the digest is of."""
+        files = {*self.shards, self.path / CONFIG, *tokenizer_files(self.path)}
+        if self.generation_config is not None:
+            files.add(self.path / GENERATION_CONFIG)
+        if self.quantized and (self.path / QUANTIZE_CONFIG).is_file():
+            files.add(self.path / QUANTIZE_CONFIG)
+        return files
 
     def _entry(self, name: str) -> TensorEntry:
         if name in self.tensors:
@@ -355,13 +375,10 @@ class Checkpoint:
         rows = torch.empty(stop - start, matrix.entry.shape[1], dtype=dtype or torch.float32)
         filled = 0
         for part, begin, end in matrix.slabs(start, stop):
-            if isinstance(part, PackedMatrix):
-                self._shards.refuse_changed(*part.entries)
-                slab = part.dequantize(begin, end)
-            elif isinstance(part, StackedMatrix | BlockScaled):
-                slab = part.read(self._shards, begin, end)
-            else:
+            if isinstance(part, TensorEntry):
                 slab = self._read(part, part.name, dtype, slice(begin, end))
+            else:
+                slab = part.read(self._shards, begin, end)
             rows[filled : filled + len(slab)] = slab
             filled += len(slab)
         return rows

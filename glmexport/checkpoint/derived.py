@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from glmexport.checkpoint.gptq import GptqFormat
+from glmexport.checkpoint.codes import CodedMatrix, CodeFormat
 from glmexport.checkpoint.header import TensorEntry
-from glmexport.checkpoint.packed import PackedMatrix
-from glmexport.checkpoint.parts import BlockScaled, StackedMatrix
+from glmexport.checkpoint.parts import ScaledMatrix, StackedMatrix
 from glmexport.foundation.errors import CheckpointError
 
-GPTQ = "GPTQ"
 _SLAB_WEIGHTS = 1 << 24
 
 #: A source that rows can be read from.
-Part = TensorEntry | PackedMatrix | StackedMatrix | BlockScaled
+Part = TensorEntry | CodedMatrix | StackedMatrix | ScaledMatrix
 
 
 @dataclass(frozen=True)
@@ -24,12 +22,19 @@ class DerivedMatrix:
 
     name: str
     parts: tuple[Part, ...]
+    #: Whether a bundle can keep its codes, where it has any.
+    kept: bool = True
 
     @property
-    def form(self) -> GptqFormat | None:
-        """The format that all parts are stored in; None for full precision."""
+    def form(self) -> CodeFormat | None:
+        """The format that all parts are stored in; None where there are no codes to keep."""
         first = self.parts[0]
-        return first.form if isinstance(first, PackedMatrix) else None
+        return first.form if isinstance(first, CodedMatrix) and self.kept else None
+
+    @property
+    def labels(self) -> set[str]:
+        """The short names of how its parts are quantized; empty for full precision."""
+        return {part.label for part in self.parts if isinstance(part, CodedMatrix | ScaledMatrix)}
 
     @property
     def stored(self) -> tuple[TensorEntry, ...]:
@@ -42,9 +47,9 @@ class DerivedMatrix:
     def entry(self) -> TensorEntry:
         """The entry by which the checkpoint lists it: its shape as a weight, its bytes as stored."""
         first = self.parts[0]
-        dtype = GPTQ if isinstance(first, PackedMatrix) else first.dtype
+        dtype = first.layout if isinstance(first, CodedMatrix) else first.dtype
         columns = first.shape[1] if isinstance(first, TensorEntry) else first.columns
-        rows, size = sum(map(_rows, self.parts)), sum(map(_bytes, self.parts))
+        rows, size = sum(map(_rows, self.parts)), sum(part.bytes for part in self.parts)
         return TensorEntry(self.name, dtype, (rows, columns), 0, size, self.stored[0].path)
 
     def slabs(self, start: int, stop: int) -> Iterator[tuple[Part, int, int]]:
@@ -56,17 +61,6 @@ class DerivedMatrix:
             for row in range(begin, end, height):
                 yield part, row, min(row + height, end)
             first += _rows(part)
-
-
-def packed_weights(matrices: Mapping[str, PackedMatrix]) -> dict[str, DerivedMatrix]:
-    """Return each quantized matrix under the name that its weight has in full precision."""
-    weights = (DerivedMatrix(f"{module}.weight", (matrix,)) for module, matrix in matrices.items())
-    return {weight.name: weight for weight in weights}
-
-
-def scaled_weights(matrices: Mapping[str, BlockScaled]) -> dict[str, DerivedMatrix]:
-    """Return each fp8 matrix under the name of its weight."""
-    return {name: DerivedMatrix(name, (matrix,)) for name, matrix in matrices.items()}
 
 
 def stack(name: str, parts: Sequence[TensorEntry | DerivedMatrix]) -> DerivedMatrix:
@@ -86,12 +80,9 @@ def stack(name: str, parts: Sequence[TensorEntry | DerivedMatrix]) -> DerivedMat
             next_step="Quantize both in the same format, or leave both out.",
         )
     flat = [piece for part in parts for piece in (part.parts if isinstance(part, DerivedMatrix) else (part,))]
-    return DerivedMatrix(name, tuple(flat))
+    kept = all(part.kept for part in parts if isinstance(part, DerivedMatrix))
+    return DerivedMatrix(name, tuple(flat), kept)
 
 
 def _rows(part: Part) -> int:
     return part.shape[0] if isinstance(part, TensorEntry) else part.rows
-
-
-def _bytes(part: Part) -> int:
-    return sum(entry.bytes for entry in part.entries) if isinstance(part, PackedMatrix) else part.bytes

@@ -7,72 +7,48 @@ The format is that of auto-gptq and of its successor GPTQModel, which optimum an
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from glmexport.checkpoint.codes import GROUP_SIZES, CodeFormat, holds_groups
 from glmexport.checkpoint.config import ConfigReader
+from glmexport.checkpoint.patterns import ModulePatterns
 from glmexport.foundation.errors import CheckpointError
 from glmexport.foundation.files import optional
-from glmexport.foundation.recipe import Format
 
 QUANTIZE_CONFIG = "quantize_config.json"
 
 _SECTION = "quantization_config"
 _BITS = (4, 8)
-#: Scales of wider groups are repeated for several groups of this many weights, which changes no product.
-_SPLIT = 128
-_GROUP_SIZES = (16, 32, 64, 128, 256)
 #: The number that is added to the zero points that each version stores.
 VERSIONS = {"gptq": 1, "gptq_v2": 0}
-
-
-@dataclass(frozen=True)
-class GptqFormat:
-    """The format that one matrix is stored in."""
-
-    bits: int
-    #: Weights that share a scale; -1: all of a row.
-    group_size: int
-    symmetric: bool
-
-    @property
-    def exact(self) -> Format:
-        """The format in which a bundle stores the same codes; where its groups are smaller, scales are repeated."""
-        size = self.group_size if self.group_size in _GROUP_SIZES else _SPLIT
-        return Format.model_validate({"bits": self.bits, "group_size": size, "symmetric": self.symmetric})
-
-    @property
-    def label(self) -> str:
-        """The short name, for example ``w4g128-sym``; ``w4row`` where a row has one scale."""
-        group = "row" if self.group_size == -1 else f"g{self.group_size}"
-        return f"w{self.bits}{group}{'-sym' if self.symmetric else ''}"
 
 
 @dataclass(frozen=True)
 class FormatOverride:
     """An entry of ``dynamic``: module names that ``pattern`` matches have ``form``; None: not quantized."""
 
-    pattern: re.Pattern[str]
-    form: GptqFormat | None
+    pattern: str
+    form: CodeFormat | None
 
 
 @dataclass(frozen=True)
 class GptqSettings:
     """The whole checkpoint's quantization, and the exceptions from it."""
 
-    form: GptqFormat
+    form: CodeFormat
     #: The number that is added to stored zero points; None where the configuration does not give the version.
     zero_point_offset: int | None
     overrides: tuple[FormatOverride, ...]
+    patterns: ModulePatterns
     #: Name of the file, for messages.
     where: str
 
-    def format_of(self, module: str) -> GptqFormat | None:
+    def format_of(self, module: str) -> CodeFormat | None:
         """Return the format of ``module``; None if it is left out. The first override that matches decides."""
         for override in self.overrides:
-            if override.pattern.match(module):
+            if self.patterns.match(override.pattern, module):
                 return override.form
         return self.form
 
@@ -111,25 +87,18 @@ def _settings(table: ConfigReader) -> GptqSettings:
     table.choice("pack_dtype", ("int32",), default="int32")
     overrides = []
     # "dynamic" is GPTQModel's: a regular expression, matched from the start of the module's name, to a table.
-    dynamic = table.section("dynamic") if table.has("dynamic") else None
-    for pattern in dynamic.values if dynamic is not None else ():
-        assert dynamic is not None
-        overrides.append(_override(dynamic, pattern, form))
-    return GptqSettings(form, _zero_point_offset(table), tuple(overrides), table.where)
+    dynamic = table.section("dynamic") if table.has("dynamic") else ConfigReader({}, table.where)
+    patterns = ModulePatterns(dynamic.where)
+    for key in dynamic.values:
+        pattern = key[2:] if key.startswith(("-:", "+:")) else key
+        patterns.add(pattern)
+        overrides.append(
+            FormatOverride(pattern, None if key.startswith("-:") else _form(dynamic.section(key), form))
+        )
+    return GptqSettings(form, _zero_point_offset(table), tuple(overrides), patterns, table.where)
 
 
-def _override(dynamic: ConfigReader, pattern: str, form: GptqFormat) -> FormatOverride:
-    excluded = pattern.startswith("-:")
-    try:
-        compiled = re.compile(pattern[2:] if pattern.startswith(("-:", "+:")) else pattern)
-    except re.error as error:
-        raise CheckpointError(
-            f"{dynamic.where}: {pattern!r} is no regular expression: {error}.", next_step="Correct the file."
-        ) from error
-    return FormatOverride(compiled, None if excluded else _form(dynamic.section(pattern), form))
-
-
-def _form(table: ConfigReader, base: GptqFormat | None) -> GptqFormat:
+def _form(table: ConfigReader, base: CodeFormat | None) -> CodeFormat:
     bits = table.integer("bits", default=base.bits if base else None)
     if bits not in _BITS:
         raise CheckpointError(
@@ -137,14 +106,13 @@ def _form(table: ConfigReader, base: GptqFormat | None) -> GptqFormat:
             next_step="Use a GPTQ checkpoint of one of these, or build from the full-precision checkpoint.",
         )
     group_size = table.integer("group_size", default=base.group_size if base else None)
-    if group_size not in _GROUP_SIZES and group_size != -1 and (group_size <= 0 or group_size % _SPLIT):
+    if not holds_groups(group_size):
         raise CheckpointError(
-            f"{table.where}: group_size is {group_size}; accepted are {', '.join(map(str, _GROUP_SIZES))}, "
-            f"multiples of {_SPLIT}, and -1.",
+            f"{table.where}: group_size is {group_size}; accepted are {GROUP_SIZES}.",
             next_step="Use a GPTQ checkpoint of one of these, or build from the full-precision checkpoint.",
         )
     # Where it is absent, auto-gptq, GPTQModel and transformers all take it for true.
-    return GptqFormat(bits, group_size, table.flag("sym", default=base.symmetric if base else True))
+    return CodeFormat(bits, group_size, table.flag("sym", default=base.symmetric if base else True))
 
 
 def _zero_point_offset(table: ConfigReader) -> int | None:
@@ -176,7 +144,7 @@ def _comparable(settings: GptqSettings) -> Mapping[str, object]:
         "group_size": settings.form.group_size,
         "sym": settings.form.symmetric,
         "checkpoint_format": None if offset is None else names[offset],
-        "dynamic": [(override.pattern.pattern, override.form) for override in settings.overrides],
+        "dynamic": [(override.pattern, override.form) for override in settings.overrides],
     }
 
 

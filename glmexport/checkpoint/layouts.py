@@ -1,7 +1,7 @@
 """The quantization of a checkpoint, recognised from its configuration and tensors; and advice where it is not read.
 
-Two layouts are read here, GPTQ and fp8 with a factor a block. All others are named, so that nobody takes one for
-another: the same keys mean other arithmetic in each.
+Four layouts are read: GPTQ, AWQ, compressed-tensors, and fp8 with a factor a block. All others are named, so that
+nobody takes one for another: the same keys mean other arithmetic in each.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from glmexport.checkpoint.header import WEIGHT_DTYPES, TensorEntry
 from glmexport.foundation.errors import CheckpointError
 from glmexport.foundation.files import optional
 
-GPTQ, FP8 = "GPTQ", "fp8"
-_READ = (GPTQ, FP8)
-_MLX, _BITSANDBYTES, _AUTO_ROUND, _AWQ = "MLX", "bitsandbytes", "AutoRound", "AWQ"
-_COMPRESSED, _MODELOPT, _MXFP4 = "compressed-tensors", "NVIDIA ModelOpt", "MXFP4"
+GPTQ, FP8, AWQ, COMPRESSED = "GPTQ", "fp8", "AWQ", "compressed-tensors"
+_READ = (GPTQ, FP8, AWQ, COMPRESSED)
+_MLX, _BITSANDBYTES, _AUTO_ROUND = "MLX", "bitsandbytes", "AutoRound"
+_MODELOPT, _MXFP4 = "NVIDIA ModelOpt", "MXFP4"
 #: ``quant_method`` without signs, as the libraries write it.
 _METHODS = {
     "gptq": GPTQ,
     "gptqmodel": GPTQ,
     "fp8": FP8,
-    "awq": _AWQ,
+    "awq": AWQ,
     "autoround": _AUTO_ROUND,
     "intelautoround": _AUTO_ROUND,
     "bitsandbytes": _BITSANDBYTES,
-    "compressedtensors": _COMPRESSED,
+    "compressedtensors": COMPRESSED,
     "modelopt": _MODELOPT,
     "modeloptfp4": _MODELOPT,
     "fbgemmfp8": "FBGEMM fp8",
@@ -55,10 +55,10 @@ _KEYS = {
     "_load_in_4bit": _BITSANDBYTES,
     "bnb_4bit_quant_type": _BITSANDBYTES,
     "autoround_version": _AUTO_ROUND,
-    "config_groups": _COMPRESSED,
-    "q_group_size": _AWQ,
-    "w_bit": _AWQ,
-    "zero_point": _AWQ,
+    "config_groups": COMPRESSED,
+    "q_group_size": AWQ,
+    "w_bit": AWQ,
+    "zero_point": AWQ,
     "quant_algo": _MODELOPT,
     "weight_block_size": FP8,
     "nbits": "HQQ",
@@ -68,7 +68,7 @@ _ENDS = {
     ".weight.absmax": _BITSANDBYTES,
     ".weight.quant_map": _BITSANDBYTES,
     ".SCB": _BITSANDBYTES,
-    ".weight_packed": _COMPRESSED,
+    ".weight_packed": COMPRESSED,
     ".weight_scale_2": _MODELOPT,
     "_proj_blocks": _MXFP4,
 }
@@ -112,14 +112,18 @@ def refuse_gguf(directory: Path) -> None:
         )
 
 
-def refuse_layouts(directory: Path, config: ConfigReader, tensors: Mapping[str, TensorEntry]) -> None:
-    """Refuse what is quantized by anything but GPTQ and fp8 in blocks, and an entry that is left over.
+def declared_layout(
+    directory: Path, config: ConfigReader, tensors: Mapping[str, TensorEntry]
+) -> tuple[str | None, list[ConfigReader]]:
+    """Return the layout of quantized weights and the tables that declare it; None if they are in full precision.
 
     Raises:
-        CheckpointError: it is; names the layout, what says so, and what to give instead.
+        CheckpointError: they are quantized by a library whose layout is not read here, or an entry is left over;
+            names the layout, what says so, and what to give instead.
         MachineError: the machine does not let us read a file.
     """
     whole = all(entry.dtype in WEIGHT_DTYPES for entry in tensors.values())
+    read: list[_Declared] = []
     for found in _declared(directory, config):
         if whole and found.ignored:
             continue
@@ -132,15 +136,29 @@ def refuse_layouts(directory: Path, config: ConfigReader, tensors: Mapping[str, 
             )
         if found.layout not in _READ:
             raise _quantized(found.table.where, found.layout)
+        read.append(found)
+    if len({found.layout for found in read}) > 1:
+        raise CheckpointError(
+            f"{read[0].table.where} says {read[0].layout}, and {read[-1].table.where} says {read[-1].layout}.",
+            next_step="Remove the one that does not belong to these weights.",
+        )
+    declared = read[0].layout if read else None
     for name, entry in tensors.items():
         layout = _layout_of(name, entry, tensors)
-        if layout is not None:
+        if layout is not None and layout != declared:
             raise _quantized(f"{entry.path}: {name}", layout)
+    return declared, [found.table for found in read]
 
 
 def _quantized(where: str, layout: str) -> CheckpointError:
+    if layout == COMPRESSED:
+        return CheckpointError(
+            f"{where}: the checkpoint is quantized by {layout}; config.json does not say how.",
+            next_step="Use the config.json that belongs to these weights, which has a quantization_config.",
+        )
     return CheckpointError(
-        f"{where}: the checkpoint is quantized by {layout}; accepted are full precision, GPTQ and fp8 in blocks.",
+        f"{where}: the checkpoint is quantized by {layout}; accepted are full precision, GPTQ, AWQ, compressed-tensors "
+        "and fp8 in blocks.",
         next_step=_NEXT.get(layout, f"{_FULL}, or one in the GPTQ format."),
     )
 

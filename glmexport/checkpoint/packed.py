@@ -14,39 +14,38 @@ so that a zero point of 0, stored as all ones, comes back.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from glmexport.checkpoint.gptq import QUANTIZE_CONFIG, VERSIONS, GptqFormat, GptqSettings
+from glmexport.checkpoint.codes import (
+    WORD_BITS,
+    CodedMatrix,
+    CodeFormat,
+    Codes,
+    read_each,
+    read_entry,
+    unpacked,
+)
+from glmexport.checkpoint.gptq import QUANTIZE_CONFIG, VERSIONS, GptqSettings
 from glmexport.checkpoint.header import TensorEntry
-from glmexport.checkpoint.reading import reading_errors
 from glmexport.foundation.errors import CheckpointError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 QWEIGHT = ".qweight"
-_WORD_BITS = 32
 _AGAIN = "Download the checkpoint again, or quantize the model again."
 
 
 @dataclass(frozen=True)
-class Codes:
-    """Rows of a matrix as stored: ``codes`` [n, K] uint8, ``scales`` [n, G] fp16, ``zero_points`` [n, G] uint8."""
+class PackedMatrix(CodedMatrix):
+    """One matrix [rows, columns] in the GPTQ format."""
 
-    codes: Tensor
-    scales: Tensor
-    zero_points: Tensor
-
-
-@dataclass(frozen=True)
-class PackedMatrix:
-    """One quantized matrix [rows, columns] of a checkpoint."""
-
+    layout: ClassVar[str] = "GPTQ"
     module: str
-    form: GptqFormat
+    form: CodeFormat
     #: The number that is added to stored zero points.
     offset: int
     rows: int
@@ -62,37 +61,20 @@ class PackedMatrix:
         return (self.qweight, self.qzeros, self.scales, *((self.g_idx,) if self.g_idx else ()))
 
     @property
-    def span(self) -> int:
-        """The number of inputs that share a stored scale."""
-        return self.columns if self.form.group_size == -1 else self.form.group_size
+    def scale_entry(self) -> TensorEntry:
+        """The scales [G, rows]."""
+        return self.scales
 
-    def decode(self, start: int, stop: int) -> Codes:
-        """Return rows [start, stop), with the scales of wide groups repeated for groups of ``form.exact.group_size``.
+    def stored_rows(self, start: int, stop: int) -> Codes:
+        """Return rows [start, stop) by stored group.
 
         Raises:
-            CheckpointError: a scale is not finite, or the format is symmetric and a zero point is not its middle.
+            CheckpointError: the format is symmetric and a zero point is not its middle.
             MachineError: a shard cannot be read, or there is not enough memory.
         """
-        import torch
-
-        bits, fields = self.form.bits, _WORD_BITS // self.form.bits
-        mask = 2**bits - 1
-        words = read_entry(self.qweight, slice(start, stop))
-        codes = torch.empty(len(words), fields, stop - start, dtype=torch.uint8)
-        for field in range(fields):
-            # A shift of a negative word repeats its sign, which the mask cuts off.
-            codes[:, field] = (words >> (bits * field)) & mask
-        scales = read_entry(self.scales, slice(start, stop))
-        if not bool(scales.isfinite().all()):
-            raise CheckpointError(
-                f"{self.scales.path}: tensor {self.scales.name!r} has values that are not finite.", next_step=_AGAIN
-            )
-        repeats = torch.arange(0, self.columns, self.form.exact.group_size) // self.span
-        return Codes(
-            codes.reshape(-1, stop - start)[: self.columns].T.contiguous(),
-            scales[repeats].T.contiguous(),
-            self.zero_points(start, stop)[repeats].T.contiguous(),
-        )
+        rows = slice(start, stop)
+        codes = unpacked(read_entry(self.qweight, columns=rows), self.form.bits, axis=0)[: self.columns]
+        return Codes(codes.T, read_entry(self.scales, columns=rows).T, self.zero_points(start, stop).T)
 
     def zero_points(self, start: int, stop: int) -> Tensor:
         """Return the zero points [G, stop - start] uint8 of the stored groups; raises as ``decode`` does."""
@@ -121,41 +103,12 @@ class PackedMatrix:
                 return offset
         return None
 
-    def dequantize(self, start: int, stop: int) -> Tensor:
-        """Return rows [start, stop) as fp32, exactly: an integer times an fp16 value needs 19 bits at most."""
-        decoded = self.decode(start, stop)
-        size = self.form.exact.group_size
-
-        def spread(per_group: Tensor) -> Tensor:
-            return per_group.float().repeat_interleave(size, 1)[:, : self.columns]
-
-        return (decoded.codes.float() - spread(decoded.zero_points)).mul_(spread(decoded.scales))
-
-    def refuse_reordered(self) -> None:
-        """Check that every input belongs to the group of its position.
-
-        Raises:
-            CheckpointError: it does not (act-order), and no bundle can hold that exactly.
-            MachineError: the shard cannot be read.
-        """
-        import torch
-
-        if self.g_idx is None:
-            return
-        if not torch.equal(read_entry(self.g_idx).long(), torch.arange(self.columns) // self.span):
-            raise CheckpointError(
-                f"{self.g_idx.path}: {self.g_idx.name} assigns inputs to groups out of order (act-order, desc_act); "
-                "a bundle stores groups of consecutive inputs only.",
-                next_step="Quantize with desc_act=False (GPTQModel's act_group_aware keeps most of its gain), or build "
-                "from the full-precision checkpoint.",
-            )
-
     def _zero_points(self, start: int, stop: int, offset: int) -> Tensor:
         import torch
 
-        bits, fields = self.form.bits, _WORD_BITS // self.form.bits
+        bits, fields = self.form.bits, WORD_BITS // self.form.bits
         first = start // fields
-        words = read_entry(self.qzeros, slice(first, -(-stop // fields))).long()
+        words = read_entry(self.qzeros, columns=slice(first, -(-stop // fields))).long()
         one_in_each = sum(1 << (bits * field) for field in range(fields))
         words = (words + offset * one_in_each) & 0xFFFFFFFF
         shifts = torch.arange(fields) * bits
@@ -164,14 +117,27 @@ class PackedMatrix:
         return zero_points
 
 
-def read_entry(entry: TensorEntry, columns: slice | None = None) -> Tensor:
-    """Return a stored tensor, or some of its columns, in its own dtype and in memory of its own."""
-    from safetensors import safe_open
+def refuse_reordered(groups: Collection[tuple[TensorEntry, int]]) -> None:
+    """Check that every input belongs to the group of its position.
 
-    with reading_errors(entry), safe_open(entry.path, framework="pt", device="cpu") as shard:
-        stored = shard.get_tensor(entry.name) if columns is None else shard.get_slice(entry.name)[:, columns]
-        tensor: Tensor = stored.clone()
-        return tensor
+    Args:
+        groups: The group of every input as stored, and the number of inputs in a group.
+
+    Raises:
+        CheckpointError: one does not (act-order), and no bundle can hold that exactly.
+        MachineError: a shard cannot be read.
+    """
+    import torch
+
+    spans = {entry.name: span for entry, span in groups}
+    for entry, stored in read_each(entry for entry, _ in groups):
+        if not torch.equal(stored.long(), torch.arange(len(stored)) // spans[entry.name]):
+            raise CheckpointError(
+                f"{entry.path}: {entry.name} assigns inputs to groups out of order (act-order, desc_act); "
+                "a bundle stores groups of consecutive inputs only.",
+                next_step="Quantize with desc_act=False (GPTQModel's act_group_aware keeps most of its gain), or build "
+                "from the full-precision checkpoint.",
+            )
 
 
 def find_matrices(
@@ -213,8 +179,7 @@ def find_matrices(
     matrices = {module: _matrix(module, tensors, settings, offset) for module in modules}
     first = matrices[modules[0]]
     first.zero_points(0, first.rows)
-    for matrix in matrices.values():
-        matrix.refuse_reordered()
+    refuse_reordered([(matrix.g_idx, matrix.span) for matrix in matrices.values() if matrix.g_idx])
     return matrices
 
 
@@ -238,7 +203,7 @@ def _matrix(module: str, tensors: Mapping[str, TensorEntry], settings: GptqSetti
         )
     if len(qweight.shape) != 2:
         raise _unexpected(qweight, "two axes")
-    fields = _WORD_BITS // form.bits
+    fields = WORD_BITS // form.bits
     rows = qweight.shape[1]
     columns = g_idx.shape[0] if g_idx is not None and len(g_idx.shape) == 1 else qweight.shape[0] * fields
     groups = 1 if form.group_size == -1 else -(-columns // form.group_size)

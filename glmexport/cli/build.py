@@ -12,6 +12,7 @@ import click
 from glmexport.cli.console import Terminal, emit
 from glmexport.cli.options import (
     adapter_option,
+    arithmetic_option,
     budget_options,
     bundle_threads,
     checkpoint_argument,
@@ -21,18 +22,22 @@ from glmexport.cli.options import (
     json_option,
     memory_option,
     policy_option,
+    rehash_option,
     tasks_option,
     threads_option,
 )
+from glmexport.report.arithmetic import brief_arithmetic
 from glmexport.report.text import brief_duration, brief_size
 
 if TYPE_CHECKING:
     from glmexport.foundation.recipe import Recipe
+    from glmexport.reference.arithmetic_choice import Wanted
 
 
 @click.command()
 @checkpoint_argument
 @adapter_option
+@rehash_option
 @click.option(
     "--target", "target_names", multiple=True, default=("host",), show_default=True,
     help="What the bundle is for: a name from 'glmexport targets list', a .toml file, or host. May be repeated.",
@@ -51,11 +56,13 @@ if TYPE_CHECKING:
 @full_text_option
 @tasks_option
 @threads_option
+@arithmetic_option
 @click.option("--force", is_flag=True, help="Replace a bundle that exists.")
 @json_option
 def build(
     checkpoint: str,
     adapter: str | None,
+    rehash: bool,
     target_names: tuple[str, ...],
     recipe: str | None,
     size: int | None,
@@ -70,6 +77,7 @@ def build(
     full_text: bool,
     task_files: tuple[Path, ...],
     threads: int,
+    wanted_arithmetic: Wanted,
     force: bool,
     as_json: bool,
 ) -> int:
@@ -78,10 +86,10 @@ def build(
     CHECKPOINT is a directory, a hub id (owner/name), or demo. Finished decoder blocks are kept until the build is done:
     after an interruption the same command goes on where it stopped.
     """
-    import torch
-
     from glmexport.cli.verdict import exit_code, show, show_unrun
     from glmexport.foundation.target import open_policy, open_target
+    from glmexport.reference.arithmetic import computing
+    from glmexport.reference.arithmetic_choice import choose_arithmetic
     from glmexport.validation.behaviour.tasks import read_tasks
     from glmexport.validation.conditions import ValidationPlan
     from glmexport.workflows.build import BuiltUnrun
@@ -98,11 +106,12 @@ def build(
     policy = open_policy(policy_path) if policy_path else None
     tasks = tuple(read_tasks(task_files)) if task_files else ()
     targets = [open_target(name) for name in dict.fromkeys(target_names)]
-    original = Original.open(checkpoint, terminal, adapter)
+    original = Original.open(checkpoint, terminal, adapter, rehash=rehash)
     merged = original.checkpoint.adapter
     jobs = jobs_of(original, targets, recipe, output, budget_of(size, bpw))
-    torch.set_num_threads(threads)
-    flops = measured_flops()
+    arithmetic = choose_arithmetic(wanted_arithmetic, threads, terminal)
+    with computing(arithmetic):
+        flops = measured_flops()
     device_flops = flops if device.type == "cpu" else measured_flops(device)
     for job in jobs:
         expected = estimate(original.planned(job.recipe, job.target), flops, max_memory, device_flops)
@@ -113,13 +122,14 @@ def build(
                 **({"adapter": f"{merged.name} ({merged.path}): {merged.summary}"} if merged else {}),
                 "family": f"{original.architecture.family}, {original.checkpoint.parameters / 1e6:,.1f} M parameters, "
                 f"{brief_size(original.checkpoint.bytes)}",
-                **({"quantized": f"gptq, {formats_of(original)}"} if original.checkpoint.quantized else {}),
+                **({"quantized": formats_of(original)} if original.checkpoint.stored.layout else {}),
                 "target": f"{job.target.name}: {job.target.summary}",
                 "recipe": f"{job.recipe.name}: {job.recipe.summary}",
                 "calibration": calibration_text(job.recipe, calibration),
                 "output": str(job.directory),
                 **({"device": name_of(device)} if device_name != "cpu" else {}),
                 "threads": str(threads),
+                "arithmetic": brief_arithmetic(arithmetic),
                 "memory": f"about {brief_size(expected.peak_memory_bytes)} at the peak"
                 + (f", limit {brief_size(max_memory)}" if max_memory else ""),
                 "bundle": f"about {brief_size(expected.bundle_bytes)}, {expected.bits_per_weight:.2f} bits per weight",
@@ -142,6 +152,7 @@ def build(
         policy=policy,
         tasks=tasks,
         bundle_threads=bundle_threads(threads),
+        arithmetic=arithmetic,
     )
     built = compile_bundles(original, jobs, options, terminal)
     documents: list[dict[str, object]] = []

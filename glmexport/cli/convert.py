@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, get_args
 import click
 
 from glmexport.cli.console import Terminal, emit
-from glmexport.cli.options import adapter_option, json_option, trust_options
+from glmexport.cli.options import adapter_option, json_option, rehash_option, trust_options
 from glmexport.report.text import brief_size
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--against", "checkpoint", required=True, help="The checkpoint that the bundle was built from.")
 @adapter_option
+@rehash_option
 @click.option("--to", "to", type=click.Choice(["gptq"]), required=True, help="The format to write.")
 @click.option(
     "--layout", type=click.Choice(["gptqmodel", "transformers"]), default="gptqmodel", show_default=True,
@@ -34,6 +35,7 @@ def convert(
     bundle: Path,
     checkpoint: str,
     adapter: str | None,
+    rehash: bool,
     to: str,
     layout: str,
     output: Path,
@@ -52,7 +54,7 @@ def convert(
 
     terminal = Terminal()
     opened = Bundle.open(bundle)
-    original = Original.open(checkpoint, terminal, adapter)
+    original = Original.open(checkpoint, terminal, adapter, rehash=rehash)
     terminal.facts(
         "Convert",
         {

@@ -11,10 +11,19 @@ import click
 from rich.table import Table
 
 from glmexport.cli.console import Terminal, emit
-from glmexport.cli.options import adapter_option, checkpoint_argument, json_option, memory_option, threads_option
+from glmexport.cli.options import (
+    adapter_option,
+    arithmetic_option,
+    checkpoint_argument,
+    json_option,
+    memory_option,
+    threads_option,
+)
+from glmexport.report.arithmetic import brief_arithmetic
 from glmexport.report.text import brief_duration, brief_share, brief_size
 
 if TYPE_CHECKING:
+    from glmexport.reference.arithmetic_choice import Wanted
     from glmexport.workflows.inspect import DraftLayer, Inspection, MixtureSummary, TargetEstimate, Unfinished
     from glmexport.workflows.original import Original
 
@@ -25,15 +34,21 @@ if TYPE_CHECKING:
 @click.option("--recipe", help="Estimate for this recipe instead of each target's default.")
 @memory_option
 @threads_option
+@arithmetic_option
 @json_option
 def inspect(
-    checkpoint: str, adapter: str | None, recipe: str | None, max_memory: int | None, threads: int, as_json: bool
+    checkpoint: str,
+    adapter: str | None,
+    recipe: str | None,
+    max_memory: int | None,
+    threads: int,
+    wanted_arithmetic: Wanted,
+    as_json: bool,
 ) -> None:
     """Show family, parameters by part, context and tokenizer of CHECKPOINT, and an estimate for every target."""
-    import torch
-
     from glmexport.architecture.registry import UNFINISHED
     from glmexport.checkpoint.checkpoint import Checkpoint
+    from glmexport.reference.arithmetic_choice import choose_arithmetic
     from glmexport.workflows.inspect import inspect_original, inspect_unfinished
     from glmexport.workflows.original import Original
 
@@ -46,13 +61,15 @@ def inspect(
         else:
             _show_unfinished(terminal, known)
         return
-    torch.set_num_threads(threads)
     original = Original.open(checkpoint, terminal, adapter)
-    inspection = inspect_original(original, recipe, max_memory)
+    arithmetic = choose_arithmetic(wanted_arithmetic, threads, terminal)
+    inspection = inspect_original(original, recipe, max_memory, arithmetic)
     if as_json:
         emit(json.dumps(asdict(inspection), indent=2, ensure_ascii=False))
         return
-    terminal.facts(inspection.name, _facts(inspection, original))
+    terminal.facts(
+        inspection.name, {**_facts(inspection, original), "arithmetic": brief_arithmetic(arithmetic)}
+    )
     terminal.console.print(_parts_table(inspection.parameters))
     terminal.console.print(_estimates_table(inspection.estimates))
     for row in inspection.estimates:
@@ -83,7 +100,7 @@ def _facts(inspection: Inspection, original: Original) -> dict[str, str]:
         "layers": str(inspection.layers),
         **({"experts": _experts(inspection.experts)} if inspection.experts else {}),
         "context": f"{inspection.context_length:,} tokens",
-        **({"quantized": f"gptq, {formats_of(original)}"} if inspection.quantization else {}),
+        **({"quantized": formats_of(original)} if inspection.quantization else {}),
         "stored": f"{brief_size(inspection.bytes)} of {', '.join(inspection.dtypes)}",
         "KV cache": _cache(inspection),
         "vocabulary": f"{tokenizer.vocabulary:,} tokens",

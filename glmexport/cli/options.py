@@ -29,6 +29,16 @@ def adapter_option(command: Command) -> Command:
     )(command)
 
 
+def rehash_option(command: Command) -> Command:
+    """Add the option --rehash."""
+    return click.option(
+        "--rehash",
+        is_flag=True,
+        help="Read every byte of the checkpoint for its digest, also of files that did not change since they were last "
+        "read.",
+    )(command)
+
+
 def threads_option(command: Command) -> Command:
     """Add the option --threads."""
     return click.option(
@@ -37,6 +47,19 @@ def threads_option(command: Command) -> Command:
         default=cores,
         show_default="physical cores",
         help="Threads of the build, of the bundle and of the original. A tuned target has its own for the bundle.",
+    )(command)
+
+
+def arithmetic_option(command: Command) -> Command:
+    """Add the option --arithmetic."""
+    return click.option(
+        "--arithmetic",
+        "wanted_arithmetic",
+        type=click.Choice(["auto", "fp32"]),
+        default="auto",
+        show_default=True,
+        help="How fp32 products are computed: auto takes the fastest library that a check on this machine finds to be "
+        "as exact as fp32; fp32 takes torch's default.",
     )(command)
 
 

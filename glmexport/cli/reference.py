@@ -4,17 +4,31 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from glmexport.cli.console import Terminal, emit
-from glmexport.cli.options import adapter_option, checkpoint_argument, evaluation_options, json_option, threads_option
+from glmexport.cli.options import (
+    adapter_option,
+    arithmetic_option,
+    checkpoint_argument,
+    evaluation_options,
+    json_option,
+    rehash_option,
+    threads_option,
+)
+from glmexport.report.arithmetic import brief_arithmetic
 from glmexport.report.text import brief_size
+
+if TYPE_CHECKING:
+    from glmexport.reference.arithmetic_choice import Wanted
 
 
 @click.command()
 @checkpoint_argument
 @adapter_option
+@rehash_option
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Where the answers go.")
 @click.option(
     "--top-k", type=click.IntRange(min=1), default=1024, show_default=True,
@@ -26,17 +40,20 @@ from glmexport.report.text import brief_size
 )  # fmt: skip
 @evaluation_options
 @threads_option
+@arithmetic_option
 @click.option("--force", is_flag=True, help="Replace a captured reference that exists.")
 @json_option
 def reference(
     checkpoint: str,
     adapter: str | None,
+    rehash: bool,
     output: Path,
     top_k: int,
     draft: Path | None,
     evaluation: tuple[Path, ...],
     positions: int,
     threads: int,
+    wanted_arithmetic: Wanted,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -47,13 +64,15 @@ def reference(
     """
     from glmexport.bundle.bundle import Bundle
     from glmexport.cli.verdict import told_check
+    from glmexport.reference.arithmetic_choice import choose_arithmetic
     from glmexport.validation.conditions import ValidationPlan
     from glmexport.workflows.capture import CaptureOptions, capture_reference
     from glmexport.workflows.original import Original
 
     terminal = Terminal()
-    original = Original.open(checkpoint, terminal, adapter)
+    original = Original.open(checkpoint, terminal, adapter, rehash=rehash)
     merged = original.checkpoint.adapter
+    arithmetic = choose_arithmetic(wanted_arithmetic, threads, terminal)
     terminal.facts(
         "Reference",
         {
@@ -61,11 +80,12 @@ def reference(
             **({"adapter": f"{merged.name} ({merged.path}): {merged.summary}"} if merged else {}),
             "output": str(output),
             "threads": str(threads),
+            "arithmetic": brief_arithmetic(arithmetic),
         },
     )
     plan = ValidationPlan(positions_per_language=positions)
     drafting = Bundle.open(draft) if draft else None
-    options = CaptureOptions(threads, plan, top_k, force, drafting, evaluation)
+    options = CaptureOptions(threads, plan, top_k, force, drafting, evaluation, arithmetic)
     captured = capture_reference(original, output, options, terminal)
     positions = sum(text.positions for text in captured.texts)
     size = sum(entry.size for entry in captured.files)

@@ -12,11 +12,19 @@ from rich.table import Table
 from rich.text import Text
 
 from glmexport.cli.console import Terminal, emit, titled_table
-from glmexport.cli.options import adapter_option, checkpoint_argument, json_option
+from glmexport.cli.options import (
+    adapter_option,
+    arithmetic_option,
+    checkpoint_argument,
+    json_option,
+    rehash_option,
+)
+from glmexport.report.arithmetic import brief_arithmetic
 from glmexport.report.text import brief_ratio
 
 if TYPE_CHECKING:
     from glmexport.foundation.evidence import Evidence, Gain, KvCache, Outcome, Preference, TriedCandidate
+    from glmexport.reference.arithmetic_choice import Wanted
 
 _STYLE = {"chosen": "bold green", "start": "bold", "front": "", "beaten": "dim", "illegal": "yellow"}
 
@@ -40,6 +48,7 @@ class Alternatives(click.ParamType[tuple[str, tuple[str, ...]]]):
 @click.command()
 @checkpoint_argument
 @adapter_option
+@rehash_option
 @click.option(
     "--target", "target_name", default="host", show_default=True,
     help="Where to start from: a name from 'glmexport targets list', a .toml file, or host.",
@@ -88,11 +97,13 @@ class Alternatives(click.ParamType[tuple[str, tuple[str, ...]]]):
     "--calibrated", is_flag=True,
     help="Measure the divergence on weights that GPTQ made, which takes as long as a build for every recipe.",
 )  # fmt: skip
+@arithmetic_option
 @click.option("--force", is_flag=True, help="Replace a target that exists.")
 @json_option
 def tune(
     checkpoint: str,
     adapter: str | None,
+    rehash: bool,
     target_name: str,
     output: Path | None,
     prefer: Preference,
@@ -106,6 +117,7 @@ def tune(
     positions: int,
     prompt_tokens: int,
     calibrated: bool,
+    wanted_arithmetic: Wanted,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -116,6 +128,7 @@ def tune(
     """
     from glmexport.foundation.machine import cores
     from glmexport.foundation.target import open_target
+    from glmexport.reference.arithmetic_choice import choose_arithmetic
     from glmexport.tuning.options import TuneOptions
     from glmexport.workflows.original import Original
     from glmexport.workflows.tune import tune as tune_target
@@ -123,7 +136,7 @@ def tune(
     terminal = Terminal()
     target = open_target(target_name)
     path = output or Path(f"{target.name}-tuned.toml")
-    original = Original.open(checkpoint, terminal, adapter)
+    original = Original.open(checkpoint, terminal, adapter, rehash=rehash)
     options = TuneOptions(
         cores(),
         prefer=prefer,
@@ -137,6 +150,7 @@ def tune(
         positions=positions,
         prompt_tokens=prompt_tokens,
         calibrated=calibrated,
+        arithmetic=choose_arithmetic(wanted_arithmetic, cores(), terminal),
         force=force,
     )
     terminal.facts(
@@ -148,6 +162,7 @@ def tune(
             "allowance": f"{allowance:g} of {target.gates.kl_mean_nats:g} nats",
             "output": str(path),
             "cores": str(options.cores),
+            "arithmetic": brief_arithmetic(options.arithmetic),
         },
     )
     tuned = tune_target(original, target, path, options, terminal)

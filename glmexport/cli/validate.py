@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from click.core import ParameterSource
 
 from glmexport.cli.console import Terminal, emit
 from glmexport.cli.options import (
     adapter_option,
+    arithmetic_option,
     bundle_threads,
     evaluation_options,
     full_text_option,
     json_option,
     policy_option,
+    rehash_option,
     tasks_option,
     threads_option,
     trust_options,
 )
+from glmexport.report.arithmetic import brief_arithmetic
 
 if TYPE_CHECKING:
+    from glmexport.reference.arithmetic_choice import Wanted
     from glmexport.release.opening import Trust
     from glmexport.workflows.original import Original
 
@@ -34,6 +38,7 @@ if TYPE_CHECKING:
     help="What that checkpoint answered when 'glmexport reference' captured it; instead of --against.",
 )  # fmt: skip
 @adapter_option
+@rehash_option
 @policy_option
 @evaluation_options
 @full_text_option
@@ -53,14 +58,14 @@ if TYPE_CHECKING:
 )
 @trust_options
 @threads_option
+@arithmetic_option
 @json_option
-@click.pass_context
 def validate(
-    context: click.Context,
     bundle: Path,
     checkpoint: str | None,
     reference: Path | None,
     adapter: str | None,
+    rehash: bool,
     policy_path: Path | None,
     evaluation: tuple[Path, ...],
     positions: int,
@@ -71,6 +76,7 @@ def validate(
     fleet: Path | None,
     trust: Trust,
     threads: int,
+    wanted_arithmetic: Wanted,
     as_json: bool,
 ) -> int:
     """Measure how close BUNDLE is to its original and how fast, and write report.json and report.html into it.
@@ -84,6 +90,7 @@ def validate(
     from glmexport.cli.verdict import exit_code, show
     from glmexport.foundation.errors import EXIT_PASS
     from glmexport.foundation.target import open_policy
+    from glmexport.reference.arithmetic_choice import choose_arithmetic
     from glmexport.validation.behaviour.tasks import read_tasks
     from glmexport.validation.capture import CapturedReference
     from glmexport.validation.conditions import ValidationPlan
@@ -99,7 +106,9 @@ def validate(
     terminal = Terminal()
     _require_one_original(checkpoint, reference)
     if checkpoint is None:
-        _refuse_what_needs_the_original({"--adapter": adapter, "--evaluation": evaluation, "--tasks": task_files})
+        _refuse_what_needs_the_original(
+            {"--adapter": adapter, "--rehash": rehash, "--evaluation": evaluation, "--tasks": task_files}
+        )
     if devices or fleet:
         _refuse_beside_devices({"--tasks": task_files, "--plan": only_plan})
     options = BuildOptions(
@@ -113,24 +122,24 @@ def validate(
         trust=trust,
     )
     opened = Bundle.open(bundle)
-    manifest = opened.manifest
     original: Original | CapturedReference
     if reference is not None:
         original = CapturedReference.open(reference)
-        capture = original.capture
-        against = {"against": f"{capture.source.title} as captured in {reference} ({capture.digest()})"}
+        name, digest = original.capture.source.title, original.capture.digest()
+        against = {"against": f"{name} as captured in {reference} ({digest})"}
     else:
         assert checkpoint is not None
-        original = Original.open(checkpoint, terminal, adapter)
-        against = _original_facts(original)
+        original = Original.open(checkpoint, terminal, adapter, rehash=rehash)
+        options = replace(options, arithmetic=choose_arithmetic(wanted_arithmetic, threads, terminal))
+        against = _original_facts(original) | {"arithmetic": brief_arithmetic(options.arithmetic)}
     terminal.facts(
         "Plan" if only_plan else "Validate",
         {
             "bundle": str(bundle),
             "digest": opened.digest,
             **against,
-            "target": manifest.target.name,
-            "recipe": manifest.recipe.name,
+            "target": opened.manifest.target.name,
+            "recipe": opened.manifest.recipe.name,
             "threads": f"{options.threads_for(opened.target)} of the bundle, {threads} of all else",
             **({"devices": ", ".join([*devices, *([str(fleet)] if fleet else [])])} if devices or fleet else {}),
         },
@@ -144,10 +153,8 @@ def validate(
     if devices or fleet:
         from glmexport.cli.on_devices import on_devices
 
-        chosen = context.get_parameter_source("threads") is not ParameterSource.DEFAULT
-        of_device = threads if chosen else None
         with telling_of_signature(terminal, bundle):
-            return on_devices(opened, original, devices, fleet, of_device, options, terminal, as_json)
+            return on_devices(opened, original, devices, fleet, options.bundle_threads, options, terminal, as_json)
     with telling_of_signature(terminal, bundle):
         if isinstance(original, Original):
             built = validate_bundle(opened, original, options, terminal)

@@ -8,7 +8,6 @@ is installed on this machine for it but QEMU.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import zipfile
 from pathlib import Path
 
 from glmexport.devices.local import LocalRunner
+from glmexport.foundation.cache import cache_folder
 from glmexport.foundation.errors import InputError, MachineError
 from glmexport.foundation.progress import Progress
 from glmexport.foundation.untrusted import SMALL, parse_object, read_regular
@@ -44,8 +44,7 @@ _RECORD = "emulated.json"
 
 def default_sysroot() -> Path:
     """Return the default directory of the emulated side's files."""
-    cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(cache) / "glmexport" / QEMU_ARM64
+    return cache_folder() / QEMU_ARM64
 
 
 def open_emulated(directory: Path | None, name: str = QEMU_ARM64) -> LocalRunner:

@@ -81,6 +81,7 @@ class DeviceJudge:
             performance=performance,
             performance_absent_because=absent,
             reference=capture.reference_check,
+            arithmetic=capture.arithmetic,
         )
         return judged(measured, self.bundle.manifest, self.policy)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
 import shutil
 import subprocess
 import tarfile
@@ -12,6 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Literal
 
+from glmexport.foundation.cache import cache_folder
 from glmexport.foundation.errors import InputError, MachineError
 
 Backend = Literal["wasm", "webgpu"]
@@ -28,12 +28,6 @@ _BINARIES: dict[Backend, str] = {
     "webgpu": "ort-wasm-simd-threaded.asyncify.wasm",
 }
 _BY_HAND = f"Run 'npm pack onnxruntime-web@{VERSION}' where there is a network and put {ARCHIVE} into"
-
-
-def cache_folder() -> Path:
-    """Return the folder that keeps the release: ``$XDG_CACHE_HOME/glmexport``, or ``~/.cache/glmexport``."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "glmexport"
 
 
 def web_runtime(backend: Backend, folder: Path | None = None) -> dict[str, bytes]:

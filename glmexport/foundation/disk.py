@@ -9,6 +9,12 @@ from pathlib import Path
 from glmexport.foundation.errors import MachineError
 
 
+def free_bytes(directory: Path) -> int:
+    """Return the bytes that are free where ``directory`` is, or will be."""
+    absolute = directory.absolute()
+    return shutil.disk_usage(next(path for path in (absolute, *absolute.parents) if path.exists())).free
+
+
 def require_free(parent: Path, needed: int, what: str) -> None:
     """Make ``parent`` if ``needed`` bytes are free where it is.
 
@@ -17,8 +23,7 @@ def require_free(parent: Path, needed: int, what: str) -> None:
     """
     try:
         # Nothing is made before it is known to fit.
-        absolute = parent.absolute()
-        free = shutil.disk_usage(next(path for path in (absolute, *absolute.parents) if path.exists())).free
+        free = free_bytes(parent)
         if free >= needed:
             parent.mkdir(parents=True, exist_ok=True)
             require_writable(parent)

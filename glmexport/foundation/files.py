@@ -1,23 +1,19 @@
-"""Files of a checkpoint directory: checked to be readable and inside of it, digested, and JSON of one meaning."""
+"""Files of a checkpoint directory: checked to be readable and inside of it, and JSON of one meaning."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
 import os
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from glmexport.foundation.errors import CheckpointError, GlmexportError, MachineError
-from glmexport.foundation.progress import Progress, Silent, Track
 from glmexport.foundation.untrusted import LARGE, parse_object, read_regular
 
 #: A config is kilobytes, and the largest tokenizer_config and shard index are a few megabytes, with a key for every
 #: tensor. What transformers reads of a key that is not needed here may be infinite.
 JSON_LIMITS = replace(LARGE, keys=500_000, nonfinite=True)
-
-_CHUNK_BYTES = 8 * 2**20
 
 _ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
 
@@ -143,41 +139,6 @@ def version(path: Path) -> tuple[int, int, int]:
     except OSError as error:
         raise unreadable(path, error) from error
     return status.st_size, status.st_mtime_ns, status.st_ino
-
-
-def files_digest(directory: Path, files: Iterable[Path], label: str, progress: Progress | None) -> str:
-    """Return ``sha256:`` and the SHA-256 of one line ``NAME\\tBYTES\\tSHA256\\n`` a file, in order of name.
-
-    Args:
-        directory: What the names are relative to.
-        files: Files in it; each is read once.
-        label: What the progress is called.
-        progress: Receives every byte read.
-
-    Raises:
-        CheckpointError: a file vanished.
-        MachineError: a file cannot be read.
-    """
-    named = sorted((path.relative_to(directory).as_posix(), path) for path in files)
-    lines = hashlib.sha256()
-    with (progress or Silent()).track(label, sum(version(path)[0] for _, path in named)) as track:
-        for name, path in named:
-            size, digest = _sha256(path, name, track)
-            lines.update(f"{name}\t{size}\t{digest}\n".encode())
-    return f"sha256:{lines.hexdigest()}"
-
-
-def _sha256(path: Path, name: str, track: Track) -> tuple[int, str]:
-    digest, size = hashlib.sha256(), 0
-    try:
-        with path.open("rb") as stream:
-            while chunk := stream.read(_CHUNK_BYTES):
-                digest.update(chunk)
-                size += len(chunk)
-                track.advance(len(chunk), name)
-    except OSError as error:
-        raise unreadable(path, error) from error
-    return size, digest.hexdigest()
 
 
 def json_object(data: bytes) -> dict[str, object]:

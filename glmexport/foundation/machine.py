@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import psutil
 
+from glmexport.foundation.errors import MachineError
 from glmexport.foundation.host import cpu_flags
 
 _LIBRARIES = (
@@ -57,6 +59,27 @@ def memory_bytes() -> int:
 def system_name() -> str:
     """Return operating system, release and architecture."""
     return f"{platform.system()} {platform.release()} {platform.machine()}"
+
+
+def state_folder() -> Path:
+    """Return the user's folder for what a later command has to find as it was: ``$XDG_STATE_HOME/glmexport``.
+
+    Without that variable, or where it is a relative path, it is in ``~/.local/state``, as the XDG Base Directory
+    Specification says.
+
+    Raises:
+        MachineError: the user has no home directory, and no other folder is named.
+    """
+    base = Path(os.environ.get("XDG_STATE_HOME") or "")
+    if base.is_absolute():
+        return base / "glmexport"
+    try:
+        return Path.home() / ".local/state/glmexport"
+    except RuntimeError as error:
+        raise MachineError(
+            f"There is no folder for what is kept between commands: {error}",
+            next_step="Set XDG_STATE_HOME to a folder.",
+        ) from error
 
 
 def library_versions() -> dict[str, str]:

@@ -167,12 +167,11 @@ def _verified(
     ends = reference.architecture.eos_token_ids
     readings = [Reading(tokenizer, ends, prompt.ending) for prompt in prompts]
 
-    def draft(index: int, so_far: list[int]) -> list[int]:
-        prompt = prompts[index]
-        text = [*prompt.ids, *so_far]
-        return list(drafts(text, prompt.ending.max_tokens - len(so_far))) if drafts else looked_up(text)
+    def draft(index: int, so_far: list[int], most: int) -> list[int]:
+        text = [*prompts[index].ids, *so_far]
+        return list(drafts(text, most)) if drafts else looked_up(text)
 
-    answers, _ = verified_answers(
+    answers = verified_answers(
         reference,
         [prompt.ids for prompt in prompts],
         draft,
@@ -182,7 +181,7 @@ def _verified(
         progress=progress,
         finished=lambda index, tokens: readings[index].finished(tokens),
     )
-    return [reading.text(tokens) for reading, tokens in zip(readings, answers, strict=True)]
+    return [reading.text(tokens) for reading, tokens in zip(readings, answers.tokens, strict=True)]
 
 
 def looked_up(text: Sequence[int]) -> list[int]:
@@ -200,7 +199,7 @@ def fits_in_memory(checkpoint: Checkpoint) -> bool:
 
     It cannot where something has to be merged or unpacked, which it does not read as we do.
     """
-    if checkpoint.adapter or checkpoint.quantized:
+    if checkpoint.adapter or checkpoint.stored.layout:
         return False
     numbers = sum(tensor.elements for tensor in checkpoint.tensors.values())
     return bool(numbers * 4 <= _SHARE * psutil.virtual_memory().available)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from glmexport.quantization.cholesky import cholesky
 from glmexport.quantization.order import ColumnOrder
 
 #: Factor by which the damping is multiplied until the factorisation succeeds, and the limit at which that ends.
@@ -81,23 +82,17 @@ def factorize(hessian: Tensor, order: ColumnOrder, damping: float, *, consume: b
     while damping <= _DAMPING_LIMIT:
         added = fill + damping * mean
         permuted.diagonal().copy_(diagonal + added)
-        lower = _cholesky(permuted)
+        lower = cholesky(permuted)
         double = lower is None and size <= DOUBLE_LIMIT
         if double:
             wide = permuted.double()
             # In fp32 the sum may have lost a small addend.
             wide.diagonal().copy_(diagonal.double() + added.double())
-            lower = _cholesky(wide)
+            lower = cholesky(wide)
         if lower is not None:
             return Factor(permuted, lower.float(), added.flip(0), damping, int(dead.sum()), double)
         damping *= _DAMPING_STEP
     return None
-
-
-def _cholesky(matrix: Tensor) -> Tensor | None:
-    """Return the lower factor in the precision of ``matrix``; None where that is not positive definite in it."""
-    lower, info = torch.linalg.cholesky_ex(matrix)
-    return lower if not int(info) and bool(torch.isfinite(lower.diagonal()).all()) else None
 
 
 def _permute(matrix: Tensor, order: Tensor) -> None:

@@ -14,6 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from glmexport.quantization.cholesky import cholesky_solve
+from glmexport.quantization.factor import Factor
+from glmexport.quantization.order import ColumnOrder
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -40,12 +44,51 @@ class Goal:
     held: Tensor
     of_inputs: bool
 
-    def rows(self, weight: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """Return C [n, K] and d [S, n] of the rows ``weight`` [n, K] of the matrix, which begin at row ``start``."""
+    def solved(self, factor: Factor, order: ColumnOrder, sample: Sample) -> Correction:
+        """Return what the goal adds to the rows of matrices whose Hessian has that factor, in the order of the sweep.
+
+        Where matrices share the goal, H^-1 is applied once for all of their rows.
+        """
+        cross = self.cross
         if self.of_inputs:
-            return weight @ self.cross, self.held @ weight.T
+            cross = _divided(cross, factor, order)
+        predicted = sample.inputs @ cross if self.of_inputs else None
+        return Correction(cross, self.held, factor, order, sample, predicted)
+
+
+@dataclass(frozen=True)
+class Correction:
+    """The correction C H^-1 of a matrix, and what held-out text says of it; it is made a few rows at a time.
+
+    ``cross`` is that of the goal; of a goal of inputs H^-1 ``cross``^T [K, K], its rows in the order of the sweep, and
+    ``predicted`` [S, K] is what it adds to the held-out inputs.
+    """
+
+    cross: Tensor
+    held: Tensor
+    factor: Factor
+    order: ColumnOrder
+    #: Held-out text whose columns are in the order of the sweep.
+    sample: Sample
+    predicted: Tensor | None
+
+    def rows(self, weight: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the correction of the rows ``weight`` [n, K] of the matrix, which begin at row ``start``.
+
+        Returns:
+            The correction [K, n] in the order of the sweep, what it adds to the output on the held-out text [S, n], and
+            d [S, n], what is wanted there beyond what the matrix gives.
+        """
+        if self.predicted is not None:
+            return self.cross @ weight.T, self.predicted @ weight.T, self.held @ weight.T
         stop = start + weight.shape[0]
-        return self.cross[start:stop], self.held[:, start:stop]
+        correction = _divided(self.cross[start:stop], self.factor, self.order)
+        return correction, self.sample.inputs @ correction, self.held[:, start:stop]
+
+
+def _divided(cross: Tensor, factor: Factor, order: ColumnOrder) -> Tensor:
+    """Return H^-1 ``cross``^T [K, M] in the order of the sweep; ``cross`` [M, K] is in stored order, H damped."""
+    return cholesky_solve(cross.T[order.columns].flip(0), factor.lower).flip(0)
 
 
 def shrinkage(difference: Tensor, predicted: Tensor, weights: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -13,9 +13,15 @@ from glmexport.calibration.sequences import CalibrationSet
 from glmexport.checkpoint.checkpoint import Checkpoint
 from glmexport.foundation.progress import Progress
 from glmexport.foundation.recipe import Recipe
+from glmexport.foundation.stopwatch import Stopwatch
 from glmexport.quantization.memory import MemoryPlan
 from glmexport.quantization.store import WorkDirectory
 from glmexport.reference.reference import CPU, Reference
+from glmexport.results.arithmetic import UNCHECKED, OriginalArithmetic
+
+#: The parts of a step by which its time is noted: what is measured, the solver, and what takes the text on to the next
+#: step. Hashes and flushes are in none of them.
+CAPTURE, SOLVE, ADVANCE = "capture", "solve", "advance"
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,10 @@ class QuantizationJob:
     memory: MemoryPlan
     progress: Progress
     device: torch.device = CPU
+    #: The way in which products of fp32 matrices are computed; whoever walks sets torch to it.
+    arithmetic: OriginalArithmetic = UNCHECKED
+    #: The time of the step under way.
+    stopwatch: Stopwatch = field(default_factory=Stopwatch)
 
     def reference(self) -> Reference:
         """Return the original's arithmetic on the device."""

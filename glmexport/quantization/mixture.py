@@ -106,7 +106,7 @@ class Mixture:
         own = self._accumulate(share, fitted, weights, inside, linear.in_features)
         hessian = own.mul_(tokens).add_(pool, alpha=prior).div_(tokens + prior)
         sample = self._sample(share, weights, inside)
-        return MeasuredExpert(Measured(hessian, sample, {}), int(fitted.sum()), tokens, tokens + prior)
+        return MeasuredExpert(Measured(hessian, sample), int(fitted.sum()), tokens, tokens + prior)
 
     def measure_shared(self, mlp: GatedMlp, linear: Linear, inside: Callable[[Tensor], Tensor]) -> Measured:
         """Measure all positions; with the original's stream also what the matrix should read, or the last one give."""

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from glmexport.architecture.description import DecoderLayer, GatedMlp, Linear
 from glmexport.architecture.experts import MixtureOfExperts
+from glmexport.quantization.job import CAPTURE
 from glmexport.quantization.mixture import Mixture
 from glmexport.quantization.names import expert_steps
 from glmexport.quantization.part import QuantizedPart, largest_of
@@ -65,7 +66,8 @@ class MixtureStep(BlockStep):
             return quantizer.round(mlp.linears, layer)
         solver = quantizer.expert_solver(mlp.gate_up.weight)
         for linear in mlp.linears:
-            found = mixture.measure(mlp, linear, part.matrices.get(mlp.gate_up.weight))
+            with quantizer.job.stopwatch.running(CAPTURE):
+                found = mixture.measure(mlp, linear, part.matrices.get(mlp.gate_up.weight))
             solved = quantizer.solve((linear,), layer, found.measured, solver, found.tokens)
             record = routed(solved.records[0], linear, found.chosen, found.own_tokens)
             part += replace(solved, records=(record,))

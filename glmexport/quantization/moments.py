@@ -19,15 +19,13 @@ SAMPLE_POSITIONS = 2048
 
 @dataclass(frozen=True)
 class Measured:
-    """The moments that the linears of a tap are solved from.
-
-    ``goals`` are by weight key; there are none without an asymmetric target.
-    """
+    """The moments that the linears of a tap are solved from."""
 
     #: The Hessian [K, K] fp32, the mean of x x^T.
     hessian: Tensor
     sample: Sample | None
-    goals: dict[str, Goal]
+    #: The goal of all of them; None without an asymmetric target.
+    goal: Goal | None = None
     #: The largest number of the quantized model's activations on the way there, where it was looked for.
     largest: Seen | None = None
 
@@ -50,7 +48,6 @@ class Moments:
         device: torch.device,
     ) -> None:
         self.calibration = calibration
-        self.linears = linears
         size = linears[0].in_features
         self._hessian = Hessian(size, device)
         self._cross = SecondMoment(size if weight is None else len(weight), size, device) if asymmetric else None
@@ -91,11 +88,11 @@ class Moments:
         if bool(self.calibration.selection.any()):
             sample = Sample(torch.cat(self._held_inputs), torch.cat(self._held_weights))
         if self._cross is None or sample is None:
-            return Measured(hessian, sample, {}, largest)
+            return Measured(hessian, sample, largest=largest)
         cross, held = self._cross.matrix, torch.cat(self._held_wanted)
         if self._weight is None:
             goal = Goal(cross, held, of_inputs=True)
         else:
             cross.addmm_(self._weight, hessian, alpha=-1)
             goal = Goal(cross, held.addmm_(sample.inputs, self._weight.T, alpha=-1), of_inputs=False)
-        return Measured(hessian, sample, {linear.weight: goal for linear in self.linears}, largest)
+        return Measured(hessian, sample, goal, largest)

@@ -27,10 +27,12 @@ class Rounded(Protocol):
     error: Tensor
 
 
-def polish(
-    rounded: Rounded, factor: Factor, order: ColumnOrder, codec: Codec, *, rounds: int, projected: Tensor
-) -> None:
-    """Improve ``rounded`` in place; ``projected`` [K, N] is H @ error and is kept so."""
+def polish(rounded: Rounded, factor: Factor, order: ColumnOrder, codec: Codec, *, rounds: int) -> None:
+    """Improve ``rounded`` in place.
+
+    Each group takes its own rows of H @ error when its turn comes. To keep all rows up to date instead would cost the
+    same product for each group, and one more for H @ error before the first.
+    """
     for _ in range(rounds):
         for group, (start, stop) in enumerate(order.bounds):
             rows = factor.hessian_rows(start, stop)
@@ -38,12 +40,12 @@ def polish(
             codes = rounded.codes[start:stop]
             grid = codec.grid(rounded.scales[group], rounded.zero_points[group])
             levels = grid.levels(codes)
-            change = _descend(levels, projected[start:stop].clone(), inner, grid)
+            gradient = rows @ rounded.error
+            change = _descend(levels, gradient.clone(), inner, grid)
             codes.copy_(grid.codes(levels))
-            gradient = projected[start:stop] + inner @ change
+            gradient.addmm_(inner, change)
             change -= levels * _refit(rounded.scales[group], levels, gradient, inner)
             rounded.error[start:stop] += change
-            projected.addmm_(rows.T, change)
 
 
 def _descend(levels: Tensor, gradient: Tensor, inner: Tensor, grid: Grid) -> Tensor:
@@ -63,11 +65,10 @@ def _descend(levels: Tensor, gradient: Tensor, inner: Tensor, grid: Grid) -> Ten
     for start, stop in strips(len(levels)):
         for column in range(start, stop):
             level, slope = levels[column], gradient[column]
-            if column > start:
-                slope = torch.addmv(slope, change[start:column].T, inner[start:column, column])
             best = grid.nearest_(torch.addcmul(level, slope, inverse, value=1 / curvature[column]))
             torch.sub(level, best, out=change[column]).mul_(scale)
             level.copy_(best)
+            gradient[column + 1 : stop].addr_(inner[column, column + 1 : stop], change[column])
         gradient[stop:].addmm_(inner[stop:, start:stop], change[start:stop])
     return change
 

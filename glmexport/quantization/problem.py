@@ -10,7 +10,7 @@ from torch import Tensor
 
 from glmexport.foundation.recipe import Format, Solver
 from glmexport.quantization.factor import Factor, factorize
-from glmexport.quantization.goal import Sample
+from glmexport.quantization.goal import Correction, Goal, Sample
 from glmexport.quantization.order import ColumnOrder, column_order
 
 #: Number of standard errors by which held-out text has to prefer one result. Where the errors of the matrices before it
@@ -67,6 +67,16 @@ class Problem:
         factor = factorize(hessian, order, solver.damping, consume=consume)
         refusal = "the Hessian could not be factored: rounded to nearest" if factor is None else None
         return cls(order, factor, column_importance(diagonal), sample, refusal)
+
+    def correction(self, goal: Goal | None) -> Correction | None:
+        """Return what ``goal`` adds to the rows of all its matrices; None without one, or where nothing is fitted.
+
+        The goal needs held-out text.
+        """
+        if goal is None or self.factor is None:
+            return None
+        assert self.sample is not None
+        return goal.solved(self.factor, self.order, self.sample)
 
     def cost(self, error: Tensor, quadratic: Tensor | None, missed: Tensor | None) -> Tensor:
         """Return what ``error`` [K, N] = G - Q costs each row, [N]: on held-out text, or without any by e^T H e.

@@ -9,7 +9,7 @@ from glmexport.formats.nearest import nearest_without_text
 from glmexport.formats.plan import FormatPlan, stored_formats
 from glmexport.formats.quantized_linear import QuantizedLinear
 from glmexport.foundation.recipe import Format, Solver
-from glmexport.quantization.job import QuantizationJob
+from glmexport.quantization.job import SOLVE, QuantizationJob
 from glmexport.quantization.moments import Measured
 from glmexport.quantization.part import QuantizedPart
 from glmexport.quantization.problem import Problem
@@ -47,10 +47,14 @@ class Quantizer:
         assert form is not None and job.calibration is not None
         solver = solver or job.recipe.solver
         tokens = job.calibration.effective_tokens if tokens is None else tokens
-        problem = Problem.prepare(measured.hessian, form, solver, measured.sample, tokens=tokens, consume=True)
+        with job.stopwatch.running(SOLVE):
+            problem = Problem.prepare(measured.hessian, form, solver, measured.sample, tokens=tokens, consume=True)
+            # What is solved of the goal is solved once for all matrices of the tap.
+            goal = problem.correction(measured.goal)
         part = QuantizedPart(largest=measured.largest)
         for linear in linears:
-            solution = gptq(job.chunks(linear.weight), problem, form, solver, measured.goals.get(linear.weight))
+            with job.stopwatch.running(SOLVE):
+                solution = gptq(job.chunks(linear.weight), problem, form, solver, goal)
             if solution.fallback:
                 job.progress.remark(f"{linear.key}: {solution.fallback}.")
             fold = job.checkpoint.folds.get(linear.weight)
@@ -91,7 +95,9 @@ class Quantizer:
         """Return the matrix ``key`` rounded to nearest in the format ``form``."""
         searched = self.job.recipe.solver.scale_search
         chunks = self.job.chunks(key)
-        return QuantizedLinear.concatenate([nearest_without_text(chunk, form, searched=searched) for chunk in chunks])
+        with self.job.stopwatch.running(SOLVE):
+            parts = [nearest_without_text(chunk, form, searched=searched) for chunk in chunks]
+            return QuantizedLinear.concatenate(parts)
 
     def stored(self, key: str) -> QuantizedLinear | None:
         """Return the matrix ``key`` as the checkpoint stores it quantized.

@@ -19,7 +19,7 @@ from glmexport.formats.nearest import round_to_nearest
 from glmexport.formats.quantized_linear import QuantizedLinear
 from glmexport.foundation.recipe import Format, Solver
 from glmexport.quantization.factor import Factor
-from glmexport.quantization.goal import Goal, Sample, shrinkage
+from glmexport.quantization.goal import Correction, shrinkage
 from glmexport.quantization.order import ColumnOrder, strips
 from glmexport.quantization.polish import polish
 from glmexport.quantization.problem import Problem
@@ -72,15 +72,16 @@ class Sweep:
 
 
 def gptq(
-    chunks: Iterable[Tensor], problem: Problem, form: Format, solver: Solver, goal: Goal | None = None
+    chunks: Iterable[Tensor], problem: Problem, form: Format, solver: Solver, goal: Correction | None = None
 ) -> Solution:
     """Quantize a matrix, given as ``chunks`` [rows, K] fp32 of its rows; rows do not depend on one another.
 
     No row ends worse than rounded to nearest, as far as held-out text can tell: where that costs less
-    (``Problem.surely_less``), it is what the row gets. A ``goal`` needs a problem with held-out text. Where the
-    Hessian cannot be factored or rests on next to no text, the whole matrix is rounded to nearest and says so.
+    (``Problem.surely_less``), it is what the row gets. A ``goal`` is that of the ``problem`` (``Problem.correction``).
+    Where the Hessian cannot be factored or rests on next to no text, the whole matrix is rounded to nearest, and the
+    solution says so.
     """
-    factor, order, sample, codec = problem.factor, problem.order, problem.sample, codec_of(form)
+    factor, order, codec = problem.factor, problem.order, codec_of(form)
     importance = problem.importance if solver.scale_search else None
     if factor is None:
         nearest = QuantizedLinear.concatenate([round_to_nearest(chunk, form, importance) for chunk in chunks])
@@ -93,8 +94,8 @@ def gptq(
     for chunk in chunks:
         sweep = start_sweep(chunk, order)
         missed: Tensor | None = None
-        if goal is not None and sample is not None:
-            factors, missed = _aim(sweep, factor, order, sample, *goal.rows(chunk, start))
+        if goal is not None:
+            factors, missed = _aim(sweep, goal, chunk, start)
             kept += float(factors.sum())
         swept = round_columns(sweep, factor, order, codec, solver)
         cost = problem.cost(sweep.error, swept, missed)
@@ -142,25 +143,14 @@ def start_sweep(weight: Tensor, order: ColumnOrder) -> Sweep:
     )
 
 
-def _aim(
-    sweep: Sweep, factor: Factor, order: ColumnOrder, sample: Sample, cross: Tensor, difference: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Move the weights [K, N] from the matrix to its goal.
-
-    Args:
-        sweep: its weights are changed in place.
-        factor: the factorisation of H.
-        order: the order of the sweep.
-        sample: held-out text.
-        cross: C [N, K], in stored order.
-        difference: d [S, N], what held-out text should find at the output beyond what the matrix gives it.
+def _aim(sweep: Sweep, goal: Correction, weight: Tensor, start: int) -> tuple[Tensor, Tensor]:
+    """Move the weights [K, N] of ``sweep`` from the rows ``weight`` [N, K] of the matrix to their goal, in place.
 
     Returns:
-        The shrinkage of every row [N], and what is left of ``difference`` [S, N].
+        The shrinkage of every row [N], and what held-out text still misses at the output [S, N].
     """
-    correction = torch.cholesky_solve(cross.T[order.columns].flip(0), factor.lower).flip(0)
-    predicted = sample.inputs @ correction
-    factors = shrinkage(difference, predicted, sample.weights)
+    correction, predicted, difference = goal.rows(weight, start)
+    factors = shrinkage(difference, predicted, goal.sample.weights)
     sweep.weights += correction.mul_(factors)
     return factors, difference - predicted.mul_(factors)
 
@@ -181,14 +171,13 @@ def _polish(
     Returns:
         How many rows were taken back, and what every row costs now, [N].
     """
-    projected = _project(factor, sweep.error)
     if problem.sample is None:
         # Without held-out text the cost is what polishing lowers: no row can get worse.
-        polish(sweep, factor, problem.order, codec, rounds=rounds, projected=projected)
-        return 0, (sweep.error * projected).sum(0)
+        polish(sweep, factor, problem.order, codec, rounds=rounds)
+        return 0, (sweep.error * _project(factor, sweep.error)).sum(0)
     fields = (sweep.codes, sweep.scales, sweep.error)
     copies = [field.clone() for field in fields]
-    polish(sweep, factor, problem.order, codec, rounds=rounds, projected=projected)
+    polish(sweep, factor, problem.order, codec, rounds=rounds)
     after = problem.cost(sweep.error, None, missed)
     worse = after > before
     for field, copy in zip(fields, copies, strict=True):
@@ -252,13 +241,13 @@ def round_columns(sweep: Sweep, factor: Factor, order: ColumnOrder, codec: Codec
         for first, last in strips(stop - start):
             for column in range(first, last):
                 goal = compensated[column]
-                if column > first:
-                    goal = torch.addmv(goal, error[first:column].T, upper[start + first : start + column, column])
                 level = grid.nearest_(torch.mul(goal, inverse, out=levels[column]))
                 left = torch.addcmul(goal, level, scale, value=-1)
                 cost.addcmul_(left, left, value=price[column])
                 weight = sweep.weights[start + column]
                 torch.addcmul(weight, level, scale, value=-1, out=error[column])
+                # An outer product: libraries of matrix products take several times as long for such narrow ones.
+                compensated[column + 1 : last].addr_(upper[start + column, column + 1 : last], error[column])
             compensated[last:].addmm_(upper[start + first : start + last, last:].T, error[first:last])
         sweep.codes[start:stop] = grid.codes(levels)
         sweep.scales[group], sweep.zero_points[group] = scale, grid.zero_point

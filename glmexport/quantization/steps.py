@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from glmexport.architecture.description import DecoderLayer, Linear
+from glmexport.quantization.job import CAPTURE
 from glmexport.quantization.largest import Seen
 from glmexport.quantization.names import EMBEDDING, HEAD, block_step
 from glmexport.quantization.part import QuantizedPart
@@ -85,7 +86,9 @@ class BlockStep:
             if self.passage is None:
                 part += quantizer.round(linears, layer.index)
             else:
-                part += quantizer.solve(linears, layer.index, self.passage.measure(tap, part.weight))
+                with quantizer.job.stopwatch.running(CAPTURE):
+                    measured = self.passage.measure(tap, part.weight)
+                part += quantizer.solve(linears, layer.index, measured)
         return part
 
     def advance(self, part: QuantizedPart) -> Advanced:
@@ -117,7 +120,9 @@ class HeadStep:
         # At 8 bits the sweep already leaves next to nothing, and the head has the most rows of all.
         rounds = 0 if form.bits == 8 else job.recipe.solver.polish_rounds
         solver = job.recipe.solver.model_copy(update={"polish_rounds": rounds})
-        return quantizer.solve((head,), None, self._streams.measure_head(self._before, head), solver)
+        with job.stopwatch.running(CAPTURE):
+            measured = self._streams.measure_head(self._before, head)
+        return quantizer.solve((head,), None, measured, solver)
 
     def advance(self, part: QuantizedPart) -> Advanced:
         """Return nothing: nobody reads logits."""

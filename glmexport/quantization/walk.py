@@ -14,14 +14,15 @@ from glmexport.architecture.experts import MixtureOfExperts
 from glmexport.foundation.recipe import Format
 from glmexport.quantization.decisions import decide_folds, decide_formats
 from glmexport.quantization.draft import round_draft
-from glmexport.quantization.job import QuantizationJob
+from glmexport.quantization.job import ADVANCE, QuantizationJob
 from glmexport.quantization.mixture_step import MixtureStep
 from glmexport.quantization.names import committed_with
 from glmexport.quantization.part import largest_of
 from glmexport.quantization.quantized_model import QuantizedModel
 from glmexport.quantization.quantizer import Quantizer
 from glmexport.quantization.steps import BlockStep, EmbeddingStep, HeadStep, Step
-from glmexport.quantization.streams import Streams
+from glmexport.quantization.store import Activations
+from glmexport.quantization.streams import Hidden, Streams
 
 
 class Walk:
@@ -63,12 +64,19 @@ class Walk:
     def take_step(self, index: int) -> None:
         """Quantize the part of one step, take the text through it, and commit both."""
         job, step = self.job, self.open_step(index)
-        started = time.monotonic()
+        stopwatch, started = job.stopwatch, time.monotonic()
+        stages = stopwatch.begin()
         part = step.quantize()
         seconds = time.monotonic() - started
-        advanced = step.advance(part)
-        note = part.note(seconds) | {"largest": largest_of((part.largest, advanced.largest))}
-        job.work.commit(step.name, part.matrices, note, advanced.hidden)
+        with stopwatch.running(ADVANCE):
+            advanced = step.advance(part)
+        # Streams are computed while they are written, before the note is read.
+        hidden: Hidden = {
+            name: stream if isinstance(stream, Activations) else stopwatch.through(ADVANCE, stream)
+            for name, stream in advanced.hidden.items()
+        }
+        note = part.note(seconds) | {"largest": largest_of((part.largest, advanced.largest)), "stages": stages}
+        job.work.commit(step.name, part.matrices, note, hidden)
         if index:
             job.work.drop_activations(self.steps[index - 1])
 

@@ -18,6 +18,7 @@ from glmexport.architecture.experts import MixtureOfExperts
 from glmexport.architecture.latent import LatentAttention
 from glmexport.checkpoint.checkpoint import Checkpoint
 from glmexport.reference.filling import EXPERTS, MATRICES, ROUTER, stacked_halves, stream_experts
+from glmexport.reference.past import Past
 from glmexport.reference.skeleton import completed_checkpoint, skeleton
 
 #: A function that replaces a weight while a block is filled: (checkpoint key) -> tensor, or None to read the
@@ -28,6 +29,8 @@ CPU = torch.device("cpu")
 
 #: Rows of the embedding or lm_head held in fp32 at a time.
 _SLAB_ROWS = 16384
+#: Positions whose logits of a slab are held at a time.
+_ROWS = 1024
 
 
 class Reference:
@@ -128,15 +131,33 @@ class Reference:
             logits[..., start:stop] = normed @ self.rows(self.architecture.lm_head.weight, start, stop).T
         return logits
 
+    def likeliest(self, normed: Tensor) -> Tensor:
+        """Return the token of the highest logit for each row of ``normed`` [n, hidden] fp32, as [n] int64.
+
+        Of equals it is the first. The lm_head is read once for all rows, and no row's logits are held at once.
+        """
+        best = normed.new_full((len(normed),), -torch.inf)
+        tokens = torch.zeros(len(normed), dtype=torch.int64, device=normed.device)
+        for start in range(0, self.architecture.vocabulary_size, _SLAB_ROWS):
+            stop = min(start + _SLAB_ROWS, self.architecture.vocabulary_size)
+            slab = self.rows(self.architecture.lm_head.weight, start, stop)
+            for first in range(0, len(normed), _ROWS):
+                rows = slice(first, first + _ROWS)
+                highest, token = (normed[rows] @ slab.T).max(-1)
+                better = highest > best[rows]
+                best[rows] = torch.where(better, highest, best[rows])
+                tokens[rows] = torch.where(better, token + start, tokens[rows])
+        return tokens
+
     def rotary_tables(self, length: int) -> tuple[Tensor, Tensor]:
         """Return cos and sin [length, rotary dimensions / 2] fp32 of positions 0 to length - 1, one column a pair."""
         cos, sin = self._rotary(torch.zeros(1), torch.arange(length)[None])
         half = self.architecture.layers[0].attention.rotary.dimensions // 2
         return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
 
-    def position_embeddings(self, length: int) -> tuple[Tensor, Tensor]:
-        """Return what transformers' decoder layers take for positions 0 to length - 1."""
-        cos, sin = self._rotary(torch.zeros(1), torch.arange(length)[None])
+    def position_embeddings(self, length: int, start: int = 0) -> tuple[Tensor, Tensor]:
+        """Return what transformers' decoder layers take for ``length`` positions from ``start`` on."""
+        cos, sin = self._rotary(torch.zeros(1), torch.arange(start, start + length)[None])
         return cos.to(self.device), sin.to(self.device)
 
     def final_norm(self, hidden: Tensor) -> Tensor:
@@ -227,11 +248,18 @@ class Block:
         return self.module.get_parameter(self._name(key))
 
     def attended(
-        self, hidden: Tensor, positions: tuple[Tensor, Tensor], selection: Tensor | None
+        self,
+        hidden: Tensor,
+        positions: tuple[Tensor, Tensor],
+        selection: Tensor | None,
+        past: Past | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the residual stream behind the attention; otherwise as ``selecting``."""
+        """Return the residual stream behind the attention; otherwise as ``selecting``.
+
+        ``hidden`` [texts, length, hidden] follows the tokens of ``past``, if given, to which it is appended.
+        """
         branch = self.layer.branches[0]
-        arguments = self._arguments(hidden, positions, selection)
+        arguments = self._arguments(hidden, positions, selection, past)
         with torch.inference_mode():
             inside, _, *selected = self._submodule(branch.module)(self.normed(branch, hidden), **arguments)
         return self.add(branch, hidden, inside), selected[0] if selected else None
@@ -299,18 +327,29 @@ class Block:
     def _name(self, key: str) -> str:
         return key.removeprefix(f"{self.layer.prefix}.")
 
-    def _arguments(self, hidden: Tensor, positions: tuple[Tensor, Tensor], selection: Tensor | None) -> dict[str, Any]:
+    def _arguments(
+        self,
+        hidden: Tensor,
+        positions: tuple[Tensor, Tensor],
+        selection: Tensor | None,
+        past: Past | None = None,
+    ) -> dict[str, Any]:
         """Return the arguments of a decoder layer, and of its attention."""
+        batch, length = hidden.shape[:2]
+        before = past.longest if past else 0
         arguments: dict[str, Any] = {
             "attention_mask": None,
             "position_embeddings": positions,
-            "past_key_values": None,
-            "use_cache": False,
+            "past_key_values": past.cache if past else None,
+            "use_cache": past is not None,
         }
-        if self.selects:
-            batch, length = hidden.shape[:2]
+        if past and before:
+            arguments["attention_mask"] = past.mask(length).to(hidden.device)
+        elif self.selects:
             # The indexer looks at the mask by itself.
             arguments["attention_mask"] = hidden.new_ones(1, 1, length, length, dtype=torch.bool).tril()
-            everything = torch.arange(length, dtype=torch.int32, device=hidden.device).expand(batch, length, -1)
+        if self.selects:
+            everything = torch.arange(before + length, dtype=torch.int32, device=hidden.device)
+            everything = everything.expand(batch, length, -1)
             arguments["prev_topk_indices"] = everything if selection is None else selection.to(hidden.device)
         return arguments

@@ -96,7 +96,21 @@ def answer_rows(behaviour: Behaviour) -> list[AnswerRow]:
         )
         for group in behaviour.tasks
     ]
+    if behaviour.passes:
+        rows.append(_computed(behaviour))
     return rows
+
+
+def _computed(behaviour: Behaviour) -> AnswerRow:
+    """Return the row of what the original's answers took."""
+    note = (
+        f"in {text.number(behaviour.passes)} passes, for {text.number(behaviour.tokens_needed)} tokens of prompts and "
+        "answers"
+    )
+    if behaviour.answers_recomputed:
+        anew = _counted(behaviour.answers_recomputed, "answer")
+        note += f"; {anew} computed anew in every pass, as the disk had no space for keys and values"
+    return AnswerRow("Tokens computed for these answers", text.number(behaviour.tokens_computed), "", note)
 
 
 def language_row(row: LanguageBehaviour) -> tuple[str, ...]:

@@ -72,6 +72,7 @@ def _facts(report: Report) -> Iterator[tuple[str, str]]:
         f"{positions} positions, {documents} documents, {len(fidelity.languages)} languages ({fidelity.text_digest})",
     )
     yield "original's answers", f"captured, top {fidelity.capture.top_k}" if fidelity.capture else "all"
+    yield "original's arithmetic", report.arithmetic.library if report.arithmetic else _NONE
     yield "policy", report.policy.source
     yield "limits", report.policy.gates.model_dump_json(exclude_defaults=True)
     yield "machine", f"{machine.processor}, {machine.cores} cores, {machine.memory_bytes} bytes"

@@ -13,6 +13,7 @@ from glmexport.foundation.definition import Count, Number, read_json
 from glmexport.foundation.errors import BundleError
 from glmexport.foundation.target import Gates
 from glmexport.foundation.untrusted import DocumentLimits
+from glmexport.results.arithmetic import OriginalArithmetic
 from glmexport.results.behaviour import Behaviour
 from glmexport.results.device import DeviceResult
 from glmexport.results.fidelity import Fidelity, Overlap, Share
@@ -190,6 +191,8 @@ class Report(Record):
     """The comparison of prompts; None where the original has no chat template."""
     reference: ReferenceCheck | None = None
     """The check of the original; None where it was not at hand, and nobody checked it when it was captured."""
+    arithmetic: OriginalArithmetic | None = None
+    """The arithmetic of the original; None where it was captured by a version that did not note it."""
     weights: WeightCheck | None = None
     """The check of the graph's numbers; None where the original was not at hand."""
     behaviour: Behaviour | None = None

@@ -15,6 +15,7 @@ from glmexport.foundation.languages import language_name
 from glmexport.foundation.untrusted import visible
 from glmexport.report import charts, speed, text
 from glmexport.report.allocation import summarize
+from glmexport.report.arithmetic import told_arithmetic
 from glmexport.report.behaviour import LANGUAGE_HEADS, answer_rows, language_row, question_kind, split_common_prefix
 from glmexport.report.coverage import COVERAGE_HEADS, coverage_rows
 from glmexport.report.devices import device_table
@@ -95,6 +96,7 @@ def _environment() -> Environment:
         value_and_limit=text.value_and_limit,
     )
     environment.filters.update(
+        arithmetic=told_arithmetic,
         bandwidth=text.bandwidth,
         bound=text.bound,
         bytes=text.size,

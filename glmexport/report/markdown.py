@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from glmexport.report import speed, text
+from glmexport.report.arithmetic import told_arithmetic
 from glmexport.report.behaviour import LANGUAGE_HEADS, answer_rows, language_row
 from glmexport.report.coverage import COVERAGE_HEADS, coverage_rows
 from glmexport.report.devices import device_table
@@ -64,6 +65,7 @@ def render_markdown(report: Report) -> str:
                 ("Bundle", code(subject.bundle_digest)),
                 ("Original", code(subject.checkpoint_digest)),
                 ("Evaluation text", code(report.fidelity.text_digest) if report.fidelity.text_digest else "–"),
+                ("Original computed by", _foreign(told_arithmetic(report.arithmetic))),
                 ("Machine", _foreign(f"{report.machine.processor}, {report.machine.cores or 'unknown'} cores")),
                 ("Versions", _foreign(", ".join(f"{name} {version}" for name, version in report.versions.items()))),
             ),

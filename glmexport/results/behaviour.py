@@ -94,6 +94,12 @@ class Behaviour(Record):
 
     passes: Count
     """Passes through the original that its answers took; 0 where they were captured."""
+    tokens_computed: Count = 0
+    """Tokens that these passes computed, all together."""
+    tokens_needed: Count = 0
+    """Tokens of all prompts and of the original's answers, each counted once."""
+    answers_recomputed: Count = 0
+    """Answers whose whole text every pass computed, as the disk had no space for their keys and values."""
     languages: tuple[LanguageBehaviour, ...]
     overall: LanguageBehaviour
     ln_length_ratio: Number

@@ -155,6 +155,15 @@ class Tokenizer:
         return max(self._tokenizer.get_vocab().values()) + 1
 
     @property
+    def tokens(self) -> int:
+        """The number of tokens, which is less than ``vocabulary_size`` where ids are left out."""
+        return self._tokenizer.get_vocab_size()
+
+    def has(self, token: int) -> bool:
+        """Return whether ``token`` is the id of one of its tokens."""
+        return self._tokenizer.id_to_token(token) is not None
+
+    @property
     def has_chat_template(self) -> bool:
         """Whether conversations can be rendered."""
         return "default" in self._templates

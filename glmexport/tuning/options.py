@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from glmexport.foundation.evidence import KvCache, Preference
+from glmexport.results.arithmetic import UNCHECKED, OriginalArithmetic
 from glmexport.tuning.candidates import WantedValues
 
 
@@ -35,6 +36,8 @@ class TuneOptions:
     generated_tokens: int = 16
     #: Whether the weights whose divergence is measured are made by GPTQ, a whole build's work for each recipe.
     calibrated: bool = False
+    #: The way in which products of fp32 matrices are computed.
+    arithmetic: OriginalArithmetic = UNCHECKED
     force: bool = False
 
     @property

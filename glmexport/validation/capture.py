@@ -27,6 +27,7 @@ from glmexport.foundation.errors import BundleError
 from glmexport.foundation.files import sha256
 from glmexport.foundation.machine import library_versions
 from glmexport.foundation.progress import Progress
+from glmexport.results.arithmetic import OriginalArithmetic
 from glmexport.results.fidelity import CaptureBound, LanguageFidelity
 from glmexport.results.reference import ReferenceCheck
 from glmexport.validation.behaviour.questions import Question
@@ -78,6 +79,8 @@ class Capture(Definition):
     noise: LanguageFidelity
     #: Whether the original that was asked is the model that transformers loads.
     reference_check: ReferenceCheck | None = None
+    #: The way in which its products were computed; captures of older versions lack the key.
+    arithmetic: OriginalArithmetic | None = Field(default=None, exclude_if=lambda value: value is None)
     #: A string says why transformers cannot open the tokenizer; None without a chat template.
     prompts: tuple[GoldenPrompt, ...] | str | None
     #: None where no bundle was at hand to draft them.
@@ -88,11 +91,11 @@ class Capture(Definition):
     def digest(self) -> str:
         """Return the SHA-256 over its values, and so over every file it lists.
 
-        The check is left out, as free memory decides whether it is made.
+        The check is left out, as free memory decides whether it is made, and the arithmetic, whose speed is measured.
         """
         import hashlib
 
-        content = self.model_dump_json(exclude={"reference_check"})
+        content = self.model_dump_json(exclude={"reference_check", "arithmetic"})
         return "sha256:" + hashlib.sha256(content.encode()).hexdigest()
 
 
@@ -106,6 +109,7 @@ class OriginalFacts:
     source: Source
     noise: LanguageFidelity
     reference_check: ReferenceCheck | None
+    arithmetic: OriginalArithmetic
     prompts: Sequence[GoldenPrompt] | str | None
     answers: tuple[CapturedAnswer, ...] | None
 
@@ -127,10 +131,8 @@ def write_capture(
             tensors: dict[str, Tensor] = {}
             for rank, index in enumerate(group):
                 text, states = original.texts[index], original.states.states(index)
-                parts = []
-                for each in position_slices(text.positions):
-                    parts.append(partition(original.reference.logits(states[each]), text.targets[each], top_k))
-                kept = Partition.concatenate(parts)
+                slices = zip(original.logits(states), position_slices(text.positions), strict=True)
+                kept = Partition.concatenate([partition(logits, text.targets[each], top_k) for logits, each in slices])
                 tail += float(kept.log_tail.double().exp().sum())
                 positions += text.positions
                 tensors[f"{index}.ids"] = text.ids.int()
@@ -157,6 +159,7 @@ def write_capture(
         ),
         noise=facts.noise,
         reference_check=facts.reference_check,
+        arithmetic=facts.arithmetic,
         prompts=prompts if prompts is None or isinstance(prompts, str) else tuple(prompts),
         answers=facts.answers,
         versions=library_versions(),

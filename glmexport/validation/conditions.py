@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from glmexport.foundation.progress import Progress
 from glmexport.foundation.target import Gates
+from glmexport.results.arithmetic import UNCHECKED, OriginalArithmetic
 
 
 @dataclass(frozen=True)
@@ -53,3 +54,5 @@ class Conditions:
     threads: int
     bundle_threads: int
     progress: Progress
+    #: The way in which the original's products are computed; whoever starts a validation sets torch to it.
+    arithmetic: OriginalArithmetic = UNCHECKED

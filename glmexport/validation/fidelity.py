@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Protocol
 
@@ -22,8 +22,10 @@ from glmexport.validation.reference import ReferenceStates
 from glmexport.validation.statistics import Kind, clustered_mean
 from glmexport.validation.texts import EvaluationText, text_digest
 
-#: Positions whose logits are held at a time.
-_POSITIONS = 128
+#: Positions whose logits the original computes at a time: for every time its whole lm_head is read.
+_HEAD_POSITIONS = 512
+#: Positions that are compared at a time: over a large vocabulary, in fp64, these few are in the processor's caches.
+_POSITIONS = 16
 _WORST_TOKENS = 12
 _CONTEXT_TOKENS = 24
 #: Edges of the histogram of KL, nats: half decades.
@@ -79,14 +81,17 @@ class Streamed:
     def divergence(self, index: int, given: Tensor) -> Divergence:
         """Return how far logits ``given`` [positions, vocabulary] fp32 of text ``index`` are from the original's."""
         original, targets = self.states.states(index), self.texts[index].targets
-        slices = position_slices(len(targets))
-        return Divergence.concatenate(
-            [divergence(self.reference.logits(original[each]), given[each], targets[each]) for each in slices]
-        )
+        slices = zip(self.logits(original), position_slices(len(targets)), strict=True)
+        return Divergence.concatenate([divergence(logits, given[each], targets[each]) for logits, each in slices])
+
+    def logits(self, states: Tensor) -> Iterator[Tensor]:
+        """Yield the logits [n, vocabulary] fp32 of each of ``position_slices`` of ``states`` [positions, hidden]."""
+        for span in torch.split(states, _HEAD_POSITIONS):
+            yield from torch.split(self.reference.logits(span), _POSITIONS)
 
 
 def position_slices(positions: int) -> list[slice]:
-    """Return slices of positions that are short enough for the logits of each to be in memory."""
+    """Return slices of positions whose distributions over the whole vocabulary are computed at a time."""
     return [slice(start, min(start + _POSITIONS, positions)) for start in range(0, positions, _POSITIONS)]
 
 

@@ -10,6 +10,7 @@ import psutil
 from glmexport.bundle.bundle import Bundle
 from glmexport.bundle.manifest import Manifest
 from glmexport.checkpoint.checkpoint import Checkpoint
+from glmexport.checkpoint.layouts import FP8
 from glmexport.engine.placement import placement
 from glmexport.results.performance import Figure, Interval, Performance, Speed, SpeedRatios
 from glmexport.validation import bootstrap
@@ -102,10 +103,13 @@ def _absent(manifest: Manifest, checkpoint: Checkpoint | None) -> str | None:
     """Return why the original cannot be measured; None if it can."""
     if checkpoint is None:
         return "The original was captured elsewhere; it is not on this machine."
-    if checkpoint.quantized:
-        return "The original is a GPTQ checkpoint, whose speed is that of the kernels it would be loaded with."
-    if checkpoint.scaled:
+    if checkpoint.stored.layout == FP8:
         return "The original is an fp8 checkpoint, which transformers has kernels for on accelerators only."
+    if checkpoint.stored.layout:
+        return (
+            f"The original is a checkpoint quantized by {checkpoint.stored.layout}, whose speed is that of the kernels "
+            "it would be loaded with."
+        )
     original, bundle = manifest.source.parameters * 4, manifest.precision.weight_bytes
     if original + bundle > psutil.virtual_memory().available * _SHARE:
         return (

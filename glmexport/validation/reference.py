@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -58,16 +60,31 @@ class ReferenceStates:
         self._file.seek(self._offsets[index])
         self._file.write(states.contiguous().numpy().data.cast("B"))
 
+    def each(self) -> Iterator[Tensor]:
+        """Yield the whole sequence of every text, [1, length, hidden]."""
+        return (self.load(index) for index in range(len(self.texts)))
+
+    def embed(self, reference: Reference) -> None:
+        """Replace every sequence by the embeddings of its tokens."""
+        embedded = reference.embed(torch.cat([text.ids for text in self.texts]))
+        for index, rows in enumerate(torch.split(embedded, [len(text.ids) for text in self.texts])):
+            self.save(index, rows[None])
+
+    def norm(self, reference: Reference) -> None:
+        """Replace every sequence by what the final norm makes of it."""
+        for index in range(len(self.texts)):
+            self.save(index, reference.final_norm(self.load(index)))
+
     def states(self, index: int) -> Tensor:
         """Return the rows that predict the judged tokens of text ``index``."""
         text = self.texts[index]
         return self.load(index)[0, text.prefix - 1 : -1]
 
 
-class _Selections:
+class Selections:
     """The positions that the tokens of each batch attend to, kept in a file for the layers that share a selection.
 
-    Nothing is kept for batches no longer than ``attended``: there a token attends to all.
+    Nothing is kept for batches shorter than ``attended``: there a token attends to all.
     """
 
     def __init__(self, directory: Path, attended: int | None) -> None:
@@ -87,12 +104,70 @@ class _Selections:
 
     def save(self, batch: int, selection: Tensor | None) -> None:
         """Replace the selection of the batch, whose shape stays the same."""
-        if selection is None or self._attended is None or selection.shape[1] <= self._attended:
+        if selection is None or self._attended is None or selection.shape[-1] < self._attended:
             return
         offset, _ = self._places.setdefault(batch, (self._end, selection.shape))
         self._end = max(self._end, offset + 4 * selection.numel())
         self._file.seek(offset)
         self._file.write(selection.int().cpu().contiguous().numpy().data.cast("B"))
+
+
+class BlockStream(Protocol):
+    """A stream of texts on their way through the blocks; each block is filled once for all streams that pass it."""
+
+    def through(self, block: Block) -> None:
+        """Take every text through ``block``."""
+
+
+class TextStream:
+    """A stream of whole texts, ``batch`` at a time, the shorter ones padded after their end.
+
+    A causal model does not look there. The experts that every position is sent to are added to ``routes``. It is
+    computed in ``threads``, if given.
+    """
+
+    def __init__(
+        self,
+        reference: Reference,
+        texts: Sequence[EvaluationText],
+        directory: Path,
+        *,
+        batch: int = 1,
+        threads: int | None = None,
+        routes: Routes | None = None,
+    ) -> None:
+        self.states = ReferenceStates(texts, reference.architecture.hidden_size, directory)
+        self._reference, self._batch, self._threads, self._routes = reference, batch, threads, routes
+        lengths = {len(text.ids) for text in texts}
+        self._positions = {length: reference.position_embeddings(length) for length in lengths}
+        self._selections = Selections(directory, reference.architecture.attended_tokens)
+
+    def embed(self) -> None:
+        """Begin with the embeddings of all texts."""
+        self.states.embed(self._reference)
+
+    def through(self, block: Block) -> None:
+        """Take every text through ``block``."""
+        states, texts = self.states, self.states.texts
+        with _threads(self._threads):
+            routed = bool(block.layer.mlp.routed)
+            for start in range(0, len(texts), self._batch):
+                group = range(start, min(start + self._batch, len(texts)))
+                longest = max(len(texts[text].ids) for text in group)
+                padded = [pad(states.load(text), (0, 0, 0, longest - len(texts[text].ids))) for text in group]
+                run = block.attended if routed else block.selecting
+                outputs, selection = run(torch.cat(padded), self._positions[longest], self._selections.load(start))
+                self._selections.save(start, selection)
+                for text, output in zip(group, outputs, strict=True):
+                    states.save(text, output[: len(texts[text].ids)])
+            if routed:
+                through_mlp(block, states, _TOGETHER, self._routes)
+
+    def finish(self) -> ReferenceStates:
+        """Return the states after the final norm."""
+        with _threads(self._threads):
+            self.states.norm(self._reference)
+        return self.states
 
 
 def reference_states(
@@ -112,52 +187,71 @@ def reference_states(
     finished block is committed to ``kept``, where the next call with the same texts goes on. The experts that
     every position is sent to are added to ``routes``.
     """
-    states = ReferenceStates(texts, reference.architecture.hidden_size, directory)
+    stream = TextStream(reference, texts, directory, batch=batch, routes=routes)
+    return pass_together(reference, [stream], progress, label, kept)[0]
+
+
+def pass_together(
+    reference: Reference,
+    streams: Sequence[TextStream],
+    progress: Progress,
+    label: str,
+    kept: WorkDirectory | None = None,
+) -> list[ReferenceStates]:
+    """Take several ``streams`` through the blocks of ``reference``, and return the states of each.
+
+    Each block is read and filled once for all of them. With ``kept`` it is as with ``reference_states``.
+    """
     layers = reference.architecture.layers
-    finished = _resume(states, kept, len(layers)) if kept else 0
+    finished = _resume(streams, kept, len(layers)) if kept else 0
     if not finished:
-        embedded = reference.embed(torch.cat([text.ids for text in texts]))
-        for index, rows in enumerate(torch.split(embedded, [len(text.ids) for text in texts])):
-            states.save(index, rows[None])
-        del embedded
-    lengths = {len(text.ids) for text in texts}
-    positions = {length: reference.position_embeddings(length) for length in lengths}
-    selections = _Selections(directory, reference.architecture.attended_tokens)
+        for stream in streams:
+            stream.embed()
     committed = finished
+
+    def commit(index: int) -> None:
+        nonlocal committed
+        # The states alone are not enough to resume from where the next block uses the selection of this one.
+        if kept and not (index < len(layers) and layers[index].attention.shared_selection):
+            rows = {_name(place): stream.states.each() for place, stream in enumerate(streams)}
+            kept.commit(_step(index - 1), {}, {}, rows)
+            kept.forget(_step(committed - 1))
+            committed = index
+
+    pass_blocks(reference, streams, progress, label, finished, commit)
+    return [stream.finish() for stream in streams]
+
+
+def pass_blocks(
+    reference: Reference,
+    streams: Sequence[BlockStream],
+    progress: Progress,
+    label: str,
+    finished: int = 0,
+    behind: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Take ``streams`` through every block but the ``finished`` first ones, one block in memory at a time.
+
+    ``behind`` is called with the number of blocks that are finished then.
+    """
+    layers = reference.architecture.layers
     with progress.track(label, len(layers)) as track:
         track.advance(finished)
         for index, layer in enumerate(layers[finished:], finished + 1):
             block = reference.block(layer)
-            routed = bool(layer.mlp.routed)
-            for start in range(0, len(texts), batch):
-                group = range(start, min(start + batch, len(texts)))
-                longest = max(len(texts[text].ids) for text in group)
-                padded = [pad(states.load(text), (0, 0, 0, longest - len(texts[text].ids))) for text in group]
-                run = block.attended if routed else block.selecting
-                outputs, selection = run(torch.cat(padded), positions[longest], selections.load(start))
-                selections.save(start, selection)
-                for text, output in zip(group, outputs, strict=True):
-                    states.save(text, output[: len(texts[text].ids)])
-            if routed:
-                _through_experts(block, states, routes)
-            # The states alone are not enough to resume from where the next block uses the selection of this one.
-            if kept and not (index < len(layers) and layers[index].attention.shared_selection):
-                kept.commit(_step(layer.index), {}, {}, {_STATES: (states.load(i) for i in range(len(texts)))})
-                kept.forget(_step(committed - 1))
-                committed = index
+            for stream in streams:
+                stream.through(block)
+            behind(index)
             track.advance()
-    for index in range(len(texts)):
-        states.save(index, reference.final_norm(states.load(index)))
-    return states
 
 
-def _through_experts(block: Block, states: ReferenceStates, routes: Routes | None) -> None:
-    """Take texts that have passed a block's attention through its experts, many of them at a time."""
+def through_mlp(block: Block, states: ReferenceStates, together: int, routes: Routes | None = None) -> None:
+    """Take texts that have passed a block's attention through its MLP or experts, ``together`` positions at a time."""
     waiting: list[int] = []
     lengths = [len(text.ids) for text in states.texts]
     for index in range(len(lengths)):
         waiting.append(index)
-        if index + 1 < len(lengths) and sum(lengths[i] for i in waiting) + lengths[index + 1] <= _TOGETHER:
+        if index + 1 < len(lengths) and sum(lengths[i] for i in waiting) + lengths[index + 1] <= together:
             continue
         rows = torch.cat([states.load(i) for i in waiting], 1)
         branch = block.layer.branches[1]
@@ -170,21 +264,40 @@ def _through_experts(block: Block, states: ReferenceStates, routes: Routes | Non
         waiting = []
 
 
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _step(layer: int) -> str:
     return f"{_STATES}-{layer:03}"
 
 
-def _resume(states: ReferenceStates, kept: WorkDirectory, layers: int) -> int:
+def _name(stream: int) -> str:
+    return f"{_STATES}-{stream}" if stream else _STATES
+
+
+def _resume(streams: Sequence[TextStream], kept: WorkDirectory, layers: int) -> int:
     """Read the states after the last block that was committed, and return the number of finished blocks."""
     for finished in range(layers, 0, -1):
         step = _step(finished - 1)
-        if kept.record(step) is not None and kept.has_activations(step, _STATES):
+        there = (kept.has_activations(step, _name(place)) for place in range(len(streams)))
+        if kept.record(step) is None or not all(there):
+            continue
+        for place, stream in enumerate(streams):
+            states = stream.states
             rows = sum(len(text.ids) for text in states.texts)
-            stored = kept.activations(step, _STATES, (rows, 1, states.hidden_size))
+            stored = kept.activations(step, _name(place), (rows, 1, states.hidden_size))
             start = 0
             for index, text in enumerate(states.texts):
                 stop = start + len(text.ids)
                 states.save(index, stored.read(start, stop).transpose(0, 1))
                 start = stop
-            return finished
+        return finished
     return 0

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from glmexport.bundle.bundle import Bundle
 from glmexport.bundle.manifest import Manifest
@@ -19,8 +18,9 @@ from glmexport.engine.scoring import ScoringSession
 from glmexport.foundation.progress import Progress
 from glmexport.foundation.target import Gates
 from glmexport.reference.reference import Reference
+from glmexport.results.arithmetic import OriginalArithmetic
 from glmexport.results.behaviour import Behaviour
-from glmexport.results.fidelity import Fidelity, LanguageFidelity, Share
+from glmexport.results.fidelity import Fidelity, Share
 from glmexport.results.gate import Gate
 from glmexport.results.performance import Performance
 from glmexport.results.prompts import PromptParity
@@ -32,7 +32,7 @@ from glmexport.validation.behaviour.plane import BundleSessions, ask, ask_bundle
 from glmexport.validation.capture import CapturedReference
 from glmexport.validation.conditions import Conditions
 from glmexport.validation.divergence import Divergence
-from glmexport.validation.fidelity import ChosenAnswers, Streamed, compare, statistics_of
+from glmexport.validation.fidelity import ChosenAnswers, Streamed, compare
 from glmexport.validation.gates import (
     apply_gates,
     capture_gate,
@@ -44,6 +44,7 @@ from glmexport.validation.gates import (
 )
 from glmexport.validation.host_gates import host_gate
 from glmexport.validation.looks import judge_text
+from glmexport.validation.noise import RepeatedStates, repeated_states
 from glmexport.validation.performance import measure_performance
 from glmexport.validation.performance_gates import performance_gates
 from glmexport.validation.prompts import golden_prompts, prompt_parity
@@ -54,10 +55,7 @@ from glmexport.validation.texts import EvaluationSet, EvaluationText
 from glmexport.validation.weights import check_weights
 from glmexport.validation.whole_model import check_reference
 
-#: Number of texts at a time when the original is compared with itself; one, otherwise.
-_OTHER_BATCH = 4
 _IN_ONNX_RUNTIME = "Bundle in ONNX Runtime"
-
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +77,8 @@ class Measurements:
     performance_absent_because: str | None = None
     #: None where the original is not at hand and nobody checked it when it was captured.
     reference: ReferenceCheck | None = None
+    #: The arithmetic of the original; None where it was captured by a version that did not note it.
+    arithmetic: OriginalArithmetic | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,18 +111,23 @@ def validate(
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         place = Path(folder)
         session = ScoringSession(bundle, conditions.bundle_threads)
-        check = check_reference(reference, texts, place, plan.max_memory_bytes, progress)
-        both = _Both(reference, session, texts, place, progress)
+        before, after = Routes(), Routes()
+        both = _Both(reference, session, texts, conditions, place, before)
         groups = {(task.name, task.metric) for task in evaluation.tasks}
         found = judge_text(texts, both.compare, conditions, len(groups) if plan.behaviour else 0)
-        states = both.first_states
-        sample = Streamed(states.only(first_texts(states.texts, max(1, plan.share_texts))), reference)
-        before, after = Routes(), Routes()
-        noise = noise_floor(sample, conditions.threads, place, progress, before)
-        fidelity = found.fidelity(evaluation.tokenizer, arithmetic(bundle.manifest), noise)
-        shares = shares_of(bundle, sample, plan.share_texts, session, place, progress, after)
+        runs, shipped = both.first
+        # A session has a copy of all weights, and what follows is computed without it.
+        del session, both
+        check = check_reference(
+            reference, runs.states.texts, place, plan.max_memory_bytes, progress, runs.states
+        )
+        words = arithmetic(bundle.manifest)
+        fidelity = found.fidelity(evaluation.tokenizer, words, runs.noise(progress))
+        shares = shares_of(
+            bundle, Streamed(runs.sample, reference), shipped, plan.share_texts, place, progress, after
+        )
         routing = routing_agreement(before, after) if shares else ()
-        behaviour = _behaviour(bundle, session, reference, evaluation, conditions, place)
+        behaviour = _behaviour(bundle, reference, evaluation, conditions, place)
     measured = Measurements(
         fidelity=fidelity,
         weights=check_weights(bundle, reference, progress),
@@ -132,6 +137,7 @@ def validate(
         shares=shares,
         routing=routing,
         reference=check,
+        arithmetic=conditions.arithmetic,
     )
     return judged(measured, bundle.manifest, conditions.policy, host_gate(bundle))
 
@@ -148,13 +154,10 @@ def validate_captured(bundle: Bundle, captured: CapturedReference, conditions: C
     session = ScoringSession(bundle, conditions.bundle_threads)
     texts, tokenizer = captured.texts, bundle.tokenizer
     answers = partial(bundle_answer, session, texts)
-
-    def measure(indices: Sequence[int], words: str) -> list[Divergence]:
-        chosen = ChosenAnswers(captured, indices)
-        return compare(chosen, partial(bundle_answer, session, chosen.texts), progress, f"{_IN_ONNX_RUNTIME}{words}")
-
-    found = judge_text(texts, measure, conditions, 0)
+    found = judge_text(texts, partial(_compare_captured, captured, session, progress), conditions, 0)
     fidelity = found.fidelity(tokenizer, arithmetic(bundle.manifest), capture.noise, captured.audit(answers))
+    # A session has a copy of all weights, and the next one is opened without it.
+    del session, answers
     performance = _performance(bundle, None, texts, conditions)
     parity = prompt_parity(capture.prompts, tokenizer)
     behaviour = None
@@ -173,8 +176,16 @@ def validate_captured(bundle: Bundle, captured: CapturedReference, conditions: C
         behaviour=behaviour,
         performance=performance,
         reference=capture.reference_check,
+        arithmetic=capture.arithmetic,
     )
     return judged(measured, bundle.manifest, conditions.policy, host_gate(bundle))
+
+
+def _compare_captured(
+    captured: CapturedReference, session: ScoringSession, progress: Progress, indices: Sequence[int], words: str
+) -> list[Divergence]:
+    chosen = ChosenAnswers(captured, indices)
+    return compare(chosen, partial(bundle_answer, session, chosen.texts), progress, f"{_IN_ONNX_RUNTIME}{words}")
 
 
 class _Both:
@@ -185,27 +196,40 @@ class _Both:
         reference: Reference,
         session: ScoringSession,
         texts: Sequence[EvaluationText],
+        conditions: Conditions,
         scratch: Path,
-        progress: Progress,
+        routes: Routes,
     ) -> None:
         self._reference, self._session, self._texts = reference, session, texts
-        self._scratch, self._progress = scratch, progress
-        self._first: ReferenceStates | None = None
+        self._conditions, self._scratch, self._routes = conditions, scratch, routes
+        self._first: tuple[RepeatedStates, list[Divergence]] | None = None
 
     @property
-    def first_states(self) -> ReferenceStates:
-        """The original's states at the first look, which has texts of every language."""
+    def first(self) -> tuple[RepeatedStates, list[Divergence]]:
+        """The original's states at the first look, which has texts of every language, and what its sample diverges."""
         assert self._first is not None
         return self._first
 
     def compare(self, indices: Sequence[int], words: str) -> list[Divergence]:
         """Return the divergences of these texts: one pass of the original over its blocks."""
-        chosen, progress = [self._texts[index] for index in indices], self._progress
-        label = f"Original, block by block{words}"
-        states = reference_states(self._reference, chosen, self._scratch, progress, label=label)
-        self._first = self._first or states
-        answers = partial(bundle_answer, self._session, chosen)
-        return compare(Streamed(states, self._reference), answers, progress, f"{_IN_ONNX_RUNTIME}{words}")
+        texts, label = [self._texts[index] for index in indices], f"Original, block by block{words}"
+        place, conditions = self._scratch, self._conditions
+        if self._first:
+            states = reference_states(self._reference, texts, place, conditions.progress, label=label)
+            return self._divergences(states, words)
+        sample = first_texts(texts, max(1, conditions.plan.share_texts))
+        runs = repeated_states(
+            self._reference, texts, sample, conditions.threads, place, conditions.progress, label=label,
+            routes=self._routes,
+        )  # fmt: skip
+        found = self._divergences(runs.states, words)
+        self._first = runs, [found[index] for index in sample]
+        return found
+
+    def _divergences(self, states: ReferenceStates, words: str) -> list[Divergence]:
+        answers = partial(bundle_answer, self._session, states.texts)
+        label = f"{_IN_ONNX_RUNTIME}{words}"
+        return compare(Streamed(states, self._reference), answers, self._conditions.progress, label)
 
 
 def judged(measured: Measurements, manifest: Manifest, policy: Gates, also: tuple[Gate, ...] = ()) -> Validation:
@@ -236,34 +260,6 @@ def arithmetic(manifest: Manifest) -> str:
     return f"{weights}{head}, {activations} (accuracy_level {level})"
 
 
-def noise_floor(
-    original: Streamed, threads: int, scratch: Path, progress: Progress, routes: Routes | None = None
-) -> LanguageFidelity:
-    """Compare the original with itself, in other batches and threads; the two are the same model.
-
-    The experts that it sends every position to are added to ``routes``.
-    """
-    reference = original.reference
-    torch.set_num_threads(threads // 2 if threads > 1 else 2)
-    try:
-        again = reference_states(
-            reference,
-            original.texts,
-            scratch,
-            progress,
-            label="Original again, in batches",
-            batch=_OTHER_BATCH,
-            routes=routes,
-        )
-    finally:
-        torch.set_num_threads(threads)
-
-    def answers(index: int) -> Tensor:
-        return reference.logits(again.states(index))
-
-    return statistics_of("all", compare(original, answers, progress, "Original against itself"))
-
-
 def first_texts(texts: Sequence[EvaluationText], each: int) -> list[int]:
     """Return the indices of the first ``each`` texts of every language."""
     chosen: dict[str, list[int]] = {}
@@ -275,7 +271,6 @@ def first_texts(texts: Sequence[EvaluationText], each: int) -> list[int]:
 
 def _behaviour(
     bundle: Bundle,
-    scoring: ScoringSession,
     reference: Reference,
     evaluation: EvaluationSet,
     conditions: Conditions,
@@ -285,15 +280,18 @@ def _behaviour(
     if plan is None:
         return None
     # The bundle's own tokenizer, which a server uses. The gate on prompts says whether it is the original's.
-    session = GenerationSession.open(bundle, conditions.bundle_threads)
-    sessions = BundleSessions(session, scoring, bundle.tokenizer)
-    asked = questions_for(evaluation.documents, bundle.tokenizer, plan, session.context_length)
+    threads, context = conditions.bundle_threads, bundle.context_length
+    sessions = BundleSessions(
+        partial(GenerationSession.open, bundle, threads),
+        partial(ScoringSession, bundle, threads),
+        bundle.tokenizer,
+        context,
+    )
+    asked = questions_for(evaluation.documents, bundle.tokenizer, plan, context)
     if not asked and all(task.choices for task in evaluation.tasks):
         # No task is answered by a text, so that nothing could be told of answers.
         return None
-    return ask(
-        asked, evaluation.tasks, sessions, reference, plan=plan, scratch=scratch, progress=conditions.progress
-    )
+    return ask(asked, evaluation.tasks, sessions, reference, plan=plan, scratch=scratch, progress=conditions.progress)
 
 
 def _performance(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,8 +14,9 @@ from glmexport.engine.scoring import ScoringSession
 from glmexport.foundation.progress import Progress
 from glmexport.reference.reference import Reference
 from glmexport.results.fidelity import Share
+from glmexport.validation.divergence import Divergence
 from glmexport.validation.fidelity import Answers, Streamed, compare
-from glmexport.validation.reference import reference_states
+from glmexport.validation.reference import TextStream, pass_together
 from glmexport.validation.routing import Routes
 from glmexport.validation.texts import EvaluationText
 
@@ -27,11 +27,15 @@ def bundle_answer(session: ScoringSession, texts: Sequence[EvaluationText], inde
     return torch.from_numpy(session.logits(text.ids.numpy())[text.prefix - 1 : -1])
 
 
+def _mean(divergences: Sequence[Divergence]) -> float:
+    return float(torch.cat([each.kl for each in divergences]).double().mean())
+
+
 def shares_of(
     bundle: Bundle,
     original: Streamed,
+    shipped: Sequence[Divergence],
     texts_each: int,
-    session: ScoringSession,
     scratch: Path,
     progress: Progress,
     routes: Routes,
@@ -39,30 +43,33 @@ def shares_of(
     """Return what the linears, the head and embedding, and the runtime's arithmetic each add to the mean KL.
 
     The bundle's own weights are run in the reference's fp32 arithmetic: first only the linears of the blocks in the
-    original's place, then the embedding and lm_head too; the exported graph itself is the last step. The experts that
-    all the bundle's weights together choose are added to ``routes``.
+    original's place, then the embedding and lm_head too, side by side through each block; the exported graph itself, of
+    which ``shipped`` are the divergences, is the last step. The experts that all the bundle's weights together choose
+    are added to ``routes``.
     """
     recipe = bundle.manifest.recipe
     if recipe.linears is None or not texts_each:
         return ()
     reference, sample = original.reference, original.texts
-    weights = BundleWeights.open(bundle, reference.architecture)
-    folded = Reference(reference.checkpoint.folded(bundle_folds(bundle.directory)), reference.architecture)
+    architecture = reference.architecture
+    weights = BundleWeights.open(bundle, architecture)
+    table, head = weights.quantized(architecture.embedding), weights.quantized(architecture.lm_head.weight)
+    folded = Reference(reference.checkpoint.folded(bundle_folds(bundle.directory)), architecture)
+    given = folded.exchanged(weights.dequantized)
+    streams = [TextStream(given, sample, scratch, routes=None if table else routes)]
+    if table:
+        # What it computes differs from the first stream's by its embeddings alone.
+        embedded = folded.exchanged(weights.dequantized, table.lookup)
+        streams.append(TextStream(embedded, sample, scratch, routes=routes))
+    states = pass_together(given, streams, progress, "Shares: the bundle's weights")
+    linears, whole = states[0], states[-1]
 
     def mean(answers: Answers) -> float:
-        parts = compare(original, answers, progress, "Shares: comparing")
-        return float(torch.cat([part.kl for part in parts]).double().mean())
+        return _mean(compare(original, answers, progress, "Shares: comparing"))
 
-    given = folded.exchanged(weights.dequantized)
-    linears = reference_states(given, sample, scratch, progress, label="Shares: linears")
     only_linears = mean(lambda index: reference.logits(linears.states(index)))
-    architecture = reference.architecture
-    table, head = weights.quantized(architecture.embedding), weights.quantized(architecture.lm_head.weight)
-    given = folded.exchanged(weights.dequantized, table.lookup if table else None)
-    whole = reference_states(given, sample, scratch, progress, label="Shares: all weights", routes=routes)
     project = head.apply if head else reference.logits
-    all_weights = mean(lambda index: project(whole.states(index)))
-    shipped = mean(partial(bundle_answer, session, sample))
+    all_weights = mean(lambda index: project(whole.states(index))) if table or head else only_linears
     note = f"{sum(text.positions for text in sample)} positions"
     return (
         Share(
@@ -77,7 +84,7 @@ def shares_of(
         ),
         Share(
             name="Runtime arithmetic",
-            kl_mean_nats=shipped - all_weights,
+            kl_mean_nats=_mean(shipped) - all_weights,
             note=f"the exported graph at accuracy_level {bundle.target.weights.accuracy_level}",
         ),
     )

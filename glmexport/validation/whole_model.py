@@ -16,10 +16,11 @@ import psutil
 import torch
 from torch import Tensor
 
+from glmexport.checkpoint.layouts import FP8
 from glmexport.foundation.progress import Progress
 from glmexport.reference.reference import CPU, Reference
 from glmexport.results.reference import ReferenceCheck
-from glmexport.validation.reference import reference_states
+from glmexport.validation.reference import ReferenceStates, reference_states
 from glmexport.validation.texts import EvaluationText
 
 #: Share of the free memory that the whole model may take.
@@ -39,6 +40,7 @@ def check_reference(
     scratch: Path,
     limit_bytes: int | None,
     progress: Progress,
+    states: ReferenceStates | None = None,
 ) -> ReferenceCheck:
     """Compare the logits of one of ``texts`` with those of transformers' whole model, where that fits into memory.
 
@@ -48,6 +50,7 @@ def check_reference(
         scratch: where hidden states are kept meanwhile.
         limit_bytes: what this process may take at most; None: most of the memory that is free.
         progress: who watches.
+        states: those of all ``texts``, if they were computed already.
     """
     long_enough = [text for text in texts if len(text.ids) >= _LEAST_TOKENS]
     text = min(long_enough or texts, key=lambda text: len(text.ids) if long_enough else -len(text.ids))
@@ -55,8 +58,10 @@ def check_reference(
     if absent:
         return ReferenceCheck(positions=0, absent_because=absent)
     with TemporaryDirectory(dir=scratch) as folder:
-        states = reference_states(reference, [text], Path(folder), progress, label="Original, checked")
-        ours = reference.logits(states.load(0)[0].to(reference.device)).to(CPU)
+        if states is None:
+            states = reference_states(reference, [text], Path(folder), progress, label="Original, checked")
+        place = next(place for place, each in enumerate(states.texts) if each is text)
+        ours = reference.logits(states.load(place)[0].to(reference.device)).to(CPU)
     theirs = _whole(reference.checkpoint.path, text.ids)
     if isinstance(theirs, str):
         return ReferenceCheck(positions=0, absent_because=theirs)
@@ -71,10 +76,10 @@ def _absent(reference: Reference, tokens: int, limit_bytes: int | None) -> str |
     checkpoint, architecture = reference.checkpoint, reference.architecture
     if checkpoint.adapter:
         return "an adapter is merged while weights are read, and transformers would load the checkpoint without it"
-    if checkpoint.quantized:
-        return "transformers loads GPTQ checkpoints with kernels of other packages only"
-    if checkpoint.scaled:
+    if checkpoint.stored.layout == FP8:
         return "transformers has kernels for fp8 checkpoints on accelerators only"
+    if checkpoint.stored.layout:
+        return f"transformers loads checkpoints quantized by {checkpoint.stored.layout} with other packages only"
     weights = 4 * sum(math.prod(shape) for shape in architecture.shapes().values())
     needed = int(weights * _LOADING) + 3 * 4 * tokens * architecture.vocabulary_size
     free = int(psutil.virtual_memory().available * _SHARE)

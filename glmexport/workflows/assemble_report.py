@@ -128,6 +128,7 @@ def _report(
         ),
         fidelity=validation.fidelity,
         reference=validation.reference,
+        arithmetic=validation.arithmetic,
         weights=validation.weights,
         prompts=validation.prompts,
         behaviour=validation.behaviour,

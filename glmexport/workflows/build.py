@@ -25,13 +25,14 @@ from glmexport.quantization.quantized_model import QuantizedModel
 from glmexport.quantization.store import WorkDirectory
 from glmexport.quantization.walk import walk
 from glmexport.quantization.weights import Weights
+from glmexport.reference.arithmetic import computing
 from glmexport.reference.reference import Reference
 from glmexport.validation.texts import EvaluationSet
 from glmexport.validation.unrun import Unrun, validate_unrun
 from glmexport.workflows.assemble_report import BuildCost
 from glmexport.workflows.calibration_text import CalibrationText, cache_text, read_calibration_text
 from glmexport.workflows.checks import refuse_existing, refuse_formats, require_space
-from glmexport.workflows.device import device_name, peak_device_memory, plan_on, running_on
+from glmexport.workflows.device import arithmetic_on, device_name, peak_device_memory, plan_on, running_on
 from glmexport.workflows.job import Job
 from glmexport.workflows.original import Original
 from glmexport.workflows.output import partial_of, put_in_place
@@ -63,17 +64,18 @@ def build(
     if any(original.drafts(job.target) for job in jobs):
         original = original.sharing_tables()
     progress.remark(f"{original.checkpoint.name} is {original.checkpoint.digest(progress)}.")
-    with ExitStack() as locks:
+    with ExitStack() as held:
         quantizations = []
         for plan in plans:
             quantizations.append(_quantization_job(original, plan, options, progress))
-            locks.enter_context(quantizations[-1].work.locked())
+            held.enter_context(quantizations[-1].work.locked())
+        held.enter_context(computing(options.arithmetic))
         built: list[Built | BuiltUnrun] = []
         try:
             for plan, quantization in zip(plans, quantizations, strict=True):
                 model = _quantized(quantization)
                 for job in plan.jobs:
-                    written = _write(original, job, model, plan.text, progress)
+                    written = _write(original, job, model, quantization, plan.text, progress)
                     built.append(_validate(original, job, written, model, plan, options, progress))
             original.checkpoint.refuse_changes()
             for bundle in built:
@@ -130,8 +132,9 @@ def _plan(original: Original, jobs: Sequence[Job], options: BuildOptions) -> lis
         plans.append(replace(plan, jobs=same, evaluation=tuple(evaluation)))
     for job in jobs:
         refuse_tasks(original, job.target, options)
-    for plan in plans:
-        require_space(original, plan.jobs)
+    languages = {document.language for plan in plans for document in plan.evaluation}
+    positions = len(languages) * options.validation.positions_per_language
+    require_space(original, [plan.jobs for plan in plans], positions)
     return plans
 
 
@@ -145,6 +148,7 @@ def _plan_quantization(original: Original, recipe: Recipe, options: BuildOptions
 def _quantization_job(original: Original, plan: _Plan, options: BuildOptions, progress: Progress) -> QuantizationJob:
     """Open the work directory of ``plan``: everything that its bytes depend on is part of its name and its record."""
     sequences = plan.text.sequences
+    arithmetic = arithmetic_on(options.device, options.arithmetic)
     job = {
         "glmexport": __version__,
         "checkpoint": original.checkpoint.digest(progress),
@@ -153,6 +157,7 @@ def _quantization_job(original: Original, plan: _Plan, options: BuildOptions, pr
         # These decide the order in which numbers are added up.
         "threads": options.threads,
         "device": device_name(options.device),
+        "arithmetic": arithmetic.route,
         "batch": [plan.memory.batch_tokens, plan.memory.chunk_weights],
     }
     return QuantizationJob(
@@ -164,6 +169,7 @@ def _quantization_job(original: Original, plan: _Plan, options: BuildOptions, pr
         memory=plan.memory,
         progress=progress,
         device=options.device,
+        arithmetic=arithmetic,
     )
 
 
@@ -175,11 +181,18 @@ def _quantized_architecture(original: Original, jobs: Sequence[Job]) -> Architec
 
 
 def _quantized(job: QuantizationJob) -> QuantizedModel:
-    with running_on(job.device):
+    with running_on(job.device, job.arithmetic):
         return walk(job)
 
 
-def _write(original: Original, job: Job, model: QuantizedModel, text: CalibrationText, progress: Progress) -> Bundle:
+def _write(
+    original: Original,
+    job: Job,
+    model: QuantizedModel,
+    quantization: QuantizationJob,
+    text: CalibrationText,
+    progress: Progress,
+) -> Bundle:
     """Write the bundle beside its place."""
     partial = partial_of(job.directory)
     if partial.exists():
@@ -199,6 +212,7 @@ def _write(original: Original, job: Job, model: QuantizedModel, text: Calibratio
         largest=LargestActivation(**model.largest._asdict()) if model.largest else None,
         tokenizer_files=original.tokenizer.files,
         cache_text=cache_text(text.sequences),
+        arithmetic=quantization.arithmetic.route,
     )
     return Bundle(partial, write_bundle(partial, contents, progress))
 

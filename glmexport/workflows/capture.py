@@ -16,14 +16,16 @@ from glmexport.engine.session import require_provider
 from glmexport.foundation.disk import require_free
 from glmexport.foundation.progress import Progress
 from glmexport.quantization.store import WorkDirectory
+from glmexport.reference.arithmetic import computing
 from glmexport.reference.reference import Reference
+from glmexport.results.arithmetic import UNCHECKED, OriginalArithmetic
 from glmexport.validation.behaviour.plane import ask_original, questions_for
 from glmexport.validation.capture import REFERENCE, TOP_K, Capture, CapturedAnswer, OriginalFacts, write_capture
 from glmexport.validation.conditions import ValidationPlan
 from glmexport.validation.fidelity import Streamed
+from glmexport.validation.noise import repeated_states
 from glmexport.validation.prompts import golden_prompts
-from glmexport.validation.reference import reference_states
-from glmexport.validation.run import first_texts, noise_floor
+from glmexport.validation.run import first_texts
 from glmexport.validation.texts import EvaluationSet, text_digest
 from glmexport.validation.whole_model import check_reference
 from glmexport.workflows.checks import refuse_existing
@@ -47,6 +49,8 @@ class CaptureOptions:
     draft: Bundle | None = None
     #: Text files of the user's to ask about as well.
     evaluation: tuple[Path, ...] = ()
+    #: The way in which products of fp32 matrices are computed.
+    arithmetic: OriginalArithmetic = UNCHECKED
 
 
 def capture_reference(original: Original, output: Path, options: CaptureOptions, progress: Progress) -> Capture:
@@ -66,10 +70,12 @@ def capture_reference(original: Original, output: Path, options: CaptureOptions,
     torch.set_num_threads(options.threads)
     evaluation = EvaluationSet(evaluation_documents(options.evaluation, original.tokenizer), original.tokenizer)
     texts = evaluation.texts(original.architecture.context_length, options.plan)
-    rows, size = sum(len(text.ids) for text in texts), original.architecture.hidden_size
+    sample = first_texts(texts, 1)
+    rows, again = (sum(len(text.ids) for text in each) for each in (texts, [texts[index] for index in sample]))
+    size = original.architecture.hidden_size
     kept = min(options.top_k, original.architecture.vocabulary_size)
-    # The states, those of the last block and of the one before; the answers.
-    require_free(output.parent, rows * (3 * size * 4 + kept * 8), "The capture")
+    # The states of both runs, those of the last block and of the one before; the answers.
+    require_free(output.parent, (rows + again) * 3 * size * 4 + rows * kept * 8, "The capture")
     # Every other check comes before this, which reads files for minutes.
     if draft:
         check_original(draft, original, progress)
@@ -79,19 +85,20 @@ def capture_reference(original: Original, output: Path, options: CaptureOptions,
         "reference of": original.checkpoint.digest(progress),
         "texts": text_digest(texts),
         "threads": options.threads,
+        "arithmetic": options.arithmetic.route,
     }
     work = WorkDirectory.for_job(output.parent, job)
     partial = partial_of(output)
-    with work.locked():
+    with work.locked(), computing(options.arithmetic):
         reference = Reference(original.checkpoint, original.architecture)
-        check = check_reference(reference, texts, work.path, options.plan.max_memory_bytes, progress)
-        states = reference_states(reference, texts, work.path, progress, kept=work)
-        sample = Streamed(states.only(first_texts(texts, 1)), reference)
-        noise = noise_floor(sample, options.threads, work.path, progress)
+        runs = repeated_states(reference, texts, sample, options.threads, work.path, progress, kept=work)
+        states = runs.states
+        check = check_reference(reference, texts, work.path, options.plan.max_memory_bytes, progress, states)
         facts = OriginalFacts(
             source=source_of(original, progress),
-            noise=noise,
+            noise=runs.noise(progress),
             reference_check=check,
+            arithmetic=options.arithmetic,
             answers=_answers(evaluation, reference, options, work.path, progress),
             prompts=golden_prompts(original.checkpoint, evaluation),
         )

@@ -6,16 +6,20 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from glmexport.architecture.description import Architecture
 from glmexport.formats.codecs import codec_of
 from glmexport.foundation.disk import require_free
 from glmexport.foundation.errors import InputError
-from glmexport.foundation.recipe import Format
+from glmexport.foundation.recipe import Format, Recipe
 from glmexport.graph.caches import own_loop
 from glmexport.graph.heads import unfit_heads
 from glmexport.quantization.allocation import probe_bytes, require_fit
 from glmexport.workflows.estimate import estimate
 from glmexport.workflows.job import Job
 from glmexport.workflows.original import Original
+
+#: Number of copies of the original's states during validation: of the last block, and before and after the present one.
+_KEPT_STATES = 3
 
 
 def refuse_formats(original: Original, job: Job) -> None:
@@ -177,21 +181,32 @@ def refuse_existing(directory: Path, force: bool, mark: str = "bundle.json", kin
         )
 
 
-def require_space(original: Original, jobs: Sequence[Job]) -> None:
-    """Check that a bundle, the committed blocks and the activations of ``jobs`` of one recipe fit beside each other.
+def require_space(original: Original, quantizations: Sequence[Sequence[Job]], positions: int) -> None:
+    """Check that everything that a build has on disk at once fits; jobs of one recipe share one quantization.
 
-    Under a budget the activations are at least those of all trials, which are gone before the walk begins.
+    That is the committed blocks of every quantization and all bundles; and in turn the activations of each walk, and
+    the original's states at the ``positions`` that a bundle is judged on.
 
     Raises:
-        MachineError: they do not.
+        MachineError: it does not.
     """
-    architecture, recipe = original.architecture, jobs[0].recipe
+    kept, passing = 0, positions * _KEPT_STATES * original.architecture.hidden_size * 4
+    for jobs in quantizations:
+        bundles = [estimate(original.planned(job.recipe, job.target), 1.0, None).bundle_bytes for job in jobs]
+        kept += max(bundles) + sum(bundles)
+        passing = max(passing, _activation_bytes(original.architecture, jobs[0].recipe))
+    require_free(quantizations[0][0].directory.parent, kept + passing, "The build")
+
+
+def _activation_bytes(architecture: Architecture, recipe: Recipe) -> int:
+    """Return the most bytes that the activations of one walk take.
+
+    Under a budget they are at least those of all trials, which are gone before the walk begins.
+    """
     tokens = recipe.calibration.tokens if recipe.calibration else 0
     # Both streams: before a block, between its branches and after it, and what experts add to them; and the input of
     # one of its linears.
     widest = max(linear.in_features for _, linear in architecture.linears)
     kept = 9 if architecture.routed else 7
     streams = tokens * (kept * architecture.hidden_size + widest) * 4
-    activations = max(streams, probe_bytes(architecture, recipe))
-    largest = max(estimate(original.planned(recipe, job.target), 1.0, None).bundle_bytes for job in jobs)
-    require_free(jobs[0].directory.parent, 2 * largest + activations, "The build")
+    return max(streams, probe_bytes(architecture, recipe))

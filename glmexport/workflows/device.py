@@ -14,7 +14,9 @@ from glmexport.architecture.description import Architecture
 from glmexport.foundation.errors import InputError, MachineError
 from glmexport.foundation.recipe import Recipe
 from glmexport.quantization.memory import MemoryPlan, plan_memory
+from glmexport.reference.arithmetic import computing
 from glmexport.reference.reference import CPU
+from glmexport.results.arithmetic import UNCHECKED, OriginalArithmetic
 
 #: Share of a device's free memory that a plan may fill: its allocator cannot use every gap between blocks.
 _USABLE = 0.9
@@ -69,16 +71,21 @@ def plan_on(device: torch.device, architecture: Architecture, recipe: Recipe, li
         ) from error
 
 
+def arithmetic_on(device: torch.device, arithmetic: OriginalArithmetic) -> OriginalArithmetic:
+    """Return the arithmetic of quantization on ``device``: the processor's there, torch's default on others."""
+    return arithmetic if device == CPU else UNCHECKED
+
+
 @contextmanager
-def running_on(device: torch.device) -> Iterator[None]:
-    """Compute in full fp32 within this context, and say what to do when the memory of ``device`` runs out.
+def running_on(device: torch.device, arithmetic: OriginalArithmetic) -> Iterator[None]:
+    """Compute by ``arithmetic`` within this context, and say what to do when the memory of ``device`` runs out.
 
     Raises:
         MachineError: the memory ran out.
     """
-    torch.set_float32_matmul_precision("highest")
     try:
-        yield
+        with computing(arithmetic):
+            yield
     except torch.OutOfMemoryError as error:
         raise MachineError(
             f"The memory of {device_name(device)} ran out.",

@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -173,6 +173,7 @@ def _captured(
         "bundle": bundle.digest,
         "plan": repr(options.validation),
         "threads": options.threads,
+        "arithmetic": options.arithmetic.route,
         "evaluation": [hashlib.sha256(path.read_bytes()).hexdigest() for path in options.evaluation],
     }
     name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
@@ -184,7 +185,13 @@ def _captured(
             shutil.rmtree(output)
     place.mkdir(parents=True, exist_ok=True)
     draft = bundle if options.validation.behaviour else None
-    settings = CaptureOptions(options.threads, options.validation, draft=draft, evaluation=options.evaluation)
+    settings = CaptureOptions(
+        options.threads,
+        options.validation,
+        draft=draft,
+        evaluation=options.evaluation,
+        arithmetic=options.arithmetic,
+    )
     try:
         capture_reference(original, output, settings, progress)
     except MachineError as error:
@@ -192,6 +199,5 @@ def _captured(
             raise
         # The bundle cannot run here, so that devices are asked.
         progress.remark(f"Free answers are not compared: {error.message} Nothing here can draft the original's.")
-        settings = CaptureOptions(options.threads, options.validation, evaluation=options.evaluation)
-        capture_reference(original, output, settings, progress)
+        capture_reference(original, output, replace(settings, draft=None), progress)
     return CapturedReference.open(output)

@@ -15,6 +15,8 @@ from glmexport.checkpoint.checkpoint import Checkpoint
 from glmexport.foundation.errors import InputError
 from glmexport.foundation.target import shipped_targets
 from glmexport.graph.caches import cache_bytes_per_token
+from glmexport.reference.arithmetic import computing
+from glmexport.results.arithmetic import UNCHECKED, OriginalArithmetic
 from glmexport.tokenizer.tokenizer import Tokenizer
 from glmexport.workflows.checks import refuse_formats
 from glmexport.workflows.estimate import estimate, measured_flops
@@ -137,10 +139,13 @@ class Unfinished:
     missing: list[str]
 
 
-def inspect_original(original: Original, recipe: str | None, max_memory: int | None) -> Inspection:
+def inspect_original(
+    original: Original, recipe: str | None, max_memory: int | None, arithmetic: OriginalArithmetic = UNCHECKED
+) -> Inspection:
     """Describe ``original`` and estimate its builds: by ``recipe``, or by the default recipe of each target.
 
-    ``max_memory`` is a limit in bytes. The speed of this machine's matrix products is measured, which takes a moment.
+    ``max_memory`` is a limit in bytes. The speed of this machine's matrix products by ``arithmetic`` is measured, which
+    takes a moment.
     """
     checkpoint, architecture = original.checkpoint, original.architecture
     latents = architecture.latent_values_per_token
@@ -161,7 +166,7 @@ def inspect_original(original: Original, recipe: str | None, max_memory: int | N
         unused=original.unused,
         token_prediction=_token_prediction(original),
         tokenizer=_tokenizer(original.tokenizer),
-        estimates=estimate_targets(original, recipe, max_memory),
+        estimates=estimate_targets(original, recipe, max_memory, arithmetic),
     )
 
 
@@ -218,10 +223,9 @@ def _experts(architecture: Architecture) -> MixtureSummary | None:
 
 def _formats(checkpoint: Checkpoint) -> StoredFormats | None:
     """Return the formats of a quantized checkpoint, the most frequent first; None in full precision."""
-    if not checkpoint.quantized:
+    if checkpoint.stored.layout is None:
         return None
-    counts = Counter(form.label for form in checkpoint.quantized.values())
-    return StoredFormats("gptq", dict(counts.most_common()))
+    return StoredFormats(checkpoint.stored.layout.lower(), dict(Counter(checkpoint.labels.values()).most_common()))
 
 
 def _adapter(adapter: Adapter | None) -> MergedAdapter | None:
@@ -250,9 +254,12 @@ def _tokenizer(tokenizer: Tokenizer) -> TokenizerFacts:
     )
 
 
-def estimate_targets(original: Original, recipe: str | None, max_memory: int | None) -> list[TargetEstimate]:
+def estimate_targets(
+    original: Original, recipe: str | None, max_memory: int | None, arithmetic: OriginalArithmetic = UNCHECKED
+) -> list[TargetEstimate]:
     """Return, for every shipped target, what a bundle would take there, and why it is refused if it is."""
-    flops = measured_flops()
+    with computing(arithmetic):
+        flops = measured_flops()
     rows = []
     for target in shipped_targets():
         chosen = recipe_for(original, recipe, target)

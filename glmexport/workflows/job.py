@@ -96,13 +96,19 @@ def recipe_for(original: Original, name: str | None, target: Target) -> Recipe:
         DefinitionError: there is no such recipe.
         InputError: it would quantize a checkpoint that is quantized already, or keep codes that there are not.
     """
-    stored = original.checkpoint.quantized
-    recipe = open_recipe(name or (STORED if stored else target.weights.default_recipe))
+    stored, default = original.checkpoint.quantized, target.weights.default_recipe
+    recipe = open_recipe(name or (STORED if original.checkpoint.coded else default))
+    if recipe.keeps_stored and (inexact := original.checkpoint.stored.inexact):
+        raise InputError(
+            f"{inexact}: no bundle can keep the codes of {original.checkpoint.name} ({formats_of(original)}).",
+            next_step=f"Name a recipe that rounds what the codes stand for once more, for example --recipe {default}, "
+            "or build from the full-precision checkpoint.",
+        )
     if not stored and recipe.keeps_stored:
         raise InputError(
             f"The recipe {recipe.name} keeps the codes of a quantized checkpoint, and {original.checkpoint.name} is "
-            "in full precision.",
-            next_step=f"Leave --recipe out, or name another, for example {target.weights.default_recipe}.",
+            f"in {formats_of(original) if original.checkpoint.stored.layout else 'full precision'}.",
+            next_step=f"Leave --recipe out, or name another, for example {default}.",
         )
     if not stored:
         return fitted(recipe, original.architecture, target.weights)
@@ -114,7 +120,8 @@ def recipe_for(original: Original, name: str | None, target: Target) -> Recipe:
         )
     if original.architecture.embedding in stored:
         raise InputError(
-            f"{original.checkpoint.name}: the embedding is stored in the GPTQ format, which bundles do not keep.",
+            f"{original.checkpoint.name}: the embedding is stored as {stored[original.architecture.embedding].label}, "
+            "which bundles do not keep.",
             next_step="Quantize the linears only, with the embedding in full precision.",
         )
     weights: Counter[Format] = Counter()

@@ -35,14 +35,18 @@ def refuse_other_model(bundle: Bundle, original: Original) -> None:
 def check_original(bundle: Bundle, original: Original, progress: Progress, trust: Trust = NOBODY) -> None:
     """Compare the files of ``bundle`` and its original with the manifest: both are read in whole.
 
-    The bundle's report may be another one than was signed, as validation writes it.
+    The bundle's report may be another one than was signed, as validation writes it. Of an original that did not change
+    since it was last read the digest is kept; where a signature is asked for, it is evidence, and every byte is read.
 
     Raises:
         UnverifiedError: the bundle is not what was signed, or nobody of ``trust`` signed it.
         BundleError: the bundle was made from another checkpoint, or its files are not those of its manifest.
         CheckpointError: the checkpoint changed meanwhile.
+        MachineError: a file cannot be read.
     """
     check_bundle(bundle, trust, progress, rewritten=REPORTS)
+    if trust.given:
+        original.checkpoint.forget_digest()
     _require_source(bundle, source_of(original, progress), _against(bundle.manifest.source))
 
 

@@ -13,7 +13,6 @@ from glmexport.architecture.tables import remark_on
 from glmexport.architecture.token_prediction import share_tables
 from glmexport.checkpoint.checkpoint import Checkpoint
 from glmexport.formats.plan import FormatPlan, stored_formats
-from glmexport.foundation.errors import InputError
 from glmexport.foundation.progress import Progress
 from glmexport.foundation.recipe import Recipe
 from glmexport.foundation.target import Target
@@ -22,6 +21,7 @@ from glmexport.graph.fixed import fixed_sizes
 from glmexport.reference.describe import describe
 from glmexport.tokenizer.tokenizer import Tokenizer
 from glmexport.workflows.estimate import Planned
+from glmexport.workflows.vocabulary import refuse_tokenizer
 
 #: The reason why a bundle that onnxruntime-genai decodes has no draft graph.
 NO_DRAFTS = (
@@ -40,21 +40,23 @@ class Original:
     unused: dict[str, str]
 
     @classmethod
-    def open(cls, source: str, progress: Progress, adapter: str | None = None) -> Original:
-        """Open and check a checkpoint, with the adapter that is merged into it, if any; no weight is read."""
+    def open(
+        cls, source: str, progress: Progress, adapter: str | None = None, *, rehash: bool = False
+    ) -> Original:
+        """Open and check a checkpoint, with the adapter that is merged into it, if any; no weight is read.
+
+        With ``rehash`` its digest, wherever one is taken, is of what is read then, and not one that is kept.
+        """
         checkpoint = Checkpoint.open(source, progress, adapter)
+        if rehash:
+            checkpoint.forget_digest()
         architecture = describe(checkpoint)
         checkpoint = architecture.presented(checkpoint)
         unused = dict(architecture.account(checkpoint))
         if remark := remark_on(architecture, checkpoint):
             progress.remark(f"{checkpoint.name}: {remark}.")
         tokenizer = Tokenizer.open(checkpoint.path)
-        if tokenizer.vocabulary_size > architecture.vocabulary_size:
-            raise InputError(
-                f"{checkpoint.name}: the tokenizer has {tokenizer.vocabulary_size} tokens and the model "
-                f"{architecture.vocabulary_size}.",
-                next_step="Use the tokenizer files that belong to these weights.",
-            )
+        refuse_tokenizer(checkpoint, architecture, tokenizer)
         for remark in filter(None, (tokenizer.remark, context_remark(checkpoint.config, architecture.context_length))):
             progress.remark(remark)
         return cls(checkpoint, architecture, tokenizer, unused)
@@ -93,9 +95,10 @@ class Original:
 
 
 def formats_of(original: Original) -> str:
-    """Return the stored formats of a quantized checkpoint and how many matrices have each, for people."""
-    counts = Counter(form.label for form in original.checkpoint.quantized.values())
-    return ", ".join(f"{count} x {label}" for label, count in counts.most_common())
+    """Return by what a quantized checkpoint is quantized, its formats and how many matrices have each, for people."""
+    counts = Counter(original.checkpoint.labels.values())
+    layout = (original.checkpoint.stored.layout or "").lower()
+    return ", ".join([layout, *(f"{count} x {label}" for label, count in counts.most_common())])
 
 
 def listed_unused(unused: Mapping[str, str]) -> dict[str, str]:

@@ -8,6 +8,7 @@ from glmexport.engine.scoring import ScoringSession
 from glmexport.engine.session import require_provider
 from glmexport.foundation.errors import InputError
 from glmexport.foundation.progress import Progress
+from glmexport.reference.arithmetic import computing
 from glmexport.reference.reference import Reference
 from glmexport.report.document import JSON_NAME, Report, read_report
 from glmexport.validation.capture import CapturedReference
@@ -42,7 +43,8 @@ def plan_bundle(
     report = _own_report(bundle)
     with progress.track("Timing", 1) as track:
         session = ScoringSession(bundle, options.threads_for(bundle.target))
-        rates = measure_rates(session, texts, reference, options.threads)
+        with computing(options.arithmetic):
+            rates = measure_rates(session, texts, reference, options.threads)
         track.advance()
     policy, full_text = options.policy_for(bundle.target).gates, options.validation.full_text
     looks = {

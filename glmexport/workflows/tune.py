@@ -21,6 +21,7 @@ from glmexport.foundation.session_settings import check_provider, check_session_
 from glmexport.foundation.target import Target
 from glmexport.quantization.store import WorkDirectory
 from glmexport.quantization.weights import Weights
+from glmexport.reference.arithmetic import computing
 from glmexport.reference.reference import Reference
 from glmexport.tuning.arithmetic import Variants
 from glmexport.tuning.assemble import TunedModel, evidence_of, tuned_target
@@ -80,7 +81,7 @@ def tune(original: Original, target: Target, output: Path, options: TuneOptions,
     plan = _plan(original, target, options, progress)
     _require_space(original, plan, output.parent)
     work = _work_directory(original, plan, output.parent, progress)
-    with work.locked():
+    with work.locked(), computing(options.arithmetic):
         measured = _measured(original, plan, work, progress)
         for kind, reason in measured.illegal.items():
             progress.remark(f"{kind.label} is left out: {reason}.")
@@ -162,7 +163,7 @@ def _work_directory(original: Original, plan: TuningPlan, parent: Path, progress
         "recipes": {name: recipe.digest() for name, recipe in plan.recipes.items()},
         "candidates": [identity(each) for each in plan.candidates],
         "texts": text_digest(plan.texts),
-        "options": asdict(plan.options) | {"force": None},
+        "options": asdict(plan.options) | {"force": None, "arithmetic": plan.options.arithmetic.route},
         "machine": [machine.processor_name(), machine.cores(), machine.system_name(), machine.library_versions()],
     }
     return WorkDirectory.for_job(parent, job)
@@ -199,7 +200,8 @@ def _weights(
 ) -> Weights:
     """Return weights as a build would quantize them, or, which takes no time, rounded to nearest."""
     if options.calibrated and recipe.needs_calibration:
-        return quantize(original, recipe, BuildOptions(options.cores), work.path, progress)
+        as_built = BuildOptions(options.cores, arithmetic=options.arithmetic)
+        return quantize(original, recipe, as_built, work.path, progress)
     return RoundedWeights(original.checkpoint, original.architecture, recipe, searched=True)
 
 

@@ -15,10 +15,12 @@ from glmexport.engine.session import require_provider
 from glmexport.foundation.disk import require_writable
 from glmexport.foundation.progress import Progress
 from glmexport.foundation.target import Policy, Target
+from glmexport.reference.arithmetic import computing
 from glmexport.reference.reference import CPU, Reference
 from glmexport.release.opening import NOBODY, Trust
 from glmexport.report.document import Report
 from glmexport.report.write import write_report
+from glmexport.results.arithmetic import UNCHECKED, OriginalArithmetic
 from glmexport.validation.behaviour.plane import task_questions
 from glmexport.validation.behaviour.tasks import Task
 from glmexport.validation.capture import CapturedReference
@@ -52,6 +54,8 @@ class BuildOptions:
     bundle_threads: int | None = None
     #: The signers of whom one must have signed a bundle that is validated.
     trust: Trust = NOBODY
+    #: The way in which the processor computes products of fp32 matrices, for the original and for quantization.
+    arithmetic: OriginalArithmetic = UNCHECKED
 
     def threads_for(self, target: Target) -> int:
         """Return the threads that a bundle for ``target`` runs in."""
@@ -128,10 +132,13 @@ def measure_and_report(
     """
     policy = options.policy_for(bundle.target)
     threads = options.threads_for(bundle.target)
-    conditions = Conditions(options.validation, policy.gates, options.threads, threads, progress)
+    conditions = Conditions(
+        options.validation, policy.gates, options.threads, threads, progress, options.arithmetic
+    )
     reference = Reference(original.checkpoint, original.architecture_for(bundle.target))
     evaluation = EvaluationSet(documents, original.tokenizer, options.tasks)
-    validation = validate(bundle, reference, evaluation, conditions, scratch=bundle.directory)
+    with computing(options.arithmetic):
+        validation = validate(bundle, reference, evaluation, conditions, scratch=bundle.directory)
     original.checkpoint.refuse_changes()
     report = assemble(bundle, validation, policy, name=name, command=options.command, build=cost)
     write_report(report, bundle.directory)

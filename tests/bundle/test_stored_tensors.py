@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import onnx_ir as ir
@@ -147,3 +148,21 @@ def test_a_note_without_what_its_format_stores_is_an_error(parts: tuple[str, ...
     form = {"bits": 4, "group_size": 32}
     with pytest.raises(ValueError, match="parts"):
         StoredTensor.model_validate({"matrices": ["a"], "format": form, "parts": dict.fromkeys(parts, "x")})
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only the kernel of Linux tells what is mapped")
+def test_what_was_read_is_not_kept(sample: Sample) -> None:
+    """A mixture has tens of thousands of matrices, and each would keep a mapping of its file and a descriptor."""
+
+    def kept() -> tuple[int, int]:
+        mapped = Path("/proc/self/maps").read_text(encoding="utf-8")
+        return mapped.count(str(sample.bundle.resolve())), len(list(Path("/proc/self/fd").iterdir()))
+
+    weights = bundle_weights(sample.bundle, sample.checkpoint)
+    before = kept()
+    for key in weights.quantized_keys:
+        weights.every(key)
+    for key in weights.other_keys:
+        weights.tensor(key)
+    assert weights.constant("cos_cache") is not None
+    assert kept() == before

@@ -166,7 +166,7 @@ def test_wrong_tensors_are_refused(
         ({"bits": 2}, ("bits is 2",)),
         ({"group_size": 48}, ("group_size is 48",)),
         ({"group_size": 0}, ("group_size is 0",)),
-        ({"quant_method": "awq"}, ("quantized by AWQ",)),
+        ({"quant_method": "hqq"}, ("quantized by HQQ",)),
         ({"pack_dtype": "int16"}, ("pack_dtype",)),
         ({"checkpoint_format": "marlin"}, ("checkpoint_format",)),
         ({"checkpoint_format": "gptq", "format": "gptq_v2"}, ("checkpoint_format is gptq and format is gptq_v2",)),
@@ -214,7 +214,8 @@ class TestTwoFiles:
             ({"sym": True}, ("sym false", "says true")),
             ({"checkpoint_format": "gptq_v2"}, ('checkpoint_format "gptq"', 'says "gptq_v2"')),
             ({"dynamic": {"-:x": {}}}, ("dynamic",)),
-            ({"quant_method": "awq"}, ("quantize_config.json", "AWQ")),
+            ({"quant_method": "awq"}, ("says GPTQ", "quantize_config.json says AWQ")),
+            ({"quant_method": "hqq"}, ("quantize_config.json", "HQQ")),
         ],
     )
     def test_a_contradiction_is_refused(self, directory: Path, changes: dict[str, Any], words: tuple[str, ...]) -> None:

@@ -22,12 +22,8 @@ TABLES: list[tuple[str, dict[str, Any]]] = [
     ("AutoRound", {"quantization_config": {"quant_method": "auto-round", **GROUPS, "sym": True}}),
     ("AutoRound", {"quantization_config": {"quant_method": "intel/auto-round", **GROUPS}}),
     ("AutoRound", {"quantization_config": {"autoround_version": "0.5.1", "data_type": "int", **GROUPS}}),
-    ("AWQ", {"quantization_config": {"quant_method": "awq", **GROUPS, "version": "gemm", "zero_point": True}}),
-    ("AWQ", {"quantization_config": {"zero_point": True, "q_group_size": 128, "w_bit": 4, "version": "GEMM"}}),
     ("bitsandbytes", {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}),
     ("bitsandbytes", {"quantization_config": {"load_in_8bit": True}}),
-    ("compressed-tensors", {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": {}}}),
-    ("compressed-tensors", {"compression_config": {"format": "pack-quantized", "config_groups": {}}}),
     ("FBGEMM fp8", {"quantization_config": {"quant_method": "fbgemm_fp8"}}),
     ("HQQ", {"quantization_config": {"quant_method": "hqq", "quant_config": {}}}),
     ("AMD Quark", {"quantization_config": {"quant_method": "quark"}}),
@@ -36,6 +32,13 @@ TABLES: list[tuple[str, dict[str, Any]]] = [
     ("torchao", {"quantization_config": {"quant_method": "torchao"}}),
     ("GGUF", {"quantization_config": {"quant_method": "gguf"}}),
     ("'brand-new'", {"quantization_config": {"quant_method": "brand-new"}}),
+]
+#: Those that are read, where there are such tensors.
+READ: list[tuple[str, dict[str, Any]]] = [
+    ("AWQ", {"quantization_config": {"quant_method": "awq", **GROUPS, "version": "gemm", "zero_point": True}}),
+    ("AWQ", {"quantization_config": {"zero_point": True, "q_group_size": 128, "w_bit": 4, "version": "GEMM"}}),
+    ("compressed-tensors", {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": {}}}),
+    ("compressed-tensors", {"compression_config": {"format": "pack-quantized", "config_groups": {}}}),
 ]
 PACKED = {"a.weight": torch.zeros(4, 4, dtype=torch.int32)}
 WHOLE = {"a.weight": torch.zeros(4, 4, dtype=torch.bfloat16), "b": torch.ones(4)}
@@ -54,7 +57,14 @@ def test_a_layout_is_called_by_its_name(layout: str, table: dict[str, Any], tmp_
     assert layout == "GPTQ" or "quantized by GPTQ" not in refusal.value.message
 
 
-@pytest.mark.parametrize(("layout", "table"), TABLES, ids=str)
+@pytest.mark.parametrize(("layout", "table"), READ, ids=str)
+def test_a_layout_without_its_tensors_is_told(layout: str, table: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=f"quantized by {layout}, and no tensor is") as refusal:
+        opened(tmp_path, PACKED, **table)
+    assert refusal.value.next_step == "Download the weights again."
+
+
+@pytest.mark.parametrize(("layout", "table"), [*TABLES, *READ], ids=str)
 def test_an_entry_that_is_left_over_is_told_with_what_to_remove(
     layout: str, table: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -73,7 +83,7 @@ def test_an_entry_that_is_left_over_is_told_with_what_to_remove(
     ("name", "table", "layout"),
     [
         ("quantization_config.json", {"quant_method": "auto-round"}, "AutoRound"),
-        ("quant_config.json", {"zero_point": True, "q_group_size": 128, "w_bit": 4}, "AWQ"),
+        ("quant_config.json", {"nbits": 4, "group_size": 64}, "HQQ"),
         ("hf_quant_config.json", {"producer": {}, "quantization": {"quant_algo": "FP8"}}, "NVIDIA ModelOpt"),
     ],
 )

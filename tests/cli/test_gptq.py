@@ -134,7 +134,7 @@ def test_a_quantized_checkpoint_is_not_quantized_again(source: Path, tmp_path: P
     written = quantize(source, tmp_path / "gptq")
     more = ("--target", TARGET, "-o", tmp_path / "bundle") if command == "build" else ()
     outcome = run(command, written.directory, "--recipe", "rtn-w4g32", *more)
-    check(outcome, EXIT_INPUT, "quantized already (12 x w4g32)", "rtn-w4g32", "Leave --recipe out")
+    check(outcome, EXIT_INPUT, "quantized already (gptq, 12 x w4g32)", "rtn-w4g32", "Leave --recipe out")
     assert not (tmp_path / "bundle").exists()
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from glmexport.devices.web_runtime import ARCHIVE, VERSION, cache_folder, web_runtime
+from glmexport.devices.web_runtime import ARCHIVE, VERSION, web_runtime
+from glmexport.foundation.cache import cache_folder
 from glmexport.foundation.errors import InputError, MachineError
 
 

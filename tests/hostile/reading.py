@@ -25,6 +25,8 @@ from glmexport.bundle.manifest import MANIFEST, read_manifest
 from glmexport.bundle.names import GENAI_CONFIG
 from glmexport.calibration.corpus import user_documents
 from glmexport.checkpoint.adapter_config import AdapterConfig
+from glmexport.checkpoint.awq import awq_matrices
+from glmexport.checkpoint.compressed import read_compressed
 from glmexport.checkpoint.config import ConfigReader
 from glmexport.checkpoint.gptq import read_settings
 from glmexport.checkpoint.header import read_header
@@ -82,6 +84,17 @@ def _adapter(place: Path) -> None:
     AdapterConfig.read(ConfigReader.open(place / "adapter_config.json"))
 
 
+def _quantization(place: Path) -> None:
+    settings = read_settings(place, ConfigReader({}, "config.json"))
+    if settings is not None:
+        settings.format_of("model.layers.0.mlp.experts.0.gate_proj")
+
+
+def _compressed(place: Path) -> None:
+    settings = read_compressed(ConfigReader.open(place / "compressed.json"))
+    settings.form_of("model.layers.0.mlp.experts.0.gate_proj")
+
+
 def _headed(document: bytes) -> bytes:
     return len(document).to_bytes(8, "little") + document
 
@@ -93,7 +106,11 @@ READERS: Mapping[str, Reader] = {
     "genai_config": Reader(GENAI_CONFIG, GenaiConfig.read, "model", "model"),
     "config": Reader(CONFIG, lambda place: ConfigReader.open(place / CONFIG)),
     "hazards": Reader("generation_config.json", refuse_hazards),
-    "quantization": Reader("quantize_config.json", lambda place: read_settings(place, ConfigReader({}, "config.json"))),
+    "quantization": Reader("quantize_config.json", _quantization, "bits", "dynamic"),
+    "compressed": Reader("compressed.json", _compressed, "ignore", "config_groups"),
+    "awq": Reader(
+        "awq.json", lambda place: awq_matrices({}, [ConfigReader.open(place / "awq.json")]), "bits", "group_size"
+    ),
     "index": Reader(INDEX, read_index, "weight_map", "weight_map"),
     "safetensors": Reader("model.safetensors", lambda p: read_header(p / "model.safetensors"), "w", "w", _headed),
     "adapter_config": Reader("adapter_config.json", _adapter, "target_modules", "rank_pattern"),

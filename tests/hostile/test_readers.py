@@ -16,7 +16,8 @@ SECONDS, BYTES = 2.0, 200 << 20
 #: Readers that look at a few keys of a document, and leave others alone.
 LENIENT = {"config", "hazards", "special_tokens", "tokenizer_config"}
 READERS = (
-    "manifest", "report", "loop", "genai_config", "config", "hazards", "quantization", "index", "safetensors",
+    "manifest", "report", "loop", "genai_config", "config", "hazards", "quantization", "compressed", "awq", "index",
+    "safetensors",
     "adapter_config", "tokenizer", "tokenizer_config", "special_tokens", "chat_template", "result", "archive", "job",
     "reference", "release", "layout", "image", "credentials", "signature", "tasks", "corpus", "site", "fleet",
     "target", "policy",

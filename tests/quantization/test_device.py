@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from glmexport.foundation.errors import InputError, MachineError
 from glmexport.foundation.recipe import Budget
 from glmexport.reference.reference import CPU
+from glmexport.results.arithmetic import UNCHECKED
 from glmexport.workflows.device import device_name, open_device, plan_on, running_on
 
 pytestmark = pytest.mark.slow
@@ -222,6 +223,6 @@ def test_a_device_with_too_little_free(tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.usefixtures("card")
 def test_memory_that_runs_out_says_how_to_go_on() -> None:
-    with pytest.raises(MachineError, match=r"memory of Card .* ran out") as error, running_on(CUDA):
+    with pytest.raises(MachineError, match=r"memory of Card .* ran out") as error, running_on(CUDA, UNCHECKED):
         raise torch.OutOfMemoryError("CUDA out of memory")
     assert "--max-memory" in error.value.next_step

@@ -57,7 +57,7 @@ class Tap:
 def solve(tap: Tap, held: Tap | None, goal: Goal | None, **solver: object) -> tuple[Tensor, float | None]:
     settings = Solver.model_validate(solver)
     problem = Problem.prepare(tap.hessian, W4G16, settings, held.sample() if held else None)
-    solution = gptq([tap.weight[:7], tap.weight[7:]], problem, W4G16, settings, goal)
+    solution = gptq([tap.weight[:7], tap.weight[7:]], problem, W4G16, settings, problem.correction(goal))
     return solution.linear.dequantize(), solution.shrinkage
 
 
@@ -102,7 +102,7 @@ def test_the_goal_is_the_least_squares_fit_to_the_original_s_output(of_inputs: b
     goal = tap.goal_of_inputs(held) if of_inputs else tap.goal(held)
     form, solver = Format(bits=8, group_size=16), Solver(damping=1e-6)
     problem = Problem.prepare(tap.hessian, form, solver, held.sample())
-    found = gptq([tap.weight[:7], tap.weight[7:]], problem, form, solver, goal)
+    found = gptq([tap.weight[:7], tap.weight[7:]], problem, form, solver, problem.correction(goal))
     best = torch.linalg.lstsq(tap.quantized.double(), (tap.original @ tap.weight.T).double()).solution.T
     assert found.shrinkage == pytest.approx(1, abs=0.02)
     assert tap.error(found.linear.dequantize()) == pytest.approx(tap.error(best.float()), rel=0.02)
@@ -165,7 +165,7 @@ def test_rounding_to_nearest_is_held_against_the_goal_too() -> None:
     tap, held = Tap(120), Tap(3000, 1)
     problem = Problem.prepare(tap.hessian, W4G16, Solver(), held.sample())
     goal = tap.goal(held)
-    found = gptq([tap.weight], problem, W4G16, Solver(), goal)
+    found = gptq([tap.weight], problem, W4G16, Solver(), problem.correction(goal))
     nearest = round_to_nearest(tap.weight, W4G16, tap.hessian.diagonal())
     left = [
         held.sample().errors(held.difference + held.quantized @ (tap.weight - linear.dequantize()).T)

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import builds
 import pytest
-from builds import QUICK, THREADS, Run, Sample, small_checkpoint
+from builds import QUICK, THREADS, TURNS, Run, Sample, no_turns, small_checkpoint
 
 from glmexport.bundle.bundle import Bundle
+from glmexport.engine.generation import GenerationSession
+from glmexport.engine.scoring import ScoringSession
 from glmexport.foundation.errors import EXIT_INPUT, BundleError
 from glmexport.foundation.progress import Silent
 from glmexport.report.document import Report, read_report
 from glmexport.results.record import Verdict
+from glmexport.validation.behaviour.tasks import read_tasks
 from glmexport.validation.capture import REFERENCE, CapturedReference
 from glmexport.validation.conditions import BehaviourPlan
+from glmexport.validation.speed import MeasurementTurns
 from glmexport.workflows.capture import CaptureOptions, capture_reference
 from glmexport.workflows.original import Original
 from glmexport.workflows.validate import BuildOptions, validate_bundle, validate_captured_bundle
@@ -52,7 +58,8 @@ def test_a_captured_original_has_answered_the_same(sample: Sample, captured: Pat
     reference = CapturedReference.open(captured)
     kept = validate_captured_bundle(Bundle.open(bundle), reference, options, Silent()).report.behaviour
     assert whole is not None and whole.passes >= 1 and whole.overall.answers >= 21
-    assert kept == whole.model_copy(update={"passes": 0})
+    assert kept == whole.model_copy(update={"passes": 0, "tokens_computed": 0, "tokens_needed": 0})
+    assert 0 < whole.tokens_computed <= 1.3 * whole.tokens_needed and whole.answers_recomputed == 0
     # A sum over languages is the whole.
     for name in ("answers", "identical", "tokens_original", "tokens_bundle", "ended_bundle", "loops_bundle", "drifted"):
         assert sum(getattr(row, name) for row in whole.languages) == getattr(whole.overall, name), name
@@ -66,6 +73,7 @@ def test_the_report_shows_and_gates_them(sample: Sample, captured: Path, bundle:
     names = {gate.name for gate in report.gates}
     assert {"ln of lengths of answers, bundle / original", "More answers that do not end"} <= names
     assert "Free answers" in (bundle / "report.md").read_text(encoding="utf-8")
+    assert "Tokens computed for these answers" not in outcome.stderr
     assert "Free answers were not compared" not in " ".join(report.limits)
 
 
@@ -86,6 +94,7 @@ def test_tasks_of_the_user(sample: Sample, bundle: Path, tmp_path: Path, run: Ru
     assert "Traceback" not in outcome.stderr
     report = read_report(bundle / "report.json")
     assert report.behaviour is not None
+    assert "Tokens computed for these answers" in outcome.stderr
     groups = {(group.name, group.metric): group for group in report.behaviour.tasks}
     assert groups.keys() == {("own", "choice"), ("own", "regex"), ("silence", "exact")}
     assert (groups["own", "regex"].original, groups["own", "regex"].bundle) == (1, 1)
@@ -93,6 +102,43 @@ def test_tasks_of_the_user(sample: Sample, bundle: Path, tmp_path: Path, run: Ru
     judged = {gate.name: gate.verdict for gate in report.gates if gate.name.startswith("Score lost")}
     # One task can tell of no loss of 5 %.
     assert judged["Score lost in own (regex)"] is Verdict.INCONCLUSIVE and len(judged) == 3
+
+
+@pytest.mark.parametrize("against", ["checkpoint", "capture"])
+def test_one_session_is_open_at_a_time(
+    against: str, sample: Sample, captured: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Each has a copy of all weights, so that two of a large bundle would not fit."""
+    opened: list[tuple[str, int]] = []
+    alive: weakref.WeakSet[object] = weakref.WeakSet()
+
+    def counted(kind: type) -> None:
+        begin = kind.__init__  # type: ignore[misc]
+
+        def counting(self: object, *values: Any, **named: Any) -> None:
+            opened.append((kind.__name__, len(alive)))
+            alive.add(self)
+            begin(self, *values, **named)
+
+        monkeypatch.setattr(kind, "__init__", counting)
+
+    def turns(*values: Any) -> list[MeasurementTurns]:
+        opened.append(("speed", len(alive)))
+        return no_turns(*values)
+
+    counted(ScoringSession)
+    counted(GenerationSession)
+    monkeypatch.setattr(TURNS, turns)
+    options = BuildOptions(THREADS, validation=PLAN, tasks=tuple(read_tasks([tasks(tmp_path / "own.jsonl")])))
+    if against == "capture":
+        reference = CapturedReference.open(captured)
+        validate_captured_bundle(Bundle.open(bundle), reference, replace(options, tasks=()), Silent())
+        expected = ["ScoringSession", "speed", "GenerationSession"]
+    else:
+        original = Original.open(str(sample.checkpoint), Silent())
+        validate_bundle(Bundle.open(bundle), original, options, Silent())
+        expected = ["ScoringSession", "ScoringSession", "GenerationSession", "speed"]
+    assert opened == [(name, 0) for name in expected]
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from glmexport.foundation.progress import Silent
 from glmexport.quantization.store import WorkDirectory
 from glmexport.reference.reference import Block, Reference
 from glmexport.tokenizer.tokenizer import Tokenizer
+from glmexport.validation.divergence import Divergence, divergence
 from glmexport.validation.fidelity import Streamed, compare
 from glmexport.validation.reference import reference_states
 from glmexport.validation.texts import EvaluationText, evaluation_texts
@@ -123,6 +124,41 @@ def test_padding_and_choosing_change_nothing(sample: Sample, tokenizer: Tokenize
     gc.collect()
     assert [text.document for text in chosen.texts] == ["long", "1"]
     assert all(torch.equal(chosen.states(index), expected[index]) for index in range(2))
+
+
+def test_the_lm_head_is_read_once_a_text_and_few_positions_are_compared_at_a_time(
+    sample: Sample, tmp_path: Path
+) -> None:
+    """A large vocabulary takes a second to read, and a distribution over it in fp64 more than a megabyte."""
+    original = Original.open(str(sample.checkpoint), Silent())
+    reference = Reference(original.checkpoint, original.architecture)
+    generator = torch.Generator().manual_seed(0)
+    length = 47
+    text = EvaluationText("any", "en", torch.randint(0, 250, (length,), generator=generator), 1)
+    streamed = Streamed(reference_states(reference, [text], tmp_path, Silent()), reference)
+    given = torch.randn(text.positions, reference.architecture.vocabulary_size, generator=generator)
+    expected = divergence(reference.logits(streamed.states.states(0)), given, text.targets)
+    asked: list[int] = []
+    compared: list[int] = []
+    logits = reference.logits
+
+    def counted_logits(states: torch.Tensor) -> torch.Tensor:
+        asked.append(len(states))
+        return logits(states)
+
+    def counted(before: torch.Tensor, after: torch.Tensor, targets: torch.Tensor) -> Divergence:
+        compared.append(len(before))
+        assert before.shape == after.shape
+        return divergence(before, after, targets)
+
+    with (
+        patch.object(reference, "logits", counted_logits),
+        patch("glmexport.validation.fidelity.divergence", counted),
+    ):
+        found = streamed.divergence(0, given)
+    assert asked == [length - 1] and compared == [16, 16, 14]
+    for name, value in vars(expected).items():
+        torch.testing.assert_close(vars(found)[name], value, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -60,6 +60,11 @@ class Answers:
     #: The bundle's answers by question's id, ``batch`` at a time.
     together: Mapping[str, list[int]] = field(default_factory=dict)
     batch: int = 0
+    #: Number of tokens that the original computed in all passes, number of its prompts and answers, and number of
+    #: answers that were computed anew in every pass.
+    tokens_computed: int = 0
+    tokens_needed: int = 0
+    recomputed: int = 0
 
     def ended(self, tokens: list[int]) -> bool:
         """Return whether an answer comes to an end."""
@@ -134,6 +139,9 @@ def judge(
     languages = dict.fromkeys(each.question.language for each in judged if each.question.language)
     return Behaviour(
         passes=answers.passes,
+        tokens_computed=answers.tokens_computed,
+        tokens_needed=answers.tokens_needed,
+        answers_recomputed=answers.recomputed,
         languages=tuple(
             _summary(name, [each for each in judged if each.question.language == name], answers) for name in languages
         ),

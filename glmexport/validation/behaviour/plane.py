@@ -17,7 +17,7 @@ from glmexport.results.behaviour import Behaviour
 from glmexport.tokenizer.tokenizer import Tokenizer
 from glmexport.validation.behaviour.choices import choice_scores, choice_texts
 from glmexport.validation.behaviour.measure import Answers, answers_together, bundle_answers, judge
-from glmexport.validation.behaviour.original import verified_answers
+from glmexport.validation.behaviour.original import Draft, VerifiedAnswers, verified_answers
 from glmexport.validation.behaviour.questions import Question, questions, task_question
 from glmexport.validation.behaviour.tasks import Task
 from glmexport.validation.conditions import BehaviourPlan
@@ -28,11 +28,16 @@ from glmexport.validation.texts import EvaluationText
 
 @dataclass(frozen=True)
 class BundleSessions:
-    """The sessions of a bundle: one that answers, one that scores texts, and its own tokenizer, as a server has it."""
+    """The ways to open a bundle, of which each session has a copy of all weights, and what is known without one.
 
-    generation: GenerationSession
-    scoring: ScoringSession
+    ``generation`` opens one that answers, ``scoring`` one that scores texts.
+    """
+
+    generation: Callable[[], GenerationSession]
+    scoring: Callable[[], ScoringSession]
+    #: The bundle's own, as a server has it.
     tokenizer: Tokenizer
+    context_length: int
 
 
 def questions_for(
@@ -80,31 +85,42 @@ def ask(
     scratch: Path,
     progress: Progress,
 ) -> Behaviour:
-    """Ask both models the ``shipped`` questions and ``tasks`` of the user's.
+    """Ask both models the ``shipped`` questions and ``tasks`` of the user's, with one session open at a time.
 
     Raises:
         InputError: a task fills the context.
     """
-    session, tokenizer = sessions.generation, sessions.tokenizer
-    texts, own = task_questions(tasks, tokenizer, plan, session.context_length)
-    asked = [*shipped, *(_fitted(question, session.context_length) for question in own)]
+    tokenizer = sessions.tokenizer
+    texts, own = task_questions(tasks, tokenizer, plan, sessions.context_length)
+    asked = [*shipped, *(_fitted(question, sessions.context_length) for question in own)]
+    choices = _choices(tasks, texts, sessions, reference, scratch, progress) if texts else {}
+    session = sessions.generation()
     bundle = bundle_answers(session, asked, progress)
-    original, passes = _verified(asked, bundle, session, reference, scratch, progress)
-    choices: dict[str, tuple[float, float]] = {}
-    if texts:
-        states = reference_states(reference, texts, scratch, progress, label="Original's choices")
-        before = choice_scores(tasks, texts, lambda index: reference.logits(states.states(index)))
-        after = choice_scores(tasks, texts, partial(bundle_answer, sessions.scoring, texts))
-        choices = {id_: (score, after[id_]) for id_, score in before.items()}
-    return judge(asked, _answers(session, asked, original, bundle, passes, plan, progress), tokenizer, tasks, choices)
+    original = _verified(asked, bundle, session, reference, scratch, progress)
+    return judge(asked, _answers(session, asked, original, bundle, plan, progress), tokenizer, tasks, choices)
+
+
+def _choices(
+    tasks: Sequence[Task],
+    texts: Sequence[EvaluationText],
+    sessions: BundleSessions,
+    reference: Reference,
+    scratch: Path,
+    progress: Progress,
+) -> dict[str, tuple[float, float]]:
+    """Return the scores of the original and of the bundle by task with choices."""
+    states = reference_states(reference, texts, scratch, progress, label="Original's choices")
+    before = choice_scores(tasks, texts, lambda index: reference.logits(states.states(index)))
+    after = choice_scores(tasks, texts, partial(bundle_answer, sessions.scoring(), texts))
+    return {id_: (score, after[id_]) for id_, score in before.items()}
 
 
 def ask_original(
     asked: Sequence[Question], session: GenerationSession, reference: Reference, scratch: Path, progress: Progress
 ) -> list[list[int]]:
     """Ask the original, with a bundle that drafts, and return its answers."""
-    answers, _ = _verified(asked, bundle_answers(session, asked, progress), session, reference, scratch, progress)
-    return answers
+    drafts = bundle_answers(session, asked, progress)
+    return _verified(asked, drafts, session, reference, scratch, progress).tokens
 
 
 def ask_bundle(
@@ -118,7 +134,8 @@ def ask_bundle(
 ) -> Behaviour:
     """Ask the bundle what the ``original`` has answered already."""
     bundle = bundle_answers(session, asked, progress)
-    return judge(asked, _answers(session, asked, original, bundle, 0, plan, progress), tokenizer)
+    given = VerifiedAnswers(list(original))
+    return judge(asked, _answers(session, asked, given, bundle, plan, progress), tokenizer)
 
 
 def _verified(
@@ -128,7 +145,7 @@ def _verified(
     reference: Reference,
     scratch: Path,
     progress: Progress,
-) -> tuple[list[list[int]], int]:
+) -> VerifiedAnswers:
     return verified_answers(
         reference,
         [question.ids for question in asked],
@@ -142,14 +159,13 @@ def _verified(
 
 def _drafts(
     session: GenerationSession, asked: Sequence[Question], answers: Sequence[list[int]]
-) -> Callable[[int, list[int]], list[int]]:
+) -> Draft:
     """Return a function to the tokens with which the bundle continues, first of all its own ``answers``."""
 
-    def draft(index: int, so_far: list[int]) -> list[int]:
-        question = asked[index]
+    def draft(index: int, so_far: list[int], most: int) -> list[int]:
         if not so_far:
             return answers[index]
-        return session.tokens([*question.ids, *so_far], question.max_tokens - len(so_far))
+        return session.tokens([*asked[index].ids, *so_far], most)
 
     return draft
 
@@ -157,11 +173,19 @@ def _drafts(
 def _answers(
     session: GenerationSession,
     asked: Sequence[Question],
-    original: Sequence[list[int]],
+    original: VerifiedAnswers,
     bundle: Sequence[list[int]],
-    passes: int,
     plan: BehaviourPlan,
     progress: Progress,
 ) -> Answers:
-    together = answers_together(session, asked, plan.batch, progress) if plan.batch else {}
-    return Answers(original, bundle, session.ends, passes, together, plan.batch)
+    return Answers(
+        original.tokens,
+        bundle,
+        session.ends,
+        original.passes,
+        together=answers_together(session, asked, plan.batch, progress) if plan.batch else {},
+        batch=plan.batch,
+        tokens_computed=original.computed,
+        tokens_needed=original.needed,
+        recomputed=original.unkept,
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -181,12 +182,12 @@ def test_choices_are_scored_by_their_own_tokens(tokenizer: Tokenizer) -> None:
     assert choice_scores(tasks, texts, logits) == {"a": 0, "b": 1}
 
 
-def test_a_task_that_fills_the_context_is_refused(tokenizer: Tokenizer) -> None:
-    class Small:
-        context_length = 8
+def test_a_task_that_fills_the_context_is_refused_before_anything_is_opened(tokenizer: Tokenizer) -> None:
+    def unopened() -> NoReturn:
+        raise AssertionError("opened")
 
     for settings in ({"metric": "exact", "target": "x"}, {"metric": "choice", "target": 0, "choices": ("x", "y")}):
         task = Task.model_validate({"id": "long", "name": "n", "prompt": "a" * 9, **settings})
         with pytest.raises(InputError, match=r"The task long has \d+ tokens and the context 8"):
-            sessions = BundleSessions(Small(), None, tokenizer)  # type: ignore[arg-type]
+            sessions = BundleSessions(unopened, unopened, tokenizer, 8)
             ask([], [task], sessions, None, plan=BehaviourPlan(), scratch=None, progress=None)  # type: ignore[arg-type]

@@ -1,0 +1,28 @@
+"""The arithmetic of the original in words."""
+
+from __future__ import annotations
+
+from glmexport.report import text
+from glmexport.results.arithmetic import OriginalArithmetic
+
+
+def told_arithmetic(arithmetic: OriginalArithmetic | None) -> str:
+    """Return the route of the original's products, and what its check found, for a report."""
+    if arithmetic is None:
+        return "not noted"
+    parts = [f"fp32 products of matrices by {arithmetic.library}"]
+    if arithmetic.speed_ratio is not None:
+        parts.append(f"at least {text.ratio(arithmetic.speed_ratio)} the speed of torch’s default")
+    if arithmetic.relative_error is not None:
+        parts.append(f"relative error {text.number(arithmetic.relative_error)}")
+    return ", ".join(parts)
+
+
+def brief_arithmetic(arithmetic: OriginalArithmetic) -> str:
+    """Return the same for a terminal."""
+    parts = [f"fp32 products by {arithmetic.library}"]
+    if arithmetic.speed_ratio is not None:
+        parts.append(f"at least {text.brief_ratio(arithmetic.speed_ratio)} as fast as torch's default")
+    if arithmetic.relative_error is not None:
+        parts.append(f"relative error {arithmetic.relative_error:.1e}")
+    return ", ".join(parts)

@@ -1,0 +1,30 @@
+"""The record of how products of fp32 matrices were computed for the original and the quantization."""
+
+from __future__ import annotations
+
+from glmexport.foundation.definition import Number
+from glmexport.results.record import Record
+
+#: The name of torch's default route, which every machine has.
+FP32 = "fp32"
+_LIBRARIES = {FP32: "torch's default", "onednn": "oneDNN"}
+
+
+class OriginalArithmetic(Record):
+    """The route by which products of fp32 matrices were computed, and what the check of it found on that machine."""
+
+    route: str
+    """Name of the route: fp32 is torch's default."""
+    relative_error: Number | None = None
+    """Largest relative error against fp64 of the products that the check tried; none where nothing was checked."""
+    speed_ratio: Number | None = None
+    """Least ratio of its speed to that of torch's default, of several turns; none for the default itself."""
+
+    @property
+    def library(self) -> str:
+        """The library that computes, for people."""
+        return _LIBRARIES.get(self.route, self.route)
+
+
+#: Torch's default, where nobody asked for a check.
+UNCHECKED = OriginalArithmetic(route=FP32)

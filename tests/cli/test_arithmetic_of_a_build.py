@@ -1,0 +1,90 @@
+"""A build computes by the route that it is given, says so, and never goes on with the work of another route."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from builds import QUICK, TARGET, THREADS, Run, Sample, build, digests
+
+from glmexport.bundle.manifest import Manifest, read_manifest
+from glmexport.foundation.errors import EXIT_INPUT
+from glmexport.foundation.progress import Silent
+from glmexport.foundation.recipe import open_recipe
+from glmexport.report.arithmetic import brief_arithmetic, told_arithmetic
+from glmexport.report.document import read_report
+from glmexport.results.arithmetic import UNCHECKED, OriginalArithmetic
+from glmexport.validation.capture import CapturedReference
+from glmexport.workflows.build import quantize
+from glmexport.workflows.capture import CaptureOptions, capture_reference
+from glmexport.workflows.original import Original
+from glmexport.workflows.validate import BuildOptions
+
+ONEDNN = OriginalArithmetic(route="onednn", relative_error=7.5e-7, speed_ratio=2.125)
+
+
+def test_each_route_has_work_of_its_own(sample: Sample, tmp_path: Path) -> None:
+    recipe = open_recipe("rtn-w4g32")
+    original = Original.open(str(sample.checkpoint), Silent())
+    for arithmetic in (UNCHECKED, ONEDNN, UNCHECKED):
+        quantize(original, recipe, BuildOptions(THREADS, arithmetic=arithmetic), tmp_path, Silent())
+    jobs = [json.loads(path.read_text(encoding="utf-8")) for path in tmp_path.glob(".glmexport-work-*/job.json")]
+    assert sorted(job.pop("arithmetic") for job in jobs) == ["fp32", "onednn"]
+    assert jobs[0] == jobs[1]
+
+
+@pytest.mark.slow
+def test_a_bundle_names_its_route(sample: Sample, tmp_path: Path) -> None:
+    (built,) = build(sample.checkpoint, tmp_path / "bundle", sample.recipe, arithmetic=ONEDNN)
+    manifest = read_manifest(built.directory)
+    assert manifest.arithmetic == "onednn"
+    assert manifest == built.manifest
+    # How fast it was is nothing that the bundle depends on.
+    assert "2.125" not in manifest.model_dump_json()
+    report = read_report(built.directory / "report.json")
+    assert report.arithmetic == ONEDNN
+    for name in ("report.html", "report.md"):
+        assert "oneDNN" in (built.directory / name).read_text(encoding="utf-8")
+    (again,) = build(sample.checkpoint, tmp_path / "again", sample.recipe, arithmetic=ONEDNN)
+    assert digests(again.directory) == digests(built.directory)
+
+
+def test_a_manifest_of_before_reads_as_it_was(sample: Sample) -> None:
+    values = json.loads((sample.bundle / "bundle.json").read_text(encoding="utf-8"))
+    assert values.pop("arithmetic") in ("fp32", "onednn")
+    older = Manifest.model_validate(values)
+    assert older.arithmetic is None
+    assert json.loads(older.model_dump_json()) == values
+
+
+@pytest.mark.slow
+def test_a_capture_names_its_route(sample: Sample, tmp_path: Path) -> None:
+    original = Original.open(str(sample.checkpoint), Silent())
+    captures = []
+    for name, arithmetic in (("one", ONEDNN), ("other", OriginalArithmetic(route="onednn", speed_ratio=3.0))):
+        options = CaptureOptions(THREADS, QUICK, top_k=16, arithmetic=arithmetic)
+        capture_reference(original, tmp_path / name, options, Silent())
+        captures.append(CapturedReference.open(tmp_path / name).capture)
+        assert captures[-1].arithmetic == arithmetic
+    assert captures[0].digest() == captures[1].digest()
+
+
+def test_the_command_line_says_which(sample: Sample, tmp_path: Path, run: Run) -> None:
+    outcome = run(
+        "build", sample.checkpoint, "--target", TARGET, "--recipe", "rtn-w4g32", "--threads", THREADS,
+        "--arithmetic", "fp32", "-o", tmp_path / "bundle",
+    )  # fmt: skip
+    assert brief_arithmetic(UNCHECKED) in outcome.stderr
+    assert read_manifest(tmp_path / "bundle").arithmetic == "fp32"
+    assert read_report(tmp_path / "bundle/report.json").arithmetic == UNCHECKED
+    assert run("inspect", sample.checkpoint, "--arithmetic", "bf16").code == EXIT_INPUT
+
+
+def test_in_words() -> None:
+    assert brief_arithmetic(UNCHECKED) == "fp32 products by torch's default"
+    assert brief_arithmetic(ONEDNN) == (
+        "fp32 products by oneDNN, at least 2.12x as fast as torch's default, relative error 7.5e-07"
+    )
+    assert told_arithmetic(ONEDNN).startswith("fp32 products of matrices by oneDNN, at least 2.12×")
+    assert told_arithmetic(None) == "not noted"

@@ -1,0 +1,129 @@
+"""The length of drafts, against the cheapest one of all and in simulated answers."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from models import MIXTURE, write_checkpoint
+
+from glmexport.foundation.progress import Silent
+from glmexport.validation.behaviour.drafting import PASS_TOKENS, DraftLengths, checked_tokens, pass_tokens
+from glmexport.workflows.original import Original
+
+
+def cost(count: int, refused: float, pass_cost: float) -> float:
+    """The cost of a token of an answer, summed token by token."""
+    gained = sum((1 - refused) ** place for place in range(count))
+    return (pass_cost + count) / gained
+
+
+@pytest.mark.parametrize("refused", [0.002, 0.01, 0.03, 0.1, 0.3])
+@pytest.mark.parametrize("pass_cost", [0.3, 1.0, 4.0])
+def test_no_length_is_much_cheaper(refused: float, pass_cost: float) -> None:
+    chosen = cost(checked_tokens(refused, pass_cost), refused, pass_cost)
+    best = min(cost(count, refused, pass_cost) for count in range(1, 1000))
+    assert chosen <= 1.12 * best
+
+
+@pytest.mark.parametrize("refused", [0.001, 0.01, 0.1])
+def test_few_tokens_are_computed_in_vain_however_dear_a_pass_is(refused: float) -> None:
+    count = checked_tokens(refused, 1e9)
+    assert 1.2 < cost(count, refused, 0) < 1.3
+
+
+def test_wrong_drafts_are_short() -> None:
+    assert checked_tokens(0.9, 1e9) == 4
+    assert checked_tokens(0.9, 0.1) == 1
+
+
+def test_an_answer_s_own_share_counts_the_more_the_longer_it_is() -> None:
+    lengths = DraftLengths(3)
+    at_first = lengths.share(0)
+    assert at_first == lengths.share(1) == 0.02
+    for _ in range(30):
+        lengths.see(0, 9, False)
+        lengths.see(1, 9, True)
+    assert lengths.share(0) < lengths.share(2) < lengths.share(1) < 0.1 + 1e-9
+    assert lengths.checked(0, 3) > lengths.checked(1, 3)
+    # Where few are left, a pass costs each of them more.
+    assert lengths.checked(0, 1) > lengths.checked(0, 100)
+    assert lengths.drafted(1, 100) >= 10 > lengths.checked(1, 100)
+
+
+def test_a_pass_costs_more_tokens_where_each_passes_few_experts(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "dense", "glm4")
+    write_checkpoint(tmp_path / "mixture", "glm4_moe", **MIXTURE)
+    dense, mixture = (Original.open(str(tmp_path / name), Silent()).architecture for name in ("dense", "mixture"))
+    assert pass_tokens(dense) == PASS_TOKENS
+    layers = [[linear.in_features * linear.out_features for linear in layer.linears] for layer in mixture.layers]
+    routed = [
+        sum(linear.in_features * linear.out_features for linear in layer.linears if linear.weight in layer.mlp.routed)
+        for layer in mixture.layers
+    ]
+    whole, chosen = sum(map(sum, layers)), sum(routed) * 4 / 16
+    assert pass_tokens(mixture) == pytest.approx(PASS_TOKENS * whole / (whole - sum(routed) + chosen))
+
+
+@dataclass
+class Simulated:
+    """What answers took, in passes and in tokens that the original computed and needed."""
+
+    passes: int = 0
+    computed: int = 0
+    needed: int = 0
+
+
+def simulate(refused: float, *, answers: int, prompt: int, length: int, seed: int = 0) -> Simulated:
+    """Answers of one length whose drafts are refused at random, as ``verified_answers`` goes about them."""
+    chance = random.Random(seed)
+    lengths, found = DraftLengths(answers), Simulated(needed=answers * (prompt + length))
+    done, computed = [0] * answers, [0] * answers
+    # Number of drafted tokens up to one that is refused.
+    right = [0] * answers
+    for index in range(answers):
+        right[index] = run(chance, refused)
+    while unfinished := [index for index in range(answers) if done[index] < length]:
+        found.passes += 1
+        for index in unfinished:
+            checked = min(lengths.checked(index, len(unfinished)), length - done[index]) - 1
+            found.computed += prompt + done[index] - computed[index] + checked
+            agreed = min(checked, right[index])
+            computed[index] = prompt + done[index] + agreed
+            done[index] += agreed + 1
+            was_refused = right[index] <= checked
+            lengths.see(index, agreed + (not was_refused), was_refused)
+            right[index] = run(chance, refused) if was_refused else right[index] - agreed - 1
+    return found
+
+
+def run(chance: random.Random, refused: float) -> int:
+    count = 0
+    while count < 1000 and chance.random() >= refused:
+        count += 1
+    return count
+
+
+def whole_texts(refused: float, *, answers: int, prompt: int, length: int, seed: int = 0) -> Simulated:
+    """The same with drafts to the end and the whole text computed in every pass."""
+    chance = random.Random(seed)
+    found, done = Simulated(needed=answers * (prompt + length)), [0] * answers
+    while unfinished := [index for index in range(answers) if done[index] < length]:
+        found.passes += 1
+        found.computed += len(unfinished) * (prompt + length)
+        for index in unfinished:
+            done[index] += run(chance, refused) + 1
+    return found
+
+
+@pytest.mark.parametrize("refused", [0.01, 0.03, 0.1])
+@pytest.mark.parametrize("answers", [20, 270])
+def test_simulated_answers_compute_few_tokens_in_vain(refused: float, answers: int) -> None:
+    """Even without the prompts, which are computed once."""
+    sizes = {"answers": answers, "prompt": 1, "length": 64}
+    found, before = simulate(refused, **sizes), whole_texts(refused, **sizes)
+    assert found.computed <= 1.3 * found.needed
+    # Passes and tokens together, in tokens.
+    assert found.passes * PASS_TOKENS + found.computed < before.passes * PASS_TOKENS + before.computed
