@@ -14,6 +14,7 @@ from glmexport.cli.console import Terminal, emit
 from glmexport.cli.options import (
     adapter_option,
     arithmetic_option,
+    budget_options,
     checkpoint_argument,
     json_option,
     memory_option,
@@ -38,6 +39,7 @@ BUSY = (
 @checkpoint_argument
 @adapter_option
 @click.option("--recipe", help="Estimate for this recipe instead of each target's default.")
+@budget_options
 @memory_option
 @threads_option
 @arithmetic_option
@@ -47,6 +49,8 @@ def inspect(
     checkpoint: str,
     adapter: str | None,
     recipe: str | None,
+    size: int | None,
+    bpw: float | None,
     max_memory: int | None,
     threads: int,
     wanted_arithmetic: Wanted,
@@ -58,9 +62,10 @@ def inspect(
     from glmexport.checkpoint.checkpoint import Checkpoint
     from glmexport.reference.arithmetic_choice import choose_arithmetic
     from glmexport.workflows.inspect import inspect_original, inspect_unfinished
+    from glmexport.workflows.job import budget_of
     from glmexport.workflows.original import Original
 
-    terminal = Terminal()
+    terminal, budget = Terminal(), budget_of(size, bpw)
     opened = Checkpoint.open(checkpoint, None, adapter)
     if opened.model_type in UNFINISHED:
         known = inspect_unfinished(opened, UNFINISHED[opened.model_type](opened))
@@ -71,7 +76,7 @@ def inspect(
         return
     original = Original.open(checkpoint, terminal, adapter)
     arithmetic = choose_arithmetic(wanted_arithmetic, threads, terminal)
-    inspection = inspect_original(original, recipe, max_memory, arithmetic, measure=measure)
+    inspection = inspect_original(original, recipe, max_memory, arithmetic, budget, measure=measure)
     if as_json:
         emit(json.dumps(asdict(inspection), indent=2, ensure_ascii=False))
         return

@@ -20,7 +20,7 @@ from glmexport.formats.codecs import codec_of
 from glmexport.formats.plan import FormatPlan
 from glmexport.foundation.recipe import CalibrationPlan, Format, Recipe
 from glmexport.foundation.work import Account, Work, added
-from glmexport.quantization.allocation import tie_groups
+from glmexport.quantization.allocation import count_trials
 from glmexport.quantization.cholesky import cholesky_operations, solving_operations
 from glmexport.quantization.decisions import FOLD_TOKENS
 from glmexport.quantization.folding import TRIED_ROWS
@@ -179,7 +179,7 @@ class _Walk:
     def allocate(self) -> None:
         """Every trial goes through half of the model on average, and through the lm_head."""
         assert self.recipe.budget is not None
-        trials = sum(len(group.tried) for group in tie_groups(self.architecture, self.recipe))
+        trials = count_trials(self.architecture, self.recipe)
         tokens = self.recipe.budget.probe_tokens
         whole = Work(products=2 * product(tokens, self.architecture.lm_head))
         for layer in self.architecture.layers:

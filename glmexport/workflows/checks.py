@@ -63,11 +63,6 @@ def refuse_formats(original: Original, job: Job) -> None:
                 next_step="Take a recipe with a smaller group_size, or with another codec.",
             )
     _refuse_sizes(original, job)
-    if recipe.budget and original.architecture.routed:
-        raise InputError(
-            f"{original.checkpoint.name} is a mixture of experts, and a budget tries every matrix in every format.",
-            next_step="Leave --size and --bpw out; [shared] and [linears] of the recipe set the formats.",
-        )
     if recipe.budget:
         require_fit(original.architecture, recipe)
     size = original.architecture.hidden_size

@@ -19,10 +19,12 @@ from glmexport.workflows.estimate import Planned, estimate
 from glmexport.workflows.original import Original
 from glmexport.workflows.unit_costs import UnitCosts
 
-#: The share of the evaluation text that fidelity judges. All of it: no look at a part of it ends the judging.
-FIDELITY_SHARE = Range(1.0, 1.0)
+#: The share of the evaluation text that fidelity judges: from the first look alone to all of it.
+FIDELITY_SHARE = Range(1 / 8, 1.0)
 #: The tokens that the original computes for each token of the free answers.
 ANSWER_PASSES = Range(1.0, 1.3)
+#: Stages of the walk that one rank goes through for all.
+_FIRST_RANK = {"write", "hash"}
 #: Factor by which the account may be off in either direction: what it leaves out, and sizes that differ from those
 #: that units are measured at.
 _UNSURE = 1.15
@@ -64,21 +66,30 @@ def build_accounts(
     weights = sum(math.prod(shape) for shape in architecture.shapes().values())
     whole = weights * _WHOLE < psutil.virtual_memory().available
     languages = len({document.language for document in shipped_documents("evaluation")})
-    size = ValidationSize(languages, FIDELITY_SHARE, ANSWER_PASSES)
+    judged = Range(1.0, 1.0) if validation.full_text else FIDELITY_SHARE
+    size = ValidationSize(languages, judged, ANSWER_PASSES)
     low, high = validation_accounts(architecture, planned.plan, validation, size, whole=whole)
     return account | low, account | high
 
 
 def stage_seconds(
-    accounts: tuple[Account, Account], quantizing: Mapping[str, Range], validating: Mapping[str, Range]
+    accounts: tuple[Account, Account],
+    quantizing: Mapping[str, Range],
+    validating: Mapping[str, Range],
+    ranks: int = 1,
 ) -> dict[str, Range]:
-    """Return the wall seconds of every stage, where units cost so much while quantizing and while validating."""
+    """Return the wall seconds of every stage, where units cost so much while quantizing and while validating.
+
+    Of several ``ranks`` each is that fast, and all share the walk.
+    """
     low, high = accounts
     found = {}
-    walked = {"hash", *stages(low)}
+    walked = {*stages(low)}
     for stage in low:
         costs = quantizing if stage in walked else validating
-        found[stage] = Range(low[stage].seconds(costs).low / _UNSURE, high[stage].seconds(costs).high * _UNSURE)
+        shared = 1 if stage in _FIRST_RANK or stage not in walked else ranks
+        least, most = low[stage].seconds(costs).low / shared, high[stage].seconds(costs).high / shared
+        found[stage] = Range(least / _UNSURE, most * _UNSURE)
     return found
 
 
@@ -90,8 +101,11 @@ def build_seconds(
     quantizing: UnitCosts,
     validating: UnitCosts,
     limit_bytes: int | None,
+    ranks: int = 1,
 ) -> dict[str, Range]:
     """Return the wall seconds of every stage of building ``original`` by ``recipe`` for ``target`` and validating it.
+
+    ``ranks`` as for ``stage_seconds``.
 
     Raises:
         MachineError: it does not fit into ``limit_bytes`` of memory.
@@ -106,7 +120,7 @@ def build_seconds(
         bundle_bytes=estimate(planned, limit_bytes).bundle_bytes,
         prefix=len(original.tokenizer.prefix),
     )
-    return stage_seconds(accounts, quantizing.seconds, validating.seconds)
+    return stage_seconds(accounts, quantizing.seconds, validating.seconds, ranks)
 
 
 def total(seconds: Mapping[str, Range]) -> Range:

@@ -13,6 +13,7 @@ from glmexport.calibration.corpus import shipped_documents
 from glmexport.checkpoint.adapter import Adapter
 from glmexport.checkpoint.checkpoint import Checkpoint
 from glmexport.foundation.errors import InputError
+from glmexport.foundation.recipe import Budget
 from glmexport.foundation.target import shipped_targets
 from glmexport.foundation.work import Range
 from glmexport.graph.caches import cache_bytes_per_token
@@ -22,7 +23,7 @@ from glmexport.validation.conditions import ValidationPlan
 from glmexport.workflows.checks import refuse_formats
 from glmexport.workflows.cost import build_seconds, total
 from glmexport.workflows.estimate import estimate
-from glmexport.workflows.job import Job, recipe_for
+from glmexport.workflows.job import Job, recipe_for, within
 from glmexport.workflows.original import NO_DRAFTS, Original
 from glmexport.workflows.unit_costs import UnitCosts, unit_costs
 
@@ -151,13 +152,15 @@ def inspect_original(
     recipe: str | None,
     max_memory: int | None,
     arithmetic: OriginalArithmetic = UNCHECKED,
+    budget: Budget | None = None,
     *,
     measure: bool = False,
 ) -> Inspection:
     """Describe ``original`` and estimate its builds: by ``recipe``, or by the default recipe of each target.
 
-    ``max_memory`` is a limit in bytes. What work costs on this machine by ``arithmetic`` is measured where that is not
-    known yet, or where ``measure`` asks for it, which takes some seconds.
+    ``max_memory`` is a limit in bytes, and formats are chosen within a ``budget`` if one is given. What work costs on
+    this machine by ``arithmetic`` is measured where that is not known yet, or where ``measure`` asks for it, which
+    takes some seconds.
     """
     costs = unit_costs(arithmetic, anew=measure)
     checkpoint, architecture = original.checkpoint, original.architecture
@@ -180,7 +183,7 @@ def inspect_original(
         token_prediction=_token_prediction(original),
         tokenizer=_tokenizer(original.tokenizer),
         busy=costs.busy,
-        estimates=estimate_targets(original, recipe, max_memory, costs),
+        estimates=estimate_targets(original, recipe, max_memory, costs, budget),
     )
 
 
@@ -269,12 +272,14 @@ def _tokenizer(tokenizer: Tokenizer) -> TokenizerFacts:
 
 
 def estimate_targets(
-    original: Original, recipe: str | None, max_memory: int | None, costs: UnitCosts
+    original: Original, recipe: str | None, max_memory: int | None, costs: UnitCosts, budget: Budget | None = None
 ) -> list[TargetEstimate]:
     """Return, for every shipped target, what a bundle would take there, and why it is refused if it is."""
     rows = []
     for target in shipped_targets():
         chosen = recipe_for(original, recipe, target)
+        if budget:
+            chosen = within(chosen, budget, target)
         planned = original.planned(chosen, target)
         architecture, expected = planned.architecture, estimate(planned, max_memory)
         seconds = build_seconds(original, chosen, target, ValidationPlan(), costs, costs, max_memory)

@@ -16,6 +16,7 @@ from glmexport.report.document import (
     Size,
     Subject,
 )
+from glmexport.results.arithmetic import OriginalArithmetic
 from glmexport.results.behaviour import Answer, Behaviour, Concurrency, LanguageBehaviour, TaskGroup, Translation
 from glmexport.results.device import DeviceFacts, DeviceResult
 from glmexport.results.fidelity import Estimate, Fidelity, LanguageFidelity, Overlap, PositionBand, Share, WorstToken
@@ -267,6 +268,7 @@ def make_report(layers: int = 40) -> Report:
         glmexport_version="0.1.0",
         verdict=worst(gate.verdict for gate in checked),
         gates=checked,
+        arithmetic=OriginalArithmetic(route=ATTACK, relative_error=1.3e-6, speed_ratio=2.09),
         policy=PolicySummary(
             source="target cpu-avx512vnni",
             gates=Gates(kl_mean_nats=0.05, ln_perplexity_ratio=0.03, top1_agreement=0.9, minimum_positions=500),
