@@ -1,6 +1,8 @@
 """The account of a walk: what each of its stages computes, reads and writes, derived from shapes alone.
 
-K is the number of inputs of a matrix and N that of its outputs, S the held-out positions that solutions are judged on.
+Left out are what an indexer of latent attention computes, a factorization that is repeated with more damping or in
+fp64, and the second look at rows that seem better off rounded to nearest. K is the number of inputs of a matrix, N that
+of its outputs, and S that of the held-out positions that solutions are judged on.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from glmexport.calibration.hessian import hessian_operations
 from glmexport.calibration.sequences import CalibrationSet
 from glmexport.formats.codecs import codec_of
 from glmexport.formats.plan import FormatPlan
-from glmexport.foundation.recipe import CalibrationPlan, Recipe
+from glmexport.foundation.recipe import CalibrationPlan, Format, Recipe
 from glmexport.foundation.work import Account, Work, added
 from glmexport.quantization.allocation import count_trials
 from glmexport.quantization.cholesky import cholesky_operations, solving_operations
@@ -113,14 +115,13 @@ def walk_account(
         memory: the batches.
     """
     account: Account = {}
+    draft = architecture.token_prediction
+    # A layer that drafts is rounded to nearest in any case.
+    for linear in draft.matrices if draft else ():
+        _round(account, linear, plan.form(linear.weight), searched=recipe.solver.scale_search)
     if text is None:
         for _, linear in architecture.linears:
-            form = plan.form(linear.weight)
-            if form is not None:
-                searched = _size(linear) if recipe.solver.scale_search and codec_of(form).searched else 0.0
-                added(account, "comparison", Work(rounded_weights=_size(linear), searched_weights=searched))
-                added(account, "reading", Work(read_values=_size(linear)))
-                added(account, "hash", Work(hashed_bytes=_size(linear)))
+            _round(account, linear, plan.form(linear.weight), searched=recipe.solver.scale_search)
         return account
     walked = _Walk(architecture, recipe, plan, text, memory, account)
     if recipe.solver.fold_scales and recipe.linears is not None:
@@ -312,6 +313,17 @@ class _Walk:
 
 def _size(linear: Linear) -> float:
     return float(linear.in_features * linear.out_features)
+
+
+def _round(account: Account, linear: Linear, form: Format | None, *, searched: bool) -> None:
+    """Add the work of rounding a matrix to nearest without any text, with a search where the format gains by it."""
+    if form is None:
+        return
+    weights = _size(linear)
+    tried = weights if searched and codec_of(form).searched else 0.0
+    added(account, "comparison", Work(rounded_weights=weights, searched_weights=tried))
+    added(account, "reading", Work(read_values=weights))
+    added(account, "hash", Work(hashed_bytes=weights))
 
 
 def _again(layer: DecoderLayer, positions: float) -> float:
