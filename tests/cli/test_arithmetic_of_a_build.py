@@ -89,5 +89,5 @@ def test_in_words() -> None:
     )
     assert told_arithmetic(ONEDNN).startswith("fp32 products of matrices by oneDNN, at least 2.12×")
     assert told_arithmetic(None) == "not noted"
-    assert brief_arithmetic(COARSE).endswith("calibration in bf16, at least 2.5x as fast as that")
+    assert brief_arithmetic(COARSE).endswith("calibration in bf16, at least 2.50x as fast as that")
     assert told_arithmetic(COARSE).endswith("calibration in bf16, at least 2.50× the speed of that")
