@@ -163,7 +163,7 @@ def main() -> None:
     original = Original.open(arguments.against, terminal)
     out = sys.stdout
     out.write("| fault | weights | prompts | fidelity | behaviour | verdict |\n|---|---|---|---|---|---|\n")
-    options = BuildOptions(arguments.threads, validation=ValidationPlan(share_texts=0, speed_seconds=0))
+    options = BuildOptions(arguments.threads, validation=ValidationPlan(full_text=True, share_texts=0, speed_seconds=0))
     with tempfile.TemporaryDirectory(dir=arguments.bundle.parent) as work:
         for index, (name, fault) in enumerate(FAULTS.items()):
             if not arguments.only or any(part in name for part in arguments.only):

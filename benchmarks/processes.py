@@ -16,7 +16,9 @@ import psutil
 
 #: A stage of the command line that has ended, as it is logged where there is no terminal: name, bar, steps, time.
 _STAGE = re.compile(r"^(?P<name>\S.*?) +[━╸╺ ]+ (?P<done>\d+)/(?P<total>\d+) \d+:\d\d:\d\d")
-_SAMPLE_S = 0.2
+#: Seconds between samples, which take milliseconds, of a process that has just begun and of one that takes long.
+_SAMPLE_S, _SAMPLE_LONG_S = 0.2, 1.0
+_LONG_S = 30.0
 
 
 @dataclass
@@ -50,9 +52,9 @@ class Cost:
     stages: list[Stage] = field(default_factory=list)
 
     def document(self) -> dict[str, Any]:
-        """Return the figures for a file of results."""
-        figures = {name: value for name, value in vars(self).items() if name != "stages"}
-        return figures | {"stages": [vars(stage) for stage in self.stages]}
+        """Return the figures for a file of results, without the folders of the machine."""
+        command = " ".join(named(self.command))
+        return vars(self) | {"command": command, "stages": [vars(stage) for stage in self.stages]}
 
 
 class Watched:
@@ -75,14 +77,18 @@ class Watched:
         self._processor: dict[int, float] = {}
         self._stage_peak = 0
 
-    def finish(self, poll: Callable[[Cost], bool] | None = None, every_s: float = _SAMPLE_S) -> Cost:
+    def finish(self, poll: Callable[[Cost], bool] | None = None, every_s: float = 0.2) -> Cost:
         """Wait for the end of the process, which is killed as soon as ``poll`` returns True, or if this is interrupted.
 
-        ``poll`` is given what is known so far.
+        ``poll`` is given what is known so far, every so many seconds.
         """
+        last = -_SAMPLE_LONG_S
         try:
             while self.process.poll() is None:
-                self.sample()
+                now = time.monotonic() - self._started
+                if now - last >= (_SAMPLE_S if now < _LONG_S else _SAMPLE_LONG_S):
+                    self.sample()
+                    last = now
                 if poll is not None and poll(self.cost):
                     self.kill()
                 time.sleep(every_s)
@@ -173,6 +179,11 @@ def _status(pid: int) -> dict[str, int]:
     lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
     named = (line.partition(":") for line in lines if line.endswith(" kB"))
     return {name: 1024 * int(value.split()[0]) for name, _, value in named}
+
+
+def named(arguments: Sequence[str]) -> list[str]:
+    """Return ``arguments`` with the last part of every path."""
+    return [Path(part).name if Path(part).is_absolute() else part for part in arguments]
 
 
 def glmexport(*arguments: object) -> list[str]:

@@ -27,7 +27,7 @@ from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
-from benchmarks.processes import Cost, Watched, glmexport
+from benchmarks.processes import Cost, Watched, glmexport, named
 from glmexport.foundation import machine
 from glmexport.foundation.files import write_atomically
 
@@ -111,7 +111,7 @@ class Journey:
 
 def inspect(journey: Journey) -> None:
     """Ask what the checkpoint is and what its build would take."""
-    journey.watch("inspect", journey.options.checkpoint, *journey.passed("threads", "max-memory"))
+    journey.watch("inspect", journey.options.checkpoint, *journey.passed("recipe", "threads", "max-memory"))
 
 
 def build(journey: Journey) -> None:
@@ -330,7 +330,7 @@ def main(given: Sequence[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     options.name = options.name or options.checkpoint.name
     journey = Journey(options)
-    journey.document["arguments"] = [str(part) for part in (sys.argv[1:] if given is None else given)]
+    journey.document["arguments"] = named(sys.argv[1:] if given is None else given)
     journey.go()
     print(f"\n{table(journey.document)}")
     output = options.output or Path(__file__).parent / "results" / f"real-size-{options.name}.json"

@@ -85,7 +85,12 @@ def main() -> None:
     options = parser.parse_args()
     formats = options.formats or ["w4g32", "w4g128"]
     plan = ValidationPlan(
-        positions_per_language=options.positions, speed_seconds=0, prompt_tokens=16, generated_tokens=4, behaviour=None
+        positions_per_language=options.positions,
+        full_text=True,
+        speed_seconds=0,
+        prompt_tokens=16,
+        generated_tokens=4,
+        behaviour=None,
     )
     found = reports(options.checkpoint, formats, plan, options.tokens, options.threads, host(options.accuracy_level))
     document = {}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import struct
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,8 @@ from glmexport.demo import demo_checkpoint
 
 #: A shard is closed once it has so many bytes.
 _SHARD = 1 << 30
+#: The tensors that are published in fp32.
+_CORRECTION = "e_score_correction_bias"
 
 
 def write_synthetic(directory: Path, config: dict[str, Any], seed: int = 0) -> None:
@@ -30,24 +33,7 @@ def write_synthetic(directory: Path, config: dict[str, Any], seed: int = 0) -> N
 
     Names and shapes are those of transformers' model, with a tensor for each matrix of an expert, as published.
     """
-    directory.mkdir(parents=True)
-    for file in demo_checkpoint().iterdir():
-        if file.name not in ("config.json", "model.safetensors", "README.md"):
-            shutil.copyfile(file, directory / file.name)
-    base = json.loads((demo_checkpoint() / "config.json").read_text(encoding="utf-8"))
-    vocabulary = config.get("vocab_size", base["vocab_size"])
-    if vocabulary != base["vocab_size"]:
-        widen_tokenizer(directory, vocabulary, _first(config.get("eos_token_id")))
-    kind = config.get("model_type", "glm4")
-    if kind != "glm4":
-        # Sizes of heads, rotary settings and biases are the family's own.
-        base = {key: base[key] for key in ("vocab_size", "eos_token_id", "pad_token_id", "tie_word_embeddings")}
-    settings = AutoConfig.for_model(**{"model_type": kind, **base, **config})
-    settings.dtype = torch.bfloat16
-    settings.save_pretrained(directory)
-    fill_tokenizer(directory, settings.vocab_size)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(settings)
+    model = _described(directory, config)
     generator = torch.Generator().manual_seed(seed)
     shards: list[list[str]] = []
     waiting: dict[str, torch.Tensor] = {}
@@ -70,6 +56,56 @@ def write_synthetic(directory: Path, config: dict[str, Any], seed: int = 0) -> N
         weight_map |= dict.fromkeys(keys, name)
     index_file = directory / "model.safetensors.index.json"
     index_file.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}), encoding="utf-8")
+
+
+def write_holes(directory: Path, config: dict[str, Any]) -> None:
+    """Write the same checkpoint without weights: its shards are holes, which take no disk and read as zeros."""
+    shards: list[dict[str, dict[str, Any]]] = [{}]
+    size = 0
+    for key, shape in _published(_described(directory, config)):
+        if size >= _SHARD:
+            shards.append({})
+            size = 0
+        dtype, width = ("F32", 4) if key.endswith(_CORRECTION) else ("BF16", 2)
+        stop = size + width * math.prod(shape)
+        shards[-1][key] = {"dtype": dtype, "shape": shape, "data_offsets": (size, stop)}
+        size = stop
+    weight_map = {}
+    for index, entries in enumerate(shards):
+        name = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
+        header = json.dumps(entries).encode()
+        header += b" " * (-len(header) % 8)
+        with (directory / name).open("wb") as file:
+            file.write(struct.pack("<Q", len(header)) + header)
+            file.truncate(8 + len(header) + max(entry["data_offsets"][1] for entry in entries.values()))
+        weight_map |= dict.fromkeys(entries, name)
+    index_file = directory / "model.safetensors.index.json"
+    index_file.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}), encoding="utf-8")
+
+
+def _described(directory: Path, config: dict[str, Any]) -> torch.nn.Module:
+    """Write everything but the weights into the new ``directory``; return the model on the meta device."""
+    directory.mkdir(parents=True)
+    for file in demo_checkpoint().iterdir():
+        if file.name not in ("config.json", "model.safetensors", "README.md"):
+            shutil.copyfile(file, directory / file.name)
+    base = json.loads((demo_checkpoint() / "config.json").read_text(encoding="utf-8"))
+    vocabulary = config.get("vocab_size", base["vocab_size"])
+    if vocabulary != base["vocab_size"]:
+        widen_tokenizer(directory, vocabulary, _first(config.get("eos_token_id")))
+        generation = json.loads((directory / "generation_config.json").read_text(encoding="utf-8"))
+        base |= {key: generation[key] for key in ("eos_token_id", "pad_token_id")}
+    kind = config.get("model_type", "glm4")
+    if kind != "glm4":
+        # Sizes of heads, rotary settings and biases are the family's own.
+        base = {key: base[key] for key in ("vocab_size", "eos_token_id", "pad_token_id", "tie_word_embeddings")}
+    settings = AutoConfig.for_model(**{"model_type": kind, **base, **config})
+    settings.dtype = torch.bfloat16
+    settings.save_pretrained(directory)
+    fill_tokenizer(directory, settings.vocab_size)
+    with torch.device("meta"):
+        model: torch.nn.Module = AutoModelForCausalLM.from_config(settings)
+    return model
 
 
 def fill_tokenizer(directory: Path, rows: int | None = None) -> int:
@@ -146,7 +182,7 @@ def _published(model: torch.nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def _random(key: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    if key.endswith("e_score_correction_bias"):
+    if key.endswith(_CORRECTION):
         # As large as published ones, of which bf16 would keep a few values only.
         return 7 + 0.06 * torch.randn(shape, generator=generator)
     values = torch.empty(shape, dtype=torch.bfloat16).normal_(std=_spread(key, shape), generator=generator)

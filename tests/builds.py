@@ -241,6 +241,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     def options(*values: Any, validation: ValidationPlan | None = None, **named: Any) -> BuildOptions:
         positions = validation.positions_per_language if validation else DEFAULT
         plan = QUICK if positions == DEFAULT else replace(QUICK, positions_per_language=positions)
+        plan = replace(plan, full_text=bool(validation and validation.full_text))
         return BuildOptions(*values, validation=plan, **named)
 
     monkeypatch.setattr(glmexport.workflows.validate, "BuildOptions", options)

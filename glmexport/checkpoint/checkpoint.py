@@ -16,10 +16,9 @@ from glmexport.checkpoint.codes import CodedMatrix, CodeFormat, Codes
 from glmexport.checkpoint.config import ConfigReader
 from glmexport.checkpoint.derived import DerivedMatrix, stack
 from glmexport.checkpoint.fold import Fold
-from glmexport.checkpoint.gptq import QUANTIZE_CONFIG
 from glmexport.checkpoint.header import TensorEntry
 from glmexport.checkpoint.index import read_index
-from glmexport.checkpoint.layouts import refuse_gguf
+from glmexport.checkpoint.layouts import SETTINGS_FILES, refuse_gguf
 from glmexport.checkpoint.parts import StackedMatrix
 from glmexport.checkpoint.shards import Shards, is_finite
 from glmexport.checkpoint.snapshot import Snapshot
@@ -116,7 +115,7 @@ class Checkpoint:
         path = resolve(source) if isinstance(source, str) else source
         if not path.is_dir():
             raise CheckpointError(f"There is no directory {path}.", next_step="Correct the path.")
-        snapshot = Snapshot.take(path, (CONFIG, GENERATION_CONFIG, QUANTIZE_CONFIG))
+        snapshot = Snapshot.take(path, (CONFIG, GENERATION_CONFIG, *SETTINGS_FILES))
         refuse_adapter(path)
         refuse_hazards(path, progress)
         refuse_gguf(path)
@@ -305,9 +304,10 @@ class Checkpoint:
         """Return ``sha256:`` and the digest of the checkpoint's content, whatever directory it lies in.
 
         It is the SHA-256 of one line ``NAME\\tBYTES\\tSHA256\\n`` a file, in order of name: the shards,
-        ``config.json``, ``generation_config.json``, the tokenizer's files and the chat templates. Files are read
-        once; the result is kept, and what a shard gives is kept between commands (see ``foundation/digests``). With
-        an adapter it is the SHA-256 of the line ``BASE\\tADAPTER\\n`` of the digests of the two.
+        ``config.json``, ``generation_config.json``, the tokenizer's files and the chat templates, and of a quantized
+        checkpoint the files beside config.json that say how. Files are read once; the result is kept, and what a
+        shard gives is kept between commands (see ``foundation/digests``). With an adapter it is the SHA-256 of the
+        line ``BASE\\tADAPTER\\n`` of the digests of the two.
 
         Raises:
             CheckpointError: a file changed since the checkpoint was opened, or vanished.
@@ -351,8 +351,8 @@ class Checkpoint:
         files = {*self.shards, self.path / CONFIG, *tokenizer_files(self.path)}
         if self.generation_config is not None:
             files.add(self.path / GENERATION_CONFIG)
-        if self.quantized and (self.path / QUANTIZE_CONFIG).is_file():
-            files.add(self.path / QUANTIZE_CONFIG)
+        if self.stored.layout:
+            files |= {self.path / name for name in SETTINGS_FILES if (self.path / name).is_file()}
         return files
 
     def _entry(self, name: str) -> TensorEntry:

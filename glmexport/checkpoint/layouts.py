@@ -76,7 +76,8 @@ _MLX_SECTION = "quantization"
 #: Tables at the top of config.json, of which transformers ignores MLX's; and files beside it, all of which it ignores.
 #: Beside full-precision weights only those that somebody reads are in the way.
 _SECTIONS = ("quantization_config", _MLX_SECTION, "compression_config")
-_FILES = ("quantization_config.json", "quant_config.json", "hf_quant_config.json", QUANTIZE_CONFIG)
+SETTINGS_FILES = ("quantization_config.json", "quant_config.json", "hf_quant_config.json", QUANTIZE_CONFIG)
+"""The names of files beside config.json in which libraries say how weights are quantized."""
 
 _FULL = "Give the full-precision checkpoint of this model, as its publisher has it (bf16 safetensors)"
 _NEXT = {
@@ -170,7 +171,7 @@ def _declared(directory: Path, config: ConfigReader) -> Iterator[_Declared]:
             # MLX writes its table twice, and neither says whose it is.
             layout = _MLX if config.has(_MLX_SECTION) and not table.has("quant_method") else _named(table)
             yield _Declared(layout, table, f"{key} from {config.where}", ignored=key == _MLX_SECTION)
-    for name in _FILES:
+    for name in SETTINGS_FILES:
         path = optional(directory, name, "the checkpoint")
         if path is not None:
             table = ConfigReader.open(path)

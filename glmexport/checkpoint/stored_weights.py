@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from glmexport.checkpoint.awq import awq_matrices
 from glmexport.checkpoint.codes import CodedMatrix, inexact_scale
@@ -17,7 +18,10 @@ from glmexport.checkpoint.header import TensorEntry
 from glmexport.checkpoint.layouts import AWQ, COMPRESSED, FP8, declared_layout
 from glmexport.checkpoint.packed import find_matrices
 from glmexport.checkpoint.parts import ScaledMatrix, block_scaled, block_size
+from glmexport.foundation.errors import CheckpointError
 from glmexport.foundation.progress import Progress
+
+_Said = TypeVar("_Said")
 
 
 @dataclass(frozen=True)
@@ -50,10 +54,12 @@ class StoredWeights:
         aside: frozenset[str] = frozenset()
         found: Mapping[str, CodedMatrix | ScaledMatrix]
         if layout == FP8:
-            scaled = block_scaled(tensors, block_size(tables[0]))
+            scaled = block_scaled(tensors, _agreed(tables, [block_size(table) for table in tables]))
             return cls(layout, {key: DerivedMatrix(key, (matrix,)) for key, matrix in scaled.items()})
         if layout == COMPRESSED:
-            settings = read_compressed(tables[0])
+            every = [read_compressed(table) for table in tables]
+            settings = every[0]
+            _agreed(tables, [(each.schemes, each.ignore) for each in every])
             aside = frozenset(activation_tensors(tensors))
             found = compressed_matrices(tensors, settings)
             if settings.aside and progress is not None:
@@ -71,3 +77,14 @@ class StoredWeights:
             for module, matrix in found.items()
         }
         return cls(layout, weights, aside, inexact)
+
+
+def _agreed(tables: Sequence[ConfigReader], said: Sequence[_Said]) -> _Said:
+    """Return what the first of ``tables`` says; the others have to say the same."""
+    for table, other in zip(tables, said, strict=True):
+        if other != said[0]:
+            raise CheckpointError(
+                f"{tables[0].where} and {table.where} say different things of how the weights are quantized.",
+                next_step="Correct or remove the one that does not belong to these weights.",
+            )
+    return said[0]

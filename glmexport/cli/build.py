@@ -18,6 +18,7 @@ from glmexport.cli.options import (
     checkpoint_argument,
     device_option,
     evaluation_options,
+    full_text_option,
     json_option,
     memory_option,
     policy_option,
@@ -25,12 +26,17 @@ from glmexport.cli.options import (
     tasks_option,
     threads_option,
 )
+from glmexport.foundation.errors import EXIT_PASS
+from glmexport.foundation.progress import Progress, Silent
 from glmexport.report.arithmetic import brief_arithmetic
-from glmexport.report.text import brief_duration, brief_size
+from glmexport.report.text import brief_size, brief_span
 
 if TYPE_CHECKING:
     from glmexport.foundation.recipe import Recipe
     from glmexport.reference.arithmetic_choice import Wanted
+    from glmexport.workflows.job import Job
+    from glmexport.workflows.original import Original
+    from glmexport.workflows.validate import BuildOptions
 
 
 @click.command()
@@ -52,6 +58,7 @@ if TYPE_CHECKING:
 @memory_option
 @policy_option
 @evaluation_options
+@full_text_option
 @tasks_option
 @threads_option
 @arithmetic_option
@@ -72,6 +79,7 @@ def build(
     policy_path: Path | None,
     evaluation: tuple[Path, ...],
     positions: int,
+    full_text: bool,
     task_files: tuple[Path, ...],
     threads: int,
     wanted_arithmetic: Wanted,
@@ -85,71 +93,55 @@ def build(
     """
     from glmexport.cli.verdict import exit_code, show, show_unrun
     from glmexport.foundation.target import open_policy, open_target
-    from glmexport.reference.arithmetic import computing
     from glmexport.reference.arithmetic_choice import choose_arithmetic
     from glmexport.validation.behaviour.tasks import read_tasks
     from glmexport.validation.conditions import ValidationPlan
     from glmexport.workflows.build import BuiltUnrun
     from glmexport.workflows.build import build as compile_bundles
-    from glmexport.workflows.device import device_name as name_of
     from glmexport.workflows.device import open_device
-    from glmexport.workflows.estimate import estimate, measured_flops
     from glmexport.workflows.job import budget_of, jobs_of
-    from glmexport.workflows.original import Original, formats_of, listed_unused
+    from glmexport.workflows.original import Original
+    from glmexport.workflows.ranks import ToldElsewhere, arithmetic_of_all, joined_ranks, of_this_rank
     from glmexport.workflows.validate import BuildOptions, command_line
 
     terminal = Terminal()
-    device = open_device(device_name)
-    policy = open_policy(policy_path) if policy_path else None
-    tasks = tuple(read_tasks(task_files)) if task_files else ()
-    targets = [open_target(name) for name in dict.fromkeys(target_names)]
-    original = Original.open(checkpoint, terminal, adapter, rehash=rehash)
-    merged = original.checkpoint.adapter
-    jobs = jobs_of(original, targets, recipe, output, budget_of(size, bpw))
-    arithmetic = choose_arithmetic(wanted_arithmetic, threads, terminal)
-    with computing(arithmetic):
-        flops = measured_flops()
-    device_flops = flops if device.type == "cpu" else measured_flops(device)
-    for job in jobs:
-        expected = estimate(original.planned(job.recipe, job.target), flops, max_memory, device_flops)
-        terminal.facts(
-            "Build",
-            {
-                "checkpoint": f"{original.checkpoint.name} ({original.checkpoint.path})",
-                **({"adapter": f"{merged.name} ({merged.path}): {merged.summary}"} if merged else {}),
-                "family": f"{original.architecture.family}, {original.checkpoint.parameters / 1e6:,.1f} M parameters, "
-                f"{brief_size(original.checkpoint.bytes)}",
-                **({"quantized": formats_of(original)} if original.checkpoint.stored.layout else {}),
-                "target": f"{job.target.name}: {job.target.summary}",
-                "recipe": f"{job.recipe.name}: {job.recipe.summary}",
-                "calibration": calibration_text(job.recipe, calibration),
-                "output": str(job.directory),
-                **({"device": name_of(device)} if device_name != "cpu" else {}),
-                "threads": str(threads),
-                "arithmetic": brief_arithmetic(arithmetic),
-                "memory": f"about {brief_size(expected.peak_memory_bytes)} at the peak"
-                + (f", limit {brief_size(max_memory)}" if max_memory else ""),
-                "bundle": f"about {brief_size(expected.bundle_bytes)}, {expected.bits_per_weight:.2f} bits per weight",
-                "time": f"about {brief_duration(expected.seconds)} of arithmetic",
-            },
-        )
-        for name, reason in listed_unused(original.unused_for(job.target)).items():
-            terminal.remark(f"{name} is not used: {reason}.")
-    options = BuildOptions(
-        threads,
-        max_memory,
-        calibration=calibration,
-        evaluation=evaluation,
-        device=device,
-        force=force,
-        command=command_line(),
-        validation=ValidationPlan(positions_per_language=positions, max_memory_bytes=max_memory),
-        policy=policy,
-        tasks=tasks,
-        bundle_threads=bundle_threads(threads),
-        arithmetic=arithmetic,
-    )
-    built = compile_bundles(original, jobs, options, terminal)
+    device_name, own_threads = of_this_rank(device_name, threads)
+    device, given = open_device(device_name), bundle_threads(threads)
+    threads = given or own_threads
+    try:
+        with joined_ranks(device) as ranks:
+            # One rank tells people of the progress.
+            progress: Progress = terminal if ranks.first else Silent()
+            policy = open_policy(policy_path) if policy_path else None
+            tasks = tuple(read_tasks(task_files)) if task_files else ()
+            targets = [open_target(name) for name in dict.fromkeys(target_names)]
+            original = Original.open(checkpoint, progress, adapter, rehash=rehash)
+            jobs = jobs_of(original, targets, recipe, output, budget_of(size, bpw))
+            arithmetic = arithmetic_of_all(ranks, lambda: choose_arithmetic(wanted_arithmetic, threads, terminal))
+            options = BuildOptions(
+                threads,
+                max_memory,
+                calibration=calibration,
+                evaluation=evaluation,
+                device=device,
+                force=force,
+                command=command_line(),
+                validation=ValidationPlan(
+                    positions_per_language=positions, full_text=full_text, max_memory_bytes=max_memory
+                ),
+                policy=policy,
+                tasks=tasks,
+                bundle_threads=given,
+                ranks=ranks,
+                arithmetic=arithmetic,
+            )
+            if ranks.first:
+                _announce(terminal, original, jobs, options)
+            built = compile_bundles(original, jobs, options, progress)
+            if not ranks.first:
+                return EXIT_PASS
+    except ToldElsewhere as error:
+        return error.exit_code
     documents: list[dict[str, object]] = []
     verdicts = []
     for bundle in built:
@@ -169,6 +161,58 @@ def build(
     if as_json:
         emit(json.dumps({"bundles": documents}, indent=2, ensure_ascii=False))
     return exit_code(verdicts)
+
+
+def _announce(terminal: Terminal, original: Original, jobs: Sequence[Job], options: BuildOptions) -> None:
+    """Show what is about to be built, and what is expected of it."""
+    import torch
+
+    from glmexport.workflows.cost import build_seconds, total
+    from glmexport.workflows.device import arithmetic_on
+    from glmexport.workflows.device import device_name as name_of
+    from glmexport.workflows.estimate import estimate
+    from glmexport.workflows.original import formats_of, listed_unused
+    from glmexport.workflows.unit_costs import unit_costs
+
+    torch.set_num_threads(options.threads)
+    device, ranks, merged = options.device, options.ranks, original.checkpoint.adapter
+    costs = unit_costs(options.arithmetic)
+    on_device = costs if device.type == "cpu" else unit_costs(arithmetic_on(device, options.arithmetic), device)
+    for job in jobs:
+        expected = estimate(original.planned(job.recipe, job.target), options.max_memory_bytes)
+        limit_bytes = options.max_memory_bytes
+        seconds = total(
+            build_seconds(
+                original, job.recipe, job.target, options.validation, on_device, costs, limit_bytes, ranks.size
+            )
+        )
+        limit = f", limit {brief_size(options.max_memory_bytes)}" if options.max_memory_bytes else ""
+        terminal.facts(
+            "Build",
+            {
+                "checkpoint": f"{original.checkpoint.name} ({original.checkpoint.path})",
+                **({"adapter": f"{merged.name} ({merged.path}): {merged.summary}"} if merged else {}),
+                "family": f"{original.architecture.family}, {original.checkpoint.parameters / 1e6:,.1f} M parameters, "
+                f"{brief_size(original.checkpoint.bytes)}",
+                **({"quantized": formats_of(original)} if original.checkpoint.stored.layout else {}),
+                "target": f"{job.target.name}: {job.target.summary}",
+                "recipe": f"{job.recipe.name}: {job.recipe.summary}",
+                "calibration": calibration_text(job.recipe, options.calibration),
+                "output": str(job.directory),
+                **({"device": name_of(device)} if device.type != "cpu" else {}),
+                **({} if ranks.alone else {"ranks": str(ranks.size)}),
+                "threads": str(options.threads) + ("" if ranks.alone else " in each rank"),
+                "arithmetic": brief_arithmetic(options.arithmetic),
+                "memory": f"about {brief_size(expected.peak_memory_bytes)} at the peak"
+                + ("" if ranks.alone else " in each rank")
+                + limit,
+                "bundle": f"about {brief_size(expected.bundle_bytes)}, {expected.bits_per_weight:.2f} bits per weight",
+                "time": f"{brief_span(seconds.low, seconds.high)} on this machine"
+                + ("; it is busy now" if costs.busy else ""),
+            },
+        )
+        for name, reason in listed_unused(original.unused_for(job.target)).items():
+            terminal.remark(f"{name} is not used: {reason}.")
 
 
 def calibration_text(recipe: Recipe, own: Sequence[Path]) -> str:

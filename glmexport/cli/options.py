@@ -107,9 +107,18 @@ def evaluation_options(command: Command) -> Command:
         type=click.IntRange(min=1),
         default=2048,
         show_default=True,
-        help="Tokens to judge on in each language, as far as there is text.",
+        help="Most tokens to judge on in each language, as far as there is text.",
     )
     return text(positions(command))
+
+
+def full_text_option(command: Command) -> Command:
+    """Add the option --full-text."""
+    return click.option(
+        "--full-text",
+        is_flag=True,
+        help="Judge on all of that text at once; otherwise a language's text ends once all its gates are decided.",
+    )(command)
 
 
 def tasks_option(command: Command) -> Command:

@@ -40,6 +40,15 @@ def show_plan(console: Console, plan: Plan) -> None:
         f"machine with {plan.rates.threads} threads ({bundle:.0%} of that the bundle's), speed and free answers apart",
         soft_wrap=True,
     )
+    if any(each.looks > 1 for each in plan.expected):
+        looks = max(each.look for each in plan.expected)
+        console.print(
+            f"expected {sum(each.documents for each in plan.expected)} of these documents, about "
+            f"{plan.expected_positions} positions, in {looks} look{'' if looks == 1 else 's'}: "
+            f"{brief_duration(plan.expected_seconds)}, as a language's text ends once its gates are decided; "
+            "--full-text takes all",
+            soft_wrap=True,
+        )
     if plan.needed_documents == plan.documents:
         console.print("needed   no more", soft_wrap=True)
     else:

@@ -14,6 +14,7 @@ from glmexport.cli.options import (
     arithmetic_option,
     bundle_threads,
     evaluation_options,
+    full_text_option,
     json_option,
     policy_option,
     rehash_option,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 @rehash_option
 @policy_option
 @evaluation_options
+@full_text_option
 @tasks_option
 @click.option(
     "--plan", "only_plan", is_flag=True,
@@ -67,6 +69,7 @@ def validate(
     policy_path: Path | None,
     evaluation: tuple[Path, ...],
     positions: int,
+    full_text: bool,
     task_files: tuple[Path, ...],
     only_plan: bool,
     devices: tuple[str, ...],
@@ -112,7 +115,7 @@ def validate(
         threads,
         evaluation=evaluation,
         command=command_line(),
-        validation=ValidationPlan(positions_per_language=positions),
+        validation=ValidationPlan(positions_per_language=positions, full_text=full_text),
         policy=open_policy(policy_path) if policy_path else None,
         tasks=tuple(read_tasks(task_files)) if task_files else (),
         bundle_threads=bundle_threads(threads),

@@ -18,6 +18,7 @@ from glmexport.report.allocation import summarize
 from glmexport.report.behaviour import answer_rows
 from glmexport.report.devices import device_table
 from glmexport.report.document import HTML_NAME, Report
+from glmexport.report.looks import told_looks
 from glmexport.report.speed import median_of, only_if_bounded, share_reached, speed_rows
 from glmexport.report.text import brief_divergence, brief_ratio, brief_share, brief_size
 from glmexport.results.behaviour import Behaviour
@@ -58,6 +59,8 @@ def show(console: Console, report: Report, directory: Path) -> None:
     if report.devices:
         console.print(_devices(report))
     console.print(_fidelity(report))
+    if report.fidelity.looks:
+        console.print(told_looks(report.fidelity), style="dim", markup=False)
     if report.fidelity.capture:
         console.print(_capture(report.fidelity.capture), style="dim")
     console.print(_shares(report))
@@ -108,9 +111,13 @@ def _fidelity(report: Report) -> Table:
         f"\nFidelity{where}: {report.fidelity.arithmetic}",
         "language", "positions", "perplexity original", "bundle", "KL mean (nats)", "KL p99 (nats)", "top-1 agreement",
     )  # fmt: skip
+    early = {looks.language: looks for looks in report.fidelity.looks if looks.ended_early}
     for row in report.fidelity.languages:
         mark = " worst" if row.language == report.fidelity.worst_language else ""
-        table.add_row(row.language + mark, *_figures(row), style="yellow" if mark else "")
+        positions, *figures = _figures(row)
+        if row.language in early:
+            positions += f" of {early[row.language].whole.positions}"
+        table.add_row(row.language + mark, positions, *figures, style="yellow" if mark else "")
     table.add_section()
     table.add_row("all", *_figures(report.fidelity.overall), style="bold")
     if report.fidelity.noise_floor:

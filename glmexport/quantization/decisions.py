@@ -18,13 +18,14 @@ from glmexport.quantization.store import WorkDirectory
 
 FOLDS, ALLOCATION = "folds", "allocation"
 #: Number of held-out tokens on which the channels of every tap are measured before scales are folded.
-_FOLD_TOKENS = 4096
+FOLD_TOKENS = 4096
 
 
 def decide_folds(job: QuantizationJob) -> QuantizationJob:
     """Return ``job`` with scales moved between tensors of its checkpoint: chosen once, then read back.
 
-    Nothing is moved where the recipe does not ask for it, or where the text is too poor to fit anything to it.
+    Rank 0 does it for all, as it is short beside the walk. Nothing is moved where the recipe does not ask for it, or
+    where the text is too poor to fit anything to it.
     """
     work, calibration, architecture, recipe = job.work, job.calibration, job.architecture, job.recipe
     if calibration is None or recipe.linears is None or not recipe.solver.fold_scales:
@@ -32,15 +33,14 @@ def decide_folds(job: QuantizationJob) -> QuantizationJob:
     widest = max(linear.in_features for _, linear in architecture.linears)
     if calibration.effective_tokens < LEAST_TOKENS * widest:
         return job
-    if work.record(FOLDS) is None:
+    if job.ranks.first and work.record(FOLDS) is None:
         form = recipe.linear(mixture=bool(architecture.routed), routed=False)
         assert form is not None
         started = time.monotonic()
-        ids = probe_ids(calibration, _FOLD_TOKENS)
-        chosen = choose_folds(
-            job.reference(), ids, calibration.prefix, form, job.memory.batch_tokens, job.progress
-        )
+        ids = probe_ids(calibration, FOLD_TOKENS)
+        chosen = choose_folds(job.reference(), ids, calibration.prefix, form, job.memory.batch_tokens, job.progress)
         work.commit(FOLDS, {}, {"seconds": time.monotonic() - started}, tensors=as_tensors(chosen))
+    job.ranks.barrier()
     folds = from_tensors(work.tensors(FOLDS))
     columns = {key for key, fold in folds.items() if fold.columns is not None}
     if columns:
@@ -57,16 +57,17 @@ def decide_formats(job: QuantizationJob) -> dict[str, Format]:
     if calibration is None or recipe.budget is None:
         return {}
     groups = list(tie_groups(architecture, recipe))
-    if work.record(ALLOCATION) is None:
+    if job.ranks.first and work.record(ALLOCATION) is None:
         started = time.monotonic()
         ids = probe_ids(calibration, recipe.budget.probe_tokens)
         probe = Probe(job.reference(), ids, calibration.prefix, groups, work, job.memory)
         losses = probe.losses(job.progress)
         bits = [[group.bits(form) for form in group.candidates] for group in groups]
         chosen = allocate(losses, bits, available_bits(architecture, recipe))
-        note = {"chosen": chosen, "losses": losses, "seconds": time.monotonic() - started}
+        note = {"chosen": chosen, "losses": losses, "cold": probe.cold, "seconds": time.monotonic() - started}
         work.commit(ALLOCATION, {}, note)
         probe.forget()
+    job.ranks.barrier()
     return {key: group.format for group in allocated_groups(work, architecture, recipe) for key in group.keys}
 
 
@@ -75,7 +76,8 @@ def allocated_groups(work: WorkDirectory, architecture: Architecture, recipe: Re
     record = work.record(ALLOCATION)
     if record is None:
         return ()
-    groups = tie_groups(architecture, recipe)
+    groups, note = tie_groups(architecture, recipe), record["note"]
+    cold = set(note.get("cold", []))
     return tuple(
         AllocatedGroup(
             name=group.name,
@@ -83,7 +85,9 @@ def allocated_groups(work: WorkDirectory, architecture: Architecture, recipe: Re
             format=group.candidates[choice],
             bits=group.bits(group.candidates[choice]),
             loss_nats=losses[choice],
-            tried=choice in group.tried,
+            tried=choice in group.tried and group.expert_part is None,
+            expert_part=group.expert_part,
+            cold=number in cold,
         )
-        for group, choice, losses in zip(groups, record["note"]["chosen"], record["note"]["losses"], strict=True)
+        for number, (group, choice, losses) in enumerate(zip(groups, note["chosen"], note["losses"], strict=True))
     )

@@ -18,7 +18,9 @@ def round_draft(quantizer: Quantizer) -> None:
     """Commit every part of the layer that is not committed yet, if the model has one."""
     job = quantizer.job
     draft = job.architecture.token_prediction
-    steps = {step: linears for step, linears in draft_steps(draft).items() if job.work.record(step) is None}
+    every = draft_steps(draft)
+    missing = job.ranks.decide(lambda: [step for step in every if job.work.record(step) is None])
+    steps = {step: every[step] for step in missing}
     if draft is None or not steps:
         return
     with job.progress.track("Rounding the MTP layer", len(steps)) as track:
@@ -27,7 +29,7 @@ def round_draft(quantizer: Quantizer) -> None:
             part = QuantizedPart()
             for linear in linears:
                 part += _rounded(quantizer, linear, draft.layer.index)
-            job.work.commit(step, part.matrices, part.note(time.monotonic() - started))
+            job.commit(step, part.matrices, part.note(time.monotonic() - started))
             track.advance(1, step)
 
 

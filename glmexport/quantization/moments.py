@@ -12,6 +12,7 @@ from glmexport.calibration.hessian import Hessian, SecondMoment
 from glmexport.calibration.sequences import CalibrationSet
 from glmexport.quantization.goal import Goal, Sample
 from glmexport.quantization.largest import Seen
+from glmexport.quantization.ranks import ALONE, Parcel, Ranks
 
 #: Number of held-out positions that solutions are judged on; every further one would cost a product a matrix.
 SAMPLE_POSITIONS = 2048
@@ -33,6 +34,8 @@ class Measured:
 class Moments:
     """An accumulator over the calibration text of what the linears of a tap are solved from.
 
+    Each of the ``ranks`` keeps some slabs of both moments, to which it adds all of the text in order.
+
     With an asymmetric target it also takes what is wanted: the input of ``linears`` in the original; or, where
     ``weight`` [M, K] is given, the output that the only one of them ought to have. What W makes of the inputs is then
     taken off at the end, from the moments, which spares a product a position: E[(y - W x) x^T] = E[y x^T] - W H.
@@ -46,11 +49,16 @@ class Moments:
         asymmetric: bool,
         weight: Tensor | None,
         device: torch.device,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.calibration = calibration
+        self.ranks = ranks
         size = linears[0].in_features
-        self._hessian = Hessian(size, device)
-        self._cross = SecondMoment(size if weight is None else len(weight), size, device) if asymmetric else None
+        self._hessian = Hessian(size, device, rank=ranks.rank, size=ranks.size)
+        self._cross: SecondMoment | None = None
+        if asymmetric:
+            rows = size if weight is None else len(weight)
+            self._cross = SecondMoment(rows, size, device, rank=ranks.rank, size=ranks.size)
         self._weight = weight
         self._weights = calibration.weights().to(device)
         self._held = calibration.selection.to(device)
@@ -84,15 +92,26 @@ class Moments:
 
     def result(self, largest: Seen | None = None) -> Measured:
         """Return what was measured; ``largest`` is the largest number that was seen meanwhile."""
+        share_slabs(self._hessian, self.ranks)
         hessian, sample = self._hessian.matrix(), None
         if bool(self.calibration.selection.any()):
             sample = Sample(torch.cat(self._held_inputs), torch.cat(self._held_weights))
         if self._cross is None or sample is None:
             return Measured(hessian, sample, largest=largest)
-        cross, held = self._cross.matrix, torch.cat(self._held_wanted)
-        if self._weight is None:
-            goal = Goal(cross, held, of_inputs=True)
-        else:
-            cross.addmm_(self._weight, hessian, alpha=-1)
-            goal = Goal(cross, held.addmm_(sample.inputs, self._weight.T, alpha=-1), of_inputs=False)
+        held = torch.cat(self._held_wanted)
+        if self._weight is not None:
+            self._cross.subtract(self._weight, hessian)
+            held.addmm_(sample.inputs, self._weight.T, alpha=-1)
+        share_slabs(self._cross, self.ranks)
+        goal = Goal(self._cross.matrix, held, of_inputs=self._weight is None)
         return Measured(hessian, sample, goal, largest)
+
+
+def share_slabs(moment: Hessian | SecondMoment, ranks: Ranks) -> None:
+    """Give every rank the slabs of ``moment`` that the others keep."""
+    if ranks.alone:
+        return
+    for slab, parcel in ranks.each(moment.slabs, lambda slab: Parcel((moment.slab(*slab),))):
+        (rows,) = parcel.tensors
+        if slab not in moment.kept and rows is not None:
+            moment.slab(*slab).copy_(rows)

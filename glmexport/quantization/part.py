@@ -21,6 +21,8 @@ class QuantizedPart:
     records: tuple[QuantizedMatrix, ...] = ()
     #: The largest number that the quantized model's activations had meanwhile; None: no text was run.
     largest: Seen | None = None
+    #: Lines that people should see, such as a fallback that was taken.
+    remarks: tuple[str, ...] = ()
 
     def __add__(self, other: QuantizedPart) -> QuantizedPart:
         """Return this part followed by ``other``."""
@@ -28,6 +30,7 @@ class QuantizedPart:
             self.matrices | other.matrices,
             self.records + other.records,
             largest_of((self.largest, other.largest)),
+            self.remarks + other.remarks,
         )
 
     def weight(self, key: str) -> Tensor | None:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from glmexport.architecture.description import Linear
 from glmexport.formats.nearest import nearest_without_text
 from glmexport.formats.plan import FormatPlan, stored_formats
 from glmexport.formats.quantized_linear import QuantizedLinear
 from glmexport.foundation.recipe import Format, Solver
+from glmexport.quantization.goal import Correction
 from glmexport.quantization.job import SOLVE, QuantizationJob
 from glmexport.quantization.moments import Measured
 from glmexport.quantization.part import QuantizedPart
 from glmexport.quantization.problem import Problem
+from glmexport.quantization.ranks import ALONE, Parcel, Ranks
 from glmexport.quantization.record import solved_record, unmeasured
-from glmexport.quantization.solve import gptq
+from glmexport.quantization.solve import RowBlock, Solution, join_rows, solve_rows
 from glmexport.quantization.stored import stored_linear
 
 
@@ -32,6 +34,7 @@ class Quantizer:
         measured: Measured,
         solver: Solver | None = None,
         tokens: float | None = None,
+        whole: bool = False,
     ) -> QuantizedPart:
         """Quantize the ``linears`` of one tap against what was measured there.
 
@@ -41,6 +44,7 @@ class Quantizer:
             measured: its Hessian is used up.
             solver: how to solve; by default as the recipe says.
             tokens: how many positions the Hessian rests on; by default all that count.
+            whole: whether this rank alone solves all rows; by default all ranks share them, and call this together.
         """
         job = self.job
         form = self.plan.form(linears[0].weight)
@@ -52,24 +56,54 @@ class Quantizer:
             # What is solved of the goal is solved once for all matrices of the tap.
             goal = problem.correction(measured.goal)
         part = QuantizedPart(largest=measured.largest)
-        for linear in linears:
-            with job.stopwatch.running(SOLVE):
-                solution = gptq(job.chunks(linear.weight), problem, form, solver, goal)
-            if solution.fallback:
-                job.progress.remark(f"{linear.key}: {solution.fallback}.")
+        with job.stopwatch.running(SOLVE):
+            solutions = self._solutions(linears, problem, form, solver, goal, whole=whole)
+        for linear, solution in zip(linears, solutions, strict=True):
+            remarks = (f"{linear.key}: {solution.fallback}.",) if solution.fallback else ()
             fold = job.checkpoint.folds.get(linear.weight)
             folded = fold is not None and fold.columns is not None
             record = solved_record(linear, layer, solution, tokens, folded=folded)
-            part += QuantizedPart({linear.weight: solution.linear}, (record,))
+            part += QuantizedPart({linear.weight: solution.linear}, (record,), remarks=remarks)
         return part
 
-    def round(self, linears: Iterable[Linear], layer: int | None) -> QuantizedPart:
-        """Round ``linears`` to nearest, without any text."""
+    def remark(self, part: QuantizedPart) -> None:
+        """Tell people what there is to say about ``part``."""
+        for remark in part.remarks:
+            self.job.progress.remark(remark)
+
+    def _solutions(
+        self,
+        linears: Sequence[Linear],
+        problem: Problem,
+        form: Format,
+        solver: Solver,
+        goal: Correction | None,
+        *,
+        whole: bool,
+    ) -> list[Solution]:
+        """Return the solution of each of ``linears``, of whose blocks of rows each rank solves some."""
+
+        def solved(block: tuple[str, int, int]) -> Parcel:
+            _, start, _ = block
+            return solve_rows(self.job.rows(*block), start, problem, form, solver, goal).parcel()
+
+        found: dict[str, list[RowBlock]] = {linear.weight: [] for linear in linears}
+        blocks = [(key, *block) for key in found for block in self.job.blocks(key, whole=whole)]
+        for (key, _, _), parcel in self._ranks(whole=whole).each(blocks, solved):
+            found[key].append(RowBlock.received(form, parcel))
+        return [join_rows(rows, problem, solver, goal) for rows in found.values()]
+
+    def _ranks(self, *, whole: bool) -> Ranks:
+        """Return who shares the rows of a matrix."""
+        return ALONE if whole else self.job.ranks
+
+    def round(self, linears: Iterable[Linear], layer: int | None, *, whole: bool = False) -> QuantizedPart:
+        """Round ``linears`` to nearest, without any text; ``whole`` as for ``solve``."""
         part = QuantizedPart()
         for linear in linears:
             form = self.plan.form(linear.weight)
             assert form is not None
-            matrix = self.rounded(linear.weight, form)
+            matrix = self.rounded(linear.weight, form, whole=whole)
             part += QuantizedPart({linear.weight: matrix}, (unmeasured(linear.weight, layer, linear.part, matrix),))
         return part
 
@@ -91,13 +125,16 @@ class Quantizer:
         matrix = self.rounded(key, form)
         return QuantizedPart({key: matrix}, (unmeasured(key, None, "embedding", matrix),))
 
-    def rounded(self, key: str, form: Format) -> QuantizedLinear:
-        """Return the matrix ``key`` rounded to nearest in the format ``form``."""
+    def rounded(self, key: str, form: Format, *, whole: bool = False) -> QuantizedLinear:
+        """Return the matrix ``key`` rounded to nearest in the format ``form``; ``whole`` as for ``solve``."""
         searched = self.job.recipe.solver.scale_search
-        chunks = self.job.chunks(key)
+
+        def near(block: tuple[int, int]) -> Parcel:
+            return RowBlock(nearest_without_text(self.job.rows(key, *block), form, searched=searched)).parcel()
+
         with self.job.stopwatch.running(SOLVE):
-            parts = [nearest_without_text(chunk, form, searched=searched) for chunk in chunks]
-            return QuantizedLinear.concatenate(parts)
+            parcels = self._ranks(whole=whole).each(self.job.blocks(key, whole=whole), near)
+            return QuantizedLinear.concatenate([RowBlock.received(form, parcel).linear for _, parcel in parcels])
 
     def stored(self, key: str) -> QuantizedLinear | None:
         """Return the matrix ``key`` as the checkpoint stores it quantized.

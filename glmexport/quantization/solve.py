@@ -7,7 +7,7 @@ matrix W itself or, with an asymmetric target, the one whose output is the origi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,7 @@ from glmexport.quantization.goal import Correction, shrinkage
 from glmexport.quantization.order import ColumnOrder, strips
 from glmexport.quantization.polish import polish
 from glmexport.quantization.problem import Problem
+from glmexport.quantization.ranks import Parcel
 
 #: Half of the largest width at which the errors of all rows are computed.
 _TOLD_SIZE = 512
@@ -37,8 +38,8 @@ class Solution:
     """A quantized matrix, and how it was found.
 
     Errors are tr(E H E^T) / tr(G H G^T) on the calibration inputs, without the damping; of wide matrices over some of
-    the rows (``_stride``). That of round-to-nearest is with the recipe's search for scales, weighted by the mean square
-    of each column's input: the best that can be done without compensation, and a harder comparison than plain
+    the rows (``told_stride``). That of round-to-nearest is with the recipe's search for scales, weighted by the mean
+    square of each column's input: the best that can be done without compensation, and a harder comparison than plain
     round-to-nearest.
     """
 
@@ -71,6 +72,33 @@ class Sweep:
     error: Tensor
 
 
+@dataclass(frozen=True)
+class RowBlock:
+    """Some rows of a matrix, quantized, and what they add to the figures of its ``Solution``."""
+
+    linear: QuantizedLinear
+    #: The sums of tr(G H G^T) and of both errors, as in ``Solution``, and that of the rows' shrinkage.
+    norm: float = 0.0
+    error: float = 0.0
+    nearest_error: float = 0.0
+    kept: float = 0.0
+    unpolished_rows: int = 0
+    nearest_rows: int = 0
+
+    def parcel(self) -> Parcel:
+        """Return what other ranks are sent of it."""
+        numbers = (self.linear.codes, self.linear.scales, self.linear.zero_points)
+        figures = [self.norm, self.error, self.nearest_error, self.kept, self.unpolished_rows, self.nearest_rows]
+        return Parcel(numbers, figures)
+
+    @classmethod
+    def received(cls, form: Format, parcel: Parcel) -> RowBlock:
+        """Return the block of that ``parcel``, whose rows are in the format ``form``."""
+        codes, scales, zero_points = parcel.tensors
+        assert codes is not None and scales is not None
+        return cls(QuantizedLinear(form, codes, scales, zero_points), *parcel.facts)
+
+
 def gptq(
     chunks: Iterable[Tensor], problem: Problem, form: Format, solver: Solver, goal: Correction | None = None
 ) -> Solution:
@@ -81,50 +109,66 @@ def gptq(
     Where the Hessian cannot be factored or rests on next to no text, the whole matrix is rounded to nearest, and the
     solution says so.
     """
+    blocks, start = [], 0
+    for chunk in chunks:
+        blocks.append(solve_rows(chunk, start, problem, form, solver, goal))
+        start += len(chunk)
+    return join_rows(blocks, problem, solver, goal)
+
+
+def solve_rows(
+    chunk: Tensor, start: int, problem: Problem, form: Format, solver: Solver, goal: Correction | None
+) -> RowBlock:
+    """Quantize ``chunk`` [rows, K] fp32, the rows of a matrix from ``start`` on; otherwise as ``gptq``."""
     factor, order, codec = problem.factor, problem.order, codec_of(form)
     importance = problem.importance if solver.scale_search else None
     if factor is None:
-        nearest = QuantizedLinear.concatenate([round_to_nearest(chunk, form, importance) for chunk in chunks])
-        rows = nearest.codes.shape[0]
-        return Solution(nearest, math.nan, math.nan, math.nan, 0, nearest_rows=rows, fallback=problem.refusal)
-    parts = []
-    error = nearest_error = norm = kept = 0.0
-    start = unpolished = replaced = 0
-    stride = _stride(len(order.columns))
-    for chunk in chunks:
-        sweep = start_sweep(chunk, order)
-        missed: Tensor | None = None
-        if goal is not None:
-            factors, missed = _aim(sweep, goal, chunk, start)
-            kept += float(factors.sum())
-        swept = round_columns(sweep, factor, order, codec, solver)
-        cost = problem.cost(sweep.error, swept, missed)
-        if solver.polish_rounds:
-            taken_back, cost = _polish(sweep, problem, factor, codec, solver.polish_rounds, cost, missed)
-            unpolished += taken_back
-        nearest = round_to_nearest(chunk, form, importance)
-        rounded = sweep.weights - nearest.dequantize().T[order.columns]
-        better = _cheaper(problem, factor, rounded, sweep.error, cost, missed)
-        replaced += int(better.sum())
-        told = slice(-start % stride, None, stride)
-        taken, left = better[told], rounded[:, told]
-        norm += _total(_quadratic(factor, sweep.weights[:, told]))
-        nearest_error += _total(_quadratic(factor, left))
-        error += _total(_quadratic(factor, torch.where(taken, left, sweep.error[:, told])))
-        parts.append(_stored(sweep, order, codec).with_rows(better, nearest))
-        start += chunk.shape[0]
-    norm = max(norm, 1e-30)
+        return RowBlock(round_to_nearest(chunk, form, importance), nearest_rows=len(chunk))
+    sweep = start_sweep(chunk, order)
+    missed: Tensor | None = None
+    kept, unpolished = 0.0, 0
+    if goal is not None:
+        factors, missed = _aim(sweep, goal, chunk, start)
+        kept = float(factors.sum())
+    swept = round_columns(sweep, factor, order, codec, solver)
+    cost = problem.cost(sweep.error, swept, missed)
+    if solver.polish_rounds:
+        unpolished, cost = _polish(sweep, problem, factor, codec, solver.polish_rounds, cost, missed)
+    nearest = round_to_nearest(chunk, form, importance)
+    rounded = sweep.weights - nearest.dequantize().T[order.columns]
+    better = _cheaper(problem, factor, rounded, sweep.error, cost, missed)
+    stride = told_stride(len(order.columns))
+    told = slice(-start % stride, None, stride)
+    taken, left = better[told], rounded[:, told]
+    return RowBlock(
+        linear=_stored(sweep, order, codec).with_rows(better, nearest),
+        norm=_total(_quadratic(factor, sweep.weights[:, told])),
+        error=_total(_quadratic(factor, torch.where(taken, left, sweep.error[:, told]))),
+        nearest_error=_total(_quadratic(factor, left)),
+        kept=kept,
+        unpolished_rows=unpolished,
+        nearest_rows=int(better.sum()),
+    )
+
+
+def join_rows(blocks: Sequence[RowBlock], problem: Problem, solver: Solver, goal: Correction | None) -> Solution:
+    """Return the matrix of all ``blocks`` of its rows, in order, and how it was found."""
+    linear = QuantizedLinear.concatenate([block.linear for block in blocks])
+    rows, factor = len(linear.codes), problem.factor
+    if factor is None:
+        return Solution(linear, math.nan, math.nan, math.nan, 0, nearest_rows=rows, fallback=problem.refusal)
+    norm = max(sum(block.norm for block in blocks), 1e-30)
     raised = factor.damping > solver.damping * 1.001
     return Solution(
-        linear=QuantizedLinear.concatenate(parts),
-        relative_error=error / norm,
-        round_to_nearest_error=nearest_error / norm,
+        linear=linear,
+        relative_error=sum(block.error for block in blocks) / norm,
+        round_to_nearest_error=sum(block.nearest_error for block in blocks) / norm,
         damping=factor.damping,
         dead_columns=factor.dead_columns,
         double=factor.double,
-        shrinkage=kept / start if goal is not None else None,
-        unpolished_rows=unpolished,
-        nearest_rows=replaced,
+        shrinkage=sum(block.kept for block in blocks) / rows if goal is not None else None,
+        unpolished_rows=sum(block.unpolished_rows for block in blocks),
+        nearest_rows=sum(block.nearest_rows for block in blocks),
         fallback=f"the Hessian needed damping {factor.damping:g} instead of {solver.damping:g}" if raised else None,
     )
 
@@ -271,7 +315,7 @@ def _project(factor: Factor, columns: Tensor) -> Tensor:
     return (factor.hessian @ columns.flip(0)).flip(0)
 
 
-def _stride(size: int) -> int:
+def told_stride(size: int) -> int:
     """Return the stride of the rows whose errors are computed: each one takes time by the square of its ``size``."""
     return max(1, size // _TOLD_SIZE)
 

@@ -32,6 +32,8 @@ from glmexport.foundation.untrusted import DocumentLimits
 from glmexport.reference.reference import CPU
 
 _SCRATCH = "scratch"
+#: Bytes of a stream that are written before the disk has to have them.
+_SYNCED_BYTES = 64 << 20
 #: Limits of a record, which has every matrix of a block, or the measurements of every document.
 _LIMITS = DocumentLimits(values=4_000_000, items=4_000_000, keys=100_000, nonfinite=True)
 
@@ -105,19 +107,23 @@ class _Step(Definition):
 
 
 class WorkDirectory:
-    """The directory where a walk keeps what it has finished; ``job`` is everything the result depends on."""
+    """The directory where a walk keeps what it has finished; ``job`` is everything the result depends on.
 
-    def __init__(self, path: Path, job: Mapping[str, Any]) -> None:
+    Of the processes that share it, one ``makes`` it.
+    """
+
+    def __init__(self, path: Path, job: Mapping[str, Any], *, makes: bool = True) -> None:
         self.path = path
         self.job = dict(job)
-        path.mkdir(parents=True, exist_ok=True)
-        write_atomically(path / "job.json", json.dumps(self.job, indent=2, sort_keys=True).encode())
+        if makes:
+            path.mkdir(parents=True, exist_ok=True)
+            write_atomically(path / "job.json", json.dumps(self.job, indent=2, sort_keys=True).encode())
 
     @classmethod
-    def for_job(cls, parent: Path, job: Mapping[str, Any]) -> WorkDirectory:
+    def for_job(cls, parent: Path, job: Mapping[str, Any], *, makes: bool = True) -> WorkDirectory:
         """Open the directory under ``parent`` whose name is the digest of ``job``, so that no two jobs share one."""
         digest = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()
-        return cls(parent / f".glmexport-work-{digest[:16]}", job)
+        return cls(parent / f".glmexport-work-{digest[:16]}", job, makes=makes)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -269,13 +275,25 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
 
 def _write_stream(path: Path, chunks: Iterator[Tensor]) -> None:
     partial = path.with_name(path.name + ".partial")
+    waiting = 0
     # One chunk is written while the next is computed.
     with partial.open("wb") as file, ThreadPoolExecutor(1) as writer:
-        written: Future[int] | None = None
+
+        def write(data: memoryview) -> None:
+            nonlocal waiting
+            file.write(data)
+            waiting += len(data)
+            # The disk is at work meanwhile, and not only when everything waits for it at the end.
+            if waiting >= _SYNCED_BYTES:
+                file.flush()
+                os.fsync(file.fileno())
+                waiting = 0
+
+        written: Future[None] | None = None
         for chunk in chunks:
             if written:
                 written.result()
-            written = writer.submit(file.write, _bytes(chunk))
+            written = writer.submit(write, _bytes(chunk))
         if written:
             written.result()
         file.flush()

@@ -6,7 +6,7 @@ original stream tells what their outputs ought to be. Both are kept in files and
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor
 
@@ -14,14 +14,18 @@ from glmexport.architecture.description import DecoderLayer, Linear, ResidualBra
 from glmexport.formats.quantized_linear import QuantizedLinear
 from glmexport.quantization.goal import stream_difference
 from glmexport.quantization.job import QuantizationJob
-from glmexport.quantization.largest import Largest
+from glmexport.quantization.largest import SeenByBatch
 from glmexport.quantization.moments import Measured, Moments
+from glmexport.quantization.ranks import Parcel
 from glmexport.quantization.store import Activations
 from glmexport.reference.reference import Block, Substitute
 
 QUANTIZED, ORIGINAL = "quantized", "original"
 #: The hidden states after a step by the name of their stream: computed as they are read, or in a file already.
 Hidden = dict[str, Iterator[Tensor] | Activations]
+#: The first and last sequence of a batch, and a function from them to hidden states [sequences, length, features].
+Batch = tuple[int, int]
+Compute = Callable[[int, int], Tensor]
 
 
 class Streams:
@@ -30,9 +34,10 @@ class Streams:
     def __init__(self, job: QuantizationJob) -> None:
         calibration, asymmetric = job.calibration, job.recipe.solver.asymmetric
         assert calibration is not None
-        self.reference = job.reference()
+        self.reference = job.calibrated_reference()
         self.calibration = calibration
         self.work = job.work
+        self.ranks = job.ranks
         self.names = (QUANTIZED, ORIGINAL) if asymmetric and bool(calibration.selection.any()) else (QUANTIZED,)
         self.positions = self.reference.position_embeddings(calibration.ids.shape[1])
         self._batch = max(1, job.memory.batch_tokens // calibration.ids.shape[1])
@@ -45,12 +50,16 @@ class Streams:
     def embedded(self, table: QuantizedLinear | None) -> Hidden:
         """Return what the first block reads."""
 
-        def rows(lookup: QuantizedLinear | None) -> Iterator[Tensor]:
-            for start, stop in self.batches():
-                ids = self.calibration.ids[start:stop]
-                yield self.reference.embed(ids) if lookup is None else lookup.lookup(ids)
+        def looked_up(name: str) -> Compute:
+            lookup = table if name == QUANTIZED else None
 
-        return {name: rows(table if name == QUANTIZED else None) for name in self.names}
+            def rows(start: int, stop: int) -> Tensor:
+                ids = self.calibration.ids[start:stop]
+                return self.reference.embed(ids) if lookup is None else lookup.lookup(ids)
+
+            return rows
+
+        return {name: self.collected(looked_up(name)) for name in self.names}
 
     def enter(self, before: str, layer: DecoderLayer) -> Passage:
         """Begin with the block that reads the activations committed with step ``before``."""
@@ -58,29 +67,57 @@ class Streams:
 
     def measure_head(self, before: str, head: Linear) -> Measured:
         """Measure the input of the lm_head, after the final norm."""
-        into, largest = self.moments((head,), None), Largest()
+        into, seen = self.moments((head,), None), SeenByBatch(self.ranks)
         streams = {name: self.committed(before, name) for name in self.names}
-        for start, stop in self.batches():
-            stream = streams[QUANTIZED].read(start, stop)
+
+        def normed(batch: Batch) -> Parcel:
+            stream = streams[QUANTIZED].read(*batch)
             ours = self.reference.final_norm(stream)
-            largest.see(stream, self.reference.architecture.final_norm.key)
-            largest.see(ours, head.key)
-            theirs = None
-            if self.asymmetric:
-                theirs = self.reference.final_norm(streams[ORIGINAL].read(start, stop))
-            into.add(start, ours, theirs)
-        return into.result(largest.take())
+            seen.see(batch, (stream, self.reference.architecture.final_norm.key), (ours, head.key))
+            theirs = self.reference.final_norm(streams[ORIGINAL].read(*batch)) if self.asymmetric else None
+            return Parcel((ours, theirs))
+
+        self.accumulate(into, normed)
+        return into.result(seen.take())
 
     def moments(self, linears: tuple[Linear, ...], weight: Tensor | None) -> Moments:
         """Return empty moments of what ``linears`` read; ``weight`` as for ``Moments``."""
-        device = self.reference.device
-        return Moments(self.calibration, linears, asymmetric=self.asymmetric, weight=weight, device=device)
+        return Moments(
+            self.calibration,
+            linears,
+            asymmetric=self.asymmetric,
+            weight=weight,
+            device=self.reference.device,
+            ranks=self.ranks,
+        )
 
-    def batches(self) -> Iterator[tuple[int, int]]:
-        """Yield the first and last sequence of every batch."""
+    def accumulate(self, into: Moments, compute: Callable[[Batch], Parcel]) -> None:
+        """Add what ``compute`` gives for every batch: the inputs of the linears, and what is wanted, if anything."""
+        for (start, _), parcel in self.ranks.each(self.batches, compute):
+            inputs, wanted = parcel.tensors
+            assert inputs is not None
+            into.add(start, inputs, wanted)
+
+    def collected(self, compute: Compute) -> Iterator[Tensor]:
+        """Yield hidden states on rank 0, batch after batch; on the others nothing, which have to run through it too.
+
+        Each batch is computed, from its first and last sequence, by the rank that owns it.
+        """
+        for _, parcel in self.ranks.collect(self.batches, lambda batch: Parcel((compute(*batch),))):
+            (states,) = parcel.tensors
+            assert states is not None
+            yield states
+
+    @property
+    def batches(self) -> list[Batch]:
+        """The batches of the text in order; item i of a list of work belongs to the same rank everywhere."""
         count = len(self.calibration.languages)
-        for start in range(0, count, self._batch):
-            yield start, min(start + self._batch, count)
+        return [(start, min(start + self._batch, count)) for start in range(0, count, self._batch)]
+
+    @property
+    def own(self) -> Sequence[Batch]:
+        """The batches that this rank owns, the only ones that it finds in its scratch files."""
+        return self.ranks.own(self.batches)
 
     def committed(self, step: str, name: str) -> Activations:
         """Return the stream ``name`` as it was committed with ``step``."""
@@ -88,8 +125,21 @@ class Streams:
         return self.work.activations(step, name, shape, self.reference.device)
 
     def scratch(self, name: str, features: int) -> Activations:
-        """Return activations of this walk that belong to no step."""
-        return self.work.scratch(name, self.shape(features), self.reference.device)
+        """Return activations of this walk that belong to no step, for the batches that this rank owns."""
+        mine = name if self.ranks.alone else f"{name}.rank_{self.ranks.rank}"
+        return self.work.scratch(mine, self.shape(features), self.reference.device)
+
+    def whole(self, name: str, part: Activations) -> Activations:
+        """Return scratch activations of all batches, of which ``part`` has those that this rank owns."""
+        if self.ranks.alone:
+            return part
+        whole = self.work.scratch(name, part.shape, part.device)
+        start = 0
+        for states in self.collected(part.read):
+            whole.write(start, states)
+            start += len(states)
+        self.ranks.barrier()
+        return whole
 
     def shape(self, features: int) -> tuple[int, int, int]:
         """Return the shape of activations with so many features."""
@@ -119,51 +169,60 @@ class Passage:
         inner = self._inner_file(linears[0]) if branch.output in linears else None
         block = self.block(tap, substitute)
         goal = _OriginalOutput(self, tap) if asymmetric else None
-        into, largest = self.streams.moments(linears, goal.weight if goal else None), Largest()
-        for start, stop in self.streams.batches():
-            stream = self.residual[QUANTIZED].read(start, stop)
+        into, seen = self.streams.moments(linears, goal.weight if goal else None), SeenByBatch(self.streams.ranks)
+
+        def passed(batch: Batch) -> Parcel:
+            stream = self.residual[QUANTIZED].read(*batch)
             ours = block.branch_tap(tap, stream, self.streams.positions)
-            largest.see(stream, branch.input_norm.key)
-            largest.see(ours, linears[0].key)
-            into.add(start, ours, goal(start, stop, stream) if goal else None)
+            seen.see(batch, (stream, branch.input_norm.key), (ours, linears[0].key))
             if inner is not None:
-                inner.write(start, ours)
+                inner.write(batch[0], ours)
+            return Parcel((ours, goal(*batch, stream) if goal else None))
+
+        self.streams.accumulate(into, passed)
         if inner is not None:
             self._inner = branch, inner
             if goal:
                 self.residual[ORIGINAL] = goal.moved
-        return into.result(largest.take())
+        return into.result(seen.take())
 
     def move_on(self, substitute: Substitute) -> None:
         """Take the quantized stream through the branch that waits."""
         assert self._inner is not None
         moved = self.stream_file(QUANTIZED, self._inner[0])
-        for (start, _), states in zip(self.streams.batches(), self._joined(substitute), strict=True):
-            moved.write(start, states)
+        joined = self._joined(substitute)
+        for start, stop in self.streams.own:
+            moved.write(start, joined(start, stop))
         self.residual[QUANTIZED], self._inner = moved, None
 
     def outputs(self, substitute: Substitute) -> Hidden:
         """Return what the next block reads; a block of which nothing was measured is computed whole."""
+        streams = self.streams
         if self._inner is None:
-            return {name: self._whole(name) for name in self.streams.names}
-        joined: Hidden = {QUANTIZED: self._joined(substitute)}
-        return {**joined, ORIGINAL: self.residual[ORIGINAL]} if self.streams.asymmetric else joined
+            return {name: streams.collected(self._whole(name)) for name in streams.names}
+        joined: Hidden = {QUANTIZED: streams.collected(self._joined(substitute))}
+        if not streams.asymmetric:
+            return joined
+        original = self.residual[ORIGINAL]
+        return {**joined, ORIGINAL: original if streams.ranks.alone else streams.collected(original.read)}
 
-    def _whole(self, name: str) -> Iterator[Tensor]:
-        """Return the stream after a block that keeps its weights."""
+    def _whole(self, name: str) -> Compute:
+        """Return a function to the stream after a block that keeps its weights."""
         block = self.streams.reference.block(self.layer)
-        for start, stop in self.streams.batches():
-            yield block.forward(self.residual[name].read(start, stop), self.streams.positions)
+        return lambda start, stop: block.forward(self.residual[name].read(start, stop), self.streams.positions)
 
-    def _joined(self, substitute: Substitute) -> Iterator[Tensor]:
-        """Return the quantized stream after the branch that waits."""
+    def _joined(self, substitute: Substitute) -> Compute:
+        """Return a function to the quantized stream after the branch that waits."""
         assert self._inner is not None
         branch, inner = self._inner
         assert branch.output is not None
         block = self.streams.reference.block(self.layer, substitute, only={branch.output.tap})
-        for start, stop in self.streams.batches():
-            output = block.output(branch, inner.read(start, stop))
-            yield block.add(branch, self.residual[QUANTIZED].read(start, stop), output)
+        before = self.residual[QUANTIZED]
+
+        def joined(start: int, stop: int) -> Tensor:
+            return block.add(branch, before.read(start, stop), block.output(branch, inner.read(start, stop)))
+
+        return joined
 
     def block(self, tap: str, substitute: Substitute | None, *, with_tap: bool = False) -> Block:
         """Return the block with the linears between the stream and ``tap``, and if asked with those of the tap."""

@@ -49,7 +49,12 @@ class Walk:
 
     def run(self) -> QuantizedModel:
         """Commit every step that is not committed yet, and return the model that results."""
-        job, first = self.job, self.resume_at()
+        self.take_steps()
+        return QuantizedModel.read(self.job)
+
+    def take_steps(self) -> None:
+        """Commit every step that is not committed yet; every rank has to call this."""
+        job, first = self.job, self.job.ranks.decide(self.resume_at)
         if first:
             job.progress.remark(f"Resuming after {self.steps[first - 1]} ({first} of {len(self.steps)} steps done).")
         with job.progress.track("Quantizing", len(self.steps)) as track:
@@ -57,9 +62,9 @@ class Walk:
             for index in range(first, len(self.steps)):
                 self.take_step(index)
                 track.advance(1, self.steps[index])
-        job.work.drop_scratch()
+        if job.ranks.first:
+            job.work.drop_scratch()
         round_draft(self._quantizer)
-        return QuantizedModel.read(job)
 
     def take_step(self, index: int) -> None:
         """Quantize the part of one step, take the text through it, and commit both."""
@@ -68,6 +73,7 @@ class Walk:
         stages = stopwatch.begin()
         part = step.quantize()
         seconds = time.monotonic() - started
+        self._quantizer.remark(part)
         with stopwatch.running(ADVANCE):
             advanced = step.advance(part)
         # Streams are computed while they are written, before the note is read.
@@ -76,8 +82,8 @@ class Walk:
             for name, stream in advanced.hidden.items()
         }
         note = part.note(seconds) | {"largest": largest_of((part.largest, advanced.largest)), "stages": stages}
-        job.work.commit(step.name, part.matrices, note, hidden)
-        if index:
+        job.commit(step.name, part.matrices, note, hidden)
+        if index and job.ranks.first:
             job.work.drop_activations(self.steps[index - 1])
 
     def open_step(self, index: int) -> Step:

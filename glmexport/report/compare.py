@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from glmexport.foundation.errors import InputError
 from glmexport.foundation.target import Limits
 from glmexport.report.comparison import Change, ComparedReport, Comparison, GateChange, Outcome
-from glmexport.report.differing import differing, same_conditions, same_run, same_text
+from glmexport.report.differing import differing, ended_apart, same_conditions, same_run, same_text
 from glmexport.report.document import Report
 from glmexport.results.fidelity import Estimate, LanguageFidelity
 from glmexport.results.performance import Interval, Speed
@@ -298,10 +298,17 @@ def _remarks(old: Report, new: Report) -> Iterator[str]:
             f"The originals are not the same, {family}and each bundle was measured against its own: what changed is "
             "how much was lost, not which answers are better."
         )
-    if same_text(old, new):
+    apart = ended_apart(old, new)
+    if same_text(old, new) and not apart:
         yield (
             "Both rest on the same text. Reports do not hold the figures of single documents, so nothing could be "
             "paired: intervals are wider than need be."
+        )
+    elif same_text(old, new):
+        yield (
+            f"The evaluation text is the same, of which one report judged less than the other, as gates were decided "
+            f"earlier: {', '.join(apart)}. Reports do not hold the figures of single documents, so each mean is "
+            "compared as it is, not over the documents that both have; --full-text of validate judges all."
         )
     else:
         yield "The evaluation text is not the same: a part of every change may be that of the text."

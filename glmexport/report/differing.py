@@ -22,8 +22,15 @@ def differing(old: Report, new: Report) -> tuple[DifferingFact, ...]:
 
 
 def same_text(old: Report, new: Report) -> bool:
-    """Return whether the same documents were asked about, as the same token ids."""
+    """Return whether the same documents could be asked about, as the same token ids."""
     return old.fidelity.text_digest == new.fidelity.text_digest
+
+
+def ended_apart(old: Report, new: Report) -> tuple[str, ...]:
+    """Return the languages of which one report judged less of the same text than the other did."""
+    before = {row.language: row.documents for row in old.fidelity.languages}
+    after = {row.language: row.documents for row in new.fidelity.languages}
+    return tuple(sorted(tag for tag in before.keys() & after.keys() if before[tag] != after[tag]))
 
 
 def same_run(old: Report, new: Report) -> bool:

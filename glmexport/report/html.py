@@ -19,6 +19,7 @@ from glmexport.report.arithmetic import told_arithmetic
 from glmexport.report.behaviour import LANGUAGE_HEADS, answer_rows, language_row, question_kind, split_common_prefix
 from glmexport.report.coverage import COVERAGE_HEADS, coverage_rows
 from glmexport.report.devices import device_table
+from glmexport.report.looks import LOOK_HEADS, look_rows, told_looks
 from glmexport.results.fidelity import LanguageFidelity
 from glmexport.results.gate import Gate
 from glmexport.results.record import Verdict
@@ -65,6 +66,9 @@ def render_html(report: Report) -> str:
             coverage=coverage_rows(report.quantization.experts) if report.quantization else [],
             margin_text=_margin_text,
             answer_rows=answer_rows(report.behaviour) if report.behaviour else [],
+            told_looks=told_looks(report.fidelity),
+            look_heads=LOOK_HEADS,
+            look_rows=look_rows(report.fidelity),
         )
     )
 

@@ -12,6 +12,7 @@ from glmexport.report.devices import device_table
 from glmexport.report.gfm import code, strong
 from glmexport.report.gfm import foreign as _foreign
 from glmexport.report.gfm import table as _table
+from glmexport.report.looks import LOOK_HEADS, look_rows, told_looks
 
 if TYPE_CHECKING:
     from glmexport.report.document import Report
@@ -39,6 +40,7 @@ def render_markdown(report: Report) -> str:
             ("Language", "Documents", "Positions", "KL mean", "± error", "p99", "p99.9", "Top-1", "ln PPL ratio"),
             map(_language, _rows(report)),
         ),
+        *_looks(report),
         *_routing(report),
         *_prompts(report),
         *_behaviour(report),
@@ -103,6 +105,14 @@ def _gate(gate: Gate) -> tuple[str, ...]:
         strong(gate.verdict),
         _foreign(text.sample(gate)),
     )
+
+
+def _looks(report: Report) -> list[str]:
+    told = told_looks(report.fidelity)
+    if told is None:
+        return []
+    rows = ((_foreign(language), *cells) for language, *cells in look_rows(report.fidelity))
+    return ["### How much text was judged", told, _table(LOOK_HEADS, rows)]
 
 
 def _routing(report: Report) -> list[str]:

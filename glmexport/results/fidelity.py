@@ -8,6 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from glmexport.foundation.definition import Count, Number
+from glmexport.results.looks import LanguageLooks
 from glmexport.results.record import Record
 
 
@@ -124,7 +125,10 @@ class Fidelity(Record):
     """The cost of an original that was captured earlier: every divergence above is a lower bound. None if it was at
     hand."""
     text_digest: str = ""
-    """SHA-256 over the documents, their languages and token ids: the same where two reports rest on the same text."""
+    """SHA-256 over the documents, their languages and token ids, those of all looks: the same where two reports rest on
+    the same text, if their languages ended at the same looks."""
+    looks: tuple[LanguageLooks, ...] = ()
+    """The part of each language's text that was judged; empty where all was judged at once."""
 
     @model_validator(mode="after")
     def _histogram_is_well_formed(self) -> Self:
@@ -133,6 +137,14 @@ class Fidelity(Record):
             raise ValueError(f"{len(counts)} histogram counts need {len(counts) + 1} edges, not {len(edges)}")
         if any(not left < right for left, right in pairwise(edges)):
             raise ValueError("histogram edges do not increase")
+        return self
+
+    @model_validator(mode="after")
+    def _looks_are_of_what_was_judged(self) -> Self:
+        if self.looks:
+            judged = {looks.language: (looks.last.documents, looks.last.positions) for looks in self.looks}
+            if judged != {row.language: (row.documents, row.positions) for row in self.languages}:
+                raise ValueError("the looks are not those of the documents that were judged")
         return self
 
     @model_validator(mode="after")

@@ -29,6 +29,8 @@ class ValidationPlan:
 
     positions_per_language: int = 2048
     longest_text: int = 512
+    #: Whether all text is judged at once; otherwise that of a language ends once its gates are decided.
+    full_text: bool = False
     #: Texts a language for the shares of the divergence, each of which costs another pass of the original.
     share_texts: int = 1
     prompt_tokens: int = 128

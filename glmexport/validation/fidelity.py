@@ -14,6 +14,7 @@ from torch import Tensor
 from glmexport.foundation.progress import Progress
 from glmexport.reference.reference import Reference
 from glmexport.results.fidelity import CaptureBound, Estimate, Fidelity, LanguageFidelity, PositionBand, WorstToken
+from glmexport.results.looks import LanguageLooks
 from glmexport.results.record import badness
 from glmexport.tokenizer.tokenizer import Tokenizer
 from glmexport.validation.divergence import Divergence, divergence
@@ -46,6 +47,23 @@ class OriginalAnswers(Protocol):
 
     def divergence(self, index: int, given: Tensor) -> Divergence:
         """Return how far logits ``given`` [positions, vocabulary] fp32 of text ``index`` are from the original's."""
+
+
+class ChosenAnswers:
+    """The original's answers to some of the texts that it was asked about."""
+
+    def __init__(self, answers: OriginalAnswers, indices: Sequence[int]) -> None:
+        self._answers = answers
+        self._indices = indices
+
+    @property
+    def texts(self) -> Sequence[EvaluationText]:
+        """The chosen texts."""
+        return [self._answers.texts[index] for index in self._indices]
+
+    def divergence(self, index: int, given: Tensor) -> Divergence:
+        """Return how far logits ``given`` of chosen text ``index`` are from the original's."""
+        return self._answers.divergence(self._indices[index], given)
 
 
 class Streamed:
@@ -94,8 +112,22 @@ def summarize(
     arithmetic: str,
     noise: LanguageFidelity | None = None,
     capture: CaptureBound | None = None,
+    *,
+    looks: tuple[LanguageLooks, ...] = (),
+    digest: str | None = None,
 ) -> Fidelity:
-    """Return statistics per language and over all positions; ``noise``: of the original against itself."""
+    """Return statistics per language and over all positions.
+
+    Args:
+        texts: what was judged.
+        divergences: of each of them.
+        tokenizer: the original's.
+        arithmetic: what the bundle computes with, in words.
+        noise: of the original against itself.
+        capture: what an original that was captured hides.
+        looks: how the text was judged, where not all at once.
+        digest: of all text, where not all was judged; None: of ``texts``.
+    """
     languages = list(dict.fromkeys(text.language for text in texts))
     rows = tuple(
         statistics_of(
@@ -116,7 +148,8 @@ def summarize(
         bands=_bands(divergences),
         noise_floor=noise,
         capture=capture,
-        text_digest=text_digest(texts),
+        text_digest=text_digest(texts) if digest is None else digest,
+        looks=looks,
     )
 
 

@@ -3,6 +3,10 @@
 A gate passes where even the unfavourable bound keeps the limit: every gate and language has to, so each may be tested
 by itself. It blocks where the limit is surely broken, which among many languages some would be by chance: those tests
 are corrected for their number (Holm). What is neither is INCONCLUSIVE.
+
+Where text is judged in looks, the three estimates of a language (divergence, perplexity, most likely tokens) are tested
+at each look, at a level that keeps the risk of all looks together, and are reported of the last look that was taken.
+Everything else is judged once: answers, speed, prompts and weights have samples of their own.
 """
 
 from __future__ import annotations
@@ -17,12 +21,14 @@ from glmexport.foundation.target import Gates
 from glmexport.results.behaviour import Behaviour
 from glmexport.results.fidelity import CaptureBound, Estimate, Fidelity, LanguageFidelity
 from glmexport.results.gate import Gate
+from glmexport.results.looks import LanguageLooks
 from glmexport.results.prompts import PromptParity
 from glmexport.results.record import Verdict, badness, worst
 from glmexport.results.reference import ReferenceCheck
 from glmexport.results.statistics import holm
 from glmexport.results.weights import WeightCheck, WeightFault
-from glmexport.validation.losses import Loss, losses
+from glmexport.validation.losses import MOST_LOSSES, Loss, losses
+from glmexport.validation.sequential import ALL_TEXT, Stage
 from glmexport.validation.statistics import bounds, documents_needed, p_value
 
 #: Largest share of the divergence that a captured original may hide without a warning.
@@ -32,6 +38,8 @@ HIDDEN_SHARE = 0.25
 #: can become worse than rounding to nearest.
 EFFECTIVE_TOKENS = 2.0
 
+#: Number of estimates of a language that have limits.
+_ESTIMATES = 3
 
 #: The largest number of float16. Calibration text is a sample: what comes within half of it may be passed by others.
 FLOAT16_LARGEST = 65504.0
@@ -49,6 +57,21 @@ class JudgedLimit:
     limit: float
     #: Whether 1 less the estimate is reported, which has to be large.
     complement: bool = False
+    #: The look at the language's text that the estimate is of.
+    stage: Stage = ALL_TEXT
+
+    @property
+    def p_value(self) -> float:
+        """The chance of an estimate this large or larger, at whichever look the text ended, at the limit itself."""
+        return self.stage.p_value(p_value(self.estimate, self.limit))
+
+    def is_broken(self, risk: float) -> bool:
+        """Return whether the limit is surely broken, wrongly so at any look with the chance ``risk``."""
+        return self.stage.is_significant(p_value(self.estimate, self.limit), risk)
+
+    def bounds(self, confidence: float) -> tuple[float, float]:
+        """Return lower and upper bound, each of which holds at all looks together with ``confidence``."""
+        return bounds(self.estimate, self.stage.confidence(confidence))
 
 
 def apply_gates(fidelity: Fidelity, policy: Gates, behaviour: Behaviour | None = None) -> tuple[Gate, ...]:
@@ -71,9 +94,10 @@ def apply_gates(fidelity: Fidelity, policy: Gates, behaviour: Behaviour | None =
         for row in fidelity.languages
         if row.positions < policy.minimum_positions
     ]
-    tests = [test for row in judged for test in judged_estimates(row, policy)]
+    stages = {looks.language: stage_of(looks) for looks in fidelity.looks}
+    tests = [test for row in judged for test in judged_estimates(row, policy, stages.get(row.language, ALL_TEXT))]
     lost = list(losses(behaviour, policy.behaviour, policy.confidence)) if behaviour else []
-    chances = [*(p_value(test.estimate, test.limit) for test in tests), *(loss.p_value for loss in lost)]
+    chances = [*(test.p_value for test in tests), *(loss.p_value for loss in lost)]
     broken = holm(chances, 1 - policy.confidence)
     for name in dict.fromkeys(test.name for test in tests):
         gates = [
@@ -85,6 +109,28 @@ def apply_gates(fidelity: Fidelity, policy: Gates, behaviour: Behaviour | None =
         results += sorted(failed, key=lambda gate: -gate.verdict.severity) or [min(gates, key=_room)]
     results += [_lost(loss, block, policy) for loss, block in zip(lost, broken[len(tests) :], strict=True)]
     return tuple(results)
+
+
+def stage_of(looks: LanguageLooks) -> Stage:
+    """Return the last look that was taken."""
+    fractions = tuple(look.documents / looks.whole.documents for look in looks.planned)
+    return Stage(fractions, looks.taken - 1)
+
+
+def most_tests(languages: int, task_groups: int) -> int:
+    """Return the most tests that Holm's correction can be over, before any answer was asked for."""
+    return _ESTIMATES * languages + MOST_LOSSES + task_groups
+
+
+def is_decided(row: LanguageFidelity, stage: Stage, policy: Gates, tests: int) -> bool:
+    """Return whether every estimate of one language surely keeps its limit, or surely breaks it, at this look.
+
+    Surely broken is what the strictest of ``tests`` of Holm's finds, so that no other test has to be known.
+    """
+    return all(
+        test.bounds(policy.confidence)[1] <= test.limit or test.is_broken((1 - policy.confidence) / tests)
+        for test in judged_estimates(row, policy, stage)
+    )
 
 
 def build_gates(fallbacks: int, effective_tokens: float | None, matrices: int) -> tuple[Gate, ...]:
@@ -213,20 +259,23 @@ def verdict_of(gates: Iterable[Gate]) -> Verdict:
     return worst(gate.verdict for gate in gates)
 
 
-def judged_estimates(row: LanguageFidelity, policy: Gates) -> tuple[JudgedLimit, ...]:
-    """Return every estimate of one language that has a limit."""
+def judged_estimates(row: LanguageFidelity, policy: Gates, stage: Stage = ALL_TEXT) -> tuple[JudgedLimit, ...]:
+    """Return every estimate of one language that has a limit, as of the look ``stage`` at its text."""
     limits = policy.limits(row.language)
     assert limits.kl_mean_nats and limits.ln_perplexity_ratio and limits.top1_agreement
+    ratio, disagreement = row.ln_perplexity_ratio, row.top1_disagreement
     return (
-        JudgedLimit("Mean KL divergence", "nats/token", row, row.kl, limits.kl_mean_nats),
-        JudgedLimit("ln perplexity ratio", "nats/token", row, row.ln_perplexity_ratio, limits.ln_perplexity_ratio),
-        JudgedLimit("Top-1 agreement", "share", row, row.top1_disagreement, 1 - limits.top1_agreement, complement=True),
+        JudgedLimit("Mean KL divergence", "nats/token", row, row.kl, limits.kl_mean_nats, stage=stage),
+        JudgedLimit("ln perplexity ratio", "nats/token", row, ratio, limits.ln_perplexity_ratio, stage=stage),
+        JudgedLimit(
+            "Top-1 agreement", "share", row, disagreement, 1 - limits.top1_agreement, complement=True, stage=stage
+        ),
     )
 
 
 def _estimated(test: JudgedLimit, broken: bool, policy: Gates, tests: int) -> Gate:
     value = test.estimate.value
-    lower, upper = bounds(test.estimate, policy.confidence)
+    lower, upper = test.bounds(policy.confidence)
     if broken:
         verdict = Verdict.BLOCK
     elif not upper <= test.limit:
@@ -235,7 +284,7 @@ def _estimated(test: JudgedLimit, broken: bool, policy: Gates, tests: int) -> Ga
         verdict = Verdict.WARN if lower > policy.warn_at * test.limit else Verdict.PASS
     limit, needed = test.limit, None
     if verdict is Verdict.INCONCLUSIVE:
-        needed = documents_needed(test.estimate, test.limit, policy.confidence, tests)
+        needed = documents_needed(test.estimate, test.limit, test.stage.confidence(policy.confidence), tests)
         # The documents that there are did not decide, whatever the estimate expects of them.
         needed = needed and max(needed, test.estimate.documents + 1)
     if test.complement:

@@ -15,6 +15,9 @@ from glmexport.results.paired import Paired
 from glmexport.validation.behaviour.paired import loss_chance
 from glmexport.validation.statistics import documents_needed
 
+#: Most losses that ``losses`` yields, beside one a group of the user's tasks.
+MOST_LOSSES = 7
+
 
 @dataclass(frozen=True)
 class Loss:

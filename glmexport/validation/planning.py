@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -18,10 +18,11 @@ from glmexport.foundation.definition import Count, Number
 from glmexport.foundation.target import Gates
 from glmexport.reference.reference import Reference
 from glmexport.results.fidelity import LanguageFidelity
+from glmexport.results.looks import Look
 from glmexport.results.record import Record
 from glmexport.validation.divergence import divergence
-from glmexport.validation.gates import judged_estimates
-from glmexport.validation.statistics import POWER, documents_needed, showable_limit
+from glmexport.validation.gates import judged_estimates, most_tests
+from glmexport.validation.statistics import POWER, documents_needed, showable_limit, with_documents
 from glmexport.validation.texts import EvaluationText
 
 #: Number of documents that are timed.
@@ -37,7 +38,7 @@ class Need(Record):
     value: Number
     limit: Number
     documents: Count
-    """Number of documents that the value rests on."""
+    """Number of documents that there are."""
     needed: Count | None
     """Number of documents that decide in four of five cases, if the value is the true one; None if it is too near the
     limit, or nothing says how far documents differ."""
@@ -58,6 +59,19 @@ class Rates(Record):
     """Time to read every block of the original once; 0 where it was captured."""
 
 
+class ExpectedText(Record):
+    """The text of one language that a validation in looks is expected to judge, if the values are the true ones."""
+
+    language: str
+    """BCP-47 tag of the language."""
+    look: Count
+    """The first look at which every gate is decided in four of five cases; the last one if there is none."""
+    looks: Count
+    """Number of looks that are planned."""
+    documents: Count
+    positions: Count
+
+
 class Plan(Record):
     """The documents that a validation has, and those that it would need."""
 
@@ -68,7 +82,12 @@ class Plan(Record):
     documents: Count
     positions: Count
     seconds: Number
-    """Time of a comparison over ``documents``, in seconds, speed and free answers apart."""
+    """Time of a comparison over all ``documents`` at once, in seconds, speed and free answers apart."""
+    expected: tuple[ExpectedText, ...]
+    """The text that is expected to be judged, language by language."""
+    expected_positions: Count
+    expected_seconds: Number
+    """Time of a comparison over ``expected_positions``, in seconds; every look reads all blocks of the original."""
     needed_documents: Count
     needed_positions: Count
     needed_seconds: Number
@@ -84,17 +103,32 @@ class Plan(Record):
         return max(max(need.needed or 0, need.documents) for need in rows)
 
 
-def plan_validation(languages: Sequence[LanguageFidelity], policy: Gates, rates: Rates) -> Plan:
-    """Return what the gates of ``policy`` need beyond what ``languages`` rest on."""
-    needs = tuple(need for row in languages for need in _needs(row, policy))
-    documents = {row.language: row.documents for row in languages}
+def plan_validation(
+    languages: Sequence[LanguageFidelity],
+    policy: Gates,
+    rates: Rates,
+    looks: Mapping[str, Sequence[Look]] | None = None,
+) -> Plan:
+    """Return what the gates of ``policy`` need beyond the text that there is.
+
+    Args:
+        languages: what an earlier validation found.
+        policy: the limits, and how sure they have to be.
+        rates: the speed of this machine.
+        looks: the looks at the text that there is, by language; None: one, at the text of the earlier validation.
+    """
+    text = {row.language: (looks or {}).get(row.language) or (_all_of(row, policy),) for row in languages}
+    needs = tuple(need for row in languages for need in _needs(row, policy, text[row.language][-1]))
+    documents = {language: each[-1].documents for language, each in text.items()}
     length = {row.language: row.positions / row.documents for row in languages}
-    wanted = {
-        row.language: max([row.documents, *(need.needed or 0 for need in needs if need.language == row.language)])
-        for row in languages
+    missing = {
+        language: max([0, *((need.needed or 0) - count for need in needs if need.language == language)])
+        for language, count in documents.items()
     }
-    positions = sum(row.positions for row in languages)
-    needed = math.ceil(sum(count * length[language] for language, count in wanted.items()))
+    positions = sum(each[-1].positions for each in text.values())
+    needed = positions + math.ceil(sum(count * length[language] for language, count in missing.items()))
+    expected = tuple(_expected(row, policy, text[row.language], len(languages)) for row in languages)
+    judged = sum(each.positions for each in expected)
     return Plan(
         power=POWER,
         confidence=policy.confidence,
@@ -102,7 +136,10 @@ def plan_validation(languages: Sequence[LanguageFidelity], policy: Gates, rates:
         documents=sum(documents.values()),
         positions=positions,
         seconds=rates.fixed + positions * rates.per_position,
-        needed_documents=sum(wanted.values()),
+        expected=expected,
+        expected_positions=judged,
+        expected_seconds=rates.fixed * max(each.look for each in expected) + judged * rates.per_position,
+        needed_documents=sum(documents.values()) + sum(missing.values()),
         needed_positions=needed,
         needed_seconds=rates.fixed + needed * rates.per_position,
         undecidable=sum(need.needed is None for need in needs),
@@ -110,11 +147,34 @@ def plan_validation(languages: Sequence[LanguageFidelity], policy: Gates, rates:
     )
 
 
-def _needs(row: LanguageFidelity, policy: Gates) -> list[Need]:
-    found = []
+def _all_of(row: LanguageFidelity, policy: Gates) -> Look:
+    return Look(documents=row.documents, positions=row.positions, level=1 - policy.confidence)
+
+
+def _expected(row: LanguageFidelity, policy: Gates, looks: Sequence[Look], languages: int) -> ExpectedText:
+    """Return the first look at which as many documents decide every gate."""
+    tests = most_tests(languages, 0)
+
+    def decides(look: Look) -> bool:
+        needs = [documents_needed(e.estimate, e.limit, 1 - look.level, tests) for e in judged_estimates(row, policy)]
+        return all(need is not None and need <= look.documents for need in needs)
+
+    index = next((index for index, look in enumerate(looks) if decides(look)), len(looks) - 1)
+    return ExpectedText(
+        language=row.language,
+        look=index + 1,
+        looks=len(looks),
+        documents=looks[index].documents,
+        positions=looks[index].positions,
+    )
+
+
+def _needs(row: LanguageFidelity, policy: Gates, whole: Look) -> list[Need]:
+    """Return what each gate needs at the last look, by the level that is left for it."""
+    found, confidence = [], 1 - whole.level
     for each in judged_estimates(row, policy):
-        needed = documents_needed(each.estimate, each.limit, policy.confidence)
-        showable = showable_limit(each.estimate, policy.confidence)
+        needed = documents_needed(each.estimate, each.limit, confidence)
+        showable = showable_limit(with_documents(each.estimate, whole.documents), confidence)
         value, limit = each.estimate.value, each.limit
         if each.complement:
             value, limit, showable = 1 - value, 1 - limit, None if showable is None else 1 - showable
@@ -124,7 +184,7 @@ def _needs(row: LanguageFidelity, policy: Gates) -> list[Need]:
                 language=row.language,
                 value=value,
                 limit=limit,
-                documents=row.documents,
+                documents=whole.documents,
                 needed=needed,
                 showable=showable,
             )

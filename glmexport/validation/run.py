@@ -30,7 +30,8 @@ from glmexport.results.weights import WeightCheck
 from glmexport.validation.behaviour.plane import BundleSessions, ask, ask_bundle, questions_for
 from glmexport.validation.capture import CapturedReference
 from glmexport.validation.conditions import Conditions
-from glmexport.validation.fidelity import Streamed, compare, summarize
+from glmexport.validation.divergence import Divergence
+from glmexport.validation.fidelity import ChosenAnswers, Streamed, compare
 from glmexport.validation.gates import (
     apply_gates,
     capture_gate,
@@ -41,10 +42,12 @@ from glmexport.validation.gates import (
     weight_gates,
 )
 from glmexport.validation.host_gates import host_gate
-from glmexport.validation.noise import repeated_states
+from glmexport.validation.looks import JudgedText, judge_text
+from glmexport.validation.noise import RepeatedStates, repeated_states
 from glmexport.validation.performance import measure_performance
 from glmexport.validation.performance_gates import performance_gates
 from glmexport.validation.prompts import golden_prompts, prompt_parity
+from glmexport.validation.reference import ReferenceStates, reference_states
 from glmexport.validation.routing import Routes, routing_agreement
 from glmexport.validation.shares import bundle_answer, shares_of
 from glmexport.validation.texts import EvaluationSet, EvaluationText
@@ -107,23 +110,19 @@ def validate(
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         place = Path(folder)
         session = ScoringSession(bundle, conditions.bundle_threads)
-        sample = first_texts(texts, max(1, plan.share_texts))
-        before, after = Routes(), Routes()
-        runs = repeated_states(reference, texts, sample, conditions.threads, place, progress, routes=before)
-        check = check_reference(reference, texts, place, plan.max_memory_bytes, progress, runs.states)
-        divergences = compare(
-            Streamed(runs.states, reference), partial(bundle_answer, session, texts), progress, _IN_ONNX_RUNTIME
-        )
+        both = _Both(reference, session, texts, conditions, place)
+        groups = {(task.name, task.metric) for task in evaluation.tasks}
+        found = judge_text(texts, both.compare, conditions, len(groups) if plan.behaviour else 0)
+        first = both.first
         # A session has a copy of all weights, and what follows is computed without it.
-        del session
-        fidelity = summarize(
-            texts, divergences, evaluation.tokenizer, arithmetic(bundle.manifest), runs.noise(progress)
+        del session, both
+        check = check_reference(
+            reference, first.runs.states.texts, place, plan.max_memory_bytes, progress, first.runs.states
         )
-        shipped = [divergences[index] for index in sample]
-        shares = shares_of(
-            bundle, Streamed(runs.sample, reference), shipped, plan.share_texts, place, progress, after
-        )
-        routing = routing_agreement(before, after) if shares else ()
+        fidelity = found.fidelity(evaluation.tokenizer, arithmetic(bundle.manifest), first.runs.noise(progress))
+        sample, after = Streamed(first.runs.sample, reference), Routes()
+        shares = shares_of(bundle, sample, first.shipped, plan.share_texts, place, progress, after)
+        routing = routing_agreement(first.routes, after) if shares else ()
         behaviour = _behaviour(bundle, reference, evaluation, conditions, place)
     measured = Measurements(
         fidelity=fidelity,
@@ -151,10 +150,8 @@ def validate_captured(bundle: Bundle, captured: CapturedReference, conditions: C
     session = ScoringSession(bundle, conditions.bundle_threads)
     texts, tokenizer = captured.texts, bundle.tokenizer
     answers = partial(bundle_answer, session, texts)
-    divergences = compare(captured, answers, progress, _IN_ONNX_RUNTIME)
-    fidelity = summarize(
-        texts, divergences, tokenizer, arithmetic(bundle.manifest), capture.noise, captured.audit(answers)
-    )
+    found = _judged_against(captured, session, conditions)
+    fidelity = found.fidelity(tokenizer, arithmetic(bundle.manifest), capture.noise, captured.audit(answers))
     # A session has a copy of all weights, and the next one is opened without it.
     del session, answers
     performance = _performance(bundle, None, texts, conditions)
@@ -178,6 +175,75 @@ def validate_captured(bundle: Bundle, captured: CapturedReference, conditions: C
         arithmetic=capture.arithmetic,
     )
     return judged(measured, bundle.manifest, conditions.policy, host_gate(bundle))
+
+
+@dataclass(frozen=True)
+class _FirstLook:
+    """What the first look leaves for the noise floor and the shares; it has texts of every language."""
+
+    runs: RepeatedStates
+    #: The divergences of the texts that were run twice.
+    shipped: Sequence[Divergence]
+    #: The experts that the original sends these to.
+    routes: Routes
+
+
+class _Both:
+    """The original and the bundle, which are asked about a look at a time."""
+
+    def __init__(
+        self,
+        reference: Reference,
+        session: ScoringSession,
+        texts: Sequence[EvaluationText],
+        conditions: Conditions,
+        scratch: Path,
+    ) -> None:
+        self._reference, self._session, self._texts = reference, session, texts
+        self._conditions, self._scratch = conditions, scratch
+        self._first: _FirstLook | None = None
+
+    @property
+    def first(self) -> _FirstLook:
+        """What the first look left."""
+        assert self._first is not None
+        return self._first
+
+    def compare(self, indices: Sequence[int], words: str) -> list[Divergence]:
+        """Return the divergences of these texts: one pass of the original over its blocks."""
+        chosen, progress = [self._texts[index] for index in indices], self._conditions.progress
+        label = f"Original, block by block{words}"
+        answers = partial(bundle_answer, self._session, chosen)
+
+        def against(states: ReferenceStates) -> list[Divergence]:
+            return compare(Streamed(states, self._reference), answers, progress, f"{_IN_ONNX_RUNTIME}{words}")
+
+        if self._first is not None:
+            return against(reference_states(self._reference, chosen, self._scratch, progress, label=label))
+        sample, routes = first_texts(chosen, max(1, self._conditions.plan.share_texts)), Routes()
+        runs = repeated_states(
+            self._reference,
+            chosen,
+            sample,
+            self._conditions.threads,
+            self._scratch,
+            progress,
+            label=label,
+            routes=routes,
+        )
+        divergences = against(runs.states)
+        self._first = _FirstLook(runs, [divergences[index] for index in sample], routes)
+        return divergences
+
+
+def _judged_against(captured: CapturedReference, session: ScoringSession, conditions: Conditions) -> JudgedText:
+    """Return the text that was judged of what the original was asked about when it was captured."""
+
+    def measure(indices: Sequence[int], words: str) -> list[Divergence]:
+        chosen, label = ChosenAnswers(captured, indices), f"{_IN_ONNX_RUNTIME}{words}"
+        return compare(chosen, partial(bundle_answer, session, chosen.texts), conditions.progress, label)
+
+    return judge_text(captured.texts, measure, conditions, 0)
 
 
 def judged(measured: Measurements, manifest: Manifest, policy: Gates, also: tuple[Gate, ...] = ()) -> Validation:

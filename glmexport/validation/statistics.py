@@ -114,6 +114,17 @@ def documents_needed(estimate: Estimate, limit: float, confidence: float, tests:
     return int(number[enough.argmax()]) if enough[-1] else None
 
 
+def with_documents(estimate: Estimate, documents: int) -> Estimate:
+    """Return the estimate as it would be of so many documents of the same kind, if its value is the true one."""
+    ratio = documents / estimate.documents
+    changed = {
+        "standard_error": estimate.standard_error / math.sqrt(ratio),
+        "documents": documents,
+        "positions": round(estimate.positions * ratio),
+    }
+    return estimate.model_copy(update=changed)
+
+
 def showable_limit(estimate: Estimate, confidence: float) -> float | None:
     """Return the smallest limit that as many documents would surely keep in four of five samples.
 

@@ -200,6 +200,8 @@ def _group(group: AllocatedGroup) -> GroupResult:
         stored_bits=group.bits,
         loss_nats=group.loss_nats,
         tried=group.tried,
+        expert_part=group.expert_part,
+        cold=group.cold,
     )
 
 
@@ -247,6 +249,7 @@ def _limits(validation: Validation) -> tuple[str, ...]:
         "Speed is that of this machine, with one sequence at a time, at the time of the measurement.",
         "The bounds say what other documents of the same kind would show; text of another kind they do not cover.",
         *_captured(validation),
+        *_ended_early(validation),
         *_unchecked(validation),
     )
 
@@ -285,6 +288,16 @@ def _answered(validation: Validation) -> tuple[str, ...]:
     return (
         f"Free answers are greedy and short, {longest:.0f} tokens on average; long dialogues, sampling and chains of "
         f"tool calls are not covered.{tasks}",
+    )
+
+
+def _ended_early(validation: Validation) -> tuple[str, ...]:
+    early = [looks.language for looks in validation.fidelity.looks if looks.ended_early]
+    if not early:
+        return ()
+    return (
+        f"The text of {len(early)} languages ended once their gates were decided ({', '.join(early)}): the rest of it "
+        "was not asked about, and estimates are conditional on that.",
     )
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,14 +18,14 @@ from glmexport.assembly.write import BundleContents, write_bundle
 from glmexport.bundle.bundle import Bundle
 from glmexport.bundle.manifest import LargestActivation
 from glmexport.calibration.corpus import Document, evaluation_documents
-from glmexport.foundation.machine import peak_memory
+from glmexport.foundation.machine import library_versions, peak_memory
 from glmexport.foundation.progress import Progress
 from glmexport.foundation.recipe import Recipe
 from glmexport.quantization.job import QuantizationJob
 from glmexport.quantization.memory import MemoryPlan
 from glmexport.quantization.quantized_model import QuantizedModel
 from glmexport.quantization.store import WorkDirectory
-from glmexport.quantization.walk import walk
+from glmexport.quantization.walk import Walk, walk
 from glmexport.quantization.weights import Weights
 from glmexport.reference.arithmetic import computing
 from glmexport.reference.reference import Reference
@@ -32,11 +34,19 @@ from glmexport.validation.unrun import Unrun, validate_unrun
 from glmexport.workflows.assemble_report import BuildCost
 from glmexport.workflows.calibration_text import CalibrationText, cache_text, read_calibration_text
 from glmexport.workflows.checks import refuse_existing, refuse_formats, require_space
-from glmexport.workflows.device import arithmetic_on, device_name, peak_device_memory, plan_on, running_on
+from glmexport.workflows.device import (
+    arithmetic_on,
+    device_name,
+    peak_device_memory,
+    plan_on,
+    product_name,
+    running_on,
+)
 from glmexport.workflows.job import Job
 from glmexport.workflows.original import Original
 from glmexport.workflows.output import partial_of, put_in_place
 from glmexport.workflows.provenance import calibration_source, own_fingerprints, source_of
+from glmexport.workflows.ranks import refuse_differences, require_shared
 from glmexport.workflows.validate import BuildOptions, Built, measure_and_report, refuse_tasks
 
 
@@ -52,7 +62,8 @@ def build(
 ) -> list[Built | BuiltUnrun]:
     """Build, validate and put in place every job's bundle. Jobs of one recipe share one quantization.
 
-    A bundle whose execution provider is not on this machine is written all the same, and not run.
+    A bundle whose execution provider is not on this machine is written all the same, and not run. Ranks quantize
+    together; all but rank 0 have nothing to do afterwards, and nothing to return.
 
     Raises:
         InputError: an output exists and ``force`` is off, or the calibration text is too small.
@@ -64,11 +75,18 @@ def build(
     if any(original.drafts(job.target) for job in jobs):
         original = original.sharing_tables()
     progress.remark(f"{original.checkpoint.name} is {original.checkpoint.digest(progress)}.")
+    ranks = options.ranks
     with ExitStack() as held:
         quantizations = []
         for plan in plans:
             quantizations.append(_quantization_job(original, plan, options, progress))
-            held.enter_context(quantizations[-1].work.locked())
+            if ranks.first:
+                held.enter_context(quantizations[-1].work.locked())
+            require_shared(ranks, quantizations[-1].work.path)
+        if not ranks.first:
+            for quantization in quantizations:
+                _take_part(quantization)
+            return []
         held.enter_context(computing(options.arithmetic))
         built: list[Built | BuiltUnrun] = []
         try:
@@ -140,7 +158,9 @@ def _plan(original: Original, jobs: Sequence[Job], options: BuildOptions) -> lis
 
 def _plan_quantization(original: Original, recipe: Recipe, options: BuildOptions, parent: Path) -> _Plan:
     """Return what a quantization needs beside the checkpoint."""
-    memory = plan_on(options.device, original.architecture, recipe, options.max_memory_bytes)
+    plan = plan_on(options.device, original.architecture, recipe, options.max_memory_bytes)
+    # What is free on a device is not the same for all ranks, whose batches have to be.
+    memory = MemoryPlan(**min(options.ranks.gather(asdict(plan)), key=itemgetter("batch_tokens", "chunk_weights")))
     text = read_calibration_text(original, recipe, options.calibration)
     return _Plan(recipe, memory, text, parent)
 
@@ -156,21 +176,30 @@ def _quantization_job(original: Original, plan: _Plan, options: BuildOptions, pr
         "calibration": sequences.digest() if sequences else None,
         # These decide the order in which numbers are added up.
         "threads": options.threads,
-        "device": device_name(options.device),
-        "arithmetic": arithmetic.route,
+        "device": product_name(options.device),
+        "arithmetic": arithmetic.label,
         "batch": [plan.memory.batch_tokens, plan.memory.chunk_weights],
     }
+    refuse_differences(options.ranks, _facts(original, job))
+    work = WorkDirectory.for_job(plan.parent, job, makes=options.ranks.first)
     return QuantizationJob(
         checkpoint=original.checkpoint,
         architecture=_quantized_architecture(original, plan.jobs),
         recipe=plan.recipe,
         calibration=sequences,
-        work=WorkDirectory.for_job(plan.parent, job),
+        work=work,
         memory=plan.memory,
         progress=progress,
         device=options.device,
+        ranks=options.ranks,
         arithmetic=arithmetic,
     )
+
+
+def _facts(original: Original, job: Mapping[str, Any]) -> dict[str, str]:
+    """Return what has to be the same for all ranks, by names for people."""
+    facts = {name: str(value) for name, value in job.items()}
+    return facts | {f"version of {name}": version for name, version in library_versions().items()}
 
 
 def _quantized_architecture(original: Original, jobs: Sequence[Job]) -> Architecture:
@@ -183,6 +212,12 @@ def _quantized_architecture(original: Original, jobs: Sequence[Job]) -> Architec
 def _quantized(job: QuantizationJob) -> QuantizedModel:
     with running_on(job.device, job.arithmetic):
         return walk(job)
+
+
+def _take_part(job: QuantizationJob) -> None:
+    """Do this rank's share of what ``_quantized`` does on rank 0."""
+    with running_on(job.device, job.arithmetic):
+        Walk.prepare(job).take_steps()
 
 
 def _write(
@@ -212,7 +247,7 @@ def _write(
         largest=LargestActivation(**model.largest._asdict()) if model.largest else None,
         tokenizer_files=original.tokenizer.files,
         cache_text=cache_text(text.sequences),
-        arithmetic=quantization.arithmetic.route,
+        arithmetic=quantization.arithmetic.label,
     )
     return Bundle(partial, write_bundle(partial, contents, progress))
 

@@ -51,6 +51,11 @@ def device_name(device: torch.device) -> str:
     return "cpu" if device == CPU else f"{torch.cuda.get_device_name(device)} ({device})"
 
 
+def product_name(device: torch.device) -> str:
+    """Return what ``device_name`` does without the number: the same for devices that compute the same."""
+    return "cpu" if device == CPU else torch.cuda.get_device_name(device)
+
+
 def plan_on(device: torch.device, architecture: Architecture, recipe: Recipe, limit_bytes: int | None) -> MemoryPlan:
     """Return a plan that keeps the walk within ``limit_bytes``, and within what is free on ``device``.
 

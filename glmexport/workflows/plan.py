@@ -12,6 +12,7 @@ from glmexport.reference.arithmetic import computing
 from glmexport.reference.reference import Reference
 from glmexport.report.document import JSON_NAME, Report, read_report
 from glmexport.validation.capture import CapturedReference
+from glmexport.validation.looks import plan_looks, planned_looks
 from glmexport.validation.planning import Plan, measure_rates, plan_validation
 from glmexport.validation.texts import EvaluationSet
 from glmexport.workflows.matching import check_captured, check_original, refuse_other_model
@@ -45,7 +46,12 @@ def plan_bundle(
         with computing(options.arithmetic):
             rates = measure_rates(session, texts, reference, options.threads)
         track.advance()
-    return plan_validation(report.fidelity.languages, options.policy_for(bundle.target).gates, rates)
+    policy, full_text = options.policy_for(bundle.target).gates, options.validation.full_text
+    looks = {
+        each.language: planned_looks(each, texts, policy.confidence)
+        for each in plan_looks(texts, policy.minimum_positions, full_text=full_text)
+    }
+    return plan_validation(report.fidelity.languages, policy, rates, looks)
 
 
 def _own_report(bundle: Bundle) -> Report:

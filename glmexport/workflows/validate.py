@@ -15,6 +15,7 @@ from glmexport.engine.session import require_provider
 from glmexport.foundation.disk import require_writable
 from glmexport.foundation.progress import Progress
 from glmexport.foundation.target import Policy, Target
+from glmexport.quantization.ranks import ALONE, Ranks
 from glmexport.reference.arithmetic import computing
 from glmexport.reference.reference import CPU, Reference
 from glmexport.release.opening import NOBODY, Trust
@@ -52,6 +53,8 @@ class BuildOptions:
     tasks: tuple[Task, ...] = ()
     #: Threads of the bundle's sessions; None: those of its target, or else ``threads``.
     bundle_threads: int | None = None
+    #: The processes that quantize together.
+    ranks: Ranks = ALONE
     #: The signers of whom one must have signed a bundle that is validated.
     trust: Trust = NOBODY
     #: The way in which the processor computes products of fp32 matrices, for the original and for quantization.

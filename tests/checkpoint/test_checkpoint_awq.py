@@ -71,7 +71,13 @@ def test_other_spellings_of_the_settings_are_read(tmp_path: Path, settings: dict
 def test_the_settings_may_be_in_a_file_beside_the_configuration(tmp_path: Path) -> None:
     matrix = Matrix.random(16, 64, 4, 32, False)
     (tmp_path / "quant_config.json").write_text(json.dumps(awq_table()), encoding="utf-8")
-    assert torch.equal(write(tmp_path, awq(MODULE, matrix), None).read(KEY).double(), matrix.weight)
+    checkpoint = write(tmp_path, awq(MODULE, matrix), None)
+    assert torch.equal(checkpoint.read(KEY).double(), matrix.weight)
+    digest = checkpoint.digest()
+    (tmp_path / "quant_config.json").write_text(json.dumps(awq_table(zero_point=True, note="")), encoding="utf-8")
+    with refused("quant_config.json has changed"):
+        checkpoint.refuse_changes()
+    assert Checkpoint.open(tmp_path).digest() != digest
     with refused("config.json: quantization_config says w4g64, and", "quant_config.json says w4g32"):
         write(tmp_path, awq(MODULE, matrix), awq_table(group_size=64))
 

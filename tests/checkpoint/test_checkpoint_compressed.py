@@ -324,21 +324,25 @@ def test_settings_that_change_what_weights_mean_are_refused(
     assert refusal.value.next_step
 
 
-@pytest.mark.parametrize("pattern", ["(.*a)*(.*a)*(.*b)*#", "(([^#]*)*[^#]*)*#", "(?:.?){40}.{40}#"])
-def test_an_expression_that_never_ends_does_not_hang(tmp_path: Path, pattern: str) -> None:
+def test_an_expression_that_never_ends_is_refused(tmp_path: Path) -> None:
     module = f"model.{'a' * 400}_proj"
     start = time.process_time()
-    settings = table(ignore=[f"re:{pattern}"])
-    try:
-        checkpoint = write(tmp_path, packed(module, matrix_of(rows=16, columns=64)), settings)
-    except CheckpointError as error:
-        assert "takes too long" in error.message and "repetitions" in error.next_step
-    else:
-        assert checkpoint.labels == {f"{module}.weight": "w4g32"}
-    assert time.process_time() - start < 60
+    with refused("quantization_config", "takes too long to match names such as 'model.aaa") as refusal:
+        write(tmp_path, packed(module, matrix_of(rows=16, columns=64)), table(ignore=[r"re:model\.(?:a|aa)+\Z"]))
+    assert "repetitions" in refusal.value.next_step
+    assert time.process_time() - start < 20
 
 
 def test_an_older_key_of_the_table_is_read_too(tmp_path: Path) -> None:
     matrix = matrix_of()
     checkpoint = write(tmp_path, packed(MODULE, matrix), table(), key="compression_config")
     assert torch.equal(checkpoint.read(KEY).double(), matrix.weight)
+
+
+def test_two_files_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
+    matrix = matrix_of()
+    (tmp_path / "quantization_config.json").write_text(json.dumps(table(version="0.9")), encoding="utf-8")
+    assert torch.equal(write(tmp_path, packed(MODULE, matrix), table()).read(KEY).double(), matrix.weight)
+    (tmp_path / "quantization_config.json").write_text(json.dumps(table(ignore=[])), encoding="utf-8")
+    with refused("config.json: quantization_config and", "quantization_config.json say different things"):
+        Checkpoint.open(tmp_path)

@@ -258,3 +258,11 @@ def test_a_file_that_changed_is_not_read(tmp_path: Path) -> None:
     save_file(load_file(path) | {"more": torch.ones(1)}, path)
     with refused("changed since"):
         checkpoint.read(KEY)
+
+
+def test_an_expression_that_never_ends_is_refused(tmp_path: Path) -> None:
+    module = f"model.{'a' * 400}_proj"
+    tensors = Matrix.random(16, 64, 4, 32, False).tensors(module, "gptq")
+    table = settings(checkpoint_format="gptq", dynamic={r"-:model\.(?:a|aa)+\Z": {}})
+    with refused("dynamic", "takes too long to match names"):
+        write(tmp_path / "c", Matrix.random(16, 64, 4, 32, False), table, **tensors)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from glmexport.foundation.errors import MachineError
 from glmexport.foundation.files import sha256, write_atomically
+from glmexport.quantization import store
 from glmexport.quantization.store import WorkDirectory
 
 JOB = {"checkpoint": "sha256:abc", "recipe": "w4g32", "batch": [512, 4096]}
@@ -159,6 +160,19 @@ def test_a_stream_that_has_a_file_is_moved(work: WorkDirectory) -> None:
     scratch.write(0, 2 * states())
     assert torch.equal(work.activations("block_000", "original", (10, 4, 8)).read(0, 10), states())
     assert work.record("block_000") is not None
+
+
+def test_the_disk_writes_a_stream_while_it_is_computed(work: WorkDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a walk would wait for gigabytes at the end of every block."""
+    chunks = [torch.full((1, 3, 8), float(index)) for index in range(5)]
+    size = chunks[0].nbytes
+    on_disk: list[int] = []
+    monkeypatch.setattr(store, "_SYNCED_BYTES", 2 * size)
+    monkeypatch.setattr(store.os, "fsync", lambda file: on_disk.append(os.fstat(file).st_size))
+    work.commit("block", {}, {}, {"stream": iter(chunks)})
+    # Of the matrices, of two chunks each, of the rest, and of the record.
+    assert on_disk[1:4] == [2 * size, 4 * size, 5 * size]
+    assert torch.equal(work.activations("block", "stream", (5, 3, 8)).read(0, 5), torch.cat(chunks))
 
 
 def test_a_disk_that_is_full_while_a_stream_is_written_fails_the_commit(work: WorkDirectory) -> None:

@@ -18,6 +18,7 @@ from glmexport.foundation.recipe import CalibrationPlan, Format, Recipe, Solver
 from glmexport.quantization.job import QuantizationJob
 from glmexport.quantization.memory import MemoryPlan
 from glmexport.quantization.quantized_model import QuantizedModel
+from glmexport.quantization.ranks import ALONE, Ranks
 from glmexport.quantization.store import WorkDirectory
 from glmexport.quantization.walk import Walk
 from glmexport.reference.describe import describe
@@ -66,13 +67,18 @@ class Model:
         self.calibration = pack(documents, Tokenizer.open(path), RECIPE.calibration, self.architecture.context_length)
 
     def job(
-        self, directory: Path, recipe: Recipe = RECIPE, progress: Silent | None = None, device: torch.device = CPU
+        self,
+        directory: Path,
+        recipe: Recipe = RECIPE,
+        progress: Silent | None = None,
+        device: torch.device = CPU,
+        ranks: Ranks = ALONE,
     ) -> QuantizationJob:
         calibration: CalibrationSet | None = self.calibration if recipe.needs_calibration else None
-        work = WorkDirectory(directory, {"recipe": recipe.digest()})
+        work = WorkDirectory(directory, {"recipe": recipe.digest()}, makes=ranks.first)
         progress = progress or Silent()
         return QuantizationJob(
-            self.checkpoint, self.architecture, recipe, calibration, work, MEMORY, progress, device
+            self.checkpoint, self.architecture, recipe, calibration, work, MEMORY, progress, device, ranks
         )
 
     def walk(self, *arguments: Any, **named: Any) -> Walk:
