@@ -27,6 +27,8 @@ class Work:
 
     #: Operations of fp32 products of large matrices.
     products: float = 0.0
+    #: Operations of the products by which calibration text passes the blocks, which may be computed in bf16.
+    streamed_products: float = 0.0
     #: Operations of Hessians, whose products are of slabs of few rows.
     moments: float = 0.0
     #: Operations of Cholesky factorizations, and of solving with their factors.

@@ -191,12 +191,12 @@ class _Walk:
         attention, text = layer.attention, self.text
         self.branch(layer, attention.linears)
         self.add("streams", attention=self.streams * attention_operations(layer, text.positions, text.length))
-        self.add("streams", products=self.streams * _again(layer, text.positions))
+        self.add("streams", streamed_products=self.streams * _again(layer, text.positions))
 
     def branch(self, layer: DecoderLayer, linears: tuple[Linear, ...]) -> None:
         """Both streams pass every linear once; every tap of those with a format is measured and solved."""
         text = self.text
-        self.add("streams", products=self.streams * sum(product(text.positions, each) for each in linears))
+        self.add("streams", streamed_products=self.streams * sum(product(text.positions, each) for each in linears))
         self.add("reading", read_values=(self.streams - 1) * sum(map(_size, linears)))
         last = linears[-1]
         self.add("write", written_bytes=text.positions * last.in_features * _FP32)
@@ -288,7 +288,7 @@ class _Walk:
             # Each stream, for its outputs; the quantized one, for the input of the last matrix and its pool.
             outputs = self.streams * text.positions * share
             inside = text.fitted * share + pooled + sample
-            self.add("streams", products=product(outputs + inside, up) + product(outputs, down))
+            self.add("streams", streamed_products=product(outputs + inside, up) + product(outputs, down))
             self.add("reading", read_values=(self.streams - 1) * sum(map(_size, expert.linears)))
             for linear, pool in ((up, 0), (down, pooled)):
                 if self.plan.form(linear.weight) is None:
@@ -302,7 +302,7 @@ class _Walk:
             again = self.streams - 1
             operations = product((self.streams + 1 + again) * text.positions, up)
             operations += product((self.streams + again) * text.positions, down)
-            self.add("streams", products=operations)
+            self.add("streams", streamed_products=operations)
             self.add("reading", read_values=2 * again * sum(map(_size, mixture.shared.linears)))
             for linear in mixture.shared.linears:
                 if self.plan.form(linear.weight) is not None:

@@ -41,7 +41,7 @@ class ExpertTrials:
     changes: dict[str, dict[int, Tensor]]
     #: The share of each expert in a change, up to a factor: [experts][candidates].
     errors: dict[str, list[list[float]]]
-    #: Which experts are cold: the text is too little to tell them from others.
+    #: The cold experts: the text is too little to tell them from others.
     cold: tuple[int, ...]
 
 
@@ -119,7 +119,7 @@ class _Expert:
         self._matrices = {linear: reference.read(linear.weight) for linear in mlp.linears}
         self._counts = counts
         inner = block.gated(rows @ self._matrices[mlp.gate_up].T)
-        #: What each matrix reads.
+        #: The input of each matrix.
         self._inputs = {mlp.gate_up: rows, mlp.down: inner}
         self._importance = {linear: counts @ inputs.square() for linear, inputs in self._inputs.items()}
         self._output = inner @ self._matrices[mlp.down].T

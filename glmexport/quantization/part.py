@@ -21,7 +21,7 @@ class QuantizedPart:
     records: tuple[QuantizedMatrix, ...] = ()
     #: The largest number that the quantized model's activations had meanwhile; None: no text was run.
     largest: Seen | None = None
-    #: What people should be told, such as a fallback that was taken.
+    #: Lines that people should see, such as a fallback that was taken.
     remarks: tuple[str, ...] = ()
 
     def __add__(self, other: QuantizedPart) -> QuantizedPart:

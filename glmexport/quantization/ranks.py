@@ -27,7 +27,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Parcel:
-    """What one rank computed and all get: tensors, of which some may be absent, and what JSON can hold."""
+    """The result of a piece of work, which all ranks get: tensors, any of which may be None, and what JSON can hold."""
 
     tensors: tuple[Tensor | None, ...] = ()
     facts: Any = None

@@ -24,12 +24,12 @@ from glmexport.foundation.files import write_atomically
 from glmexport.quantization.ranks import ALONE, RankLost, Ranks
 from glmexport.results.arithmetic import OriginalArithmetic
 
-#: What torchrun sets: the number of this process, how many there are, and the address at which they meet.
+#: Variables that torchrun sets: the number of this process, how many there are, and the address at which they meet.
 _SET = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-#: How long all have to arrive, and how long they may then wait for one another: while one decides on formats for all,
-#: the others wait for hours. A rank that ends is noticed at once, as its connections end with it.
+#: The time in which all have to arrive, and the longest that they then wait for one another: while one decides on
+#: formats for all, the others wait for hours. A rank that ends is noticed at once, as its connections end with it.
 _ARRIVAL, _PATIENCE = timedelta(minutes=10), timedelta(days=14)
-#: How long a file that another host has written may take to be seen, seconds.
+#: The longest that a file of another host may take to be seen, seconds.
 _VISIBLE_S = 90.0
 
 

@@ -35,6 +35,7 @@ from glmexport.quantization.polish import polish
 from glmexport.quantization.problem import Problem
 from glmexport.quantization.solve import Sweep, round_columns, start_sweep
 from glmexport.reference.arithmetic import computing
+from glmexport.reference.coarse import coarse_product
 from glmexport.reference.reference import CPU
 from glmexport.results.arithmetic import UNCHECKED, OriginalArithmetic
 from glmexport.validation.divergence import divergence
@@ -84,13 +85,13 @@ def unit_costs(
         device: where matrices are quantized.
         anew: measure, whatever is kept.
     """
-    name = _machine(device, arithmetic.route)
+    name = _machine(device, arithmetic.label)
     kept = next((each for each in _COSTS.read().costs if each.machine == name), None)
     if kept is not None and not anew and {*kept.low, *kept.high} == {*MEASURED_KINDS}:
         return UnitCosts({kind: Range(kept.low[kind], kept.high[kind]) for kind in MEASURED_KINDS}, _is_loaded())
     if anew or name not in _MEASURED:
         with computing(arithmetic):
-            _MEASURED[name] = _measured(name, device)
+            _MEASURED[name] = _measured(name, device, coarse=arithmetic.coarse)
     return _MEASURED[name]
 
 
@@ -98,10 +99,10 @@ def unit_costs(
 _MEASURED: dict[str, UnitCosts] = {}
 
 
-def _measured(name: str, device: torch.device) -> UnitCosts:
+def _measured(name: str, device: torch.device, *, coarse: bool) -> UnitCosts:
     """Measure the costs on ``device``, and keep them for this machine's ``name`` if nothing disturbed them."""
     loaded = _is_loaded()
-    tries = _measure(device)
+    tries = _measure(device, coarse=coarse)
     # The fastest try is what the machine can do, and the one in the middle what it does.
     quick, usual = (_units({name: of(taken) for name, taken in tries.items()}) for of in (min, statistics.median))
     seconds = {kind: Range(quick[kind], max(quick[kind], usual[kind])) for kind in MEASURED_KINDS}
@@ -141,11 +142,11 @@ def _keep(name: str, seconds: dict[str, Range]) -> None:
         return
 
 
-def _measure(device: torch.device) -> dict[str, list[float]]:
+def _measure(device: torch.device, *, coarse: bool) -> dict[str, list[float]]:
     """Return the seconds of every trial in each try."""
     found: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-        trials = {**_products(device), **_steps(device), **_files(Path(folder)), **_bundle()}
+        trials = {**_products(device, coarse=coarse), **_steps(device), **_files(Path(folder)), **_bundle()}
         for run, _ in trials.values():
             run()
         started, rounds = time.monotonic(), 0
@@ -190,6 +191,7 @@ def _units(seconds: dict[str, float]) -> dict[str, float]:
         steps |= {f"{kind}_columns": few / _SWEPT, f"{kind}_weights": max(many - few, 1e-3 * many) / weights}
     return steps | {
         "products": seconds["products"] / (2 * _ROWS * _SIZE**2),
+        "streamed_products": seconds["streamed_products"] / (2 * _ROWS * _SIZE**2),
         "moments": seconds["moments"] / hessian_operations(_ROWS, _SIZE),
         "triangular": seconds["triangular"] / (cholesky_operations(_SIZE) + solving_operations(_SIZE, _SIZE // 2)),
         "attention": seconds["attention"] / (4 * _LENGTH**2 * _HEADS * _HEAD_SIZE),
@@ -204,11 +206,12 @@ def _units(seconds: dict[str, float]) -> dict[str, float]:
     }
 
 
-def _products(device: torch.device) -> dict[str, _Trial]:
+def _products(device: torch.device, *, coarse: bool) -> dict[str, _Trial]:
     """Return trials of large products, of each kind of them."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(_ROWS, _SIZE, generator=generator).to(device)
     square = torch.randn(_SIZE, _SIZE, generator=generator).to(device)
+    rounded = square.bfloat16()
     positive = square @ square.T / _SIZE + torch.eye(_SIZE, device=device)
     query = torch.randn(1, _HEADS, _LENGTH, _HEAD_SIZE, generator=generator).to(device)
     hessian, logits = Hessian(_SIZE, device), torch.randn(_POSITIONS, _VOCABULARY, generator=generator)
@@ -224,6 +227,7 @@ def _products(device: torch.device) -> dict[str, _Trial]:
 
     return {
         "products": (lambda: rows @ square, device),
+        "streamed_products": (lambda: coarse_product(rows, rounded) if coarse else rows @ square, device),
         "moments": (lambda: hessian.add(rows), device),
         "triangular": (solved, device),
         "attention": (attended, device),
