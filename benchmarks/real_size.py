@@ -111,7 +111,7 @@ class Journey:
 
 def inspect(journey: Journey) -> None:
     """Ask what the checkpoint is and what its build would take."""
-    journey.watch("inspect", journey.options.checkpoint, *journey.passed("threads", "max-memory"))
+    journey.watch("inspect", journey.options.checkpoint, *journey.passed("recipe", "threads", "max-memory"))
 
 
 def build(journey: Journey) -> None:

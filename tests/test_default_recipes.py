@@ -54,7 +54,7 @@ def test_the_default_recipe_of_a_target_is_refused_for_no_family_that_it_can_run
         return
     # The estimate is of the same formats.
     bits = plan.bits(architecture.shapes())
-    assert estimate(planned, 1.0, None).bundle_bytes == bits // 8 + architecture.rotary_bytes
+    assert estimate(planned, None).bundle_bytes == bits // 8 + architecture.rotary_bytes
 
 
 @pytest.mark.parametrize("name", [name for name, target in TARGETS.items() if not target.graph.static_shapes])

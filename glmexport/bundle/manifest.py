@@ -155,8 +155,8 @@ class Manifest(Definition):
     #: The largest number on a target that computes in float16, if text was run. Otherwise the key is left out, as in
     #: older bundles.
     largest_activation: LargestActivation | None = Field(default=None, exclude_if=lambda value: value is None)
-    #: The route by which quantization computed products of fp32 matrices: fp32 is torch's default, onednn oneDNN.
-    #: Manifests of older bundles lack the key.
+    #: The route by which quantization computed products of fp32 matrices: fp32 is torch's default, onednn oneDNN;
+    #: +bf16 where calibration text passed the blocks in bf16. Manifests of older bundles lack the key.
     arithmetic: str | None = Field(default=None, exclude_if=lambda value: value is None)
     files: tuple[FileEntry, ...]
 

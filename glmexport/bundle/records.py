@@ -98,8 +98,13 @@ class AllocatedGroup(Definition):
     bits: int
     #: Mean KL divergence that the group causes alone in that format, rounded to nearest, everything else original.
     loss_nats: float
-    #: Whether the loss was measured, or follows from that of another group size (see ``TieGroup.tried``).
+    #: Whether the loss was measured, or follows from that of another group size (see ``TieGroup.tried``), or is the
+    #: group's share in that of all routed experts of its layer (see ``expert_probe``).
     tried: bool
+    #: The part of a routed expert that it is (``Linear.part``). Left out where it is none, as in bundles of before.
+    expert_part: str | None = Field(default=None, exclude_if=lambda value: value is None)
+    #: Whether hardly any of the text chose the expert, which counts as if more of it had.
+    cold: bool = Field(default=False, exclude_if=lambda value: not value)
 
 
 class StoredTensor(Definition):

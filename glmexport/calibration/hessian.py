@@ -17,6 +17,12 @@ from torch import Tensor
 _SLAB = 192
 
 
+def hessian_operations(rows: float, size: int) -> float:
+    """Return the operations of adding so many ``rows`` to a ``Hessian`` of that ``size``; a multiply-add is two."""
+    stops = [min(start + _SLAB, size) for start in range(0, size, _SLAB)]
+    return 2.0 * rows * sum((stop - start) * stop for start, stop in zip(range(0, size, _SLAB), stops, strict=True))
+
+
 class SecondMoment:
     """An accumulator of the sum of d x^T, one batch at a time; ``matrix`` is [M, K] fp32."""
 

@@ -29,7 +29,7 @@ from glmexport.cli.options import (
 from glmexport.foundation.errors import EXIT_PASS
 from glmexport.foundation.progress import Progress, Silent
 from glmexport.report.arithmetic import brief_arithmetic
-from glmexport.report.text import brief_duration, brief_size
+from glmexport.report.text import brief_size, brief_span
 
 if TYPE_CHECKING:
     from glmexport.foundation.recipe import Recipe
@@ -167,19 +167,25 @@ def _announce(terminal: Terminal, original: Original, jobs: Sequence[Job], optio
     """Show what is about to be built, and what is expected of it."""
     import torch
 
-    from glmexport.reference.arithmetic import computing
+    from glmexport.workflows.cost import build_seconds, total
+    from glmexport.workflows.device import arithmetic_on
     from glmexport.workflows.device import device_name as name_of
-    from glmexport.workflows.estimate import estimate, measured_flops
+    from glmexport.workflows.estimate import estimate
     from glmexport.workflows.original import formats_of, listed_unused
+    from glmexport.workflows.unit_costs import unit_costs
 
     torch.set_num_threads(options.threads)
     device, ranks, merged = options.device, options.ranks, original.checkpoint.adapter
-    with computing(options.arithmetic):
-        flops = measured_flops()
-    device_flops = flops if device.type == "cpu" else measured_flops(device)
+    costs = unit_costs(options.arithmetic)
+    on_device = costs if device.type == "cpu" else unit_costs(arithmetic_on(device, options.arithmetic), device)
     for job in jobs:
-        planned = original.planned(job.recipe, job.target)
-        expected = estimate(planned, flops, options.max_memory_bytes, device_flops, ranks.size)
+        expected = estimate(original.planned(job.recipe, job.target), options.max_memory_bytes)
+        limit_bytes = options.max_memory_bytes
+        seconds = total(
+            build_seconds(
+                original, job.recipe, job.target, options.validation, on_device, costs, limit_bytes, ranks.size
+            )
+        )
         limit = f", limit {brief_size(options.max_memory_bytes)}" if options.max_memory_bytes else ""
         terminal.facts(
             "Build",
@@ -201,7 +207,8 @@ def _announce(terminal: Terminal, original: Original, jobs: Sequence[Job], optio
                 + ("" if ranks.alone else " in each rank")
                 + limit,
                 "bundle": f"about {brief_size(expected.bundle_bytes)}, {expected.bits_per_weight:.2f} bits per weight",
-                "time": f"about {brief_duration(expected.seconds)} of arithmetic",
+                "time": f"{brief_span(seconds.low, seconds.high)} on this machine"
+                + ("; it is busy now" if costs.busy else ""),
             },
         )
         for name, reason in listed_unused(original.unused_for(job.target)).items():

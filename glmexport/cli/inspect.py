@@ -14,35 +14,47 @@ from glmexport.cli.console import Terminal, emit
 from glmexport.cli.options import (
     adapter_option,
     arithmetic_option,
+    budget_options,
     checkpoint_argument,
     json_option,
     memory_option,
     threads_option,
 )
 from glmexport.report.arithmetic import brief_arithmetic
-from glmexport.report.text import brief_duration, brief_share, brief_size
+from glmexport.report.text import brief_share, brief_size, brief_span
 
 if TYPE_CHECKING:
     from glmexport.reference.arithmetic_choice import Wanted
     from glmexport.workflows.inspect import DraftLayer, Inspection, MixtureSummary, TargetEstimate, Unfinished
     from glmexport.workflows.original import Original
 
+#: The remark beside an estimate of time that other work disturbs.
+BUSY = (
+    "This machine is busy with other work now: a build beside it takes longer than estimated, and costs that are "
+    "measured meanwhile are not kept."
+)
+
 
 @click.command()
 @checkpoint_argument
 @adapter_option
 @click.option("--recipe", help="Estimate for this recipe instead of each target's default.")
+@budget_options
 @memory_option
 @threads_option
 @arithmetic_option
+@click.option("--measure", is_flag=True, help="Measure anew what work costs on this machine, which is kept otherwise.")
 @json_option
 def inspect(
     checkpoint: str,
     adapter: str | None,
     recipe: str | None,
+    size: int | None,
+    bpw: float | None,
     max_memory: int | None,
     threads: int,
     wanted_arithmetic: Wanted,
+    measure: bool,
     as_json: bool,
 ) -> None:
     """Show family, parameters by part, context and tokenizer of CHECKPOINT, and an estimate for every target."""
@@ -50,9 +62,10 @@ def inspect(
     from glmexport.checkpoint.checkpoint import Checkpoint
     from glmexport.reference.arithmetic_choice import choose_arithmetic
     from glmexport.workflows.inspect import inspect_original, inspect_unfinished
+    from glmexport.workflows.job import budget_of
     from glmexport.workflows.original import Original
 
-    terminal = Terminal()
+    terminal, budget = Terminal(), budget_of(size, bpw)
     opened = Checkpoint.open(checkpoint, None, adapter)
     if opened.model_type in UNFINISHED:
         known = inspect_unfinished(opened, UNFINISHED[opened.model_type](opened))
@@ -63,7 +76,7 @@ def inspect(
         return
     original = Original.open(checkpoint, terminal, adapter)
     arithmetic = choose_arithmetic(wanted_arithmetic, threads, terminal)
-    inspection = inspect_original(original, recipe, max_memory, arithmetic)
+    inspection = inspect_original(original, recipe, max_memory, arithmetic, budget, measure=measure)
     if as_json:
         emit(json.dumps(asdict(inspection), indent=2, ensure_ascii=False))
         return
@@ -72,6 +85,8 @@ def inspect(
     )
     terminal.console.print(_parts_table(inspection.parameters))
     terminal.console.print(_estimates_table(inspection.estimates))
+    if inspection.busy:
+        terminal.remark(BUSY)
     for row in inspection.estimates:
         if row.refused:
             terminal.remark(f"{row.target}: {row.refused}")
@@ -178,6 +193,6 @@ def _estimates_table(rows: Sequence[TargetEstimate]) -> Table:
             f"{row.context_length:,}",
             f"{row.cache_bytes_per_token:,} B",
             brief_size(row.peak_memory_bytes),
-            brief_duration(row.seconds),
+            brief_span(row.seconds.low, row.seconds.high),
         )
     return table

@@ -18,7 +18,7 @@ from glmexport.quantization.store import WorkDirectory
 
 FOLDS, ALLOCATION = "folds", "allocation"
 #: Number of held-out tokens on which the channels of every tap are measured before scales are folded.
-_FOLD_TOKENS = 4096
+FOLD_TOKENS = 4096
 
 
 def decide_folds(job: QuantizationJob) -> QuantizationJob:
@@ -37,7 +37,7 @@ def decide_folds(job: QuantizationJob) -> QuantizationJob:
         form = recipe.linear(mixture=bool(architecture.routed), routed=False)
         assert form is not None
         started = time.monotonic()
-        ids = probe_ids(calibration, _FOLD_TOKENS)
+        ids = probe_ids(calibration, FOLD_TOKENS)
         chosen = choose_folds(job.reference(), ids, calibration.prefix, form, job.memory.batch_tokens, job.progress)
         work.commit(FOLDS, {}, {"seconds": time.monotonic() - started}, tensors=as_tensors(chosen))
     job.ranks.barrier()
@@ -64,7 +64,7 @@ def decide_formats(job: QuantizationJob) -> dict[str, Format]:
         losses = probe.losses(job.progress)
         bits = [[group.bits(form) for form in group.candidates] for group in groups]
         chosen = allocate(losses, bits, available_bits(architecture, recipe))
-        note = {"chosen": chosen, "losses": losses, "seconds": time.monotonic() - started}
+        note = {"chosen": chosen, "losses": losses, "cold": probe.cold, "seconds": time.monotonic() - started}
         work.commit(ALLOCATION, {}, note)
         probe.forget()
     job.ranks.barrier()
@@ -76,7 +76,8 @@ def allocated_groups(work: WorkDirectory, architecture: Architecture, recipe: Re
     record = work.record(ALLOCATION)
     if record is None:
         return ()
-    groups = tie_groups(architecture, recipe)
+    groups, note = tie_groups(architecture, recipe), record["note"]
+    cold = set(note.get("cold", []))
     return tuple(
         AllocatedGroup(
             name=group.name,
@@ -84,7 +85,9 @@ def allocated_groups(work: WorkDirectory, architecture: Architecture, recipe: Re
             format=group.candidates[choice],
             bits=group.bits(group.candidates[choice]),
             loss_nats=losses[choice],
-            tried=choice in group.tried,
+            tried=choice in group.tried and group.expert_part is None,
+            expert_part=group.expert_part,
+            cold=number in cold,
         )
-        for group, choice, losses in zip(groups, record["note"]["chosen"], record["note"]["losses"], strict=True)
+        for number, (group, choice, losses) in enumerate(zip(groups, note["chosen"], note["losses"], strict=True))
     )

@@ -33,7 +33,7 @@ _SMALLEST_SCALE = 2.0**-12
 #: Share of the mean that channels without any signal count, so that text which does reach them finds its weights.
 _LEAST_IMPORTANCE = 1e-3
 #: Number of rows of a matrix on which folds are compared.
-_SAMPLE_ROWS = 256
+TRIED_ROWS = 256
 
 
 def choose_folds(
@@ -96,7 +96,7 @@ def _fold_tap(
     squares = squares.cpu()
     importance = squares.clamp(min=_LEAST_IMPORTANCE * float(squares.mean()))
     weights = [block.weight(linear.weight) for linear in linears]
-    sampled = [rows[:: -(-len(rows) // _SAMPLE_ROWS)] for rows in weights]
+    sampled = [rows[:: -(-len(rows) // TRIED_ROWS)] for rows in weights]
     lengths = torch.stack([torch.linalg.vector_norm(rows, dim=0) for rows in weights]).cpu()
     size = (lengths.square().sum(0) / sum(map(len, weights))).sqrt()
     index = torch.tensor(writer.rows)

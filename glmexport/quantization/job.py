@@ -58,6 +58,10 @@ class QuantizationJob:
         """Return the original's arithmetic on the device."""
         return Reference(self.checkpoint, self.architecture, self.device)
 
+    def calibrated_reference(self) -> Reference:
+        """Return the arithmetic by which calibration text passes the blocks."""
+        return Reference(self.checkpoint, self.architecture, self.device, coarse=self.arithmetic.coarse)
+
     def blocks(self, key: str, *, whole: bool = False) -> list[tuple[int, int]]:
         """Return the blocks in which the matrix ``key`` [N, K] is quantized, as ``row_blocks`` does."""
         rows, columns = self.checkpoint.shape(key)

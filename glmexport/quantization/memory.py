@@ -16,6 +16,10 @@ from glmexport.reference.filling import KEPT_BYTES
 
 #: Number of probe positions whose logits over a slab of the lm_head are held at a time.
 COMPARED_POSITIONS = 256
+#: Number of positions, whoever chose them, on which a budget's probe measures every expert besides its own.
+POOL_POSITIONS = 128
+#: Fewest probe positions that routed experts see together: reading an expert takes as long as computing it for some.
+MIXED_POSITIONS = 1 << 13
 #: Bytes of the interpreter, torch, transformers and their allocators, measured before any weight is read.
 BASE_BYTES = 700 << 20
 _FP32 = 4
@@ -142,17 +146,41 @@ def _expert_peaks(mixture: MixtureOfExperts, batch: int, chunk: int, *, asymmetr
 
 def _probe_peaks(architecture: Architecture, recipe: Recipe, tokens: int, batch: int, chunk: int) -> list[int]:
     """Yield the bytes of the trials under a budget: inside a block, and when all are compared at the lm_head."""
-    layer, hidden = architecture.layers[0], architecture.hidden_size
+    hidden = architecture.hidden_size
     states = tokens * hidden
-    taps = [sum(linear.in_features * linear.out_features for linear in linears) for linears in layer.taps.values()]
+    tried = max(len(group.tried) for group in tie_groups(architecture, recipe))
+    layers = {len(layer.linears): layer for layer in architecture.layers}.values()
+    peaks = [peak for layer in layers for peak in _trial_peaks(layer, hidden, tokens, tried, batch, chunk)]
+    logits = 3 * COMPARED_POSITIONS * chunk // hidden
+    compared = (compared_trials(batch, tokens) + 4) * states + (_ROUNDING_COPIES + tried + 1) * chunk + logits
+    return [peak * _FP32 for peak in (*peaks, compared)]
+
+
+def _trial_peaks(layer: DecoderLayer, hidden: int, tokens: int, tried: int, batch: int, chunk: int) -> Iterator[int]:
+    """Yield the numbers that are in memory while trials pass a block, and while its routed experts are tried."""
+    states, routed = tokens * hidden, layer.mlp.routed
+    taps = [
+        sum(linear.in_features * linear.out_features for linear in linears)
+        for linears in layer.taps.values()
+        if linears[0].weight not in routed
+    ]
     inputs = 2 * tokens * max(linear.in_features for linear in layer.linears)
     forward = 3 * batch * max(linear.out_features for linear in layer.linears)
     # The original's states, a trial's before and after the block, and the rounded matrices of one tap.
     block = sum(taps) + max(taps) + 3 * states + max(inputs, forward, _ROUNDING_COPIES * chunk)
-    tried = max(len(group.tried) for group in tie_groups(architecture, recipe))
-    logits = 3 * COMPARED_POSITIONS * chunk // hidden
-    compared = (compared_trials(batch, tokens) + 4) * states + (_ROUNDING_COPIES + tried + 1) * chunk + logits
-    return [block * _FP32, compared * _FP32]
+    if not isinstance(layer.mlp, MixtureOfExperts):
+        yield block
+        return
+    matrices = [linear.in_features * linear.out_features for linear in layer.mlp.experts[0].linears]
+    kept = min(KEPT_BYTES // _FP32, sum(matrices) * len(layer.mlp.experts)) + sum(matrices)
+    # What waits for the experts, its norm, and what they give.
+    together = 3 * (MIXED_POSITIONS + tokens) * hidden
+    yield block + kept + together
+    # The stream, its norm and the output; the change of every trial; an expert and a rounded matrix at its positions.
+    width = layer.mlp.experts[0].intermediate_size
+    positions = (tokens + POOL_POSITIONS) * (3 * hidden + 4 * width)
+    rounding = max(matrices) + _ROUNDING_COPIES * min(chunk, max(matrices))
+    yield sum(taps) + kept + (4 + 2 * tried) * states + sum(matrices) + rounding + positions
 
 
 def compared_trials(batch_tokens: int, tokens: int) -> int:

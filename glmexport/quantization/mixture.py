@@ -36,9 +36,9 @@ from glmexport.reference.reference import Block, Reference
 #: The weight of the pool in a Hessian, in positions a column.
 PRIOR = 1.0
 #: Fewest held-out positions of an expert that can choose between solutions.
-_LEAST_HELD = 64
+LEAST_HELD = 64
 #: Number of positions on which the pool of the inputs of an expert's last matrix is measured.
-_POOL_POSITIONS = 2048
+POOL_POSITIONS = 2048
 
 
 @dataclass(frozen=True)
@@ -147,6 +147,7 @@ class Mixture:
     def measure_shared(self, mlp: GatedMlp, linear: Linear, inside: Callable[[Tensor], Tensor]) -> Measured:
         """Measure all positions; with the original's stream also what the matrix should read, or the last one give."""
         streams, branch, block = self.streams, self._branch, self._block
+        product = streams.reference.product
         assert branch.output_norm is None
         ends = linear is mlp.down
         gate_up, down = (streams.reference.read(each.weight) for each in mlp.linears) if ends else (None, None)
@@ -159,7 +160,7 @@ class Mixture:
                 theirs = self.residual[ORIGINAL].read(*batch)
                 wanted = block.normed(branch, theirs)
                 if gate_up is not None and down is not None:
-                    added = self._added[ORIGINAL].read(*batch) + block.gated(wanted @ gate_up.T) @ down.T
+                    added = self._added[ORIGINAL].read(*batch) + product(block.gated(product(wanted, gate_up)), down)
                     ours = block.add(branch, stream, self._added[QUANTIZED].read(*batch))
                     wanted = block.add(branch, theirs, added) - ours
             return Parcel((inside(block.normed(branch, stream)), wanted))
@@ -185,7 +186,7 @@ class Mixture:
         seen: SeenByBatch,
     ) -> None:
         """Add the outputs of ``mlps`` to the sums of one stream, of which each rank keeps those of its positions."""
-        opened = _Opened(self.streams.reference, solved)
+        opened, product = _Opened(self.streams.reference, solved), self.streams.reference.product
         pieces: list[_Piece] = []
         for mlp in mlps:
             share = self._share(name, mlp)
@@ -194,10 +195,10 @@ class Mixture:
         def output(number: int) -> Parcel:
             mlp, chosen, weights = pieces[number]
             gate_up, down = opened.matrices(mlp)
-            inner = self._block.gated(self._read(name, chosen) @ gate_up.T)
+            inner = self._block.gated(product(self._read(name, chosen), gate_up))
             if name == QUANTIZED:
                 seen.see((number,), (inner, mlp.down.key))
-            return Parcel(((inner @ down.T).mul_(weights[:, None].to(inner.device)),))
+            return Parcel((product(inner, down).mul_(weights[:, None].to(inner.device)),))
 
         ranks = self.streams.ranks
         for number, parcel in ranks.each(range(len(pieces)), output):
@@ -250,7 +251,7 @@ class Mixture:
     def _pooled(self, inside: Callable[[Tensor], Tensor], linear: Linear) -> Tensor:
         """Return the moment of what the last matrix of an expert would read at some positions, whoever chose it."""
         fitted = ((self._weights > 0) & ~self._held).nonzero()[:, 0]
-        some = fitted[:: max(1, len(fitted) // _POOL_POSITIONS)]
+        some = fitted[:: max(1, len(fitted) // POOL_POSITIONS)]
         share, weights = ExpertShare(some, torch.ones(len(some))), self._weights[some]
         return self._accumulate(share, torch.ones(len(some), dtype=torch.bool), weights, inside, linear.in_features)
 
@@ -276,7 +277,7 @@ class Mixture:
         """Return held-out positions that chose the expert, if they are enough to tell anything."""
         held = ((weights > 0) & self._held[share.positions]).nonzero()[:, 0]
         held = held[:: -(-len(held) // SAMPLE_POSITIONS) or 1]
-        if len(held) < _LEAST_HELD:
+        if len(held) < LEAST_HELD:
             return None
         inputs = [inside(self._read(QUANTIZED, chosen)) for chosen, _ in self._chunks(share.positions[held], held)]
         chosen = weights[held].to(self.streams.reference.device)
@@ -287,7 +288,7 @@ class Mixture:
         if gate_up is None:
             return lambda inputs: inputs
         matrix = gate_up.dequantize().to(self.streams.reference.device)
-        return lambda inputs: self._block.gated(inputs @ matrix.T)
+        return lambda inputs: self._block.gated(self.streams.reference.product(inputs, matrix))
 
     def _share(self, name: str, mlp: GatedMlp) -> ExpertShare:
         experts, weights = self._routes[name].experts, self._routes[name].weights

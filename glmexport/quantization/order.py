@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 #: Number of columns whose effect on one another is followed one by one; on later ones it is one product of matrices.
-_STRIP = 16
+STRIP = 16
 
 
 @dataclass(frozen=True)
@@ -56,5 +56,5 @@ def column_order(diagonal: Tensor, group_size: int, order: Literal["group", "sto
 
 def strips(columns: int) -> Iterator[tuple[int, int]]:
     """Yield the first and last of so many columns, a few at a time."""
-    for start in range(0, columns, _STRIP):
-        yield start, min(start + _STRIP, columns)
+    for start in range(0, columns, STRIP):
+        yield start, min(start + STRIP, columns)

@@ -3,6 +3,7 @@
 One pass over the weights serves all trials. Every trial is a copy of the probe's activations that leaves the
 original's at its group and goes through the rest of the model with original weights; divergences this small add up.
 The trial's matrices are rounded to nearest on a searched grid: what GPTQ then gains is nearly the same factor in all.
+Routed experts of a layer are tried together (see ``expert_probe``).
 Not all formats of the same bits are tried (``TieGroup.tried``): a small divergence is proportional to the energy of
 the error at the matrices' outputs, which takes no pass through the model to measure.
 """
@@ -16,14 +17,16 @@ import torch
 from torch import Tensor
 
 from glmexport.architecture.description import DecoderLayer, Linear
+from glmexport.architecture.experts import MixtureOfExperts
 from glmexport.calibration.sequences import CalibrationSet
 from glmexport.formats.codecs import codec_of
 from glmexport.formats.nearest import round_to_nearest
 from glmexport.foundation.progress import Progress
 from glmexport.foundation.recipe import Format
-from glmexport.quantization.allocation import EMBEDDING_TAP, HEAD_TAP, TieGroup
+from glmexport.quantization.allocation import EMBEDDING_TAP, HEAD_TAP, TieGroup, tried_together
 from glmexport.quantization.deviation import Outputs, of_head, of_states, of_states_and_head
-from glmexport.quantization.memory import MemoryPlan, compared_trials
+from glmexport.quantization.expert_probe import ExpertProbe, share
+from glmexport.quantization.memory import MIXED_POSITIONS, MemoryPlan, compared_trials
 from glmexport.quantization.store import WorkDirectory
 from glmexport.reference.reference import Block, Reference
 
@@ -45,7 +48,8 @@ def probe_ids(calibration: CalibrationSet, tokens: int) -> Tensor:
 
 @dataclass(frozen=True)
 class _Trial:
-    group: int
+    #: The groups that are tried together.
+    groups: tuple[int, ...]
     candidate: int
     form: Format
 
@@ -81,15 +85,18 @@ class Probe:
         self.memory = memory
         self._positions = reference.position_embeddings(ids.shape[1])
         self._batch = max(1, memory.batch_tokens // ids.shape[1])
-        #: The groups in the order of the model, so that those that have left the original after some block come first.
+        self._together = tried_together(groups)
+        #: The trials in the order of the model, so that those that have left the original after some block come first.
         self._trials = [
-            _Trial(number, candidate, group.candidates[candidate])
-            for number, group in enumerate(groups)
-            if group.tap != HEAD_TAP
+            _Trial(members, candidate, group.candidates[candidate])
+            for members in self._together
+            if (group := groups[members[0]]).tap != HEAD_TAP
             for candidate in group.tried
         ]
         #: The error energy at the sampled outputs, by group and candidate.
         self._errors: dict[int, list[float]] = {}
+        #: The groups of experts that the probe hardly reaches (``ExpertTrials.cold``).
+        self.cold: list[int] = []
         self._steps = ["sensitivity_embedding"]
         self._steps += [f"sensitivity_{layer.index:03d}" for layer in reference.architecture.layers]
 
@@ -122,11 +129,12 @@ class Probe:
             record = self.work.record(step) if self.work.has_activations(step, ORIGINAL) else None
             if record is not None:
                 self._errors = {int(number): row for number, row in record["note"]["errors"].items()}
+                self.cold = record["note"].get("cold", [])
                 return index
         return 0
 
     def _commit(self, step: str, original: Iterator[Tensor], trials: Iterator[Tensor]) -> None:
-        self.work.commit(step, {}, {"errors": self._errors}, {ORIGINAL: original, TRIALS: trials})
+        self.work.commit(step, {}, {"errors": self._errors, "cold": self.cold}, {ORIGINAL: original, TRIALS: trials})
 
     def _embedding(self) -> None:
         wanted, position = torch.unique(self.ids, return_inverse=True)
@@ -140,7 +148,7 @@ class Probe:
 
         def trials() -> Iterator[Tensor]:
             for trial in self._trials:
-                if self.groups[trial.group].tap == EMBEDDING_TAP:
+                if self._first(trial).tap == EMBEDDING_TAP:
                     yield _rounded(rows, trial.form, ones)[position]
 
         self._commit(self._steps[0], iter([rows[position]]), trials())
@@ -150,17 +158,41 @@ class Probe:
         before, block = self._steps[index - 1], self.reference.block(layer)
         hidden = self._read(before, ORIGINAL, 0)
 
-        def trials() -> Iterator[Tensor]:
+        def left() -> Iterator[Tensor]:
             for at, trial in enumerate(self._trials):
-                left = self.groups[trial.group].layer
-                if left is None or left < layer.index:
-                    yield from self._through(block, self._read(before, TRIALS, at))
+                since = self._first(trial).layer
+                if since is None or since < layer.index:
+                    yield self._read(before, TRIALS, at)
+
+        def trials() -> Iterator[Tensor]:
+            yield from self._each_through(block, left())
             for number, group in enumerate(self.groups):
-                if group.layer == layer.index:
+                if group.layer == layer.index and group.expert_part is None:
                     yield from self._leave(block, hidden, number)
+            if isinstance(layer.mlp, MixtureOfExperts):
+                yield from self._leave_experts(block, hidden)
 
         self._commit(self._steps[index], self._through(block, hidden), trials())
         self.work.drop_activations(before)
+
+    def _first(self, trial: _Trial) -> TieGroup:
+        return self.groups[trial.groups[0]]
+
+    def _each_through(self, block: Block, states: Iterator[Tensor]) -> Iterator[Tensor]:
+        """Return the outputs of ``block`` for each of ``states``; experts are read for many of them at a time."""
+        if not block.layer.mlp.routed:
+            for each in states:
+                yield from self._through(block, each)
+            return
+        waiting: list[Tensor] = []
+        for each in states:
+            for part in torch.split(each, self._batch):
+                waiting.append(block.attended(part, self._positions, None)[0])
+            if sum(len(part) for part in waiting) * each.shape[1] >= MIXED_POSITIONS:
+                yield block.through(block.layer.branches[1], torch.cat(waiting))
+                waiting = []
+        if waiting:
+            yield block.through(block.layer.branches[1], torch.cat(waiting))
 
     def _through(self, block: Block, states: Tensor, weights: dict[str, Tensor] | None = None) -> Iterator[Tensor]:
         for part in torch.split(states, self._batch):
@@ -185,6 +217,37 @@ class Probe:
             if weights:
                 yield from self._through(block, hidden, weights)
 
+    def _leave_experts(self, block: Block, hidden: Tensor) -> Iterator[Tensor]:
+        """Return outputs of ``block`` with its routed experts in each tried format: one of their parts, then the other.
+
+        The errors of every expert in every format are noted.
+        """
+        layer, branch = block.layer, block.layer.branches[1]
+        assert branch.output_norm is None
+        together = [members for members in self._together if self._is_expert_of(layer, members)]
+        first = self.groups[together[0][0]]
+        parts = torch.split(hidden, self._batch)
+        stream = torch.cat([block.attended(part, self._positions, None)[0] for part in parts])
+        output = block.through(branch, stream)
+        counted = (torch.arange(hidden.shape[1], device=hidden.device) >= self.prefix).expand(hidden.shape[:2])
+        probe = ExpertProbe(self.reference, block, block.normed(branch, stream).flatten(0, 1), counted.flatten())
+        found = probe.trials(first.candidates, tuple(first.tried), self._whole_rounded)
+        for members in together:
+            part = self.groups[members[0]].expert_part
+            assert part is not None
+            self._errors.update(zip(members, found.errors[part], strict=True))
+            self.cold += [members[expert] for expert in found.cold]
+            for change in found.changes[part].values():
+                yield output + change.reshape(output.shape)
+
+    def _is_expert_of(self, layer: DecoderLayer, members: tuple[int, ...]) -> bool:
+        group = self.groups[members[0]]
+        return group.layer == layer.index and group.expert_part is not None
+
+    def _whole_rounded(self, matrix: Tensor, form: Format, importance: Tensor) -> Tensor:
+        chunks = torch.split(matrix, max(64, self.memory.chunk_weights // matrix.shape[1]))
+        return torch.cat([_rounded(chunk, form, importance) for chunk in chunks])
+
     def _round(
         self, linear: Linear, form: Format, importance: Tensor, inputs: Tensor, *, keep: bool = False
     ) -> _Rounded:
@@ -202,12 +265,12 @@ class Probe:
             error += float((inputs @ rounded.sub_(rows).T).square().sum())
         return _Rounded(error / max(norm, 1e-30), whole)
 
-    def _compare(self) -> list[dict[int, float]]:
-        """Return the losses of the candidates that were tried."""
+    def _compare(self) -> dict[int, dict[int, float]]:
+        """Return the losses of the candidates that were tried, by the first of the groups that were tried together."""
         architecture, last = self.reference.architecture, self._steps[-1]
         normed = self._normed(last, ORIGINAL, 0)
         outputs = Outputs(self.reference, normed, max(64, self.memory.chunk_weights // architecture.hidden_size))
-        losses: list[dict[int, float]] = [{} for _ in self.groups]
+        losses: dict[int, dict[int, float]] = {members[0]: {} for members in self._together}
         ones = normed.new_ones(architecture.hidden_size)
         together = compared_trials(self.memory.batch_tokens, self.ids.numel())
         for start in range(0, len(self._trials), together):
@@ -215,13 +278,13 @@ class Probe:
             changes = []
             for at, trial in enumerate(batch, start):
                 states = self._normed(last, TRIALS, at)
-                if architecture.tied and self.groups[trial.group].tap == EMBEDDING_TAP:
+                if architecture.tied and self._first(trial).tap == EMBEDDING_TAP:
                     # A tied head is the embedding: it has the same codes.
                     changes.append(of_states_and_head(outputs, states, _rounding(trial.form, ones)))
                 else:
                     changes.append(of_states(outputs, states))
             for trial, loss in zip(batch, outputs.divergences(changes), strict=True):
-                losses[trial.group][trial.candidate] = loss
+                losses[trial.groups[0]][trial.candidate] = loss
         importance = normed.square().mean(0)
         for number, group in enumerate(self.groups):
             if group.tap == HEAD_TAP:
@@ -234,16 +297,17 @@ class Probe:
                 ]
         return losses
 
-    def _followed(self, tried: list[dict[int, float]]) -> list[list[float]]:
-        """Return ``tried`` with the losses of other formats that follow from it."""
-        losses = []
-        for number, group in enumerate(self.groups):
-            errors, row = self._errors[number], [0.0] * len(group.candidates)
-            for candidate, alike in group.tried.items():
-                row[candidate] = tried[number][candidate]
-                for other in alike:
-                    row[other] = row[candidate] * errors[other] / max(errors[candidate], 1e-30)
-            losses.append(row)
+    def _followed(self, tried: dict[int, dict[int, float]]) -> list[list[float]]:
+        """Return ``tried`` with the losses of other formats that follow from it, each group with its share."""
+        losses = [[0.0] * len(group.candidates) for group in self.groups]
+        for members in self._together:
+            for candidate, alike in self.groups[members[0]].tried.items():
+                shares = share([self._errors[number][candidate] for number in members])
+                for number, part in zip(members, shares, strict=True):
+                    errors, row = self._errors[number], losses[number]
+                    row[candidate] = part * tried[members[0]][candidate]
+                    for other in alike:
+                        row[other] = row[candidate] * errors[other] / max(errors[candidate], 1e-30)
         return losses
 
     def _read(self, step: str, stream: str, index: int) -> Tensor:

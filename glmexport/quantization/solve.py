@@ -38,8 +38,8 @@ class Solution:
     """A quantized matrix, and how it was found.
 
     Errors are tr(E H E^T) / tr(G H G^T) on the calibration inputs, without the damping; of wide matrices over some of
-    the rows (``_stride``). That of round-to-nearest is with the recipe's search for scales, weighted by the mean square
-    of each column's input: the best that can be done without compensation, and a harder comparison than plain
+    the rows (``told_stride``). That of round-to-nearest is with the recipe's search for scales, weighted by the mean
+    square of each column's input: the best that can be done without compensation, and a harder comparison than plain
     round-to-nearest.
     """
 
@@ -137,7 +137,7 @@ def solve_rows(
     nearest = round_to_nearest(chunk, form, importance)
     rounded = sweep.weights - nearest.dequantize().T[order.columns]
     better = _cheaper(problem, factor, rounded, sweep.error, cost, missed)
-    stride = _stride(len(order.columns))
+    stride = told_stride(len(order.columns))
     told = slice(-start % stride, None, stride)
     taken, left = better[told], rounded[:, told]
     return RowBlock(
@@ -315,7 +315,7 @@ def _project(factor: Factor, columns: Tensor) -> Tensor:
     return (factor.hessian @ columns.flip(0)).flip(0)
 
 
-def _stride(size: int) -> int:
+def told_stride(size: int) -> int:
     """Return the stride of the rows whose errors are computed: each one takes time by the square of its ``size``."""
     return max(1, size // _TOLD_SIZE)
 

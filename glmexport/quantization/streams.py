@@ -34,7 +34,7 @@ class Streams:
     def __init__(self, job: QuantizationJob) -> None:
         calibration, asymmetric = job.calibration, job.recipe.solver.asymmetric
         assert calibration is not None
-        self.reference = job.reference()
+        self.reference = job.calibrated_reference()
         self.calibration = calibration
         self.work = job.work
         self.ranks = job.ranks

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from glmexport.reference.arithmetic import DEFAULT, Route
+from glmexport.reference.coarse import coarse_product
 from glmexport.results.arithmetic import OriginalArithmetic
 
 #: The largest relative error of a product that is fp32's: fp32 itself has 3e-7 here, TF32 and bf16 3e-4 and 2e-3.
@@ -91,10 +92,10 @@ def check(route: Route, tried: Sequence[Product]) -> Checked:
     error = largest_error(route, tried)
     if route == DEFAULT or not error <= LARGEST_ERROR:
         return Checked(route, error)
-    timed = [product for product in tried if product.operations]
+    computations = [product.compute for product in tried if product.operations]
     ratios: list[float] = []
     while len(ratios) < _TURNS and (not ratios or ratios[-1] >= LEAST_RATIO):
-        before, after = (_seconds(each, timed) for each in (DEFAULT, route))
+        before, after = (_seconds(each, computations) for each in (DEFAULT, route))
         ratios.append(before / after)
     return Checked(route, error, tuple(ratios))
 
@@ -111,16 +112,32 @@ def fastest(found: Sequence[Checked]) -> Checked | None:
     return max(taken, key=lambda each: min(each.ratios), default=None)
 
 
-def _seconds(route: Route, products: Sequence[Product]) -> float:
-    """Return the time of all ``products`` together, the best of a few."""
+def _seconds(route: Route, computations: Sequence[Callable[[], Tensor]]) -> float:
+    """Return the time of all ``computations`` together, the best of a few."""
     best = math.inf
     with route.computing(), torch.inference_mode():
         for _ in range(_REPEATS):
             started = time.perf_counter()
-            for product in products:
-                product.compute()
+            for compute in computations:
+                compute()
             best = min(best, time.perf_counter() - started)
     return best
+
+
+def coarse_ratio(route: Route) -> float | None:
+    """Return the least ratio of the speed of bf16 products to those of ``route``; None unless it is surely higher.
+
+    What is timed begins and ends in fp32, as a linear among others does. Turns end with the first that is not enough.
+    """
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(_ROWS, _WIDTH, generator=generator)
+    weight = torch.randn(_OUTPUTS, _WIDTH, generator=generator).bfloat16()
+    same = weight.float()
+    ratios: list[float] = []
+    while len(ratios) < _TURNS and (not ratios or ratios[-1] >= LEAST_RATIO):
+        fine = _seconds(route, [lambda: linear(inputs, same)])
+        ratios.append(fine / _seconds(route, [lambda: coarse_product(inputs, weight)]))
+    return min(ratios) if min(ratios) >= LEAST_RATIO else None
 
 
 def products() -> list[Product]:

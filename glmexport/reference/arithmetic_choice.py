@@ -22,7 +22,7 @@ from glmexport.foundation.files import write_atomically
 from glmexport.foundation.progress import Progress
 from glmexport.foundation.untrusted import SMALL
 from glmexport.reference.arithmetic import DEFAULT, ROUTES
-from glmexport.reference.arithmetic_check import LARGEST_ERROR, check, fastest, largest_error, products
+from glmexport.reference.arithmetic_check import LARGEST_ERROR, check, coarse_ratio, fastest, largest_error, products
 from glmexport.results.arithmetic import UNCHECKED, OriginalArithmetic
 
 Wanted = Literal["auto", "fp32"]
@@ -94,7 +94,7 @@ def measure() -> OriginalArithmetic:
     tried = products()
     others = [route for route in ROUTES.values() if route.offered and route != DEFAULT]
     found = fastest([check(route, tried) for route in others]) or check(DEFAULT, tried)
-    return found.arithmetic()
+    return found.arithmetic().model_copy(update={"coarse_ratio": coarse_ratio(found.route)})
 
 
 def _kept(path: Path) -> OriginalArithmetic | None:

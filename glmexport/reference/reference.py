@@ -17,6 +17,7 @@ from glmexport.architecture.description import Architecture, DecoderLayer, Resid
 from glmexport.architecture.experts import MixtureOfExperts
 from glmexport.architecture.latent import LatentAttention
 from glmexport.checkpoint.checkpoint import Checkpoint
+from glmexport.reference.coarse import coarse_product, make_coarse
 from glmexport.reference.filling import EXPERTS, MATRICES, ROUTER, stacked_halves, stream_experts
 from glmexport.reference.past import Past
 from glmexport.reference.skeleton import completed_checkpoint, skeleton
@@ -36,13 +37,17 @@ _ROWS = 1024
 class Reference:
     """The model of ``checkpoint`` in transformers without its weights.
 
-    Blocks are filled on demand, in fp32 on ``device``.
+    Blocks are filled on demand, in fp32 on ``device``. The linears of a ``coarse`` one compute in bf16 (see
+    ``coarse``), which is for calibration text and judges nothing.
     """
 
-    def __init__(self, checkpoint: Checkpoint, architecture: Architecture, device: torch.device = CPU) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, architecture: Architecture, device: torch.device = CPU, *, coarse: bool = False
+    ) -> None:
         self.checkpoint = checkpoint
         self.architecture = architecture
         self.device = device
+        self.coarse = coarse
         self._substitute: Substitute | None = None
         self._embed: Callable[[Tensor], Tensor] | None = None
         _, config = completed_checkpoint(checkpoint)
@@ -106,6 +111,8 @@ class Reference:
                 stacked[key] = weight(key)
             weights[name] = stacked[key].chunk(2)[half]
         module.load_state_dict(weights, assign=True, strict=not absent)
+        if self.coarse:
+            make_coarse(module)
         return Block(layer, module.eval().requires_grad_(False))
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -121,6 +128,10 @@ class Reference:
             if bool(inside.any()):
                 rows[inside] = self.checkpoint.rows(key, start, stop)[wanted[inside] - start]
         return rows[position].to(self.device)
+
+    def product(self, inputs: Tensor, weight: Tensor) -> Tensor:
+        """Return ``inputs`` [..., K] times ``weight`` [N, K] transposed, [..., N], as the linears of blocks compute."""
+        return coarse_product(inputs, weight) if self.coarse else inputs @ weight.T
 
     def logits(self, normed: Tensor) -> Tensor:
         """Return lm_head of [..., hidden] fp32, as [..., vocabulary] fp32; reads the matrix in slabs."""
@@ -244,8 +255,8 @@ class Block:
     def weight(self, key: str) -> Tensor:
         """Return the tensor with that checkpoint key, fp32."""
         if key in self._apart:
-            return torch.cat([self.module.get_parameter(name) for name in self._apart[key]])
-        return self.module.get_parameter(self._name(key))
+            return torch.cat([self.module.get_parameter(name).float() for name in self._apart[key]])
+        return self.module.get_parameter(self._name(key)).float()
 
     def attended(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -71,6 +71,18 @@ class FormatSummary:
 
 
 @dataclass(frozen=True)
+class ExpertBits:
+    """The bits that a budget gave to the routed experts of one decoder block, in one of their parts."""
+
+    layer: int
+    part: str
+    experts: Mapping[int, int]
+    """The number of experts by the bits of a code."""
+    cold: int
+    """Experts that hardly any of the text chose."""
+
+
+@dataclass(frozen=True)
 class BudgetSpending:
     """The account of where the bits of a budget went."""
 
@@ -79,7 +91,14 @@ class BudgetSpending:
     formats: tuple[FormatSummary, ...]
     """The formats that were given, the one with the most bits first."""
     groups: tuple[tuple[str, GroupResult], ...]
-    """Each group with its format; the largest loss first."""
+    """Each group with its format; the largest loss first. The experts of a decoder block are one group a part."""
+    experts: tuple[ExpertBits, ...]
+    """The bits of routed experts, in the order of the model; empty without any, or where no matrices are given."""
+
+    @property
+    def expert_bits(self) -> tuple[int, ...]:
+        """The bits of codes that any of ``experts`` have, ascending."""
+        return tuple(sorted({bits for row in self.experts for bits in row.experts}))
 
 
 @dataclass(frozen=True)
@@ -116,11 +135,11 @@ def summarize(linears: Sequence[LinearResult], groups: Sequence[GroupResult] = (
         parts=tuple(_part(part, by_part[part]) for part in order),
         bands=tuple(bands),
         outside=tuple(cells[part, None] for part in order if (part, None) in cells),
-        spending=_spending(groups) if groups else None,
+        spending=_spending(linears, groups) if groups else None,
     )
 
 
-def _spending(groups: Sequence[GroupResult]) -> BudgetSpending:
+def _spending(linears: Sequence[LinearResult], groups: Sequence[GroupResult]) -> BudgetSpending:
     by_format: dict[str, list[GroupResult]] = defaultdict(list)
     for group in groups:
         by_format[format_label(group)].append(group)
@@ -128,12 +147,40 @@ def _spending(groups: Sequence[GroupResult]) -> BudgetSpending:
         FormatSummary(name, len(members), sum(x.stored_bits for x in members), math.fsum(x.loss_nats for x in members))
         for name, members in by_format.items()
     )
+    layers = {linear.name: linear.layer for linear in linears}
+    experts: dict[tuple[int, str], list[GroupResult]] = defaultdict(list)
+    shown = []
+    for group in groups:
+        layer = layers.get(group.matrices[0])
+        if layer is None or group.expert_part is None:
+            shown.append((format_label(group), group))
+        else:
+            experts[layer, group.expert_part].append(group)
+    shown += [_together(*place, members) for place, members in experts.items()]
     return BudgetSpending(
         stored_bits=sum(group.stored_bits for group in groups),
         loss_nats=math.fsum(group.loss_nats for group in groups),
         formats=tuple(sorted(formats, key=lambda row: (-row.stored_bits, row.format))),
-        groups=tuple((format_label(group), group) for group in sorted(groups, key=lambda group: -group.loss_nats)),
+        groups=tuple(sorted(shown, key=lambda row: -row[1].loss_nats)),
+        experts=tuple(
+            ExpertBits(layer, part, Counter(group.bits for group in members), sum(group.cold for group in members))
+            for (layer, part), members in experts.items()
+        ),
     )
+
+
+def _together(layer: int, part: str, members: Sequence[GroupResult]) -> tuple[str, GroupResult]:
+    """Return the experts of a decoder block as one group, with its formats in words."""
+    bits = sorted({group.bits for group in members})
+    whole = members[0].model_copy(
+        update={
+            "name": f"block {layer} {part}, {len(members)} experts",
+            "matrices": tuple(name for group in members for name in group.matrices),
+            "stored_bits": sum(group.stored_bits for group in members),
+            "loss_nats": math.fsum(group.loss_nats for group in members),
+        }
+    )
+    return f"{' and '.join(map(str, bits))} bit, by expert", whole
 
 
 def _cell(

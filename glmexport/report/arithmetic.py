@@ -15,6 +15,8 @@ def told_arithmetic(arithmetic: OriginalArithmetic | None) -> str:
         parts.append(f"at least {text.ratio(arithmetic.speed_ratio)} the speed of torch’s default")
     if arithmetic.relative_error is not None:
         parts.append(f"relative error {text.number(arithmetic.relative_error)}")
+    if arithmetic.coarse_ratio is not None:
+        parts.append(f"calibration in bf16, at least {text.ratio(arithmetic.coarse_ratio)} the speed of that")
     return ", ".join(parts)
 
 
@@ -25,4 +27,6 @@ def brief_arithmetic(arithmetic: OriginalArithmetic) -> str:
         parts.append(f"at least {text.brief_ratio(arithmetic.speed_ratio)} as fast as torch's default")
     if arithmetic.relative_error is not None:
         parts.append(f"relative error {arithmetic.relative_error:.1e}")
+    if arithmetic.coarse_ratio is not None:
+        parts.append(f"calibration in bf16, at least {text.brief_ratio(arithmetic.coarse_ratio)} as fast as that")
     return ", ".join(parts)

@@ -114,7 +114,12 @@ class GroupResult(Record):
     nearest and everything else original."""
     tried: bool
     """Whether the loss was measured; False if it follows from that of another group size by the ratio of the errors at
-    the matrices' outputs."""
+    the matrices' outputs, or is a routed expert's share in that of all experts of its decoder block."""
+    expert_part: str | None = Field(default=None, exclude_if=lambda value: value is None)
+    """The part of a routed expert that it is; none for what every token passes."""
+    cold: bool = Field(default=False, exclude_if=lambda value: not value)
+    """Whether less than a quarter of an even spread of the text chose the expert. Half of the coverage of every expert
+    is that of an even spread, so that it does not lose its bits because one text does not need it."""
 
 
 class CoverageResult(Record):

@@ -154,6 +154,14 @@ def brief_duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h"
 
 
+def brief_span(low: float, high: float) -> str:
+    """Return a range of spans of time in the unit of its end, as "8 to 11 h"; one figure where both read the same."""
+    factor, unit = (1, "s") if high < 90 else (60, "min") if high < 5400 else (3600, "h")
+    digits = 1 if unit == "h" and high < 10 * factor else 0
+    ends = [f"{end / factor:.{digits}f}" for end in (low, high)]
+    return f"{' to '.join(dict.fromkeys(ends))} {unit}"
+
+
 def brief_share(fraction: float) -> str:
     """Return ``fraction`` (0 to 1) in percent, to one decimal."""
     return f"{fraction:.1%}"

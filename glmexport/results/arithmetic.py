@@ -19,6 +19,19 @@ class OriginalArithmetic(Record):
     """Largest relative error against fp64 of the products that the check tried; none where nothing was checked."""
     speed_ratio: Number | None = None
     """Least ratio of its speed to that of torch's default, of several turns; none for the default itself."""
+    coarse_ratio: Number | None = None
+    """Least ratio of the speed of bf16 products to that of the route, of several turns, where calibration text passes
+    the blocks by them; none where it passes them in fp32."""
+
+    @property
+    def coarse(self) -> bool:
+        """Whether calibration text passes the blocks by products of bf16 matrices."""
+        return self.coarse_ratio is not None
+
+    @property
+    def label(self) -> str:
+        """What the bytes of a bundle depend on: the route, and bf16 where calibration text passes the blocks by it."""
+        return f"{self.route}+bf16" if self.coarse else self.route
 
     @property
     def library(self) -> str:

@@ -200,6 +200,8 @@ def _group(group: AllocatedGroup) -> GroupResult:
         stored_bits=group.bits,
         loss_nats=group.loss_nats,
         tried=group.tried,
+        expert_part=group.expert_part,
+        cold=group.cold,
     )
 
 

@@ -177,7 +177,7 @@ def _quantization_job(original: Original, plan: _Plan, options: BuildOptions, pr
         # These decide the order in which numbers are added up.
         "threads": options.threads,
         "device": product_name(options.device),
-        "arithmetic": arithmetic.route,
+        "arithmetic": arithmetic.label,
         "batch": [plan.memory.batch_tokens, plan.memory.chunk_weights],
     }
     refuse_differences(options.ranks, _facts(original, job))
@@ -247,7 +247,7 @@ def _write(
         largest=LargestActivation(**model.largest._asdict()) if model.largest else None,
         tokenizer_files=original.tokenizer.files,
         cache_text=cache_text(text.sequences),
-        arithmetic=quantization.arithmetic.route,
+        arithmetic=quantization.arithmetic.label,
     )
     return Bundle(partial, write_bundle(partial, contents, progress))
 

@@ -63,11 +63,6 @@ def refuse_formats(original: Original, job: Job) -> None:
                 next_step="Take a recipe with a smaller group_size, or with another codec.",
             )
     _refuse_sizes(original, job)
-    if recipe.budget and original.architecture.routed:
-        raise InputError(
-            f"{original.checkpoint.name} is a mixture of experts, and a budget tries every matrix in every format.",
-            next_step="Leave --size and --bpw out; [shared] and [linears] of the recipe set the formats.",
-        )
     if recipe.budget:
         require_fit(original.architecture, recipe)
     size = original.architecture.hidden_size
@@ -142,7 +137,7 @@ def _refuse_fixed(original: Original, job: Job) -> None:
 def _refuse_sizes(original: Original, job: Job) -> None:
     """Refuse what the target's memory rules out: known from shapes and formats before anything is computed."""
     planned, memory = original.planned(job.recipe, job.target), job.target.memory
-    expected = estimate(planned, 1.0, None).bundle_bytes
+    expected = estimate(planned, None).bundle_bytes
     if memory.max_weight_bytes is not None and expected > memory.max_weight_bytes:
         raise InputError(
             f"The bundle takes about {expected / 2**30:.1f} GiB, and the target {job.target.name} holds "
@@ -192,7 +187,7 @@ def require_space(original: Original, quantizations: Sequence[Sequence[Job]], po
     """
     kept, passing = 0, positions * _KEPT_STATES * original.architecture.hidden_size * 4
     for jobs in quantizations:
-        bundles = [estimate(original.planned(job.recipe, job.target), 1.0, None).bundle_bytes for job in jobs]
+        bundles = [estimate(original.planned(job.recipe, job.target), None).bundle_bytes for job in jobs]
         kept += max(bundles) + sum(bundles)
         passing = max(passing, _activation_bytes(original.architecture, jobs[0].recipe))
     require_free(quantizations[0][0].directory.parent, kept + passing, "The build")

@@ -1,12 +1,9 @@
-"""The cost of a build from the description alone: bundle bytes, peak memory, time. No weight is read."""
+"""The sizes of a build from the description alone: bundle bytes, peak memory. No weight is read."""
 
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass
-
-import torch
 
 from glmexport.architecture.description import Architecture
 from glmexport.formats.codecs import stored_bits
@@ -14,12 +11,8 @@ from glmexport.formats.plan import FormatPlan
 from glmexport.foundation.recipe import Recipe
 from glmexport.foundation.target import Target
 from glmexport.lowering.embedding import FUSED
-from glmexport.quantization.allocation import tie_groups, total_bits
+from glmexport.quantization.allocation import total_bits
 from glmexport.quantization.memory import plan_memory
-from glmexport.reference.reference import CPU
-
-#: Number of tokens that a default validation runs, times the passes it makes over them.
-_VALIDATION_TOKEN_PASSES = 21 * (2 * 2048 + 4 * 512)
 
 
 @dataclass(frozen=True)
@@ -39,21 +32,10 @@ class BuildEstimate:
     bundle_bytes: int
     bits_per_weight: float
     peak_memory_bytes: int
-    seconds: float
 
 
-def estimate(
-    planned: Planned,
-    flops_per_s: float,
-    limit_bytes: int | None,
-    device_flops_per_s: float | None = None,
-    ranks: int = 1,
-) -> BuildEstimate:
-    """Return the figures for building a ``planned`` bundle on a machine of that speed under that memory limit.
-
-    ``device_flops_per_s`` is the speed of the device that quantizes, if it is not the one that validates. Of several
-    ``ranks`` each is that fast, and all quantize.
-    """
+def estimate(planned: Planned, limit_bytes: int | None) -> BuildEstimate:
+    """Return the figures for building a ``planned`` bundle under that memory limit."""
     architecture, recipe, target = planned.architecture, planned.recipe, planned.target
     shapes = architecture.shapes()
     bits = planned.plan.bits(shapes)
@@ -64,8 +46,6 @@ def estimate(
         + architecture.rotary_bytes * _width(target) // 32,
         bits_per_weight=bits / sum(math.prod(shape) for shape in shapes.values()),
         peak_memory_bytes=plan_memory(architecture, recipe, limit_bytes).peak_bytes,
-        seconds=_flops(architecture, recipe) / (device_flops_per_s or flops_per_s) / ranks
-        + _forward_flops(architecture) * _VALIDATION_TOKEN_PASSES / flops_per_s,
     )
 
 
@@ -116,62 +96,3 @@ def _halved_bits(planned: Planned) -> int:
 def _width(target: Target) -> int:
     """Return the bits of the type of the target's activations."""
     return 32 if target.graph.activations == "float32" else 16
-
-
-def measured_flops(device: torch.device = CPU) -> float:
-    """Measure the fp32 operations per second of a matrix product on ``device``, with torch's present threads."""
-    size = 1024
-    matrix = torch.ones(size, size, device=device)
-    float((matrix @ matrix).sum())
-    started = time.perf_counter()
-    product = matrix
-    for _ in range(3):
-        product = matrix @ matrix
-    # A device computes asynchronously: only reading a result waits for it.
-    float(product[0, 0])
-    return 3 * 2 * size**3 / (time.perf_counter() - started)
-
-
-def _tokens_share(architecture: Architecture) -> dict[str, float]:
-    """Return the share of the tokens that pass each routed matrix, by weight key."""
-    return {key: layer.mlp.routed_share for layer in architecture.layers for key in layer.mlp.routed}
-
-
-def _forward_flops(architecture: Architecture) -> float:
-    """Return the operations of a forward pass of one token."""
-    share = _tokens_share(architecture)
-    return 2.0 * sum(
-        linear.out_features * linear.in_features * share.get(linear.weight, 1.0) for _, linear in architecture.linears
-    )
-
-
-def _flops(architecture: Architecture, recipe: Recipe) -> float:
-    """Return the operations of quantization; multiply-adds count twice.
-
-    They are forward passes, Hessians, factorisations, sweeps and rounds.
-    """
-    forward, total = _forward_flops(architecture), 0.0
-    if recipe.budget:
-        # Every trial goes through half of the model on average, and through the lm_head.
-        trials = sum(len(group.tried) for group in tie_groups(architecture, recipe))
-        head = 2.0 * architecture.lm_head.out_features * architecture.lm_head.in_features
-        total += (forward / 2 + head) * recipe.budget.probe_tokens * trials
-    if recipe.needs_calibration and recipe.calibration:
-        tokens = recipe.calibration.tokens
-        streams = 2 if recipe.solver.asymmetric else 1
-        total += streams * forward * tokens
-        share = _tokens_share(architecture)
-        taps = {
-            (layer, linear.tap): (linear.in_features, share.get(linear.weight, 1.0))
-            for layer, linear in architecture.linears
-        }
-        total += sum(2.0 * streams * tokens * part * size**2 + size**3 / 3 for size, part in taps.values())
-        # Sweep (half a product), comparison with round-to-nearest (at most the same), each round's projection and one
-        # before them, and the correction to the original's outputs, which routed experts do not get.
-        solver, routed = recipe.solver, architecture.routed
-        for _, linear in architecture.linears:
-            expert = linear.weight in routed
-            rounds = solver.expert_polish_rounds if expert else solver.polish_rounds
-            products = 1 + (rounds + 1 if rounds else 0) + (0 if expert else streams - 1)
-            total += products * 2.0 * linear.out_features * linear.in_features**2
-    return total

@@ -13,15 +13,19 @@ from glmexport.calibration.corpus import shipped_documents
 from glmexport.checkpoint.adapter import Adapter
 from glmexport.checkpoint.checkpoint import Checkpoint
 from glmexport.foundation.errors import InputError
+from glmexport.foundation.recipe import Budget
 from glmexport.foundation.target import shipped_targets
+from glmexport.foundation.work import Range
 from glmexport.graph.caches import cache_bytes_per_token
-from glmexport.reference.arithmetic import computing
 from glmexport.results.arithmetic import UNCHECKED, OriginalArithmetic
 from glmexport.tokenizer.tokenizer import Tokenizer
+from glmexport.validation.conditions import ValidationPlan
 from glmexport.workflows.checks import refuse_formats
-from glmexport.workflows.estimate import estimate, measured_flops
-from glmexport.workflows.job import Job, recipe_for
+from glmexport.workflows.cost import build_seconds, total
+from glmexport.workflows.estimate import estimate
+from glmexport.workflows.job import Job, recipe_for, within
 from glmexport.workflows.original import NO_DRAFTS, Original
+from glmexport.workflows.unit_costs import UnitCosts, unit_costs
 
 #: The use of the layer that predicts further ahead in a bundle that does not leave it out.
 DRAFTS = "drafts"
@@ -86,14 +90,16 @@ class TokenizerFacts:
 
 @dataclass(frozen=True)
 class TargetEstimate:
-    """The expected cost of a build for one target, or why it is refused; sizes in bytes, time in seconds."""
+    """The expected cost of a build for one target, or why it is refused; sizes in bytes."""
 
     target: str
     recipe: str
     bundle_bytes: int
     bits_per_weight: float
     peak_memory_bytes: int
-    seconds: float
+    #: The wall seconds of building and validating on this machine, and of each stage of it.
+    seconds: Range
+    stages: dict[str, Range]
     cache_bytes_per_token: int
     context_length: int
     refused: str | None
@@ -123,6 +129,8 @@ class Inspection:
     unused: dict[str, str]
     token_prediction: DraftLayer | None
     tokenizer: TokenizerFacts
+    #: Whether other processes disturbed what the estimates rest on, or would disturb a build now.
+    busy: bool
     estimates: list[TargetEstimate]
 
 
@@ -140,13 +148,21 @@ class Unfinished:
 
 
 def inspect_original(
-    original: Original, recipe: str | None, max_memory: int | None, arithmetic: OriginalArithmetic = UNCHECKED
+    original: Original,
+    recipe: str | None,
+    max_memory: int | None,
+    arithmetic: OriginalArithmetic = UNCHECKED,
+    budget: Budget | None = None,
+    *,
+    measure: bool = False,
 ) -> Inspection:
     """Describe ``original`` and estimate its builds: by ``recipe``, or by the default recipe of each target.
 
-    ``max_memory`` is a limit in bytes. The speed of this machine's matrix products by ``arithmetic`` is measured, which
-    takes a moment.
+    ``max_memory`` is a limit in bytes, and formats are chosen within a ``budget`` if one is given. What work costs on
+    this machine by ``arithmetic`` is measured where that is not known yet, or where ``measure`` asks for it, which
+    takes some seconds.
     """
+    costs = unit_costs(arithmetic, anew=measure)
     checkpoint, architecture = original.checkpoint, original.architecture
     latents = architecture.latent_values_per_token
     return Inspection(
@@ -166,7 +182,8 @@ def inspect_original(
         unused=original.unused,
         token_prediction=_token_prediction(original),
         tokenizer=_tokenizer(original.tokenizer),
-        estimates=estimate_targets(original, recipe, max_memory, arithmetic),
+        busy=costs.busy,
+        estimates=estimate_targets(original, recipe, max_memory, costs, budget),
     )
 
 
@@ -255,16 +272,17 @@ def _tokenizer(tokenizer: Tokenizer) -> TokenizerFacts:
 
 
 def estimate_targets(
-    original: Original, recipe: str | None, max_memory: int | None, arithmetic: OriginalArithmetic = UNCHECKED
+    original: Original, recipe: str | None, max_memory: int | None, costs: UnitCosts, budget: Budget | None = None
 ) -> list[TargetEstimate]:
     """Return, for every shipped target, what a bundle would take there, and why it is refused if it is."""
-    with computing(arithmetic):
-        flops = measured_flops()
     rows = []
     for target in shipped_targets():
         chosen = recipe_for(original, recipe, target)
+        if budget:
+            chosen = within(chosen, budget, target)
         planned = original.planned(chosen, target)
-        architecture, expected = planned.architecture, estimate(planned, flops, max_memory)
+        architecture, expected = planned.architecture, estimate(planned, max_memory)
+        seconds = build_seconds(original, chosen, target, ValidationPlan(), costs, costs, max_memory)
         refused = None
         try:
             refuse_formats(original, Job(target, chosen, Path()))
@@ -277,7 +295,8 @@ def estimate_targets(
                 bundle_bytes=expected.bundle_bytes,
                 bits_per_weight=expected.bits_per_weight,
                 peak_memory_bytes=expected.peak_memory_bytes,
-                seconds=expected.seconds,
+                seconds=total(seconds),
+                stages=seconds,
                 cache_bytes_per_token=cache_bytes_per_token(architecture, target.graph),
                 context_length=architecture.context_length,
                 refused=refused,

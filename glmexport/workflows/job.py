@@ -37,8 +37,12 @@ def budget_of(bundle_bytes: int | None, bits_per_weight: float | None) -> Budget
     return Budget(bundle_bytes=bundle_bytes, bits_per_weight=bits_per_weight)
 
 
-def _within(recipe: Recipe, budget: Budget, target: Target) -> Recipe:
-    """Return ``recipe`` with the limit of ``budget``, and its own candidates or those the target has kernels for."""
+def within(recipe: Recipe, budget: Budget, target: Target) -> Recipe:
+    """Return ``recipe`` with the limit of ``budget``, and its own candidates or those the target has kernels for.
+
+    Raises:
+        InputError: nothing is calibrated by it.
+    """
     if not recipe.needs_calibration or recipe.linears is None:
         raise InputError(
             f"The recipe {recipe.name} does not calibrate, so no formats can be chosen for --size or --bpw.",
@@ -68,7 +72,7 @@ def jobs_of(
     for target in targets:
         chosen = recipe_for(original, recipe, target)
         if budget:
-            chosen = _within(chosen, budget, target)
+            chosen = within(chosen, budget, target)
         own = Path("bundles") / f"{name}-{chosen.name}-{target.name}"
         jobs.append(
             Job(

@@ -143,7 +143,7 @@ def _require_space(original: Original, plan: TuningPlan, parent: Path) -> None:
     axes = plan.axes
     whole = [original.planned(recipe, plan.target) for recipe in plan.recipes.values()]
     bundles = sum(
-        estimate(replace(planned, architecture=architecture), 1.0, None).bundle_bytes
+        estimate(replace(planned, architecture=architecture), None).bundle_bytes
         for planned in whole
         for architecture in plan.slices.architectures
     )

@@ -22,16 +22,17 @@ from glmexport.workflows.original import Original
 from glmexport.workflows.validate import BuildOptions
 
 ONEDNN = OriginalArithmetic(route="onednn", relative_error=7.5e-7, speed_ratio=2.125)
+COARSE = OriginalArithmetic(route="fp32", coarse_ratio=2.5)
 
 
 def test_each_route_has_work_of_its_own(sample: Sample, tmp_path: Path) -> None:
     recipe = open_recipe("rtn-w4g32")
     original = Original.open(str(sample.checkpoint), Silent())
-    for arithmetic in (UNCHECKED, ONEDNN, UNCHECKED):
+    for arithmetic in (UNCHECKED, ONEDNN, UNCHECKED, COARSE):
         quantize(original, recipe, BuildOptions(THREADS, arithmetic=arithmetic), tmp_path, Silent())
     jobs = [json.loads(path.read_text(encoding="utf-8")) for path in tmp_path.glob(".glmexport-work-*/job.json")]
-    assert sorted(job.pop("arithmetic") for job in jobs) == ["fp32", "onednn"]
-    assert jobs[0] == jobs[1]
+    assert sorted(job.pop("arithmetic") for job in jobs) == ["fp32", "fp32+bf16", "onednn"]
+    assert jobs[0] == jobs[1] == jobs[2]
 
 
 @pytest.mark.slow
@@ -88,3 +89,5 @@ def test_in_words() -> None:
     )
     assert told_arithmetic(ONEDNN).startswith("fp32 products of matrices by oneDNN, at least 2.12×")
     assert told_arithmetic(None) == "not noted"
+    assert brief_arithmetic(COARSE).endswith("calibration in bf16, at least 2.50x as fast as that")
+    assert told_arithmetic(COARSE).endswith("calibration in bf16, at least 2.50× the speed of that")

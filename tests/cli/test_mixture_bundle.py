@@ -168,9 +168,31 @@ def test_an_fp8_checkpoint_is_built_from_and_judged_by_what_its_numbers_stand_fo
     assert "fp8" in str(built.report.performance.original_absent_because)
 
 
-def test_a_budget_is_refused(mixture: Path, tmp_path: Path, run: Run) -> None:
-    outcome = run("build", mixture / "checkpoint", "--target", TARGET, "--bpw", "4.5", "-o", tmp_path / "out")
-    assert outcome.code == 64 and "mixture of experts" in outcome.stderr
+def test_a_budget_gives_every_expert_its_own_format(mixture: Path, tmp_path: Path, run: Run) -> None:
+    target = mixture / "exact.toml"
+    arguments = ["--target", target, "--recipe", write_recipe(tmp_path), "--bpw", "5.2", "--threads", THREADS]
+    outcome = run("build", mixture / "checkpoint", *arguments, "-o", tmp_path / "bundle", "--json")
+    assert outcome.code in (1, 2), outcome.stderr  # The quick validation of random weights has too little text.
+    manifest = read_manifest(tmp_path / "bundle")
+    assert 5.1 < manifest.precision.bits_per_weight <= 5.2
+    experts = {
+        part: {group.format for group in manifest.allocation if group.expert_part == part}
+        for part in ("expert_gate_up", "expert_down")
+    }
+    assert max(map(len, experts.values())) > 1
+    bits = {key: group.format.bits for group in manifest.allocation for key in group.keys}
+    assert {matrix.key: matrix.bits for matrix in manifest.matrices} == bits
+    report = read_report(tmp_path / "bundle" / "report.json")
+    assert report.weights is not None and not report.weights.faults
+    assert "Bits by expert" in (tmp_path / "bundle" / "report.html").read_text(encoding="utf-8")
+    assert outcome.document
+    told = run("inspect", mixture / "checkpoint", "--bpw", "5.2", "--json").document["estimates"]
+    row = next(row for row in told if row["target"] == "x86-avx2")
+    assert row["refused"] is None and row["bits_per_weight"] == pytest.approx(5.2)
+    rotary = Original.open(str(mixture / "checkpoint"), Silent()).architecture.rotary_bytes
+    assert row["bundle_bytes"] - rotary == pytest.approx(manifest.precision.weight_bytes, rel=0.01)
+    refused = run("build", mixture / "checkpoint", "--target", TARGET, "--bpw", "2", "-o", tmp_path / "out")
+    assert refused.code == 64 and "smallest formats need" in refused.stderr
     assert not (tmp_path / "out").exists()
 
 

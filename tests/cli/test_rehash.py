@@ -125,7 +125,7 @@ def test_the_disk_has_to_hold_every_bundle_of_a_build(sample: Sample, monkeypatc
     require_space(original, [one], 0)
     require_space(original, [two], 0)
     require_space(original, [two], 1 << 20)
-    second = estimate(original.planned(two[1].recipe, two[1].target), 1.0, None).bundle_bytes
+    second = estimate(original.planned(two[1].recipe, two[1].target), None).bundle_bytes
     assert needed[1] - needed[0] >= second > 100_000
     assert needed[2] >= (1 << 20) * 3 * original.architecture.hidden_size * 4
 

@@ -109,7 +109,7 @@ def test_the_estimate_is_what_is_written(
     }
     write_graphs(graphs, tmp_path, Silent(), None)
     written = sum(path.stat().st_size for path in (tmp_path / "weights").iterdir())
-    assert estimate(planned, 1.0, None).bundle_bytes == written
+    assert estimate(planned, None).bundle_bytes == written
 
 
 def test_attention_of_a_mixture_has_eight_bits(tmp_path: Path) -> None:

@@ -407,3 +407,25 @@ def test_rendering_is_deterministic(report):
     assert render_html(Report.model_validate_json(report.model_dump_json())) == page
     shuffled = report.model_copy(update={"versions": dict(reversed(report.versions.items()))})
     assert render_html(Report.model_validate(shuffled.model_dump())) == page
+
+
+def test_the_bits_of_every_block_s_experts(report, changed):
+    first = report.quantization.linears[0]
+    linears = tuple(
+        first.model_copy(update={"name": f"expert {index}", "part": "expert_down", "bits": bits, "layer": 3})
+        for index, bits in enumerate((2, 4, 4, 8))
+    )
+    cold = [
+        group.model_copy(update={"expert_part": "expert_down", "cold": index == 1, "tried": False})
+        for index, group in enumerate(groups(linears))
+    ]
+    quantization = report.quantization.model_copy(update={"linears": linears, "groups": tuple(cold)})
+    spending = summarize(linears, cold).spending
+    (row,) = spending.experts
+    assert (row.layer, row.part, dict(row.experts), row.cold) == (3, "expert_down", {2: 1, 4: 2, 8: 1}, 1)
+    ((formats, whole),) = spending.groups
+    assert formats == "2 and 4 and 8 bit, by expert" and whole.name == "block 3 expert_down, 4 experts"
+    assert whole.loss_nats == spending.loss_nats and whole.stored_bits == spending.stored_bits
+    words = Outline(render_html(changed(quantization=quantization))).text()
+    assert "Bits by expert" in words and "block 3 expert_down, 4 experts" in words
+    assert "Bits by expert" not in read(report)

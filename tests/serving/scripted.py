@@ -64,6 +64,8 @@ SCRIPTS: dict[str, Any] = {
     "&": "STOP is said here, not there, then STOP, and more.",
 }
 _SIZE = 256
+#: The vocabulary, with a row for every byte, special token and piece of a script.
+ROWS = 400
 #: An embedding so long that what layers add to it turns it by little.
 _LENGTH = 2000.0
 
@@ -71,12 +73,12 @@ _LENGTH = 2000.0
 def write_scripted(directory: Path, model_type: str = "glm4", **changes: Any) -> None:
     """The checkpoint."""
     settings = {"num_hidden_layers": 2, "hidden_size": _SIZE, "max_position_embeddings": 4096, **changes}
-    write_checkpoint(directory, model_type, vocab_size=512, **settings)
+    write_checkpoint(directory, model_type, vocab_size=ROWS, **settings)
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
     tokenizer.add_special_tokens(["<|system|>"])
     chains = _chains()
     tokenizer.add_tokens([AddedToken(text, normalized=False) for chain in chains.values() for text in chain])
-    assert tokenizer.get_vocab_size() <= 512
+    assert 0.9 * ROWS < tokenizer.get_vocab_size() <= ROWS
     tokenizer.save(str(directory / "tokenizer.json"))
     (directory / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
     end = json.loads((directory / "config.json").read_text(encoding="utf-8"))["eos_token_id"][0]

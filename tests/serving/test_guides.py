@@ -16,6 +16,7 @@ import onnxruntime
 import pytest
 from guide_graph import PATH
 from guide_graph import guide_graph as graph_of
+from scripted import ROWS
 from served import PATIENCE_S, Served, start
 
 import glmexport.serving.guides
@@ -211,7 +212,7 @@ def text_of(guides: Guides, bundle: Path, guide: Guide, sampling: Sampling) -> s
     generator, tokens = np.random.default_rng(1), list[int]()
     held = guides.begin(guide, sampling, 60)
     for _ in range(60):
-        logits = generator.standard_normal(512).astype(np.float32)
+        logits = generator.standard_normal(ROWS).astype(np.float32)
         while (chosen := held.choose(logits)) is None:
             pass
         if chosen.token is not None:
@@ -266,7 +267,7 @@ def test_a_process_that_does_not_start_is_no_fault_of_the_schema(
 
 def test_a_token_that_takes_too_long(guides: Guides, monkeypatch: pytest.MonkeyPatch) -> None:
     held = guides.begin(CHOSEN, Sampling(0), 9)
-    logits = np.zeros(512, np.float32)
+    logits = np.zeros(ROWS, np.float32)
     while held.choose(logits) is None:
         pass
     monkeypatch.setattr(glmexport.serving.guides, "TOKEN_S", -1.0)
@@ -282,7 +283,7 @@ def test_a_grammar_that_takes_its_time_at_every_token(guides: Guides, monkeypatc
     held = guides.begin(CHOSEN, Sampling(0), 9)
     with pytest.raises(InputError, match="takes more time"):
         while True:
-            held.choose(np.zeros(512, np.float32))
+            held.choose(np.zeros(ROWS, np.float32))
     held.close()
 
 

@@ -76,13 +76,15 @@ def verified_answers(
         passes += 1
         suffixes = []
         for index in unfinished:
-            text, most = texts[index], texts[index].room
+            text = texts[index]
             # Where every pass computes the whole text, as few of them as possible are best.
-            kept = past.keeps(index)
-            if not text.draft:
-                drafted = drafts.drafted(index, len(unfinished)) if kept else most
-                text.draft = draft(index, text.answer, min(most, drafted))
-            suffixes.append(text.suffix(index, drafts.checked(index, len(unfinished)) if kept else most))
+            checked = drafted = text.room
+            if past.keeps(index):
+                checked = min(checked, drafts.checked(index, len(unfinished)))
+                drafted = min(drafted, drafts.drafted(index, len(unfinished)))
+            if not text.draft and checked > 1:
+                text.draft = draft(index, text.answer, drafted)
+            suffixes.append(text.suffix(index, checked))
         computed += sum(len(suffix.tokens) for suffix in suffixes)
         wanted = likeliest_next(
             reference,
@@ -136,9 +138,8 @@ class _GrowingText:
 
         What follows an end token, or the last token of an answer, is not asked, so that neither is computed.
         """
-        most = min(computed, self.room) - 1
         end = next((place for place, token in enumerate(self.draft) if token in self._ends), len(self.draft))
-        self.checked = max(min(most, end), 0)
+        self.checked = min(max(computed, 1) - 1, end)
         text = [*self.prompt, *self.answer]
         return Suffix(index, self._kept, [*text[self._kept :], *self.draft[: self.checked]])
 
