@@ -15,6 +15,11 @@ def block_step(index: int) -> str:
     return f"block_{index:03d}"
 
 
+def piece_step(step: str, index: int) -> str:
+    """Return the name under which the tap of that index is committed until its whole ``step`` is."""
+    return f"{step}.tap_{index}"
+
+
 def expert_steps(layer: DecoderLayer) -> dict[str, GatedMlp]:
     """Return the names under which the experts of ``layer`` are committed, before the layer itself.
 

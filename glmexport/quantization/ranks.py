@@ -159,7 +159,7 @@ class Ranks:
             raise RankLost(
                 f"Rank {self.rank} of {self.size} lost the others: one of them has ended.",
                 next_step="See what it said, if it said anything; then run the same command again. It goes on after "
-                "the last finished block or expert.",
+                "the last finished matrix.",
             ) from error
 
 

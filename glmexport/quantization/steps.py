@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -9,7 +10,7 @@ from typing import Protocol
 from glmexport.architecture.description import DecoderLayer, Linear
 from glmexport.quantization.job import CAPTURE
 from glmexport.quantization.largest import Seen
-from glmexport.quantization.names import EMBEDDING, HEAD, block_step
+from glmexport.quantization.names import EMBEDDING, HEAD, block_step, piece_step
 from glmexport.quantization.part import QuantizedPart
 from glmexport.quantization.quantizer import Quantizer
 from glmexport.quantization.streams import Hidden, Passage, Streams
@@ -61,7 +62,10 @@ class EmbeddingStep:
 
 
 class BlockStep:
-    """A decoder layer, tap after tap in the order in which data passes them; ``before`` names the step before it."""
+    """A decoder layer, tap after tap in the order in which data passes them; ``before`` names the step before it.
+
+    What is quantized is committed tap by tap, so that a walk that is killed inside of a layer need not solve it again.
+    """
 
     def __init__(self, quantizer: Quantizer, streams: Streams | None, before: str, layer: DecoderLayer) -> None:
         self.name = block_step(layer.index)
@@ -80,15 +84,34 @@ class BlockStep:
         quantizer, layer, part = self._quantizer, self._layer, QuantizedPart()
         if quantizer.job.recipe.keeps_stored:
             return quantizer.keep_stored(self.linears, layer.index)
-        for tap, linears in layer.taps.items():
-            if quantizer.plan.form(linears[0].weight) is None or linears[0] not in self.linears:
-                continue
-            if self.passage is None:
-                part += quantizer.round(linears, layer.index)
+        taps = [
+            tap
+            for tap, linears in layer.taps.items()
+            if quantizer.plan.form(linears[0].weight) is not None and linears[0] in self.linears
+        ]
+        if self.passage is None:
+            for tap in taps:
+                part += quantizer.round(layer.taps[tap], layer.index)
+            return part
+        work = quantizer.job.work
+        pieces = {tap: piece_step(self.name, index) for index, tap in enumerate(taps)}
+        kept = quantizer.job.ranks.decide(lambda: [tap for tap in taps if work.record(pieces[tap]) is not None])
+        for tap in taps:
+            if tap in kept:
+                self.passage.pass_by(tap, part.weight)
+                part += QuantizedPart.read(work, pieces[tap])
             else:
-                with quantizer.job.stopwatch.running(CAPTURE):
-                    measured = self.passage.measure(tap, part.weight)
-                part += quantizer.solve(linears, layer.index, measured)
+                part += self._solve(tap, pieces[tap], part, self.passage)
+        return part
+
+    def _solve(self, tap: str, piece: str, before: QuantizedPart, passage: Passage) -> QuantizedPart:
+        """Quantize one tap behind the part ``before``, and commit it as a ``piece`` of the step."""
+        quantizer, started = self._quantizer, time.monotonic()
+        with quantizer.job.stopwatch.running(CAPTURE):
+            measured = passage.measure(tap, before.weight)
+        part = quantizer.solve(self._layer.taps[tap], self._layer.index, measured)
+        note = part.note(time.monotonic() - started) | {"largest": part.largest}
+        quantizer.job.commit(piece, part.matrices, note)
         return part
 
     def advance(self, part: QuantizedPart) -> Advanced:

@@ -245,6 +245,11 @@ class WorkDirectory:
         (self.path / f"{step}.safetensors").unlink(missing_ok=True)
         self.drop_activations(step)
 
+    def forget_pieces(self, step: str) -> None:
+        """Undo the commits of pieces of ``step`` (``names.piece_step``), once the whole is committed."""
+        for path in sorted(self.path.glob(f"{step}.tap_*.json")):
+            self.forget(path.stem)
+
     def _activations(self, step: str, name: str) -> Path:
         return self.path / f"{step}.{name}.activations"
 

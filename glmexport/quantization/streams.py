@@ -162,14 +162,33 @@ class Passage:
 
     def measure(self, tap: str, substitute: Substitute) -> Measured:
         """Measure ``tap``; taps are measured in the order in which data passes them."""
+        seen = SeenByBatch(self.streams.ranks)
+        goal, passed = self._enter(tap, substitute, seen)
+        into = self.streams.moments(self.layer.taps[tap], goal.weight if goal else None)
+        self.streams.accumulate(into, passed)
+        self._leave(tap, goal)
+        return into.result(seen.take())
+
+    def pass_by(self, tap: str, substitute: Substitute) -> None:
+        """Take the text past ``tap``, which was quantized before: as far as ``measure`` does, without measuring."""
+        if self.layer.branch(tap).output not in self.layer.taps[tap]:
+            # What comes next is computed from the stream again.
+            self._move_on_from(tap, substitute)
+            return
+        goal, passed = self._enter(tap, substitute, SeenByBatch(self.streams.ranks))
+        for batch in self.streams.own:
+            passed(batch)
+        self._leave(tap, goal)
+
+    def _enter(
+        self, tap: str, substitute: Substitute, seen: SeenByBatch
+    ) -> tuple[_OriginalOutput | None, Callable[[Batch], Parcel]]:
+        """Return the goal of ``tap``, and a function that takes a batch there and keeps what waits."""
+        self._move_on_from(tap, substitute)
         branch, linears = self.layer.branch(tap), self.layer.taps[tap]
-        if self._inner is not None and branch != self._inner[0]:
-            self.move_on(substitute)
-        asymmetric = self.streams.asymmetric
         inner = self._inner_file(linears[0]) if branch.output in linears else None
         block = self.block(tap, substitute)
-        goal = _OriginalOutput(self, tap) if asymmetric else None
-        into, seen = self.streams.moments(linears, goal.weight if goal else None), SeenByBatch(self.streams.ranks)
+        goal = _OriginalOutput(self, tap) if self.streams.asymmetric else None
 
         def passed(batch: Batch) -> Parcel:
             stream = self.residual[QUANTIZED].read(*batch)
@@ -179,12 +198,20 @@ class Passage:
                 inner.write(batch[0], ours)
             return Parcel((ours, goal(*batch, stream) if goal else None))
 
-        self.streams.accumulate(into, passed)
-        if inner is not None:
-            self._inner = branch, inner
+        return goal, passed
+
+    def _leave(self, tap: str, goal: _OriginalOutput | None) -> None:
+        """Let the branch wait if ``tap`` is the input of its last linear."""
+        branch, linears = self.layer.branch(tap), self.layer.taps[tap]
+        if branch.output in linears:
+            self._inner = branch, self._inner_file(linears[0])
             if goal:
                 self.residual[ORIGINAL] = goal.moved
-        return into.result(seen.take())
+
+    def _move_on_from(self, tap: str, substitute: Substitute) -> None:
+        """Leave the branch that waits, if ``tap`` is of another."""
+        if self._inner is not None and self.layer.branch(tap) != self._inner[0]:
+            self.move_on(substitute)
 
     def move_on(self, substitute: Substitute) -> None:
         """Take the quantized stream through the branch that waits."""

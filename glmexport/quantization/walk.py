@@ -64,6 +64,8 @@ class Walk:
                 track.advance(1, self.steps[index])
         if job.ranks.first:
             job.work.drop_scratch()
+            for step in self.steps[:first]:
+                job.work.forget_pieces(step)
         round_draft(self._quantizer)
 
     def take_step(self, index: int) -> None:
@@ -83,6 +85,8 @@ class Walk:
         }
         note = part.note(seconds) | {"largest": largest_of((part.largest, advanced.largest)), "stages": stages}
         job.commit(step.name, part.matrices, note, hidden)
+        if job.ranks.first:
+            job.work.forget_pieces(step.name)
         if index and job.ranks.first:
             job.work.drop_activations(self.steps[index - 1])
 

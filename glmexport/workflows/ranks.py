@@ -151,7 +151,7 @@ def _stopped_plainly(ranks: Ranks) -> Iterator[None]:
         raise RankLost(
             f"Rank {ranks.rank} of {ranks.size} was told to stop, as torchrun does when another rank has ended.",
             next_step="See what the other said; then run the same command again. It goes on after the last finished "
-            "block or expert.",
+            "matrix.",
         )
 
     before = signal.signal(signal.SIGTERM, stop)

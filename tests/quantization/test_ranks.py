@@ -159,6 +159,19 @@ def test_a_matrix_is_cut_for_ranks_down_to_blocks_that_are_worth_it(
     assert all(before[1] == after[0] for before, after in itertools.pairwise(blocks))
 
 
+def test_a_schedule_is_bounded_by_what_can_be_shared(tmp_path: Path) -> None:
+    from benchmarks.schedule import LayerSeconds, noted, wall_seconds
+
+    layers = [LayerSeconds((5.0, 4.0, 3.0, 1.0), 10.0), LayerSeconds((), 6.0)]
+    assert wall_seconds(layers, 1) == (29.0, 29.0)
+    # 5 + 1 and 4 + 3, beside 16 that are shared or not.
+    assert wall_seconds(layers, 2) == (7.0 + 8.0, 7.0 + 16.0)
+    (tmp_path / "block_003.json").write_text('{"note": {"stages": {"capture": [7.0, 9.0], "solve": [4.5, 4.0]}}}')
+    (tmp_path / "block_003.expert_000.json").write_text('{"note": {"seconds": 2.0}}')
+    (tmp_path / "block_003.expert_001.json").write_text('{"note": {"seconds": 3.0}}')
+    assert noted(tmp_path) == [LayerSeconds((2.0, 3.0), 6.5)]
+
+
 def test_the_exit_code_of_a_lost_rank_is_that_of_the_machine() -> None:
     from glmexport.quantization.ranks import RankLost
 

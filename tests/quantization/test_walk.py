@@ -18,7 +18,7 @@ from glmexport.quantization.memory import MemoryPlan, plan_memory
 from glmexport.quantization.names import EMBEDDING, HEAD, block_step
 from glmexport.quantization.problem import Problem
 from glmexport.quantization.quantized_model import QuantizedModel
-from glmexport.quantization.store import Activations
+from glmexport.quantization.store import Activations, WorkDirectory
 from glmexport.quantization.streams import Passage
 from glmexport.reference.arithmetic import ROUTES, Route
 from glmexport.reference.reference import Reference
@@ -161,6 +161,36 @@ def test_a_kill_inside_a_step(
     assert (tmp_path / "block_001.original.activations").is_file()
     second = model.walked(tmp_path)
     assert digests(second) == digests(walked)
+
+
+@pytest.mark.parametrize("tap", [0, 1, 2, 3])
+def test_a_kill_inside_a_block_loses_the_tap_under_way_alone(
+    model: Model, walked: QuantizedModel, tmp_path: Path, tap: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit, prepare = WorkDirectory.commit, Problem.prepare
+
+    def killed(self: WorkDirectory, step: str, *rest: Any, **more: Any) -> None:
+        if step == f"block_001.tap_{tap}":
+            raise KeyboardInterrupt
+        commit(self, step, *rest, **more)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(WorkDirectory, "commit", killed)
+        model.walked(tmp_path)
+    assert len(list(tmp_path.glob("block_001.tap_*.json"))) == tap
+    assert not list(tmp_path.glob("block_000.tap_*"))
+    solved: list[int] = []
+
+    def counted(hessian: Tensor, *arguments: Any, **named: Any) -> Problem:
+        solved.append(len(hessian))
+        return prepare(hessian, *arguments, **named)
+
+    monkeypatch.setattr("glmexport.quantization.quantizer.Problem.prepare", counted)
+    second = model.walked(tmp_path)
+    # The taps that are left of four, and the lm_head.
+    assert len(solved) == 4 - tap + 1
+    assert digests(second) == digests(walked)
+    assert [record.model_dump() for record in second.records] == [record.model_dump() for record in walked.records]
 
 
 def test_a_kill_between_a_commit_and_the_clean_up(
