@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +26,7 @@ from glmexport.cli.options import (
     rehash_option,
     tasks_option,
     threads_option,
+    workers_option,
 )
 from glmexport.foundation.errors import EXIT_PASS
 from glmexport.foundation.progress import Progress, Silent
@@ -62,6 +64,7 @@ if TYPE_CHECKING:
 @tasks_option
 @threads_option
 @arithmetic_option
+@workers_option
 @click.option("--force", is_flag=True, help="Replace a bundle that exists.")
 @json_option
 def build(
@@ -83,6 +86,7 @@ def build(
     task_files: tuple[Path, ...],
     threads: int,
     wanted_arithmetic: Wanted,
+    workers: int,
     force: bool,
     as_json: bool,
 ) -> int:
@@ -101,9 +105,18 @@ def build(
     from glmexport.workflows.device import open_device
     from glmexport.workflows.job import budget_of, jobs_of
     from glmexport.workflows.original import Original
-    from glmexport.workflows.ranks import ToldElsewhere, arithmetic_of_all, joined_ranks, of_this_rank
+    from glmexport.workflows.ranks import (
+        ToldElsewhere,
+        arithmetic_of_all,
+        joined_ranks,
+        of_this_rank,
+        started_by_torchrun,
+    )
     from glmexport.workflows.validate import BuildOptions, command_line
+    from glmexport.workflows.workers import run_workers
 
+    if workers > 1 and not started_by_torchrun():
+        return run_workers(workers, ["-m", "glmexport", *sys.argv[1:]])
     terminal = Terminal()
     device_name, own_threads = of_this_rank(device_name, threads)
     device, given = open_device(device_name), bundle_threads(threads)
@@ -120,7 +133,7 @@ def build(
             arithmetic = arithmetic_of_all(ranks, lambda: choose_arithmetic(wanted_arithmetic, threads, terminal))
             options = BuildOptions(
                 threads,
-                max_memory,
+                max_memory // workers if max_memory else None,
                 calibration=calibration,
                 evaluation=evaluation,
                 device=device,

@@ -63,6 +63,17 @@ def arithmetic_option(command: Command) -> Command:
     )(command)
 
 
+def workers_option(command: Command) -> Command:
+    """Add the option --workers."""
+    return click.option(
+        "--workers",
+        type=click.IntRange(min=1),
+        default=1,
+        show_default=True,
+        help="Quantize in so many processes on this machine, which share the cores and --max-memory.",
+    )(command)
+
+
 def bundle_threads(threads: int) -> int | None:
     """Return ``threads`` if the user gave them; None leaves those of the bundle to its target."""
     source = click.get_current_context().get_parameter_source("threads")

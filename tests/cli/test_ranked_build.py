@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 from builds import TARGET, THREADS, Sample, digests
 
-from glmexport.foundation.errors import EXIT_INPUT
+import glmexport
+from glmexport.foundation.errors import EXIT_INPUT, EXIT_PASS, MachineError
+from glmexport.workflows.workers import run_workers
 
 pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).with_name("ranked_build.py")
@@ -60,3 +62,29 @@ def test_an_error_of_one_rank_is_told_once_and_ends_all(sample: Sample, tmp_path
     (message,) = messages(done.stderr)
     assert message.startswith("ERROR Rank 1 of 2: ") and "absent" in message
     assert list(tmp_path.iterdir()) == []
+
+
+def test_workers_are_ranks_that_one_command_starts(tmp_path: Path) -> None:
+    absent = str(tmp_path / "absent")
+    command = [sys.executable, "-m", "glmexport", "build", absent, "--workers", "2", "-o", str(tmp_path / "bundle")]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(glmexport.__file__).parents[1])},
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert done.returncode == EXIT_INPUT, done.stderr
+    message, _next_step = done.stderr.splitlines()
+    assert re.match(r"ERROR Rank [01] of 2: .*absent", message)
+
+
+RANK = "import os, signal; rank = int(os.environ['RANK']);"
+
+
+def test_the_exit_code_of_workers_is_that_of_the_first_to_fail() -> None:
+    assert run_workers(2, ["-c", f"{RANK} print(rank)"]) == EXIT_PASS
+    assert run_workers(2, ["-c", f"{RANK} raise SystemExit(2 * rank)"]) == 2
+    with pytest.raises(MachineError, match="Rank 1 of 2 was ended by signal 9"):
+        run_workers(2, ["-c", f"{RANK} rank and os.kill(os.getpid(), signal.SIGKILL)"])

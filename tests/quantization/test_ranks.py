@@ -82,7 +82,8 @@ def test_a_rank_that_dies_is_missed_and_the_rest_is_kept(
     done = launch(3, kind, tmp_path, work)
     assert done.returncode == 0, done.stderr
     assert files(work) == whole[kind]
-    committed = [name for name, time in kept.items() if (work / name).stat().st_mtime_ns == time]
+    # Pieces of a layer have become a part of it.
+    committed = [name for name in {*kept} & {*whole[kind]} if (work / name).stat().st_mtime_ns == kept[name]]
     assert item < 10 or "embedding.safetensors" in committed
 
 
