@@ -101,6 +101,11 @@ def plan_looks(
     return tuple(plans)
 
 
+def first_texts(texts: Sequence[EvaluationText], each: int) -> list[int]:
+    """Return the indices of the first ``each`` texts of every language, in the order in which looks come to them."""
+    return [index for plan in plan_looks(texts, 0) for index in plan.order[:each]]
+
+
 def _ends(sizes: np.ndarray, minimum_positions: int) -> tuple[int, ...]:
     """Return after how many of documents with ``sizes`` [D] positions each look is."""
     positions = sizes.cumsum()

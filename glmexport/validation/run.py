@@ -42,7 +42,7 @@ from glmexport.validation.gates import (
     weight_gates,
 )
 from glmexport.validation.host_gates import host_gate
-from glmexport.validation.looks import JudgedText, judge_text
+from glmexport.validation.looks import JudgedText, first_texts, judge_text
 from glmexport.validation.noise import RepeatedStates, repeated_states
 from glmexport.validation.performance import measure_performance
 from glmexport.validation.performance_gates import performance_gates
@@ -220,7 +220,9 @@ class _Both:
 
         if self._first is not None:
             return against(reference_states(self._reference, chosen, self._scratch, progress, label=label))
-        sample, routes = first_texts(chosen, max(1, self._conditions.plan.share_texts)), Routes()
+        # The same texts as of a captured reference, which knows nothing of looks.
+        first = first_texts(self._texts, max(1, self._conditions.plan.share_texts))
+        sample, routes = [place for place, index in enumerate(indices) if index in first], Routes()
         runs = repeated_states(
             self._reference,
             chosen,
@@ -272,15 +274,6 @@ def arithmetic(manifest: Manifest) -> str:
     kinds = sorted({matrix.bits for matrix in manifest.matrices if matrix.layer is not None})
     weights = f"{'/'.join(str(bits) for bits in kinds)}-bit weights"
     return f"{weights}{head}, {activations} (accuracy_level {level})"
-
-
-def first_texts(texts: Sequence[EvaluationText], each: int) -> list[int]:
-    """Return the indices of the first ``each`` texts of every language."""
-    chosen: dict[str, list[int]] = {}
-    for index, text in enumerate(texts):
-        if len(chosen.setdefault(text.language, [])) < each:
-            chosen[text.language].append(index)
-    return [index for group in chosen.values() for index in group]
 
 
 def _behaviour(

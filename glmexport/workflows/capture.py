@@ -23,9 +23,9 @@ from glmexport.validation.behaviour.plane import ask_original, questions_for
 from glmexport.validation.capture import REFERENCE, TOP_K, Capture, CapturedAnswer, OriginalFacts, write_capture
 from glmexport.validation.conditions import ValidationPlan
 from glmexport.validation.fidelity import Streamed
+from glmexport.validation.looks import first_texts
 from glmexport.validation.noise import repeated_states
 from glmexport.validation.prompts import golden_prompts
-from glmexport.validation.run import first_texts
 from glmexport.validation.texts import EvaluationSet, text_digest
 from glmexport.validation.whole_model import check_reference
 from glmexport.workflows.checks import refuse_existing

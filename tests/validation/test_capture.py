@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from glmexport.foundation.errors import EXIT_INPUT, BundleError
 from glmexport.foundation.progress import Silent, Track
+from glmexport.reference.arithmetic_choice import choose_arithmetic
 from glmexport.report.document import Report, read_report
 from glmexport.results.fidelity import CaptureBound
 from glmexport.results.record import Verdict
@@ -23,14 +24,17 @@ from glmexport.validation.gates import capture_gate
 from glmexport.workflows.capture import CaptureOptions, capture_reference
 from glmexport.workflows.original import Original
 
-OPTIONS = CaptureOptions(THREADS, QUICK, top_k=200)
+
+def options() -> CaptureOptions:
+    """Those of a small capture, by the route that the command line takes."""
+    return CaptureOptions(THREADS, QUICK, top_k=200, arithmetic=choose_arithmetic("auto", THREADS, Silent()))
 
 
 @pytest.fixture(scope="module")
 def captured(sample: Sample, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The sample's original, of whose 264 tokens 200 are kept."""
     directory = tmp_path_factory.mktemp("captured") / "ref"
-    capture_reference(Original.open(str(sample.checkpoint), Silent()), directory, OPTIONS, Silent())
+    capture_reference(Original.open(str(sample.checkpoint), Silent()), directory, options(), Silent())
     return directory
 
 
@@ -123,10 +127,10 @@ class _Watches:
 def test_it_goes_on_after_the_last_block(sample: Sample, captured: Path, tmp_path: Path) -> None:
     original = Original.open(str(sample.checkpoint), Silent())
     with pytest.raises(KeyboardInterrupt):
-        capture_reference(original, tmp_path / "ref", OPTIONS, Interrupted())
+        capture_reference(original, tmp_path / "ref", options(), Interrupted())
     assert not (tmp_path / "ref").exists() and list(tmp_path.glob(".glmexport-work-*"))
     watched = Watched()
-    resumed = capture_reference(original, tmp_path / "ref", OPTIONS, watched)
+    resumed = capture_reference(original, tmp_path / "ref", options(), watched)
     assert watched.found == 1
     assert resumed.digest() == CapturedReference.open(captured).capture.digest()
     assert [path.name for path in tmp_path.iterdir()] == ["ref"]
@@ -134,7 +138,7 @@ def test_it_goes_on_after_the_last_block(sample: Sample, captured: Path, tmp_pat
 
 def test_another_model_s_reference_is_refused(sample: Sample, captured: Path, tmp_path: Path, run: Run) -> None:
     small_checkpoint(tmp_path / "other", "glm")
-    capture_reference(Original.open(str(tmp_path / "other"), Silent()), tmp_path / "ref", OPTIONS, Silent())
+    capture_reference(Original.open(str(tmp_path / "other"), Silent()), tmp_path / "ref", options(), Silent())
     outcome = run("validate", sample.bundle, "--reference", tmp_path / "ref")
     assert outcome.code == EXIT_INPUT and "was built from" in outcome.stderr
     assert "Traceback" not in outcome.stderr

@@ -22,10 +22,10 @@ from glmexport.foundation.progress import Silent
 from glmexport.quantization.store import WorkDirectory
 from glmexport.reference.reference import Block, Reference
 from glmexport.validation.fidelity import Streamed, compare, statistics_of
+from glmexport.validation.looks import first_texts
 from glmexport.validation.noise import repeated_states
 from glmexport.validation.reference import reference_states
 from glmexport.validation.routing import Routes
-from glmexport.validation.run import first_texts
 from glmexport.validation.shares import bundle_answer
 from glmexport.validation.texts import EvaluationSet, EvaluationText
 from glmexport.workflows.original import Original
