@@ -1,6 +1,6 @@
 """Every way to compute products of fp32 matrices that was considered: speed beside torch's default, and error.
 
-    python -m benchmarks.arithmetic [--threads N] [--turns N] [--output FILE]
+    python -m benchmarks.arithmetic [--threads N] [--turns N] [--size K ...] [--output FILE]
 
 Ways take turns; a speed is that of a way's best turn, a ratio the median over the turns of the default's time to its
 own. Errors are the largest of a row against fp64, relative to the row. A way is a route of the product, or was none:
@@ -9,6 +9,9 @@ own. Errors are the largest of a row against fp64, relative to the row. A way is
     onednn      fp32 products that oneDNN may compute in bf16, which it does only where the processor has AMX
     two parts   onednn, the activations as a sum of two numbers that bf16 holds, as the weights are
     bf16        products of bf16 tensors, whose results are bf16
+
+Factorizations, and what is solved with them, are LAPACK's, whose time is the first of their ratio, or in blocks by
+either route; their errors are those of the product of the factors, and of the matrix with the solution.
 
 The last lines are the check that every command makes, and what it chooses here.
 """
@@ -21,6 +24,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,6 +33,7 @@ import torch
 from torch import Tensor
 
 from glmexport.foundation import machine
+from glmexport.quantization.cholesky import cholesky, cholesky_solve
 from glmexport.reference.arithmetic import DEFAULT, ONEDNN, Route
 from glmexport.reference.arithmetic_check import LARGEST_ERROR, LEAST_RATIO, check, products
 
@@ -151,17 +156,77 @@ def measured(shape: Shape, turns: int) -> list[dict[str, Any]]:
     ]
 
 
+def factored(size: int, turns: int) -> list[dict[str, Any]]:
+    """A row for every way to factor a matrix of ``size``, and to solve 1,024 right sides with it."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(size, size, generator=generator)
+    matrix = (inputs.T @ inputs / size).add_(torch.eye(size), alpha=0.1)
+    lower = torch.linalg.cholesky(matrix)
+    right = torch.randn(size, 1024, generator=generator)
+    some = torch.linspace(0, size - 1, _COMPARED).long()
+
+    def missed(found: Tensor, exact: Tensor) -> float:
+        return float(torch.linalg.vector_norm(found - exact) / torch.linalg.vector_norm(exact))
+
+    def factor_error(found: Tensor) -> float:
+        return missed(found[some].double() @ found[some].double().T, matrix[some][:, some].double())
+
+    def solution_error(found: Tensor) -> float:
+        return missed(matrix[some].double() @ found.double(), right[some].double())
+
+    kinds: dict[str, tuple[int, Callable[[], Tensor], Callable[[], Tensor | None], Callable[[Any], float]]] = {
+        f"Cholesky of {size:,}": (
+            size**3 // 3,
+            lambda: torch.linalg.cholesky(matrix),
+            lambda: cholesky(matrix),
+            factor_error,
+        ),
+        f"1,024 solutions of {size:,}": (
+            2 * size**2 * 1024,
+            lambda: torch.cholesky_solve(right, lower),
+            lambda: cholesky_solve(right, lower),
+            solution_error,
+        ),
+    }
+    rows = []
+    for name, (operations, theirs, ours, error) in kinds.items():
+        ways = {"LAPACK": (theirs, DEFAULT), "blocks, fp32": (ours, DEFAULT), "blocks, onednn": (ours, ONEDNN)}
+        seconds: dict[str, list[float]] = {way: [] for way in ways}
+        errors = {}
+        for _ in range(turns):
+            for way, (compute, route) in ways.items():
+                with route.computing(), torch.inference_mode():
+                    started = time.perf_counter()
+                    found = compute()
+                    seconds[way].append(time.perf_counter() - started)
+                errors[way] = error(found)
+        rows += [
+            {
+                "product": name,
+                "way": way,
+                "gflops_per_s": operations / min(seconds[way]) / 1e9,
+                "ratio": median(a / b for a, b in zip(seconds["LAPACK"], seconds[way], strict=True)),
+                "relative_error": errors[way],
+            }
+            for way in ways
+        ]
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=machine.cores())
     parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--size", type=int, nargs="*", default=[_HIDDEN, _INNER], help="of matrices to factor")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     rows = []
     print("| product | way | GFLOP/s | ratio | relative error |\n|---|---|---:|---:|---:|")
-    for shape in shapes():
-        for row in measured(shape, options.turns):
+    measurements = [partial(measured, shape, options.turns) for shape in shapes()]
+    measurements += [partial(factored, size, options.turns) for size in options.size]
+    for measurement in measurements:
+        for row in measurement():
             rows.append(row)
             print(
                 f"| {row['product']} | {row['way']} | {row['gflops_per_s']:.0f} | {row['ratio']:.2f} "

@@ -38,7 +38,8 @@ QUANTIZATION = {
     "sweep": [("glmexport.quantization.solve", "round_columns")],
     "polish": [("glmexport.quantization.solve", "polish")],
     "comparison": [
-        ("glmexport.quantization.quantizer", "gptq"),
+        ("glmexport.quantization.quantizer", "solve_rows"),
+        ("glmexport.quantization.quantizer", "join_rows"),
         ("glmexport.quantization.quantizer", "nearest_without_text"),
     ],
     "write": [

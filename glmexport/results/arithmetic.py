@@ -30,7 +30,7 @@ class OriginalArithmetic(Record):
 
     @property
     def label(self) -> str:
-        """What the bytes of a bundle depend on: the route, and bf16 where calibration text passes the blocks by it."""
+        """The part that bytes depend on: the route, and bf16 where calibration text passes the blocks by it."""
         return f"{self.route}+bf16" if self.coarse else self.route
 
     @property

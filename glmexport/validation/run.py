@@ -179,7 +179,7 @@ def validate_captured(bundle: Bundle, captured: CapturedReference, conditions: C
 
 @dataclass(frozen=True)
 class _FirstLook:
-    """What the first look leaves for the noise floor and the shares; it has texts of every language."""
+    """The states and divergences of the first look, for the noise floor and the shares; it has every language."""
 
     runs: RepeatedStates
     #: The divergences of the texts that were run twice.
@@ -205,7 +205,7 @@ class _Both:
 
     @property
     def first(self) -> _FirstLook:
-        """What the first look left."""
+        """The first look, once it was taken."""
         assert self._first is not None
         return self._first
 

@@ -199,6 +199,23 @@ def test_a_mixed_walk_of_a_mixture_keeps_within_its_budget(
     assert [number for number, group in enumerate(told) if group.cold] == sorted(record["note"]["cold"])
 
 
+def test_a_killed_pass_knows_what_the_experts_cost(
+    model: Model, losses: list[list[float]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed behind the last block, whose experts are not read again."""
+    first, again = probe_of(model, tmp_path), probe_of(model, tmp_path)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(first, "_compare", killed)
+    with pytest.raises(KeyboardInterrupt):
+        first.losses(Silent())
+    monkeypatch.setattr(again, "_block", killed)
+    assert again.losses(Silent()) == losses
+    assert again.cold == first.cold
+
+
 def test_the_disk_and_the_memory_of_the_trials(model: Model, tmp_path: Path) -> None:
     probe = probe_of(model, tmp_path)
     probe._embedding()

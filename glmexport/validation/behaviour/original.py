@@ -134,9 +134,10 @@ class _GrowingText:
         return bool(self.answer) and self.answer[-1] in self._ends
 
     def suffix(self, index: int, computed: int) -> Suffix:
-        """Return the tokens to compute: those that are not kept, and a draft, with ``computed`` behind the text's last.
+        """Return the tokens to compute: those that are not kept, and as much of the draft as ``computed`` has room for.
 
-        What follows an end token, or the last token of an answer, is not asked, so that neither is computed.
+        The text's last token is one of ``computed``. What follows an end token, or the last token of an answer, is not
+        asked, so that neither is computed.
         """
         end = next((place for place, token in enumerate(self.draft) if token in self._ends), len(self.draft))
         self.checked = min(max(computed, 1) - 1, end)
