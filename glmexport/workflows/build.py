@@ -152,7 +152,7 @@ def _plan(original: Original, jobs: Sequence[Job], options: BuildOptions) -> lis
         refuse_tasks(original, job.target, options)
     languages = {document.language for plan in plans for document in plan.evaluation}
     positions = len(languages) * options.validation.positions_per_language
-    require_space(original, [plan.jobs for plan in plans], positions)
+    require_space(original, [plan.jobs for plan in plans], positions, options.ranks)
     return plans
 
 

@@ -14,6 +14,7 @@ from glmexport.foundation.recipe import Format, Recipe
 from glmexport.graph.caches import own_loop
 from glmexport.graph.heads import unfit_heads
 from glmexport.quantization.allocation import probe_bytes, require_fit
+from glmexport.quantization.ranks import ALONE, Ranks
 from glmexport.workflows.estimate import estimate
 from glmexport.workflows.job import Job
 from glmexport.workflows.original import Original
@@ -176,11 +177,13 @@ def refuse_existing(directory: Path, force: bool, mark: str = "bundle.json", kin
         )
 
 
-def require_space(original: Original, quantizations: Sequence[Sequence[Job]], positions: int) -> None:
+def require_space(
+    original: Original, quantizations: Sequence[Sequence[Job]], positions: int, ranks: Ranks = ALONE
+) -> None:
     """Check that everything that a build has on disk at once fits; jobs of one recipe share one quantization.
 
-    That is the committed blocks of every quantization and all bundles; and in turn the activations of each walk, and
-    the original's states at the ``positions`` that a bundle is judged on.
+    That is the committed blocks of every quantization and all bundles; and in turn the activations of each walk by all
+    ``ranks``, and the original's states at the ``positions`` that a bundle is judged on.
 
     Raises:
         MachineError: it does not.
@@ -189,12 +192,12 @@ def require_space(original: Original, quantizations: Sequence[Sequence[Job]], po
     for jobs in quantizations:
         bundles = [estimate(original.planned(job.recipe, job.target), None).bundle_bytes for job in jobs]
         kept += max(bundles) + sum(bundles)
-        passing = max(passing, _activation_bytes(original.architecture, jobs[0].recipe))
+        passing = max(passing, _activation_bytes(original.architecture, jobs[0].recipe, ranks))
     require_free(quantizations[0][0].directory.parent, kept + passing, "The build")
 
 
-def _activation_bytes(architecture: Architecture, recipe: Recipe) -> int:
-    """Return the most bytes that the activations of one walk take.
+def _activation_bytes(architecture: Architecture, recipe: Recipe, ranks: Ranks) -> int:
+    """Return the most bytes that the activations of one walk take, of all ranks together.
 
     Under a budget they are at least those of all trials, which are gone before the walk begins.
     """
@@ -203,5 +206,8 @@ def _activation_bytes(architecture: Architecture, recipe: Recipe) -> int:
     # one of its linears.
     widest = max(linear.in_features for _, linear in architecture.linears)
     kept = 9 if architecture.routed else 7
+    if architecture.routed and not ranks.alone:
+        # Experts read positions of all batches: both streams lie there whole, beside each rank's own part.
+        kept += 2
     streams = tokens * (kept * architecture.hidden_size + widest) * 4
     return max(streams, probe_bytes(architecture, recipe))
