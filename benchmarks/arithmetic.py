@@ -9,6 +9,7 @@ own. Errors are the largest of a row against fp64, relative to the row. A way is
     onednn      fp32 products that oneDNN may compute in bf16, which it does only where the processor has AMX
     two parts   onednn, the activations as a sum of two numbers that bf16 holds, as the weights are
     bf16        products of bf16 tensors, whose results are bf16
+    rounded     moments of inputs rounded to bf16, by onednn: the time with the rounding, the error that of the product
 
 Factorizations, and what is solved with them, are LAPACK's, whose time is the first of their ratio, or in blocks by
 either route; their errors are those of the product of the factors, and of the matrix with the solution.
@@ -23,7 +24,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -115,6 +116,8 @@ class Way:
     route: Route = DEFAULT
     #: Whether it needs weights on the right.
     of_weights: bool = False
+    #: Whether it is for moments, of inputs rounded to bf16.
+    of_moments: bool = False
     dtype: torch.dtype = torch.float32
 
 
@@ -123,14 +126,20 @@ WAYS = (
     Way("onednn", in_fp32, ONEDNN),
     Way("two parts", in_two_parts, ONEDNN, of_weights=True),
     Way("bf16", lambda shape: shape.left @ shape.right, of_weights=True, dtype=torch.bfloat16),
+    Way("rounded", lambda shape: in_fp32(rounded(shape)), ONEDNN, of_moments=True),
 )
+
+
+def rounded(shape: Shape) -> Shape:
+    return replace(shape, left=shape.left.bfloat16().float(), right=shape.right.bfloat16().float())
 
 
 def measured(shape: Shape, turns: int) -> list[dict[str, Any]]:
     """A row for every way."""
-    ways = [way for way in WAYS if shape.weights or not way.of_weights]
+    moments = shape.into is not None
+    ways = [way for way in WAYS if way.of_weights <= shape.weights and way.of_moments <= moments]
     inputs = {
-        way.name: Shape(shape.name, shape.left.to(way.dtype), shape.right.to(way.dtype), shape.into) for way in ways
+        way.name: replace(shape, left=shape.left.to(way.dtype), right=shape.right.to(way.dtype)) for way in ways
     }
     seconds: dict[str, list[float]] = {way.name: [] for way in ways}
     errors = {}
@@ -143,7 +152,7 @@ def measured(shape: Shape, turns: int) -> list[dict[str, Any]]:
             if turn:
                 seconds[way.name].append(taken)
             else:
-                errors[way.name] = shape.error(found)
+                errors[way.name] = (rounded(shape) if way.of_moments else shape).error(found)
     return [
         {
             "product": shape.name,

@@ -31,6 +31,7 @@ from glmexport.foundation.target import open_target
 from glmexport.foundation.work import Account, Work
 from glmexport.quantization.account import TextSize
 from glmexport.quantization.memory import plan_memory
+from glmexport.reference.arithmetic_choice import choose_arithmetic
 from glmexport.validation.conditions import BehaviourPlan, ValidationPlan
 from glmexport.workflows.build import build
 from glmexport.workflows.calibration_text import read_calibration_text
@@ -95,6 +96,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--vocabulary", type=int, default=8192)
     parser.add_argument("--threads", type=int, default=machine.cores())
+    parser.add_argument("--arithmetic", choices=("auto", "fp32"), default="auto")
     parser.add_argument("--target", default="host")
     parser.add_argument("--recipe")
     parser.add_argument("--tokens", type=int, help="calibrate on fewer tokens than the recipe says")
@@ -118,8 +120,9 @@ def measured(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     shape, layers, vocabulary = SHAPES[arguments.shape]
     small = {"num_hidden_layers": arguments.layers, "vocab_size": arguments.vocabulary}
     write_synthetic(folder / "checkpoint", {**shape, **small, "max_position_embeddings": _CONTEXT})
-    costs = unit_costs(anew=True)
     terminal = Terminal()
+    arithmetic = choose_arithmetic(arguments.arithmetic, arguments.threads, terminal)
+    costs = unit_costs(arithmetic, anew=True)
     original = Original.open(str(folder / "checkpoint"), terminal)
     (job,) = jobs_of(original, [open_target(arguments.target)], arguments.recipe, folder / "bundle")
     if arguments.tokens and job.recipe.calibration:
@@ -128,7 +131,7 @@ def measured(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     # Models of noise agree on no token, so that checking a draft takes a pass a token.
     asked = BehaviourPlan(each=arguments.questions, translations=0, max_tokens=arguments.answer_tokens)
     plan = ValidationPlan(positions_per_language=arguments.positions, behaviour=asked)
-    options = BuildOptions(arguments.threads, validation=plan)
+    options = BuildOptions(arguments.threads, validation=plan, arithmetic=arithmetic)
     found = Stages()
     started = time.monotonic()
     with found.watching(QUANTIZATION | VALIDATION):
@@ -165,6 +168,7 @@ def measured(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "positions_per_language": arguments.positions,
         "questions": [arguments.questions, arguments.answer_tokens],
         "threads": arguments.threads,
+        "arithmetic": arithmetic.model_dump(mode="json"),
         "processor": machine.processor_name(),
         "libraries": machine.library_versions(),
         "busy": costs.busy,

@@ -52,7 +52,7 @@ class Peer:
         return None
 
 
-_GPTQMODEL = ("default", "mse", "mse-2.4", "act-order", "act-order-mse", "no-order")
+_GPTQMODEL = ("default", "mse", "mse-2.4", "act-order", "act-order-mse", "no-order", "bf16")
 #: Our solver with one part left out or changed at a time.
 ONE_AT_A_TIME = (
     "default",
@@ -73,7 +73,9 @@ ADDED_UP = (
     "without asymmetric target",
     "default",
 )
-_GLMEXPORT = tuple(dict.fromkeys((*ONE_AT_A_TIME, *ADDED_UP)))
+#: The default by whatever arithmetic a build would choose on this machine.
+AS_BUILT = "as built"
+_GLMEXPORT = tuple(dict.fromkeys((*ONE_AT_A_TIME, *ADDED_UP, AS_BUILT)))
 PEERS: dict[str, Peer] = {
     peer.name: peer
     for peer in (

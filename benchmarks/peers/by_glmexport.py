@@ -26,7 +26,10 @@ from glmexport.quantization.job import QuantizationJob
 from glmexport.quantization.memory import plan_memory
 from glmexport.quantization.store import WorkDirectory
 from glmexport.quantization.walk import walk
+from glmexport.reference.arithmetic import computing
+from glmexport.reference.arithmetic_choice import choose_arithmetic
 from glmexport.reference.describe import describe
+from glmexport.results.arithmetic import UNCHECKED
 
 NEAREST: dict[str, Any] = {"method": "round-to-nearest"}
 ALONE: dict[str, Any] = {
@@ -48,6 +51,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "GPTQ alone": ALONE,
     "GPTQ, scale search": {**ALONE, "scale_search": True},
     "GPTQ, scale search, group order": {**ALONE, "scale_search": True, "order": "group"},
+    # By the arithmetic that a build chooses here; all others by torch's default, on any machine.
+    "as built": {},
     "nearest, searched": NEAREST,
     "nearest": {**NEAREST, "scale_search": False},
 }
@@ -88,11 +93,15 @@ def main() -> None:
         limit = int(bits / 8) + architecture.rotary_bytes
     form = Format.model_validate({"bits": asked.bits, "group_size": asked.group_size, "symmetric": asked.symmetric})
     chosen = recipe(form, SETTINGS[asked.setting], limit)
-    with tempfile.TemporaryDirectory() as folder, asked.clock("quantizing"):
+    arithmetic = UNCHECKED
+    if asked.setting == "as built":
+        arithmetic = choose_arithmetic("auto", torch.get_num_threads(), Silent())
+    with tempfile.TemporaryDirectory() as folder, asked.clock("quantizing"), computing(arithmetic):
         text = calibration if chosen.needs_calibration else None
         memory = plan_memory(architecture, chosen)
         work = WorkDirectory(Path(folder), {})
-        model = walk(QuantizationJob(checkpoint, architecture, chosen, text, work, memory, Silent()))
+        job = QuantizationJob(checkpoint, architecture, chosen, text, work, memory, Silent(), arithmetic=arithmetic)
+        model = walk(job)
         folds = model.job.checkpoint.folds
         stored = model.weights()
         quantized = {record.key: stored.quantized(record.key) for record in model.records}
@@ -102,6 +111,7 @@ def main() -> None:
         sum(linear.stored_bits for linear in quantized.values()),
         chosen.solver.model_dump(),
         [],
+        arithmetic=arithmetic.label,
         fallbacks=[f"{record.key}: {record.fallback}" for record in model.records if record.fallback],
         formats={record.key: f"w{record.bits}g{record.group_size}" for record in model.records} if mixed else {},
         shrinkage=[record.shrinkage for record in model.records],

@@ -24,6 +24,8 @@ SETTINGS = {
     "act-order": {"desc_act": True, "act_group_aware": False},
     "act-order-mse": {"desc_act": True, "act_group_aware": False, "mse": 2.0},
     "no-order": {"act_group_aware": False},
+    # The checkpoint's own type, which is what its users load: faster on processors with units for it.
+    "bf16": {},
 }
 
 
@@ -54,7 +56,8 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         with asked.clock("loading"):
-            model = GPTQModel.load(str(asked.checkpoint), config, dtype=torch.float32)
+            dtype = torch.bfloat16 if asked.setting == "bf16" else torch.float32
+            model = GPTQModel.load(str(asked.checkpoint), config, dtype=dtype)
         with asked.clock("quantizing"):
             # One whole sequence a batch and no tokenizer: nothing is concatenated, cut or padded.
             log = model.quantize([{"input_ids": row.tolist()} for row in asked.ids()], batch_size=1)

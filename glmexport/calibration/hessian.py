@@ -1,7 +1,8 @@
 """Second moments of the inputs of linears: the Hessian of a tap, and its cross moment with a difference.
 
 Rows are given times the square root of their weight. Weights are meant to sum to one over all of them, which keeps
-the accumulators in the range of a single outer product however much text there is.
+the accumulators in the range of a single outer product however much text there is. A coarse accumulator rounds what it
+is given to bf16 and multiplies that without error, which some processors do at twice the speed.
 
 An accumulator is cut into slabs of rows that are added to one by one, of which one process may keep every ``size``-th
 from the ``rank``-th on and leave the others to other processes: a slab is the same to the last bit whoever keeps it.
@@ -11,6 +12,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from glmexport.reference.coarse import exact_products, rounded
 
 #: Rows of an accumulator that are added to together; of a Hessian up to the diagonal: the other half follows by
 #: symmetry.
@@ -27,8 +30,16 @@ class SecondMoment:
     """An accumulator of the sum of d x^T, one batch at a time; ``matrix`` is [M, K] fp32."""
 
     def __init__(
-        self, rows: int, columns: int, device: torch.device | None = None, *, rank: int = 0, size: int = 1
+        self,
+        rows: int,
+        columns: int,
+        device: torch.device | None = None,
+        *,
+        coarse: bool = False,
+        rank: int = 0,
+        size: int = 1,
     ) -> None:
+        self._coarse = coarse
         # Memory that is never written is never taken: slabs of others cost nothing.
         self.matrix = torch.zeros(rows, columns, device=device)
         #: The first and last row of every slab, and those of the slabs that are kept here.
@@ -37,8 +48,10 @@ class SecondMoment:
 
     def add(self, left: Tensor, right: Tensor) -> None:
         """Add ``left`` [n, M] and ``right`` [n, K], fp32, row by row, to what is kept here."""
-        for start, stop in self.kept:
-            self.matrix[start:stop].addmm_(left[:, start:stop].T, right)
+        left, right = (rounded(values, coarse=self._coarse) for values in (left, right))
+        with exact_products(coarse=self._coarse):
+            for start, stop in self.kept:
+                self.matrix[start:stop].addmm_(left[:, start:stop].T, right)
 
     def subtract(self, weight: Tensor, moment: Tensor) -> None:
         """Take ``weight`` [M, L] times ``moment`` [L, K] off what is kept here."""
@@ -53,7 +66,10 @@ class SecondMoment:
 class Hessian:
     """An accumulator of the sum of x x^T, one batch at a time, at little more than half a ``SecondMoment``'s cost."""
 
-    def __init__(self, columns: int, device: torch.device | None = None, *, rank: int = 0, size: int = 1) -> None:
+    def __init__(
+        self, columns: int, device: torch.device | None = None, *, coarse: bool = False, rank: int = 0, size: int = 1
+    ) -> None:
+        self._coarse = coarse
         self._lower = torch.zeros(columns, columns, device=device)
         #: The first and last row of every slab, and those of the slabs that are kept here.
         self.slabs = [(start, min(start + _SLAB, columns)) for start in range(0, columns, _SLAB)]
@@ -61,8 +77,10 @@ class Hessian:
 
     def add(self, inputs: Tensor) -> None:
         """Add ``inputs`` [n, K], fp32, row by row, to what is kept here."""
-        for start, stop in self.kept:
-            self._lower[start:stop, :stop].addmm_(inputs[:, start:stop].T, inputs[:, :stop])
+        inputs = rounded(inputs, coarse=self._coarse)
+        with exact_products(coarse=self._coarse):
+            for start, stop in self.kept:
+                self._lower[start:stop, :stop].addmm_(inputs[:, start:stop].T, inputs[:, :stop])
 
     def slab(self, start: int, stop: int) -> Tensor:
         """Return rows ``start`` to ``stop`` as they are stored, up to the diagonal; they may be written to."""

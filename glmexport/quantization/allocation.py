@@ -153,6 +153,33 @@ def total_bits(architecture: Architecture, budget: Budget) -> int:
     return int(budget.bits_per_weight * weights)
 
 
+def allowed_candidates(groups: Sequence[TieGroup], available: int) -> list[tuple[int, ...]]:
+    """Return the candidates that each group may be given where ``available`` bits are left for all, by index.
+
+    No routed expert is given fewer bits a weight than all of them could have: a probe sees little of the text that an
+    expert is for, and what it does not see must not be paid for with bits that others hardly need. Elsewhere every
+    candidate may be taken.
+    """
+    widths = sorted({form.bits for group in groups if group.expert_part for form in group.candidates}, reverse=True)
+    least = [min(map(group.bits, group.candidates)) for group in groups]
+    floor = 0
+    for width in widths:
+        wide = [
+            min((group.bits(form) for form in group.candidates if form.bits >= width), default=small)
+            if group.expert_part
+            else small
+            for group, small in zip(groups, least, strict=True)
+        ]
+        if sum(wide) <= available:
+            floor = width
+            break
+    return [
+        tuple(index for index, form in enumerate(group.candidates) if form.bits >= floor or not group.expert_part)
+        or tuple(range(len(group.candidates)))
+        for group in groups
+    ]
+
+
 def allocate(losses: Sequence[Sequence[float]], bits: Sequence[Sequence[int]], available: int) -> list[int]:
     """Return the candidate of every group that minimises the sum of losses with the sum of bits within ``available``.
 

@@ -9,7 +9,7 @@ from glmexport.architecture.description import Architecture
 from glmexport.bundle.records import AllocatedGroup
 from glmexport.checkpoint.fold import as_tensors, from_tensors
 from glmexport.foundation.recipe import Format, Recipe
-from glmexport.quantization.allocation import allocate, available_bits, tie_groups
+from glmexport.quantization.allocation import allocate, allowed_candidates, available_bits, tie_groups
 from glmexport.quantization.folding import choose_folds
 from glmexport.quantization.job import QuantizationJob
 from glmexport.quantization.problem import LEAST_TOKENS
@@ -62,8 +62,15 @@ def decide_formats(job: QuantizationJob) -> dict[str, Format]:
         ids = probe_ids(calibration, recipe.budget.probe_tokens)
         probe = Probe(job.reference(), ids, calibration.prefix, groups, work, job.memory)
         losses = probe.losses(job.progress)
+        available = available_bits(architecture, recipe)
+        allowed = allowed_candidates(groups, available)
         bits = [[group.bits(form) for form in group.candidates] for group in groups]
-        chosen = allocate(losses, bits, available_bits(architecture, recipe))
+        rows, sizes = (
+            [[row[index] for index in some] for row, some in zip(table, allowed, strict=True)]
+            for table in (losses, bits)
+        )
+        picked = allocate(rows, sizes, available)
+        chosen = [some[index] for some, index in zip(allowed, picked, strict=True)]
         note = {"chosen": chosen, "losses": losses, "cold": probe.cold, "seconds": time.monotonic() - started}
         work.commit(ALLOCATION, {}, note)
         probe.forget()

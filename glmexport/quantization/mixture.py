@@ -265,7 +265,8 @@ class Mixture:
         ranks: Ranks = ALONE,
     ) -> Tensor:
         """Return the weighted mean of x x^T over the ``fitted`` positions, [size, size] fp32; zero without any."""
-        hessian = Hessian(size, self.streams.reference.device, rank=ranks.rank, size=ranks.size)
+        device, coarse = self.streams.reference.device, self.streams.coarse_moments
+        hessian = Hessian(size, device, coarse=coarse, rank=ranks.rank, size=ranks.size)
         total = float(weights[fitted].double().sum())
         for chosen, weight in self._chunks(share.positions[fitted], weights[fitted]):
             rows = inside(self._read(QUANTIZED, chosen)).clone()

@@ -34,7 +34,8 @@ class Measured:
 class Moments:
     """An accumulator over the calibration text of what the linears of a tap are solved from.
 
-    Each of the ``ranks`` keeps some slabs of both moments, to which it adds all of the text in order.
+    Coarse ones are of inputs rounded to bf16. Each of the ``ranks`` keeps some slabs of both moments, to which it adds
+    all of the text in order.
 
     With an asymmetric target it also takes what is wanted: the input of ``linears`` in the original; or, where
     ``weight`` [M, K] is given, the output that the only one of them ought to have. What W makes of the inputs is then
@@ -49,16 +50,17 @@ class Moments:
         asymmetric: bool,
         weight: Tensor | None,
         device: torch.device,
+        coarse: bool = False,
         ranks: Ranks = ALONE,
     ) -> None:
         self.calibration = calibration
         self.ranks = ranks
         size = linears[0].in_features
-        self._hessian = Hessian(size, device, rank=ranks.rank, size=ranks.size)
+        self._hessian = Hessian(size, device, coarse=coarse, rank=ranks.rank, size=ranks.size)
         self._cross: SecondMoment | None = None
         if asymmetric:
             rows = size if weight is None else len(weight)
-            self._cross = SecondMoment(rows, size, device, rank=ranks.rank, size=ranks.size)
+            self._cross = SecondMoment(rows, size, device, coarse=coarse, rank=ranks.rank, size=ranks.size)
         self._weight = weight
         self._weights = calibration.weights().to(device)
         self._held = calibration.selection.to(device)

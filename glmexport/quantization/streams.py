@@ -36,6 +36,8 @@ class Streams:
         assert calibration is not None
         self.reference = job.calibrated_reference()
         self.calibration = calibration
+        #: Whether moments are of inputs rounded to bf16.
+        self.coarse_moments = job.arithmetic.coarse_moments
         self.work = job.work
         self.ranks = job.ranks
         self.names = (QUANTIZED, ORIGINAL) if asymmetric and bool(calibration.selection.any()) else (QUANTIZED,)
@@ -88,6 +90,7 @@ class Streams:
             asymmetric=self.asymmetric,
             weight=weight,
             device=self.reference.device,
+            coarse=self.coarse_moments,
             ranks=self.ranks,
         )
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from glmexport.reference.arithmetic import DEFAULT, Route
-from glmexport.reference.coarse import coarse_product
+from glmexport.reference.arithmetic import DEFAULT, ONEDNN, Route
+from glmexport.reference.coarse import coarse_product, exact_products, rounded
 from glmexport.results.arithmetic import OriginalArithmetic
 
 #: The largest relative error of a product that is fp32's: fp32 itself has 3e-7 here, TF32 and bf16 3e-4 and 2e-3.
@@ -129,15 +129,44 @@ def coarse_ratio(route: Route) -> float | None:
 
     What is timed begins and ends in fp32, as a linear among others does. Turns end with the first that is not enough.
     """
-    generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(_ROWS, _WIDTH, generator=generator)
-    weight = torch.randn(_OUTPUTS, _WIDTH, generator=generator).bfloat16()
+    inputs, weight = _normal(_ROWS, _WIDTH), _normal(_OUTPUTS, _WIDTH).bfloat16()
     same = weight.float()
+    return _least_ratio(route, lambda: linear(inputs, same), lambda: coarse_product(inputs, weight))
+
+
+def moments_ratio(route: Route) -> float | None:
+    """Return the same of adding inputs to a moment, whose products have to be as exact as those of fp32.
+
+    What is timed and tried is one slab of rows, with the rounding of the inputs that it is made of.
+    """
+    inputs, moment = _normal(_ROWS, _WIDTH), torch.zeros(_SLAB, _WIDTH)
+    inputs[:, :: _WIDTH // _OUTLIERS] *= _OUTLIER_SCALE
+
+    def add(*, coarse: bool) -> Tensor:
+        part, whole = (rounded(values, coarse=coarse) for values in (inputs[:, -_SLAB:], inputs))
+        with exact_products(coarse=coarse):
+            return moment.addmm_(part.T, whole)
+
+    before, exact = _normal(_SLAB, _WIDTH), rounded(inputs, coarse=True).double()
+    moment.copy_(before)
+    product = _product("moment", lambda: add(coarse=True), (before + exact[:, -_SLAB:].T @ exact)[::_EVERY, ::_EVERY])
+    if not ONEDNN.offered or not largest_error(route, [product]) <= LARGEST_ERROR:
+        return None
+    return _least_ratio(route, lambda: add(coarse=False), lambda: add(coarse=True))
+
+
+def _least_ratio(route: Route, fine: Callable[[], Tensor], coarse: Callable[[], Tensor]) -> float | None:
+    """Return the least ratio of the time of ``fine`` to that of ``coarse`` in turns; None unless it is surely more."""
     ratios: list[float] = []
     while len(ratios) < _TURNS and (not ratios or ratios[-1] >= LEAST_RATIO):
-        fine = _seconds(route, [lambda: linear(inputs, same)])
-        ratios.append(fine / _seconds(route, [lambda: coarse_product(inputs, weight)]))
+        before, after = (_seconds(route, [each]) for each in (fine, coarse))
+        ratios.append(before / after)
     return min(ratios) if min(ratios) >= LEAST_RATIO else None
+
+
+def _normal(*shape: int) -> Tensor:
+    """Return random numbers of the standard normal distribution; the same for the same shape."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 
 
 def products() -> list[Product]:

@@ -22,7 +22,15 @@ from glmexport.foundation.files import write_atomically
 from glmexport.foundation.progress import Progress
 from glmexport.foundation.untrusted import SMALL
 from glmexport.reference.arithmetic import DEFAULT, ROUTES
-from glmexport.reference.arithmetic_check import LARGEST_ERROR, check, coarse_ratio, fastest, largest_error, products
+from glmexport.reference.arithmetic_check import (
+    LARGEST_ERROR,
+    check,
+    coarse_ratio,
+    fastest,
+    largest_error,
+    moments_ratio,
+    products,
+)
 from glmexport.results.arithmetic import UNCHECKED, OriginalArithmetic
 
 Wanted = Literal["auto", "fp32"]
@@ -94,7 +102,10 @@ def measure() -> OriginalArithmetic:
     tried = products()
     others = [route for route in ROUTES.values() if route.offered and route != DEFAULT]
     found = fastest([check(route, tried) for route in others]) or check(DEFAULT, tried)
-    return found.arithmetic().model_copy(update={"coarse_ratio": coarse_ratio(found.route)})
+    coarse = coarse_ratio(found.route)
+    # The inputs of moments are rounded only where the text has been.
+    moments = None if coarse is None else moments_ratio(found.route)
+    return found.arithmetic().model_copy(update={"coarse_ratio": coarse, "moments_ratio": moments})
 
 
 def _kept(path: Path) -> OriginalArithmetic | None:

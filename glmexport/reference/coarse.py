@@ -3,18 +3,35 @@
 Inputs, weights and outputs of a linear are rounded to bf16, each by at most 1 part in 256; between linears everything
 stays fp32, the residual stream first of all. A checkpoint's weights are bf16 as they are. Such text tells what a matrix
 reads, which sums over thousands of tokens average out; nothing is judged by it.
+
+Moments of such text are of numbers that bf16 holds. The product of two of them fits into fp32, so that oneDNN's bf16
+products, whose sums are fp32, are as exact there as fp32's.
 """
 
 from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from glmexport.reference.arithmetic import ONEDNN
+
 
 def coarse_product(inputs: Tensor, weight: Tensor) -> Tensor:
     """Return ``inputs`` [..., K] times ``weight`` [N, K] transposed, in bf16; the result is fp32 [..., N]."""
     return functional.linear(inputs.bfloat16(), weight.bfloat16()).float()
+
+
+def rounded(values: Tensor, *, coarse: bool) -> Tensor:
+    """Return fp32 ``values``, of which bf16 holds every one if ``coarse``."""
+    return values.bfloat16().float() if coarse else values
+
+
+def exact_products(*, coarse: bool) -> AbstractContextManager[None]:
+    """Compute fp32 products, whose operands bf16 holds if ``coarse``, without rounding anything but sums."""
+    return ONEDNN.computing() if coarse else nullcontext()
 
 
 class CoarseLinear(nn.Module):

@@ -17,6 +17,8 @@ def told_arithmetic(arithmetic: OriginalArithmetic | None) -> str:
         parts.append(f"relative error {text.number(arithmetic.relative_error)}")
     if arithmetic.coarse_ratio is not None:
         parts.append(f"calibration in bf16, at least {text.ratio(arithmetic.coarse_ratio)} the speed of that")
+    if arithmetic.moments_ratio is not None:
+        parts.append(f"Hessians of inputs in bf16, at least {text.ratio(arithmetic.moments_ratio)} the speed")
     return ", ".join(parts)
 
 
@@ -29,4 +31,6 @@ def brief_arithmetic(arithmetic: OriginalArithmetic) -> str:
         parts.append(f"relative error {arithmetic.relative_error:.1e}")
     if arithmetic.coarse_ratio is not None:
         parts.append(f"calibration in bf16, at least {text.brief_ratio(arithmetic.coarse_ratio)} as fast as that")
+    if arithmetic.moments_ratio is not None:
+        parts.append(f"Hessians of inputs in bf16, at least {text.brief_ratio(arithmetic.moments_ratio)} as fast")
     return ", ".join(parts)

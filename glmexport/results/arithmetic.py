@@ -22,6 +22,8 @@ class OriginalArithmetic(Record):
     coarse_ratio: Number | None = None
     """Least ratio of the speed of bf16 products to that of the route, of several turns, where calibration text passes
     the blocks by them; none where it passes them in fp32."""
+    moments_ratio: Number | None = None
+    """The same of Hessians and cross moments of inputs that are rounded to bf16; none where they are not rounded."""
 
     @property
     def coarse(self) -> bool:
@@ -29,9 +31,15 @@ class OriginalArithmetic(Record):
         return self.coarse_ratio is not None
 
     @property
+    def coarse_moments(self) -> bool:
+        """Whether Hessians and cross moments are those of inputs rounded to bf16."""
+        return self.moments_ratio is not None
+
+    @property
     def label(self) -> str:
-        """The part that bytes depend on: the route, and bf16 where calibration text passes the blocks by it."""
-        return f"{self.route}+bf16" if self.coarse else self.route
+        """The part that bytes depend on: the route, and what bf16 computes of the calibration."""
+        parts = (self.route, "bf16" if self.coarse else "", "moments" if self.coarse_moments else "")
+        return "+".join(filter(None, parts))
 
     @property
     def library(self) -> str:

@@ -91,7 +91,7 @@ def unit_costs(
         return UnitCosts({kind: Range(kept.low[kind], kept.high[kind]) for kind in MEASURED_KINDS}, _is_loaded())
     if anew or name not in _MEASURED:
         with computing(arithmetic):
-            _MEASURED[name] = _measured(name, device, coarse=arithmetic.coarse)
+            _MEASURED[name] = _measured(name, device, arithmetic)
     return _MEASURED[name]
 
 
@@ -99,10 +99,10 @@ def unit_costs(
 _MEASURED: dict[str, UnitCosts] = {}
 
 
-def _measured(name: str, device: torch.device, *, coarse: bool) -> UnitCosts:
+def _measured(name: str, device: torch.device, arithmetic: OriginalArithmetic) -> UnitCosts:
     """Measure the costs on ``device``, and keep them for this machine's ``name`` if nothing disturbed them."""
     loaded = _is_loaded()
-    tries = _measure(device, coarse=coarse)
+    tries = _measure(device, arithmetic)
     # The fastest try is what the machine can do, and the one in the middle what it does.
     quick, usual = (_units({name: of(taken) for name, taken in tries.items()}) for of in (min, statistics.median))
     seconds = {kind: Range(quick[kind], max(quick[kind], usual[kind])) for kind in MEASURED_KINDS}
@@ -142,11 +142,11 @@ def _keep(name: str, seconds: dict[str, Range]) -> None:
         return
 
 
-def _measure(device: torch.device, *, coarse: bool) -> dict[str, list[float]]:
+def _measure(device: torch.device, arithmetic: OriginalArithmetic) -> dict[str, list[float]]:
     """Return the seconds of every trial in each try."""
     found: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-        trials = {**_products(device, coarse=coarse), **_steps(device), **_files(Path(folder)), **_bundle()}
+        trials = {**_products(device, arithmetic), **_steps(device), **_files(Path(folder)), **_bundle()}
         for run, _ in trials.values():
             run()
         started, rounds = time.monotonic(), 0
@@ -206,7 +206,7 @@ def _units(seconds: dict[str, float]) -> dict[str, float]:
     }
 
 
-def _products(device: torch.device, *, coarse: bool) -> dict[str, _Trial]:
+def _products(device: torch.device, arithmetic: OriginalArithmetic) -> dict[str, _Trial]:
     """Return trials of large products, of each kind of them."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(_ROWS, _SIZE, generator=generator).to(device)
@@ -214,7 +214,8 @@ def _products(device: torch.device, *, coarse: bool) -> dict[str, _Trial]:
     rounded = square.bfloat16()
     positive = square @ square.T / _SIZE + torch.eye(_SIZE, device=device)
     query = torch.randn(1, _HEADS, _LENGTH, _HEAD_SIZE, generator=generator).to(device)
-    hessian, logits = Hessian(_SIZE, device), torch.randn(_POSITIONS, _VOCABULARY, generator=generator)
+    hessian = Hessian(_SIZE, device, coarse=arithmetic.coarse_moments)
+    logits = torch.randn(_POSITIONS, _VOCABULARY, generator=generator)
     targets = torch.zeros(_POSITIONS, dtype=torch.int64)
 
     def solved() -> torch.Tensor:
@@ -227,7 +228,7 @@ def _products(device: torch.device, *, coarse: bool) -> dict[str, _Trial]:
 
     return {
         "products": (lambda: rows @ square, device),
-        "streamed_products": (lambda: coarse_product(rows, rounded) if coarse else rows @ square, device),
+        "streamed_products": (lambda: coarse_product(rows, rounded) if arithmetic.coarse else rows @ square, device),
         "moments": (lambda: hessian.add(rows), device),
         "triangular": (solved, device),
         "attention": (attended, device),

@@ -35,3 +35,27 @@ def test_of_the_same_on_both_sides_it_is_a_hessian(size: int) -> None:
     hessian.add(inputs)
     moment.add(inputs, inputs)
     torch.testing.assert_close(hessian.matrix(), moment.matrix)
+
+
+def test_coarse_ones_are_exact_for_rounded_inputs() -> None:
+    """However the processor multiplies bf16: the exact product of rounded numbers, not a rounded product."""
+    random = torch.Generator().manual_seed(1)
+    inputs, differences = torch.randn(300, 400, generator=random), torch.randn(300, 70, generator=random)
+    # Channels of very different sizes, and values near the middle between two numbers of bf16.
+    inputs[:, ::40] *= 1000
+    inputs[:, 1::2] = inputs[:, 1::2].bfloat16().float() * (1 + 2.0**-9)
+    exact_inputs, exact_differences = (values.bfloat16().double() for values in (inputs, differences))
+    hessian, moment = Hessian(400, coarse=True), SecondMoment(70, 400, coarse=True)
+    for start in (0, 100, 200):
+        hessian.add(inputs[start : start + 100])
+        moment.add(differences[start : start + 100], inputs[start : start + 100])
+    for found, exact in (
+        (hessian.matrix(), exact_inputs.T @ exact_inputs),
+        (moment.matrix, exact_differences.T @ exact_inputs),
+    ):
+        missed = torch.linalg.vector_norm(found.double() - exact, dim=-1)
+        assert float((missed / torch.linalg.vector_norm(exact, dim=-1)).max()) < 1e-6
+    plain = Hessian(400)
+    plain.add(inputs)
+    assert not torch.allclose(plain.matrix(), hessian.matrix(), rtol=1e-6)
+    assert torch.backends.mkldnn.matmul.fp32_precision != "bf16"

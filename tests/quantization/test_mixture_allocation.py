@@ -19,7 +19,9 @@ from glmexport.formats.nearest import round_to_nearest
 from glmexport.foundation.progress import Silent
 from glmexport.foundation.recipe import Format
 from glmexport.quantization.allocation import (
+    TieGroup,
     allocate,
+    allowed_candidates,
     available_bits,
     count_trials,
     probe_bytes,
@@ -232,3 +234,25 @@ def test_the_disk_and_the_memory_of_the_trials(model: Model, tmp_path: Path) -> 
     least = 10 * (1 << 21) * model.architecture.hidden_size * 4
     assert least < plan_memory(model.architecture, long, None).peak_bytes
     assert MEMORY.batch_tokens < 1 << 21
+
+
+@pytest.mark.parametrize(("width", "spare", "expected"), [(2, 0, 2), (4, -1, 2), (4, 0, 4), (8, -1, 4), (8, 0, 8)])
+def test_no_expert_has_fewer_bits_than_all_could_have(model: Model, width: int, spare: int, expected: int) -> None:
+    """The budget is what all experts take at a ``width``, and the least of all others, and ``spare`` bits."""
+    groups = list(tie_groups(model.architecture, RECIPE))
+    experts = [group for group in groups if group.expert_part]
+    wide = sum(group.bits(_least(group, width)) for group in experts)
+    others = sum(min(map(group.bits, group.candidates)) for group in groups if not group.expert_part)
+    available = others + wide + spare
+    for group, allowed in zip(groups, allowed_candidates(groups, available), strict=True):
+        forms = [group.candidates[index] for index in allowed]
+        if group.expert_part:
+            assert min(form.bits for form in forms) == expected
+            assert forms == [form for form in group.candidates if form.bits >= expected]
+        else:
+            assert forms == list(group.candidates)
+
+
+def _least(group: TieGroup, width: int) -> Format:
+    """The smallest format of that many bits or more."""
+    return min((form for form in group.candidates if form.bits >= width), key=group.bits)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,8 +13,17 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from glmexport.reference import arithmetic_check
 from glmexport.reference.arithmetic import DEFAULT, ONEDNN, ROUTES, Route, computing
-from glmexport.reference.arithmetic_check import LARGEST_ERROR, Checked, Product, check, fastest, products
+from glmexport.reference.arithmetic_check import (
+    LARGEST_ERROR,
+    Checked,
+    Product,
+    check,
+    fastest,
+    moments_ratio,
+    products,
+)
 from glmexport.results.arithmetic import OriginalArithmetic
 
 #: Whatever multiplies two matrices, which are its last two arguments.
@@ -193,3 +203,16 @@ def test_the_fastest_is_that_of_the_best_worst_turn() -> None:
     assert fastest([second, wrong, first]) == first
     assert first.arithmetic() == OriginalArithmetic(route="one", relative_error=1e-7, speed_ratio=1.5)
     assert fastest([wrong]) is None
+
+
+def test_moments_are_coarse_only_where_products_of_bf16_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter([2.0, 1.0] * 4)
+    monkeypatch.setattr(arithmetic_check, "_seconds", lambda *_: next(seconds))
+    found = []
+    for bits in (7, 8):
+        route = type("Rounding", (Foreign,), {"instead": staticmethod(rounding(bits))})("rounding")
+        products_of = partial(lambda route, *, coarse: route.computing() if coarse else nullcontext(), route)
+        monkeypatch.setattr(arithmetic_check, "exact_products", products_of)
+        found.append(moments_ratio(DEFAULT))
+    # A significand of bf16 has 8 bits.
+    assert found == [None, 2.0]

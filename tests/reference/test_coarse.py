@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
 
 from glmexport.reference import arithmetic_check
-from glmexport.reference.arithmetic import DEFAULT
-from glmexport.reference.arithmetic_check import LEAST_RATIO, coarse_ratio
+from glmexport.reference.arithmetic import DEFAULT, Route
+from glmexport.reference.arithmetic_check import LEAST_RATIO, coarse_ratio, moments_ratio
 from glmexport.reference.coarse import CoarseLinear, coarse_product, make_coarse
+from glmexport.report.arithmetic import brief_arithmetic, told_arithmetic
 from glmexport.results.arithmetic import UNCHECKED, OriginalArithmetic
 
 
@@ -55,12 +58,16 @@ def test_every_linear_with_a_weight_is_made_coarse_and_nothing_else() -> None:
         ([1.0, 2.0], None),
     ],
 )
+@pytest.mark.parametrize("chosen", [coarse_ratio, moments_ratio])
 def test_it_is_chosen_only_where_it_is_faster_in_every_turn(
-    seconds: list[float], expected: float | None, monkeypatch: pytest.MonkeyPatch
+    chosen: Callable[[Route], float | None],
+    seconds: list[float],
+    expected: float | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     turns = iter(seconds)
     monkeypatch.setattr(arithmetic_check, "_seconds", lambda *_: next(turns))
-    assert coarse_ratio(DEFAULT) == expected
+    assert chosen(DEFAULT) == expected
     assert next(turns, None) is None
     assert expected is None or expected >= LEAST_RATIO
 
@@ -69,3 +76,6 @@ def test_the_label_says_what_the_bytes_depend_on() -> None:
     assert UNCHECKED.label == "fp32"
     assert OriginalArithmetic(route="onednn", coarse_ratio=2.0).label == "onednn+bf16"
     assert OriginalArithmetic(route="onednn").label == "onednn"
+    both = OriginalArithmetic(route="fp32", coarse_ratio=2.0, moments_ratio=1.5)
+    assert both.label == "fp32+bf16+moments"
+    assert "Hessians" in told_arithmetic(both) and "Hessians" in brief_arithmetic(both)
