@@ -12,6 +12,8 @@ from glmexport.formats.codecs import stored_bits
 from glmexport.foundation.recipe import Format, Recipe
 from glmexport.foundation.target import WeightFormats
 
+#: Most bits of a matrix whose calibration text may be rounded: what 8 bits lose is no more than what bf16 does.
+_MOST_COARSE_BITS = 4
 _NOTHING: Mapping[str, Format] = MappingProxyType({})
 
 
@@ -78,6 +80,18 @@ class FormatPlan:
     def bits(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
         """Return the bits that tensors of these ``shapes`` take, each stored once."""
         return sum(stored_bits(shape, self.form(key)) for key, shape in shapes.items())
+
+
+def allows_coarse(architecture: Architecture, recipe: Recipe) -> bool:
+    """Return whether calibration text may pass the blocks in bf16: every matrix that is solved in them has few bits.
+
+    Under a budget any of them may have more, which is not known before the text has passed.
+    """
+    plan = FormatPlan.of(architecture, recipe)
+    forms = [plan.form(linear.weight) for layer, linear in architecture.linears if layer is not None]
+    if not recipe.needs_calibration or recipe.budget is not None:
+        return False
+    return all(form is None or form.bits <= _MOST_COARSE_BITS for form in forms)
 
 
 def stored_formats(checkpoint: Checkpoint) -> dict[str, Format]:

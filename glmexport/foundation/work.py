@@ -27,10 +27,11 @@ class Work:
 
     #: Operations of fp32 products of large matrices.
     products: float = 0.0
-    #: Operations of the products by which calibration text passes the blocks, which may be computed in bf16.
-    streamed_products: float = 0.0
-    #: Operations of Hessians, whose products are of slabs of few rows.
+    #: Operations of the products by which calibration text passes the blocks where it may do so in bf16.
+    coarse_products: float = 0.0
+    #: Operations of Hessians, whose products are of slabs of few rows; and where inputs may be rounded to bf16.
     moments: float = 0.0
+    coarse_moments: float = 0.0
     #: Operations of Cholesky factorizations, and of solving with their factors.
     triangular: float = 0.0
     #: Operations of softmax attention, those behind its causal mask included.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 from glmexport.architecture.description import Architecture, DecoderLayer, Linear
 from glmexport.architecture.experts import MixtureOfExperts
@@ -17,7 +18,7 @@ from glmexport.architecture.latent import LatentAttention
 from glmexport.calibration.hessian import hessian_operations
 from glmexport.calibration.sequences import CalibrationSet
 from glmexport.formats.codecs import codec_of
-from glmexport.formats.plan import FormatPlan
+from glmexport.formats.plan import FormatPlan, allows_coarse
 from glmexport.foundation.recipe import CalibrationPlan, Format, Recipe
 from glmexport.foundation.work import Account, Work, added
 from glmexport.quantization.allocation import count_trials
@@ -158,12 +159,26 @@ class _Walk:
         """The number of streams: with an asymmetric target the original's is kept too."""
         return 2 if self.asymmetric else 1
 
+    @cached_property
+    def coarse(self) -> bool:
+        """Whether the text may pass the blocks in bf16, where the machine is faster so."""
+        return allows_coarse(self.architecture, self.recipe)
+
     @property
     def asymmetric(self) -> bool:
         return self.recipe.solver.asymmetric and self.text.held > 0
 
     def add(self, stage: str, **work: float) -> None:
         added(self.account, stage, Work(**work))
+
+    def stream(self, operations: float) -> None:
+        """Products by which the text passes a block."""
+        self.add("streams", **{"coarse_products" if self.coarse else "products": operations})
+
+    def add_moments(self, stage: str, operations: float, *, triangle: bool = True) -> None:
+        """Products of moments, of which a Hessian is only the lower triangle."""
+        fine = "moments" if triangle else "products"
+        self.add(stage, **{"coarse_moments" if self.coarse else fine: operations})
 
     def fold(self) -> None:
         """A forward pass over held-out text; some rows of every matrix are rounded as they are and in three folds."""
@@ -191,12 +206,12 @@ class _Walk:
         attention, text = layer.attention, self.text
         self.branch(layer, attention.linears)
         self.add("streams", attention=self.streams * attention_operations(layer, text.positions, text.length))
-        self.add("streams", streamed_products=self.streams * _again(layer, text.positions))
+        self.stream(self.streams * _again(layer, text.positions))
 
     def branch(self, layer: DecoderLayer, linears: tuple[Linear, ...]) -> None:
         """Both streams pass every linear once; every tap of those with a format is measured and solved."""
         text = self.text
-        self.add("streams", streamed_products=self.streams * sum(product(text.positions, each) for each in linears))
+        self.stream(self.streams * sum(product(text.positions, each) for each in linears))
         self.add("reading", read_values=(self.streams - 1) * sum(map(_size, linears)))
         last = linears[-1]
         self.add("write", written_bytes=text.positions * last.in_features * _FP32)
@@ -209,12 +224,12 @@ class _Walk:
     def measure(self, linear: Linear, *, ends: bool) -> None:
         """Measure the moments of a tap: its Hessian and, of a goal of M outputs or else M = K inputs, E[d x^T]."""
         text, size = self.text, linear.in_features
-        self.add("Hessians", moments=hessian_operations(text.fitted, size))
+        self.add_moments("Hessians", hessian_operations(text.fitted, size))
         self.add("factorization", triangular=cholesky_operations(size))
         if not self.asymmetric:
             return
         rows = linear.out_features if ends else size
-        self.add("goal", products=2.0 * text.fitted * rows * size)
+        self.add_moments("goal", 2.0 * text.fitted * rows * size, triangle=False)
         if ends:
             # What the matrix makes of the inputs is taken off: W H, and W x on the sample.
             self.add("goal", products=2.0 * rows * size * (size + text.sample))
@@ -277,7 +292,7 @@ class _Walk:
         text, router = self.text, mixture.router
         routes = 2.0 * text.positions * router.in_features * router.experts
         self.add("streams", products=self.streams * routes)
-        self.add("Hessians", moments=hessian_operations(text.fitted, router.in_features))
+        self.add_moments("Hessians", hessian_operations(text.fitted, router.in_features))
         share = router.chosen / router.experts
         pooled = math.ceil(text.fitted / max(1, text.fitted // POOL_POSITIONS))
         held = text.tested * share
@@ -288,13 +303,13 @@ class _Walk:
             # Each stream, for its outputs; the quantized one, for the input of the last matrix and its pool.
             outputs = self.streams * text.positions * share
             inside = text.fitted * share + pooled + sample
-            self.add("streams", streamed_products=product(outputs + inside, up) + product(outputs, down))
+            self.stream(product(outputs + inside, up) + product(outputs, down))
             self.add("reading", read_values=(self.streams - 1) * sum(map(_size, expert.linears)))
             for linear, pool in ((up, 0), (down, pooled)):
                 if self.plan.form(linear.weight) is None:
                     continue
                 positions = text.fitted * share + pool
-                self.add("Hessians", moments=hessian_operations(positions, linear.in_features))
+                self.add_moments("Hessians", hessian_operations(positions, linear.in_features))
                 self.add("factorization", triangular=cholesky_operations(linear.in_features))
                 self.solve(linear, rounds, sample, ends=False, goal=False)
         if mixture.shared:
@@ -302,7 +317,7 @@ class _Walk:
             again = self.streams - 1
             operations = product((self.streams + 1 + again) * text.positions, up)
             operations += product((self.streams + again) * text.positions, down)
-            self.add("streams", streamed_products=operations)
+            self.stream(operations)
             self.add("reading", read_values=2 * again * sum(map(_size, mixture.shared.linears)))
             for linear in mixture.shared.linears:
                 if self.plan.form(linear.weight) is not None:

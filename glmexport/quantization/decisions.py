@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 from glmexport.architecture.description import Architecture
 from glmexport.bundle.records import AllocatedGroup
@@ -17,6 +19,7 @@ from glmexport.quantization.sensitivity import Probe, probe_ids
 from glmexport.quantization.store import WorkDirectory
 
 FOLDS, ALLOCATION = "folds", "allocation"
+_Number = TypeVar("_Number", int, float)
 #: Number of held-out tokens on which the channels of every tap are measured before scales are folded.
 FOLD_TOKENS = 4096
 
@@ -65,11 +68,7 @@ def decide_formats(job: QuantizationJob) -> dict[str, Format]:
         available = available_bits(architecture, recipe)
         allowed = allowed_candidates(groups, available)
         bits = [[group.bits(form) for form in group.candidates] for group in groups]
-        rows, sizes = (
-            [[row[index] for index in some] for row, some in zip(table, allowed, strict=True)]
-            for table in (losses, bits)
-        )
-        picked = allocate(rows, sizes, available)
+        picked = allocate(_of_allowed(losses, allowed), _of_allowed(bits, allowed), available)
         chosen = [some[index] for some, index in zip(allowed, picked, strict=True)]
         note = {"chosen": chosen, "losses": losses, "cold": probe.cold, "seconds": time.monotonic() - started}
         work.commit(ALLOCATION, {}, note)
@@ -98,3 +97,8 @@ def allocated_groups(work: WorkDirectory, architecture: Architecture, recipe: Re
         )
         for number, (group, choice, losses) in enumerate(zip(groups, note["chosen"], note["losses"], strict=True))
     )
+
+
+def _of_allowed(rows: Sequence[Sequence[_Number]], allowed: Sequence[Sequence[int]]) -> list[list[_Number]]:
+    """Return of each of ``rows`` [groups][candidates] what is of its ``allowed`` candidates."""
+    return [[row[index] for index in some] for row, some in zip(rows, allowed, strict=True)]

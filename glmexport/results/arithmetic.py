@@ -23,7 +23,8 @@ class OriginalArithmetic(Record):
     """Least ratio of the speed of bf16 products to that of the route, of several turns, where calibration text passes
     the blocks by them; none where it passes them in fp32."""
     moments_ratio: Number | None = None
-    """The same of Hessians and cross moments of inputs that are rounded to bf16; none where they are not rounded."""
+    """Least ratio of the speed of Hessians and cross moments of inputs rounded to bf16 to that of others, of several
+    turns; none where they are not rounded."""
 
     @property
     def coarse(self) -> bool:
@@ -34,6 +35,11 @@ class OriginalArithmetic(Record):
     def coarse_moments(self) -> bool:
         """Whether Hessians and cross moments are those of inputs rounded to bf16."""
         return self.moments_ratio is not None
+
+    @property
+    def fine(self) -> OriginalArithmetic:
+        """What remains where nothing of the calibration is in bf16: the route."""
+        return self.model_copy(update={"coarse_ratio": None, "moments_ratio": None})
 
     @property
     def label(self) -> str:

@@ -35,6 +35,7 @@ from glmexport.workflows.assemble_report import BuildCost
 from glmexport.workflows.calibration_text import CalibrationText, cache_text, read_calibration_text
 from glmexport.workflows.checks import refuse_existing, refuse_formats, require_space
 from glmexport.workflows.device import (
+    arithmetic_for,
     arithmetic_on,
     device_name,
     peak_device_memory,
@@ -168,7 +169,8 @@ def _plan_quantization(original: Original, recipe: Recipe, options: BuildOptions
 def _quantization_job(original: Original, plan: _Plan, options: BuildOptions, progress: Progress) -> QuantizationJob:
     """Open the work directory of ``plan``: everything that its bytes depend on is part of its name and its record."""
     sequences = plan.text.sequences
-    arithmetic = arithmetic_on(options.device, options.arithmetic)
+    architecture = _quantized_architecture(original, plan.jobs)
+    arithmetic = arithmetic_for(architecture, plan.recipe, arithmetic_on(options.device, options.arithmetic))
     job = {
         "glmexport": __version__,
         "checkpoint": original.checkpoint.digest(progress),
@@ -184,7 +186,7 @@ def _quantization_job(original: Original, plan: _Plan, options: BuildOptions, pr
     work = WorkDirectory.for_job(plan.parent, job, makes=options.ranks.first)
     return QuantizationJob(
         checkpoint=original.checkpoint,
-        architecture=_quantized_architecture(original, plan.jobs),
+        architecture=architecture,
         recipe=plan.recipe,
         calibration=sequences,
         work=work,
@@ -267,6 +269,7 @@ def _validate(
         evaluation = EvaluationSet(evaluation_documents((), original.tokenizer, ()), original.tokenizer)
         unrun = validate_unrun(bundle, reference, evaluation, progress, options.max_memory_bytes)
         return BuiltUnrun(job.directory, bundle.manifest, unrun)
+    options = replace(options, arithmetic=arithmetic_for(original.architecture, job.recipe, options.arithmetic))
     cost = BuildCost(model.seconds, peak_memory(), device_name(options.device), peak_device_memory(options.device))
     report = measure_and_report(bundle, job.directory.name, original, plan.evaluation, options, progress, cost)
     return Built(job.directory, bundle.manifest, report)

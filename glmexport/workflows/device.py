@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 
 from glmexport.architecture.description import Architecture
+from glmexport.formats.plan import allows_coarse
 from glmexport.foundation.errors import InputError, MachineError
 from glmexport.foundation.recipe import Recipe
 from glmexport.quantization.memory import MemoryPlan, plan_memory
@@ -79,6 +80,11 @@ def plan_on(device: torch.device, architecture: Architecture, recipe: Recipe, li
 def arithmetic_on(device: torch.device, arithmetic: OriginalArithmetic) -> OriginalArithmetic:
     """Return the arithmetic of quantization on ``device``: the processor's there, torch's default on others."""
     return arithmetic if device == CPU else UNCHECKED
+
+
+def arithmetic_for(architecture: Architecture, recipe: Recipe, arithmetic: OriginalArithmetic) -> OriginalArithmetic:
+    """Return ``arithmetic`` as far as ``recipe`` allows it: calibration in bf16 loses what 8 bits keep."""
+    return arithmetic if allows_coarse(architecture, recipe) else arithmetic.fine
 
 
 @contextmanager

@@ -191,8 +191,9 @@ def _units(seconds: dict[str, float]) -> dict[str, float]:
         steps |= {f"{kind}_columns": few / _SWEPT, f"{kind}_weights": max(many - few, 1e-3 * many) / weights}
     return steps | {
         "products": seconds["products"] / (2 * _ROWS * _SIZE**2),
-        "streamed_products": seconds["streamed_products"] / (2 * _ROWS * _SIZE**2),
+        "coarse_products": seconds["coarse_products"] / (2 * _ROWS * _SIZE**2),
         "moments": seconds["moments"] / hessian_operations(_ROWS, _SIZE),
+        "coarse_moments": seconds["coarse_moments"] / hessian_operations(_ROWS, _SIZE),
         "triangular": seconds["triangular"] / (cholesky_operations(_SIZE) + solving_operations(_SIZE, _SIZE // 2)),
         "attention": seconds["attention"] / (4 * _LENGTH**2 * _HEADS * _HEAD_SIZE),
         "compared_logits": seconds["compared_logits"] / (_POSITIONS * _VOCABULARY),
@@ -214,7 +215,8 @@ def _products(device: torch.device, arithmetic: OriginalArithmetic) -> dict[str,
     rounded = square.bfloat16()
     positive = square @ square.T / _SIZE + torch.eye(_SIZE, device=device)
     query = torch.randn(1, _HEADS, _LENGTH, _HEAD_SIZE, generator=generator).to(device)
-    hessian = Hessian(_SIZE, device, coarse=arithmetic.coarse_moments)
+    hessian = Hessian(_SIZE, device)
+    rounded_hessian = Hessian(_SIZE, device, coarse=arithmetic.coarse_moments)
     logits = torch.randn(_POSITIONS, _VOCABULARY, generator=generator)
     targets = torch.zeros(_POSITIONS, dtype=torch.int64)
 
@@ -228,8 +230,9 @@ def _products(device: torch.device, arithmetic: OriginalArithmetic) -> dict[str,
 
     return {
         "products": (lambda: rows @ square, device),
-        "streamed_products": (lambda: coarse_product(rows, rounded) if arithmetic.coarse else rows @ square, device),
+        "coarse_products": (lambda: coarse_product(rows, rounded) if arithmetic.coarse else rows @ square, device),
         "moments": (lambda: hessian.add(rows), device),
+        "coarse_moments": (lambda: rounded_hessian.add(rows), device),
         "triangular": (solved, device),
         "attention": (attended, device),
         "compared_logits": (lambda: divergence(logits, logits, targets), CPU),

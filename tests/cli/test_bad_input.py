@@ -72,7 +72,7 @@ def unread(monkeypatch: pytest.MonkeyPatch) -> None:
     def read(path: Path, *_: object) -> None:
         raise AssertionError(f"{path} was read in whole")
 
-    monkeypatch.setattr("glmexport.foundation.files._sha256", read)
+    monkeypatch.setattr("glmexport.foundation.digests._read", read)
 
 
 @pytest.fixture

@@ -46,7 +46,7 @@ def ask(sample: Sample, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatc
     def read(path: Path, *_: object) -> str:
         raise AssertionError(f"{path} was read in whole")
 
-    monkeypatch.setattr("glmexport.foundation.files._sha256", read)
+    monkeypatch.setattr("glmexport.foundation.digests._read", read)
     # Of a graph the conversion has to know what it stores.
     monkeypatch.setattr("glmexport.bundle.manifest.verify_files", read)
     monkeypatch.setattr("glmexport.bundle.bundle.verify_files", read)

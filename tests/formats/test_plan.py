@@ -17,6 +17,7 @@ from glmexport.foundation.errors import InputError
 from glmexport.foundation.progress import Silent
 from glmexport.foundation.recipe import RECIPES, STORED, Format, Recipe, open_recipe
 from glmexport.foundation.target import Target, shipped_targets
+from glmexport.foundation.work import MEASURED_KINDS, Range
 from glmexport.lowering.pipeline import lower
 from glmexport.reference.reference import Reference
 from glmexport.tuning.rounding import RoundedWeights
@@ -26,6 +27,7 @@ from glmexport.workflows.estimate import estimate
 from glmexport.workflows.inspect import estimate_targets
 from glmexport.workflows.job import Job, jobs_of, recipe_for
 from glmexport.workflows.original import Original
+from glmexport.workflows.unit_costs import UnitCosts
 from glmexport.workflows.validate import BuildOptions
 
 TARGETS = {target.name: target for target in shipped_targets()}
@@ -56,7 +58,8 @@ def refused(original: Original, recipe: Recipe, target: Target) -> str | None:
 @pytest.mark.parametrize("name", SHIPPED)
 def test_inspect_says_what_a_build_refuses(name: str, original: Original, tmp_path: Path) -> None:
     """Whatever inspect shows as possible is not refused, and the other way round, in the same words."""
-    for row in estimate_targets(original, name, None):
+    costs = UnitCosts(dict.fromkeys(MEASURED_KINDS, Range(1e-9, 2e-9)), busy=False)
+    for row in estimate_targets(original, name, None, costs):
         target = TARGETS[row.target]
         output = tmp_path / row.target
         if row.refused is None:

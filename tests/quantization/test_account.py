@@ -55,7 +55,8 @@ def recipe(**solver: Any) -> Recipe:
 def operations(work: Work) -> float:
     """Those that are counted: every candidate of a search is weighed by a product with a vector."""
     searching = 2.0 * (len(SHRINK) + 3) * work.searched_weights
-    return work.products + work.streamed_products + work.moments + work.attention + work.triangular + searching
+    coarse = work.coarse_products + work.coarse_moments
+    return work.products + coarse + work.moments + work.attention + work.triangular + searching
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 TRIALS = (
     "products", "moments", "triangular", "attention", "compared_logits", "swept, few rows", "swept, many rows",
     "polished, few rows", "polished, many rows", "searched_weights", "rounded_weights", "read_values", "hashed_bytes",
-    "written_bytes", "bundle_products", "bundle_bytes", "streamed_products",
+    "written_bytes", "bundle_products", "bundle_bytes", "coarse_products", "coarse_moments",
 )  # fmt: skip
 
 
@@ -51,7 +51,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The devices that were measured, in the place of seconds of measuring."""
     devices: list[str] = []
 
-    def measure(device: torch.device, *, coarse: bool) -> dict[str, list[float]]:
+    def measure(device: torch.device, arithmetic: OriginalArithmetic) -> dict[str, list[float]]:
         devices.append(str(device))
         many = {name: [2.0, 2.2, 2.1] for name in TRIALS if "many" in name}
         return {name: [1.0, 1.1, 1.05] for name in TRIALS} | many
@@ -104,7 +104,7 @@ def test_what_is_measured_on_a_busy_machine_is_not_kept(
         monkeypatch.setattr("glmexport.workflows.unit_costs.psutil.getloadavg", lambda: (load, 0.0, 0.0))
     else:
         disturbed = {name: [1.0, 3.0, 3.0] for name in TRIALS}
-        monkeypatch.setattr("glmexport.workflows.unit_costs._measure", lambda _, *, coarse: disturbed)
+        monkeypatch.setattr("glmexport.workflows.unit_costs._measure", lambda *_: disturbed)
     costs = unit_costs()
     assert costs.busy
     assert not cache.exists()
