@@ -44,8 +44,9 @@ from glmexport.validation.divergence import divergence
 _TRIES, _SECONDS = 5, 3.0
 #: Ratio of the usual try to the fastest one, in the middle of all trials, above which the machine is busy.
 _SPREAD = 1.25
-#: Share of the cores that other processes may take before the machine is busy.
-_LOAD = 0.3
+#: Share of the cores that other processes may take before the machine is busy: on average in the last minute, and while
+#: costs are measured.
+_LOAD, _LOAD_MEANWHILE = 0.3, 0.1
 #: Most machines, threads and libraries whose costs are kept.
 _MOST = 64
 _FORM = Format(bits=4, group_size=32)
@@ -64,7 +65,7 @@ class _KeptCosts(Definition):
     costs: tuple[_Kept, ...] = ()
 
 
-_COSTS = CacheFile("costs-1.json", _KeptCosts())
+_COSTS = CacheFile("costs-2.json", _KeptCosts())
 
 
 @dataclass(frozen=True)
@@ -101,12 +102,12 @@ _MEASURED: dict[str, UnitCosts] = {}
 
 def _measured(name: str, device: torch.device, arithmetic: OriginalArithmetic) -> UnitCosts:
     """Measure the costs on ``device``, and keep them for this machine's ``name`` if nothing disturbed them."""
-    loaded = _is_loaded()
+    loaded, meanwhile = _is_loaded(), _Others()
     tries = _measure(device, arithmetic)
     # The fastest try is what the machine can do, and the one in the middle what it does.
     quick, usual = (_units({name: of(taken) for name, taken in tries.items()}) for of in (min, statistics.median))
     seconds = {kind: Range(quick[kind], max(quick[kind], usual[kind])) for kind in MEASURED_KINDS}
-    busy = loaded or _spread(tries) > _SPREAD
+    busy = loaded or meanwhile.share() > _LOAD_MEANWHILE or _spread(tries) > _SPREAD
     if not busy:
         _keep(name, seconds)
     return UnitCosts(seconds, busy)
@@ -122,6 +123,24 @@ def _machine(device: torch.device, arithmetic: str) -> str:
 def _is_loaded() -> bool:
     """Return whether other processes have taken a good part of the cores during the last minute."""
     return bool(psutil.getloadavg()[0] > _LOAD * (os.cpu_count() or 1) + 0.5)
+
+
+class _Others:
+    """What other processes, or other guests of the same host, take of the processor from now on."""
+
+    def __init__(self) -> None:
+        self._busy, self._own, self._started = self._taken(), time.process_time(), time.monotonic()
+
+    def share(self) -> float:
+        """Return the share of all cores that they took so far."""
+        others = (self._taken() - self._busy) - (time.process_time() - self._own)
+        return others / ((time.monotonic() - self._started) * (os.cpu_count() or 1))
+
+    @staticmethod
+    def _taken() -> float:
+        times = psutil.cpu_times()
+        # Where a host tells what it gave to others, that is missing here too.
+        return float(times.user + times.system + getattr(times, "nice", 0.0) + getattr(times, "steal", 0.0))
 
 
 def _keep(name: str, seconds: dict[str, Range]) -> None:
@@ -174,7 +193,9 @@ def _seconds(run: Callable[[], object], device: torch.device) -> float:
 #: A piece of work that is timed, and the device that does it.
 _Trial = tuple[Callable[[], object], torch.device]
 #: Sizes of the trials: rows and columns of products, tokens and heads of attention, rows of logits and vocabulary.
-_ROWS, _SIZE, _LENGTH, _HEADS, _HEAD_SIZE, _POSITIONS, _VOCABULARY = 2048, 1024, 512, 8, 128, 64, 16384
+_ROWS, _SIZE, _LENGTH, _HEADS, _HEAD_SIZE, _POSITIONS, _VOCABULARY = 512, 4096, 512, 8, 128, 64, 16384
+#: Size of what is factored, and of matrices in the bundle.
+_FACTORED, _NARROW = 2048, 1024
 #: Columns that are swept at a time, with few rows and with many; groups that are searched.
 _SWEPT, _FEW, _MANY, _GROUPS = 2 * _FORM.group_size, 64, 4096, 8
 #: Numbers that are read; bytes that are hashed and written; rows of the bundle's matrices, and tokens at a time.
@@ -194,16 +215,17 @@ def _units(seconds: dict[str, float]) -> dict[str, float]:
         "coarse_products": seconds["coarse_products"] / (2 * _ROWS * _SIZE**2),
         "moments": seconds["moments"] / hessian_operations(_ROWS, _SIZE),
         "coarse_moments": seconds["coarse_moments"] / hessian_operations(_ROWS, _SIZE),
-        "triangular": seconds["triangular"] / (cholesky_operations(_SIZE) + solving_operations(_SIZE, _SIZE // 2)),
+        "triangular": seconds["triangular"]
+        / (cholesky_operations(_FACTORED) + solving_operations(_FACTORED, _FACTORED // 2)),
         "attention": seconds["attention"] / (4 * _LENGTH**2 * _HEADS * _HEAD_SIZE),
         "compared_logits": seconds["compared_logits"] / (_POSITIONS * _VOCABULARY),
         "searched_weights": seconds["searched_weights"] / (_GROUPS * _FORM.group_size * _MANY),
-        "rounded_weights": seconds["rounded_weights"] / _SIZE**2,
+        "rounded_weights": seconds["rounded_weights"] / _NARROW**2,
         "read_values": seconds["read_values"] / _VALUES,
         "hashed_bytes": seconds["hashed_bytes"] / _BYTES,
         "written_bytes": seconds["written_bytes"] / _BYTES,
-        "bundle_products": seconds["bundle_products"] / (2 * _TOKENS * _SIZE * _SMALL),
-        "bundle_bytes": seconds["bundle_bytes"] / (codec_of(_FORM).stored_bits((_LARGE, _SIZE)) / 8),
+        "bundle_products": seconds["bundle_products"] / (2 * _TOKENS * _NARROW * _SMALL),
+        "bundle_bytes": seconds["bundle_bytes"] / (codec_of(_FORM).stored_bits((_LARGE, _NARROW)) / 8),
     }
 
 
@@ -213,7 +235,8 @@ def _products(device: torch.device, arithmetic: OriginalArithmetic) -> dict[str,
     rows = torch.randn(_ROWS, _SIZE, generator=generator).to(device)
     square = torch.randn(_SIZE, _SIZE, generator=generator).to(device)
     rounded = square.bfloat16()
-    positive = square @ square.T / _SIZE + torch.eye(_SIZE, device=device)
+    right = torch.randn(_FACTORED, _FACTORED, generator=generator).to(device)
+    positive = right @ right.T / _FACTORED + torch.eye(_FACTORED, device=device)
     query = torch.randn(1, _HEADS, _LENGTH, _HEAD_SIZE, generator=generator).to(device)
     hessian = Hessian(_SIZE, device)
     rounded_hessian = Hessian(_SIZE, device, coarse=arithmetic.coarse_moments)
@@ -223,7 +246,7 @@ def _products(device: torch.device, arithmetic: OriginalArithmetic) -> dict[str,
     def solved() -> torch.Tensor:
         lower = cholesky(positive)
         assert lower is not None
-        return cholesky_solve(square[:, : _SIZE // 2], lower)
+        return cholesky_solve(right[:, : _FACTORED // 2], lower)
 
     def attended() -> torch.Tensor:
         return torch.nn.functional.scaled_dot_product_attention(query, query, query, is_causal=True)
@@ -251,7 +274,7 @@ def _steps(device: torch.device) -> dict[str, _Trial]:
     few, many = (start_sweep(matrix, problem.order) for matrix in matrices)
     columns = matrices[1].T[: _FORM.group_size].contiguous()
     importance = torch.ones(_FORM.group_size, device=device)
-    whole = torch.randn(_SIZE, _SIZE, generator=generator).to(device)
+    whole = torch.randn(_NARROW, _NARROW, generator=generator).to(device)
 
     def swept(sweep: Sweep) -> None:
         round_columns(sweep, factor, problem.order, codec, plain)
@@ -297,7 +320,7 @@ def _files(folder: Path) -> dict[str, _Trial]:
 def _bundle() -> dict[str, _Trial]:
     """Return trials of the runtime's product with 4-bit weights: many tokens at a time, and one."""
     many, one = _product_session(_SMALL), _product_session(_LARGE)
-    tokens, token = ({"x": torch.randn(count, _SIZE).numpy()} for count in (_TOKENS, 1))
+    tokens, token = ({"x": torch.randn(count, _NARROW).numpy()} for count in (_TOKENS, 1))
     return {
         "bundle_products": (lambda: many.run(None, tokens), CPU),
         "bundle_bytes": (lambda: one.run(None, token), CPU),
@@ -308,7 +331,7 @@ def _product_session(rows: int) -> onnxruntime.InferenceSession:
     """Return a session that multiplies x [n, K] by a 4-bit matrix of so many ``rows``."""
     from onnx import TensorProto, helper, numpy_helper
 
-    groups, half = _SIZE // _FORM.group_size, _FORM.group_size // 2
+    groups, half = _NARROW // _FORM.group_size, _FORM.group_size // 2
     tensors = {
         "q": torch.randint(0, 256, (rows, groups, half), dtype=torch.uint8),
         "scales": torch.rand(rows, groups) * 0.01,
@@ -318,7 +341,7 @@ def _product_session(rows: int) -> onnxruntime.InferenceSession:
         ["x", *tensors],
         ["y"],
         domain="com.microsoft",
-        K=_SIZE,
+        K=_NARROW,
         N=rows,
         bits=4,
         block_size=_FORM.group_size,
@@ -327,7 +350,7 @@ def _product_session(rows: int) -> onnxruntime.InferenceSession:
     graph = helper.make_graph(
         [node],
         "product",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", _SIZE])],
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", _NARROW])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", rows])],
         [numpy_helper.from_array(tensor.numpy(), name) for name, tensor in tensors.items()],
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -22,6 +22,7 @@ from glmexport.validation.account import ValidationSize, validation_accounts
 from glmexport.validation.conditions import Conditions, ValidationPlan
 from glmexport.validation.run import validate
 from glmexport.validation.texts import EvaluationSet
+from glmexport.workflows import unit_costs as unit_costs_module
 from glmexport.workflows.cost import build_seconds, stage_seconds, total
 from glmexport.workflows.original import Original
 from glmexport.workflows.unit_costs import UnitCosts, unit_costs
@@ -29,6 +30,8 @@ from glmexport.workflows.unit_costs import UnitCosts, unit_costs
 __all__ = ["run", "sample"]
 
 WHOLE = Range(1.0, 1.0)
+#: The function itself, in whose place the fixture puts another.
+SHARE = unit_costs_module._Others.share
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +39,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("glmexport.workflows.unit_costs.psutil.getloadavg", lambda: (0.0, 0.0, 0.0))
     monkeypatch.setattr("glmexport.workflows.unit_costs._MEASURED", {})
+    monkeypatch.setattr("glmexport.workflows.unit_costs._Others.share", lambda _: 0.0)
     return tmp_path / "cache" / "glmexport"
 
 
@@ -96,18 +100,36 @@ def test_units_are_seconds_over_amounts(measured: list[str]) -> None:
     assert all(0 < cost.low <= cost.high for cost in seconds.values())
 
 
-@pytest.mark.parametrize("load", [0.0, 100.0])
+@pytest.mark.parametrize(("load", "meanwhile"), [(0.0, 0.0), (100.0, 0.0), (0.0, 0.5)])
 def test_what_is_measured_on_a_busy_machine_is_not_kept(
-    measured: list[str], cache: Path, monkeypatch: pytest.MonkeyPatch, load: float
+    measured: list[str], cache: Path, monkeypatch: pytest.MonkeyPatch, load: float, meanwhile: float
 ) -> None:
-    if load:
-        monkeypatch.setattr("glmexport.workflows.unit_costs.psutil.getloadavg", lambda: (load, 0.0, 0.0))
-    else:
+    monkeypatch.setattr("glmexport.workflows.unit_costs.psutil.getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr("glmexport.workflows.unit_costs._Others.share", lambda _: meanwhile)
+    if not load and not meanwhile:
         disturbed = {name: [1.0, 3.0, 3.0] for name in TRIALS}
         monkeypatch.setattr("glmexport.workflows.unit_costs._measure", lambda *_: disturbed)
     costs = unit_costs()
     assert costs.busy
     assert not cache.exists()
+
+
+def test_others_are_all_that_the_processor_did_and_this_process_did_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Times(NamedTuple):
+        user: float
+        system: float
+        idle: float
+        steal: float
+
+    taken = iter([Times(10.0, 1.0, 100.0, 0.0), Times(13.0, 1.5, 150.0, 0.5)])
+    own, clock = iter([5.0, 6.0]), iter([0.0, 2.0])
+    monkeypatch.setattr("glmexport.workflows.unit_costs.psutil.cpu_times", lambda: next(taken))
+    monkeypatch.setattr("glmexport.workflows.unit_costs.time.process_time", lambda: next(own))
+    monkeypatch.setattr("glmexport.workflows.unit_costs.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("glmexport.workflows.unit_costs.os.cpu_count", lambda: 4)
+    share = SHARE(unit_costs_module._Others())
+    # Of 8 seconds of four cores all took 4, of which one is this process's own.
+    assert share == pytest.approx(3 / 8)
 
 
 def test_costs_that_are_kept_are_told_to_be_disturbed(measured: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
