@@ -54,8 +54,8 @@ QUANTIZATION = {
 }
 VALIDATION = {
     "whole model": [("glmexport.validation.run", "check_reference")],
-    "fidelity": [("glmexport.validation.run", "repeated_states"), ("glmexport.validation.run", "compare")],
-    "noise floor": [("glmexport.validation.noise:RepeatedStates", "noise")],
+    "fidelity": [("glmexport.validation.shared_texts:SharedTexts", "divergences")],
+    "noise floor": [("glmexport.validation.shared_texts:SharedTexts", "noise")],
     "shares": [("glmexport.validation.run", "shares_of")],
     "answers": [("glmexport.validation.run", "ask")],
     "weights": [("glmexport.validation.run", "check_weights")],

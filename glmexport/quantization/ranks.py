@@ -1,4 +1,4 @@
-"""The processes that quantize a model together: its ranks, of which torchrun starts as many as people ask for.
+"""The processes that build a model together: its ranks, of which torchrun starts as many as people ask for.
 
 Work is cut into the same items however many ranks there are. Each item is computed whole by the rank that owns it, and
 what it gives is sent to the others in the order of the items: nothing is added up across ranks, so that any number of
@@ -55,6 +55,10 @@ class Ranks:
         self.rank = rank
         self.size = size
         self.device = device
+
+    def on(self, device: torch.device) -> Ranks:
+        """Return the same ranks for work whose tensors are on another device."""
+        return Ranks(self.rank, self.size, device)
 
     @property
     def first(self) -> bool:
@@ -159,7 +163,7 @@ class Ranks:
             raise RankLost(
                 f"Rank {self.rank} of {self.size} lost the others: one of them has ended.",
                 next_step="See what it said, if it said anything; then run the same command again. It goes on after "
-                "the last finished matrix.",
+                "the last finished piece.",
             ) from error
 
 

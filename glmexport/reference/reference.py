@@ -7,7 +7,7 @@ meta device and filled from the checkpoint when their turn comes.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -142,22 +142,24 @@ class Reference:
             logits[..., start:stop] = normed @ self.rows(self.architecture.lm_head.weight, start, stop).T
         return logits
 
-    def likeliest(self, normed: Tensor) -> Tensor:
-        """Return the token of the highest logit for each row of ``normed`` [n, hidden] fp32, as [n] int64.
+    def likeliest(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Return the token of the highest logit for each row of every part [n, hidden] fp32, as [n] int64.
 
-        Of equals it is the first. The lm_head is read once for all rows, and no row's logits are held at once.
+        Of equals it is the first. The lm_head is read once for all parts, none of which depends on the others, and no
+        row's logits are held at once.
         """
-        best = normed.new_full((len(normed),), -torch.inf)
-        tokens = torch.zeros(len(normed), dtype=torch.int64, device=normed.device)
+        best = [part.new_full((len(part),), -torch.inf) for part in parts]
+        tokens = [torch.zeros(len(part), dtype=torch.int64, device=part.device) for part in parts]
         for start in range(0, self.architecture.vocabulary_size, _SLAB_ROWS):
             stop = min(start + _SLAB_ROWS, self.architecture.vocabulary_size)
             slab = self.rows(self.architecture.lm_head.weight, start, stop)
-            for first in range(0, len(normed), _ROWS):
-                rows = slice(first, first + _ROWS)
-                highest, token = (normed[rows] @ slab.T).max(-1)
-                better = highest > best[rows]
-                best[rows] = torch.where(better, highest, best[rows])
-                tokens[rows] = torch.where(better, token + start, tokens[rows])
+            for part, highest_yet, likeliest in zip(parts, best, tokens, strict=True):
+                for first in range(0, len(part), _ROWS):
+                    rows = slice(first, first + _ROWS)
+                    highest, token = (part[rows] @ slab.T).max(-1)
+                    better = highest > highest_yet[rows]
+                    highest_yet[rows] = torch.where(better, highest, highest_yet[rows])
+                    likeliest[rows] = torch.where(better, token + start, likeliest[rows])
         return tokens
 
     def rotary_tables(self, length: int) -> tuple[Tensor, Tensor]:

@@ -34,6 +34,11 @@ class Divergence:
     p_original: Tensor
     p_bundle: Tensor
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Every field, in the order in which they are given."""
+        return tuple(vars(self).values())
+
     @staticmethod
     def concatenate(parts: list[Divergence]) -> Divergence:
         """Return the positions of several texts, one after the other."""

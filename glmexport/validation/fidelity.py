@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from glmexport.foundation.progress import Progress
+from glmexport.foundation.progress import Progress, Track
 from glmexport.reference.reference import Reference
 from glmexport.results.fidelity import CaptureBound, Estimate, Fidelity, LanguageFidelity, PositionBand, WorstToken
 from glmexport.results.looks import LanguageLooks
@@ -97,11 +97,16 @@ def position_slices(positions: int) -> list[slice]:
 
 def compare(original: OriginalAnswers, answers: Answers, progress: Progress, label: str) -> list[Divergence]:
     """Return the divergence of every text; ``answers(index)`` gives the bundle's logits of text ``index``."""
-    divergences = []
     with progress.track(label, len(original.texts)) as track:
-        for index, text in enumerate(original.texts):
-            divergences.append(original.divergence(index, answers(index)))
-            track.advance(1, text.language)
+        return compare_texts(original, answers, track)
+
+
+def compare_texts(original: OriginalAnswers, answers: Answers, track: Track) -> list[Divergence]:
+    """Return what ``compare`` does, and count every text on ``track``."""
+    divergences = []
+    for index, text in enumerate(original.texts):
+        divergences.append(original.divergence(index, answers(index)))
+        track.advance(1, text.language)
     return divergences
 
 

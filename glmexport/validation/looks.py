@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from glmexport.foundation.progress import Progress
+from glmexport.quantization.ranks import ALONE, Ranks
 from glmexport.results.fidelity import CaptureBound, Fidelity, LanguageFidelity
 from glmexport.results.looks import LanguageLooks, Look
 from glmexport.tokenizer.tokenizer import Tokenizer
@@ -120,7 +121,11 @@ def _ends(sizes: np.ndarray, minimum_positions: int) -> tuple[int, ...]:
 
 
 def judge_text(
-    texts: Sequence[EvaluationText], measure: Measure, conditions: Conditions, task_groups: int
+    texts: Sequence[EvaluationText],
+    measure: Measure,
+    conditions: Conditions,
+    task_groups: int,
+    ranks: Ranks = ALONE,
 ) -> JudgedText:
     """Judge every language until all its gates are decided, or its text ends.
 
@@ -129,13 +134,14 @@ def judge_text(
         measure: what measures a look.
         conditions: of the validation.
         task_groups: the number of groups of the user's tasks, which have gates of their own.
+        ranks: the processes that measure together, of which the first decides.
     """
     policy = conditions.policy
     plans = plan_looks(texts, policy.minimum_positions, full_text=conditions.plan.full_text)
     tests = most_tests(len(plans), task_groups)
 
     def decided(language: str, divergences: Sequence[Divergence], stage: Stage) -> bool:
-        return is_decided(statistics_of(language, divergences), stage, policy, tests)
+        return bool(ranks.decide(lambda: is_decided(statistics_of(language, divergences), stage, policy, tests)))
 
     return judge_by_looks(texts, plans, measure, decided, policy.confidence, conditions.progress)
 

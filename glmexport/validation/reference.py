@@ -66,9 +66,7 @@ class ReferenceStates:
 
     def embed(self, reference: Reference) -> None:
         """Replace every sequence by the embeddings of its tokens."""
-        embedded = reference.embed(torch.cat([text.ids for text in self.texts]))
-        for index, rows in enumerate(torch.split(embedded, [len(text.ids) for text in self.texts])):
-            self.save(index, rows[None])
+        embed_together(reference, [self])
 
     def norm(self, reference: Reference) -> None:
         """Replace every sequence by what the final norm makes of it."""
@@ -79,6 +77,15 @@ class ReferenceStates:
         """Return the rows that predict the judged tokens of text ``index``."""
         text = self.texts[index]
         return self.load(index)[0, text.prefix - 1 : -1]
+
+
+def embed_together(reference: Reference, each: Sequence[ReferenceStates]) -> None:
+    """Replace every sequence by the embeddings of its tokens; the table is read once for all."""
+    places = [(states, index) for states in each for index in range(len(states.texts))]
+    ids = [states.texts[index].ids for states, index in places]
+    embedded = reference.embed(torch.cat(ids))
+    for (states, index), rows in zip(places, torch.split(embedded, list(map(len, ids))), strict=True):
+        states.save(index, rows[None])
 
 
 class Selections:
@@ -123,7 +130,8 @@ class TextStream:
     """A stream of whole texts, ``batch`` at a time, the shorter ones padded after their end.
 
     A causal model does not look there. The experts that every position is sent to are added to ``routes``. It is
-    computed in ``threads``, if given.
+    computed in ``threads``, if given. Texts of one of the ``groups`` are computed together and with no others, so that
+    the numbers of a group depend on its own texts alone; by default all texts are one group.
     """
 
     def __init__(
@@ -135,9 +143,12 @@ class TextStream:
         batch: int = 1,
         threads: int | None = None,
         routes: Routes | None = None,
+        groups: Sequence[Sequence[int]] | None = None,
     ) -> None:
         self.states = ReferenceStates(texts, reference.architecture.hidden_size, directory)
-        self._reference, self._batch, self._threads, self._routes = reference, batch, threads, routes
+        self.routes = routes
+        self._reference, self._batch, self._threads = reference, batch, threads
+        self._groups = [range(len(texts))] if groups is None else groups
         lengths = {len(text.ids) for text in texts}
         self._positions = {length: reference.position_embeddings(length) for length in lengths}
         self._selections = Selections(directory, reference.architecture.attended_tokens)
@@ -148,20 +159,23 @@ class TextStream:
 
     def through(self, block: Block) -> None:
         """Take every text through ``block``."""
-        states, texts = self.states, self.states.texts
         with _threads(self._threads):
-            routed = bool(block.layer.mlp.routed)
-            for start in range(0, len(texts), self._batch):
-                group = range(start, min(start + self._batch, len(texts)))
-                longest = max(len(texts[text].ids) for text in group)
-                padded = [pad(states.load(text), (0, 0, 0, longest - len(texts[text].ids))) for text in group]
-                run = block.attended if routed else block.selecting
-                outputs, selection = run(torch.cat(padded), self._positions[longest], self._selections.load(start))
-                self._selections.save(start, selection)
-                for text, output in zip(group, outputs, strict=True):
-                    states.save(text, output[: len(texts[text].ids)])
-            if routed:
-                through_mlp(block, states, _TOGETHER, self._routes)
+            for group in self._groups:
+                for start in range(0, len(group), self._batch):
+                    self._attend(block, group[start : start + self._batch])
+                if block.layer.mlp.routed:
+                    through_mlp(block, self.states.only(group), _TOGETHER, self.routes)
+
+    def _attend(self, block: Block, batch: Sequence[int]) -> None:
+        """Take a batch through ``block``, or through its attention alone where experts follow."""
+        states, texts = self.states, self.states.texts
+        longest = max(len(texts[text].ids) for text in batch)
+        padded = [pad(states.load(text), (0, 0, 0, longest - len(texts[text].ids))) for text in batch]
+        run = block.attended if block.layer.mlp.routed else block.selecting
+        outputs, selection = run(torch.cat(padded), self._positions[longest], self._selections.load(batch[0]))
+        self._selections.save(batch[0], selection)
+        for text, output in zip(batch, outputs, strict=True):
+            states.save(text, output[: len(texts[text].ids)])
 
     def finish(self) -> ReferenceStates:
         """Return the states after the final norm."""
@@ -213,8 +227,8 @@ def pass_together(
         nonlocal committed
         # The states alone are not enough to resume from where the next block uses the selection of this one.
         if kept and not (index < len(layers) and layers[index].attention.shared_selection):
-            rows = {_name(place): stream.states.each() for place, stream in enumerate(streams)}
-            kept.commit(_step(index - 1), {}, {}, rows)
+            rows = (states for stream in streams for states in stream.states.each())
+            kept.commit(_step(index - 1), {}, {}, {_STATES: rows}, _routes_of(streams))
             kept.forget(_step(committed - 1))
             committed = index
 
@@ -279,25 +293,34 @@ def _step(layer: int) -> str:
     return f"{_STATES}-{layer:03}"
 
 
-def _name(stream: int) -> str:
-    return f"{_STATES}-{stream}" if stream else _STATES
+def _routes_of(streams: Sequence[TextStream]) -> dict[str, Tensor]:
+    """Return the experts that every stream was sent to so far, by the stream's number and the layer's."""
+    return {
+        f"{place}.{layer}": experts
+        for place, stream in enumerate(streams)
+        if stream.routes is not None
+        for layer, experts in stream.routes.layers.items()
+    }
 
 
 def _resume(streams: Sequence[TextStream], kept: WorkDirectory, layers: int) -> int:
     """Read the states after the last block that was committed, and return the number of finished blocks."""
     for finished in range(layers, 0, -1):
         step = _step(finished - 1)
-        there = (kept.has_activations(step, _name(place)) for place in range(len(streams)))
-        if kept.record(step) is None or not all(there):
+        if kept.record(step) is None or not kept.has_activations(step, _STATES):
             continue
-        for place, stream in enumerate(streams):
-            states = stream.states
-            rows = sum(len(text.ids) for text in states.texts)
-            stored = kept.activations(step, _name(place), (rows, 1, states.hidden_size))
-            start = 0
-            for index, text in enumerate(states.texts):
+        rows = sum(len(text.ids) for stream in streams for text in stream.states.texts)
+        stored = kept.activations(step, _STATES, (rows, 1, streams[0].states.hidden_size))
+        start = 0
+        for stream in streams:
+            for index, text in enumerate(stream.states.texts):
                 stop = start + len(text.ids)
-                states.save(index, stored.read(start, stop).transpose(0, 1))
+                stream.states.save(index, stored.read(start, stop).transpose(0, 1))
                 start = stop
+        for name, experts in kept.tensors(step).items():
+            place, layer = map(int, name.split("."))
+            routes = streams[place].routes
+            assert routes is not None
+            routes.add(layer, experts)
         return finished
     return 0

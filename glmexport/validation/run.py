@@ -15,7 +15,9 @@ from glmexport.bundle.manifest import Manifest
 from glmexport.checkpoint.checkpoint import Checkpoint
 from glmexport.engine.generation import GenerationSession
 from glmexport.engine.scoring import ScoringSession
+from glmexport.foundation.progress import Progress
 from glmexport.foundation.target import Gates
+from glmexport.quantization.ranks import Parcel
 from glmexport.reference.reference import Reference
 from glmexport.results.arithmetic import OriginalArithmetic
 from glmexport.results.behaviour import Behaviour
@@ -31,7 +33,7 @@ from glmexport.validation.behaviour.plane import BundleSessions, ask, ask_bundle
 from glmexport.validation.capture import CapturedReference
 from glmexport.validation.conditions import Conditions
 from glmexport.validation.divergence import Divergence
-from glmexport.validation.fidelity import ChosenAnswers, Streamed, compare
+from glmexport.validation.fidelity import ChosenAnswers, compare
 from glmexport.validation.gates import (
     apply_gates,
     capture_gate,
@@ -43,18 +45,18 @@ from glmexport.validation.gates import (
 )
 from glmexport.validation.host_gates import host_gate
 from glmexport.validation.looks import JudgedText, first_texts, judge_text
-from glmexport.validation.noise import RepeatedStates, repeated_states
 from glmexport.validation.performance import measure_performance
 from glmexport.validation.performance_gates import performance_gates
+from glmexport.validation.pieces import UNKEPT, Pieces
 from glmexport.validation.prompts import golden_prompts, prompt_parity
-from glmexport.validation.reference import ReferenceStates, reference_states
-from glmexport.validation.routing import Routes, routing_agreement
+from glmexport.validation.shared_texts import SharedTexts
 from glmexport.validation.shares import bundle_answer, shares_of
 from glmexport.validation.texts import EvaluationSet, EvaluationText
 from glmexport.validation.weights import check_weights
 from glmexport.validation.whole_model import check_reference
 
 _IN_ONNX_RUNTIME = "Bundle in ONNX Runtime"
+_CHECK = "whole-model"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +91,13 @@ class Validation(Measurements):
 
 
 def validate(
-    bundle: Bundle, reference: Reference, evaluation: EvaluationSet, conditions: Conditions, scratch: Path
-) -> Validation:
+    bundle: Bundle,
+    reference: Reference,
+    evaluation: EvaluationSet,
+    conditions: Conditions,
+    scratch: Path,
+    pieces: Pieces = UNKEPT,
+) -> Validation | None:
     """Run the exported graph and the original over the texts of ``evaluation`` and compare them.
 
     Args:
@@ -99,33 +106,38 @@ def validate(
         evaluation: what both are asked.
         conditions: the amounts that are measured, the limits that the bundle has to keep, and the threads.
         scratch: the directory where the original's hidden states are kept meanwhile.
+        pieces: where finished pieces are kept, and the ranks that share them; only rank 0 returns something.
 
     Raises:
         InputError: nothing would be judged, or a task fills the context.
         MachineError: the bundle's execution provider is not here, or memory does not suffice.
     """
-    plan, progress = conditions.plan, conditions.progress
+    plan, progress, ranks = conditions.plan, conditions.progress, pieces.ranks
     texts = evaluation.texts(reference.architecture.context_length, plan)
     torch.set_num_threads(conditions.threads)
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         place = Path(folder)
         session = ScoringSession(bundle, conditions.bundle_threads)
-        both = _Both(reference, session, texts, conditions, place)
+        both = _Both(reference, session, texts, conditions, place, pieces)
         groups = {(task.name, task.metric) for task in evaluation.tasks}
-        found = judge_text(texts, both.compare, conditions, len(groups) if plan.behaviour else 0)
+        found = judge_text(texts, both.compare, conditions, len(groups) if plan.behaviour else 0, ranks)
         first = both.first
         # A session has a copy of all weights, and what follows is computed without it.
         del session, both
-        check = check_reference(
-            reference, first.runs.states.texts, place, plan.max_memory_bytes, progress, first.runs.states
+        # The first rank owns the first batch.
+        check = first.check(place, plan.max_memory_bytes, progress, pieces) if ranks.first else None
+        noise = first.texts.noise()
+        shares, routing = shares_of(
+            bundle, first.texts, first.shipped, plan.share_texts, pieces, place, progress
         )
-        fidelity = found.fidelity(evaluation.tokenizer, arithmetic(bundle.manifest), first.runs.noise(progress))
-        sample, after = Streamed(first.runs.sample, reference), Routes()
-        shares = shares_of(bundle, sample, first.shipped, plan.share_texts, place, progress, after)
-        routing = routing_agreement(first.routes, after) if shares else ()
-        behaviour = _behaviour(bundle, reference, evaluation, conditions, place)
+        first.texts.forget()
+        behaviour = _behaviour(bundle, reference, evaluation, conditions, place, pieces)
+    # Speed is that of a machine on which nothing else is at work.
+    ranks.barrier()
+    if not ranks.first:
+        return None
     measured = Measurements(
-        fidelity=fidelity,
+        fidelity=found.fidelity(evaluation.tokenizer, arithmetic(bundle.manifest), noise),
         weights=check_weights(bundle, reference, progress),
         performance=_performance(bundle, reference.checkpoint, texts, conditions),
         prompts=prompt_parity(golden_prompts(reference.checkpoint, evaluation), bundle.tokenizer),
@@ -179,13 +191,22 @@ def validate_captured(bundle: Bundle, captured: CapturedReference, conditions: C
 
 @dataclass(frozen=True)
 class _FirstLook:
-    """The states and divergences of the first look, for the noise floor and the shares; it has every language."""
+    """The texts of the first look, for the noise floor and the shares; it has every language."""
 
-    runs: RepeatedStates
+    texts: SharedTexts
     #: The divergences of the texts that were run twice.
     shipped: Sequence[Divergence]
-    #: The experts that the original sends these to.
-    routes: Routes
+
+    def check(self, scratch: Path, limit_bytes: int | None, progress: Progress, pieces: Pieces) -> ReferenceCheck:
+        """Return whether the original is the model that transformers loads, by one of the first batch's texts."""
+        kept = pieces.load(_CHECK, self.texts.name(0))
+        if kept is not None:
+            return ReferenceCheck.model_validate(kept.facts)
+        states = self.texts.original(0).states
+        check = check_reference(self.texts.reference, states.texts, scratch, limit_bytes, progress, states)
+        if not check.absent_because:
+            pieces.save(_CHECK, self.texts.name(0), Parcel(facts=check.model_dump()))
+        return check
 
 
 class _Both:
@@ -198,9 +219,10 @@ class _Both:
         texts: Sequence[EvaluationText],
         conditions: Conditions,
         scratch: Path,
+        pieces: Pieces,
     ) -> None:
         self._reference, self._session, self._texts = reference, session, texts
-        self._conditions, self._scratch = conditions, scratch
+        self._conditions, self._scratch, self._pieces = conditions, scratch, pieces
         self._first: _FirstLook | None = None
 
     @property
@@ -211,30 +233,24 @@ class _Both:
 
     def compare(self, indices: Sequence[int], words: str) -> list[Divergence]:
         """Return the divergences of these texts: one pass of the original over its blocks."""
-        chosen, progress = [self._texts[index] for index in indices], self._conditions.progress
-        label = f"Original, block by block{words}"
-        answers = partial(bundle_answer, self._session, chosen)
-
-        def against(states: ReferenceStates) -> list[Divergence]:
-            return compare(Streamed(states, self._reference), answers, progress, f"{_IN_ONNX_RUNTIME}{words}")
-
-        if self._first is not None:
-            return against(reference_states(self._reference, chosen, self._scratch, progress, label=label))
         # The same texts as of a captured reference, which knows nothing of looks.
-        first = first_texts(self._texts, max(1, self._conditions.plan.share_texts))
-        sample, routes = [place for place, index in enumerate(indices) if index in first], Routes()
-        runs = repeated_states(
+        first = () if self._first else first_texts(self._texts, max(1, self._conditions.plan.share_texts))
+        sample = [place for place, index in enumerate(indices) if index in first]
+        shared = SharedTexts(
             self._reference,
-            chosen,
+            [self._texts[index] for index in indices],
             sample,
-            self._conditions.threads,
-            self._scratch,
-            progress,
-            label=label,
-            routes=routes,
+            threads=self._conditions.threads,
+            pieces=self._pieces,
+            scratch=self._scratch,
+            progress=self._conditions.progress,
+            label=f"Original, block by block{words}",
         )
-        divergences = against(runs.states)
-        self._first = _FirstLook(runs, [divergences[index] for index in sample], routes)
+        divergences = shared.divergences(partial(partial, bundle_answer, self._session), f"{_IN_ONNX_RUNTIME}{words}")
+        if self._first is None:
+            self._first = _FirstLook(shared, [divergences[place] for place in sample])
+        else:
+            shared.forget()
         return divergences
 
 
@@ -282,6 +298,7 @@ def _behaviour(
     evaluation: EvaluationSet,
     conditions: Conditions,
     scratch: Path,
+    pieces: Pieces,
 ) -> Behaviour | None:
     plan = conditions.plan.behaviour
     if plan is None:
@@ -298,7 +315,16 @@ def _behaviour(
     if not asked and all(task.choices for task in evaluation.tasks):
         # No task is answered by a text, so that nothing could be told of answers.
         return None
-    return ask(asked, evaluation.tasks, sessions, reference, plan=plan, scratch=scratch, progress=conditions.progress)
+    return ask(
+        asked,
+        evaluation.tasks,
+        sessions,
+        reference,
+        plan=plan,
+        scratch=scratch,
+        progress=conditions.progress,
+        pieces=pieces,
+    )
 
 
 def _performance(

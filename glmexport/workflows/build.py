@@ -47,8 +47,8 @@ from glmexport.workflows.job import Job
 from glmexport.workflows.original import Original
 from glmexport.workflows.output import partial_of, put_in_place
 from glmexport.workflows.provenance import calibration_source, own_fingerprints, source_of
-from glmexport.workflows.ranks import refuse_differences, require_shared
-from glmexport.workflows.validate import BuildOptions, Built, measure_and_report, refuse_tasks
+from glmexport.workflows.ranks import opened_by_all, refuse_differences, require_shared
+from glmexport.workflows.validate import BuildOptions, Built, facts_of, measure_and_report, refuse_tasks
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ def build(
 ) -> list[Built | BuiltUnrun]:
     """Build, validate and put in place every job's bundle. Jobs of one recipe share one quantization.
 
-    A bundle whose execution provider is not on this machine is written all the same, and not run. Ranks quantize
-    together; all but rank 0 have nothing to do afterwards, and nothing to return.
+    A bundle whose execution provider is not on this machine is written all the same, and not run. Ranks quantize and
+    validate together; rank 0 writes, puts in place and returns what they have built.
 
     Raises:
         InputError: an output exists and ``force`` is off, or the calibration text is too small.
@@ -84,24 +84,27 @@ def build(
             if ranks.first:
                 held.enter_context(quantizations[-1].work.locked())
             require_shared(ranks, quantizations[-1].work.path)
-        if not ranks.first:
-            for quantization in quantizations:
-                _take_part(quantization)
-            return []
         held.enter_context(computing(options.arithmetic))
         built: list[Built | BuiltUnrun] = []
         try:
             for plan, quantization in zip(plans, quantizations, strict=True):
-                model = _quantized(quantization)
+                model = _quantized(quantization) if ranks.first else None
+                if model is None:
+                    _take_part(quantization)
                 for job in plan.jobs:
-                    written = _write(original, job, model, quantization, plan.text, progress)
-                    built.append(_validate(original, job, written, model, plan, options, progress))
+                    if model:
+                        _write(original, job, model, quantization, plan.text, progress)
+                    written = opened_by_all(ranks, partial_of(job.directory))
+                    validated = _validate(original, job, written, model, quantization, plan, options, progress)
+                    built += [validated] if validated else []
+            if not ranks.first:
+                return []
             original.checkpoint.refuse_changes()
             for bundle in built:
                 refuse_existing(bundle.directory, options.force)
                 put_in_place(partial_of(bundle.directory), bundle.directory)
         except BaseException:
-            for job in jobs:
+            for job in jobs if ranks.first else ():
                 shutil.rmtree(partial_of(job.directory), ignore_errors=True)
             raise
         for quantization in quantizations:
@@ -182,7 +185,7 @@ def _quantization_job(original: Original, plan: _Plan, options: BuildOptions, pr
         "arithmetic": arithmetic.label,
         "batch": [plan.memory.batch_tokens, plan.memory.chunk_weights],
     }
-    refuse_differences(options.ranks, _facts(original, job))
+    refuse_differences(options.ranks, _facts(original, job) | facts_of(options, plan.evaluation))
     work = WorkDirectory.for_job(plan.parent, job, makes=options.ranks.first)
     return QuantizationJob(
         checkpoint=original.checkpoint,
@@ -229,7 +232,7 @@ def _write(
     quantization: QuantizationJob,
     text: CalibrationText,
     progress: Progress,
-) -> Bundle:
+) -> None:
     """Write the bundle beside its place."""
     partial = partial_of(job.directory)
     if partial.exists():
@@ -251,25 +254,36 @@ def _write(
         cache_text=cache_text(text.sequences),
         arithmetic=quantization.arithmetic.label,
     )
-    return Bundle(partial, write_bundle(partial, contents, progress))
+    write_bundle(partial, contents, progress)
 
 
 def _validate(
     original: Original,
     job: Job,
     bundle: Bundle,
-    model: QuantizedModel,
+    model: QuantizedModel | None,
+    quantization: QuantizationJob,
     plan: _Plan,
     options: BuildOptions,
     progress: Progress,
-) -> Built | BuiltUnrun:
-    """Measure the bundle that was written beside its place, as far as this machine can run it."""
-    if not bundle.runs_here:
+) -> Built | BuiltUnrun | None:
+    """Measure the bundle that was written beside its place, as far as this machine can run it; rank 0 says what is so.
+
+    ``model`` is None on the other ranks, and so is what they return.
+    """
+    if not options.ranks.decide(lambda: bundle.runs_here):
+        if model is None:
+            return None
         reference = Reference(original.checkpoint, original.architecture)
         evaluation = EvaluationSet(evaluation_documents((), original.tokenizer, ()), original.tokenizer)
         unrun = validate_unrun(bundle, reference, evaluation, progress, options.max_memory_bytes)
         return BuiltUnrun(job.directory, bundle.manifest, unrun)
     options = replace(options, arithmetic=arithmetic_for(original.architecture, job.recipe, options.arithmetic))
-    cost = BuildCost(model.seconds, peak_memory(), device_name(options.device), peak_device_memory(options.device))
-    report = measure_and_report(bundle, job.directory.name, original, plan.evaluation, options, progress, cost)
-    return Built(job.directory, bundle.manifest, report)
+    cost = None
+    if model:
+        device = options.device
+        cost = BuildCost(model.seconds, peak_memory(), device_name(device), peak_device_memory(device))
+    report = measure_and_report(
+        bundle, job.directory.name, original, plan.evaluation, options, progress, cost, quantization.work.path
+    )
+    return Built(job.directory, bundle.manifest, report) if report else None

@@ -24,7 +24,7 @@ from glmexport.validation.capture import REFERENCE, TOP_K, Capture, CapturedAnsw
 from glmexport.validation.conditions import ValidationPlan
 from glmexport.validation.fidelity import Streamed
 from glmexport.validation.looks import first_texts
-from glmexport.validation.noise import repeated_states
+from glmexport.validation.noise import repeated_states, text_batches
 from glmexport.validation.prompts import golden_prompts
 from glmexport.validation.texts import EvaluationSet, text_digest
 from glmexport.validation.whole_model import check_reference
@@ -91,7 +91,8 @@ def capture_reference(original: Original, output: Path, options: CaptureOptions,
     partial = partial_of(output)
     with work.locked(), computing(options.arithmetic):
         reference = Reference(original.checkpoint, original.architecture)
-        runs = repeated_states(reference, texts, sample, options.threads, work.path, progress, kept=work)
+        batches = text_batches(texts, sample, routed=bool(original.architecture.routed))
+        runs = repeated_states(reference, texts, batches, options.threads, work.path, progress, kept=work)
         states = runs.states
         check = check_reference(reference, texts, work.path, options.plan.max_memory_bytes, progress, states)
         facts = OriginalFacts(

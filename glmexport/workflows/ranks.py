@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from glmexport.foundation.errors import EXIT_BUG, GlmexportError, InputError, MachineError
+from glmexport.bundle.bundle import Bundle
+from glmexport.foundation.errors import EXIT_BUG, BundleError, GlmexportError, InputError, MachineError
 from glmexport.foundation.files import write_atomically
 from glmexport.quantization.ranks import ALONE, RankLost, Ranks
 from glmexport.results.arithmetic import OriginalArithmetic
@@ -151,7 +152,7 @@ def _stopped_plainly(ranks: Ranks) -> Iterator[None]:
         raise RankLost(
             f"Rank {ranks.rank} of {ranks.size} was told to stop, as torchrun does when another rank has ended.",
             next_step="See what the other said; then run the same command again. It goes on after the last finished "
-            "matrix.",
+            "piece.",
         )
 
     before = signal.signal(signal.SIGTERM, stop)
@@ -193,7 +194,34 @@ def require_shared(ranks: Ranks, directory: Path) -> None:
     deadline = time.monotonic() + _VISIBLE_S
     while not (seen := _content(path) == token) and time.monotonic() < deadline:
         time.sleep(1.0)
-    blind = [rank for rank, sees in enumerate(ranks.gather(seen)) if not sees]
+    _refuse_blind(ranks, seen, directory)
+
+
+def opened_by_all(ranks: Ranks, directory: Path) -> Bundle:
+    """Return the bundle that rank 0 has written into ``directory``, once this rank sees it.
+
+    Raises:
+        MachineError: one of them does not see it, on every rank alike.
+    """
+    digest = ranks.decide(lambda: Bundle.open(directory).digest)
+    deadline = time.monotonic() + _VISIBLE_S
+    while (bundle := _bundle(directory, digest)) is None and time.monotonic() < deadline:
+        time.sleep(1.0)
+    _refuse_blind(ranks, bundle is not None, directory)
+    assert bundle is not None
+    return bundle
+
+
+def _bundle(directory: Path, digest: str) -> Bundle | None:
+    try:
+        bundle = Bundle.open(directory)
+    except BundleError:
+        return None
+    return bundle if bundle.digest == digest else None
+
+
+def _refuse_blind(ranks: Ranks, sees: bool, directory: Path) -> None:
+    blind = [rank for rank, each in enumerate(ranks.gather(sees)) if not each]
     if blind:
         raise MachineError(
             f"Rank {blind[0]} does not see the files that rank 0 writes into {directory}.",

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from glmexport import __version__
 from glmexport.bundle.bundle import Bundle
 from glmexport.calibration.corpus import Document, evaluation_documents
 from glmexport.engine.session import require_provider
 from glmexport.foundation.disk import require_writable
+from glmexport.foundation.machine import library_versions
 from glmexport.foundation.progress import Progress
 from glmexport.foundation.target import Policy, Target
 from glmexport.quantization.ranks import ALONE, Ranks
@@ -26,6 +31,7 @@ from glmexport.validation.behaviour.plane import task_questions
 from glmexport.validation.behaviour.tasks import Task
 from glmexport.validation.capture import CapturedReference
 from glmexport.validation.conditions import Conditions, ValidationPlan
+from glmexport.validation.pieces import UNKEPT, Pieces
 from glmexport.validation.run import validate, validate_captured
 from glmexport.validation.texts import EvaluationSet
 from glmexport.workflows.assemble_report import BuildCost, assemble
@@ -53,7 +59,7 @@ class BuildOptions:
     tasks: tuple[Task, ...] = ()
     #: Threads of the bundle's sessions; None: those of its target, or else ``threads``.
     bundle_threads: int | None = None
-    #: The processes that quantize together.
+    #: The processes that quantize and validate together.
     ranks: Ranks = ALONE
     #: The signers of whom one must have signed a bundle that is validated.
     trust: Trust = NOBODY
@@ -88,7 +94,8 @@ def validate_bundle(bundle: Bundle, original: Original, options: BuildOptions, p
     refuse_tasks(original, bundle.target, options)
     require_writable(bundle.directory)
     check_original(bundle, original, progress, options.trust)
-    report = measure_and_report(bundle, bundle.name, original, evaluation, options, progress, None)
+    report = measure_and_report(bundle, bundle.name, original, evaluation, options, progress)
+    assert report is not None, "one process alone is the first rank"
     return Built(bundle.directory, bundle.manifest, report)
 
 
@@ -120,9 +127,12 @@ def measure_and_report(
     documents: Sequence[Document],
     options: BuildOptions,
     progress: Progress,
-    cost: BuildCost | None,
-) -> Report:
+    cost: BuildCost | None = None,
+    work: Path | None = None,
+) -> Report | None:
     """Measure a bundle that is known to be the original's, and write its report into its directory.
+
+    The ranks of a build measure together, and the first writes the report and returns it.
 
     Args:
         bundle: the bundle, which a build has not put in its place yet.
@@ -132,6 +142,8 @@ def measure_and_report(
         options: the choices of the caller.
         progress: the observer of the steps.
         cost: the cost of the build; None where that was some other time.
+        work: the directory in which the finished pieces are kept, and all else that is needed meanwhile; None: nothing
+            is kept, and what is needed is in the bundle's directory.
     """
     policy = options.policy_for(bundle.target)
     threads = options.threads_for(bundle.target)
@@ -140,12 +152,41 @@ def measure_and_report(
     )
     reference = Reference(original.checkpoint, original.architecture_for(bundle.target))
     evaluation = EvaluationSet(documents, original.tokenizer, options.tasks)
+    pieces = UNKEPT
+    if work is not None:
+        pieces = Pieces(work / "validation", _job(bundle, original, options, progress), options.ranks.on(CPU))
     with computing(options.arithmetic):
-        validation = validate(bundle, reference, evaluation, conditions, scratch=bundle.directory)
+        validation = validate(bundle, reference, evaluation, conditions, work or bundle.directory, pieces)
+    if validation is None:
+        return None
     original.checkpoint.refuse_changes()
     report = assemble(bundle, validation, policy, name=name, command=options.command, build=cost)
     write_report(report, bundle.directory)
     return report
+
+
+def _job(bundle: Bundle, original: Original, options: BuildOptions, progress: Progress) -> dict[str, Any]:
+    """Return what every finished piece of a validation depends on."""
+    return {
+        "glmexport": __version__,
+        "checkpoint": original.checkpoint.digest(progress),
+        "bundle": bundle.digest,
+        "threads": [options.threads, options.threads_for(bundle.target)],
+        "arithmetic": options.arithmetic.route,
+        "versions": library_versions(),
+    }
+
+
+def facts_of(options: BuildOptions, documents: Sequence[Document]) -> dict[str, str]:
+    """Return what has to be the same for all ranks that validate together, by names for people."""
+    text = [[document.id, document.language, document.text] for document in documents]
+    return {
+        "evaluation text": _digest(text),
+        "digest of the tasks": _digest([task.model_dump() for task in options.tasks]),
+        "digest of the gates": _digest(options.policy and options.policy.gates.model_dump(mode="json")),
+        "amount of validation": str(options.validation),
+        "threads of the bundle": str(options.bundle_threads),
+    }
 
 
 def refuse_tasks(original: Original, target: Target, options: BuildOptions) -> None:
@@ -153,6 +194,11 @@ def refuse_tasks(original: Original, target: Target, options: BuildOptions) -> N
     context = original.architecture_for(target).context_length
     if options.validation.behaviour:
         task_questions(options.tasks, original.tokenizer, options.validation.behaviour, context)
+
+
+def _digest(value: object) -> str:
+    """Return the SHA-256 of what JSON can hold."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def command_line() -> str:

@@ -43,7 +43,7 @@ def run_workers(count: int, arguments: Sequence[str]) -> int:
             raise MachineError(
                 f"Rank {rank} of {count} was ended by signal {-failure.exitcode}; without memory, the system sends 9.",
                 next_step="Run the same command again, perhaps with fewer --workers; it goes on after the last "
-                "finished matrix.",
+                "finished piece.",
             ) from error
         return int(failure.exitcode)
     return EXIT_PASS

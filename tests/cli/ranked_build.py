@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,14 @@ import builds  # noqa: E402
 import glmexport.validation.performance  # noqa: E402
 import glmexport.workflows.validate  # noqa: E402
 from glmexport.cli import main  # noqa: E402
+from glmexport.validation.conditions import BehaviourPlan  # noqa: E402
 from glmexport.workflows.validate import BuildOptions  # noqa: E402
+
+ASKED = BehaviourPlan(each=1, translations=0, max_tokens=4, batch=2)
 
 
 def options(*values: Any, **named: Any) -> BuildOptions:
-    return BuildOptions(*values, **(named | {"validation": builds.QUICK}))
+    return BuildOptions(*values, **(named | {"validation": replace(builds.QUICK, behaviour=ASKED)}))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -47,6 +48,23 @@ def test_two_ranks_build_the_bundle_that_one_process_builds(sample: Sample, tmp_
     # One rank tells of the progress.
     assert len(re.findall(r"^Quantizing .*4/4", done.stderr, re.MULTILINE)) == 1
     assert len(re.findall(r"^ranks +2", done.stderr, re.MULTILINE)) == 1
+    assert len(re.findall(r"^Bundle in ONNX Runtime", done.stderr, re.MULTILINE)) == 1
+    alone = build(sample, tmp_path / "alone", sample.checkpoint, "--threads", THREADS, count=1)
+    assert messages(alone.stderr) == [], alone.stderr
+    figures, expected = (json.loads((tmp_path / name / "report.json").read_bytes()) for name in ("bundle", "alone"))
+    for name in ("fidelity", "behaviour", "shares", "routing", "weights", "prompts", "reference", "gates", "verdict"):
+        assert figures[name] == expected[name], name
+    assert figures["behaviour"]["overall"]["answers"] > 20
+
+
+def test_ranks_that_judge_by_different_text_are_refused(sample: Sample, tmp_path: Path) -> None:
+    for rank, text in enumerate(("One text of mine, which is judged.", "Another text of mine, which is judged.")):
+        (tmp_path / f"{rank}.txt").write_text(text, encoding="utf-8")
+    own = [f"{rank}:--evaluation={tmp_path / f'{rank}.txt'}" for rank in (0, 1)]
+    done = build(sample, tmp_path / "bundle", sample.checkpoint, "--threads", THREADS, *own)
+    (message,) = messages(done.stderr)
+    assert "The evaluation text of rank 1 is " in message
+    assert not (tmp_path / "bundle").exists()
 
 
 def test_ranks_that_are_told_different_things_are_refused(sample: Sample, tmp_path: Path) -> None:

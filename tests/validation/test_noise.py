@@ -1,4 +1,4 @@
-"""Runs that pass each block together give what each gives alone, and a validation reads a checkpoint twice."""
+"""Batches that pass each block together give what each gives alone, and a validation reads a checkpoint twice."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from glmexport.quantization.store import WorkDirectory
 from glmexport.reference.reference import Block, Reference
 from glmexport.validation.fidelity import Streamed, compare, statistics_of
 from glmexport.validation.looks import first_texts
-from glmexport.validation.noise import repeated_states
+from glmexport.validation.noise import TextBatch, repeated_states, text_batches
 from glmexport.validation.reference import reference_states
 from glmexport.validation.routing import Routes
 from glmexport.validation.shares import bundle_answer
@@ -44,18 +44,26 @@ def texts_of(*lengths: int) -> list[EvaluationText]:
     return [EvaluationText(str(n), "en", torch.randint(0, 250, (n,), generator=generator), 1) for n in lengths]
 
 
+def batches_of(texts: list[EvaluationText], reference: Reference) -> list[TextBatch]:
+    return text_batches(texts, SAMPLE, routed=bool(reference.architecture.routed))
+
+
 @pytest.mark.parametrize("family", ["glm4", "glm4_moe", "glm_moe_dsa"])
 def test_runs_together_are_those_alone(family: str, tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "checkpoint", family, **TINY[family])
     reference, texts = reference_of(tmp_path / "checkpoint"), texts_of(20, 31, 7, 24, 9)
-    together, alone = Routes(), Routes()
-    runs = repeated_states(reference, texts, SAMPLE, 2, tmp_path, Silent(), routes=together)
-    once = reference_states(reference, texts, tmp_path, Silent())
-    chosen = [texts[index] for index in SAMPLE]
-    again = reference_states(reference, chosen, tmp_path, Silent(), batch=4, routes=alone)
-    assert all(torch.equal(runs.states.load(index), once.load(index)) for index in range(len(texts)))
-    assert all(torch.equal(runs.sample.load(place), once.load(index)) for place, index in enumerate(SAMPLE))
-    assert all(torch.equal(runs.again.load(place), again.load(place)) for place in range(len(SAMPLE)))
+    batches = batches_of(texts, reference)
+    runs = repeated_states(reference, texts, batches, 2, tmp_path, Silent())
+    together, alone = runs.routes, Routes()
+    for batch in batches:
+        chosen = [texts[place] for place in batch.places]
+        once = reference_states(reference, chosen, tmp_path, Silent())
+        assert all(torch.equal(runs.states.load(index), once.load(place)) for place, index in enumerate(batch.places))
+        if batch.again:
+            again = reference_states(reference, chosen, tmp_path, Silent(), batch=4, routes=alone)
+            places = [SAMPLE.index(index) for index in batch.places]
+            assert all(torch.equal(runs.sample.load(p), once.load(place)) for place, p in enumerate(places))
+            assert all(torch.equal(runs.again.load(p), again.load(place)) for place, p in enumerate(places))
     assert together.layers.keys() == alone.layers.keys()
     assert all(torch.equal(rows, alone.layers[layer]) for layer, rows in together.layers.items())
 
@@ -63,7 +71,7 @@ def test_runs_together_are_those_alone(family: str, tmp_path: Path) -> None:
 def test_both_runs_go_on_where_they_were_killed(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "checkpoint", "glm4", num_hidden_layers=3)
     reference, texts = reference_of(tmp_path / "checkpoint"), texts_of(20, 31, 7, 24, 9)
-    expected = repeated_states(reference, texts, SAMPLE, 2, tmp_path, Silent())
+    expected = repeated_states(reference, texts, batches_of(texts, reference), 2, tmp_path, Silent())
     kept, fill = WorkDirectory(tmp_path / "work", {}), reference.block
     blocks: list[int] = []
 
@@ -75,7 +83,7 @@ def test_both_runs_go_on_where_they_were_killed(tmp_path: Path) -> None:
             return fill(layer)
 
         with patch.object(reference, "block", block):
-            runs = repeated_states(reference, texts, SAMPLE, 2, tmp_path, Silent(), kept=kept)
+            runs = repeated_states(reference, texts, batches_of(texts, reference), 2, tmp_path, Silent(), kept=kept)
         assert all(torch.equal(runs.states.load(index), expected.states.load(index)) for index in range(len(texts)))
         assert all(torch.equal(runs.again.load(place), expected.again.load(place)) for place in range(len(SAMPLE)))
 

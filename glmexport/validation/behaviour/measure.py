@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from statistics import median
+from typing import Any
 
 import numpy as np
 
 from glmexport.chat.tool_calls import parse
 from glmexport.engine.generation import GenerationSession
 from glmexport.foundation.progress import Progress
+from glmexport.quantization.ranks import Parcel
 from glmexport.results.behaviour import Answer, Behaviour, Concurrency, LanguageBehaviour, TaskGroup, Translation
 from glmexport.results.paired import Paired
 from glmexport.tokenizer.tokenizer import Tokenizer
@@ -21,6 +23,7 @@ from glmexport.validation.behaviour.loops import find_loop
 from glmexport.validation.behaviour.paired import compare_paired
 from glmexport.validation.behaviour.questions import TOOLS, Question
 from glmexport.validation.behaviour.tasks import Task, chrf, score
+from glmexport.validation.pieces import UNKEPT, Pieces
 
 _SHOWN = 12
 _PROMPT_TOKENS = 40
@@ -76,18 +79,28 @@ class Answers:
         return question.lead + tokenizer.decode(kept, skip_special=question.kind != "tools")
 
 
-def bundle_answers(session: GenerationSession, questions: Sequence[Question], progress: Progress) -> list[list[int]]:
-    """Yield the bundle's answers one at a time, with the end token, if it comes."""
-    answers = []
-    with progress.track("Bundle's answers", len(questions)) as track:
-        for question in questions:
-            answers.append(session.tokens(question.ids, question.max_tokens))
-            track.advance(1, question.language or "")
-    return answers
+def bundle_answers(
+    session: GenerationSession, questions: Sequence[Question], progress: Progress, pieces: Pieces = UNKEPT
+) -> list[list[int]]:
+    """Return the bundle's answers, one at a time, with the end token, if it comes."""
+
+    def compute(absent: Sequence[int]) -> Iterator[tuple[int, Parcel]]:
+        with progress.track("Bundle's answers", len(absent)) as track:
+            for index in absent:
+                question = questions[index]
+                yield index, Parcel(facts=session.tokens(question.ids, question.max_tokens))
+                track.advance(1, question.language or "")
+
+    parcels = pieces.each("bundle-answers", [_name(question) for question in questions], compute)
+    return [parcel.facts for parcel in parcels]
 
 
 def answers_together(
-    session: GenerationSession, questions: Sequence[Question], batch: int, progress: Progress
+    session: GenerationSession,
+    questions: Sequence[Question],
+    batch: int,
+    progress: Progress,
+    pieces: Pieces = UNKEPT,
 ) -> dict[str, list[int]]:
     """Return answers by question's id with ``batch`` of them at a time, of one length each.
 
@@ -97,17 +110,29 @@ def answers_together(
     def shape(question: Question) -> tuple[int, int]:
         return len(question.ids), question.max_tokens
 
-    answers = {}
-    with progress.track("Bundle's answers, together", len(questions)) as track:
-        for (_, max_tokens), group in groupby(sorted(questions, key=shape), key=shape):
-            same = list(group)
-            for start in range(0, len(same), batch):
-                asked = same[start : start + batch]
+    batches = []
+    for _, group in groupby(sorted(questions, key=shape), key=shape):
+        same = list(group)
+        batches += [same[start : start + batch] for start in range(0, len(same), batch)]
+
+    def compute(absent: Sequence[int]) -> Iterator[tuple[int, Parcel]]:
+        with progress.track("Bundle's answers, together", sum(len(batches[index]) for index in absent)) as track:
+            for index in absent:
+                asked = batches[index]
                 filled = ([question.ids for question in asked] * batch)[:batch]
-                for question, answer in zip(asked, session.together(filled, max_tokens), strict=False):
-                    answers[question.id] = answer
+                yield index, Parcel(facts=session.together(filled, asked[0].max_tokens)[: len(asked)])
                 track.advance(len(asked))
+
+    names = [[batch, *map(_name, asked)] for asked in batches]
+    answers: dict[str, list[int]] = {}
+    for asked, parcel in zip(batches, pieces.each("together", names, compute), strict=True):
+        answers |= {question.id: answer for question, answer in zip(asked, parcel.facts, strict=True)}
     return answers
+
+
+def _name(question: Question) -> list[Any]:
+    """Return what an answer depends on."""
+    return [question.ids, question.max_tokens]
 
 
 def judge(

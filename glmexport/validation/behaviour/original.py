@@ -9,15 +9,20 @@ no pass before it has: what the attention of every block keeps of the others is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from glmexport.foundation.disk import free_bytes
 from glmexport.foundation.progress import Progress
+from glmexport.quantization.ranks import Parcel
 from glmexport.reference.reference import Reference
 from glmexport.validation.behaviour.drafting import DraftLengths, pass_tokens
-from glmexport.validation.behaviour.suffixes import PastFile, Suffix, kept_bytes, likeliest_next
+from glmexport.validation.behaviour.suffixes import PastFile, Suffix, SuffixStream, kept_bytes, likeliest_next
+from glmexport.validation.pieces import UNKEPT, Pieces
 
 #: The function ``draft(index, answer so far, most)`` returns what the bundle would go on with, up to ``most`` tokens or
 #: longer.
@@ -28,6 +33,7 @@ Finished = Callable[[int, list[int]], bool]
 
 #: Share of the free space of a disk that may be filled with what is kept of the texts.
 _SHARE = 0.5
+_STEP = "original-pass"
 
 
 @dataclass(frozen=True)
@@ -55,60 +61,190 @@ def verified_answers(
     scratch: Path,
     progress: Progress,
     finished: Finished = lambda *_: False,
+    together: int | None = None,
+    pieces: Pieces = UNKEPT,
 ) -> VerifiedAnswers:
     """Return the original's greedy answer to each of ``prompts``, each cut at the number of tokens in ``limits``.
 
-    An answer that is ``finished`` is gone on with no further, and may be some tokens longer.
+    An answer that is ``finished`` is gone on with no further, and may be some tokens longer. Answers are computed in
+    groups of so many ``together``, None for all, which the ranks of ``pieces`` share; a rank takes all its groups
+    through each block while it is in memory. Of answers that are not finished, what each pass has found is kept.
     """
-    architecture = reference.architecture
     texts = [_GrowingText(list(prompt), limit, ends) for prompt, limit in zip(prompts, limits, strict=True)]
-    lengths = _kept_lengths([len(text.prompt) + text.limit for text in texts], kept_bytes(architecture), scratch)
-    unkept = lengths.count(0)
-    if unkept:
-        progress.remark(
-            f"{scratch} has no space for what attention keeps of {unkept} of {len(texts)} answers; "
-            "their whole text is computed in every pass."
-        )
-    past = PastFile(architecture, lengths, scratch)
-    drafts = DraftLengths(len(texts), pass_tokens(architecture))
-    unfinished, passes, computed = list(range(len(texts))), 0, 0
-    while unfinished:
-        passes += 1
-        suffixes = []
-        for index in unfinished:
-            text = texts[index]
+    size = together or max(1, len(texts))
+    spans = [range(start, min(start + size, len(texts))) for start in range(0, len(texts), size)]
+    names = [[[texts[index].prompt, texts[index].limit] for index in span] for span in spans]
+    dialogue = _Dialogue(reference, draft, finished, scratch, progress, pieces)
+
+    def compute(absent: Sequence[int]) -> Iterator[tuple[int, Parcel]]:
+        room = int(free_bytes(scratch) * _SHARE) // len(spans)
+        groups = []
+        for number in absent:
+            own = [texts[index] for index in spans[number]]
+            groups.append(dialogue.group(number, names[number], spans[number], own, room, len(spans)))
+        unkept = sum(group.unkept for group in groups)
+        if unkept:
+            progress.remark(
+                f"{scratch} has no space for what attention keeps of {unkept} of {len(texts)} answers; "
+                "their whole text is computed in every pass."
+            )
+        for group in dialogue.finish(groups):
+            yield group.number, Parcel(facts=vars(group.answers()))
+
+    found = [VerifiedAnswers(**parcel.facts) for parcel in pieces.each("original-answers", names, compute)]
+    return VerifiedAnswers(
+        [answer for each in found for answer in each.tokens],
+        max([0, *(each.passes for each in found)]),
+        sum(each.computed for each in found),
+        sum(each.needed for each in found),
+        sum(each.unkept for each in found),
+    )
+
+
+@dataclass(frozen=True)
+class _Dialogue:
+    """The passes through the original in which groups of answers grow."""
+
+    reference: Reference
+    draft: Draft
+    finished: Finished
+    scratch: Path
+    progress: Progress
+    pieces: Pieces
+
+    def group(
+        self, number: int, name: Any, span: range, texts: Sequence[_GrowingText], room: int, groups: int
+    ) -> _Group:
+        """Return the group ``number`` of so many, for whose pasts there is ``room`` in bytes."""
+        begun = self.pieces.load(_STEP, [name, 1])
+        architecture = self.reference.architecture
+        lengths = [len(text.prompt) + text.limit for text in texts]
+        lengths = begun.facts["lengths"] if begun else _kept_lengths(lengths, kept_bytes(architecture), room)
+        past = PastFile(architecture, lengths, self.scratch)
+        drafts = DraftLengths(len(texts), pass_tokens(architecture))
+        return _Group(number, name, span, texts, lengths, past, drafts, groups, list(range(len(texts))))
+
+    def finish(self, groups: Sequence[_Group]) -> Iterator[_Group]:
+        """Go on until all answers are finished, and yield each group as its own are."""
+        going = [group for group in groups if group.unfinished]
+        yield from (group for group in groups if not group.unfinished)
+        while going:
+            live = [group for group in going if not self._replay(group)]
+            if live:
+                self._pass(live)
+            for group in going:
+                group.leave(self.finished)
+                if not group.unfinished:
+                    for number in range(group.passes):
+                        self.pieces.drop(_STEP, [group.name, number + 1])
+                    yield group
+            going = [group for group in going if group.unfinished]
+
+    def _replay(self, group: _Group) -> bool:
+        """Take the next pass of a group from what is kept of it, if it is there."""
+        kept = self.pieces.load(_STEP, [group.name, group.passes + 1])
+        if kept is not None:
+            group.replay(kept)
+        return kept is not None
+
+    def _pass(self, groups: Sequence[_Group]) -> None:
+        suffixes = [group.suffixes(self.draft) for group in groups]
+        streams = [
+            SuffixStream(self.reference, each, group.past, self.scratch)
+            for group, each in zip(groups, suffixes, strict=True)
+        ]
+        asked = [[group.texts[place].checked + 1 for place in group.unfinished] for group in groups]
+        number = groups[0].passes + 1
+        wanted = likeliest_next(self.reference, streams, asked, self.progress, f"Original's answers, pass {number}")
+        for group, each, tokens in zip(groups, suffixes, wanted, strict=True):
+            parcel = group.take(each, tokens)
+            self.pieces.save(_STEP, [group.name, group.passes], parcel)
+
+
+@dataclass
+class _Group:
+    """Texts that grow together: no number of theirs depends on those of others."""
+
+    number: int
+    #: The prompts and limits, on which its answers depend.
+    name: Any
+    #: The indices of its texts among all.
+    span: range
+    texts: Sequence[_GrowingText]
+    #: The tokens of each text of which something is kept.
+    lengths: Sequence[int]
+    past: PastFile
+    drafts: DraftLengths
+    #: The number of groups, which share what a pass costs.
+    groups: int
+    unfinished: list[int]
+    passes: int = 0
+    computed: int = 0
+
+    @property
+    def unkept(self) -> int:
+        """The number of answers of which nothing is kept from pass to pass."""
+        return list(self.lengths).count(0)
+
+    def answers(self) -> VerifiedAnswers:
+        """Return the answers, and what they took."""
+        needed = sum(len(text.prompt) + len(text.answer) for text in self.texts)
+        return VerifiedAnswers([text.answer for text in self.texts], self.passes, self.computed, needed, self.unkept)
+
+    def suffixes(self, draft: Draft) -> list[Suffix]:
+        """Return the tokens of every unfinished text that the next pass computes."""
+        found, sharing = [], len(self.unfinished) * self.groups
+        for place in self.unfinished:
+            text = self.texts[place]
             # Where every pass computes the whole text, as few of them as possible are best.
             checked = drafted = text.room
-            if past.keeps(index):
-                checked = min(checked, drafts.checked(index, len(unfinished)))
-                drafted = min(drafted, drafts.drafted(index, len(unfinished)))
+            if self.past.keeps(place):
+                checked = min(checked, self.drafts.checked(place, sharing))
+                drafted = min(drafted, self.drafts.drafted(place, sharing))
             if not text.draft and checked > 1:
-                text.draft = draft(index, text.answer, drafted)
-            suffixes.append(text.suffix(index, checked))
-        computed += sum(len(suffix.tokens) for suffix in suffixes)
-        wanted = likeliest_next(
-            reference,
-            suffixes,
-            [texts[index].checked + 1 for index in unfinished],
-            past,
-            scratch,
-            progress,
-            f"Original's answers, pass {passes}",
-        )
-        for index, tokens in zip(unfinished, wanted, strict=True):
-            drafts.see(index, *texts[index].take(tokens, past.keeps(index)))
-        unfinished = [
-            index
-            for index in unfinished
-            if texts[index].room and not texts[index].ended and not finished(index, texts[index].answer)
+                text.draft = draft(self.span[place], text.answer, drafted)
+            found.append(text.suffix(place, checked))
+        return found
+
+    def take(self, suffixes: Sequence[Suffix], wanted: Sequence[list[int]]) -> Parcel:
+        """Go on with what the original ``wanted``, and return what ``replay`` needs to do the same."""
+        rows: list[Tensor | None] = []
+        noted = []
+        for suffix, tokens in zip(suffixes, wanted, strict=True):
+            text = self.texts[suffix.index]
+            noted.append([suffix.index, text.draft, text.checked, len(suffix.tokens), tokens])
+            self._take(suffix.index, len(suffix.tokens), tokens)
+            kept = text.room and not text.ended and self.past.keeps(suffix.index)
+            rows.append(self.past.rows(suffix.index, suffix.start, text.kept) if kept else None)
+        self.passes += 1
+        return Parcel(tuple(rows), {"lengths": list(self.lengths), "texts": noted, "shapes": self.past.shapes})
+
+    def replay(self, kept: Parcel) -> None:
+        """Go on as ``take`` did."""
+        self.past.shapes = {
+            int(layer): [(heads, width) for heads, width in shapes] for layer, shapes in kept.facts["shapes"].items()
+        }
+        for (place, draft, checked, count, tokens), rows in zip(kept.facts["texts"], kept.tensors, strict=True):
+            text = self.texts[place]
+            text.draft, text.checked, start = draft, checked, text.kept
+            self._take(place, count, tokens)
+            if rows is not None:
+                self.past.restore(place, start, text.kept, rows)
+        self.passes += 1
+
+    def leave(self, finished: Finished) -> None:
+        """Leave alone the texts that are finished."""
+        self.unfinished = [
+            place
+            for place in self.unfinished
+            if self.texts[place].room
+            and not self.texts[place].ended
+            and not finished(self.span[place], self.texts[place].answer)
         ]
-    return VerifiedAnswers(
-        [text.answer for text in texts],
-        passes,
-        computed,
-        sum(len(text.prompt) + len(text.answer) for text in texts),
-        unkept,
-    )
+
+    def _take(self, place: int, computed: int, tokens: Sequence[int]) -> None:
+        self.computed += computed
+        self.drafts.see(place, *self.texts[place].take(tokens, self.past.keeps(place)))
 
 
 class _GrowingText:
@@ -121,7 +257,7 @@ class _GrowingText:
         #: Number of the draft's tokens that the pass under way checks.
         self.checked = 0
         #: Number of the text's tokens that need not be computed again.
-        self._kept = 0
+        self.kept = 0
 
     @property
     def room(self) -> int:
@@ -142,7 +278,7 @@ class _GrowingText:
         end = next((place for place, token in enumerate(self.draft) if token in self._ends), len(self.draft))
         self.checked = min(max(computed, 1) - 1, end)
         text = [*self.prompt, *self.answer]
-        return Suffix(index, self._kept, [*text[self._kept :], *self.draft[: self.checked]])
+        return Suffix(index, self.kept, [*text[self.kept :], *self.draft[: self.checked]])
 
     def take(self, wanted: Sequence[int], kept: bool) -> tuple[int, bool]:
         """Go on with what the original ``wanted`` behind the text and each token that was checked.
@@ -154,15 +290,15 @@ class _GrowingText:
         agreed = min(agreed, len(self.draft))
         refused = agreed < min(len(found), len(self.draft))
         # The last token is what the original wanted itself; nothing was computed of it.
-        self._kept = len(self.prompt) + len(self.answer) + len(found) - 1 if kept else 0
+        self.kept = len(self.prompt) + len(self.answer) + len(found) - 1 if kept else 0
         self.answer += found
         self.draft = self.draft[agreed:] if agreed == len(found) else []
         return agreed, refused
 
 
-def _kept_lengths(lengths: Sequence[int], token_bytes: int, directory: Path) -> list[int]:
-    """Return ``lengths`` of texts in tokens with 0 for those that find no space in ``directory``."""
-    room = int(free_bytes(directory) * _SHARE) // token_bytes
+def _kept_lengths(lengths: Sequence[int], token_bytes: int, room_bytes: int) -> list[int]:
+    """Return ``lengths`` of texts in tokens with 0 for those that find no space in ``room_bytes``."""
+    room = room_bytes // token_bytes
     kept = []
     for length in lengths:
         kept.append(length if length <= room else 0)

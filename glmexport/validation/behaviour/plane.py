@@ -21,9 +21,13 @@ from glmexport.validation.behaviour.original import Draft, VerifiedAnswers, veri
 from glmexport.validation.behaviour.questions import Question, questions, task_question
 from glmexport.validation.behaviour.tasks import Task
 from glmexport.validation.conditions import BehaviourPlan
+from glmexport.validation.pieces import UNKEPT, Pieces
 from glmexport.validation.reference import reference_states
 from glmexport.validation.shares import bundle_answer
-from glmexport.validation.texts import EvaluationText
+from glmexport.validation.texts import EvaluationText, text_digest
+
+#: Number of questions that the original answers together, whoever asks it. Where experts are read for them it is all.
+_TOGETHER = 32
 
 
 @dataclass(frozen=True)
@@ -84,8 +88,11 @@ def ask(
     plan: BehaviourPlan,
     scratch: Path,
     progress: Progress,
-) -> Behaviour:
+    pieces: Pieces = UNKEPT,
+) -> Behaviour | None:
     """Ask both models the ``shipped`` questions and ``tasks`` of the user's, with one session open at a time.
+
+    The ranks of ``pieces`` share the answers, and the first of them judges and returns something.
 
     Raises:
         InputError: a task fills the context.
@@ -93,11 +100,16 @@ def ask(
     tokenizer = sessions.tokenizer
     texts, own = task_questions(tasks, tokenizer, plan, sessions.context_length)
     asked = [*shipped, *(_fitted(question, sessions.context_length) for question in own)]
-    choices = _choices(tasks, texts, sessions, reference, scratch, progress) if texts else {}
+    choices = {}
+    if texts:
+        choices = pieces.one(
+            "choices", text_digest(texts), lambda: _choices(tasks, texts, sessions, reference, scratch, progress)
+        )
     session = sessions.generation()
-    bundle = bundle_answers(session, asked, progress)
-    original = _verified(asked, bundle, session, reference, scratch, progress)
-    return judge(asked, _answers(session, asked, original, bundle, plan, progress), tokenizer, tasks, choices)
+    bundle = bundle_answers(session, asked, progress, pieces)
+    original = _verified(asked, bundle, session, reference, scratch, progress, pieces)
+    answers = _answers(session, asked, original, bundle, plan, progress, pieces)
+    return judge(asked, answers, tokenizer, tasks, choices) if pieces.ranks.first else None
 
 
 def _choices(
@@ -145,6 +157,7 @@ def _verified(
     reference: Reference,
     scratch: Path,
     progress: Progress,
+    pieces: Pieces = UNKEPT,
 ) -> VerifiedAnswers:
     return verified_answers(
         reference,
@@ -154,6 +167,8 @@ def _verified(
         ends=session.ends,
         scratch=scratch,
         progress=progress,
+        together=None if reference.architecture.routed else _TOGETHER,
+        pieces=pieces,
     )
 
 
@@ -177,13 +192,14 @@ def _answers(
     bundle: Sequence[list[int]],
     plan: BehaviourPlan,
     progress: Progress,
+    pieces: Pieces = UNKEPT,
 ) -> Answers:
     return Answers(
         original.tokens,
         bundle,
         session.ends,
         original.passes,
-        together=answers_together(session, asked, plan.batch, progress) if plan.batch else {},
+        together=answers_together(session, asked, plan.batch, progress, pieces) if plan.batch else {},
         batch=plan.batch,
         tokens_computed=original.computed,
         tokens_needed=original.needed,

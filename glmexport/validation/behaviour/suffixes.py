@@ -20,7 +20,13 @@ from glmexport.architecture.description import Architecture
 from glmexport.foundation.progress import Progress
 from glmexport.reference.past import Parts, Past
 from glmexport.reference.reference import Block, Reference
-from glmexport.validation.reference import ReferenceStates, Selections, pass_blocks, through_mlp
+from glmexport.validation.reference import (
+    ReferenceStates,
+    Selections,
+    embed_together,
+    pass_blocks,
+    through_mlp,
+)
 from glmexport.validation.texts import EvaluationText
 
 #: Number of tokens, with padding, of all texts of a batch, whose keys and values of all heads are in memory.
@@ -54,7 +60,7 @@ class PastFile:
         self._layers = (sum(lengths) * np.cumsum([0, *self._values])).tolist()
         self._texts = np.cumsum([0, *lengths]).tolist()
         #: Heads and width of each part that a layer keeps.
-        self._shapes: dict[int, list[tuple[int, ...]]] = {}
+        self.shapes: dict[int, list[tuple[int, ...]]] = {}
 
     def keeps(self, text: int) -> bool:
         """Return whether anything is kept of a text."""
@@ -67,7 +73,7 @@ class PastFile:
         self._seek(layer, text, 0)
         buffer = bytearray(self._file.read(4 * length * self._values[layer]))
         rows = torch.frombuffer(buffer, dtype=torch.float32).reshape(length, -1)
-        shapes = self._shapes[layer]
+        shapes = self.shapes[layer]
         split = torch.split(rows, [heads * width for heads, width in shapes], 1)
         return tuple(part.reshape(length, *shape) for part, shape in zip(split, shapes, strict=True))
 
@@ -75,12 +81,27 @@ class PastFile:
         """Add tokens behind the first ``length`` ones of a text; those that follow in the file are void."""
         if not self.keeps(text):
             return
-        self._shapes[layer] = [tuple(part.shape[1:]) for part in parts]
+        self.shapes[layer] = [tuple(part.shape[1:]) for part in parts]
         rows = torch.cat([part.flatten(1) for part in parts], 1)
         assert rows.shape[1] == self._values[layer], "the description says how much a layer keeps of a token"
         assert length + len(rows) <= self._lengths[text], "a text grows no longer than was said"
         self._seek(layer, text, length)
         self._file.write(rows.contiguous().numpy().data.cast("B"))
+
+    def rows(self, text: int, start: int, stop: int) -> Tensor:
+        """Return what all layers keep of the tokens ``start`` to ``stop`` of a text, [values] fp32."""
+        parts = []
+        for layer, values in enumerate(self._values):
+            self._seek(layer, text, start)
+            parts.append(torch.frombuffer(bytearray(self._file.read(4 * (stop - start) * values)), dtype=torch.float32))
+        return torch.cat(parts)
+
+    def restore(self, text: int, start: int, stop: int, rows: Tensor) -> None:
+        """Add what ``rows`` has returned, in another file or this one."""
+        counts = [(stop - start) * values for values in self._values]
+        for layer, part in enumerate(torch.split(rows, counts)):
+            self._seek(layer, text, start)
+            self._file.write(part.contiguous().numpy().data.cast("B"))
 
     def _seek(self, layer: int, text: int, token: int) -> None:
         self._file.seek(4 * (self._layers[layer] + (self._texts[text] + token) * self._values[layer]))
@@ -96,7 +117,7 @@ class Suffix:
 
 
 class SuffixStream:
-    """A stream of ``suffixes`` through the blocks.
+    """A stream of ``suffixes`` through the blocks, which begins with the embeddings of ``states``.
 
     Attention takes together those of one length, and the rest of a block all of them.
     """
@@ -105,7 +126,6 @@ class SuffixStream:
         texts = [EvaluationText(str(each.index), "", torch.tensor(each.tokens), 1) for each in suffixes]
         self._reference, self._suffixes, self._past = reference, suffixes, past
         self.states = ReferenceStates(texts, reference.architecture.hidden_size, directory)
-        self.states.embed(reference)
         attended = reference.architecture.attended_tokens
         # Which of equal scores an indexer selects depends on where they are, so that it is given no padding.
         self._batches = list(batches(suffixes, min(attended or _ATTENDED, _ATTENDED)))
@@ -154,19 +174,20 @@ def batches(suffixes: Sequence[Suffix], most: int) -> Iterator[list[int]]:
 
 def likeliest_next(
     reference: Reference,
-    suffixes: Sequence[Suffix],
-    asked: Sequence[int],
-    past: PastFile,
-    directory: Path,
+    streams: Sequence[SuffixStream],
+    asked: Sequence[Sequence[int]],
     progress: Progress,
     label: str,
-) -> list[list[int]]:
+) -> list[list[list[int]]]:
     """Return the token that the original finds likeliest behind each of the last ``asked`` tokens of every suffix.
 
-    The suffixes are added to ``past``. Each block, and the lm_head, is read once.
+    Each block, and the lm_head, is read once for all streams; what one stream gives does not depend on the others.
     """
-    stream = SuffixStream(reference, suffixes, past, directory)
-    pass_blocks(reference, [stream], progress, label)
-    rows: list[Tensor] = [stream.states.load(place)[0, -count:] for place, count in enumerate(asked)]
-    tokens = reference.likeliest(reference.final_norm(torch.cat(rows)))
-    return [part.tolist() for part in torch.split(tokens, list(asked))]
+    embed_together(reference, [stream.states for stream in streams])
+    pass_blocks(reference, streams, progress, label)
+    rows = []
+    for stream, counts in zip(streams, asked, strict=True):
+        states = [stream.states.load(place)[0, -count:] for place, count in enumerate(counts)]
+        rows.append(reference.final_norm(torch.cat(states)))
+    found = zip(reference.likeliest(rows), asked, strict=True)
+    return [[part.tolist() for part in torch.split(tokens, list(counts))] for tokens, counts in found]

@@ -159,6 +159,7 @@ def test_a_suffix_is_what_the_whole_text_gives(family: str, tmp_path: Path) -> N
         # Tokens that are refused.
         given = [Suffix(each.index, each.start, [*each.tokens, 7, 7, 7]) for each in suffixes]
         stream = SuffixStream(reference, given, past, tmp_path)
+        stream.states.embed(reference)
         pass_blocks(reference, [stream], Silent(), "")
         whole = reference_states(
             reference,
@@ -190,8 +191,9 @@ def test_the_likeliest_token_is_that_of_the_highest_logit(
     monkeypatch.setattr(module, "_SLAB_ROWS", 50)
     monkeypatch.setattr(module, "_ROWS", 3)
     normed = torch.randn(7, 128, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(reference.likeliest(normed), reference.logits(normed).argmax(-1))
-    assert reference.likeliest(torch.zeros(2, 128)).tolist() == [0, 0]
+    found = reference.likeliest([normed, torch.zeros(2, 128)])
+    assert torch.equal(found[0], reference.logits(normed).argmax(-1))
+    assert found[1].tolist() == [0, 0]
 
 
 TOKENS = st.integers(0, 2)
