@@ -11,7 +11,9 @@ from glmexport.formats.codecs import stored_bits
 from glmexport.formats.plan import FormatPlan
 from glmexport.foundation.work import Account, Range, Work, added
 from glmexport.quantization.account import forward_work
+from glmexport.validation.behaviour.plane import TOGETHER
 from glmexport.validation.conditions import BehaviourPlan, ValidationPlan
+from glmexport.validation.noise import batch_tokens
 
 #: Positions whose logits are held at a time: so often the lm_head is read.
 _POSITIONS = 128
@@ -21,6 +23,8 @@ _CONTINUED, _CHAT, _TRANSLATED = 32, 260, 60
 _LOADING_SECONDS = 10.0
 #: Passes in which the original checks drafts: each reads the checkpoint, whatever is kept of what came before.
 _ANSWER_ROUNDS = 16
+#: The stages that ranks share; the others are left to the first.
+SHARED_STAGES = frozenset({"fidelity", "noise floor", "shares", "answers", "weights"})
 #: Tokens of the text on which the whole model is compared.
 _CHECKED_TOKENS = 64
 
@@ -35,6 +39,8 @@ class ValidationSize:
     fidelity: Range
     #: The tokens that the original computes for each token of the questions and their answers.
     answer_passes: Range
+    #: The ranks that share it, whose work is counted together: what each does whole is there so often.
+    ranks: int = 1
 
 
 @dataclass(frozen=True)
@@ -87,14 +93,16 @@ class _Validation:
         # The original block by block, the bundle on the same text, and the logits of both compared. The text of the
         # noise floor passes each block a second time while it is there.
         sample = self.size.languages * min(plan.positions_per_language, length) * max(1, plan.share_texts)
-        passed = self.original(judged + sample, length) + self.reading()
+        passed = self.by_few(self.original(judged + sample, length), (judged + sample) / self.batch)
+        passed += self.by_each(self.reading())
         added(account, "fidelity", passed + self.bundle(judged) + self.compared(judged, 1))
         added(account, "noise floor", self.compared(sample, 2))
         if plan.share_texts and any(self.formats.form(linear.weight) for _, linear in self.architecture.linears):
             # With the bundle's linears, and with all of its weights, beside each other; each beside the original.
             sides = 2 if self.formats.form(self.architecture.embedding) else 1
-            shares = self.original(sides * sample, length) + self.compared(sample, 2 * sides)
-            added(account, "shares", shares + self.dequantized())
+            shares = self.by_few(self.original(sides * sample, length), sample / self.batch)
+            shares += self.compared(sample, 2 * sides) + self.by_each(self.dequantized())
+            added(account, "shares", shares)
         if plan.behaviour:
             added(account, "answers", self.answers(plan.behaviour, passes))
         weights = sum(float(math.prod(shape)) for shape in self.architecture.shapes().values())
@@ -144,12 +152,30 @@ class _Validation:
         steps = asked.answers * (1 + (1 / plan.batch if plan.batch else 0))
         work += Work(bundle_bytes=steps * self.bytes_per_token)
         length = tokens // max(1, asked.count)
+        theirs = Work(products=2.0 * asked.answers * passes * self.head)
         for layer in self.architecture.layers:
-            work += forward_work(layer, passes * tokens, length)
-        head = self.architecture.lm_head
-        size = head.in_features * head.out_features
-        work += Work(products=2.0 * asked.answers * passes * size, read_values=_ANSWER_ROUNDS * size)
-        return work + self.reading().times(_ANSWER_ROUNDS)
+            theirs += forward_work(layer, passes * tokens, length)
+        work += self.by_few(theirs, 1.0 if self.architecture.routed else asked.count / TOGETHER)
+        read = self.reading() + Work(read_values=self.head)
+        return work + self.by_each(read.times(_ANSWER_ROUNDS))
+
+    def by_each(self, work: Work) -> Work:
+        """Return work that every rank does."""
+        return work.times(self.size.ranks)
+
+    def by_few(self, work: Work, pieces: float) -> Work:
+        """Return work in so many ``pieces``, which more ranks than those do no faster."""
+        return work.times(self.size.ranks / min(self.size.ranks, max(1, math.ceil(pieces))))
+
+    @property
+    def batch(self) -> int:
+        """The tokens of a batch of texts."""
+        return batch_tokens(routed=bool(self.architecture.routed))
+
+    @property
+    def head(self) -> int:
+        """The number of weights of the lm_head."""
+        return self.architecture.lm_head.in_features * self.architecture.lm_head.out_features
 
     @property
     def passed(self) -> float:

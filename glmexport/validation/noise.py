@@ -36,6 +36,11 @@ class TextBatch:
     again: bool = False
 
 
+def batch_tokens(*, routed: bool) -> int:
+    """Return the most tokens of a batch of texts, for an original with ``routed`` experts or without."""
+    return _ROUTED_BATCH_TOKENS if routed else _BATCH_TOKENS
+
+
 def text_batches(texts: Sequence[EvaluationText], sample: Sequence[int], *, routed: bool) -> list[TextBatch]:
     """Return all ``texts`` in batches, which do not depend on the number of ranks.
 
@@ -44,7 +49,7 @@ def text_batches(texts: Sequence[EvaluationText], sample: Sequence[int], *, rout
         sample: the places of those that are run twice; their batches come first.
         routed: whether the original has routed experts.
     """
-    most = _ROUTED_BATCH_TOKENS if routed else _BATCH_TOKENS
+    most = batch_tokens(routed=routed)
     again = _cut(texts, [sample[start : start + _OTHER_BATCH] for start in range(0, len(sample), _OTHER_BATCH)], most)
     once = _cut(texts, [[place] for place in range(len(texts)) if place not in set(sample)], most)
     return [TextBatch(places, True) for places in again] + [TextBatch(places) for places in once]

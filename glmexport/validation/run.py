@@ -131,14 +131,17 @@ def validate(
             bundle, first.texts, first.shipped, plan.share_texts, pieces, place, progress
         )
         first.texts.forget()
+        # On some file systems a folder with open files cannot be removed.
+        del first
         behaviour = _behaviour(bundle, reference, evaluation, conditions, place, pieces)
+    weights = check_weights(bundle, reference, progress, pieces)
     # Speed is that of a machine on which nothing else is at work.
     ranks.barrier()
     if not ranks.first:
         return None
     measured = Measurements(
         fidelity=found.fidelity(evaluation.tokenizer, arithmetic(bundle.manifest), noise),
-        weights=check_weights(bundle, reference, progress),
+        weights=weights,
         performance=_performance(bundle, reference.checkpoint, texts, conditions),
         prompts=prompt_parity(golden_prompts(reference.checkpoint, evaluation), bundle.tokenizer),
         behaviour=behaviour,

@@ -6,7 +6,8 @@ Here every number of the graph is read back, so that a fault of the export canno
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,9 +17,11 @@ from glmexport.assembly.read import BundleWeights, bundle_folds
 from glmexport.bundle.bundle import Bundle
 from glmexport.checkpoint.checkpoint import Checkpoint
 from glmexport.formats.quantized_linear import QuantizedLinear
-from glmexport.foundation.progress import Progress
+from glmexport.foundation.progress import Progress, Track
+from glmexport.quantization.ranks import Parcel
 from glmexport.reference.reference import Reference
 from glmexport.results.weights import WeightCheck, WeightFault
+from glmexport.validation.pieces import UNKEPT, Pieces
 
 #: Distance from the original's row, relative to its length, at which a row has lost it: a row of zeros is 1.
 FAR = 0.9
@@ -30,6 +33,8 @@ _NEGLIGIBLE = 1e-3
 #: Tolerance of rotary tables, which are computed once more by perhaps another version of the library's kernels.
 _ROTARY_TOLERANCE = 1e-5
 _SLAB_WEIGHTS = 1 << 24
+#: Most weights of the tensors that one rank checks at a time.
+_PART_WEIGHTS = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -80,15 +85,16 @@ def row_distances(linear: QuantizedLinear, original: Iterator[Tensor]) -> RowDis
     )
 
 
-def check_weights(bundle: Bundle, reference: Reference, progress: Progress) -> WeightCheck:
+def check_weights(
+    bundle: Bundle, reference: Reference, progress: Progress, pieces: Pieces = UNKEPT
+) -> WeightCheck:
     """Compare every matrix, other tensor and rotary table of ``bundle`` with the original's.
 
     Quantized matrices must be those that the quantizer decided on, number by number, and their rows near the
     original's; all other tensors must equal the original's, with what was folded into it, rounded to the type of the
-    target's activations.
+    target's activations. The ranks of ``pieces`` share the tensors.
     """
     architecture, manifest = reference.architecture, bundle.manifest
-    activations = getattr(torch, manifest.target.graph.activations)
     weights = BundleWeights.open(bundle, architecture)
     checkpoint = reference.checkpoint.folded(bundle_folds(bundle.directory))
     # For every graph: its content, and the tensors that are in no graph before it.
@@ -98,28 +104,70 @@ def check_weights(bundle: Bundle, reference: Reference, progress: Progress) -> W
         drafts = BundleWeights.open_draft(bundle, architecture)
         keys = [key for key in (*drafts.quantized_keys, *drafts.other_keys) if draft.has_own(key)]
         graphs.append((drafts, manifest.draft.matrices, keys))
-    faults: list[WeightFault] = []
-    undecided = quantized = others = 0
-    with progress.track("Weights", sum(len(keys) for *_, keys in graphs) + 1) as track:
-        for held, matrices, keys in graphs:
-            decided = {matrix.key: matrix.digest for matrix in matrices}
-            for key in keys:
-                if held.form(key) is None:
-                    others += 1
-                    faults += _kept(key, held, checkpoint, activations)
-                else:
-                    quantized += 1
-                    undecided += decided.get(key) is None
-                    faults += _rounded(key, held, checkpoint, decided.get(key))
-                track.advance(1, key)
-        for name, table in zip(
-            ("cos_cache", "sin_cache"), reference.rotary_tables(manifest.context_length), strict=True
-        ):
-            given = weights.constant(name)
-            if given is not None and not _near(given, table):
-                faults.append(WeightFault(tensor=name, kind="other", detail="not the original's rotary table"))
-        track.advance()
-    return WeightCheck(matrices=quantized, undecided=undecided, tensors=others, faults=tuple(faults))
+    activations = getattr(torch, manifest.target.graph.activations)
+    readers = [
+        _Reader(held, {matrix.key: matrix.digest for matrix in matrices}, checkpoint, activations)
+        for held, matrices, _ in graphs
+    ]
+    names = [(number, part) for number, (*_, keys) in enumerate(graphs) for part in _parts(keys, checkpoint)]
+
+    def compute(absent: Sequence[int]) -> Iterator[tuple[int, Parcel]]:
+        with progress.track("Weights", sum(len(names[index][1]) for index in absent)) as track:
+            for index in absent:
+                number, part = names[index]
+                yield index, Parcel(facts=readers[number].check(part, track).model_dump())
+
+    found = [WeightCheck.model_validate(parcel.facts) for parcel in pieces.each("weights", names, compute)]
+    faults = [fault for each in found for fault in each.faults]
+    for name, table in zip(("cos_cache", "sin_cache"), reference.rotary_tables(manifest.context_length), strict=True):
+        given = weights.constant(name)
+        if given is not None and not _near(given, table):
+            faults.append(WeightFault(tensor=name, kind="other", detail="not the original's rotary table"))
+    return WeightCheck(
+        matrices=sum(each.matrices for each in found),
+        undecided=sum(each.undecided for each in found),
+        tensors=sum(each.tensors for each in found),
+        faults=tuple(faults),
+    )
+
+
+def _parts(keys: Sequence[str], checkpoint: Checkpoint) -> list[list[str]]:
+    """Return ``keys`` in parts of so many weights or one tensor, in their order."""
+    parts: list[list[str]] = []
+    room = 0
+    for key in keys:
+        size = math.prod(checkpoint.shape(key))
+        if not parts or size > room:
+            parts.append([])
+            room = _PART_WEIGHTS
+        parts[-1].append(key)
+        room -= size
+    return parts
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """A graph's tensors as they are read back, and the digests of its matrices as they were decided."""
+
+    held: BundleWeights
+    decided: Mapping[str, str | None]
+    checkpoint: Checkpoint
+    activations: torch.dtype
+
+    def check(self, keys: Sequence[str], track: Track) -> WeightCheck:
+        """Compare the tensors of ``keys``."""
+        faults: list[WeightFault] = []
+        undecided = quantized = 0
+        for key in keys:
+            if self.held.form(key) is None:
+                faults += _kept(key, self.held, self.checkpoint, self.activations)
+            else:
+                quantized += 1
+                undecided += self.decided.get(key) is None
+                faults += _rounded(key, self.held, self.checkpoint, self.decided.get(key))
+            track.advance(1, key)
+        others = len(keys) - quantized
+        return WeightCheck(matrices=quantized, undecided=undecided, tensors=others, faults=tuple(faults))
 
 
 def _rounded(key: str, held: BundleWeights, checkpoint: Checkpoint, decided: str | None) -> Iterator[WeightFault]:

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -29,6 +29,7 @@ from glmexport.quantization.walk import Walk, walk
 from glmexport.quantization.weights import Weights
 from glmexport.reference.arithmetic import computing
 from glmexport.reference.reference import Reference
+from glmexport.report.document import Report
 from glmexport.validation.texts import EvaluationSet
 from glmexport.validation.unrun import Unrun, validate_unrun
 from glmexport.workflows.assemble_report import BuildCost
@@ -286,4 +287,5 @@ def _validate(
     report = measure_and_report(
         bundle, job.directory.name, original, plan.evaluation, options, progress, cost, quantization.work.path
     )
-    return Built(job.directory, bundle.manifest, report) if report else None
+    # Only rank 0 has a model, and the report.
+    return Built(job.directory, bundle.manifest, cast(Report, report)) if model else None

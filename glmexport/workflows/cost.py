@@ -13,7 +13,7 @@ from glmexport.foundation.target import Target
 from glmexport.foundation.work import Account, Range, Work, added
 from glmexport.quantization.account import TextSize, stages, walk_account
 from glmexport.quantization.memory import MemoryPlan, plan_memory
-from glmexport.validation.account import ValidationSize, validation_accounts
+from glmexport.validation.account import SHARED_STAGES, ValidationSize, validation_accounts
 from glmexport.validation.conditions import ValidationPlan
 from glmexport.workflows.estimate import Planned, estimate
 from glmexport.workflows.original import Original
@@ -41,6 +41,7 @@ def build_accounts(
     checkpoint_bytes: int,
     bundle_bytes: int,
     prefix: int = 0,
+    ranks: int = 1,
 ) -> tuple[Account, Account]:
     """Return the least and the most work of every stage of a build and its validation.
 
@@ -53,6 +54,7 @@ def build_accounts(
         checkpoint_bytes: the size of the checkpoint, which is hashed.
         bundle_bytes: the size of the bundle, which is written and hashed.
         prefix: the tokenizer's prefix.
+        ranks: the ranks that share it; the account is of all of them together.
     """
     architecture, recipe = planned.architecture, planned.recipe
     if text is None and recipe.calibration:
@@ -67,7 +69,7 @@ def build_accounts(
     whole = weights * _WHOLE < psutil.virtual_memory().available
     languages = len({document.language for document in shipped_documents("evaluation")})
     judged = Range(1.0, 1.0) if validation.full_text else FIDELITY_SHARE
-    size = ValidationSize(languages, judged, ANSWER_PASSES)
+    size = ValidationSize(languages, judged, ANSWER_PASSES, ranks)
     low, high = validation_accounts(architecture, planned.plan, validation, size, whole=whole)
     return account | low, account | high
 
@@ -80,14 +82,14 @@ def stage_seconds(
 ) -> dict[str, Range]:
     """Return the wall seconds of every stage, where units cost so much while quantizing and while validating.
 
-    Of several ``ranks`` each is that fast, and all share the walk.
+    Of several ``ranks``, whose accounts these are, each is that fast; they share the walk, and most of the validation.
     """
     low, high = accounts
     found = {}
     walked = {*stages(low)}
     for stage in low:
         costs = quantizing if stage in walked else validating
-        shared = 1 if stage in _FIRST_RANK or stage not in walked else ranks
+        shared = ranks if stage in SHARED_STAGES or (stage in walked and stage not in _FIRST_RANK) else 1
         least, most = low[stage].seconds(costs).low / shared, high[stage].seconds(costs).high / shared
         found[stage] = Range(least / _UNSURE, most * _UNSURE)
     return found
@@ -119,6 +121,7 @@ def build_seconds(
         checkpoint_bytes=original.checkpoint.bytes,
         bundle_bytes=estimate(planned, limit_bytes).bundle_bytes,
         prefix=len(original.tokenizer.prefix),
+        ranks=ranks,
     )
     return stage_seconds(accounts, quantizing.seconds, validating.seconds, ranks)
 

@@ -9,6 +9,8 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,13 @@ BATCH_TOKENS = 120
 TIMED = {"performance"}
 
 
+@contextmanager
+def small_batches() -> Iterator[None]:
+    """Cut texts as if they were long."""
+    with patch.multiple("glmexport.validation.noise", _BATCH_TOKENS=BATCH_TOKENS, _ROUTED_BATCH_TOKENS=BATCH_TOKENS):
+        yield
+
+
 def figures(checkpoint: Path, bundle: Path, work: Path, ranks: Ranks = ALONE, progress: Progress | None = None) -> Any:
     """Return all figures of a validation that keeps its pieces in ``work``; None on all ranks but the first."""
     original, opened = Original.open(str(checkpoint), Silent()), Bundle.open(bundle)
@@ -47,7 +56,7 @@ def figures(checkpoint: Path, bundle: Path, work: Path, ranks: Ranks = ALONE, pr
     evaluation = EvaluationSet(evaluation_documents((), original.tokenizer), original.tokenizer, (TASK,))
     conditions = Conditions(PLAN, opened.target.gates, THREADS, THREADS, progress or Silent())
     pieces = Pieces(work / "validation", {"bundle": opened.digest}, ranks)
-    with patch(TURNS, no_turns), patch("glmexport.validation.noise._BATCH_TOKENS", BATCH_TOKENS):
+    with patch(TURNS, no_turns), small_batches():
         found = validate(opened, reference, evaluation, conditions, work, pieces)
     if found is None:
         return None

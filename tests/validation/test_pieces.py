@@ -14,8 +14,9 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from builds import Sample, build
-from ranked_validation import BATCH_TOKENS, figures
+from builds import Sample, build, small_checkpoint
+from models import MIXTURE
+from ranked_validation import figures, small_batches
 
 from glmexport.engine.generation import GenerationSession
 from glmexport.engine.scoring import ScoringSession
@@ -188,7 +189,7 @@ def test_a_build_goes_on_in_the_middle_of_its_validation(sample: Sample, tmp_pat
     output = tmp_path / "bundle"
 
     def run() -> Any:
-        with patch("glmexport.validation.noise._BATCH_TOKENS", BATCH_TOKENS):
+        with small_batches():
             return build(sample.checkpoint, output, sample.recipe)[0].report
 
     found, before = counted(run, ("texts", 15))
@@ -229,6 +230,20 @@ def test_any_number_of_ranks_finds_the_same_figures(
     done = launch(count, sample.checkpoint, sample.bundle, tmp_path, tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert read(tmp_path / "out") == whole[0]
+
+
+@pytest.mark.release
+def test_ranks_find_the_same_figures_of_a_mixture(sample: Sample, tmp_path: Path) -> None:
+    """Experts see the positions of one batch together, whoever takes it."""
+    small_checkpoint(tmp_path / "checkpoint", "glm4_moe", **MIXTURE)
+    build(tmp_path / "checkpoint", tmp_path / "bundle", sample.recipe)
+    for name in ("alone", "shared"):
+        (tmp_path / name).mkdir()
+    expected = figures(tmp_path / "checkpoint", tmp_path / "bundle", tmp_path / "alone")
+    assert "LayerRouting" in expected["routing"]
+    done = launch(2, tmp_path / "checkpoint", tmp_path / "bundle", tmp_path / "shared", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert read(tmp_path / "out") == expected
 
 
 @pytest.mark.release

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -202,6 +203,31 @@ def test_more_of_a_plan_is_more_work(sample: Sample) -> None:
     assert not {"answers", "shares"} & set(
         validation_accounts(original.architecture, planned.plan, without, size, whole=False)[0]
     )
+
+
+def test_ranks_share_what_they_do_not_all_do(sample: Sample) -> None:
+    original = Original.open(str(sample.checkpoint), Silent())
+    bundle = Bundle.open(sample.bundle)
+    planned = original.planned(bundle.manifest.recipe, bundle.target)
+    one, four, many = (
+        validation_accounts(
+            original.architecture, planned.plan, ValidationPlan(), ValidationSize(21, WHOLE, WHOLE, ranks), whole=False
+        )[0]
+        for ranks in (1, 4, 10_000)
+    )
+    assert one.keys() == four.keys() and one["weights"] == four["weights"] and one["performance"] == four["performance"]
+    # Each reads all blocks for its own texts, and so often for its own answers.
+    read = four["fidelity"].read_values - one["fidelity"].read_values
+    assert read > 0 and four["answers"].read_values == pytest.approx(4 * one["answers"].read_values)
+    assert four["fidelity"] == replace(one["fidelity"], read_values=one["fidelity"].read_values + read)
+    # There are so many batches and groups of questions, and no more.
+    assert four["answers"].products == one["answers"].products < many["answers"].products
+    unit = {kind: Range(1.0, 1.0) for kind in MEASURED_KINDS}
+    shared, alone = stage_seconds((four, four), unit, unit, 4), stage_seconds((one, one), unit, unit)
+    for stage in one:
+        factor = 1 if stage == "performance" else 4
+        least = alone[stage].low / factor
+        assert least <= shared[stage].low * (1 + 1e-9) and shared[stage].low < alone[stage].low * (1 + 1e-9), stage
 
 
 def test_inspect_says_a_range_of_every_stage(run: Run, sample: Sample, measured: list[str]) -> None:

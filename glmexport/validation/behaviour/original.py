@@ -77,7 +77,8 @@ def verified_answers(
     dialogue = _Dialogue(reference, draft, finished, scratch, progress, pieces)
 
     def compute(absent: Sequence[int]) -> Iterator[tuple[int, Parcel]]:
-        room = int(free_bytes(scratch) * _SHARE) // len(spans)
+        # What is kept of every pass takes as much again.
+        room = int(free_bytes(scratch) * _SHARE) // (len(spans) * (1 if pieces.directory is None else 2))
         groups = []
         for number in absent:
             own = [texts[index] for index in spans[number]]

@@ -27,7 +27,7 @@ from glmexport.validation.shares import bundle_answer
 from glmexport.validation.texts import EvaluationText, text_digest
 
 #: Number of questions that the original answers together, whoever asks it. Where experts are read for them it is all.
-_TOGETHER = 32
+TOGETHER = 32
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def _verified(
         ends=session.ends,
         scratch=scratch,
         progress=progress,
-        together=None if reference.architecture.routed else _TOGETHER,
+        together=None if reference.architecture.routed else TOGETHER,
         pieces=pieces,
     )
 
