@@ -38,7 +38,7 @@ class OriginalArithmetic(Record):
 
     @property
     def fine(self) -> OriginalArithmetic:
-        """What remains where nothing of the calibration is in bf16: the route."""
+        """The arithmetic by the same route with nothing of the calibration in bf16."""
         return self.model_copy(update={"coarse_ratio": None, "moments_ratio": None})
 
     @property

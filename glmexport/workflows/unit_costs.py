@@ -126,7 +126,7 @@ def _is_loaded() -> bool:
 
 
 class _Others:
-    """What other processes, or other guests of the same host, take of the processor from now on."""
+    """The time of the processor that other processes, or other guests of the same host, take from now on."""
 
     def __init__(self) -> None:
         self._busy, self._own, self._started = self._taken(), time.process_time(), time.monotonic()

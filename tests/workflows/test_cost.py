@@ -94,7 +94,7 @@ def test_costs_are_measured_once_for_a_machine(measured: list[str], cache: Path,
 
 def test_units_are_seconds_over_amounts(measured: list[str]) -> None:
     seconds = unit_costs().seconds
-    assert seconds["products"] == Range(1.0 / (2 * 2048 * 1024**2), 1.05 / (2 * 2048 * 1024**2))
+    assert seconds["products"] == Range(1.0 / (2 * 512 * 4096**2), 1.05 / (2 * 512 * 4096**2))
     # 64 columns, of 64 rows and of 4,096.
     assert seconds["swept_columns"].low == 1.0 / 64
     assert seconds["swept_weights"].low == 1.0 / (64 * (4096 - 64))
