@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -95,7 +96,8 @@ def test_both_runs_go_on_where_they_were_killed(tmp_path: Path) -> None:
 
 def test_a_validation_reads_blocks_twice_and_figures_are_those_of_separate_runs(sample: Sample, tmp_path: Path) -> None:
     """Once for the original and once for the bundle's weights; and the graph runs every text once."""
-    original, bundle = Original.open(str(sample.checkpoint), Silent()), Bundle.open(sample.bundle)
+    original = Original.open(str(sample.checkpoint), Silent())
+    bundle = Bundle.open(shutil.copytree(sample.bundle, tmp_path / "bundle"))
     blocks: list[int] = []
     scored: list[int] = []
     fill, score = Reference.block, ScoringSession.logits
