@@ -156,23 +156,16 @@ def total_bits(architecture: Architecture, budget: Budget) -> int:
 def allowed_candidates(groups: Sequence[TieGroup], available: int) -> list[tuple[int, ...]]:
     """Return the candidates that each group may be given where ``available`` bits are left for all, by index.
 
-    No routed expert is given fewer bits a weight than all of them could have: a probe sees little of the text that an
-    expert is for, and what it does not see must not be paid for with bits that others hardly need. Elsewhere every
-    candidate may be taken.
+    No routed expert is given fewer bits a weight than every matrix of the model could have: a probe sees little of the
+    text that an expert is for, and what it does not see must not be paid for with bits that others hardly need.
+    Elsewhere every candidate may be taken.
     """
-    widths = sorted({form.bits for group in groups if group.expert_part for form in group.candidates}, reverse=True)
-    least = [min(map(group.bits, group.candidates)) for group in groups]
     floor = 0
-    for width in widths:
-        wide = [
-            min((group.bits(form) for form in group.candidates if form.bits >= width), default=small)
-            if group.expert_part
-            else small
-            for group, small in zip(groups, least, strict=True)
-        ]
-        if sum(wide) <= available:
+    for width in sorted({form.bits for group in groups for form in group.candidates}):
+        # Of a group without such a format, the smallest that it has.
+        wide = [[form for form in group.candidates if form.bits >= width] or group.candidates for group in groups]
+        if sum(min(map(group.bits, forms)) for group, forms in zip(groups, wide, strict=True)) <= available:
             floor = width
-            break
     return [
         tuple(index for index, form in enumerate(group.candidates) if form.bits >= floor or not group.expert_part)
         or tuple(range(len(group.candidates)))

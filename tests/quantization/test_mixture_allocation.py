@@ -238,12 +238,9 @@ def test_the_disk_and_the_memory_of_the_trials(model: Model, tmp_path: Path) -> 
 
 @pytest.mark.parametrize(("width", "spare", "expected"), [(2, 0, 2), (4, -1, 2), (4, 0, 4), (8, -1, 4), (8, 0, 8)])
 def test_no_expert_has_fewer_bits_than_all_could_have(model: Model, width: int, spare: int, expected: int) -> None:
-    """The budget is what all experts take at a ``width``, and the least of all others, and ``spare`` bits."""
+    """The budget is what all matrices take at a ``width``, and ``spare`` bits."""
     groups = list(tie_groups(model.architecture, RECIPE))
-    experts = [group for group in groups if group.expert_part]
-    wide = sum(group.bits(_least(group, width)) for group in experts)
-    others = sum(min(map(group.bits, group.candidates)) for group in groups if not group.expert_part)
-    available = others + wide + spare
+    available = sum(group.bits(_least(group, width)) for group in groups) + spare
     for group, allowed in zip(groups, allowed_candidates(groups, available), strict=True):
         forms = [group.candidates[index] for index in allowed]
         if group.expert_part:
