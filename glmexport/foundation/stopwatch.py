@@ -36,13 +36,13 @@ class Stopwatch:
 
     def through(self, part: str, values: Iterator[Value]) -> Iterator[Value]:
         """Yield ``values``, and count for ``part`` the time that it takes to make each."""
-        end = object()
         while True:
             with self.running(part):
-                value = next(values, end)
-            if value is end:
-                return
-            yield value  # type: ignore[misc]
+                try:
+                    value = next(values)
+                except StopIteration:
+                    return
+            yield value
 
     def _count(self) -> None:
         now = (time.monotonic(), time.process_time())

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from launching import launch
 from tiny import digests
 
 from glmexport.calibration.hessian import Hessian, SecondMoment
@@ -20,20 +18,6 @@ from glmexport.quantization.job import row_blocks
 from glmexport.quantization.ranks import ALONE, Parcel, longest_first
 
 SCRIPT = Path(__file__).with_name("ranked_walk.py")
-PATIENCE = 240
-
-
-def launch(count: int, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run the walk with ``count`` ranks, as people do."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    return subprocess.run(
-        [*torchrun, str(SCRIPT), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        timeout=PATIENCE,
-        check=False,
-    )
 
 
 def files(work: Path) -> dict[str, str]:
@@ -62,7 +46,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]
 def test_any_number_of_ranks_gives_the_same_bytes(
     kind: str, count: int, whole: dict[str, dict[str, str]], tmp_path: Path
 ) -> None:
-    done = launch(count, kind, tmp_path, tmp_path / "work")
+    done = launch(SCRIPT, count, kind, tmp_path, tmp_path / "work")
     assert done.returncode == 0, done.stderr
     assert files(tmp_path / "work") == whole[kind]
 
@@ -74,12 +58,12 @@ def test_a_rank_that_dies_is_missed_and_the_rest_is_kept(
 ) -> None:
     """Another number of ranks goes on from there."""
     work = tmp_path / "work"
-    killed = launch(2, kind, tmp_path, work, rank, item)
+    killed = launch(SCRIPT, 2, kind, tmp_path, work, rank, item)
     assert killed.returncode != 0
     assert "RankLost" in killed.stderr or "Signal 9" in killed.stderr
     kept = {path.name: path.stat().st_mtime_ns for path in work.glob("*.safetensors")}
     assert set(files(work)) != set(whole[kind])
-    done = launch(3, kind, tmp_path, work)
+    done = launch(SCRIPT, 3, kind, tmp_path, work)
     assert done.returncode == 0, done.stderr
     assert files(work) == whole[kind]
     # Pieces of a layer have become a part of it.

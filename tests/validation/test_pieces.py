@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +12,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from builds import Sample, build, small_checkpoint
+from launching import launch
 from models import MIXTURE
 from ranked_validation import figures, small_batches
 
@@ -25,7 +23,6 @@ from glmexport.reference.reference import Reference
 from glmexport.validation.pieces import UNKEPT, Pieces
 
 SCRIPT = Path(__file__).with_name("ranked_validation.py")
-PATIENCE = 300
 PARCEL = Parcel((torch.arange(6.0).reshape(2, 3), None, torch.empty(0, dtype=torch.int64)), {"answer": [1, 2]})
 
 
@@ -205,19 +202,6 @@ def test_a_build_goes_on_in_the_middle_of_its_validation(sample: Sample, tmp_pat
         assert getattr(found, name) == getattr(expected, name), name
 
 
-def launch(count: int, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Validate with so many ranks."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    return subprocess.run(
-        [*torchrun, str(SCRIPT), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        timeout=PATIENCE,
-        check=False,
-    )
-
-
 def read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
@@ -227,7 +211,7 @@ def read(path: Path) -> Any:
 def test_any_number_of_ranks_finds_the_same_figures(
     count: int, sample: Sample, whole: tuple[Any, Counter[str]], tmp_path: Path
 ) -> None:
-    done = launch(count, sample.checkpoint, sample.bundle, tmp_path, tmp_path / "out")
+    done = launch(SCRIPT, count, sample.checkpoint, sample.bundle, tmp_path, tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert read(tmp_path / "out") == whole[0]
 
@@ -241,7 +225,7 @@ def test_ranks_find_the_same_figures_of_a_mixture(sample: Sample, tmp_path: Path
         (tmp_path / name).mkdir()
     expected = figures(tmp_path / "checkpoint", tmp_path / "bundle", tmp_path / "alone")
     assert "LayerRouting" in expected["routing"]
-    done = launch(2, tmp_path / "checkpoint", tmp_path / "bundle", tmp_path / "shared", tmp_path / "out")
+    done = launch(SCRIPT, 2, tmp_path / "checkpoint", tmp_path / "bundle", tmp_path / "shared", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert read(tmp_path / "out") == expected
 
@@ -253,13 +237,13 @@ def test_a_rank_that_dies_loses_its_piece_alone(
 ) -> None:
     """Another number of ranks goes on from there."""
     arguments = (sample.checkpoint, sample.bundle, tmp_path, tmp_path / "out")
-    killed = launch(2, *arguments, rank, pieces)
+    killed = launch(SCRIPT, 2, *arguments, rank, pieces)
     assert killed.returncode != 0
     assert "RankLost" in killed.stderr or "Signal 9" in killed.stderr
     kept = [path.name for path in (tmp_path / "validation").glob("*.piece")]
     assert len(kept) >= pieces and not (tmp_path / "out").exists()
     times = {name: (tmp_path / "validation" / name).stat().st_mtime_ns for name in kept if "-pass-" not in name}
-    done = launch(3, *arguments)
+    done = launch(SCRIPT, 3, *arguments)
     assert done.returncode == 0, done.stderr
     assert read(tmp_path / "out") == whole[0]
     assert all((tmp_path / "validation" / name).stat().st_mtime_ns == time for name, time in times.items())
