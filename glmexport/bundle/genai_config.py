@@ -115,12 +115,13 @@ class GenaiConfig:
             session_options=options,
         )
 
-    def search_options(self, batch: int) -> dict[str, int]:
-        """Return the search options beside lengths: a prompt alone is read in pieces on a CPU.
+    @property
+    def chunk(self) -> int | None:
+        """The number of prompt positions that are computed together; None, on an accelerator: all of them.
 
-        They are not in the bundle, since onnxruntime-genai takes several prompts together in one piece only.
+        It is not in the bundle, since onnxruntime-genai takes several prompts together in one piece only.
         """
-        return {"chunk_size": PREFILL_TOKENS} if not self.providers and batch == 1 else {}
+        return None if self.providers else PREFILL_TOKENS
 
 
 def genai_settings(bundle: Path, threads: int, profile: Path | None = None) -> Any:

@@ -94,9 +94,7 @@ class DeviceJudge:
             [list(answer.tokens) for answer in captured],
             [answers.tokens(index) for index in range(len(captured))],
             frozenset(answers.job.end_tokens),
-            0,
-            {},
-            0,
+            passes=0,
         )
         return judge([answer.question for answer in captured], given, self.bundle.tokenizer)
 

@@ -19,7 +19,6 @@ from glmexport.engine.core.cache import SharedCaches
 from glmexport.engine.core.drafting import Drafter, PromptLookup
 from glmexport.engine.core.graph_engine import EngineLimits
 from glmexport.engine.core.graphs import MaskedGraph
-from glmexport.engine.core.greedy import one_by_one
 from glmexport.engine.core.runtime import end_profile
 from glmexport.engine.core.sequence import Sequence, TrackedSequence
 
@@ -77,10 +76,6 @@ class BatchedEngine:
         (logits,) = self.graph.run(ids, lengths, self._caches.rows(first, len(ids)), [output])
         rows: NDArray[np.float32] = logits.astype(np.float32, copy=False)
         return rows
-
-    def static_batch(self, prompts: abc.Sequence[abc.Sequence[int]], count: int) -> abc.Iterator[list[int]]:
-        """Yield the next greedy token of every sequence, each computed by itself."""
-        return one_by_one(self, prompts, count)
 
     def drafter(self) -> Drafter:
         """Return a drafter that guesses by the text so far."""

@@ -38,10 +38,10 @@ class GenaiEngine:
 
             for name in config.providers:
                 require_provider(name, "an ONNX Runtime that has it")
-        self._genai, self._config = onnxruntime_genai, config
+        self._genai = onnxruntime_genai
         self.label = f"onnxruntime-genai {onnxruntime_genai.__version__}"
         self.ends, self.context_length = config.ends, config.context_length
-        self.chunk: int | None = config.search_options(1).get("chunk_size")
+        self.chunk = config.chunk
         try:
             settings = genai_settings(bundle.directory, threads, profile)
             self._model: Any = onnxruntime_genai.Model(settings)
@@ -53,19 +53,14 @@ class GenaiEngine:
 
     def begin(self, length: int) -> GenaiSequence:
         """Return a sequence of which nothing is computed, with room for ``length`` tokens."""
-        return GenaiSequence(self._generator(1, length), length, self.chunk)
+        parameters: Any = self._genai.GeneratorParams(self._model)
+        chunked = {} if self.chunk is None else {"chunk_size": self.chunk}
+        parameters.set_search_options(max_length=length, batch_size=1, do_sample=False, **chunked)
+        return GenaiSequence(self._genai.Generator(self._model, parameters), length, self.chunk)
 
     def step(self, sequences: abc.Sequence[Sequence], tokens: abc.Sequence[int]) -> NDArray[np.float32]:
         """Return the logits [n, V] after one token more of each of the ``sequences``, each computed by itself."""
         return step_alone(sequences, tokens)
-
-    def static_batch(self, prompts: abc.Sequence[abc.Sequence[int]], count: int) -> abc.Iterator[list[int]]:
-        """Yield the next greedy token of every sequence, which onnxruntime-genai chooses, until all have ended."""
-        generator = self._generator(len(prompts), len(prompts[0]) + count)
-        generator.append_tokens(np.array(prompts, np.int32))
-        while not generator.is_done():
-            generator.generate_next_token()
-            yield [int(token) for token in generator.get_next_tokens()]
 
     def drafter(self) -> Drafter:
         """Return a drafter that guesses by the text so far."""
@@ -74,13 +69,6 @@ class GenaiEngine:
     def close(self) -> None:
         """Free the model, which writes the profile that was asked for."""
         self._model = None
-
-    def _generator(self, batch: int, max_length: int) -> Any:
-        """Return a generator of onnxruntime-genai, greedy."""
-        parameters: Any = self._genai.GeneratorParams(self._model)
-        given = {"do_sample": False, **self._config.search_options(batch)}
-        parameters.set_search_options(max_length=max_length, batch_size=batch, **given)
-        return self._genai.Generator(self._model, parameters)
 
 
 class GenaiSequence(TrackedSequence):

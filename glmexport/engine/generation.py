@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 
 import numpy as np
 from numpy.typing import NDArray
 
 from glmexport.bundle.bundle import Bundle
-from glmexport.engine.core.greedy import distributions, greedy
+from glmexport.engine.core.greedy import distributions, greedy, prefill
 from glmexport.engine.core.sequence import Engine
 from glmexport.engine.opening import open_engine
 from glmexport.engine.speculation import Speculation, speculate
@@ -28,15 +28,17 @@ class GenerationSession:
         self._speculation = speculation
 
     @classmethod
-    def open(cls, bundle: Bundle, threads: int, speculation: Speculation | None = None) -> GenerationSession:
-        """Load a bundle.
+    def open(
+        cls, bundle: Bundle, threads: int, speculation: Speculation | None = None, *, batch: int = 0
+    ) -> GenerationSession:
+        """Load a bundle, with room for so many answers in a ``batch``; 0: each is computed by itself.
 
         Raises:
-            InputError: the bundle cannot do that speculation.
+            InputError: the bundle cannot do that speculation, or computes no answers in a batch.
             BundleError: the loop cannot load it.
             MachineError: this ONNX Runtime has no execution provider of the bundle's.
         """
-        return cls(open_engine(bundle, threads, speculation=speculation), speculation)
+        return cls(open_engine(bundle, threads, batch=batch, speculation=speculation), speculation)
 
     def stream(self, prompt: Sequence[int], max_tokens: int) -> Iterator[int]:
         """Yield tokens after ``prompt`` until an end token, which is the last, ``max_tokens`` or the context's end.
@@ -69,20 +71,30 @@ class GenerationSession:
                 if int(logits.argmax()) in self.ends:
                     return
 
-    def together(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
-        """Return the answers to several prompts of one length in one batch, none of which may be padded.
+    def together(self, prompts: Sequence[Sequence[int]], limits: Sequence[int]) -> list[list[int]]:
+        """Return the answers to ``prompts`` of any lengths, each cut at its number of tokens in ``limits``.
+
+        Prompts are computed one by one. An engine that computes steps together needs room for all of them.
 
         Raises:
-            InputError: the prompts fill the context.
+            InputError: a prompt fills the context.
         """
+        rooms = [self._room(len(prompt), limit) for prompt, limit in zip(prompts, limits, strict=True)]
         answers: list[list[int]] = [[] for _ in prompts]
-        for step in self.engine.static_batch(prompts, self._room(len(prompts[0]), max_tokens)):
-            for answer, token in zip(answers, step, strict=True):
-                # After its end token a sequence is padded while others go on.
-                if not (answer and answer[-1] in self.ends):
-                    answer.append(token)
-            if all(answer[-1] in self.ends for answer in answers):
-                break
+        with ExitStack() as stack:
+            sequences = [stack.enter_context(closing(self.engine.begin(len(prompt) + room)))
+                         for prompt, room in zip(prompts, rooms, strict=True)]  # fmt: skip
+            for sequence, prompt, answer, room in zip(sequences, prompts, answers, rooms, strict=True):
+                if room > 0:
+                    answer.append(int(prefill(sequence, prompt, self.engine.chunk).argmax()))
+            while going := [
+                (sequence, answer)
+                for sequence, answer, room in zip(sequences, answers, rooms, strict=True)
+                if 0 < len(answer) < room and answer[-1] not in self.ends
+            ]:
+                rows = self.engine.step([sequence for sequence, _ in going], [answer[-1] for _, answer in going])
+                for (_, answer), row in zip(going, rows, strict=True):
+                    answer.append(int(row.argmax()))
         return answers
 
     def _speculated(self, prompt: Sequence[int], count: int) -> Generator[int, None, None]:

@@ -18,7 +18,7 @@ from glmexport.engine.core.drafting import Drafter, PromptLookup
 from glmexport.engine.core.graph_engine import EngineLimits, FixedEngine, GraphEngine
 from glmexport.engine.core.graphs import FixedGraph, FixedNames, GraphNames, MaskedGraph
 from glmexport.engine.core.sequence import Engine
-from glmexport.engine.options import EngineOptions
+from glmexport.engine.options import EngineOptions, computes_together
 from glmexport.engine.session import open_session
 from glmexport.engine.token_prediction import TokenPredictor
 from glmexport.foundation.errors import InputError
@@ -37,7 +37,7 @@ def fixed_names(config: FixedLoopConfig, session: onnxruntime.InferenceSession) 
 
 def _open_batched(bundle: Bundle, config: GenaiConfig, options: EngineOptions) -> BatchedEngine:
     target = bundle.manifest.target
-    if target.provider.name != CPU_PROVIDER:
+    if not computes_together(bundle):
         raise InputError(
             f"Answers are computed together on {CPU_PROVIDER} alone, and {bundle.directory} is for another provider.",
             next_step="Leave --batch out.",

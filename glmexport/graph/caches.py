@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from glmexport.architecture.description import Architecture
-from glmexport.foundation.target import GraphLimits
+from glmexport.foundation.host import CPU_PROVIDER
+from glmexport.foundation.target import GraphLimits, Target
 
 
 def own_loop(architecture: Architecture, limits: GraphLimits) -> bool:
@@ -11,6 +12,12 @@ def own_loop(architecture: Architecture, limits: GraphLimits) -> bool:
     return (
         limits.latent_cache and not limits.static_shapes and architecture.latent_values_per_token is not None
     )
+
+
+def answers_together(architecture: Architecture, target: Target) -> bool:
+    """Return whether the loop over a bundle for ``target`` computes steps of several answers in one run."""
+    limits = target.graph
+    return target.provider.name == CPU_PROVIDER and not limits.static_shapes and not own_loop(architecture, limits)
 
 
 def cache_bytes_per_token(architecture: Architecture, limits: GraphLimits) -> int:

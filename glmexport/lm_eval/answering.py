@@ -16,7 +16,7 @@ from glmexport.foundation.progress import Progress
 from glmexport.lm_eval.likelihood import TOKENS, portions
 from glmexport.reference.reference import Reference
 from glmexport.tokenizer.tokenizer import Tokenizer
-from glmexport.validation.behaviour.original import verified_answers
+from glmexport.validation.behaviour.original import one_at_a_time, verified_answers
 
 #: A function from a prompt and a limit to the tokens after the prompt, one by one, the end token included.
 Stream = Callable[[Sequence[int], int], Iterator[int]]
@@ -174,7 +174,7 @@ def _verified(
     answers = verified_answers(
         reference,
         [prompt.ids for prompt in prompts],
-        draft,
+        one_at_a_time(draft),
         limits=[prompt.ending.max_tokens for prompt in prompts],
         ends=ends,
         scratch=scratch,

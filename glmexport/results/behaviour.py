@@ -74,7 +74,9 @@ class Concurrency(Record):
     """Figures of prompts answered in a batch with others, and alone."""
 
     batch: Count
+    """Prompts answered at a time."""
     prompts: Count
+    """Prompts that were asked alone too: some of all, and each that asks for a tool call."""
     identical: Count
 
 
@@ -90,7 +92,7 @@ class TaskGroup(Record):
 
 
 class Behaviour(Record):
-    """The greedy answers of the bundle in onnxruntime-genai, and the original's own."""
+    """The greedy answers of the bundle, in batches where its loop computes answers together, and the original's own."""
 
     passes: Count
     """Passes through the original that its answers took; 0 where they were captured."""
@@ -115,7 +117,7 @@ class Behaviour(Record):
     is not known to the detector; of those that the original answers so. None where no language could be told."""
     tool_calls: Paired | None
     """Scores of calling tools: 1 for an answer that is a well-formed call of a known tool, of those where the
-    original's is; None without any."""
+    original's is; of the bundle alone. None without any."""
     tool_calls_together: Paired | None
     """Scores of calling tools, like ``tool_calls``, with the bundle answering in a batch."""
     translation: Paired | None

@@ -23,6 +23,8 @@ _CONTINUED, _CHAT, _TRANSLATED = 32, 260, 60
 _LOADING_SECONDS = 10.0
 #: Passes in which the original checks drafts: each reads the checkpoint, whatever is kept of what came before.
 _ANSWER_ROUNDS = 16
+#: Times that the bundle drafts an answer anew, each from about its middle on.
+_DRAFTS = 2
 #: The stages that ranks share; the others are left to the first.
 SHARED_STAGES = frozenset({"fidelity", "noise floor", "shares", "answers", "weights"})
 #: Tokens of the text on which the whole model is compared.
@@ -39,6 +41,8 @@ class ValidationSize:
     fidelity: Range
     #: The tokens that the original computes for each token of the questions and their answers.
     answer_passes: Range
+    #: Whether the bundle computes several answers in one step.
+    batches: bool = True
     #: The ranks that share it, whose work is counted together: what each does whole is there so often.
     ranks: int = 1
 
@@ -50,12 +54,16 @@ class _Asked:
     count: int
     prompts: int
     answers: int
+    #: The share of them that are asked alone too where answers are computed together.
+    alone: float
 
     @classmethod
     def planned(cls, plan: BehaviourPlan, languages: int) -> _Asked:
         own = plan.each * _CONTINUED + (_CHAT if plan.each else 0) + plan.translations * _TRANSLATED
-        count = languages * (plan.each + 2 * bool(plan.each) + plan.translations)
-        return cls(count, languages * own, count * plan.max_tokens)
+        calls = languages * bool(plan.each)
+        count = languages * (plan.each + plan.translations) + 2 * calls
+        alone = (calls + (count - calls) / plan.alone_every) / max(1, count)
+        return cls(count, languages * own, count * plan.max_tokens, alone)
 
 
 def validation_accounts(
@@ -145,12 +153,15 @@ class _Validation:
         return Work(rounded_weights=sum(each.in_features * each.out_features for each, _ in self.shares()))
 
     def answers(self, plan: BehaviourPlan, passes: float) -> Work:
-        """Return the work of answers: the bundle's token by token, alone and together; the original's in passes."""
+        """Return the work of answers: the bundle's token by token, and some of them alone; the original's in passes."""
         asked = _Asked.planned(plan, self.size.languages)
         tokens = asked.prompts + asked.answers
-        work = self.bundle(asked.prompts * (2 if plan.batch else 1))
-        steps = asked.answers * (1 + (1 / plan.batch if plan.batch else 0))
-        work += Work(bundle_bytes=steps * self.bytes_per_token)
+        batch = max(1, plan.batch) if self.size.batches else 1
+        work = self.answered(asked.prompts, asked.answers, batch)
+        if batch > 1:
+            work += self.answered(asked.alone * asked.prompts, asked.alone * asked.answers, 1)
+        drafted = self.answered(asked.prompts + asked.answers / 2, asked.answers / 2, batch)
+        work += drafted.times(_DRAFTS)
         length = tokens // max(1, asked.count)
         theirs = Work(products=2.0 * asked.answers * passes * self.head)
         for layer in self.architecture.layers:
@@ -158,6 +169,12 @@ class _Validation:
         work += self.by_few(theirs, 1.0 if self.architecture.routed else asked.count / TOGETHER)
         read = self.reading() + Work(read_values=self.head)
         return work + self.by_each(read.times(_ANSWER_ROUNDS))
+
+    def answered(self, prompts: float, answers: float, batch: int) -> Work:
+        """Return the work of the bundle for so many tokens of ``prompts`` and ``answers``, ``batch`` answers a step."""
+        work = self.bundle(prompts) + Work(bundle_bytes=answers / batch * self.bytes_per_step(batch))
+        # The weights that a step has read are multiplied by the tokens of all.
+        return work + self.bundle(answers) if batch > 1 else work
 
     def by_each(self, work: Work) -> Work:
         """Return work that every rank does."""
@@ -182,13 +199,13 @@ class _Validation:
         """The weights that one token is multiplied by."""
         return sum(share * each.in_features * each.out_features for each, share in self.shares())
 
-    @property
-    def bytes_per_token(self) -> float:
-        """The bytes of the weights that one token is multiplied by, as the bundle stores them."""
-        return sum(
-            share * stored_bits((each.out_features, each.in_features), self.formats.form(each.weight)) / 8
-            for each, share in self.shares()
-        )
+    def bytes_per_step(self, tokens: int) -> float:
+        """Return the bytes of the weights that so many ``tokens`` are multiplied by, as the bundle stores them."""
+        read = 0.0
+        for each, share in self.shares():
+            bits = stored_bits((each.out_features, each.in_features), self.formats.form(each.weight))
+            read += (1 - (1 - share) ** tokens) * bits / 8
+        return read
 
     def shares(self) -> Iterator[tuple[Linear, float]]:
         """Yield every linear with the share of the tokens that pass it."""

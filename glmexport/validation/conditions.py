@@ -19,8 +19,11 @@ class BehaviourPlan:
     translations: int = 3
     #: Number of tokens at which an answer is cut.
     max_tokens: int = 64
-    #: Number of prompts at a time, once everything was asked alone; 0 leaves that out.
-    batch: int = 4
+    #: Number of prompts that are answered at a time, where the bundle's loop computes answers together; 0: one by one.
+    batch: int = 8
+    #: Of prompts that were answered with others, every so-many-th is asked alone too, and so is each that asks for a
+    #: tool call.
+    alone_every: int = 16
 
 
 @dataclass(frozen=True)

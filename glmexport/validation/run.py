@@ -13,7 +13,6 @@ import torch
 from glmexport.bundle.bundle import Bundle
 from glmexport.bundle.manifest import Manifest
 from glmexport.checkpoint.checkpoint import Checkpoint
-from glmexport.engine.generation import GenerationSession
 from glmexport.engine.scoring import ScoringSession
 from glmexport.foundation.progress import Progress
 from glmexport.foundation.target import Gates
@@ -176,8 +175,7 @@ def validate_captured(bundle: Bundle, captured: CapturedReference, conditions: C
         behaviour = ask_bundle(
             [answer.question for answer in capture.answers],
             [list(answer.tokens) for answer in capture.answers],
-            GenerationSession.open(bundle, conditions.bundle_threads),
-            tokenizer,
+            BundleSessions.of(bundle, conditions.bundle_threads),
             plan=plan.behaviour,
             progress=progress,
         )
@@ -307,14 +305,8 @@ def _behaviour(
     if plan is None:
         return None
     # The bundle's own tokenizer, which a server uses. The gate on prompts says whether it is the original's.
-    threads, context = conditions.bundle_threads, bundle.context_length
-    sessions = BundleSessions(
-        partial(GenerationSession.open, bundle, threads),
-        partial(ScoringSession, bundle, threads),
-        bundle.tokenizer,
-        context,
-    )
-    asked = questions_for(evaluation.documents, bundle.tokenizer, plan, context)
+    sessions = BundleSessions.of(bundle, conditions.bundle_threads)
+    asked = questions_for(evaluation.documents, sessions.tokenizer, plan, sessions.context_length)
     if not asked and all(task.choices for task in evaluation.tasks):
         # No task is answered by a text, so that nothing could be told of answers.
         return None

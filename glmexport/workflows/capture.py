@@ -11,7 +11,6 @@ import torch
 from glmexport import __version__
 from glmexport.bundle.bundle import Bundle
 from glmexport.calibration.corpus import evaluation_documents
-from glmexport.engine.generation import GenerationSession
 from glmexport.engine.session import require_provider
 from glmexport.foundation.disk import require_free
 from glmexport.foundation.progress import Progress
@@ -19,7 +18,7 @@ from glmexport.quantization.store import WorkDirectory
 from glmexport.reference.arithmetic import computing
 from glmexport.reference.reference import Reference
 from glmexport.results.arithmetic import UNCHECKED, OriginalArithmetic
-from glmexport.validation.behaviour.plane import ask_original, questions_for
+from glmexport.validation.behaviour.plane import BundleSessions, ask_original, questions_for
 from glmexport.validation.capture import REFERENCE, TOP_K, Capture, CapturedAnswer, OriginalFacts, write_capture
 from glmexport.validation.conditions import ValidationPlan
 from glmexport.validation.fidelity import Streamed
@@ -124,9 +123,9 @@ def _answers(
     plan = options.plan.behaviour
     if options.draft is None or plan is None:
         return None
-    session = GenerationSession.open(options.draft, options.threads)
-    asked = questions_for(evaluation.documents, evaluation.tokenizer, plan, session.context_length)
-    answers = ask_original(asked, session, reference, scratch, progress)
+    sessions = BundleSessions.of(options.draft, options.threads)
+    asked = questions_for(evaluation.documents, evaluation.tokenizer, plan, sessions.context_length)
+    answers = ask_original(asked, sessions, reference, plan=plan, scratch=scratch, progress=progress)
     return tuple(
         CapturedAnswer(question=question, tokens=tuple(tokens))
         for question, tokens in zip(asked, answers, strict=True)

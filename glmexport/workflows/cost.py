@@ -11,6 +11,7 @@ from glmexport.calibration.corpus import shipped_documents
 from glmexport.foundation.recipe import Recipe
 from glmexport.foundation.target import Target
 from glmexport.foundation.work import Account, Range, Work, added
+from glmexport.graph.caches import answers_together
 from glmexport.quantization.account import TextSize, stages, walk_account
 from glmexport.quantization.memory import MemoryPlan, plan_memory
 from glmexport.validation.account import SHARED_STAGES, ValidationSize, validation_accounts
@@ -69,7 +70,8 @@ def build_accounts(
     whole = weights * _WHOLE < psutil.virtual_memory().available
     languages = len({document.language for document in shipped_documents("evaluation")})
     judged = Range(1.0, 1.0) if validation.full_text else FIDELITY_SHARE
-    size = ValidationSize(languages, judged, ANSWER_PASSES, ranks)
+    batches = answers_together(architecture, planned.target)
+    size = ValidationSize(languages, judged, ANSWER_PASSES, batches, ranks)
     low, high = validation_accounts(architecture, planned.plan, validation, size, whole=whole)
     return account | low, account | high
 

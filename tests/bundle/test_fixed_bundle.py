@@ -138,7 +138,7 @@ def test_the_end_of_the_context_ends_an_answer(pair: Pair) -> None:
 def test_sequences_together_are_those_alone(pair: Pair) -> None:
     session = GenerationSession.open(Bundle.open(pair.fixed.directory), THREADS)
     prompts = [PROMPT[start : start + 20] for start in (0, 30, 70)]
-    assert session.together(prompts, 16) == [session.tokens(prompt, 16) for prompt in prompts]
+    assert session.together(prompts, [16] * len(prompts)) == [session.tokens(prompt, 16) for prompt in prompts]
 
 
 def test_every_number_can_be_read_back(pair: Pair) -> None:

@@ -94,7 +94,7 @@ def test_both_caches_give_the_same_logits_and_the_same_tokens(pair: Pair) -> Non
 def test_sequences_together_are_those_alone(pair: Pair) -> None:
     session = GenerationSession.open(Bundle.open(pair.latents), THREADS)
     prompts = [PROMPT[start : start + 20] for start in (0, 30, 70)]
-    assert session.together(prompts, 16) == [session.tokens(prompt, 16) for prompt in prompts]
+    assert session.together(prompts, [16] * len(prompts)) == [session.tokens(prompt, 16) for prompt in prompts]
 
 
 def test_what_a_run_allocates_is_what_inspect_says(pair: Pair, run: Run) -> None:

@@ -249,7 +249,7 @@ def test_greedy_tokens_one_by_one_together_and_guessed(case: Case) -> None:
     answers = [list(greedy(engine, prompt, 12)) for prompt in prompts]
     assert len({token for answer in answers for token in answer}) > 3
     session = GenerationSession(engine)
-    assert session.together(prompts, 12) == [session.tokens(prompt, 12) for prompt in prompts]
+    assert session.together(prompts, [12] * len(prompts)) == [session.tokens(prompt, 12) for prompt in prompts]
     for prompt, answer in zip(prompts, answers, strict=True):
         ended = next((at + 1 for at, token in enumerate(answer) if token in engine.ends), 12)
         assert session.tokens(prompt, 12) == answer[:ended]

@@ -188,7 +188,7 @@ def test_a_default_length_limits_only_who_names_none(sample: Sample, tmp_path: P
         ours, whole = (GenerationSession.open(each, THREADS, speculation) for each in both)
         assert (found := ours.tokens(prompt, 40)) == whole.tokens(prompt, 40) and len(prompt) + len(found) > 32
     assert len(list(ours.distributions(prompt, 8))) == len(list(whole.distributions(prompt, 8))) > 0
-    assert ours.together([prompt, prompt], 8) == whole.together([prompt, prompt], 8)
+    assert ours.together([prompt, prompt], [8, 8]) == whole.together([prompt, prompt], [8, 8])
 
 
 @pytest.mark.parametrize(

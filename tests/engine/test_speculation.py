@@ -105,7 +105,7 @@ def test_a_batch_is_not_guessed(bundle: Path, plain: GenerationSession) -> None:
     prompts = [IDS[:9], IDS[40:49]]
     speculation = Speculation("lookup", 4)
     session = GenerationSession.open(Bundle.open(bundle), THREADS, speculation)
-    assert session.together(prompts, 12) == plain.together(prompts, 12)
+    assert session.together(prompts, [12, 12]) == plain.together(prompts, [12, 12])
     assert speculation.tally.steps == 0
 
 

@@ -63,7 +63,8 @@ def test_a_captured_original_has_answered_the_same(sample: Sample, captured: Pat
     # A sum over languages is the whole.
     for name in ("answers", "identical", "tokens_original", "tokens_bundle", "ended_bundle", "loops_bundle", "drifted"):
         assert sum(getattr(row, name) for row in whole.languages) == getattr(whole.overall, name), name
-    assert whole.concurrency is not None and whole.concurrency.prompts == whole.overall.answers
+    assert whole.concurrency is not None and whole.concurrency.batch == 3
+    assert 2 <= whole.concurrency.prompts < whole.overall.answers
 
 
 def test_the_report_shows_and_gates_them(sample: Sample, captured: Path, bundle: Path, run: Run, asking: None) -> None:
@@ -133,11 +134,11 @@ def test_one_session_is_open_at_a_time(
     if against == "capture":
         reference = CapturedReference.open(captured)
         validate_captured_bundle(Bundle.open(bundle), reference, replace(options, tasks=()), Silent())
-        expected = ["ScoringSession", "speed", "GenerationSession"]
+        expected = ["ScoringSession", "speed", "GenerationSession", "GenerationSession"]
     else:
         original = Original.open(str(sample.checkpoint), Silent())
         validate_bundle(Bundle.open(bundle), original, options, Silent())
-        expected = ["ScoringSession", "ScoringSession", "GenerationSession", "speed"]
+        expected = ["ScoringSession", "ScoringSession", "GenerationSession", "GenerationSession", "speed"]
     assert opened == [(name, 0) for name in expected]
 
 

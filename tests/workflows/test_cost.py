@@ -15,8 +15,10 @@ from builds import QUICK, THREADS, Run, Sample, run, sample
 from benchmarks.stages import VALIDATION, Stages
 from glmexport.bundle.bundle import Bundle
 from glmexport.calibration.corpus import evaluation_documents
+from glmexport.engine.options import computes_together
 from glmexport.foundation.progress import Silent
 from glmexport.foundation.work import MEASURED_KINDS, Range, Work
+from glmexport.graph.caches import answers_together
 from glmexport.reference.reference import Reference
 from glmexport.results.arithmetic import OriginalArithmetic
 from glmexport.validation.account import ValidationSize, validation_accounts
@@ -205,15 +207,34 @@ def test_more_of_a_plan_is_more_work(sample: Sample) -> None:
     )
 
 
+def test_answers_together_read_the_weights_once_for_several(sample: Sample) -> None:
+    """Eight at a time, one in about eight of which is asked alone too."""
+    original = Original.open(str(sample.checkpoint), Silent())
+    bundle = Bundle.open(sample.bundle)
+    planned = original.planned(bundle.manifest.recipe, bundle.target)
+    assert answers_together(original.architecture, bundle.target) is computes_together(bundle) is True
+
+    def answers(batches: bool) -> Work:
+        size = ValidationSize(21, WHOLE, WHOLE, batches)
+        plan = ValidationPlan()
+        return validation_accounts(original.architecture, planned.plan, plan, size, whole=False)[0]["answers"]
+
+    together, alone = answers(True), answers(False)
+    # Half of each is drafted twice; those asked alone are tool calls, and each sixteenth of the others.
+    asked_alone = (21 + 252 / 16) / 273
+    assert together.bundle_bytes / alone.bundle_bytes == pytest.approx((2 / 8 + asked_alone) / 2)
+    assert together.bundle_products > alone.bundle_products
+    assert together.products == alone.products
+
+
 def test_ranks_share_what_they_do_not_all_do(sample: Sample) -> None:
     original = Original.open(str(sample.checkpoint), Silent())
     bundle = Bundle.open(sample.bundle)
     planned = original.planned(bundle.manifest.recipe, bundle.target)
+    sizes = [ValidationSize(21, WHOLE, WHOLE, ranks=ranks) for ranks in (1, 4, 10_000)]
     one, four, many = (
-        validation_accounts(
-            original.architecture, planned.plan, ValidationPlan(), ValidationSize(21, WHOLE, WHOLE, ranks), whole=False
-        )[0]
-        for ranks in (1, 4, 10_000)
+        validation_accounts(original.architecture, planned.plan, ValidationPlan(), size, whole=False)[0]
+        for size in sizes
     )
     assert one.keys() == four.keys() and one["weights"] == four["weights"] and one["performance"] == four["performance"]
     # Each reads all blocks for its own texts, and so often for its own answers.

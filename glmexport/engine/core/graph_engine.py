@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from glmexport.engine.core.cache import GrowingCaches, KeptCaches, SharedCaches
 from glmexport.engine.core.drafting import Drafter, PromptLookup
 from glmexport.engine.core.graphs import FixedGraph, MaskedGraph
-from glmexport.engine.core.greedy import one_by_one, step_alone
+from glmexport.engine.core.greedy import step_alone
 from glmexport.engine.core.runtime import end_profile
 from glmexport.engine.core.sequence import Sequence, TrackedSequence
 
@@ -53,10 +53,10 @@ class GraphEngine:
         loop = "over growing caches" if self._grows else "over latents"
         self.label = f"onnxruntime {onnxruntime.__version__} {loop}"
 
-    def caches(self, batch: int) -> KeptCaches:
-        """Return caches of ``batch`` sequences of one length, of which nothing is computed."""
+    def caches(self) -> KeptCaches:
+        """Return the caches of a sequence of which nothing is computed."""
         specs = self.graph.names.caches
-        return GrowingCaches(specs, batch) if self._grows else SharedCaches(specs, batch, GROWTH, self.context_length)
+        return GrowingCaches(specs, 1) if self._grows else SharedCaches(specs, 1, GROWTH, self.context_length)
 
     def begin(self, length: int) -> GraphSequence:
         """Return a sequence of which nothing is computed, with room for a whole context."""
@@ -65,17 +65,6 @@ class GraphEngine:
     def step(self, sequences: abc.Sequence[Sequence], tokens: abc.Sequence[int]) -> NDArray[np.float32]:
         """Return the logits [n, V] after one token more of each of the ``sequences``, each computed by itself."""
         return step_alone(sequences, tokens)
-
-    def static_batch(self, prompts: abc.Sequence[abc.Sequence[int]], count: int) -> abc.Iterator[list[int]]:
-        """Yield the next greedy token of every sequence, all of which are one batch of the graph."""
-        caches, length, ids = self.caches(len(prompts)), 0, np.array(prompts, np.int64)
-        for _ in range(count):
-            for start in range(0, ids.shape[1], CHUNK):
-                part = ids[:, start : start + CHUNK]
-                length += part.shape[1]
-                (logits,) = self.graph.run(part, [length] * len(ids), caches, [self.graph.names.logits])
-            ids = logits[:, -1:].argmax(-1)
-            yield ids[:, 0].tolist()
 
     def close(self) -> None:
         """Write the profile that was asked for."""
@@ -88,7 +77,7 @@ class GraphSequence(TrackedSequence):
     def __init__(self, engine: GraphEngine) -> None:
         super().__init__(engine.context_length, engine.chunk, engine.short_step)
         self._graph = engine.graph
-        self.caches: KeptCaches | None = engine.caches(1)
+        self.caches: KeptCaches | None = engine.caches()
 
     def _compute(self, ids: list[int], every: bool) -> NDArray[Any]:
         assert self.caches is not None
@@ -128,10 +117,6 @@ class FixedEngine:
     def step(self, sequences: abc.Sequence[Sequence], tokens: abc.Sequence[int]) -> NDArray[np.float32]:
         """Return the logits [n, V] after one token more of each of the ``sequences``, each computed by itself."""
         return step_alone(sequences, tokens)
-
-    def static_batch(self, prompts: abc.Sequence[abc.Sequence[int]], count: int) -> abc.Iterator[list[int]]:
-        """Yield the next greedy token of every sequence, each computed by itself."""
-        return one_by_one(self, prompts, count)
 
     def drafter(self) -> Drafter:
         """Return a drafter that guesses by the text so far; a step of one position verifies no guess."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import abc
-from contextlib import ExitStack, closing
+from contextlib import closing
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,16 +43,6 @@ def greedy(engine: Engine, prompt: abc.Sequence[int], count: int) -> abc.Generat
         for _ in range(count - 1):
             token = int(sequence.advance([token])[-1].argmax())
             yield token
-
-
-def one_by_one(
-    engine: Engine, prompts: abc.Sequence[abc.Sequence[int]], count: int
-) -> abc.Iterator[list[int]]:
-    """Yield the next token of every sequence as ``Engine.static_batch`` does, each computed by itself."""
-    with ExitStack() as stack:
-        streams = [stack.enter_context(closing(greedy(engine, prompt, count))) for prompt in prompts]
-        for tokens in zip(*streams):
-            yield list(tokens)
 
 
 def step_alone(sequences: abc.Sequence[Sequence], tokens: abc.Sequence[int]) -> NDArray[np.float32]:

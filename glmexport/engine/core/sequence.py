@@ -101,13 +101,6 @@ class Engine(Protocol):
         """Return the logits [n, V] fp32 after one token more of each of the ``sequences``."""
         ...
 
-    def static_batch(self, prompts: abc.Sequence[abc.Sequence[int]], count: int) -> abc.Iterator[list[int]]:
-        """Yield the next greedy token of every sequence, at most ``count`` times.
-
-        All ``prompts`` have one length, and none is padded. Behind its end token a sequence is filled.
-        """
-        ...
-
     def drafter(self) -> Drafter:
         """Return a drafter for the tokens of one new sequence."""
         ...

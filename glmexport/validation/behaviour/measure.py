@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 from statistics import median
 from typing import Any
 
@@ -60,9 +59,10 @@ class Answers:
     ends: Collection[int]
     #: Number of passes through the original.
     passes: int
-    #: The bundle's answers by question's id, ``batch`` at a time.
-    together: Mapping[str, list[int]] = field(default_factory=dict)
+    #: Number of the bundle's answers that were computed together; 0: each alone.
     batch: int = 0
+    #: The bundle's answers, by question's id, to those that were asked alone too.
+    alone: Mapping[str, list[int]] = field(default_factory=dict)
     #: Number of tokens that the original computed in all passes, number of its prompts and answers, and number of
     #: answers that were computed anew in every pass.
     tokens_computed: int = 0
@@ -80,54 +80,43 @@ class Answers:
 
 
 def bundle_answers(
-    session: GenerationSession, questions: Sequence[Question], progress: Progress, pieces: Pieces = UNKEPT
-) -> list[list[int]]:
-    """Return the bundle's answers, one at a time, with the end token, if it comes."""
-
-    def compute(absent: Sequence[int]) -> Iterator[tuple[int, Parcel]]:
-        with progress.track("Bundle's answers", len(absent)) as track:
-            for index in absent:
-                question = questions[index]
-                yield index, Parcel(facts=session.tokens(question.ids, question.max_tokens))
-                track.advance(1, question.language or "")
-
-    parcels = pieces.each("bundle-answers", [_name(question) for question in questions], compute)
-    return [parcel.facts for parcel in parcels]
-
-
-def answers_together(
     session: GenerationSession,
     questions: Sequence[Question],
     batch: int,
     progress: Progress,
     pieces: Pieces = UNKEPT,
-) -> dict[str, list[int]]:
-    """Return answers by question's id with ``batch`` of them at a time, of one length each.
+    *,
+    label: str = "Bundle's answers",
+) -> list[list[int]]:
+    """Return the bundle's answers, each with its end token, if it comes.
 
-    The last ones are computed beside copies.
+    So many at a time are computed together as ``batch`` says, of prompts of like lengths; 0: each alone. Which ones are
+    is decided beforehand, as an answer may depend on the others by rounding.
     """
-
-    def shape(question: Question) -> tuple[int, int]:
-        return len(question.ids), question.max_tokens
-
-    batches = []
-    for _, group in groupby(sorted(questions, key=shape), key=shape):
-        same = list(group)
-        batches += [same[start : start + batch] for start in range(0, len(same), batch)]
+    size = max(1, batch)
+    order = sorted(range(len(questions)), key=lambda index: len(questions[index].ids))
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
 
     def compute(absent: Sequence[int]) -> Iterator[tuple[int, Parcel]]:
-        with progress.track("Bundle's answers, together", sum(len(batches[index]) for index in absent)) as track:
-            for index in absent:
-                asked = batches[index]
-                filled = ([question.ids for question in asked] * batch)[:batch]
-                yield index, Parcel(facts=session.together(filled, asked[0].max_tokens)[: len(asked)])
-                track.advance(len(asked))
+        with progress.track(label, sum(len(batches[number]) for number in absent)) as track:
+            for number in absent:
+                asked = [questions[index] for index in batches[number]]
+                found = session.together([each.ids for each in asked], [each.max_tokens for each in asked])
+                yield number, Parcel(facts=found)
+                track.advance(len(asked), asked[0].language or "")
 
-    names = [[batch, *map(_name, asked)] for asked in batches]
-    answers: dict[str, list[int]] = {}
-    for asked, parcel in zip(batches, pieces.each("together", names, compute), strict=True):
-        answers |= {question.id: answer for question, answer in zip(asked, parcel.facts, strict=True)}
+    names = [[batch, *(_name(questions[index]) for index in indices)] for indices in batches]
+    answers: list[list[int]] = [[] for _ in questions]
+    for indices, parcel in zip(batches, pieces.each("bundle-answers", names, compute), strict=True):
+        for index, answer in zip(indices, parcel.facts, strict=True):
+            answers[index] = answer
     return answers
+
+
+def asked_alone(questions: Sequence[Question], every: int) -> list[Question]:
+    """Return every so-many-th of ``questions``, and each that asks for a tool call."""
+    return [question for place, question in enumerate(questions)
+            if question.kind == "tools" or place % every == 0]  # fmt: skip
 
 
 def _name(question: Question) -> list[Any]:
@@ -155,11 +144,14 @@ def judge(
     def compare(chosen: Sequence[JudgedAnswer], before: Sequence[float], after: Sequence[float]) -> Paired:
         return compare_paired(before, after, ids=[each.question.id for each in chosen])
 
+    def called_alone(each: JudgedAnswer) -> bool:
+        alone = answers.alone.get(each.question.id, each.bundle)
+        return _called(answers.text(each.question, alone, tokenizer))
+
     told = [each for each in judged if each.drifted is not None]
     calls = [each for each in judged if each.question.kind == "tools" and _called(each.texts[0])]
     sentences = [each for each in judged if each.question.kind == "translate" and each.scores]
     scores = [each.scores for each in sentences if each.scores]
-    beside = [each for each in calls if each.question.id in answers.together]
     ratio, error = _length_ratio(judged)
     languages = dict.fromkeys(each.question.language for each in judged if each.question.language)
     return Behaviour(
@@ -180,16 +172,9 @@ def judge(
             judged, *([answers.ended(tokens) for tokens in side] for side in (answers.original, answers.bundle))
         ),
         drift=compare(told, [1] * len(told), [not each.drifted for each in told]) if told else None,
-        tool_calls=compare(calls, [1] * len(calls), [_called(each.texts[1]) for each in calls]) if calls else None,
-        tool_calls_together=compare(
-            beside,
-            [1] * len(beside),
-            [
-                _called(answers.text(each.question, answers.together[each.question.id], tokenizer))
-                for each in beside
-            ],
-        )
-        if beside
+        tool_calls=compare(calls, [1] * len(calls), [called_alone(each) for each in calls]) if calls else None,
+        tool_calls_together=compare(calls, [1] * len(calls), [_called(each.texts[1]) for each in calls])
+        if calls and answers.batch
         else None,
         translation=compare(sentences, *map(list, zip(*scores, strict=True))) if sentences else None,
         translations=tuple(
@@ -198,7 +183,7 @@ def judge(
             for name in dict.fromkeys(each.question.language for each in sentences) if name
         ),
         tasks=_groups(tasks, {each.question.id: each.scores for each in judged if each.scores} | dict(choices or {})),
-        concurrency=_concurrency(judged, answers) if answers.together else None,
+        concurrency=_concurrency(judged, answers) if answers.alone else None,
         differences=_differences(judged, tokenizer),
     )  # fmt: skip
 
@@ -284,8 +269,8 @@ def _translation(name: str, scores: Sequence[tuple[float, ...]]) -> Translation:
 
 
 def _concurrency(judged: Sequence[JudgedAnswer], answers: Answers) -> Concurrency:
-    same = sum(each.bundle == answers.together.get(each.question.id) for each in judged)
-    return Concurrency(batch=answers.batch, prompts=len(answers.together), identical=same)
+    same = sum(each.bundle == answers.alone.get(each.question.id) for each in judged)
+    return Concurrency(batch=answers.batch, prompts=len(answers.alone), identical=same)
 
 
 def _differences(judged: Sequence[JudgedAnswer], tokenizer: Tokenizer) -> tuple[Answer, ...]:

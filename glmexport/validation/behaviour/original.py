@@ -28,6 +28,19 @@ from glmexport.validation.pieces import UNKEPT, Pieces
 #: longer.
 Draft = Callable[[int, list[int], int], list[int]]
 
+
+@dataclass(frozen=True)
+class Begun:
+    """An answer to go on with: the index of its prompt, the tokens so far, and how many more are asked for."""
+
+    index: int
+    answer: list[int]
+    most: int
+
+
+#: The function that drafts for several answers at a time, each as a ``Draft`` does.
+Drafts = Callable[[Sequence[Begun]], Sequence[list[int]]]
+
 #: The function ``finished(index, answer so far)`` tells whether what follows is of no interest.
 Finished = Callable[[int, list[int]], bool]
 
@@ -54,7 +67,7 @@ class VerifiedAnswers:
 def verified_answers(
     reference: Reference,
     prompts: Sequence[Sequence[int]],
-    draft: Draft,
+    drafts: Drafts,
     *,
     limits: Sequence[int],
     ends: Collection[int],
@@ -74,7 +87,7 @@ def verified_answers(
     size = together or max(1, len(texts))
     spans = [range(start, min(start + size, len(texts))) for start in range(0, len(texts), size)]
     names = [[[texts[index].prompt, texts[index].limit] for index in span] for span in spans]
-    dialogue = _Dialogue(reference, draft, finished, scratch, progress, pieces)
+    dialogue = _Dialogue(reference, drafts, finished, scratch, progress, pieces)
 
     def compute(absent: Sequence[int]) -> Iterator[tuple[int, Parcel]]:
         # What is kept of every pass takes as much again.
@@ -107,7 +120,7 @@ class _Dialogue:
     """The passes through the original in which groups of answers grow."""
 
     reference: Reference
-    draft: Draft
+    drafts: Drafts
     finished: Finished
     scratch: Path
     progress: Progress
@@ -149,7 +162,11 @@ class _Dialogue:
         return kept is not None
 
     def _pass(self, groups: Sequence[_Group]) -> None:
-        suffixes = [group.suffixes(self.draft) for group in groups]
+        undrafted = [(group, place) for group in groups for place in group.undrafted()]
+        begun = [group.begun(place) for group, place in undrafted]
+        for (group, place), draft in zip(undrafted, self.drafts(begun) if begun else (), strict=True):
+            group.texts[place].draft = draft
+        suffixes = [group.suffixes() for group in groups]
         streams = [
             SuffixStream(self.reference, each, group.past, self.scratch)
             for group, each in zip(groups, suffixes, strict=True)
@@ -192,20 +209,31 @@ class _Group:
         needed = sum(len(text.prompt) + len(text.answer) for text in self.texts)
         return VerifiedAnswers([text.answer for text in self.texts], self.passes, self.computed, needed, self.unkept)
 
-    def suffixes(self, draft: Draft) -> list[Suffix]:
+    def undrafted(self) -> list[int]:
+        """Return the unfinished texts of whose drafts nothing is left, and of which the next pass checks some."""
+        return [place for place in self.unfinished if not self.texts[place].draft and self._checked(place) > 1]
+
+    def begun(self, place: int) -> Begun:
+        """Return what to draft for a text."""
+        text = self.texts[place]
+        most = text.room
+        if self.past.keeps(place):
+            most = min(most, self.drafts.drafted(place, self._sharing))
+        return Begun(self.span[place], text.answer, most)
+
+    def suffixes(self) -> list[Suffix]:
         """Return the tokens of every unfinished text that the next pass computes."""
-        found, sharing = [], len(self.unfinished) * self.groups
-        for place in self.unfinished:
-            text = self.texts[place]
-            # Where every pass computes the whole text, as few of them as possible are best.
-            checked = drafted = text.room
-            if self.past.keeps(place):
-                checked = min(checked, self.drafts.checked(place, sharing))
-                drafted = min(drafted, self.drafts.drafted(place, sharing))
-            if not text.draft and checked > 1:
-                text.draft = draft(self.span[place], text.answer, drafted)
-            found.append(text.suffix(place, checked))
-        return found
+        return [self.texts[place].suffix(place, self._checked(place)) for place in self.unfinished]
+
+    def _checked(self, place: int) -> int:
+        # Where every pass computes the whole text, as few of them as possible are best.
+        room = self.texts[place].room
+        return min(room, self.drafts.checked(place, self._sharing)) if self.past.keeps(place) else room
+
+    @property
+    def _sharing(self) -> int:
+        """The number of unfinished answers, about, that share what a pass costs."""
+        return len(self.unfinished) * self.groups
 
     def take(self, suffixes: Sequence[Suffix], wanted: Sequence[list[int]]) -> Parcel:
         """Go on with what the original ``wanted``, and return what ``replay`` needs to do the same."""
@@ -305,6 +333,11 @@ def _kept_lengths(lengths: Sequence[int], token_bytes: int, room_bytes: int) -> 
         kept.append(length if length <= room else 0)
         room -= kept[-1]
     return kept
+
+
+def one_at_a_time(draft: Draft) -> Drafts:
+    """Return a function that drafts for several answers, one after the other."""
+    return lambda begun: [draft(each.index, each.answer, each.most) for each in begun]
 
 
 def accepted(draft: Sequence[int], wanted: Sequence[int], ends: Collection[int], room: int) -> list[int]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from glmexport.bundle.bundle import Bundle
 from glmexport.calibration.corpus import Document
 from glmexport.engine.generation import GenerationSession
+from glmexport.engine.options import computes_together
 from glmexport.engine.scoring import ScoringSession
 from glmexport.foundation.errors import InputError
 from glmexport.foundation.progress import Progress
@@ -16,8 +18,8 @@ from glmexport.reference.reference import Reference
 from glmexport.results.behaviour import Behaviour
 from glmexport.tokenizer.tokenizer import Tokenizer
 from glmexport.validation.behaviour.choices import choice_scores, choice_texts
-from glmexport.validation.behaviour.measure import Answers, answers_together, bundle_answers, judge
-from glmexport.validation.behaviour.original import Draft, VerifiedAnswers, verified_answers
+from glmexport.validation.behaviour.measure import Answers, asked_alone, bundle_answers, judge
+from glmexport.validation.behaviour.original import Begun, Drafts, VerifiedAnswers, verified_answers
 from glmexport.validation.behaviour.questions import Question, questions, task_question
 from glmexport.validation.behaviour.tasks import Task
 from glmexport.validation.conditions import BehaviourPlan
@@ -34,14 +36,31 @@ TOGETHER = 32
 class BundleSessions:
     """The ways to open a bundle, of which each session has a copy of all weights, and what is known without one.
 
-    ``generation`` opens one that answers, ``scoring`` one that scores texts.
+    ``generation`` opens one that answers so many prompts together, 0 for one by one; ``scoring`` one that scores texts.
     """
 
-    generation: Callable[[], GenerationSession]
+    generation: Callable[[int], GenerationSession]
     scoring: Callable[[], ScoringSession]
+    #: Whether the bundle computes answers together.
+    batches: bool
     #: The bundle's own, as a server has it.
     tokenizer: Tokenizer
     context_length: int
+
+    @classmethod
+    def of(cls, bundle: Bundle, threads: int) -> BundleSessions:
+        """Return those of ``bundle`` in so many threads, with its own tokenizer, which a server uses."""
+        return cls(
+            lambda batch: GenerationSession.open(bundle, threads, batch=batch),
+            partial(ScoringSession, bundle, threads),
+            computes_together(bundle),
+            bundle.tokenizer,
+            bundle.context_length,
+        )
+
+    def batch(self, plan: BehaviourPlan) -> int:
+        """Return how many prompts of ``plan`` are answered together; 0: each alone."""
+        return plan.batch if self.batches else 0
 
 
 def questions_for(
@@ -105,10 +124,15 @@ def ask(
         choices = pieces.one(
             "choices", text_digest(texts), lambda: _choices(tasks, texts, sessions, reference, scratch, progress)
         )
-    session = sessions.generation()
-    bundle = bundle_answers(session, asked, progress, pieces)
-    original = _verified(asked, bundle, session, reference, scratch, progress, pieces)
-    answers = _answers(session, asked, original, bundle, plan, progress, pieces)
+    batch = sessions.batch(plan)
+    session = sessions.generation(batch)
+    bundle = bundle_answers(session, asked, batch, progress, pieces)
+    original = _verified(asked, bundle, batch, session, reference, scratch, progress, pieces)
+    # A session has a copy of all weights, and the next one is opened without it.
+    ends = session.ends
+    del session
+    alone = _alone(asked, sessions, plan, progress, pieces)
+    answers = _answers(original, bundle, ends, batch, alone)
     return judge(asked, answers, tokenizer, tasks, choices) if pieces.ranks.first else None
 
 
@@ -128,31 +152,43 @@ def _choices(
 
 
 def ask_original(
-    asked: Sequence[Question], session: GenerationSession, reference: Reference, scratch: Path, progress: Progress
+    asked: Sequence[Question],
+    sessions: BundleSessions,
+    reference: Reference,
+    *,
+    plan: BehaviourPlan,
+    scratch: Path,
+    progress: Progress,
 ) -> list[list[int]]:
     """Ask the original, with a bundle that drafts, and return its answers."""
-    drafts = bundle_answers(session, asked, progress)
-    return _verified(asked, drafts, session, reference, scratch, progress).tokens
+    batch = sessions.batch(plan)
+    session = sessions.generation(batch)
+    drafts = bundle_answers(session, asked, batch, progress)
+    return _verified(asked, drafts, batch, session, reference, scratch, progress).tokens
 
 
 def ask_bundle(
     asked: Sequence[Question],
     original: Sequence[list[int]],
-    session: GenerationSession,
-    tokenizer: Tokenizer,
+    sessions: BundleSessions,
     *,
     plan: BehaviourPlan,
     progress: Progress,
 ) -> Behaviour:
     """Ask the bundle what the ``original`` has answered already."""
-    bundle = bundle_answers(session, asked, progress)
-    given = VerifiedAnswers(list(original))
-    return judge(asked, _answers(session, asked, given, bundle, plan, progress), tokenizer)
+    batch = sessions.batch(plan)
+    session = sessions.generation(batch)
+    bundle, ends = bundle_answers(session, asked, batch, progress), session.ends
+    # A session has a copy of all weights, and the next one is opened without it.
+    del session
+    alone = _alone(asked, sessions, plan, progress)
+    return judge(asked, _answers(VerifiedAnswers(list(original)), bundle, ends, batch, alone), sessions.tokenizer)
 
 
 def _verified(
     asked: Sequence[Question],
     bundle: Sequence[list[int]],
+    batch: int,
     session: GenerationSession,
     reference: Reference,
     scratch: Path,
@@ -162,7 +198,7 @@ def _verified(
     return verified_answers(
         reference,
         [question.ids for question in asked],
-        _drafts(session, asked, bundle),
+        _drafts(session, asked, bundle, batch, progress),
         limits=[question.max_tokens for question in asked],
         ends=session.ends,
         scratch=scratch,
@@ -173,34 +209,57 @@ def _verified(
 
 
 def _drafts(
-    session: GenerationSession, asked: Sequence[Question], answers: Sequence[list[int]]
-) -> Draft:
-    """Return a function to the tokens with which the bundle continues, first of all its own ``answers``."""
-
-    def draft(index: int, so_far: list[int], most: int) -> list[int]:
-        if not so_far:
-            return answers[index]
-        return session.tokens([*asked[index].ids, *so_far], most)
-
-    return draft
-
-
-def _answers(
     session: GenerationSession,
     asked: Sequence[Question],
-    original: VerifiedAnswers,
-    bundle: Sequence[list[int]],
+    answers: Sequence[list[int]],
+    batch: int,
+    progress: Progress,
+) -> Drafts:
+    """Return a function to the tokens with which the bundle continues, first of all its own ``answers``."""
+
+    def drafts(begun: Sequence[Begun]) -> list[list[int]]:
+        again = [
+            asked[each.index].model_copy(
+                update={"ids": [*asked[each.index].ids, *each.answer], "max_tokens": each.most}
+            )
+            for each in begun
+            if each.answer
+        ]
+        found = iter(bundle_answers(session, again, batch, progress, label="Bundle's drafts") if again else ())
+        return [next(found) if each.answer else answers[each.index] for each in begun]
+
+    return drafts
+
+
+def _alone(
+    asked: Sequence[Question],
+    sessions: BundleSessions,
     plan: BehaviourPlan,
     progress: Progress,
     pieces: Pieces = UNKEPT,
+) -> dict[str, list[int]]:
+    """Return answers of the bundle by question's id, each computed alone; none where all are."""
+    if not sessions.batch(plan):
+        return {}
+    chosen = asked_alone(asked, plan.alone_every)
+    answers = bundle_answers(sessions.generation(0), chosen, 0, progress, pieces, label="Bundle's answers, alone")
+    return {question.id: answer for question, answer in zip(chosen, answers, strict=True)}
+
+
+def _answers(
+    original: VerifiedAnswers,
+    bundle: Sequence[list[int]],
+    ends: Collection[int],
+    batch: int,
+    alone: Mapping[str, list[int]],
 ) -> Answers:
     return Answers(
         original.tokens,
         bundle,
-        session.ends,
+        ends,
         original.passes,
-        together=answers_together(session, asked, plan.batch, progress, pieces) if plan.batch else {},
-        batch=plan.batch,
+        batch=batch,
+        alone=alone,
         tokens_computed=original.computed,
         tokens_needed=original.needed,
         recomputed=original.unkept,

@@ -95,14 +95,12 @@ def test_the_ratio_of_one_answer_has_no_error(tokenizer: Tokenizer) -> None:
 def test_tool_calls(tokenizer: Tokenizer) -> None:
     good, bad = tokenizer.encode(CALL), tokenizer.encode(CALL.replace("</arg_value>", ""))
     asked = [question(name, "tools", lead="<tool_call>") for name in "abcd"]
-    together = {"a": bad, "b": good, "d": good}
-    found = judge(
-        asked, answers([good, good, bad, good], [good, bad, good, good], together=together, batch=2), tokenizer
-    )
+    alone = {"a": bad, "b": good, "d": good}
+    found = judge(asked, answers([good, good, bad, good], [good, bad, good, good], alone=alone, batch=2), tokenizer)
     # c counts for nobody: the original's own is no call.
     assert found.tool_calls is not None and found.tool_calls_together is not None
-    assert (found.tool_calls.tasks, found.tool_calls.lost, found.tool_calls.flips) == (3, 1, ("b",))
-    assert (found.tool_calls_together.tasks, found.tool_calls_together.flips) == (3, ("a",))
+    assert (found.tool_calls.tasks, found.tool_calls.lost, found.tool_calls.flips) == (3, 1, ("a",))
+    assert (found.tool_calls_together.tasks, found.tool_calls_together.flips) == (3, ("b",))
     assert found.concurrency is not None
     assert (found.concurrency.batch, found.concurrency.prompts, found.concurrency.identical) == (2, 3, 1)
     assert found.drift is None
@@ -183,11 +181,11 @@ def test_choices_are_scored_by_their_own_tokens(tokenizer: Tokenizer) -> None:
 
 
 def test_a_task_that_fills_the_context_is_refused_before_anything_is_opened(tokenizer: Tokenizer) -> None:
-    def unopened() -> NoReturn:
+    def unopened(*_: object) -> NoReturn:
         raise AssertionError("opened")
 
     for settings in ({"metric": "exact", "target": "x"}, {"metric": "choice", "target": 0, "choices": ("x", "y")}):
         task = Task.model_validate({"id": "long", "name": "n", "prompt": "a" * 9, **settings})
         with pytest.raises(InputError, match=r"The task long has \d+ tokens and the context 8"):
-            sessions = BundleSessions(unopened, unopened, tokenizer, 8)
+            sessions = BundleSessions(unopened, unopened, batches=True, tokenizer=tokenizer, context_length=8)
             ask([], [task], sessions, None, plan=BehaviourPlan(), scratch=None, progress=None)  # type: ignore[arg-type]

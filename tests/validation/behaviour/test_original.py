@@ -17,7 +17,13 @@ from glmexport.foundation.progress import Silent
 from glmexport.reference import reference as module
 from glmexport.reference.reference import Reference
 from glmexport.validation.behaviour import original
-from glmexport.validation.behaviour.original import Draft, VerifiedAnswers, accepted, verified_answers
+from glmexport.validation.behaviour.original import (
+    Draft,
+    VerifiedAnswers,
+    accepted,
+    one_at_a_time,
+    verified_answers,
+)
 from glmexport.validation.behaviour.suffixes import PastFile, Suffix, SuffixStream, batches, kept_bytes
 from glmexport.validation.reference import pass_blocks, reference_states
 from glmexport.validation.texts import EvaluationText
@@ -50,7 +56,7 @@ def expected(sample: Sample) -> list[list[int]]:
 
 def ask(reference: Reference, draft: Draft, scratch: Path, ends: set[int] | None = None) -> VerifiedAnswers:
     return verified_answers(
-        reference, PROMPTS, draft, limits=LIMITS, ends=ends or set(), scratch=scratch, progress=Silent()
+        reference, PROMPTS, one_at_a_time(draft), limits=LIMITS, ends=ends or set(), scratch=scratch, progress=Silent()
     )
 
 
@@ -94,7 +100,13 @@ def test_answers_that_find_no_space_are_computed_anew(
     monkeypatch.setattr(original, "free_bytes", lambda _: 2 * (room * token))
     progress = Silent()
     found = verified_answers(
-        reference, PROMPTS, lambda *_: [], limits=LIMITS, ends=set(), scratch=tmp_path, progress=progress
+        reference,
+        PROMPTS,
+        one_at_a_time(lambda *_: []),
+        limits=LIMITS,
+        ends=set(),
+        scratch=tmp_path,
+        progress=progress,
     )
     assert found.tokens == expected and found.unkept == 2
     assert any("2 of 4 answers" in remark for remark in progress.remarks)
