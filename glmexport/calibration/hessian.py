@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from glmexport.reference.coarse import exact_products, rounded
+from glmexport.reference.coarse import Rounding, exact_products
 
 #: Rows of an accumulator that are added to together; of a Hessian up to the diagonal: the other half follows by
 #: symmetry.
@@ -39,7 +39,7 @@ class SecondMoment:
         rank: int = 0,
         size: int = 1,
     ) -> None:
-        self._coarse = coarse
+        self._round_left, self._round_right = Rounding(coarse=coarse), Rounding(coarse=coarse)
         # Memory that is never written is never taken: slabs of others cost nothing.
         self.matrix = torch.zeros(rows, columns, device=device)
         #: The first and last row of every slab, and those of the slabs that are kept here.
@@ -48,8 +48,8 @@ class SecondMoment:
 
     def add(self, left: Tensor, right: Tensor) -> None:
         """Add ``left`` [n, M] and ``right`` [n, K], fp32, row by row, to what is kept here."""
-        left, right = (rounded(values, coarse=self._coarse) for values in (left, right))
-        with exact_products(coarse=self._coarse):
+        left, right = self._round_left(left), self._round_right(right)
+        with exact_products(coarse=self._round_left.coarse):
             for start, stop in self.kept:
                 self.matrix[start:stop].addmm_(left[:, start:stop].T, right)
 
@@ -69,7 +69,7 @@ class Hessian:
     def __init__(
         self, columns: int, device: torch.device | None = None, *, coarse: bool = False, rank: int = 0, size: int = 1
     ) -> None:
-        self._coarse = coarse
+        self._round = Rounding(coarse=coarse)
         self._lower = torch.zeros(columns, columns, device=device)
         #: The first and last row of every slab, and those of the slabs that are kept here.
         self.slabs = [(start, min(start + _SLAB, columns)) for start in range(0, columns, _SLAB)]
@@ -77,8 +77,8 @@ class Hessian:
 
     def add(self, inputs: Tensor) -> None:
         """Add ``inputs`` [n, K], fp32, row by row, to what is kept here."""
-        inputs = rounded(inputs, coarse=self._coarse)
-        with exact_products(coarse=self._coarse):
+        inputs = self._round(inputs)
+        with exact_products(coarse=self._round.coarse):
             for start, stop in self.kept:
                 self._lower[start:stop, :stop].addmm_(inputs[:, start:stop].T, inputs[:, :stop])
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from glmexport.reference.arithmetic import DEFAULT, ONEDNN, Route
-from glmexport.reference.coarse import coarse_product, exact_products, rounded
+from glmexport.reference.coarse import Rounding, coarse_product, exact_products
 from glmexport.results.arithmetic import OriginalArithmetic
 
 #: The largest relative error of a product that is fp32's: fp32 itself has 3e-7 here, TF32 and bf16 3e-4 and 2e-3.
@@ -140,14 +140,15 @@ def moments_ratio(route: Route) -> float | None:
     What is timed and tried is one slab of rows, with the rounding of the inputs that it is made of.
     """
     inputs, moment = _normal(_ROWS, _WIDTH), torch.zeros(_SLAB, _WIDTH)
+    rounding = {coarse: Rounding(coarse=coarse) for coarse in (False, True)}
     inputs[:, :: _WIDTH // _OUTLIERS] *= _OUTLIER_SCALE
 
     def add(*, coarse: bool) -> Tensor:
-        part, whole = (rounded(values, coarse=coarse) for values in (inputs[:, -_SLAB:], inputs))
+        rows = rounding[coarse](inputs)
         with exact_products(coarse=coarse):
-            return moment.addmm_(part.T, whole)
+            return moment.addmm_(rows[:, -_SLAB:].T, rows)
 
-    before, exact = _normal(_SLAB, _WIDTH), rounded(inputs, coarse=True).double()
+    before, exact = _normal(_SLAB, _WIDTH), inputs.bfloat16().double()
     moment.copy_(before)
     product = _product("moment", lambda: add(coarse=True), (before + exact[:, -_SLAB:].T @ exact)[::_EVERY, ::_EVERY])
     if not ONEDNN.offered or not largest_error(route, [product]) <= LARGEST_ERROR:

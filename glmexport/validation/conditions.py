@@ -21,7 +21,7 @@ class BehaviourPlan:
     max_tokens: int = 64
     #: Number of prompts that are answered at a time, where the bundle's loop computes answers together; 0: one by one.
     batch: int = 8
-    #: Of prompts that were answered with others, every so-many-th is asked alone too, and so is each that asks for a
+    #: Number of prompts of which one is asked alone too where they are answered together; so are all that ask for a
     #: tool call.
     alone_every: int = 16
 

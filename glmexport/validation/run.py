@@ -175,7 +175,7 @@ def validate_captured(bundle: Bundle, captured: CapturedReference, conditions: C
         behaviour = ask_bundle(
             [answer.question for answer in capture.answers],
             [list(answer.tokens) for answer in capture.answers],
-            BundleSessions.of(bundle, conditions.bundle_threads),
+            BundleSessions.for_bundle(bundle, conditions.bundle_threads),
             plan=plan.behaviour,
             progress=progress,
         )
@@ -305,7 +305,7 @@ def _behaviour(
     if plan is None:
         return None
     # The bundle's own tokenizer, which a server uses. The gate on prompts says whether it is the original's.
-    sessions = BundleSessions.of(bundle, conditions.bundle_threads)
+    sessions = BundleSessions.for_bundle(bundle, conditions.bundle_threads)
     asked = questions_for(evaluation.documents, sessions.tokenizer, plan, sessions.context_length)
     if not asked and all(task.choices for task in evaluation.tasks):
         # No task is answered by a text, so that nothing could be told of answers.

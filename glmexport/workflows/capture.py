@@ -123,7 +123,7 @@ def _answers(
     plan = options.plan.behaviour
     if options.draft is None or plan is None:
         return None
-    sessions = BundleSessions.of(options.draft, options.threads)
+    sessions = BundleSessions.for_bundle(options.draft, options.threads)
     asked = questions_for(evaluation.documents, evaluation.tokenizer, plan, sessions.context_length)
     answers = ask_original(asked, sessions, reference, plan=plan, scratch=scratch, progress=progress)
     return tuple(

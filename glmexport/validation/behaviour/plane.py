@@ -48,7 +48,7 @@ class BundleSessions:
     context_length: int
 
     @classmethod
-    def of(cls, bundle: Bundle, threads: int) -> BundleSessions:
+    def for_bundle(cls, bundle: Bundle, threads: int) -> BundleSessions:
         """Return those of ``bundle`` in so many threads, with its own tokenizer, which a server uses."""
         return cls(
             lambda batch: GenerationSession.open(bundle, threads, batch=batch),
