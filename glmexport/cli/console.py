@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -19,6 +20,8 @@ from rich.text import Text
 from glmexport.foundation.progress import Track
 from glmexport.foundation.untrusted import visible
 
+#: Seconds between two lines about one stage in a log.
+_LOGGED_S = 60.0
 _UNITS = {"": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 
@@ -41,7 +44,7 @@ class PlainConsole(Console):
 
 
 class Terminal:
-    """The progress on stderr: a bar with time left on a terminal, a line when each stage ends elsewhere."""
+    """The progress on stderr: a bar with time left on a terminal; elsewhere a line a minute, and one at its end."""
 
     def __init__(self) -> None:
         self.console = PlainConsole()
@@ -60,7 +63,7 @@ class Terminal:
         )
         with RichProgress(*columns, console=self.console, transient=self.console.is_terminal) as progress:
             task = progress.add_task(f"{label:<24}", total=total, detail="")
-            yield _RichTrack(progress, task)
+            yield _RichTrack(progress, task) if self.console.is_terminal else _LoggedTrack(progress, task)
 
     def remark(self, text: str) -> None:
         """Show a line of its own."""
@@ -86,6 +89,32 @@ class _RichTrack:
 
     def advance(self, steps: int = 1, detail: str = "") -> None:
         self._progress.update(self._task, advance=steps, detail=detail)
+
+
+class _LoggedTrack(_RichTrack):
+    """Steps that a log tells of now and then, as a bar is written there at its end alone."""
+
+    def __init__(self, progress: RichProgress, task: TaskID) -> None:
+        super().__init__(progress, task)
+        self._begun = self._said = time.monotonic()
+
+    def advance(self, steps: int = 1, detail: str = "") -> None:
+        super().advance(steps, detail)
+        now, (task,) = time.monotonic(), self._progress.tasks
+        total = task.total or 0.0
+        if now - self._said < _LOGGED_S or not 0 < task.completed < total:
+            return
+        self._said = now
+        gone = now - self._begun
+        left = gone * (total - task.completed) / task.completed
+        of = f"{task.description} {task.completed:.0f}/{total:.0f}, {_clock(gone)}, about {_clock(left)} left"
+        self._progress.console.print(visible(f"{of} {detail}".rstrip()), soft_wrap=True)
+
+
+def _clock(seconds: float) -> str:
+    """Return hours, minutes and seconds, as the bars write them."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
 class Bytes(click.ParamType[int]):

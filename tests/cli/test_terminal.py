@@ -101,3 +101,19 @@ def test_every_way_to_the_console(capsys: pytest.CaptureFixture[str]) -> None:
     assert err.count("\nERROR x") == 1 and err.count("\n      ERROR [bold]") == 2
     document = out[out.index("\n{") :]
     assert json.loads(document) == {HOSTILE: HOSTILE}
+
+
+def test_a_log_is_told_of_a_long_stage(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr("glmexport.cli.console.time.monotonic", lambda: now)
+    with Terminal().track("Quantizing", 8) as track:
+        for step in range(8):
+            now += 45.0
+            track.advance(1, f"block_{step}")
+    lines = [line for line in capsys.readouterr().err.splitlines() if "about" in line]
+    # Each is at least a minute after the one before; the end has a line of its own.
+    assert [line.split() for line in lines] == [
+        ["Quantizing", "2/8,", "0:01:30,", "about", "0:04:30", "left", "block_1"],
+        ["Quantizing", "4/8,", "0:03:00,", "about", "0:03:00", "left", "block_3"],
+        ["Quantizing", "6/8,", "0:04:30,", "about", "0:01:30", "left", "block_5"],
+    ]
