@@ -1,7 +1,7 @@
 """A checkpoint of real size taken through every verb: time, processor time, memory and disk of each.
 
-    python -m benchmarks.real_size CHECKPOINT FOLDER [--name NAME] [--recipe R] [--positions N] [--threads N]
-        [--max-memory SIZE] [--kill-after BLOCKS] [--only VERB]... [--again VERB]... [--output FILE]
+    python -m benchmarks.real_size CHECKPOINT FOLDER [--name NAME] [--recipe R] [--positions N] [--questions N]
+        [--threads N] [--max-memory SIZE] [--kill-after BLOCKS] [--only VERB]... [--again VERB]... [--output FILE]
 
 FOLDER gets the bundle, the image and its unpacked copy. Every verb is a process of its own. What a finished verb took
 is written to FOLDER/NAME.json at once, and is not done again: after an interruption, or a crash of the machine, the
@@ -118,7 +118,7 @@ def build(journey: Journey) -> None:
     """Build the bundle, in as many attempts as it takes."""
     known = journey.verbs.setdefault("build", {"attempts": [], "blocks": {}})
     arguments = [journey.options.checkpoint, "--target", journey.options.target, "--output", journey.bundle]
-    arguments += journey.passed("recipe", "positions", "threads", "max-memory")
+    arguments += journey.passed("recipe", "positions", "questions", "threads", "max-memory")
     if "running" in known:
         # The machine itself, or this process, was stopped in the middle of it.
         known["attempts"].append(known.pop("running"))
@@ -226,7 +226,8 @@ def verify(journey: Journey) -> None:
 
 def validate(journey: Journey) -> None:
     """Validate the copy that was unpacked against the checkpoint, in a process that has built nothing."""
-    arguments = [journey.unpacked, "--against", journey.options.checkpoint, *journey.passed("positions", "threads")]
+    arguments = [journey.unpacked, "--against", journey.options.checkpoint]
+    arguments += journey.passed("positions", "questions", "threads")
     journey.watch("validate", *arguments)
 
 
@@ -319,6 +320,7 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--target", default="host")
     parser.add_argument("--recipe")
     parser.add_argument("--positions", type=int)
+    parser.add_argument("--questions", type=int, help="prompts a language that both models answer freely")
     parser.add_argument("--max-memory")
     parser.add_argument("--threads", type=int, default=machine.cores())
     parser.add_argument("--kill-after", type=int, metavar="BLOCKS")

@@ -242,6 +242,8 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         positions = validation.positions_per_language if validation else DEFAULT
         plan = QUICK if positions == DEFAULT else replace(QUICK, positions_per_language=positions)
         plan = replace(plan, full_text=bool(validation and validation.full_text))
+        if validation and validation.behaviour and plan.behaviour:
+            plan = replace(plan, behaviour=replace(plan.behaviour, most=validation.behaviour.most))
         return BuildOptions(*values, validation=plan, **named)
 
     monkeypatch.setattr(glmexport.workflows.validate, "BuildOptions", options)

@@ -82,6 +82,7 @@ def build(
     policy_path: Path | None,
     evaluation: tuple[Path, ...],
     positions: int,
+    questions: int | None,
     full_text: bool,
     task_files: tuple[Path, ...],
     threads: int,
@@ -99,7 +100,7 @@ def build(
     from glmexport.foundation.target import open_policy, open_target
     from glmexport.reference.arithmetic_choice import choose_arithmetic
     from glmexport.validation.behaviour.tasks import read_tasks
-    from glmexport.validation.conditions import ValidationPlan
+    from glmexport.validation.conditions import BehaviourPlan, ValidationPlan
     from glmexport.workflows.build import BuiltUnrun
     from glmexport.workflows.build import build as compile_bundles
     from glmexport.workflows.device import open_device
@@ -140,7 +141,10 @@ def build(
                 force=force,
                 command=command_line(),
                 validation=ValidationPlan(
-                    positions_per_language=positions, full_text=full_text, max_memory_bytes=max_memory
+                    positions_per_language=positions,
+                    full_text=full_text,
+                    max_memory_bytes=max_memory,
+                    behaviour=BehaviourPlan(most=questions),
                 ),
                 policy=policy,
                 tasks=tasks,

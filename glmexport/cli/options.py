@@ -104,7 +104,7 @@ def policy_option(command: Command) -> Command:
 
 
 def evaluation_options(command: Command) -> Command:
-    """Add the options --evaluation and --positions."""
+    """Add the options --evaluation, --positions and --questions."""
     text = click.option(
         "--evaluation",
         metavar="FILE",
@@ -120,7 +120,13 @@ def evaluation_options(command: Command) -> Command:
         show_default=True,
         help="Most tokens to judge on in each language, as far as there is text.",
     )
-    return text(positions(command))
+    questions = click.option(
+        "--questions",
+        type=click.IntRange(min=0),
+        help="Most prompts in each language that both models answer freely; 0 asks your own tasks alone. Default: all, "
+        "which are 13.",
+    )
+    return text(positions(questions(command)))
 
 
 def full_text_option(command: Command) -> Command:

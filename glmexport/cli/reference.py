@@ -52,6 +52,7 @@ def reference(
     draft: Path | None,
     evaluation: tuple[Path, ...],
     positions: int,
+    questions: int | None,
     threads: int,
     wanted_arithmetic: Wanted,
     force: bool,
@@ -65,7 +66,7 @@ def reference(
     from glmexport.bundle.bundle import Bundle
     from glmexport.cli.verdict import told_check
     from glmexport.reference.arithmetic_choice import choose_arithmetic
-    from glmexport.validation.conditions import ValidationPlan
+    from glmexport.validation.conditions import BehaviourPlan, ValidationPlan
     from glmexport.workflows.capture import CaptureOptions, capture_reference
     from glmexport.workflows.original import Original
 
@@ -83,7 +84,7 @@ def reference(
             "arithmetic": brief_arithmetic(arithmetic),
         },
     )
-    plan = ValidationPlan(positions_per_language=positions)
+    plan = ValidationPlan(positions_per_language=positions, behaviour=BehaviourPlan(most=questions))
     drafting = Bundle.open(draft) if draft else None
     options = CaptureOptions(threads, plan, top_k, force, drafting, evaluation, arithmetic)
     captured = capture_reference(original, output, options, terminal)

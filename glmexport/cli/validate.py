@@ -69,6 +69,7 @@ def validate(
     policy_path: Path | None,
     evaluation: tuple[Path, ...],
     positions: int,
+    questions: int | None,
     full_text: bool,
     task_files: tuple[Path, ...],
     only_plan: bool,
@@ -93,7 +94,7 @@ def validate(
     from glmexport.reference.arithmetic_choice import choose_arithmetic
     from glmexport.validation.behaviour.tasks import read_tasks
     from glmexport.validation.capture import CapturedReference
-    from glmexport.validation.conditions import ValidationPlan
+    from glmexport.validation.conditions import BehaviourPlan, ValidationPlan
     from glmexport.workflows.original import Original
     from glmexport.workflows.plan import plan_bundle
     from glmexport.workflows.validate import (
@@ -107,7 +108,13 @@ def validate(
     _require_one_original(checkpoint, reference)
     if checkpoint is None:
         _refuse_what_needs_the_original(
-            {"--adapter": adapter, "--rehash": rehash, "--evaluation": evaluation, "--tasks": task_files}
+            {
+                "--adapter": adapter,
+                "--rehash": rehash,
+                "--evaluation": evaluation,
+                "--tasks": task_files,
+                "--questions": questions is not None,
+            }
         )
     if devices or fleet:
         _refuse_beside_devices({"--tasks": task_files, "--plan": only_plan})
@@ -115,7 +122,9 @@ def validate(
         threads,
         evaluation=evaluation,
         command=command_line(),
-        validation=ValidationPlan(positions_per_language=positions, full_text=full_text),
+        validation=ValidationPlan(
+            positions_per_language=positions, full_text=full_text, behaviour=BehaviourPlan(most=questions)
+        ),
         policy=open_policy(policy_path) if policy_path else None,
         tasks=tuple(read_tasks(task_files)) if task_files else (),
         bundle_threads=bundle_threads(threads),

@@ -63,7 +63,10 @@ class _Asked:
         calls = languages * bool(plan.each)
         count = languages * (plan.each + plan.translations) + 2 * calls
         alone = (calls + (count - calls) / plan.alone_every) / max(1, count)
-        return cls(count, languages * own, count * plan.max_tokens, alone)
+        prompts = languages * own
+        if plan.most is not None and plan.most * languages < count:
+            prompts, count = prompts * plan.most * languages // count, plan.most * languages
+        return cls(count, prompts, count * plan.max_tokens, alone)
 
 
 def validation_accounts(

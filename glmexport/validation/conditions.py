@@ -17,6 +17,8 @@ class BehaviourPlan:
     each: int = 8
     #: Number of sentences from English into every other language.
     translations: int = 3
+    #: The most questions of all kinds a language; None: as many as there are.
+    most: int | None = None
     #: Number of tokens at which an answer is cut.
     max_tokens: int = 64
     #: Number of prompts that are answered at a time, where the bundle's loop computes answers together; 0: one by one.

@@ -78,6 +78,24 @@ def test_the_report_shows_and_gates_them(sample: Sample, captured: Path, bundle:
     assert "Free answers were not compared" not in " ".join(report.limits)
 
 
+def test_fewer_questions_and_none(sample: Sample, bundle: Path, tmp_path: Path, run: Run, asking: None) -> None:
+    command = ("validate", bundle, "--against", sample.checkpoint, "--threads", THREADS, "--questions")
+    assert run(*command, 1).code < EXIT_INPUT
+    asked = read_report(bundle / "report.json").behaviour
+    assert asked is not None and [row.answers for row in asked.languages] == [1] * len(asked.languages)
+    assert run(*command, 0).code < EXIT_INPUT
+    report = read_report(bundle / "report.json")
+    assert report.behaviour is None and "Free answers were not compared" in " ".join(report.limits)
+    assert run(*command, 0, "--tasks", tasks(tmp_path / "own.jsonl")).code < EXIT_INPUT
+    asked = read_report(bundle / "report.json").behaviour
+    assert asked is not None and asked.overall.answers == 2 and len(asked.tasks) == 3
+
+
+def test_a_captured_original_answers_its_own_questions(captured: Path, bundle: Path, run: Run) -> None:
+    outcome = run("validate", bundle, "--reference", captured, "--questions", 3)
+    assert outcome.code == EXIT_INPUT and "--questions belongs to --against" in outcome.stderr
+
+
 def tasks(path: Path, *more: dict[str, object]) -> Path:
     lines: list[dict[str, object]] = [
         {"prompt": "1 + 1 =", "metric": "choice", "choices": [" 2", " 3"], "target": 0},

@@ -22,7 +22,7 @@ from glmexport.graph.caches import answers_together
 from glmexport.reference.reference import Reference
 from glmexport.results.arithmetic import OriginalArithmetic
 from glmexport.validation.account import ValidationSize, validation_accounts
-from glmexport.validation.conditions import Conditions, ValidationPlan
+from glmexport.validation.conditions import BehaviourPlan, Conditions, ValidationPlan
 from glmexport.validation.run import validate
 from glmexport.validation.texts import EvaluationSet
 from glmexport.workflows import unit_costs as unit_costs_module
@@ -225,6 +225,22 @@ def test_answers_together_read_the_weights_once_for_several(sample: Sample) -> N
     assert together.bundle_bytes / alone.bundle_bytes == pytest.approx((2 / 8 + asked_alone) / 2)
     assert together.bundle_products > alone.bundle_products
     assert together.products == alone.products
+
+
+def test_fewer_questions_are_less_work(sample: Sample) -> None:
+    original = Original.open(str(sample.checkpoint), Silent())
+    bundle = Bundle.open(sample.bundle)
+    planned = original.planned(bundle.manifest.recipe, bundle.target)
+    size = ValidationSize(21, WHOLE, WHOLE)
+
+    def answers(most: int | None) -> Work:
+        plan = ValidationPlan(behaviour=BehaviourPlan(most=most))
+        return validation_accounts(original.architecture, planned.plan, plan, size, whole=False)[0]["answers"]
+
+    whole = answers(None)
+    assert answers(13) == answers(99) == whole
+    assert answers(1).bundle_bytes == pytest.approx(whole.bundle_bytes / 13)
+    assert answers(0).products == answers(0).bundle_bytes == 0
 
 
 def test_ranks_share_what_they_do_not_all_do(sample: Sample) -> None:

@@ -20,7 +20,7 @@ from glmexport.tokenizer.tokenizer import Tokenizer
 from glmexport.validation.behaviour.choices import choice_scores, choice_texts
 from glmexport.validation.behaviour.measure import Answers, asked_alone, bundle_answers, judge
 from glmexport.validation.behaviour.original import Begun, Drafts, VerifiedAnswers, verified_answers
-from glmexport.validation.behaviour.questions import Question, questions, task_question
+from glmexport.validation.behaviour.questions import Question, questions, some_of_each_kind, task_question
 from glmexport.validation.behaviour.tasks import Task
 from glmexport.validation.conditions import BehaviourPlan
 from glmexport.validation.pieces import UNKEPT, Pieces
@@ -66,8 +66,10 @@ class BundleSessions:
 def questions_for(
     documents: Sequence[Document], tokenizer: Tokenizer, plan: BehaviourPlan, context_length: int
 ) -> list[Question]:
-    """Return the shipped questions, with answers as long as the context allows."""
+    """Return the shipped questions, or as many as ``plan`` allows, with answers as long as the context allows."""
     asked = questions(documents, tokenizer, each=plan.each, translations=plan.translations, max_tokens=plan.max_tokens)
+    if plan.most is not None:
+        asked = some_of_each_kind(asked, plan.most)
     return [_fitted(question, context_length) for question in asked if len(question.ids) < context_length]
 
 

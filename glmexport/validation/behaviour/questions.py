@@ -79,6 +79,18 @@ def questions(
     return found
 
 
+def some_of_each_kind(asked: Sequence[Question], most: int) -> list[Question]:
+    """Return at most so many questions of every language, in order: one of each kind before a second of any."""
+    numbers: dict[tuple[str | None, Kind], int] = {}
+    ranked: dict[str | None, list[tuple[int, int]]] = {}
+    for place, question in enumerate(asked):
+        group = (question.language, question.kind)
+        numbers[group] = numbers.get(group, 0) + 1
+        ranked.setdefault(question.language, []).append((numbers[group], place))
+    chosen = sorted(place for entries in ranked.values() for _, place in sorted(entries)[:most])
+    return [asked[place] for place in chosen]
+
+
 def task_question(task: Task, tokenizer: Tokenizer, max_tokens: int) -> Question:
     """Return a task of the user's that is answered by a text.
 

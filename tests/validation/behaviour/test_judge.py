@@ -17,7 +17,7 @@ from glmexport.tokenizer.tokenizer import Tokenizer
 from glmexport.validation.behaviour.choices import choice_scores, choice_texts
 from glmexport.validation.behaviour.measure import Answers, judge
 from glmexport.validation.behaviour.plane import BundleSessions, ask
-from glmexport.validation.behaviour.questions import Kind, Question, questions, task_prompt
+from glmexport.validation.behaviour.questions import Kind, Question, questions, some_of_each_kind, task_prompt
 from glmexport.validation.behaviour.tasks import Task
 from glmexport.validation.conditions import BehaviourPlan
 
@@ -157,6 +157,18 @@ def test_questions_are_of_every_kind_that_the_tokenizer_can_ask(tokenizer: Token
     for each in (each for each in found if each.kind == "translate"):
         text = tokenizer.decode(each.ids)
         assert "Translate into Chinese:\n" in text and each.expected and each.expected not in text
+
+
+def test_some_questions_are_one_of_each_kind_first() -> None:
+    kinds: list[Kind] = ["continue", "continue", "continue", "chat", "translate", "translate"]
+    asked = [question(f"{language}{n}", kind, language) for language in ("en", "sw") for n, kind in enumerate(kinds)]
+
+    def chosen(most: int) -> list[str]:
+        return [each.id for each in some_of_each_kind(asked, most)]
+
+    assert chosen(0) == [] and chosen(9) == [each.id for each in asked]
+    assert chosen(1) == ["en0", "sw0"]
+    assert chosen(4) == ["en0", "en1", "en3", "en4", "sw0", "sw1", "sw3", "sw4"]
 
 
 def test_choices_are_scored_by_their_own_tokens(tokenizer: Tokenizer) -> None:
