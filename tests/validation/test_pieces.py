@@ -105,8 +105,7 @@ def test_without_a_directory_nothing_is_kept() -> None:
 CALLS = {
     "blocks": (Reference, "block"),
     "texts": (ScoringSession, "logits"),
-    "answers": (GenerationSession, "tokens"),
-    "batches": (GenerationSession, "together"),
+    "answers": (GenerationSession, "together"),
 }
 
 
@@ -150,9 +149,10 @@ def test_a_killed_validation_goes_on(sample: Sample, whole: tuple[Any, Counter[s
     def run() -> Any:
         return figures(sample.checkpoint, sample.bundle, tmp_path)
 
-    assert calls["blocks"] >= 8 and calls["texts"] >= 21 and calls["answers"] >= 42 and calls["batches"] >= 1
+    # Of 42 answers two at a time are computed together, and three alone as well.
+    assert calls["blocks"] >= 8 and calls["texts"] >= 21 and calls["answers"] >= 21 + 3
     # The second block of the original; of the bundle's weights; of a pass for the answers.
-    stops = [("blocks", 1), ("texts", 9), ("blocks", 1), ("answers", 11), ("blocks", 2), ("batches", 0), None]
+    stops = [("blocks", 1), ("texts", 9), ("blocks", 1), ("answers", 11), ("blocks", 2), None]
     made: Counter[str] = Counter()
     for stop in stops:
         found, more = counted(run, stop)
@@ -162,8 +162,8 @@ def test_a_killed_validation_goes_on(sample: Sample, whole: tuple[Any, Counter[s
     # Each time at most the piece that was under way is computed again.
     assert calls["blocks"] <= made["blocks"] <= calls["blocks"] + 2
     assert calls["texts"] <= made["texts"] < calls["texts"] + 24
-    assert calls["answers"] <= made["answers"] <= calls["answers"] + 40
-    assert made["batches"] == calls["batches"]
+    # Drafts are no pieces: those of the pass that was interrupted are computed again.
+    assert calls["answers"] <= made["answers"] <= calls["answers"] + 21
 
 
 @pytest.mark.slow
