@@ -21,6 +21,8 @@ from glmexport.foundation.errors import EXIT_INPUT, BundleError
 from glmexport.foundation.progress import Silent
 from glmexport.report.document import Report, read_report
 from glmexport.results.record import Verdict
+from glmexport.validation.behaviour.plane import BundleSessions
+from glmexport.validation.behaviour.questions import Question
 from glmexport.validation.behaviour.tasks import read_tasks
 from glmexport.validation.capture import REFERENCE, CapturedReference
 from glmexport.validation.conditions import BehaviourPlan
@@ -89,6 +91,19 @@ def test_fewer_questions_and_none(sample: Sample, bundle: Path, tmp_path: Path, 
     assert run(*command, 0, "--tasks", tasks(tmp_path / "own.jsonl")).code < EXIT_INPUT
     asked = read_report(bundle / "report.json").behaviour
     assert asked is not None and asked.overall.answers == 2 and len(asked.tasks) == 3
+
+
+def test_long_texts_are_not_answered_together(sample: Sample) -> None:
+    """Caches of all of them are as long as the longest."""
+    sessions = BundleSessions.for_bundle(Bundle.open(sample.bundle), THREADS)
+    short, long = (
+        Question(id="q", kind="task", language=None, ids=[1] * length, max_tokens=48) for length in (2000, 2001)
+    )
+    progress = Silent()
+    assert sessions.batch(BehaviourPlan(batch=3), [short, short], progress) == 3 and not progress.remarks
+    assert sessions.batch(BehaviourPlan(batch=3), [short, long], progress) == 0
+    assert "2049 tokens: prompts are answered one by one" in progress.remarks[0]
+    assert sessions.batch(BehaviourPlan(batch=0), [short], progress) == 0
 
 
 def test_a_captured_original_answers_its_own_questions(captured: Path, bundle: Path, run: Run) -> None:

@@ -30,6 +30,8 @@ from glmexport.validation.texts import EvaluationText, text_digest
 
 #: Number of questions that the original answers together, whoever asks it. Where experts are read for them it is all.
 TOGETHER = 32
+#: The most tokens of a prompt and its answer with which others are answered together: every one has caches for as many.
+_LONGEST_TOGETHER = 2048
 
 
 @dataclass(frozen=True)
@@ -58,9 +60,18 @@ class BundleSessions:
             bundle.context_length,
         )
 
-    def batch(self, plan: BehaviourPlan) -> int:
-        """Return how many prompts of ``plan`` are answered together; 0: each alone."""
-        return plan.batch if self.batches else 0
+    def batch(self, plan: BehaviourPlan, asked: Sequence[Question], progress: Progress) -> int:
+        """Return how many of the prompts ``asked`` are answered together; 0: each alone."""
+        if not self.batches or not plan.batch:
+            return 0
+        longest = max((len(question.ids) + question.max_tokens for question in asked), default=0)
+        if longest > _LONGEST_TOGETHER:
+            progress.remark(
+                f"A prompt and its answer have up to {longest} tokens: prompts are answered one by one, as caches for "
+                f"{plan.batch} such texts may not fit into memory."
+            )
+            return 0
+        return plan.batch
 
 
 def questions_for(
@@ -126,14 +137,14 @@ def ask(
         choices = pieces.one(
             "choices", text_digest(texts), lambda: _choices(tasks, texts, sessions, reference, scratch, progress)
         )
-    batch = sessions.batch(plan)
+    batch = sessions.batch(plan, asked, progress)
     session = sessions.generation(batch)
     bundle = bundle_answers(session, asked, batch, progress, pieces)
     original = _verified(asked, bundle, batch, session, reference, scratch, progress, pieces)
     # A session has a copy of all weights, and the next one is opened without it.
     ends = session.ends
     del session
-    alone = _alone(asked, sessions, plan, progress, pieces)
+    alone = _alone(asked, batch, sessions, plan, progress, pieces)
     answers = _answers(original, bundle, ends, batch, alone)
     return judge(asked, answers, tokenizer, tasks, choices) if pieces.ranks.first else None
 
@@ -163,7 +174,7 @@ def ask_original(
     progress: Progress,
 ) -> list[list[int]]:
     """Ask the original, with a bundle that drafts, and return its answers."""
-    batch = sessions.batch(plan)
+    batch = sessions.batch(plan, asked, progress)
     session = sessions.generation(batch)
     drafts = bundle_answers(session, asked, batch, progress)
     return _verified(asked, drafts, batch, session, reference, scratch, progress).tokens
@@ -178,12 +189,12 @@ def ask_bundle(
     progress: Progress,
 ) -> Behaviour:
     """Ask the bundle what the ``original`` has answered already."""
-    batch = sessions.batch(plan)
+    batch = sessions.batch(plan, asked, progress)
     session = sessions.generation(batch)
     bundle, ends = bundle_answers(session, asked, batch, progress), session.ends
     # A session has a copy of all weights, and the next one is opened without it.
     del session
-    alone = _alone(asked, sessions, plan, progress)
+    alone = _alone(asked, batch, sessions, plan, progress)
     return judge(asked, _answers(VerifiedAnswers(list(original)), bundle, ends, batch, alone), sessions.tokenizer)
 
 
@@ -235,13 +246,14 @@ def _drafts(
 
 def _alone(
     asked: Sequence[Question],
+    batch: int,
     sessions: BundleSessions,
     plan: BehaviourPlan,
     progress: Progress,
     pieces: Pieces = UNKEPT,
 ) -> dict[str, list[int]]:
-    """Return answers of the bundle by question's id, each computed alone; none where all are."""
-    if not sessions.batch(plan):
+    """Return some answers of the bundle by question's id, each computed alone; none without a ``batch``: all are."""
+    if not batch:
         return {}
     chosen = asked_alone(asked, plan.alone_every)
     answers = bundle_answers(sessions.generation(0), chosen, 0, progress, pieces, label="Bundle's answers, alone")
