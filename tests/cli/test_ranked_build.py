@@ -57,6 +57,7 @@ def test_two_ranks_build_the_bundle_that_one_process_builds(sample: Sample, tmp_
     assert figures["behaviour"]["overall"]["answers"] > 20
 
 
+@pytest.mark.release
 def test_ranks_that_judge_by_different_text_are_refused(sample: Sample, tmp_path: Path) -> None:
     for rank, text in enumerate(("One text of mine, which is judged.", "Another text of mine, which is judged.")):
         (tmp_path / f"{rank}.txt").write_text(text, encoding="utf-8")

@@ -135,8 +135,14 @@ def test_tensors_of_two_devices_do_not_meet(cuda: None) -> None:
     [
         RECIPE,
         NEAREST,
-        RECIPE.model_copy(update={"solver": RECIPE.solver.model_copy(update={"asymmetric": False})}),
-        RECIPE.model_copy(update={"budget": Budget(bundle_bytes=150_000, probe_tokens=512)}),
+        pytest.param(
+            RECIPE.model_copy(update={"solver": RECIPE.solver.model_copy(update={"asymmetric": False})}),
+            marks=pytest.mark.release,
+        ),
+        pytest.param(
+            RECIPE.model_copy(update={"budget": Budget(bundle_bytes=150_000, probe_tokens=512)}),
+            marks=pytest.mark.release,
+        ),
     ],
     ids=["gptq", "nearest", "symmetric target", "budget"],
 )
