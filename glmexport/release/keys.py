@@ -70,7 +70,8 @@ class Signatory:
 
         try:
             Verifier(self._chain).verify(Signature.read(signature))
-        except MemoryError:
+        except (MemoryError, OSError):
+            # That the signature cannot be read says nothing about the chain.
             raise
         except Exception as error:
             # Of several libraries, which have no class in common.
@@ -85,6 +86,7 @@ class Signatory:
         except MemoryError:
             raise
         except Exception as error:
+            # A token is driven by a library of its maker's, whose errors have no class in common with those of others.
             raise MachineError(
                 f"The key did not sign: {_first(error)}.", next_step="Check that the key, or its token, is usable."
             ) from error
