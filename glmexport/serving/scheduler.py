@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from glmexport.bundle.bundle import Bundle
-from glmexport.engine.core.sequence import Engine
+from glmexport.engine.core.sequence import Engine, Sequence
 from glmexport.engine.kept import Kept, room_for
 from glmexport.engine.opening import open_engine
 from glmexport.engine.sampling import Sampling
@@ -199,18 +199,25 @@ class _Shift:
     def _turns(self, answer: PendingAnswer) -> Turns:
         order, engine = answer.order, self._engine
         length = len(order.prompt) + order.max_tokens
-        room = room_for(length, engine.context_length)
         if order.guide:
             assert self._guides is not None
-            held = self._guides.begin(order.guide, order.sampling, order.max_tokens)
-            return GuidedTurns(answer, engine.begin(room), held, engine.chunk)
-        sequence = self._kept.take(order.prompt, length, order.key) if self._options.reuse else None
-        if sequence is None:
-            self._kept.drop(self._options.parallel - len(self._running) - 1)
-            sequence = engine.begin(room)
-        else:
+            sequence = self._new(length)
+            try:
+                held = self._guides.begin(order.guide, order.sampling, order.max_tokens)
+            except BaseException:
+                sequence.close()
+                raise
+            return GuidedTurns(answer, sequence, held, engine.chunk)
+        taken = self._kept.take(order.prompt, length, order.key) if self._options.reuse else None
+        sequence = self._new(length) if taken is None else taken
+        if taken is not None:
             self._metrics.reused_tokens.inc(len(sequence.tokens))
         return FreeTurns(answer, sequence, engine.chunk, min(self._options.guesses, engine.short_step - 1))
+
+    def _new(self, length: int) -> Sequence:
+        """Return a new sequence for so many tokens; where too many others are kept, the oldest makes room for it."""
+        self._kept.drop(self._options.parallel - len(self._running) - 1)
+        return self._engine.begin(room_for(length, self._engine.context_length))
 
     def _group(self) -> list[Turns]:
         """Return the answers whose turn it is: the first one and, if the engine batches, all others that step."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import queue
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -12,10 +14,12 @@ from served import PATIENCE_S, scripted_bundle
 from test_scheduler import Waiting, last
 
 from glmexport.bundle.bundle import Bundle
+from glmexport.bundle.genai_config import GenaiConfig
 from glmexport.engine.generation import GenerationSession
 from glmexport.engine.opening import open_engine
-from glmexport.foundation.errors import InputError
-from glmexport.serving.answer import End, Event
+from glmexport.foundation.errors import InputError, MachineError
+from glmexport.serving.answer import End, Event, Failed
+from glmexport.serving.guides import Guide, Guides
 
 PROMPTS = [np.random.default_rng(at).integers(0, 250, size).tolist() for at, size in enumerate((20, 300, 7, 1020))]
 
@@ -88,6 +92,29 @@ def test_who_fails_leaves_its_slot(bundle: Path, monkeypatch: pytest.MonkeyPatch
     assert kinds == ["End", "End", "Failed", "End"]
     waiting.scheduler.close()
     assert waiting.scheduler.join(PATIENCE_S)
+
+
+def test_a_guided_answer_takes_the_slot_of_one_that_is_kept(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    guides = Guides(bundle, GenaiConfig.read(bundle))
+    waiting = Waiting(bundle, guides, parallel=1, batch=True, reuse=True)
+    guide = Guide("json_schema", json.dumps({"enum": ["yes"]}))
+    guides.tried(guide).result()
+    told = [waiting.submit("x" * 700, 2)[1], waiting.submit("Hi!", 40, guide=guide)[1]]
+    waiting.scheduler.start()
+    assert [type(last(each)).__name__ for each in told] == ["End", "End"]
+    # One that finds no process to hold it leaves the slot to the next.
+    begin = Guides.begin
+
+    def crowded(*_: object) -> NoReturn:
+        raise MachineError("There is no process.", next_step="Wait.")
+
+    monkeypatch.setattr(Guides, "begin", crowded)
+    assert isinstance(last(waiting.submit("Hi!", 40, guide=guide)[1]), Failed)
+    monkeypatch.setattr(Guides, "begin", begin)
+    assert isinstance(last(waiting.submit("Hi!", 40, guide=guide)[1]), End)
+    waiting.scheduler.close()
+    assert waiting.scheduler.join(PATIENCE_S)
+    guides.close()
 
 
 def test_what_cannot_be_computed_together(tmp_path_factory: pytest.TempPathFactory, bundle: Path, run: Run) -> None:

@@ -20,7 +20,7 @@ from glmexport.foundation.errors import BundleError
 from glmexport.serving.answer import End, Event, Failed, Order, PendingAnswer
 from glmexport.serving.app import ServedBundle, Service
 from glmexport.serving.guard import AccessRules, Guard
-from glmexport.serving.guides import Guides
+from glmexport.serving.guides import Guide, Guides
 from glmexport.serving.limits import ServingLimits
 from glmexport.serving.metrics import Metrics
 from glmexport.serving.orders import RequestReader
@@ -42,10 +42,12 @@ class Waiting:
         bundle = Bundle.open(directory)
         self.scheduler = Scheduler(bundle, settings, self.metrics, self.loaded.set, self.errors.put, guides)
 
-    def submit(self, text: str, count: int = 8, leaves: bool = False) -> tuple[PendingAnswer, queue.Queue[Event]]:
+    def submit(
+        self, text: str, count: int = 8, leaves: bool = False, guide: Guide | None = None
+    ) -> tuple[PendingAnswer, queue.Queue[Event]]:
         """A request, and where its events come; whoever ``leaves`` does so at the first of them."""
         told: queue.Queue[Event] = queue.Queue()
-        order = Order(prompt_of(self.tokenizer, text), count, Sampling(0), ends=ENDS)
+        order = Order(prompt_of(self.tokenizer, text), count, Sampling(0), ends=ENDS, guide=guide)
 
         def listen(event: Event) -> None:
             answer.cancelled |= leaves
