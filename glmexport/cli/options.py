@@ -124,7 +124,7 @@ def evaluation_options(command: Command) -> Command:
         "--questions",
         type=click.IntRange(min=0),
         help="Most prompts in each language that both models answer freely; 0 asks your own tasks alone. Default: all, "
-        "which are 13.",
+        "at most 13.",
     )
     return text(positions(questions(command)))
 
