@@ -2,7 +2,8 @@
 
     python -m benchmarks.drafting [--output FILE]
 
-Beside it, the same with drafts to the end of an answer and the whole text computed in every pass, which takes the
+Drafts are a bundle's, which computes eight answers in a step. Beside it, the same with a new draft behind every token
+that is refused; and with drafts to the end of an answer and the whole text computed in every pass, which takes the
 fewest passes and needs no keys and values from one to the next. Costs are in tokens, a pass as ``PASS_TOKENS``.
 """
 
@@ -15,11 +16,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from glmexport.validation.behaviour.drafting import PASS_TOKENS, DraftLengths
+from glmexport.validation.behaviour.drafting import FREE, PASS_TOKENS, DraftCost, DraftLengths
 
 REFUSED = (0.003, 0.01, 0.03, 0.1, 0.3)
 #: Answers of a default validation, few of them, and longer ones behind longer prompts.
-SHAPES = ((270, 64, 64), (20, 64, 64), (60, 400, 256))
+SHAPES = ((403, 54, 64), (31, 54, 64), (8, 54, 64), (60, 400, 256))
+BATCH = 8
 
 
 @dataclass
@@ -29,34 +31,62 @@ class Simulated:
     passes: int = 0
     computed: int = 0
     needed: int = 0
+    #: What drafts cost, in tokens that the original computes.
+    drafting: float = 0.0
 
     @property
-    def cost(self) -> int:
-        """Passes and tokens together, in tokens."""
-        return self.passes * PASS_TOKENS + self.computed
+    def cost(self) -> float:
+        """Passes, tokens and drafts together, in tokens."""
+        return self.passes * PASS_TOKENS + self.computed + self.drafting
 
 
-def simulate(refused: float, *, answers: int, prompt: int, length: int, seed: int = 0) -> Simulated:
-    """Return what answers of one length take whose drafted tokens are ``refused`` at random."""
+def simulate(
+    refused: float,
+    *,
+    answers: int,
+    prompt: int,
+    length: int,
+    cost: DraftCost = FREE,
+    again: bool | None = None,
+    seed: int = 0,
+) -> Simulated:
+    """Return what answers of one length take whose drafted tokens are ``refused`` at random.
+
+    The first drafts are there already; new ones have a ``cost``. They are made ``again`` behind every token that is
+    refused, or never; None: where they are worth it.
+    """
     chance = random.Random(seed)
-    lengths, found = DraftLengths(answers), Simulated(needed=answers * (prompt + length))
+    lengths, found = DraftLengths(answers, cost=cost), Simulated(needed=answers * (prompt + length))
     done, computed = [0] * answers, [0] * answers
+    drafted = [length] * answers
     # Number of drafted tokens up to one that is refused.
     right = [_agreed(chance, refused) for _ in range(answers)]
     while unfinished := [index for index in range(answers) if done[index] < length]:
         found.passes += 1
         for index in unfinished:
-            checked = min(lengths.checked(index, len(unfinished)), length - done[index]) - 1
-            found.computed += prompt + done[index] - computed[index] + checked
-            agreed, was_refused = min(checked, right[index]), right[index] <= checked
-            computed[index] = prompt + done[index] + agreed
+            text, room = prompt + done[index], length - done[index]
+            checked = min(lengths.checked(index, len(unfinished)), room) - 1
+            worth = lengths.worthwhile(index, len(unfinished), text, room) if again is None else again
+            if checked and not drafted[index] and worth:
+                drafted[index] = min(lengths.drafted(index, len(unfinished)), room)
+                found.drafting += cost.text * text + cost.token * drafted[index]
+            checked = min(checked, drafted[index])
+            found.computed += text - computed[index] + checked
+            agreed, was_refused = min(checked, right[index]), right[index] < checked
+            # The token that the original wants next may be the one that was drafted.
+            more = not was_refused and agreed < drafted[index] and right[index] > agreed
+            was_refused = was_refused or (agreed < drafted[index] and not more)
+            computed[index] = text + agreed
             done[index] += agreed + 1
-            lengths.see(index, agreed + (not was_refused), was_refused)
-            right[index] = _agreed(chance, refused) if was_refused else right[index] - agreed - 1
+            lengths.see(index, agreed + more, was_refused)
+            drafted[index] = 0 if was_refused else drafted[index] - agreed - more
+            right[index] = _agreed(chance, refused) if was_refused else right[index] - agreed - more
     return found
 
 
-def whole_texts(refused: float, *, answers: int, prompt: int, length: int, seed: int = 0) -> Simulated:
+def whole_texts(
+    refused: float, *, answers: int, prompt: int, length: int, cost: DraftCost = FREE, seed: int = 0
+) -> Simulated:
     """Return the same with drafts to the end and the whole text computed in every pass."""
     chance = random.Random(seed)
     found, done = Simulated(needed=answers * (prompt + length)), [0] * answers
@@ -64,6 +94,8 @@ def whole_texts(refused: float, *, answers: int, prompt: int, length: int, seed:
         found.passes += 1
         found.computed += len(unfinished) * (prompt + length)
         for index in unfinished:
+            if done[index]:
+                found.drafting += cost.text * (prompt + done[index]) + cost.token * (length - done[index])
             done[index] += _agreed(chance, refused) + 1
     return found
 
@@ -75,6 +107,11 @@ def _agreed(chance: random.Random, refused: float) -> int:
     return count
 
 
+def _said(found: Simulated) -> str:
+    computed, drafting = found.computed / found.needed, found.drafting / found.needed
+    return f"{found.passes} passes, {computed:.2f} + {drafting:.2f} tokens a token needed"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path)
@@ -82,13 +119,15 @@ def main() -> None:
     for answers, prompt, length in SHAPES:
         for refused in REFUSED:
             shape = {"answers": answers, "prompt": prompt, "length": length}
-            now, whole = simulate(refused, **shape), whole_texts(refused, **shape)
-            rows.append({**shape, "refused": refused, "now": asdict(now), "whole": asdict(whole)})
+            priced = shape | {"cost": DraftCost.by_bundle(BATCH)}
+            now, every = simulate(refused, **priced), simulate(refused, **priced, again=True)
+            whole = whole_texts(refused, **priced)
+            sides = {"now": now, "every_draft": every, "whole": whole}
+            rows.append({**shape, "refused": refused, **{name: asdict(side) for name, side in sides.items()}})
             print(
-                f"{answers:4} answers of {length:3} tokens behind {prompt:3}, {refused:5.1%} refused: "
-                f"{now.passes:3} passes, {now.computed / now.needed:.2f} tokens computed a token needed; "
-                f"whole texts {whole.passes:2} and {whole.computed / whole.needed:5.2f}, "
-                f"{whole.cost / now.cost:4.1f} times the cost"
+                f"{answers:4} answers of {length:3} tokens behind {prompt:3}, {refused:5.1%} refused: {_said(now)}; "
+                f"a draft behind every refused token: {_said(every)}, {every.cost / now.cost:.1f} times the cost; "
+                f"whole texts: {whole.cost / now.cost:.1f} times"
             )
     if output := parser.parse_args().output:
         output.write_text(json.dumps({"pass_tokens": PASS_TOKENS, "rows": rows}, indent=1) + "\n", encoding="utf-8")

@@ -16,6 +16,7 @@ from glmexport.foundation.progress import Progress
 from glmexport.lm_eval.likelihood import TOKENS, portions
 from glmexport.reference.reference import Reference
 from glmexport.tokenizer.tokenizer import Tokenizer
+from glmexport.validation.behaviour.drafting import FREE, DraftCost
 from glmexport.validation.behaviour.original import one_at_a_time, verified_answers
 
 #: A function from a prompt and a limit to the tokens after the prompt, one by one, the end token included.
@@ -180,6 +181,7 @@ def _verified(
         scratch=scratch,
         progress=progress,
         finished=lambda index, tokens: readings[index].finished(tokens),
+        cost=DraftCost.by_bundle(1) if drafts else FREE,
     )
     return [reading.text(tokens) for reading, tokens in zip(readings, answers.tokens, strict=True)]
 

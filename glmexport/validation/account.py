@@ -11,6 +11,7 @@ from glmexport.formats.codecs import stored_bits
 from glmexport.formats.plan import FormatPlan
 from glmexport.foundation.work import Account, Range, Work, added
 from glmexport.quantization.account import forward_work
+from glmexport.validation.behaviour.drafting import DraftCost, DraftLengths, pass_tokens
 from glmexport.validation.behaviour.plane import TOGETHER
 from glmexport.validation.conditions import BehaviourPlan, ValidationPlan
 from glmexport.validation.noise import batch_tokens
@@ -21,10 +22,12 @@ _POSITIONS = 128
 _CONTINUED, _CHAT, _TRANSLATED = 32, 260, 60
 #: Seconds of loading two runtimes for the speed, in processes of their own, beside the seconds of its rounds.
 _LOADING_SECONDS = 10.0
-#: Passes in which the original checks drafts: each reads the checkpoint, whatever is kept of what came before.
-_ANSWER_ROUNDS = 16
-#: Times that the bundle drafts an answer anew, each from about its middle on.
-_DRAFTS = 2
+#: Times that the bundle drafts an answer anew where it does, each from about its middle on, and the passes in which the
+#: original then checks all drafts. Each reads the checkpoint, whatever is kept of what came before.
+_DRAFTS, _DRAFTED_PASSES = 2, 16
+#: Time of a pass for each group of answers beside the products of its few tokens, where reading the checkpoint takes 1:
+#: all weights, which are read for the groups together, go from memory to the cores for each.
+_GROUP_READS = 0.2
 #: The stages that ranks share; the others are left to the first.
 SHARED_STAGES = frozenset({"fidelity", "noise floor", "shares", "answers", "weights"})
 #: Tokens of the text on which the whole model is compared.
@@ -163,15 +166,27 @@ class _Validation:
         work = self.answered(asked.prompts, asked.answers, batch)
         if batch > 1:
             work += self.answered(asked.alone * asked.prompts, asked.alone * asked.answers, 1)
-        drafted = self.answered(asked.prompts + asked.answers / 2, asked.answers / 2, batch)
-        work += drafted.times(_DRAFTS)
         length = tokens // max(1, asked.count)
+        rounds = float(plan.max_tokens)
+        if self.drafts_again(asked, length, plan.max_tokens, batch):
+            work += self.answered(asked.prompts + asked.answers / 2, asked.answers / 2, batch).times(_DRAFTS)
+            rounds = min(rounds, _DRAFTED_PASSES)
         theirs = Work(products=2.0 * asked.answers * passes * self.head)
         for layer in self.architecture.layers:
             theirs += forward_work(layer, passes * tokens, length)
-        work += self.by_few(theirs, 1.0 if self.architecture.routed else asked.count / TOGETHER)
-        read = self.reading() + Work(read_values=self.head)
-        return work + self.by_each(read.times(_ANSWER_ROUNDS))
+        read = (self.reading() + Work(read_values=self.head)).times(rounds)
+        groups = 1.0 if self.architecture.routed else math.ceil(asked.count / TOGETHER)
+        return work + self.by_few(theirs + read.times(_GROUP_READS * groups), groups) + self.by_each(read)
+
+    def drafts_again(self, asked: _Asked, length: int, most: int, batch: int) -> bool:
+        """Return whether the bundle drafts an answer of ``most`` tokens anew behind a token that is refused at first.
+
+        ``length`` is that of a text with its answer; so many answers as ``batch`` says are computed together.
+        """
+        if not asked.count:
+            return False
+        drafts = DraftLengths(asked.count, pass_tokens(self.architecture), DraftCost.by_bundle(batch))
+        return drafts.worthwhile(0, asked.count, length - most // 2, most // 2)
 
     def answered(self, prompts: float, answers: float, batch: int) -> Work:
         """Return the work of the bundle for so many tokens of ``prompts`` and ``answers``, ``batch`` answers a step."""

@@ -220,11 +220,28 @@ def test_answers_together_read_the_weights_once_for_several(sample: Sample) -> N
         return validation_accounts(original.architecture, planned.plan, plan, size, whole=False)[0]["answers"]
 
     together, alone = answers(True), answers(False)
-    # Half of each is drafted twice; those asked alone are tool calls, and each sixteenth of the others.
+    # Those asked alone are tool calls, and each sixteenth of the others.
     asked_alone = (21 + 252 / 16) / 273
-    assert together.bundle_bytes / alone.bundle_bytes == pytest.approx((2 / 8 + asked_alone) / 2)
+    assert together.bundle_bytes / alone.bundle_bytes == pytest.approx(1 / 8 + asked_alone)
     assert together.bundle_products > alone.bundle_products
     assert together.products == alone.products
+
+
+def test_few_answers_are_drafted_anew_and_many_go_on_by_themselves(sample: Sample) -> None:
+    original = Original.open(str(sample.checkpoint), Silent())
+    planned = original.planned(Bundle.open(sample.bundle).manifest.recipe, Bundle.open(sample.bundle).target)
+
+    def answers(languages: int) -> Work:
+        plan = ValidationPlan(behaviour=BehaviourPlan(most=1))
+        size = ValidationSize(languages, WHOLE, WHOLE)
+        return validation_accounts(original.architecture, planned.plan, plan, size, whole=False)[0]["answers"]
+
+    few, many = answers(4), answers(40)
+    # Half of each answer twice, by eight at a time; without drafts, a pass for each of 64 tokens instead of 16.
+    asked_alone = (1 + 12 / 16) / 13
+    once, drafted = 1 / 8 + asked_alone, 2 / 8 + asked_alone
+    assert few.bundle_bytes / many.bundle_bytes == pytest.approx(drafted / once * 4 / 40)
+    assert few.read_values / many.read_values == pytest.approx(16 / 64)
 
 
 def test_fewer_questions_are_less_work(sample: Sample) -> None:
@@ -239,7 +256,7 @@ def test_fewer_questions_are_less_work(sample: Sample) -> None:
 
     whole = answers(None)
     assert answers(13) == answers(99) == whole
-    assert answers(1).bundle_bytes == pytest.approx(whole.bundle_bytes / 13)
+    assert answers(2).bundle_bytes == pytest.approx(2 * whole.bundle_bytes / 13)
     assert answers(0).products == answers(0).bundle_bytes == 0
 
 
@@ -255,7 +272,9 @@ def test_ranks_share_what_they_do_not_all_do(sample: Sample) -> None:
     assert one.keys() == four.keys() and one["weights"] == four["weights"] and one["performance"] == four["performance"]
     # Each reads all blocks for its own texts, and so often for its own answers.
     read = four["fidelity"].read_values - one["fidelity"].read_values
-    assert read > 0 and four["answers"].read_values == pytest.approx(4 * one["answers"].read_values)
+    # Five groups take a fifth of that each, in a pass.
+    assert read > 0
+    assert four["answers"].read_values / one["answers"].read_values == pytest.approx((4 + 5 / 5) / (1 + 5 / 5))
     assert four["fidelity"] == replace(one["fidelity"], read_values=one["fidelity"].read_values + read)
     # There are so many batches and groups of questions, and no more.
     assert four["answers"].products == one["answers"].products < many["answers"].products

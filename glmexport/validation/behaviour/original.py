@@ -20,7 +20,7 @@ from glmexport.foundation.disk import free_bytes
 from glmexport.foundation.progress import Progress
 from glmexport.quantization.ranks import Parcel
 from glmexport.reference.reference import Reference
-from glmexport.validation.behaviour.drafting import DraftLengths, pass_tokens
+from glmexport.validation.behaviour.drafting import FREE, DraftCost, DraftLengths, pass_tokens
 from glmexport.validation.behaviour.suffixes import PastFile, Suffix, SuffixStream, kept_bytes, likeliest_next
 from glmexport.validation.pieces import UNKEPT, Pieces
 
@@ -75,19 +75,21 @@ def verified_answers(
     progress: Progress,
     finished: Finished = lambda *_: False,
     together: int | None = None,
+    cost: DraftCost = FREE,
     pieces: Pieces = UNKEPT,
 ) -> VerifiedAnswers:
     """Return the original's greedy answer to each of ``prompts``, each cut at the number of tokens in ``limits``.
 
     An answer that is ``finished`` is gone on with no further, and may be some tokens longer. Answers are computed in
     groups of so many ``together``, None for all, which the ranks of ``pieces`` share; a rank takes all its groups
-    through each block while it is in memory. Of answers that are not finished, what each pass has found is kept.
+    through each block while it is in memory. Of answers that are not finished, what each pass has found is kept. Behind
+    a token that the original refuses, new ``drafts`` are asked for where that is worth their ``cost``.
     """
     texts = [_GrowingText(list(prompt), limit, ends) for prompt, limit in zip(prompts, limits, strict=True)]
     size = together or max(1, len(texts))
     spans = [range(start, min(start + size, len(texts))) for start in range(0, len(texts), size)]
     names = [[[texts[index].prompt, texts[index].limit] for index in span] for span in spans]
-    dialogue = _Dialogue(reference, drafts, finished, scratch, progress, pieces)
+    dialogue = _Dialogue(reference, drafts, cost, finished, scratch, progress, pieces)
 
     def compute(absent: Sequence[int]) -> Iterator[tuple[int, Parcel]]:
         # What is kept of every pass takes as much again.
@@ -121,6 +123,7 @@ class _Dialogue:
 
     reference: Reference
     drafts: Drafts
+    cost: DraftCost
     finished: Finished
     scratch: Path
     progress: Progress
@@ -135,7 +138,7 @@ class _Dialogue:
         lengths = [len(text.prompt) + text.limit for text in texts]
         lengths = begun.facts["lengths"] if begun else _kept_lengths(lengths, kept_bytes(architecture), room)
         past = PastFile(architecture, lengths, self.scratch)
-        drafts = DraftLengths(len(texts), pass_tokens(architecture))
+        drafts = DraftLengths(len(texts), pass_tokens(architecture), self.cost)
         return _Group(number, name, span, texts, lengths, past, drafts, groups, list(range(len(texts))))
 
     def finish(self, groups: Sequence[_Group]) -> Iterator[_Group]:
@@ -210,8 +213,8 @@ class _Group:
         return VerifiedAnswers([text.answer for text in self.texts], self.passes, self.computed, needed, self.unkept)
 
     def undrafted(self) -> list[int]:
-        """Return the unfinished texts of whose drafts nothing is left, and of which the next pass checks some."""
-        return [place for place in self.unfinished if not self.texts[place].draft and self._checked(place) > 1]
+        """Return the unfinished texts of whose drafts nothing is left, and for which new ones are worth their cost."""
+        return [place for place in self.unfinished if not self.texts[place].draft and self._worthwhile(place)]
 
     def begun(self, place: int) -> Begun:
         """Return what to draft for a text."""
@@ -229,6 +232,15 @@ class _Group:
         # Where every pass computes the whole text, as few of them as possible are best.
         room = self.texts[place].room
         return min(room, self.drafts.checked(place, self._sharing)) if self.past.keeps(place) else room
+
+    def _worthwhile(self, place: int) -> bool:
+        text = self.texts[place]
+        if self._checked(place) < 2:
+            return False
+        # The first draft is there already, and a pass that computes the whole text is dear.
+        if not text.answer or not self.past.keeps(place):
+            return True
+        return self.drafts.worthwhile(place, self._sharing, len(text.prompt) + len(text.answer), text.room)
 
     @property
     def _sharing(self) -> int:

@@ -18,6 +18,7 @@ from glmexport.reference.reference import Reference
 from glmexport.results.behaviour import Behaviour
 from glmexport.tokenizer.tokenizer import Tokenizer
 from glmexport.validation.behaviour.choices import choice_scores, choice_texts
+from glmexport.validation.behaviour.drafting import DraftCost
 from glmexport.validation.behaviour.measure import Answers, asked_alone, bundle_answers, judge
 from glmexport.validation.behaviour.original import Begun, Drafts, VerifiedAnswers, verified_answers
 from glmexport.validation.behaviour.questions import Question, questions, some_of_each_kind, task_question
@@ -29,7 +30,7 @@ from glmexport.validation.shares import bundle_answer
 from glmexport.validation.texts import EvaluationText, text_digest
 
 #: Number of questions that the original answers together, whoever asks it. Where experts are read for them it is all.
-TOGETHER = 32
+TOGETHER = 64
 #: The most tokens of a prompt and its answer with which others are answered together: every one has caches for as many.
 _LONGEST_TOGETHER = 2048
 
@@ -217,6 +218,7 @@ def _verified(
         scratch=scratch,
         progress=progress,
         together=None if reference.architecture.routed else TOGETHER,
+        cost=DraftCost.by_bundle(batch),
         pieces=pieces,
     )
 

@@ -9,7 +9,14 @@ from models import MIXTURE, write_checkpoint
 
 from benchmarks.drafting import simulate, whole_texts
 from glmexport.foundation.progress import Silent
-from glmexport.validation.behaviour.drafting import PASS_TOKENS, DraftLengths, checked_tokens, pass_tokens
+from glmexport.validation.behaviour.drafting import (
+    PASS_TOKENS,
+    DraftCost,
+    DraftLengths,
+    checked_tokens,
+    gained_tokens,
+    pass_tokens,
+)
 from glmexport.workflows.original import Original
 
 
@@ -74,3 +81,35 @@ def test_simulated_answers_compute_few_tokens_in_vain(refused: float, answers: i
     found, before = simulate(refused, **sizes), whole_texts(refused, **sizes)
     assert found.computed <= 1.3 * found.needed
     assert found.cost < before.cost
+
+
+def test_gained_tokens_are_those_agreed_with_and_the_next() -> None:
+    assert gained_tokens(0.5, 1) == 1
+    assert gained_tokens(0.5, 3) == 1 + 0.5 + 0.25
+
+
+@pytest.mark.parametrize("batch", [0, 8])
+@pytest.mark.parametrize("refused", [0.003, 0.01, 0.03, 0.1])
+@pytest.mark.parametrize("shape", [(403, 54, 64), (31, 54, 64), (8, 54, 64), (2, 400, 256), (60, 400, 256)])
+def test_drafting_anew_where_it_is_worth_it_is_no_dearer_than_always_or_never(
+    shape: tuple[int, int, int], refused: float, batch: int
+) -> None:
+    answers, prompt, length = shape
+    cost = DraftCost.by_bundle(batch)
+
+    def found(again: bool | None) -> float:
+        drawn = [
+            simulate(refused, answers=answers, prompt=prompt, length=length, cost=cost, again=again, seed=seed).cost
+            for seed in range(3)
+        ]
+        return sum(drawn)
+
+    assert found(None) <= 1.1 * min(found(True), found(False))
+
+
+def test_many_answers_go_on_without_drafts_and_few_with_them() -> None:
+    lengths = DraftLengths(403, cost=DraftCost.by_bundle(8))
+    assert not lengths.worthwhile(0, 403, 80, 32)
+    assert lengths.worthwhile(0, 2, 80, 32)
+    # What is known already costs nothing.
+    assert DraftLengths(403).worthwhile(0, 403, 80, 32)

@@ -17,6 +17,7 @@ from glmexport.foundation.progress import Silent
 from glmexport.reference import reference as module
 from glmexport.reference.reference import Reference
 from glmexport.validation.behaviour import original
+from glmexport.validation.behaviour.drafting import FREE, DraftCost
 from glmexport.validation.behaviour.original import (
     Draft,
     VerifiedAnswers,
@@ -77,6 +78,38 @@ def test_no_drafts_take_a_pass_a_token(reference: Reference, expected: list[list
     found = ask(reference, lambda *_: [], tmp_path)
     assert (found.tokens, found.passes) == (expected, max(LIMITS))
     assert found.computed == found.needed - len(PROMPTS)
+
+
+def test_behind_a_refused_token_a_draft_has_to_be_worth_its_cost(
+    reference: Reference, expected: list[list[int]], tmp_path: Path
+) -> None:
+    """Every first draft is wrong at its second token."""
+
+    def found(cost: DraftCost) -> tuple[VerifiedAnswers, int]:
+        again = []
+
+        def draft(index: int, so_far: list[int], most: int) -> list[int]:
+            again.append(bool(so_far))
+            right = expected[index]
+            return right[len(so_far) :] if so_far else [right[0], *(token + 1 for token in right[1:])]
+
+        answers = verified_answers(
+            reference,
+            PROMPTS,
+            one_at_a_time(draft),
+            limits=LIMITS,
+            ends=set(),
+            scratch=tmp_path,
+            progress=Silent(),
+            cost=cost,
+        )
+        return answers, sum(again)
+
+    (free, drafted), (dear, never) = found(FREE), found(DraftCost(token=1e6))
+    assert free.tokens == dear.tokens == expected
+    assert drafted == 3 and never == 0
+    # Two tokens are gained by the first pass, and one by each that follows.
+    assert free.passes < dear.passes == max(LIMITS) - 1
 
 
 def test_drafts_that_are_wrong_now_and_then(reference: Reference, expected: list[list[int]], tmp_path: Path) -> None:
