@@ -24,11 +24,13 @@ from glmexport.foundation.errors import EXIT_BUG, BundleError, GlmexportError, I
 from glmexport.foundation.files import write_atomically
 from glmexport.quantization.ranks import ALONE, RankLost, Ranks
 from glmexport.results.arithmetic import OriginalArithmetic
+from glmexport.workflows.heartbeats import heard_of
 
 #: Variables that torchrun sets: the number of this process, how many there are, and the address at which they meet.
 _SET = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 #: The time in which all have to arrive, and the longest that they then wait for one another: while one decides on
-#: formats for all, the others wait for hours. A rank that ends is noticed at once, as its connections end with it.
+#: formats for all, the others wait for hours. A rank that ends is noticed at once, as its connections end with it, and
+#: a host that is gone by its missing signs of life.
 _ARRIVAL, _PATIENCE = timedelta(minutes=10), timedelta(days=14)
 #: The longest that a file of another host may take to be seen, seconds.
 _VISIBLE_S = 90.0
@@ -47,6 +49,11 @@ def started_by_torchrun() -> bool:
     return all(name in os.environ for name in _SET) and int(os.environ["WORLD_SIZE"]) > 1
 
 
+def ranks_here() -> int:
+    """Return the number of ranks on this host."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if started_by_torchrun() else 1
+
+
 def of_this_rank(device: str, threads: int) -> tuple[str, int]:
     """Return the share of a rank in what its host has: the name of its device, and how many of ``threads`` it gets.
 
@@ -60,7 +67,7 @@ def of_this_rank(device: str, threads: int) -> tuple[str, int]:
             f"All ranks would quantize on {device}.", next_step="Give --device cuda, of which each takes its own."
         )
     number = os.environ.get("LOCAL_RANK", "0")
-    share = max(1, threads // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    share = max(1, threads // ranks_here())
     return (f"cuda:{number}" if device == "cuda" else device), share
 
 
@@ -70,10 +77,11 @@ def arithmetic_of_all(ranks: Ranks, choose: Callable[[], OriginalArithmetic]) ->
 
 
 @contextmanager
-def joined_ranks(device: torch.device) -> Iterator[Ranks]:
+def joined_ranks(device: torch.device, tell: Callable[[RankLost], object]) -> Iterator[Ranks]:
     """Meet the other ranks, and part from them at the end; one process alone meets nobody.
 
-    Tensors on ``device`` are sent by nccl if it is a CUDA device, and by gloo otherwise.
+    Tensors on ``device`` are sent by nccl if it is a CUDA device, and by gloo otherwise. Where a rank gives no sign of
+    life any more, one of the others does ``tell`` people, from another thread, and all of them end at once.
 
     Raises:
         RankLost: they did not all arrive, or one of them ended early, and this rank is the one to say so.
@@ -85,8 +93,15 @@ def joined_ranks(device: torch.device) -> Iterator[Ranks]:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     ranks = Ranks(rank, size, device)
     store = _meet(rank, size)
+
+    def end_all(error: RankLost) -> None:
+        if _is_first_to_tell(store.clone()):
+            tell(error)
+        # Whatever the other threads wait for. The work directory is the only truth.
+        os._exit(error.exit_code)
+
     try:
-        with _stopped_plainly(ranks):
+        with _stopped_plainly(ranks), heard_of(store.clone(), rank, size, end_all):
             backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
             if device.type == "cuda":
                 torch.cuda.set_device(device)

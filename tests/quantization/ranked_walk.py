@@ -59,7 +59,7 @@ def main(kind: str, scratch: str, work: str, rank: str = "-1", step: str = "0") 
     changes, recipe = KINDS[kind]
     # transformers saves on rank 0 alone once there is a group.
     model = Model(Path(scratch) / f"rank_{os.environ['RANK']}", **changes)
-    with joined_ranks(CPU) as ranks:
+    with joined_ranks(CPU, print) as ranks:
         job = model.job(Path(work), recipe, ranks=ranks)
         if ranks.rank == int(rank):
             dying(ranks, int(step))

@@ -77,7 +77,7 @@ def dying(pieces: int) -> None:
 
 
 def main(checkpoint: str, bundle: str, work: str, out: str, rank: str = "-1", pieces: str = "0") -> None:
-    with joined_ranks(CPU) as ranks:
+    with joined_ranks(CPU, print) as ranks:
         if ranks.rank == int(rank):
             dying(int(pieces))
         found = figures(Path(checkpoint), Path(bundle), Path(work), ranks)
