@@ -12,6 +12,7 @@ from glmexport.foundation.errors import CheckpointError, InputError
 from glmexport.foundation.files import listed, optional, read_json, read_text, unreadable
 from glmexport.foundation.untrusted import DocumentLimits, read_regular, scan
 from glmexport.tokenizer.control import THOUGHT, ControlTokens, Rendered
+from glmexport.tokenizer.library import usable
 from glmexport.tokenizer.named_tokens import every_token, named_tokens
 from glmexport.tokenizer.templates import TEMPLATE_LIMIT_BYTES, render_template
 
@@ -38,6 +39,8 @@ _FILES = (
     CHAT_TEMPLATE,
 )
 _MORE_TEMPLATES = "additional_chat_templates"
+#: A text that is encoded and decoded when a tokenizer is opened: steps that fail at every text are told then.
+_TRIED = "A text, 1 2 3.\nÄ 文本 текст"
 
 #: Steps before the vocabulary that cut a text; they leave nothing out unless they say so.
 _LOSSLESS = frozenset({"ByteLevel", "Split", "Digits", "Punctuation"})
@@ -113,16 +116,12 @@ class Tokenizer:
                 "with AutoTokenizer.save_pretrained.",
             )
         try:
-            data = read_regular(path, _VOCABULARY_LIMITS.size)
-            scan(data, _VOCABULARY_LIMITS)
-            tokenizer = tokenizers.Tokenizer.from_buffer(data)
+            with usable(f"{path} is not a tokenizer"):
+                data = read_regular(path, _VOCABULARY_LIMITS.size)
+                scan(data, _VOCABULARY_LIMITS)
+                tokenizer = tokenizers.Tokenizer.from_buffer(data)
         except OSError as error:
             raise unreadable(path, error) from error
-        except MemoryError:
-            raise
-        except Exception as error:
-            # The library raises bare Exception for whatever it cannot parse.
-            raise _unusable(path, error) from error
         if tokenizer.get_vocab_size(with_added_tokens=False) == 0:
             raise CheckpointError(
                 f"{path} is a tokenizer without vocabulary.", next_step="Download the checkpoint again."
@@ -135,6 +134,7 @@ class Tokenizer:
         # Where both files are, the older one prevails.
         older = {} if "added_tokens_decoder" in config else _optional_json(directory, _LEGACY_SPECIAL_TOKENS)
         opened = cls(directory, tokenizer, named_tokens(config, older), _templates(directory, config))
+        opened.decode(opened.encode(_TRIED))
         opened.unlisted = _unlisted(config, older, directory, tokenizer)
         return opened
 
@@ -184,8 +184,10 @@ class Tokenizer:
 
         Raises:
             InputError: the name of a control token cannot be written as text in this vocabulary.
+            CheckpointError: the file's steps fail at this text.
         """
-        return self._control.encode(text)
+        with usable(f"{self._directory / VOCABULARY} cannot encode a text"):
+            return self._control.encode(text)
 
     def sequence(self, text: str, *, judged: bool = False) -> list[int]:
         """Return the token ids of ``text`` behind the prefix, which is not put in twice where the text has it.
@@ -238,7 +240,8 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Return the text of ``ids``; special tokens are left out unless ``skip_special`` is false."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special)
+        with usable(f"{self._directory / VOCABULARY} cannot decode tokens"):
+            return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special)
 
     def render(
         self,
@@ -310,10 +313,6 @@ class Tokenizer:
                 next_step="Download the tokenizer's files again, all from one revision.",
             )
         return [bos_id]
-
-
-def _unusable(path: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"{path} is not a tokenizer: {error}.", next_step="Download the file again.")
 
 
 def _optional_json(directory: Path, name: str) -> dict[str, object]:

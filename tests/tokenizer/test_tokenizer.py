@@ -13,6 +13,7 @@ import pytest
 from checkpoint_builders import write_json, write_tokenizer
 
 from glmexport.foundation.errors import CheckpointError, InputError
+from glmexport.tokenizer.library import usable
 from glmexport.tokenizer.tokenizer import Tokenizer
 
 TEMPLATE = """[gMASK]<sop>
@@ -276,6 +277,44 @@ def test_a_tokenizer_that_is_no_tokenizer_is_refused(content: bytes | None, mess
         Tokenizer.open(glm)
     assert str(glm) in refusal.value.message
     assert "tokenizer.json" in refusal.value.message
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        # Rust code of the library panics at these, which is no Exception.
+        ("normalizer", {"type": "Precompiled", "precompiled_charsmap": "AAAA"}, "is not a tokenizer: Precompiled"),
+        ("pre_tokenizer", {"type": "FixedLength", "length": 0}, "chunk size must be non-zero"),
+        # And raises bare Exception for these once it is used.
+        ("model", {"type": "Unigram", "unk_id": None, "vocab": [["a", -1.0]]}, "unk_id"),
+        (
+            "model",
+            {
+                "type": "WordPiece",
+                "unk_token": "?",
+                "continuing_subword_prefix": "#",
+                "max_input_chars_per_word": 9,
+                "vocab": {"a": 0},
+            },
+            "WordPiece",
+        ),
+    ],
+)
+def test_a_tokenizer_that_its_library_gives_up_at_is_refused(
+    part: str, value: dict[str, Any], message: str, glm: Path
+) -> None:
+    path = glm / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {part: value, "added_tokens": []}))
+    with pytest.raises(CheckpointError, match=message) as refusal:
+        Tokenizer.open(glm)
+    assert str(path) in refusal.value.message
+
+
+def test_what_ends_a_process_is_not_taken_for_a_bad_file() -> None:
+    with pytest.raises(KeyboardInterrupt), usable("a file"):
+        raise KeyboardInterrupt
+    with pytest.raises(MemoryError), usable("a file"):
+        raise MemoryError
 
 
 @pytest.mark.parametrize(
