@@ -119,7 +119,7 @@ def test_in_words() -> None:
     assert brief_arithmetic(ONEDNN) == (
         "fp32 products by oneDNN, at least 2.12x as fast as torch's default, relative error 7.5e-07"
     )
-    assert told_arithmetic(ONEDNN).startswith("fp32 products of matrices by oneDNN, at least 2.12×")
+    assert told_arithmetic(ONEDNN).startswith("fp32 products by oneDNN, at least 2.12×")
     assert told_arithmetic(None) == "not noted"
     assert brief_arithmetic(COARSE).endswith("calibration in bf16, at least 2.50x as fast as that")
-    assert told_arithmetic(COARSE).endswith("calibration in bf16, at least 2.50× the speed of that")
+    assert told_arithmetic(COARSE).endswith("calibration in bf16, at least 2.50× as fast as that")
