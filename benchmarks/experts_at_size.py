@@ -4,7 +4,7 @@
 
 ``gptq`` quantizes every expert of the first layers that have any (--layers, 3) by the default recipe, on --tokens of
 calibration text (65,536), and extrapolates to the 46 that there are. ``nearest`` rounds the whole model to nearest
-(rtn-w4g32), writes the bundle, and asks it: time to load, peak memory, tokens a second of prompts and of answers, and
+(rtn-w4g128), writes the bundle, and asks it: time to load, peak memory, tokens a second of prompts and of answers, and
 an answer through the command line. It takes 35 GB of disk in FOLDER.
 
 The checkpoint would be 60 GB. Its shards are holes, and what is read of them is noise: a window of a pool of normal
@@ -196,7 +196,7 @@ def by_rounding(folder: Path, threads: int) -> dict[str, Any]:
         write_holes(folder / "checkpoint", FLASH)
     figures: dict[str, Any] = {}
     if not (folder / "bundle" / "bundle.json").is_file():
-        figures["cost"] = watched(folder, "rtn-w4g32", 0, threads).document()
+        figures["cost"] = watched(folder, "rtn-w4g128", 0, threads).document()
     bundle = folder / "bundle"
     figures["bundle_bytes"] = sum(path.stat().st_size for path in bundle.rglob("*") if path.is_file())
     request = RuntimeRequest(

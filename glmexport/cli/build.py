@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from glmexport.cli.console import Terminal, emit
+from glmexport.cli.console import Terminal, emit, say
 from glmexport.cli.options import (
     adapter_option,
     arithmetic_option,
     budget_options,
     bundle_threads,
     checkpoint_argument,
+    crowded,
     device_option,
     evaluation_options,
     full_text_option,
@@ -123,7 +124,7 @@ def build(
     device, given = open_device(device_name), bundle_threads(threads)
     threads = given or own_threads
     try:
-        with joined_ranks(device) as ranks:
+        with joined_ranks(device, lambda lost: say("ERROR", lost.message, lost.next_step)) as ranks:
             # One rank tells people of the progress.
             progress: Progress = terminal if ranks.first else Silent()
             policy = open_policy(policy_path) if policy_path else None
@@ -189,8 +190,11 @@ def _announce(terminal: Terminal, original: Original, jobs: Sequence[Job], optio
     from glmexport.workflows.device import device_name as name_of
     from glmexport.workflows.estimate import estimate
     from glmexport.workflows.original import formats_of, listed_unused
+    from glmexport.workflows.ranks import ranks_here
     from glmexport.workflows.unit_costs import unit_costs
 
+    if remark := crowded(ranks_here(), options.threads):
+        terminal.remark(remark)
     torch.set_num_threads(options.threads)
     device, ranks, merged = options.device, options.ranks, original.checkpoint.adapter
     costs = unit_costs(options.arithmetic)

@@ -16,9 +16,12 @@ from glmexport.cli.options import (
     arithmetic_option,
     budget_options,
     checkpoint_argument,
+    crowded,
     json_option,
     memory_option,
+    threads_of_each,
     threads_option,
+    workers_option,
 )
 from glmexport.report.arithmetic import brief_arithmetic
 from glmexport.report.text import brief_share, brief_size, brief_span
@@ -43,6 +46,7 @@ BUSY = (
 @memory_option
 @threads_option
 @arithmetic_option
+@workers_option
 @click.option("--measure", is_flag=True, help="Measure anew what work costs on this machine, which is kept otherwise.")
 @json_option
 def inspect(
@@ -54,6 +58,7 @@ def inspect(
     max_memory: int | None,
     threads: int,
     wanted_arithmetic: Wanted,
+    workers: int,
     measure: bool,
     as_json: bool,
 ) -> None:
@@ -75,8 +80,20 @@ def inspect(
             _show_unfinished(terminal, known)
         return
     original = Original.open(checkpoint, terminal, adapter)
-    arithmetic = choose_arithmetic(wanted_arithmetic, threads, terminal)
-    inspection = inspect_original(original, recipe, max_memory, arithmetic, budget, measure=measure)
+    own_threads = threads_of_each(threads, workers)
+    if remark := crowded(workers, own_threads):
+        terminal.remark(remark)
+    arithmetic = choose_arithmetic(wanted_arithmetic, own_threads, terminal)
+    inspection = inspect_original(
+        original,
+        recipe,
+        max_memory // workers if max_memory else None,
+        arithmetic,
+        budget,
+        threads=own_threads,
+        ranks=workers,
+        measure=measure,
+    )
     if as_json:
         emit(json.dumps(asdict(inspection), indent=2, ensure_ascii=False))
         return

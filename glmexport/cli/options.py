@@ -74,6 +74,22 @@ def workers_option(command: Command) -> Command:
     )(command)
 
 
+def threads_of_each(threads: int, workers: int) -> int:
+    """Return the threads of each of so many ``workers``: a share of the cores, or ``threads`` if the user gave them."""
+    given = bundle_threads(threads)
+    return given or max(1, threads // workers)
+
+
+def crowded(ranks: int, threads: int) -> str | None:
+    """Return a remark where ``ranks`` on this machine have more ``threads`` together than there are cores."""
+    if ranks == 1 or ranks * threads <= cores():
+        return None
+    return (
+        f"{ranks} ranks of {threads} threads share {cores()} cores, and wait for one another: "
+        f"{ranks * threads} threads run no faster than {cores()}. --threads is that of each rank."
+    )
+
+
 def bundle_threads(threads: int) -> int | None:
     """Return ``threads`` if the user gave them; None leaves those of the bundle to its target."""
     source = click.get_current_context().get_parameter_source("threads")

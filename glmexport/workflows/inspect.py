@@ -7,6 +7,8 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from glmexport.architecture.description import Architecture
 from glmexport.architecture.experts import MixtureOfExperts
 from glmexport.calibration.corpus import shipped_documents
@@ -154,14 +156,24 @@ def inspect_original(
     arithmetic: OriginalArithmetic = UNCHECKED,
     budget: Budget | None = None,
     *,
+    threads: int | None = None,
+    ranks: int = 1,
     measure: bool = False,
 ) -> Inspection:
     """Describe ``original`` and estimate its builds: by ``recipe``, or by the default recipe of each target.
 
-    ``max_memory`` is a limit in bytes, and formats are chosen within a ``budget`` if one is given. What work costs on
-    this machine by ``arithmetic`` is measured where that is not known yet, or where ``measure`` asks for it, which
-    takes some seconds.
+    Args:
+        original: the checkpoint.
+        recipe: the name or the file of a recipe; None: each target's.
+        max_memory: a limit in bytes for each rank.
+        arithmetic: the route of products.
+        budget: the limits within which formats are chosen, if there are any.
+        threads: the threads of each rank; None: as torch has them.
+        ranks: the ranks that share a build.
+        measure: measure anew what work costs on this machine, which takes some seconds; else where it is not known.
     """
+    if threads:
+        torch.set_num_threads(threads)
     costs = unit_costs(arithmetic, anew=measure)
     checkpoint, architecture = original.checkpoint, original.architecture
     latents = architecture.latent_values_per_token
@@ -183,7 +195,7 @@ def inspect_original(
         token_prediction=_token_prediction(original),
         tokenizer=_tokenizer(original.tokenizer),
         busy=costs.busy,
-        estimates=estimate_targets(original, recipe, max_memory, costs, budget),
+        estimates=estimate_targets(original, recipe, max_memory, costs, budget, ranks),
     )
 
 
@@ -272,9 +284,17 @@ def _tokenizer(tokenizer: Tokenizer) -> TokenizerFacts:
 
 
 def estimate_targets(
-    original: Original, recipe: str | None, max_memory: int | None, costs: UnitCosts, budget: Budget | None = None
+    original: Original,
+    recipe: str | None,
+    max_memory: int | None,
+    costs: UnitCosts,
+    budget: Budget | None = None,
+    ranks: int = 1,
 ) -> list[TargetEstimate]:
-    """Return, for every shipped target, what a bundle would take there, and why it is refused if it is."""
+    """Return, for every shipped target, what a bundle would take there, and why it is refused if it is.
+
+    ``max_memory`` and the peak of memory are those of each of so many ``ranks``.
+    """
     rows = []
     for target in shipped_targets():
         chosen = recipe_for(original, recipe, target)
@@ -282,7 +302,7 @@ def estimate_targets(
             chosen = within(chosen, budget, target)
         planned = original.planned(chosen, target)
         architecture, expected = planned.architecture, estimate(planned, max_memory)
-        seconds = build_seconds(original, chosen, target, ValidationPlan(), costs, costs, max_memory)
+        seconds = build_seconds(original, chosen, target, ValidationPlan(), costs, costs, max_memory, ranks)
         refused = None
         try:
             refuse_formats(original, Job(target, chosen, Path()))

@@ -16,6 +16,7 @@ from benchmarks.stages import VALIDATION, Stages
 from glmexport.bundle.bundle import Bundle
 from glmexport.calibration.corpus import evaluation_documents
 from glmexport.engine.options import computes_together
+from glmexport.foundation import machine
 from glmexport.foundation.progress import Silent
 from glmexport.foundation.work import MEASURED_KINDS, Range, Work
 from glmexport.graph.caches import answers_together
@@ -302,6 +303,29 @@ def test_inspect_says_a_range_of_every_stage(run: Run, sample: Sample, measured:
     assert len(measured) == 1
     run("inspect", sample.checkpoint, "--measure")
     assert len(measured) == 2
+
+
+def test_inspect_shares_the_work_among_workers(
+    run: Run, sample: Sample, measured: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a build by as many: each has its share of the cores, or the threads that are given."""
+    had = torch.get_num_threads()
+    counted: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", counted.append)
+
+    def rows(*options: object) -> tuple[dict[str, Any], str]:
+        outcome = run("inspect", sample.checkpoint, "--json", *options)
+        (row,) = [row for row in outcome.document["estimates"] if row["target"] == "x86-avx2"]
+        return row, outcome.stderr
+
+    (alone, _), (four, said) = rows("--threads", 1), rows("--threads", 1, "--workers", 4)
+    assert four["stages"]["sweep"]["low"] == pytest.approx(alone["stages"]["sweep"]["low"] / 4)
+    assert four["stages"]["performance"] == alone["stages"]["performance"]
+    many = 4 * machine.cores()
+    assert counted[-1] == 1 and ("4 ranks" in said) is (machine.cores() < 4)
+    _, quiet = rows("--workers", many)
+    assert counted[-1] == 1 and f"{many} ranks of 1 threads share {machine.cores()} cores" in " ".join(quiet.split())
+    assert torch.get_num_threads() == had
 
 
 def test_a_build_of_more_text_takes_longer(sample: Sample, measured: list[str]) -> None:
