@@ -30,6 +30,7 @@ from glmexport.cli.options import (
     workers_option,
 )
 from glmexport.foundation.errors import EXIT_PASS
+from glmexport.foundation.machine import memory_bytes
 from glmexport.foundation.progress import Progress, Silent
 from glmexport.report.arithmetic import brief_arithmetic
 from glmexport.report.text import brief_size, brief_span
@@ -227,11 +228,17 @@ def _announce(terminal: Terminal, original: Original, jobs: Sequence[Job], optio
                 "memory": f"about {brief_size(expected.peak_memory_bytes)} at the peak"
                 + ("" if ranks.alone else " in each rank")
                 + limit,
-                "bundle": f"about {brief_size(expected.bundle_bytes)}, {expected.bits_per_weight:.2f} bits per weight",
+                "bundle": f"about {brief_size(expected.bundle_bytes)}, {expected.bits_per_weight:.2f} bits per weight; "
+                f"{brief_size(expected.loaded_bytes)} of memory once it is loaded",
                 "time": f"{brief_span(seconds.low, seconds.high)} on this machine"
                 + ("; it is busy now" if costs.busy else ""),
             },
         )
+        if job.target.probe.compute_capability is None and expected.loaded_bytes > memory_bytes():
+            terminal.remark(
+                f"This machine has {brief_size(memory_bytes())} of memory: it can build the bundle and check its "
+                "weights, and only a larger one can run it."
+            )
         for name, reason in listed_unused(original.unused_for(job.target)).items():
             terminal.remark(f"{name} is not used: {reason}.")
 

@@ -261,7 +261,7 @@ def show_unrun(console: Console, unrun: Unrun, target: Target, directory: Path, 
         console.print(f"not run on the device: {reason}", soft_wrap=True, markup=False)
     console.print(Text.assemble("verdict  ", _verdict(unrun.verdict)))
     console.print(f"bundle   {directory}", soft_wrap=True)
-    step = f"Validate it where {target.provider.package} has {target.provider.name}: "
+    step = f"Validate it where {target.provider.package} has {target.provider.name}, and the memory: "
     step += f"glmexport validate {directory.name} --against {checkpoint}"
     if target.provider.runtime == "onnxruntime-web":
         step += " --device browser"

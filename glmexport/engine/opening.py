@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from glmexport.bundle.bundle import Bundle
+from glmexport.bundle.fit import require_memory
 from glmexport.bundle.genai_config import GenaiConfig
 from glmexport.bundle.names import SHORT_STEP
 from glmexport.engine.core.sequence import Engine
@@ -34,8 +35,9 @@ def open_engine(
     Raises:
         InputError: the bundle cannot do the speculation, or its sequences cannot be computed together.
         BundleError: the file of its loop is broken, or the loop cannot load the bundle.
-        MachineError: this ONNX Runtime has no execution provider of the bundle's.
+        MachineError: this ONNX Runtime has no execution provider of the bundle's, or memory lacks.
     """
+    require_memory(bundle)
     options = EngineOptions(threads, batch, speculation, profile)
     loop = bundle.loop
     if isinstance(loop, GenaiConfig):

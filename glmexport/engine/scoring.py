@@ -10,6 +10,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from glmexport.bundle.bundle import Bundle
+from glmexport.bundle.fit import require_memory
 from glmexport.bundle.genai_config import GenaiConfig
 from glmexport.bundle.loop import FixedLoopConfig, LoopConfig
 from glmexport.bundle.names import ATTENTION_MASK, INPUT_IDS, LOGITS, SCORING
@@ -32,11 +33,12 @@ class ScoringSession:
     """The graph scoring.onnx of a bundle, for logits of every position.
 
     Raises:
-        MachineError: this ONNX Runtime has no execution provider of the target's name.
+        MachineError: this ONNX Runtime has no execution provider of the target's name, or memory lacks.
         BundleError: ONNX Runtime refuses the graph, or the file of the bundle's loop is broken.
     """
 
     def __init__(self, bundle: Bundle, threads: int) -> None:
+        require_memory(bundle)
         target = bundle.manifest.target
         session = open_session(bundle.directory / SCORING, target.provider, threads, config=target.session.config)
         self.session = session

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from glmexport.bundle.bundle import Bundle
+from glmexport.bundle.fit import lacking_memory
 from glmexport.foundation.host import Host
 from glmexport.results.gate import Gate
 from glmexport.results.record import Verdict
@@ -11,14 +12,16 @@ from glmexport.validation.gates import counted
 
 def provider_gate(bundle: Bundle) -> Gate:
     """Return the gate of a bundle that nobody ran on its target's provider, and that is neither right nor wrong."""
-    provider = bundle.target.provider.name
+    provider, reason = bundle.target.provider.name, lacking_memory(bundle)
+    if not bundle.runs_here or reason is None:
+        reason = f"{provider} is not on this machine"
     return counted(
         "Runs on the target's provider",
         None,
         0,
         1,
         "runs",
-        f"not run on the device: {provider} is not on this machine",
+        f"not run on the device: {reason}",
         at_least=True,
         otherwise=Verdict.INCONCLUSIVE,
     )

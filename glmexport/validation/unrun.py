@@ -1,10 +1,11 @@
-"""The part of a validation that needs no run of the bundle, for one whose execution provider this machine lacks."""
+"""The part of a validation that needs no run of the bundle, for one whose provider or memory this machine lacks."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from glmexport.bundle.bundle import Bundle
+from glmexport.bundle.fit import lacking_memory
 from glmexport.foundation.host import Host
 from glmexport.foundation.progress import Progress
 from glmexport.reference.reference import Reference
@@ -58,4 +59,5 @@ def validate_unrun(
     if prompts:
         gates += (prompt_gate(prompts),)
     gates += manifest_gates(bundle.manifest)
-    return Unrun(gates, verdict_of(gates), tuple(bundle.target.lacking(Host.this())), check)
+    lacking = [*bundle.target.lacking(Host.this()), lacking_memory(bundle)]
+    return Unrun(gates, verdict_of(gates), tuple(filter(None, lacking)), check)

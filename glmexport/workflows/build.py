@@ -16,6 +16,7 @@ from glmexport import __version__
 from glmexport.architecture.description import Architecture
 from glmexport.assembly.write import BundleContents, write_bundle
 from glmexport.bundle.bundle import Bundle
+from glmexport.bundle.fit import lacking_memory
 from glmexport.bundle.manifest import LargestActivation
 from glmexport.calibration.corpus import Document, evaluation_documents
 from glmexport.foundation.machine import library_versions, peak_memory
@@ -48,7 +49,7 @@ from glmexport.workflows.job import Job
 from glmexport.workflows.original import Original
 from glmexport.workflows.output import partial_of, put_in_place
 from glmexport.workflows.provenance import calibration_source, own_fingerprints, source_of
-from glmexport.workflows.ranks import opened_by_all, refuse_differences, require_shared
+from glmexport.workflows.ranks import opened_by_all, ranks_here, refuse_differences, require_shared
 from glmexport.workflows.validate import BuildOptions, Built, facts_of, measure_and_report, refuse_tasks
 
 
@@ -272,7 +273,7 @@ def _validate(
 
     ``model`` is None on the other ranks, and so is what they return.
     """
-    if not options.ranks.decide(lambda: bundle.runs_here):
+    if not options.ranks.decide(lambda: bundle.runs_here and lacking_memory(bundle, ranks_here()) is None):
         if model is None:
             return None
         reference = Reference(original.checkpoint, original.architecture)

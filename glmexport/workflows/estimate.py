@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from glmexport.architecture.description import Architecture
+from glmexport.bundle.fit import loaded_bytes
 from glmexport.formats.codecs import stored_bits
 from glmexport.formats.plan import FormatPlan
 from glmexport.foundation.recipe import Recipe
@@ -32,6 +33,8 @@ class BuildEstimate:
     bundle_bytes: int
     bits_per_weight: float
     peak_memory_bytes: int
+    #: The memory that the bundle takes once it is loaded for a processor.
+    loaded_bytes: int
 
 
 def estimate(planned: Planned, limit_bytes: int | None) -> BuildEstimate:
@@ -41,11 +44,14 @@ def estimate(planned: Planned, limit_bytes: int | None) -> BuildEstimate:
     bits = planned.plan.bits(shapes)
     if recipe.budget:
         bits = total_bits(architecture, recipe.budget)
+    parameters = sum(math.prod(shape) for shape in shapes.values())
+    stored = (bits + _draft_bits(planned) + _repeated_bits(planned) - _halved_bits(planned)) // 8
+    stored += architecture.rotary_bytes * _width(target) // 32
     return BuildEstimate(
-        bundle_bytes=(bits + _draft_bits(planned) + _repeated_bits(planned) - _halved_bits(planned)) // 8
-        + architecture.rotary_bytes * _width(target) // 32,
-        bits_per_weight=bits / sum(math.prod(shape) for shape in shapes.values()),
+        bundle_bytes=stored,
+        bits_per_weight=bits / parameters,
         peak_memory_bytes=plan_memory(architecture, recipe, limit_bytes).peak_bytes,
+        loaded_bytes=loaded_bytes(stored, parameters, recipe),
     )
 
 

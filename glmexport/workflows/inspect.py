@@ -99,6 +99,8 @@ class TargetEstimate:
     bundle_bytes: int
     bits_per_weight: float
     peak_memory_bytes: int
+    #: The memory that the bundle takes once it is loaded for a processor.
+    loaded_bytes: int
     #: The wall seconds of building and validating on this machine, and of each stage of it.
     seconds: Range
     stages: dict[str, Range]
@@ -315,6 +317,7 @@ def estimate_targets(
                 bundle_bytes=expected.bundle_bytes,
                 bits_per_weight=expected.bits_per_weight,
                 peak_memory_bytes=expected.peak_memory_bytes,
+                loaded_bytes=expected.loaded_bytes,
                 seconds=total(seconds),
                 stages=seconds,
                 cache_bytes_per_token=cache_bytes_per_token(architecture, target.graph),

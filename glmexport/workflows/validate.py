@@ -14,6 +14,7 @@ import torch
 
 from glmexport import __version__
 from glmexport.bundle.bundle import Bundle
+from glmexport.bundle.fit import require_memory
 from glmexport.calibration.corpus import Document, evaluation_documents
 from glmexport.engine.session import require_provider
 from glmexport.foundation.disk import require_writable
@@ -90,6 +91,7 @@ def validate_bundle(bundle: Bundle, original: Original, options: BuildOptions, p
     """
     refuse_other_model(bundle, original)
     require_provider(bundle.target.provider.name, bundle.target.provider.package)
+    require_memory(bundle)
     evaluation = evaluation_documents(options.evaluation, original.tokenizer, bundle.manifest.own_text)
     refuse_tasks(original, bundle.target, options)
     require_writable(bundle.directory)
@@ -108,6 +110,7 @@ def validate_captured_bundle(
         BundleError: the reference is of another checkpoint, or the bundle's files are not those of its manifest.
     """
     require_provider(bundle.target.provider.name, bundle.target.provider.package)
+    require_memory(bundle)
     require_writable(bundle.directory)
     check_captured(bundle, captured, progress, options.trust)
     policy, threads = options.policy_for(bundle.target), options.threads_for(bundle.target)

@@ -82,7 +82,7 @@ def test_check_says_why_not(run: Run, sample: Sample, monkeypatch: pytest.Monkey
     details = " ".join(check["detail"] for check in outcome.document["checks"] if not check["holds"])
     assert "aarch64" in details and "avx2" in details
     monkeypatch.setattr(Host, "this", classmethod(lambda cls: AVX2))
-    monkeypatch.setattr("glmexport.bundle.fit.psutil.virtual_memory", lambda: type("Memory", (), {"available": 1024}))
+    monkeypatch.setattr("glmexport.bundle.fit.free_bytes", lambda: 1024)
     outcome = run("targets", "check", sample.bundle, "--json")
     assert outcome.code == 1
     assert [check["name"] for check in outcome.document["checks"] if not check["holds"]] == ["memory"]
