@@ -20,7 +20,7 @@ from glmexport.validation.behaviour.drafting import FREE, PASS_TOKENS, DraftCost
 
 REFUSED = (0.003, 0.01, 0.03, 0.1, 0.3)
 #: Answers of a default validation, few of them, and longer ones behind longer prompts.
-SHAPES = ((403, 54, 64), (31, 54, 64), (8, 54, 64), (60, 400, 256))
+SHAPES = ((273, 54, 64), (31, 54, 64), (8, 54, 64), (60, 400, 256))
 BATCH = 8
 
 

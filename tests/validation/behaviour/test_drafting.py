@@ -90,7 +90,7 @@ def test_gained_tokens_are_those_agreed_with_and_the_next() -> None:
 
 @pytest.mark.parametrize("batch", [0, 8])
 @pytest.mark.parametrize("refused", [0.003, 0.01, 0.03, 0.1])
-@pytest.mark.parametrize("shape", [(403, 54, 64), (31, 54, 64), (8, 54, 64), (2, 400, 256), (60, 400, 256)])
+@pytest.mark.parametrize("shape", [(273, 54, 64), (31, 54, 64), (8, 54, 64), (2, 400, 256), (60, 400, 256)])
 def test_drafting_anew_where_it_is_worth_it_is_no_dearer_than_always_or_never(
     shape: tuple[int, int, int], refused: float, batch: int
 ) -> None:
@@ -108,8 +108,8 @@ def test_drafting_anew_where_it_is_worth_it_is_no_dearer_than_always_or_never(
 
 
 def test_many_answers_go_on_without_drafts_and_few_with_them() -> None:
-    lengths = DraftLengths(403, cost=DraftCost.by_bundle(8))
-    assert not lengths.worthwhile(0, 403, 80, 32)
+    lengths = DraftLengths(273, cost=DraftCost.by_bundle(8))
+    assert not lengths.worthwhile(0, 273, 80, 32)
     assert lengths.worthwhile(0, 2, 80, 32)
     # What is known already costs nothing.
-    assert DraftLengths(403).worthwhile(0, 403, 80, 32)
+    assert DraftLengths(273).worthwhile(0, 273, 80, 32)
